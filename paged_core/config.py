@@ -1,0 +1,54 @@
+"""EngineConfig: every choice of an engine, checked once and never written again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from paged_core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an Engine uses memory and time.
+
+    Sizes left at None are chosen from the model and the device when the engine is built.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    block_size: int = 16  # slots in a block
+    num_blocks: int | None = None  # blocks in the cache; None: as many as kv_cache_bytes holds
+    kv_cache_bytes: int | None = None  # None: a quarter of the device's free memory, at most 4 GiB
+    kv_cache_dtype: str | None = None  # "float32", "bfloat16", "float16"; None: the model's
+    max_num_seqs: int = 256  # requests running at once
+    max_num_batched_tokens: int | None = None  # tokens a step; None: 512 on a CPU, 8192 on a GPU
+    max_model_len: int | None = None  # tokens in a sequence; None: the model's limit
+    enable_prefix_caching: bool = True
+    scheduling_policy: str = "fcfs"  # "fcfs", "priority", or a plugin's own
+    attention_backend: str = "auto"  # "auto", "cpu", "reference", or a plugin's own
+    watermark: float = 0.01  # share of the blocks kept free at admission
+    fast_forwards: bool = True  # let plugins stand in for submodules (packed linears, fused norms)
+    seed: int | None = None  # of the requests that bring none; None: fresh each time
+    max_prompt_logprob_rows: int = 256  # prompt positions whose logits are computed in one step
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "block_size", "num_blocks", "kv_cache_bytes", "max_num_seqs", "max_num_batched_tokens",
+                  "max_model_len", "max_prompt_logprob_rows")
+        if not 0 <= self.watermark < 1:
+            raise ConfigError(f"watermark is {self.watermark}; it must be at least 0 and below 1")
+        if self.kv_cache_dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ConfigError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; use float32, bfloat16, float16 or None")
+        budget = self.max_num_batched_tokens
+        if budget is not None and budget < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({budget}) is below max_num_seqs ({self.max_num_seqs}): "
+                "a step could not give each running request a token; raise the first or lower the second"
+            )
+
+
+def _at_least(config: EngineConfig, low: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < low:
+            raise ConfigError(f"{name} is {value}; it must be at least {low}")

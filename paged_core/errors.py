@@ -1,0 +1,50 @@
+"""Everything the project raises on purpose.
+
+PagedCoreError
+├── ConfigError (ValueError)         an EngineConfig value that can't work
+├── UnsupportedModel                 the model can't run on paged memory; the message says why
+├── PluginError                      a plugin is missing, misspelt or broken
+├── RequestError                     a request ended in an error; carries the request id
+└── EngineDeadError                  the engine has stopped and takes no more requests
+InvalidRequestError (ValueError)     the request can't be served as asked (raised while it is being added)
+"""
+
+from paged_core.scheduling.request import InvalidRequestError
+
+__all__ = [
+    "ConfigError",
+    "EngineDeadError",
+    "InvalidRequestError",
+    "PagedCoreError",
+    "PluginError",
+    "RequestError",
+    "UnsupportedModel",
+]
+
+
+class PagedCoreError(Exception):
+    """Base of the project's own errors."""
+
+
+class ConfigError(PagedCoreError, ValueError):
+    """A configuration value that can't work; the message names the value, the limit and the way out."""
+
+
+class UnsupportedModel(PagedCoreError):
+    """The model can't run on paged memory. The message says what stands in the way."""
+
+
+class PluginError(PagedCoreError):
+    """No plugin answered a hook, or a plugin can't be used."""
+
+
+class RequestError(PagedCoreError):
+    """A request ended in an error of its own."""
+
+    def __init__(self, request_id: str, message: str) -> None:
+        super().__init__(f"request {request_id}: {message}")
+        self.request_id = request_id
+
+
+class EngineDeadError(PagedCoreError):
+    """The engine was shut down or its model failed for good."""

@@ -1,0 +1,1 @@
+"""Computes what the scheduler decided. Torch only; takes no decision."""

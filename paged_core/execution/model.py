@@ -1,0 +1,119 @@
+"""The protocols of the execution side: what a model, an attention backend and a token selector must do.
+
+Shape letters (docs/kv_layout.md): T tokens this step, R requests, B blocks per table, S sampled rows, L layers,
+H query heads, K kv heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from paged_core.scheduling.request import Request, Selection
+
+if TYPE_CHECKING:
+    from paged_core.execution.batch import AttentionMetadata
+    from paged_core.execution.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The facts of one attention layer that a backend must honour or refuse."""
+
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    head_dim: int  # D of queries and keys
+    value_head_dim: int  # D of values; differs in MLA models
+    scale: float  # multiplies q·k
+    device: torch.device
+    sliding_window: int | None = None  # a query sees keys with key position > query position - window
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+    has_sinks: bool = False  # a learned logit a head joins the softmax's denominator
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the engine needs to know of a model."""
+
+    layers: tuple[LayerSpec, ...]  # one for each call of attend in a forward pass, in layer order
+    vocab_size: int
+    max_model_len: int  # tokens of a sequence, prompt and output
+    dtype: torch.dtype  # of K/V as the model produces them
+    device: torch.device  # of token ids and logits
+    eos_token_ids: tuple[int, ...] = ()
+    name: str = "model"
+
+
+class Attend(Protocol):
+    """Stores this step's K/V of one layer, then attends over all that the block tables hold."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        """``q [T,H,D], k [T,K,D], v [T,K,Dv], sinks [H] -> [T,H,Dv]``; called once for each layer a step."""
+        ...
+
+
+ModuleForward = Callable[..., Any]
+"""Stands in for a module's ``forward``: same arguments, same meaning. It may carry ``stale() -> bool``."""
+
+
+@runtime_checkable
+class PagedModel(Protocol):
+    """A causal language model that leaves K/V memory and attention to the engine."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend, sample_indices: Tensor) -> Tensor:
+        """``token_ids i64 [T], positions i64 [T], sample_indices i64 [S] -> logits [S, vocab]`` (any float dtype).
+
+        Several requests' tokens stand packed one after another; which belongs to which is attend's business.
+        """
+        ...
+
+
+@runtime_checkable
+class AcceleratedModel(Protocol):
+    """A PagedModel whose torch submodules may be stood in for by faster forwards, in the engine's steps only."""
+
+    def accelerate(self, create: Callable[[torch.nn.Module], ModuleForward | None]) -> int:
+        """Ask ``create`` once for each submodule; use what it answers. Returns how many were taken."""
+        ...
+
+    def refresh(self) -> bool:
+        """Called when the engine wakes from idleness. True: the weights changed since, cached K/V are worthless."""
+        ...
+
+
+class AttentionBackend(Protocol):
+    """Attention over paged K/V. Planned once a step, run once a layer."""
+
+    name: str
+
+    def plan(self, metadata: AttentionMetadata) -> None:
+        """Take in this step's shape; metadata tensors live on the CPU unless the model's device differs."""
+        ...
+
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, sinks: Tensor | None = None) -> Tensor:
+        """Store k, v at the planned slots, then attend: ``q [T,H,D] -> [T,H,Dv]`` in q's dtype."""
+        ...
+
+    def copy_blocks(self, cache: KVCache, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks (source, target) in every layer, in order: copy-on-write."""
+        ...
+
+
+class TokenSelector(Protocol):
+    """Logits of some rows in, the next token of each out."""
+
+    def select(self, logits: Tensor, requests: Sequence[Request]) -> Selection:
+        """``logits [S, vocab]``, row i for ``requests[i]``; may overwrite logits. A row that fails is reported in
+        ``Selection.errors``, never raised."""
+        ...
+
+    def prompt_logprobs(self, logits: Tensor, next_ids: Sequence[int], num: int) -> Iterable[dict[int, Any]]:
+        """``logits [N, vocab]`` at N prompt positions, the token that follows each -> its Logprob and the ``num`` likeliest."""
+        ...

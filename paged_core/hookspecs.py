@@ -1,0 +1,99 @@
+"""Every extension point, and nothing else.
+
+A plugin is a module or object whose functions carry ``@hookimpl`` and one of these names. Implementations may take
+fewer parameters than are listed. Where "first answer wins", return None to pass. All hooks but the observers are asked
+while an Engine is built (or a request is admitted): never per layer, never per token.
+"""
+
+# ruff: noqa: B027
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    import torch
+
+    from paged_core.config import EngineConfig
+    from paged_core.execution.kv_cache import KVCache
+    from paged_core.execution.model import AttentionBackend, ModelSpec, ModuleForward, PagedModel, TokenSelector
+    from paged_core.plugins import Commands
+    from paged_core.scheduling.policies import SchedulingPolicy
+    from paged_core.scheduling.request import LogitsProcessor, Request, RequestOutput
+    from paged_core.stats import StepStats
+
+hookspec = pluggy.HookspecMarker("paged_core")
+hookimpl = pluggy.HookimplMarker("paged_core")
+
+
+# ---- first answer wins -----------------------------------------------------------------------------------------
+
+
+@hookspec(firstresult=True)
+def load_model(source: Any, device: str | None, dtype: str | None) -> PagedModel | None:
+    """A PagedModel from ``source``: a path, a hub id, or a live object such as a transformers model."""
+
+
+@hookspec(firstresult=True)
+def load_tokenizer(source: Any) -> Any | None:
+    """The tokenizer that belongs to ``source``: ``encode(text) -> ids``, ``decode(ids) -> text`` (text.Tokenizer)."""
+
+
+@hookspec(firstresult=True)
+def create_kv_cache(spec: ModelSpec, num_blocks: int, config: EngineConfig) -> KVCache | None:
+    """Allocate the K/V tensors."""
+
+
+@hookspec(firstresult=True)
+def create_attention_backend(name: str, spec: ModelSpec, config: EngineConfig) -> AttentionBackend | None:
+    """The backend called ``name``, or any that can run every layer of ``spec`` if name is "auto". Return None for a
+    layer you can't honour; never ignore a fact of it."""
+
+
+@hookspec(firstresult=True)
+def create_scheduling_policy(name: str, config: EngineConfig) -> SchedulingPolicy | None:
+    """The policy called ``name``."""
+
+
+@hookspec(firstresult=True)
+def create_sampler(spec: ModelSpec, config: EngineConfig) -> TokenSelector | None:
+    """The TokenSelector for requests that bring none of their own."""
+
+
+@hookspec(firstresult=True)
+def create_module_forward(module: torch.nn.Module, device: torch.device) -> ModuleForward | None:
+    """A faster forward of the same meaning as ``module.forward``, used inside the engine's own steps only. Check it
+    against the module before you return it. If it packs weights, give it ``stale() -> bool``."""
+
+
+# ---- all answers used ------------------------------------------------------------------------------------------
+
+
+@hookspec
+def create_logits_processor(request: Request) -> LogitsProcessor | None:
+    """A logits processor for this request, called after its own. Asked once, at admission."""
+
+
+@hookspec
+def register_commands(commands: Commands) -> None:
+    """Add subcommands to ``paged``: ``commands.add_parser(name, help=...)``, an argparse subparsers object; call
+    ``parser.set_defaults(run=function_of_args)``."""
+
+
+# ---- observers -------------------------------------------------------------------------------------------------
+
+
+@hookspec
+def on_request_added(request: Request) -> None:
+    """A request has entered the queue."""
+
+
+@hookspec
+def on_step_finished(stats: StepStats) -> None:
+    """A step has ended."""
+
+
+@hookspec
+def on_request_finished(output: RequestOutput) -> None:
+    """A request has had its final output."""

@@ -1,0 +1,1 @@
+"""Decides which tokens are computed next and where they live. Integers only; standard library only."""
