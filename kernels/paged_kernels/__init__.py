@@ -1,0 +1,1 @@
+"""Kernels for paged K/V: reference, CPU, GPU."""
