@@ -1,0 +1,135 @@
+"""The truth: each operation in plain torch, with the same signature as its fast launchers.
+
+Written to be read and to be right, on any device and in any float dtype. Attention and norms compute in
+float32.
+
+Shape letters: T tokens, R requests, B blocks per table, H query heads, K kv heads, D head dim, Dv value head
+dim, S rows, V vocabulary, N width, bs block size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def store_kv(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
+    """``k [T,K,D], v [T,K,Dv]`` into ``key_cache [blocks,K,bs,D], value_cache [blocks,K,bs,Dv]``.
+
+    ``slot_mapping i64 [T]`` holds block * bs + offset. Values are rounded to the caches' dtype.
+    """
+    block_size = key_cache.shape[2]
+    blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
+    key_cache[blocks, :, offsets] = k.to(key_cache.dtype)
+    value_cache[blocks, :, offsets] = v.to(value_cache.dtype)
+
+
+def copy_blocks(caches: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
+    """Copy whole blocks (source, target) in every cache ``[blocks, ...]``, one pair after another."""
+    for source, target in pairs:
+        for cache in caches:
+            cache[target].copy_(cache[source])
+
+
+def paged_attention(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_starts: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of packed queries over the blocks of their own request.
+
+    ``q [T,H,D]``, caches ``[blocks,K,bs,D]`` and ``[blocks,K,bs,Dv]``, ``query_starts i32 [R+1]``, ``seq_lens
+    i32 [R]``, ``block_tables i32 [R,B]``, ``sinks [H] -> [T,H,Dv]`` in q's dtype. Query i of a request's n stands
+    at position ``seq_len - n + i`` and sees the keys at ``position - sliding_window < key <= position``. A sink is
+    one more logit of its head: it takes a share of the softmax and gives no value. Slots past ``seq_len``, and
+    blocks that lie wholly before the first query's window, never reach the result.
+    """
+    num_heads, num_kv_heads = q.shape[1], key_cache.shape[1]
+    out = q.new_empty(q.shape[0], num_heads, value_cache.shape[3])
+    starts = query_starts.tolist()
+    for r, seq_len in enumerate(seq_lens.tolist()):
+        rows = slice(starts[r], starts[r + 1])
+        num_queries = rows.stop - rows.start
+        if num_queries == 0:
+            continue
+        first_query = seq_len - num_queries
+        first_key = 0 if sliding_window is None else max(0, first_query - sliding_window + 1)
+        keys = _tokens(key_cache, block_tables[r], first_key, seq_len)  # f32 [K, n, D]
+        values = _tokens(value_cache, block_tables[r], first_key, seq_len)  # f32 [K, n, Dv]
+        keys = keys.repeat_interleave(num_heads // num_kv_heads, 0)  # [H, n, D]
+        values = values.repeat_interleave(num_heads // num_kv_heads, 0)  # [H, n, Dv]
+
+        scores = (q[rows].float().transpose(0, 1) @ keys.transpose(1, 2)) * scale  # [H, queries, n]
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        query_pos = torch.arange(first_query, seq_len, device=q.device)[:, None]
+        key_pos = torch.arange(first_key, seq_len, device=q.device)[None, :]
+        hidden = key_pos > query_pos
+        if sliding_window is not None:
+            hidden |= key_pos <= query_pos - sliding_window
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            column = sinks.float()[:, None, None].expand(-1, num_queries, 1)
+            probs = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+        else:
+            probs = scores.softmax(-1)
+        out[rows] = (probs @ values).transpose(0, 1).to(q.dtype)
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x [..., N], weight [N] -> [..., N]``: x / rms(x) in x's dtype, times weight, as Llama does it."""
+    x32 = x.float()
+    return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``x, residual [..., N] -> (rms_norm(x + residual), x + residual)``."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def silu_mul(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """``silu(gate) * up``; with one argument, its two halves: ``[..., 2N] -> [..., N]``."""
+    if up is None:
+        gate, up = gate.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate ``q [T,H,D], k [T,K,D]`` in place by ``cos, sin [T,rotary_dim]``: first half with second half, as
+    Llama does it. Dimensions past rotary_dim stay as they are."""
+    rotary_dim = cos.shape[-1]
+    for x in (q, k):
+        part = x[..., :rotary_dim]
+        first, second = part.chunk(2, -1)
+        turned = torch.cat([-second, first], -1)
+        part.copy_(part * cos[:, None] + turned * sin[:, None])
+
+
+def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """``logits [S,V] -> (index i64 [S], maximum f32 [S])``. Of equal maxima the first.
+
+    A row that holds a NaN has NaN for its maximum and the first NaN's place for its index.
+    """
+    maxima, indices = logits.float().max(-1)
+    return indices, maxima
+
+
+def _tokens(cache: Tensor, table: Tensor, start: int, stop: int) -> Tensor:
+    """Tokens start..stop of one request, as float32 ``[K, stop - start, D]``."""
+    block_size = cache.shape[2]
+    first, last = start // block_size, -(-stop // block_size)
+    blocks = cache[table[first:last].long()].float()  # [blocks, K, bs, D]
+    tokens = blocks.transpose(0, 1).flatten(1, 2)  # [K, blocks * bs, D]
+    offset = first * block_size
+    return tokens[:, start - offset : stop - offset]
