@@ -1,0 +1,29 @@
+"""Which request goes first."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from paged_core.scheduling.request import Request
+
+
+class SchedulingPolicy(Protocol):
+    """An order of requests. It must not change while a request waits or runs."""
+
+    def key(self, request: Request) -> Any:
+        """Smaller runs first; the largest is preempted first. Make it unique by ending it in ``request.arrival``."""
+        ...
+
+
+class Fcfs:
+    """First come, first served."""
+
+    def key(self, request: Request) -> tuple[int, int]:
+        return (request.arrival, request.index)
+
+
+class Priority:
+    """Lower ``SamplingParams.priority`` first, then first come, first served."""
+
+    def key(self, request: Request) -> tuple[int, int, int]:
+        return (request.params.priority, request.arrival, request.index)
