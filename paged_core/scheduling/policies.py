@@ -11,19 +11,19 @@ class SchedulingPolicy(Protocol):
     """An order of requests. It must not change while a request waits or runs."""
 
     def key(self, request: Request) -> Any:
-        """Smaller runs first; the largest is preempted first. Make it unique by ending it in ``request.arrival``."""
+        """Smaller runs first; the largest is preempted first. Ties go to who came first."""
         ...
 
 
 class Fcfs:
     """First come, first served."""
 
-    def key(self, request: Request) -> tuple[int, int]:
-        return (request.arrival, request.index)
+    def key(self, request: Request) -> int:
+        return request.arrival
 
 
 class Priority:
     """Lower ``SamplingParams.priority`` first, then first come, first served."""
 
-    def key(self, request: Request) -> tuple[int, int, int]:
-        return (request.params.priority, request.arrival, request.index)
+    def key(self, request: Request) -> int:
+        return request.params.priority

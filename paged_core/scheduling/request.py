@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 LogitsProcessor = Callable[[Any, Any], Any]
-"""``processor(input_ids int64 [1, L], scores float32 [1, V]) -> scores [1, V]``: Hugging Face's form, one row at a time."""
+"""Hugging Face's form, one row at a time: ``processor(input_ids i64 [1, L], scores f32 [1, V]) -> scores``."""
 
 
 class InvalidRequestError(ValueError):
@@ -86,7 +86,16 @@ class SamplingParams:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise InvalidRequestError(f"{name} is {value!r}; it must be a number from {low} to {high}")
-        for name in ("n", "top_k", "min_tokens", "max_tokens", "logprobs", "prompt_logprobs", "seed", "priority"):
+        for name in (
+            "n",
+            "top_k",
+            "min_tokens",
+            "max_tokens",
+            "logprobs",
+            "prompt_logprobs",
+            "seed",
+            "priority",
+        ):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise InvalidRequestError(f"{name} is {value!r}; it must be an integer")
@@ -97,7 +106,9 @@ class SamplingParams:
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise InvalidRequestError("stop holds an empty string or something that is no string")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise InvalidRequestError("allowed_token_ids is empty: no token could ever be chosen; use None to allow all")
+            raise InvalidRequestError(
+                "allowed_token_ids is empty: no token could ever be chosen; use None to allow all"
+            )
         if self.logit_bias and any(not math.isfinite(bias) for bias in self.logit_bias.values()):
             raise InvalidRequestError("logit_bias holds a value that is not finite; use bad_words to forbid a token")
 
@@ -126,7 +137,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 
 
 class Logprob(NamedTuple):
-    """Natural logarithm of a token's probability under the model, before any change to the logits; rank 1 is the likeliest."""
+    """Log of a token's probability under the model, before any change to the logits; rank 1 is the likeliest."""
 
     logprob: float
     rank: int
@@ -143,7 +154,7 @@ class Group:
 
 
 class Request:
-    """One row under way. Only the Scheduler changes it; the selector keeps its own state elsewhere, keyed by this object."""
+    """One row under way. Only the Scheduler changes it; a selector keeps its state elsewhere, keyed by this object."""
 
     __slots__ = (
         "__weakref__",
@@ -155,6 +166,7 @@ class Request:
         "group",
         "id",
         "index",
+        "max_total",
         "num_cached",
         "num_computed",
         "num_prompt",
@@ -195,6 +207,7 @@ class Request:
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
         self.arrival = 0  # order of admission to the queue
+        self.max_total = self.num_prompt + 1  # len(tokens) at which it ends; the scheduler knows it once it is added
         self.num_computed = 0  # tokens whose K/V are in the cache
         self.num_cached = 0  # of those, found in the prefix cache
         self.block_table: list[int] = []
@@ -238,4 +251,6 @@ class RequestOutput(NamedTuple):
     logprobs: Sequence[Mapping[int, Logprob]] | None = None  # one a new token
     finish_reason: FinishReason | None = None  # set exactly once for each request
     error: str | None = None
-    prompt_logprobs: Sequence[Mapping[int, Logprob] | None] | None = None  # [num_prompt], first None; with the first token
+    prompt_logprobs: Sequence[Mapping[int, Logprob] | None] | None = (
+        None  # [num_prompt], first None; with the first token
+    )

@@ -1,0 +1,487 @@
+"""Scheduler: which tokens of which requests the next step computes, and what its results mean for each request.
+
+There is no prefill phase and no decode phase. Each running request lacks some tokens (``len(tokens) - num_computed``:
+one while it decodes, many while its prompt is new) and is given as many as the step's token budget allows. Requests
+join and leave at every step. The cost of a step grows with the number of running requests, not with their lengths.
+
+The scheduler is the only one that changes requests and, through the BlockPool, block ownership.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from paged_core.scheduling.block_pool import NULL_BLOCK, BlockPool
+from paged_core.scheduling.policies import SchedulingPolicy
+from paged_core.scheduling.request import (
+    FinishReason,
+    InvalidRequestError,
+    Request,
+    RequestOutput,
+    RequestStatus,
+    Selection,
+)
+
+
+class MoveKind(Enum):
+    COPY = "copy"  # within the device's cache: copy-on-write. Swap to host memory will add its kinds here.
+
+
+class BlockMove(NamedTuple):
+    """A block whose K/V the runner moves before the step computes."""
+
+    source: int
+    target: int
+    kind: MoveKind = MoveKind.COPY
+
+
+class ScheduledChunk(NamedTuple):
+    """Consecutive tokens of one request that the step computes."""
+
+    request: Request
+    start: int  # position of the first
+    num_tokens: int
+    samples: tuple[Request, ...]  # rows that sample from the last position: none while tokens are still lacking,
+    #                               the request itself, or all siblings of a fork at the end of their prompt
+
+
+class Schedule(NamedTuple):
+    """One step's work."""
+
+    chunks: Sequence[ScheduledChunk]
+    moves: Sequence[BlockMove]
+    preempted: Sequence[Request]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step and a request may take."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    watermark_blocks: int  # kept free at admission, so that running requests can grow
+    max_prompt_logprob_rows: int
+    sliding_window: int | None = None  # set if every layer has one: the widest
+    enable_prefix_caching: bool = True
+
+
+class Scheduler:
+    """Continuous batching (Orca: Yu et al., OSDI 2022) with chunked prefill over paged blocks."""
+
+    def __init__(self, pool: BlockPool, policy: SchedulingPolicy, limits: Limits) -> None:
+        self.pool = pool
+        self.policy = policy
+        self.limits = limits
+        self.waiting: list[Request] = []  # sorted by policy; one per fork group until its prompt is computed
+        self.running: list[Request] = []  # sorted by policy
+        self.num_preemptions = 0
+        self.num_prefix_queries = 0  # prompt tokens looked up in the prefix index
+        self.num_prefix_hits = 0  # and found there
+        self._num_arrivals = 0
+        # With a window in every layer, a sequence never holds more blocks than that at once.
+        self._max_blocks_at_once = pool.num_blocks
+        if limits.sliding_window is not None:
+            reach = limits.sliding_window + limits.max_num_batched_tokens
+            self._max_blocks_at_once = -(-reach // pool.block_size) + 1
+        self._unborn: dict[Request, list[Request]] = {}  # siblings that will fork from a request's prompt
+        self._in_flight: dict[bytes, Request] = {}  # blocks being computed: who shares them waits for them
+
+    # ---- in and out --------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Queue the requests of one group: n samples of one prompt, or the rows of a lockstep group.
+
+        Raises:
+            InvalidRequestError: the group can never fit; nothing was queued.
+        """
+        lockstep = requests[0].group.lockstep
+        self._refuse_what_never_fits(requests, requests if lockstep else requests[:1])
+        queued = list(requests) if lockstep else [requests[0]]
+        for request in requests:
+            request.arrival = self._num_arrivals
+        self._num_arrivals += 1
+        if not lockstep and len(requests) > 1:
+            self._unborn[requests[0]] = list(requests[1:])
+        for request in queued:
+            if self.limits.enable_prefix_caching:
+                self.pool.extend_digests(request.digests, request.tokens, request.params.cache_salt)
+            insort(self.waiting, request, key=self._key)
+
+    def finish(
+        self, requests: Iterable[Request], reason: FinishReason, error: str | None = None
+    ) -> list[RequestOutput]:
+        """End requests between two steps: cancelled, stopped by a stop string, or failed. Their blocks are freed."""
+        outputs = []
+        for request in requests:
+            if not request.finished:
+                self._end(request, reason, error)
+                outputs.append(RequestOutput(request, (), None, reason, error))
+        self._drop_finished()
+        return outputs
+
+    # ---- one step ----------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Schedule:
+        """Give out the step's token budget: running requests first, then as many waiting ones as fit."""
+        step = _Step(self.limits.max_num_batched_tokens)
+        self._schedule_running(step)
+        while self.running and not step.chunks:
+            # Everyone yielded to a request that was preempted a moment ago: somebody must give way.
+            self._preempt(self.running[-1], step)
+            self._schedule_running(step)
+        if not step.preempted:
+            step.admitting = True
+            self._admit(step)
+        return Schedule(step.chunks, step.moves, step.preempted)
+
+    def update(self, schedule: Schedule, selection: Selection) -> list[RequestOutput]:
+        """Take in what the step computed and what was selected; tell what is new of each sampled request."""
+        rows: list[Request] = []
+        size = self.pool.block_size
+        for request, start, num_tokens, samples in schedule.chunks:
+            request.num_computed = computed = start + num_tokens
+            if computed // size > request.num_published:
+                self._publish(request)
+            if len(samples) > 1:
+                self._fork(request, samples)
+            rows.extend(samples)
+        if selection.parents is not None:
+            _continue_from_parents(self.pool, rows, selection.parents)
+        outputs = self._append_all(rows, selection)
+        if self.limits.sliding_window is not None:
+            for chunk in schedule.chunks:
+                self._give_back_behind_window(chunk.request, self.limits.sliding_window)
+        if any(output.finish_reason is not None for output in outputs):
+            self._drop_finished()
+        return outputs
+
+    def check(self) -> None:
+        """Assert every invariant of requests and blocks; for tests."""
+        self.pool.check(request.block_table for request in self.running)
+        assert all(r.status is RequestStatus.RUNNING for r in self.running)
+        assert all(r.status is RequestStatus.WAITING and not r.block_table for r in self.waiting)
+        assert self.running == sorted(self.running, key=self._key)
+        assert self.waiting == sorted(self.waiting, key=self._key)
+        assert self._num_seats() <= self.limits.max_num_seqs
+        for request in self.running:
+            assert request.num_computed <= len(request.block_table) * self.pool.block_size
+        assert all(owner.status is RequestStatus.RUNNING for owner in self._in_flight.values())
+
+    # ---- running requests --------------------------------------------------------------------------------------
+
+    def _schedule_running(self, step: _Step) -> None:
+        step.num_to_serve = len(self.running)
+        i = 0
+        while i < len(self.running):  # shrinks from its end while requests are preempted
+            request = self.running[i]
+            rows = _lockstep_rows(request) if request.group.lockstep else (request,)
+            i += len(rows)
+            step.num_to_serve -= len(rows)
+            self._schedule_rows(rows, step)
+
+    def _schedule_rows(self, rows: Sequence[Request], step: _Step) -> None:
+        """Give one request, or the rows of one lockstep group, their tokens; all rows sample or none does."""
+        lacks = [len(row.tokens) - row.num_computed for row in rows]
+        # Each request yet to be served has one token of the budget for certain.
+        budget = step.budget - step.num_to_serve
+        if len(rows) > 1 and sum(lacks) > budget:
+            lacks = [lack - 1 for lack in lacks]  # no row may sample before all can
+        sizes = []
+        for row, lack in zip(rows, lacks, strict=True):
+            size = min(lack, budget)
+            if row.params.prompt_logprobs is not None and row.num_computed < row.num_prompt:
+                size = min(size, self.limits.max_prompt_logprob_rows)
+            sizes.append(size)
+            budget -= size
+        if len(rows) > 1 and any(
+            row.num_computed + size < len(row.tokens) for row, size in zip(rows, sizes, strict=True)
+        ):
+            sizes = [min(size, len(row.tokens) - row.num_computed - 1) for row, size in zip(rows, sizes, strict=True)]
+        for row, size in zip(rows, sizes, strict=True):
+            if size and not self._make_room(row, size, rows, step):
+                return
+        for row, size in zip(rows, sizes, strict=True):
+            if size:
+                self._emit(row, size, step)
+
+    def _emit(self, request: Request, num_tokens: int, step: _Step) -> None:
+        start = request.num_computed
+        samples: tuple[Request, ...] = ()
+        if start + num_tokens == len(request.tokens):
+            samples = (request, *self._unborn[request]) if request in self._unborn else (request,)
+        step.budget -= num_tokens
+        step.chunks.append(ScheduledChunk(request, start, num_tokens, samples))
+
+    def _make_room(self, request: Request, num_tokens: int, rows: Sequence[Request], step: _Step) -> bool:
+        """Blocks for the next ``num_tokens`` tokens; a shared last block is copied on write. False: not now."""
+        pool, table = self.pool, request.block_table
+        offset = request.num_computed % pool.block_size
+        first = request.num_computed // pool.block_size
+        copy = bool(offset) and pool.is_shared(table[first])
+        last = (request.num_computed + num_tokens - 1) // pool.block_size
+        needed = last + 1 - len(table) + copy
+        if needed <= 0:
+            return True
+        while pool.num_available < needed:
+            victim = None if step.admitting else self._victim(rows)
+            if victim is None:
+                return False
+            self._preempt(victim, step)
+        if copy and pool.is_shared(table[first]):  # else those preempted held the other references
+            source, target = table[first], pool.allocate()
+            pool.release((source,))
+            table[first] = target
+            request.table_version += 1
+            step.moves.append(BlockMove(source, target))
+        while len(table) <= last:
+            table.append(pool.allocate())
+        return True
+
+    def _victim(self, rows: Sequence[Request]) -> Request | None:
+        """The last running request behind ``rows`` that has made progress since it was preempted the last time."""
+        last = rows[-1]
+        for request in reversed(self.running):
+            if request is last:
+                break
+            if len(request.tokens) > request.num_recomputed_to:
+                return request
+        return None
+
+    def _preempt(self, request: Request, step: _Step) -> None:
+        """Take a request (or its whole lockstep group) off the device; it will compute its tokens again.
+
+        The one place where preemption happens: swapping blocks to host memory would start here.
+        """
+        for row in _lockstep_rows(request) if request.group.lockstep else (request,):
+            self._release(row)
+            row.status = RequestStatus.WAITING
+            row.num_recomputed_to = len(row.tokens)
+            self.running.remove(row)
+            insort(self.waiting, row, key=self._key)
+            step.preempted.append(row)
+            self.num_preemptions += 1
+
+    # ---- admission ---------------------------------------------------------------------------------------------
+
+    def _admit(self, step: _Step) -> None:
+        if not self.waiting or step.budget <= 0:
+            return
+        num_seats = self._num_seats()
+        promised = sum(self._blocks_lacking(request) for request in self.running)
+        i = 0
+        while i < min(len(self.waiting), self.limits.max_num_seqs) and step.budget > 0:
+            head = self.waiting[i]
+            rows = _lockstep_rows(head) if head.group.lockstep else [head]
+            hits = [self._lookup(row) for row in rows]
+            if any(self._comes_soon(row, len(hit)) for row, hit in zip(rows, hits, strict=True)):
+                i += len(rows)  # it shares a block that is being computed now: cheaper to wait for it
+                continue
+            num_seats += len(rows) + len(self._unborn.get(head, ()))
+            needed = sum(
+                self._blocks_lacking(row) - len(hit) + self.pool.num_unused(hit)
+                for row, hit in zip(rows, hits, strict=True)
+            )
+            reserve = self.limits.watermark_blocks if self.running else 0
+            if num_seats > self.limits.max_num_seqs or self.pool.num_available - promised - needed < reserve:
+                return
+            for row, hit in zip(rows, hits, strict=True):
+                self._start(row, hit)
+            self._schedule_rows(rows, step)
+            promised += sum(self._blocks_lacking(row) for row in rows)
+
+    def _start(self, request: Request, hit: Sequence[int]) -> None:
+        self.pool.share(hit)
+        request.block_table = list(hit)
+        request.table_version += 1
+        request.num_computed = len(hit) * self.pool.block_size
+        request.num_published = len(hit)
+        request.status = RequestStatus.RUNNING
+        if not request.num_recomputed_to:
+            request.num_cached = request.num_computed
+        self.num_prefix_queries += len(request.tokens)
+        self.num_prefix_hits += request.num_computed
+        for digest in request.digests[len(hit) :]:
+            self._in_flight.setdefault(digest, request)
+        self.waiting.remove(request)
+        insort(self.running, request, key=self._key)
+
+    def _lookup(self, request: Request) -> list[int]:
+        if not self.limits.enable_prefix_caching or request.params.prompt_logprobs is not None:
+            return []
+        most = (len(request.tokens) - 1) // self.pool.block_size  # the last token is always computed
+        return self.pool.match(request.digests[:most], request.tokens)
+
+    def _comes_soon(self, request: Request, num_hits: int) -> bool:
+        """Whether the first block that the request lacks is being computed for another one right now."""
+        most = (len(request.tokens) - 1) // self.pool.block_size
+        if num_hits >= min(most, len(request.digests)) or request.params.prompt_logprobs is not None:
+            return False
+        return request.digests[num_hits] in self._in_flight
+
+    def _blocks_lacking(self, request: Request) -> int:
+        """Blocks that the known tokens of a request will still take."""
+        lacking = -(-len(request.tokens) // self.pool.block_size) - len(request.block_table)
+        return max(0, min(lacking, self._max_blocks_at_once))
+
+    def _num_seats(self) -> int:
+        unborn = (len(rows) for leader, rows in self._unborn.items() if leader.status is RequestStatus.RUNNING)
+        return len(self.running) + sum(unborn)
+
+    def _refuse_what_never_fits(self, requests: Sequence[Request], at_once: Sequence[Request]) -> None:
+        """Also sets each request's ``max_total``. ``at_once``: those that must be in the cache together."""
+        limits, size, capacity = self.limits, self.pool.block_size, self.pool.num_blocks
+        if len(requests) > limits.max_num_seqs:
+            raise InvalidRequestError(
+                f"{len(requests)} sequences were asked for at once, but max_num_seqs is {limits.max_num_seqs}; "
+                "ask for fewer, or raise it"
+            )
+        longest = max(request.num_prompt for request in requests)
+        if longest >= limits.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {longest} tokens; with one more to generate it exceeds max_model_len "
+                f"({limits.max_model_len})"
+            )
+        share = limits.max_model_len  # tokens that fit beside the others, for requests that set no max_tokens
+        if limits.sliding_window is None:
+            share = min(share, capacity // len(at_once) * size)
+        for request in requests:
+            asked = request.params.max_tokens
+            most = share if asked is None else request.num_prompt + asked
+            request.max_total = max(min(most, limits.max_model_len), request.num_prompt + 1)
+        needed = sum(min(-(-request.max_total // size), self._max_blocks_at_once) for request in at_once)
+        if needed > capacity:
+            raise InvalidRequestError(
+                f"the request may need {needed} K/V blocks but the cache has {capacity} ({capacity * size} tokens); "
+                "shorten the prompt, lower max_tokens, or raise kv_cache_bytes"
+            )
+
+    # ---- results -----------------------------------------------------------------------------------------------
+
+    def _append_all(self, rows: Sequence[Request], selection: Selection) -> list[RequestOutput]:
+        outputs: list[RequestOutput] = []
+        errors, verdicts, logprobs = selection.errors or {}, selection.finished or {}, selection.logprobs
+        for i, request in enumerate(rows):
+            if request.finished:  # another row of its lockstep group has failed
+                continue
+            if i in errors:
+                outputs.extend(self._fail(request, errors[i]))
+                continue
+            token = selection.token_ids[i]
+            request.tokens.append(token)
+            reason = None
+            if token in request.stop_token_ids:
+                reason = FinishReason.STOP
+            elif i in verdicts:
+                reason = verdicts[i]
+            elif len(request.tokens) >= request.max_total:
+                reason = FinishReason.LENGTH
+            if reason is not None:
+                self._end(request, reason, None)
+            chosen = logprobs[i] if logprobs is not None else None
+            outputs.append(RequestOutput(request, (token,), (chosen,) if chosen is not None else None, reason))
+        return outputs
+
+    def _fail(self, request: Request, error: str) -> Iterator[RequestOutput]:
+        for row in _lockstep_rows(request) if request.group.lockstep else (request,):
+            self._end(row, FinishReason.ERROR, error)
+            yield RequestOutput(row, (), None, FinishReason.ERROR, error)
+
+    def _fork(self, leader: Request, samples: Sequence[Request]) -> None:
+        """The prompt is computed: its siblings start from the same blocks, the partly filled last one included."""
+        del self._unborn[leader]
+        for sibling in samples[1:]:
+            self.pool.share(leader.block_table)
+            sibling.block_table = list(leader.block_table)
+            sibling.table_version += 1
+            sibling.digests = list(leader.digests)
+            sibling.num_computed = sibling.num_cached = leader.num_computed
+            sibling.num_published = leader.num_published
+            sibling.status = RequestStatus.RUNNING
+            insort(self.running, sibling, key=self._key)
+
+    def _publish(self, request: Request) -> None:
+        if not self.limits.enable_prefix_caching:
+            return
+        size = self.pool.block_size
+        full = request.num_computed // size
+        if len(request.digests) < full:
+            self.pool.extend_digests(request.digests, request.tokens[: full * size], request.params.cache_salt)
+        for i in range(request.num_published, full):
+            digest = request.digests[i]
+            self.pool.publish(request.block_table[i], digest, request.tokens[i * size : (i + 1) * size])
+            if self._in_flight.get(digest) is request:
+                del self._in_flight[digest]
+        request.num_published = full
+
+    def _give_back_behind_window(self, request: Request, window: int) -> None:
+        """Free the blocks that no later query can see, in a model whose layers all have a sliding window."""
+        table = request.block_table
+        i = min((request.num_computed + 1 - window) // self.pool.block_size, len(table)) - 1
+        while i >= 0 and table[i] != NULL_BLOCK:
+            self.pool.release((table[i],))
+            table[i] = NULL_BLOCK
+            request.table_version += 1
+            i -= 1
+
+    def _key(self, request: Request) -> tuple[object, int, int]:
+        # Requests that came together stay together, whatever the policy says of each.
+        return (self.policy.key(request.group.members[0]), request.arrival, request.index)
+
+    def _end(self, request: Request, reason: FinishReason, error: str | None) -> None:
+        self._release(request)
+        self._unborn.pop(request, None)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        request.error = error
+
+    def _release(self, request: Request) -> None:
+        self.pool.release(request.block_table)
+        for digest in request.digests[request.num_published :]:
+            if self._in_flight.get(digest) is request:
+                del self._in_flight[digest]
+        request.block_table = []
+        request.table_version += 1
+        request.num_computed = request.num_published = 0
+
+    def _drop_finished(self) -> None:
+        self.running = [request for request in self.running if not request.finished]
+        if any(request.finished for request in self.waiting):
+            self.waiting = [request for request in self.waiting if not request.finished]
+
+
+class _Step:
+    """The schedule while it is being made."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.admitting = False  # a newcomer never preempts
+        self.num_to_serve = 0  # running requests that have not had their turn
+        self.chunks: list[ScheduledChunk] = []
+        self.moves: list[BlockMove] = []
+        self.preempted: list[Request] = []
+
+
+def _lockstep_rows(request: Request) -> list[Request]:
+    return [row for row in request.group.members if not row.finished]
+
+
+def _continue_from_parents(pool: BlockPool, rows: Sequence[Request], parents: Sequence[int]) -> None:
+    """A beam step: each row goes on from its parent's tokens and blocks, which they then share."""
+    moved = [(row, rows[parent]) for row, parent in zip(rows, parents, strict=True) if rows[parent] is not row]
+    states = [(list(p.tokens), list(p.block_table), list(p.digests), p.num_computed, p.num_published) for _, p in moved]
+    for _, table, *_ in states:
+        pool.share(table)  # all before the first release: a table may be somebody's parent and somebody's child
+    for (row, _), (tokens, table, digests, num_computed, num_published) in zip(moved, states, strict=True):
+        pool.release(row.block_table)
+        row.tokens, row.block_table, row.digests = tokens, table, digests
+        row.num_computed, row.num_published = num_computed, num_published
+        row.table_version += 1
