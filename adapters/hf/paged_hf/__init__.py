@@ -1,1 +1,1 @@
-"""Hugging Face models on paged-core."""
+"""Hugging Face transformers models on paged memory."""

@@ -1,0 +1,76 @@
+"""Where transformers' attention meets paged_core's: functions in transformers' registry of implementations.
+
+``attend`` travels as a keyword argument of the forward pass, so nothing here is global but the names, and two engines
+in two threads never meet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from paged_core.execution.model import Attend
+
+PAGED = "paged_core"
+PROBE = "paged_core_probe"
+PROBE_WITH_MASKS = "paged_core_probe_with_masks"
+
+
+class Step:
+    """``attend`` for one forward pass: counts the calls, so that the n-th is layer n."""
+
+    __slots__ = ("attend", "layer")
+
+    def __init__(self, attend: Attend) -> None:
+        self.attend = attend
+        self.layer = 0
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        """``q [T,H,D], k [T,K,D], v [T,K,Dv], sinks [H] -> [T,H,Dv]``"""
+        layer = self.layer
+        self.layer = layer + 1
+        return self.attend(layer, q, k, v, sinks)
+
+
+def _paged_attention(
+    module: nn.Module,
+    query: Tensor,  # [1,H,T,D]
+    key: Tensor,  # [1,K,T,D]
+    value: Tensor,  # [1,K,T,Dv]
+    attention_mask: Tensor | None,
+    attend: Step,
+    s_aux: Tensor | None = None,  # [H]
+    **facts: Any,  # seen and judged by the probe, when the model was taken in
+) -> tuple[Tensor, None]:
+    out = attend(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), s_aux)  # [T,H,Dv]
+    return out.unsqueeze(0), None
+
+
+def _probing_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    attend: Any,
+    **facts: Any,
+) -> tuple[Tensor, None]:
+    attend.record(module, query, key, value, attention_mask, facts)
+    return _paged_attention(module, query, key, value, None, attend, facts.get("s_aux"))
+
+
+def _mask_with_its_rule(q_length: int, kv_length: int, mask_function: Any, **_: Any) -> Tensor:
+    """An empty mask that carries the rule a real one would have been made from."""
+    mask = torch.zeros(1, 1, q_length, kv_length, dtype=torch.bool)
+    mask.rule = mask_function  # type: ignore[attr-defined]
+    return mask
+
+
+AttentionInterface.register(PAGED, _paged_attention)  # and no mask under this name: none is built
+AttentionInterface.register(PROBE, _probing_attention)
+AttentionInterface.register(PROBE_WITH_MASKS, _probing_attention)
+AttentionMaskInterface.register(PROBE_WITH_MASKS, _mask_with_its_rule)

@@ -1,0 +1,176 @@
+"""A transformers causal language model as a PagedModel: the user's own modules and weights, run as they are.
+
+This file knows transformers models. It knows nothing of blocks, requests or schedules: attention is handed in.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paged_core.errors import UnsupportedModel
+from paged_core.execution.model import Attend, ModelSpec, ModuleForward
+from paged_hf.attention import Step
+from paged_hf.probe import probe
+from paged_hf.shadow import Shadow
+from paged_hf.watch import Watch
+
+CreateForward = Callable[[nn.Module], ModuleForward | None]
+
+
+class HFPagedModel:
+    """Runs ``model`` for the engine without ever writing to it. ``model`` stays usable, by other threads too.
+
+    Raises:
+        UnsupportedModel: the model can't run on paged memory; the message says why.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._base = _unwrapped(model)
+        self._create: CreateForward | None = None
+        self._take_in()
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend, sample_indices: Tensor) -> Tensor:
+        """``token_ids i64 [T], positions i64 [T], sample_indices i64 [S] -> logits [S, vocab]``"""
+        step = Step(attend)
+        rows = sample_indices if sample_indices.numel() else sample_indices.new_zeros(1)  # some heads refuse no rows
+        logits = self._call(token_ids, positions, step, rows)
+        if step.layer != len(self._spec.layers):
+            raise RuntimeError(f"attention was called {step.layer} times, not {len(self._spec.layers)}")
+        return logits[: sample_indices.numel()]
+
+    def accelerate(self, create: CreateForward) -> int:
+        """Let ``create`` stand in for modules of the twin, parents before children. Returns how many it took."""
+        self._create = create
+        self._fast = {}
+        self._ask(self._shadow.root)
+        return len(self._fast)
+
+    def refresh(self) -> bool:
+        """Catch up with what was done to the user's model. True: K/V computed before are worthless."""
+        if self._shadow.outdated() or self._watch.retyped():
+            self._take_in()
+            if self._create is not None:
+                self.accelerate(self._create)
+            return True
+        changed = self._watch.changed()
+        for twin, forward in list(self._fast.items()):
+            if getattr(forward, "stale", bool)():
+                changed = True
+                self._replace(twin)
+        return changed
+
+    def _take_in(self) -> None:
+        self._shadow = Shadow(self._base)
+        self._watch = Watch(self._base)
+        self._fast: dict[nn.Module, ModuleForward] = {}
+        config = self._base.config.get_text_config()
+        _refuse_by_config(self._base)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(type(self._base).forward).parameters
+        device = self._base.get_input_embeddings().weight.device
+        found = probe(self._shadow, self._call, config.vocab_size, device)
+        self._spec = ModelSpec(
+            layers=found.layers,
+            vocab_size=found.vocab_size,
+            max_model_len=_max_length(self._base, config),
+            dtype=found.dtype,
+            device=device,
+            eos_token_ids=_eos_token_ids(self._base),
+            name=self._base.config.name_or_path or config.model_type,
+        )
+
+    @torch.no_grad()
+    def _call(self, token_ids: Tensor, positions: Tensor, step: Step | None, rows: Tensor | None = None) -> Tensor:
+        """One forward pass of the twin: logits of ``rows``, or of all."""
+        options: dict[str, Any] = {} if step is None else {"attend": step}
+        if rows is not None and self._keeps_logits:
+            options["logits_to_keep"] = rows
+        output = self._shadow.root(
+            input_ids=token_ids[None], position_ids=positions[None], attention_mask=None, use_cache=False, **options
+        )
+        logits: Tensor = output.logits[0]
+        return logits if rows is None or self._keeps_logits else logits[rows]
+
+    def _ask(self, twin: nn.Module) -> None:
+        if not self._replace(twin):
+            for child in twin.children():
+                self._ask(child)
+
+    def _replace(self, twin: nn.Module) -> bool:
+        """Ask for a faster forward of one module. What the user changed himself, or listens to, stays as it is."""
+        if twin in self._fast:
+            del self._fast[twin], twin.__dict__["forward"]
+        assert self._create is not None
+        if "forward" in twin.__dict__ or any(_listened_to(part) for part in twin.modules() if part is not twin):
+            return False
+        forward = self._create(twin)
+        if forward is not None:
+            self._fast[twin] = twin.__dict__["forward"] = forward
+        return forward is not None
+
+
+def _listened_to(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside torch.compile's or PEFT's wrapper."""
+    model = getattr(model, "_orig_mod", model)
+    peft = getattr(model, "active_peft_config", None)
+    if peft is not None and hasattr(model, "get_base_model"):
+        if getattr(peft, "is_prompt_learning", False):
+            raise UnsupportedModel("PEFT prompt learning puts virtual tokens before the prompt; merge or remove it")
+        model = model.get_base_model()
+    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+        raise UnsupportedModel(f"{type(model).__name__} isn't a transformers model")
+    return model
+
+
+def _refuse_by_config(model: nn.Module) -> None:
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{name} is an encoder-decoder model")
+    parameters = inspect.signature(type(model).forward).parameters
+    if "position_ids" not in parameters:
+        raise UnsupportedModel(f"{name}.forward takes no position_ids")
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise UnsupportedModel(f"{name}.forward takes no further keyword arguments, so attention can't be passed in")
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModel(f"{name} has no language-model head")
+
+
+def _max_length(model: nn.Module, config: Any) -> int:
+    """Positions the model knows. Where rotary frequencies depend on the longest request of a batch, the length up to
+    which they don't."""
+    limits = [
+        getattr(config, name, None)
+        for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+    ]
+    length = next((limit for limit in limits if isinstance(limit, int) and limit > 0), 1 << 17)
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+        pairs = [(kinds, parameters)] if isinstance(kinds, str) else [
+            (kind, parameters.get(layer) or {}) for layer, kind in (kinds or {}).items()
+        ]  # fmt: skip
+        for kind, own in pairs:
+            if kind in ("dynamic", "longrope"):
+                length = min(length, own.get("original_max_position_embeddings") or length)
+    return length
+
+
+def _eos_token_ids(model: nn.Module) -> tuple[int, ...]:
+    generation = getattr(model, "generation_config", None)
+    eos = getattr(generation, "eos_token_id", None)
+    if eos is None:
+        eos = getattr(model.config.get_text_config(), "eos_token_id", None)
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)

@@ -1,0 +1,182 @@
+"""Taking a model in: what each attention call needs, and whether packing requests together changes the answer.
+
+The probe runs a few tokens three ways: as stock does, once with every fact of every attention call written down, and
+once as the engine will (two prompts in one row, in two chunks, K/V kept outside the model). It refuses with a reason
+whatever it can't vouch for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paged_core.errors import UnsupportedModel
+from paged_core.execution.model import LayerSpec
+from paged_hf.attention import PAGED, PROBE, PROBE_WITH_MASKS, Step
+from paged_hf.dense import DenseAttend
+from paged_hf.shadow import Shadow
+
+Call = Callable[..., Tensor]
+"""``call(token_ids [T], positions [T], step | None) -> logits [T, vocab]``: one forward pass of the twin."""
+
+_LENGTHS = (13, 21)  # of the two prompts: longer than the windows of models made for tests
+_SPLITS = (6, 12)  # where their second chunk begins
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02}  # mean error / deviation of the logits
+_COARSE = 0.06  # the same for bfloat16 and anything smaller
+_KNOWN = frozenset(
+    "dropout scaling sliding_window softcap s_aux is_causal position_ids use_cache output_attentions "
+    "output_hidden_states return_dict cache_position".split()
+)
+_FAR = 3 * 5 * 7 << 20  # a position beyond every window, at the start of a chunk whatever its usual sizes
+
+
+@dataclass(frozen=True)
+class Findings:
+    layers: tuple[LayerSpec, ...]
+    vocab_size: int
+    dtype: torch.dtype  # of K/V
+
+
+def probe(shadow: Shadow, call: Call, vocab_size: int, device: torch.device) -> Findings:
+    """Look at the model behind ``call``, and leave it switched to paged attention.
+
+    Raises:
+        UnsupportedModel: with the reason.
+    """
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(vocab_size, (n,), generator=generator).to(device) for n in _LENGTHS]
+    shadow.use_attention(None)
+    expected = [call(ids, _positions(ids), None) for ids in prompts]
+    recorder = _record(shadow, call, prompts[1])
+    layers = tuple(recorder.layers)
+    shadow.use_attention(PAGED)
+    alone = _in_chunks(call, layers, prompts[1:], [prompts[1].numel()])
+    _compare(alone[0], expected[1], "with attention taken over, its logits are not those of its own forward")
+    together = _in_chunks(call, layers, prompts, _SPLITS)
+    for got, want in zip(together, expected, strict=True):
+        _compare(got, want, "requests in one batch, or a prompt's chunks, change each other's logits: it keeps "
+                            "state outside attention")  # fmt: skip
+    return Findings(layers, expected[0].shape[-1], recorder.dtype)
+
+
+def _record(shadow: Shadow, call: Call, ids: Tensor) -> _Recorder:
+    """Every attention call of one forward pass."""
+    for implementation in (PROBE_WITH_MASKS, PROBE):  # some models compute with the mask and can't take a marked one
+        recorder = _Recorder(ids.numel())
+        shadow.use_attention(implementation)
+        try:
+            call(ids, _positions(ids), recorder)
+        except UnsupportedModel:
+            raise
+        except Exception as error:
+            if implementation == PROBE:
+                raise UnsupportedModel(f"it can't run without an attention mask of its own: {error}") from error
+            continue
+        break
+    if not recorder.layers:
+        raise UnsupportedModel("its attention doesn't go through transformers' attention interface")
+    return recorder
+
+
+class _Recorder(Step):
+    """A Step that writes down what each attention call brings, and refuses what the engine can't honour."""
+
+    __slots__ = ("dtype", "layers", "num_tokens")
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+        self.layers: list[LayerSpec] = []
+        self.dtype = torch.float32
+        super().__init__(self._attend)
+
+    def record(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, facts: dict[str, Any]
+    ) -> None:
+        where = f"attention call {len(self.layers)} ({type(module).__name__})"
+        unknown = [name for name, value in facts.items() if name not in _KNOWN and value not in (None, False)]
+        if unknown:
+            raise UnsupportedModel(f"{where} needs {', '.join(unknown)}, which paged attention doesn't know")
+        if facts.get("is_causal", getattr(module, "is_causal", True)) is False:
+            raise UnsupportedModel(f"{where} isn't causal")
+        if not (q.ndim == k.ndim == v.ndim == 4 and q.shape[2] == k.shape[2] == v.shape[2] == self.num_tokens):
+            raise UnsupportedModel(
+                f"{where} has queries {list(q.shape)}, keys {list(k.shape)}, values {list(v.shape)} "
+                f"for {self.num_tokens} tokens"
+            )
+        window = facts.get("sliding_window")
+        _check_rule(where, getattr(mask, "rule", None), window)
+        scale = facts.get("scaling")
+        self.dtype = k.dtype
+        self.layers.append(
+            LayerSpec(
+                num_heads=q.shape[1],
+                num_kv_heads=k.shape[1],
+                head_dim=q.shape[3],
+                value_head_dim=v.shape[3],
+                scale=q.shape[3] ** -0.5 if scale is None else float(scale),
+                device=q.device,
+                sliding_window=None if window is None else int(window),
+                softcap=facts.get("softcap"),
+                has_sinks=facts.get("s_aux") is not None,
+            )
+        )
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        return DenseAttend(self.layers).run([self.num_tokens], layer, q, k, v, sinks)
+
+
+def _check_rule(where: str, rule: Any, window: int | None) -> None:
+    """Whether the mask that stock would have used says the same as causality and the window."""
+    if rule is None:
+        return
+    distances = [-1, 0, 1, 2, 3, 5, 8, 16, 100, 127, 128, 1023, 4096, 8191, 8192, 32768, 10**6]
+    distances += [] if window is None else [window - 1, window, window + 1]
+    keys = torch.tensor([_FAR - distance for distance in distances])
+    zero = torch.zeros((), dtype=torch.int64)
+    try:
+        seen = rule(zero, zero, torch.full_like(keys, _FAR), keys)
+    except Exception:  # a rule made for this very batch; the comparison of logits must do
+        return
+    for distance, visible in zip(distances, torch.as_tensor(seen).expand(len(distances)).tolist(), strict=True):
+        if visible != (0 <= distance and (window is None or distance < window)):
+            raise UnsupportedModel(
+                f"{where} {'sees' if visible else 'hides'} keys {distance} tokens back by a rule of its mask "
+                f"(chunked or bidirectional attention?) that isn't its sliding window ({window})"
+            )
+
+
+def _in_chunks(call: Call, layers: Sequence[LayerSpec], prompts: Sequence[Tensor], splits: Sequence[int]) -> list[Tensor]:
+    """Logits [T, vocab] of each prompt, all of them packed in one row, in two steps."""
+    attend = DenseAttend(layers)
+    logits: list[list[Tensor]] = [[] for _ in prompts]
+    for first in (True, False):
+        parts = [slice(0, at) if first else slice(at, None) for at in splits]
+        lengths = [ids[part].numel() for ids, part in zip(prompts, parts, strict=True)]
+        if not sum(lengths):
+            continue
+        step = Step(attend.bind(lengths))
+        ids = torch.cat([ids[part] for ids, part in zip(prompts, parts, strict=True)])
+        positions = torch.cat([_positions(ids)[part] for ids, part in zip(prompts, parts, strict=True)])
+        rows = call(ids, positions, step)
+        if step.layer != len(layers):
+            raise UnsupportedModel(f"it calls attention {len(layers)} times in one forward pass, {step.layer} in another")
+        for own, got in zip(logits, rows.split(lengths), strict=True):
+            own.append(got)
+    return [torch.cat(own) for own in logits]
+
+
+def _compare(got: Tensor, want: Tensor, complaint: str) -> None:
+    got, want = got.float(), want.float()
+    deviation = want.std().clamp_min(1e-9)
+    error = ((got - want).abs().mean() / deviation).item()
+    limit = _TOLERANCE.get(want.dtype, _COARSE)
+    if not error <= limit:
+        raise UnsupportedModel(f"{complaint} (mean difference {error:.2g} of their deviation, allowed {limit:g})")
+
+
+def _positions(ids: Tensor) -> Tensor:
+    return torch.arange(ids.numel(), device=ids.device)
