@@ -1,0 +1,98 @@
+"""What users get: finished generations and pieces of running ones. Data only; the names are those vLLM's users know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from paged_core.scheduling.request import Logprob
+
+TokenLogprobs = Mapping[int, Logprob]
+"""At one position: token id -> its Logprob; the chosen token comes first."""
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One of the ``n`` sequences generated for a prompt."""
+
+    index: int
+    text: str
+    token_ids: Sequence[int]  # all that were sampled, the stop token or those of the stop string included
+    logprobs: Sequence[TokenLogprobs] | None = None  # one a token, if asked for
+    cumulative_logprob: float | None = None  # sum over token_ids, if logprobs were asked for
+    finish_reason: str | None = None  # "stop", "length", "abort", "error"; None while it runs
+    stop_reason: str | int | None = None  # the stop string or the stop token id that ended it; None for EOS
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """When what happened: ``time.perf_counter()`` seconds."""
+
+    arrival: float
+    first_token: float | None = None
+    finish: float | None = None
+    num_cached_tokens: int = 0  # prompt tokens whose K/V were found in the prefix cache
+
+    @property
+    def time_to_first_token_s(self) -> float | None:
+        return None if self.first_token is None else self.first_token - self.arrival
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    """All that came of one prompt."""
+
+    request_id: str
+    prompt: str | None  # None when the prompt was given as token ids
+    prompt_token_ids: Sequence[int]
+    outputs: Sequence[CompletionOutput]  # n of them, by index
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None  # [len(prompt_token_ids)], first None
+    finished: bool = True
+    error: str | None = None  # why an output's finish_reason is "error"
+    metrics: RequestMetrics | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamDelta:
+    """What was added to one of the sequences since its last delta; several steps' news may come as one."""
+
+    request_id: str
+    index: int
+    text: str  # joined over all deltas: CompletionOutput.text
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprobs] | None = None
+    finish_reason: str | None = None  # set on the last delta of this index
+    stop_reason: str | int | None = None
+    error: str | None = None
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = field(default=None, repr=False)  # with the first
+
+
+def join_deltas(deltas: Sequence[StreamDelta]) -> StreamDelta:
+    """Successive deltas of one index as one."""
+    first, last = deltas[0], deltas[-1]
+    if first is last:
+        return first
+    logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
+    return StreamDelta(
+        request_id=first.request_id,
+        index=first.index,
+        text="".join([delta.text for delta in deltas]),
+        token_ids=[token for delta in deltas for token in delta.token_ids],
+        logprobs=logprobs or last.logprobs,
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        error=last.error,
+        prompt_logprobs=first.prompt_logprobs,
+    )
+
+
+def refused(request_id: str, prompt: object, num_outputs: int, error: str, arrival: float) -> GenerationOutput:
+    """The output of a prompt that never became a request."""
+    return GenerationOutput(
+        request_id,
+        prompt if isinstance(prompt, str) else None,
+        (),
+        [CompletionOutput(index, "", (), finish_reason="error") for index in range(num_outputs)],
+        error=error,
+        metrics=RequestMetrics(arrival, finish=arrival),
+    )
