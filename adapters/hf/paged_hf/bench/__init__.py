@@ -1,0 +1,1 @@
+"""The A/B: the same requests through stock Hugging Face and through paged memory, side by side."""

@@ -1,0 +1,58 @@
+"""English to make prompts of: an opening names a task and a topic, elaborations add to it. Knows nothing of tokens."""
+
+OPENINGS = (
+    "Explain to a curious ten-year-old how {topic} works.",
+    "Write a short story in which {topic} changes the life of a small town.",
+    "Summarise what most people get wrong about {topic}.",
+    "List the first five things a beginner should learn about {topic}.",
+    "Draft a friendly letter to the editor in favour of {topic}.",
+    "Compare {topic} today with what it was a hundred years ago.",
+    "Describe a day in the life of somebody whose work is {topic}.",
+    "Give three arguments for and three against spending public money on {topic}.",
+    "Imagine an interview with an expert on {topic}.",
+    "Plan a weekend course that introduces {topic} to families.",
+    "What would a visitor from the year 1700 ask about {topic}?",
+    "Write the opening paragraph of an encyclopedia entry on {topic}.",
+)
+
+TOPICS = (
+    "bread baking",
+    "a lighthouse",
+    "the migration of birds",
+    "a railway timetable",
+    "beekeeping",
+    "the printing press",
+    "tide prediction",
+    "a city library",
+    "weather forecasting",
+    "the repair of old clocks",
+    "mountain rescue",
+    "a school garden",
+    "the making of glass",
+    "sign language",
+    "a harbour crane",
+    "chess",
+    "cheese making",
+    "a night market",
+    "map drawing",
+    "the restoration of paintings",
+    "long-distance cycling",
+    "a village choir",
+    "the recycling of paper",
+    "astronomy with binoculars",
+)
+
+ELABORATIONS = (
+    "Use plain words and one example from everyday life.",
+    "Mention at least two things that surprised you when you first heard of them.",
+    "The reader has ten minutes and no background in the subject.",
+    "Say clearly where the difficulty lies, and how people have dealt with it over the years.",
+    "Close with a question that makes the reader want to go and see {topic} for themselves.",
+    "Avoid numbers unless they help, and explain each one that you use.",
+    "Somebody who disagrees will read this too, so be fair to the other side.",
+    "Begin with a scene: a cold morning, two people talking, a kettle on the stove.",
+    "If there is a common mistake, show what happens when it is made and how to put it right.",
+    "Keep the sentences short, but let the ideas follow from one another.",
+    "Think of the cost, of the time it takes, and of the people who do the work.",
+    "Remember that {topic} looks different to a child, to a shopkeeper and to an engineer.",
+)
