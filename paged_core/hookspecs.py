@@ -5,7 +5,6 @@ fewer parameters than are listed. Where "first answer wins", return None to pass
 while an Engine is built (or a request is admitted): never per layer, never per token.
 """
 
-# ruff: noqa: B027
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any

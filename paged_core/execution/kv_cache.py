@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -34,10 +38,35 @@ def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int
 
 
 def allocate(spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVCache:
-    """Zeroed tensors for ``num_blocks`` usable blocks, each on its layer's device."""
+    """Tensors for ``num_blocks`` usable blocks, each on its layer's device.
+
+    Uninitialised: no slot is read before it was written, and on a CPU pages that are never used cost nothing.
+    """
     keys, values = [], []
     for layer in spec.layers:
         shape = (num_blocks + 1, layer.num_kv_heads, block_size)
-        keys.append(torch.zeros(*shape, layer.head_dim, dtype=dtype, device=layer.device))
-        values.append(torch.zeros(*shape, layer.value_head_dim, dtype=dtype, device=layer.device))
+        keys.append(_empty((*shape, layer.head_dim), dtype, layer.device))
+        values.append(_empty((*shape, layer.value_head_dim), dtype, layer.device))
     return KVCache(tuple(keys), tuple(values), block_size)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device right now, before anything is given back."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        return 8 << 30
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or num_bytes < 2 << 20:
+        return torch.empty(shape, dtype=dtype, device=device)
+    # Touching a fresh 4 KiB page costs microseconds, which a growing cache pays all the time; huge pages cost a fifth.
+    memory = mmap.mmap(-1, num_bytes)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

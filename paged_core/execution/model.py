@@ -115,5 +115,5 @@ class TokenSelector(Protocol):
         ...
 
     def prompt_logprobs(self, logits: Tensor, next_ids: Sequence[int], num: int) -> Iterable[dict[int, Any]]:
-        """``logits [N, vocab]`` at N prompt positions, the token that follows each -> its Logprob and the ``num`` likeliest."""
+        """``logits [N, vocab]`` at N prompt positions -> Logprobs of the next token and the ``num`` best."""
         ...

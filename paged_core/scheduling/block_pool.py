@@ -45,6 +45,7 @@ class BlockPool:
         self.block_size = block_size
         self._key = secrets.token_bytes(32)  # digests can't be forged by choosing prompts
         self._references = [0] * (num_blocks + 1)
+        self.num_shared = 0  # references beyond each block's first: blocks that sharing has saved
         self._free = list(range(num_blocks, 0, -1))  # a stack: low ids first, so that neighbours stay near
         self._cached: OrderedDict[int, None] = OrderedDict()  # eviction order, next victim first
         self._published: dict[int, _Published] = {}
@@ -91,6 +92,8 @@ class BlockPool:
                 continue
             if self._references[block] == 0:
                 del self._cached[block]
+            else:
+                self.num_shared += 1
             self._references[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
@@ -101,11 +104,12 @@ class BlockPool:
             count = self._references[block] - 1
             assert count >= 0, f"block {block} released more often than taken"
             self._references[block] = count
-            if count == 0:
-                if block in self._published:
-                    self._cached[block] = None
-                else:
-                    self._free.append(block)
+            if count > 0:
+                self.num_shared -= 1
+            elif block in self._published:
+                self._cached[block] = None
+            else:
+                self._free.append(block)
 
     def is_shared(self, block: int) -> bool:
         return self._references[block] > 1
@@ -176,3 +180,4 @@ class BlockPool:
                 for block in table:
                     counts[block] += block != NULL_BLOCK
             assert counts == self._references, "reference counts differ from what the tables hold"
+            assert self.num_shared == sum(max(0, count - 1) for count in counts), "num_shared is off"

@@ -1,0 +1,106 @@
+"""Paged KV memory and continuous batching: the names that adapters and plugins may import."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from paged_core.config import EngineConfig
+from paged_core.errors import (
+    ConfigError,
+    EngineDeadError,
+    InvalidRequestError,
+    PagedCoreError,
+    PluginError,
+    RequestError,
+    UnsupportedModel,
+)
+from paged_core.hookspecs import hookimpl
+from paged_core.scheduling.request import (
+    FinishReason,
+    Logprob,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    Selection,
+)
+from paged_core.stats import StepStats
+
+if TYPE_CHECKING:
+    from paged_core.async_engine import AsyncEngine, Stream
+    from paged_core.engine import Engine
+    from paged_core.execution.model import (
+        Attend,
+        AttentionBackend,
+        LayerSpec,
+        ModelSpec,
+        ModuleForward,
+        PagedModel,
+        TokenSelector,
+    )
+    from paged_core.llm import LLM
+    from paged_core.outputs import CompletionOutput, GenerationOutput, StreamDelta
+
+__version__ = "0.1.0"
+
+# Names that need torch are imported when first used, so that `import paged_core` is quick.
+_LAZY = {
+    "AsyncEngine": "async_engine",
+    "Attend": "execution.model",
+    "AttentionBackend": "execution.model",
+    "CompletionOutput": "outputs",
+    "Engine": "engine",
+    "GenerationOutput": "outputs",
+    "LLM": "llm",
+    "LayerSpec": "execution.model",
+    "ModelSpec": "execution.model",
+    "ModuleForward": "execution.model",
+    "PagedModel": "execution.model",
+    "Stream": "async_engine",
+    "StreamDelta": "outputs",
+    "TokenSelector": "execution.model",
+}
+
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "Attend",
+    "AttentionBackend",
+    "CompletionOutput",
+    "ConfigError",
+    "Engine",
+    "EngineConfig",
+    "EngineDeadError",
+    "FinishReason",
+    "GenerationOutput",
+    "InvalidRequestError",
+    "LayerSpec",
+    "Logprob",
+    "ModelSpec",
+    "ModuleForward",
+    "PagedCoreError",
+    "PagedModel",
+    "PluginError",
+    "Request",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "Selection",
+    "StepStats",
+    "Stream",
+    "StreamDelta",
+    "TokenSelector",
+    "UnsupportedModel",
+    "__version__",
+    "hookimpl",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'paged_core' has no attribute {name!r}")
+    value = getattr(import_module(f"paged_core.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

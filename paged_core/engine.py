@@ -1,0 +1,456 @@
+"""Engine: builds the parts through hooks, then turns the wheel. Token ids in, token ids out; it knows nothing of text.
+
+Single-threaded: one owner calls add_request, abort, stop and step. AsyncEngine is such an owner, for many threads.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paged_core.config import EngineConfig
+from paged_core.errors import ConfigError, EngineDeadError, PluginError, UnsupportedModel
+from paged_core.execution import kv_cache
+from paged_core.execution.batch import Batch, BatchBuilder
+from paged_core.execution.kv_cache import KVCache
+from paged_core.execution.model import AcceleratedModel, AttentionBackend, ModelSpec, PagedModel, TokenSelector
+from paged_core.execution.model_runner import ModelRunner
+from paged_core.plugins import describe, load_plugins
+from paged_core.scheduling.block_pool import BlockPool
+from paged_core.scheduling.request import (
+    FinishReason,
+    Group,
+    InvalidRequestError,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    Selection,
+)
+from paged_core.scheduling.scheduler import Limits, Schedule, Scheduler
+from paged_core.stats import StepStats
+
+Progress = Callable[[str, int, int], None]
+"""``progress(what, done, total)``, called while an engine is being built."""
+
+
+class Engine:
+    """One model on one paged K/V cache.
+
+    Args:
+        model: a PagedModel, or whatever a ``load_model`` hook takes: a path, a hub id, a transformers model.
+        config: sizes and choices.
+        plugins: more plugin modules or objects; they are asked before installed and built-in ones.
+        device, dtype: passed to ``load_model``.
+        progress: told of long work (loading, compiling kernels) while the engine is built.
+
+    Raises:
+        PluginError: nobody answered a hook that must be answered.
+        UnsupportedModel: the model can't run on paged memory.
+        ConfigError: the sizes can't work together.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: EngineConfig | None = None,
+        *,
+        plugins: Iterable[Any] = (),
+        device: str | None = None,
+        dtype: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._manager = load_plugins(plugins)
+        self._model = self._load_model(model, device, dtype)
+        self.spec = self._model.spec
+        self.config = _resolve(config or EngineConfig(), self.spec)
+        self._tokenizer_source = model
+        self._sampler = self._ask_sampler()
+        self._backend = self._ask_backend(progress)
+        self._accelerate()
+        self._pool, self._scheduler = self._build_scheduler()
+        self._runner = ModelRunner(self._model, self._backend, self._allocate())
+        self._builder = BatchBuilder(self.config.block_size, self.spec.device)
+        self._seeds = random.Random(self.config.seed)
+        self._requests: dict[str, list[Request]] = {}  # by id: the rows that have not ended
+        self._prompt_logprobs: dict[Request, list[Any]] = {}
+        self._untold: list[RequestOutput] = []  # final outputs of requests that ended between two steps
+        self._dead: str | None = None
+        self._observed = {
+            name: bool(getattr(self._manager.hook, name).get_hookimpls())
+            for name in ("create_logits_processor", "on_request_added", "on_step_finished", "on_request_finished")
+        }
+        self.last_stats: StepStats | None = None
+
+    # ---- requests ------------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._untold) or self._scheduler.has_work
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """What the ``load_tokenizer`` hook gives for this model; None if nobody has one. A new one at each call."""
+        return self._manager.hook.load_tokenizer(source=self._tokenizer_source)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        selector: TokenSelector | None = None,
+    ) -> list[Request]:
+        """Queue ``params.n`` samples of one prompt.
+
+        Raises:
+            InvalidRequestError: the prompt is empty, holds ids outside the vocabulary, or can never fit; or the id is
+                in use. Nothing was queued.
+        """
+        params = params or SamplingParams()
+        return self._add(request_id, [prompt_token_ids] * params.n, params, selector, lockstep=False)
+
+    def add_group(
+        self, request_id: str, prompts: Sequence[Sequence[int]], params: SamplingParams, *, selector: TokenSelector
+    ) -> list[Request]:
+        """Queue rows that advance in lockstep: each step of ``selector`` sees all of them, in order, or none.
+
+        Raises:
+            InvalidRequestError: as for add_request; the group counts as one.
+        """
+        return self._add(request_id, prompts, params, selector, lockstep=True)
+
+    def abort(self, request_id: str) -> None:
+        """Cancel a request. Each of its unfinished rows gets its final output from the next step. Unknown ids are
+        ignored: the request may have ended a moment ago."""
+        self._untold += self._finish(self._requests.get(request_id, ()), FinishReason.ABORT)
+
+    def stop(self, request: Request) -> RequestOutput | None:
+        """End a row whose text has reached a stop string. Returns its final output; None if it had ended already."""
+        outputs = self._finish((request,), FinishReason.STOP)
+        return outputs[0] if outputs else None
+
+    def close(self) -> None:
+        """Abort what is left; take no more requests."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
+        self._dead = "it was closed"
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one batch. Returns what is new of each request it sampled, and the ends not told before."""
+        began = time.perf_counter()
+        schedule = self._scheduler.schedule()
+        if not schedule.chunks:
+            return self._tell([])
+        schedule, batch, logits = self._run(schedule)
+        selection = self._select(logits, batch)
+        outputs = self._scheduler.update(schedule, selection)
+        self._report(schedule, len(batch.sample_requests), time.perf_counter() - began)
+        return self._tell(outputs)
+
+    def _run(self, schedule: Schedule) -> tuple[Schedule, Batch, Tensor]:
+        self._runner.move_blocks(schedule.moves)
+        batch = self._builder.build(schedule)
+        try:
+            return schedule, batch, self._runner.run(batch)
+        except Exception as error:
+            return self._run_without_culprits(schedule, error)
+
+    def _run_without_culprits(self, schedule: Schedule, error: Exception) -> tuple[Schedule, Batch, Tensor]:
+        """The model raised: run each chunk alone, and end only the requests whose own chunk raises."""
+        sound = []
+        for chunk in schedule.chunks:
+            if chunk.request.finished:
+                continue
+            try:
+                self._runner.run(self._builder.build(Schedule([chunk], (), ())))
+                sound.append(chunk)
+            except Exception as own_error:
+                message = f"the model failed on this request: {own_error!r}"
+                self._untold += self._finish(chunk.request.group.members, FinishReason.ERROR, message)
+        remaining = Schedule([chunk for chunk in sound if not chunk.request.finished], (), schedule.preempted)
+        if not remaining.chunks:
+            return remaining, _empty_batch(self.spec), torch.empty(0, self.spec.vocab_size)
+        batch = self._builder.build(remaining)
+        try:
+            return remaining, batch, self._runner.run(batch)
+        except Exception:  # sound alone, failing together: nobody's fault that we could tell
+            self._dead = f"the model fails on batches: {error!r}"
+            raise EngineDeadError(self._dead) from error
+
+    def _select(self, logits: Tensor, batch: Batch) -> Selection:
+        requests = batch.sample_requests
+        self._take_prompt_logprobs(logits[len(requests) :], batch)
+        logits = logits[: len(requests)]
+        if all(request.selector is None for request in requests):
+            return self._sampler.select(logits, requests)
+        return _select_by_selector(logits, requests, self._sampler)
+
+    def _take_prompt_logprobs(self, logits: Tensor, batch: Batch) -> None:
+        row = 0
+        for request, start, num in batch.prompt_rows:
+            known = self._prompt_logprobs.setdefault(request, [None])
+            next_ids = request.tokens[start + 1 : start + 1 + num]
+            wanted = request.params.prompt_logprobs or 0
+            known[start + 1 :] = self._sampler.prompt_logprobs(logits[row : row + num], next_ids, wanted)
+            row += num
+
+    def _tell(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
+        """Outputs on their way out: add what was kept for them, forget the requests that have ended."""
+        if self._prompt_logprobs:
+            outputs = [
+                output._replace(prompt_logprobs=self._prompt_logprobs.pop(output.request))
+                if output.request in self._prompt_logprobs
+                else output
+                for output in outputs
+            ]
+        self._forget(output for output in outputs if output.finish_reason is not None)
+        outputs, self._untold = self._untold + outputs, []
+        return outputs
+
+    def _finish(
+        self, requests: Iterable[Request], reason: FinishReason, error: str | None = None
+    ) -> list[RequestOutput]:
+        outputs = self._scheduler.finish(list(requests), reason, error)
+        self._forget(outputs)
+        return outputs
+
+    def _forget(self, final: Iterable[RequestOutput]) -> None:
+        for output in final:
+            request = output.request
+            self._prompt_logprobs.pop(request, None)
+            rows = self._requests[request.id]
+            rows.remove(request)
+            if not rows:
+                del self._requests[request.id]
+            if self._observed["on_request_finished"]:
+                self._manager.hook.on_request_finished(output=output)
+
+    def _report(self, schedule: Schedule, num_sampled: int, duration_s: float) -> None:
+        pool, scheduler, size = self._pool, self._scheduler, self.config.block_size
+        self.last_stats = StepStats(
+            duration_s=duration_s,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_tokens=sum(chunk.num_tokens for chunk in schedule.chunks),
+            num_sampled=num_sampled,
+            num_preempted=len(schedule.preempted),
+            num_blocks=pool.num_blocks,
+            num_blocks_used=pool.num_used,
+            num_blocks_cached=pool.num_cached,
+            num_blocks_shared=pool.num_shared,
+            num_slots_wasted=sum(len(r.block_table) * size - r.num_computed for r in scheduler.running),
+            block_size=size,
+            total_preemptions=scheduler.num_preemptions,
+            total_prefix_queries=scheduler.num_prefix_queries,
+            total_prefix_hits=scheduler.num_prefix_hits,
+        )
+        if self._observed["on_step_finished"]:
+            self._manager.hook.on_step_finished(stats=self.last_stats)
+
+    # ---- taking requests in --------------------------------------------------------------------------------------
+
+    def _add(
+        self,
+        request_id: str,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        selector: TokenSelector | None,
+        lockstep: bool,
+    ) -> list[Request]:
+        if self._dead is not None:
+            raise EngineDeadError(f"the engine takes no more requests: {self._dead}")
+        if request_id in self._requests:
+            raise InvalidRequestError(f"request id {request_id!r} is in use; choose another")
+        for prompt in prompts if lockstep else prompts[:1]:
+            _check_prompt(prompt, self.spec.vocab_size)
+        _check_token_ids(params, self.spec.vocab_size)
+        if not self.has_work:
+            self._refresh()
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
+        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else set(self.spec.eos_token_ids))
+        group = Group(lockstep)
+        for index, prompt in enumerate(prompts):
+            Request(
+                request_id,
+                prompt,
+                params,
+                index=index,
+                group=group,
+                seed=seed,
+                stop_token_ids=stops,
+                selector=selector,
+            )
+        if self._observed["create_logits_processor"]:
+            for request in group.members:
+                self._add_processors(request)
+        self._scheduler.add(group.members)
+        self._requests[request_id] = list(group.members)
+        if self._observed["on_request_added"]:
+            for request in group.members:
+                self._manager.hook.on_request_added(request=request)
+        return list(group.members)
+
+    def _add_processors(self, request: Request) -> None:
+        answers = [p for p in self._manager.hook.create_logits_processor(request=request) if p is not None]
+        if answers:
+            processors = (*request.params.logits_processors, *answers)
+            request.params = replace(request.params, logits_processors=processors)
+
+    def _refresh(self) -> None:
+        """The user may have changed the model while nothing ran: cached K/V would be another model's."""
+        if isinstance(self._model, AcceleratedModel) and self._model.refresh():
+            self._pool.forget_all()
+
+    # ---- building ------------------------------------------------------------------------------------------------
+
+    def _load_model(self, model: Any, device: str | None, dtype: str | None) -> PagedModel:
+        if isinstance(model, PagedModel):
+            return model
+        loaded = self._manager.hook.load_model(source=model, device=device, dtype=dtype)
+        if loaded is None:
+            raise PluginError(
+                f"no plugin can load {_short(model)}; loaded plugins: {describe(self._manager)}. "
+                "For Hugging Face models: pip install 'paged-core[hf]'"
+            )
+        return loaded  # type: ignore[no-any-return]
+
+    def _ask_sampler(self) -> TokenSelector:
+        sampler = self._manager.hook.create_sampler(spec=self.spec, config=self.config)
+        if sampler is None:
+            raise PluginError(f"no plugin brings a sampler; loaded plugins: {describe(self._manager)}")
+        return sampler  # type: ignore[no-any-return]
+
+    def _ask_backend(self, progress: Progress | None) -> AttentionBackend:
+        name = self.config.attention_backend
+        backend = self._manager.hook.create_attention_backend(name=name, spec=self.spec, config=self.config)
+        if backend is None:
+            raise UnsupportedModel(
+                f"no attention backend called {name!r} can run this model; loaded plugins: {describe(self._manager)}"
+            )
+        if hasattr(backend, "warm_up"):
+            backend.warm_up(progress or _silent)
+        return backend  # type: ignore[no-any-return]
+
+    def _accelerate(self) -> None:
+        if self.config.fast_forwards and isinstance(self._model, AcceleratedModel):
+            ask, device = self._manager.hook.create_module_forward, self.spec.device
+            self._model.accelerate(lambda module: ask(module=module, device=device))
+
+    def _build_scheduler(self) -> tuple[BlockPool, Scheduler]:
+        config, name = self.config, self.config.scheduling_policy
+        policy = self._manager.hook.create_scheduling_policy(name=name, config=config)
+        if policy is None:
+            raise PluginError(f"no scheduling policy is called {name!r}; loaded plugins: {describe(self._manager)}")
+        assert config.num_blocks and config.max_num_batched_tokens and config.max_model_len, "see _resolve"
+        windows = [layer.sliding_window for layer in self.spec.layers]
+        limits = Limits(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            watermark_blocks=int(config.watermark * config.num_blocks),
+            max_prompt_logprob_rows=config.max_prompt_logprob_rows,
+            sliding_window=None if None in windows else max(w for w in windows if w is not None),
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        pool = BlockPool(config.num_blocks, config.block_size)
+        return pool, Scheduler(pool, policy, limits)
+
+    def _allocate(self) -> KVCache:
+        config = self.config
+        assert config.num_blocks is not None, "see _resolve"
+        cache = self._manager.hook.create_kv_cache(spec=self.spec, num_blocks=config.num_blocks, config=config)
+        if cache is not None:
+            return cache  # type: ignore[no-any-return]
+        return kv_cache.allocate(self.spec, config.num_blocks, config.block_size, _cache_dtype(config, self.spec))
+
+
+def _resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
+    """Fill in the sizes that were left to us."""
+    max_model_len = min(config.max_model_len or spec.max_model_len, spec.max_model_len)
+    budget = config.max_num_batched_tokens or max(512 if spec.device.type == "cpu" else 8192, config.max_num_seqs)
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        per_block = kv_cache.bytes_per_block(spec, config.block_size, _cache_dtype(config, spec))
+        num_bytes = config.kv_cache_bytes or min(4 << 30, kv_cache.free_memory(spec.device) // 4)
+        most = config.max_num_seqs * -(-max_model_len // config.block_size)  # more could never be used
+        num_blocks = min(num_bytes // per_block, most)
+        if num_blocks < 1:
+            raise ConfigError(
+                f"kv_cache_bytes ({num_bytes}) holds no block: {config.block_size} tokens take {per_block} bytes"
+            )
+    return replace(config, num_blocks=num_blocks, max_num_batched_tokens=budget, max_model_len=max_model_len)
+
+
+def _cache_dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
+    return getattr(torch, config.kv_cache_dtype) if config.kv_cache_dtype else spec.dtype
+
+
+def _check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
+    if not len(prompt):
+        raise InvalidRequestError("the prompt is empty; give at least one token (for example the model's bos token)")
+    for token in prompt:
+        if not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise InvalidRequestError(f"the prompt holds token id {token!r}; ids go from 0 to {vocab_size - 1}")
+
+
+def _check_token_ids(params: SamplingParams, vocab_size: int) -> None:
+    named: dict[str, Iterable[int]] = {
+        "logit_bias": params.logit_bias or (),
+        "allowed_token_ids": params.allowed_token_ids or (),
+        "stop_token_ids": params.stop_token_ids,
+        "bad_words_token_ids": [token for word in params.bad_words_token_ids for token in word],
+    }
+    for name, tokens in named.items():
+        for token in tokens:
+            if not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise InvalidRequestError(f"{name} holds token id {token!r}; ids go from 0 to {vocab_size - 1}")
+
+
+def _select_by_selector(logits: Tensor, requests: Sequence[Request], sampler: TokenSelector) -> Selection:
+    """Each selector gets its own rows; a selector that raises ends its own rows only."""
+    rows_of: dict[int, list[int]] = {}
+    for row, request in enumerate(requests):
+        rows_of.setdefault(id(request.selector or sampler), []).append(row)
+    token_ids = [0] * len(requests)
+    logprobs: list[Any] = [None] * len(requests)
+    parents = list(range(len(requests)))
+    errors: dict[int, str] = {}
+    finished: dict[int, FinishReason] = {}
+    for rows in rows_of.values():
+        selector = requests[rows[0]].selector or sampler
+        try:
+            part = selector.select(logits[rows], [requests[row] for row in rows])
+        except Exception as error:
+            errors.update((row, f"choosing the next token failed: {error!r}") for row in rows)
+            continue
+        for i, row in enumerate(rows):
+            token_ids[row] = part.token_ids[i]
+            logprobs[row] = part.logprobs[i] if part.logprobs is not None else None
+            parents[row] = rows[part.parents[i]] if part.parents is not None else row
+        errors.update((rows[i], message) for i, message in (part.errors or {}).items())
+        finished.update((rows[i], reason) for i, reason in (part.finished or {}).items())
+    return Selection(token_ids, logprobs, errors, parents, finished)
+
+
+def _empty_batch(spec: ModelSpec) -> Batch:
+    from paged_core.execution.batch import AttentionMetadata
+
+    none = torch.empty(0, dtype=torch.int64, device=spec.device)
+    metadata = AttentionMetadata(none.int(), none.int(), none.int().view(0, 0), none, 0, 0)
+    return Batch(none, none, metadata, none, (), ())
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Nobody wants to know."""
+
+
+def _short(model: Any) -> str:
+    return repr(model) if isinstance(model, str) else f"an object of type {type(model).__name__}"
