@@ -1,0 +1,248 @@
+"""What requests change in their logits before a token is chosen: masks, bias, penalties, their own processors.
+
+Knows one request's parameters and history, compiled once into index tensors (RowEdits), and applies many rows' edits
+at once by scattering at (row, token): the cost grows with the tokens named, not with the vocabulary. Knows nothing of
+temperature or drawing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paged_core.scheduling.request import Request
+
+Work = Sequence[tuple[int, Request, "RowEdits"]]  # (row of scores, its request, its edits)
+_NINF = float("-inf")
+_TAIL = 8  # last tokens remembered, to notice that a history was replaced
+
+
+class RowEdits:
+    """One request's parameters as index tensors, and its token counts.
+
+    Raises:
+        ValueError: a token id that the caller named is outside the vocabulary.
+    """
+
+    def __init__(self, request: Request, vocab_size: int) -> None:
+        params = request.params
+        self.allowed = _ids("allowed_token_ids", params.allowed_token_ids, vocab_size)
+        bias = params.logit_bias or {}
+        self.bias_ids = _ids("logit_bias", bias or None, vocab_size)
+        self.bias = torch.tensor([float(value) for value in bias.values()], dtype=torch.float32)
+        # Ids past the vocabulary can't be chosen anyway: tokenizers know stop tokens that a model does not.
+        self.stops = [id for id in sorted(request.stop_token_ids) if 0 <= id < vocab_size]
+        self.bad_words = _by_last_but_one(params.bad_words_token_ids, vocab_size)
+        self.repetition = float(params.repetition_penalty)
+        self.presence = float(params.presence_penalty)
+        self.frequency = float(params.frequency_penalty)
+        self.processors = tuple(params.logits_processors)
+        self.counts: TokenCounts | None = None
+        if self.repetition != 1 or self.presence or self.frequency:
+            self.counts = TokenCounts(with_prompt=self.repetition != 1)
+        self.any = bool(
+            self.allowed is not None
+            or self.bias_ids is not None
+            or (params.min_tokens and self.stops)
+            or self.bad_words
+            or self.counts is not None
+            or self.processors
+        )
+
+    def forbidden(self, request: Request) -> list[int]:
+        """Ids that may not come next: stop tokens before min_tokens, and the ends of bad words begun."""
+        ids: list[int] = []
+        if request.num_output < request.params.min_tokens:
+            ids += self.stops
+        if self.bad_words:
+            tokens = request.tokens
+            for start in {-1, tokens[-1] if tokens else -1}:
+                for before, last in self.bad_words.get(start, ()):
+                    if not before or tokens[-len(before) :] == before:
+                        ids.append(last)
+        return ids
+
+
+class TokenCounts:
+    """The distinct tokens of a history and how often each was put out, in tensors that grow with it."""
+
+    def __init__(self, with_prompt: bool) -> None:
+        self._with_prompt = with_prompt
+        self._seen: list[int] = []  # the very list: a request that is given another list is counted anew
+        self._num_seen = 0
+        self._tail: list[int] = []  # the last few of those
+        self._clear()
+
+    def update(self, request: Request) -> tuple[Tensor, Tensor]:
+        """Take in what the request gained -> ``ids int64 [N]`` and how often each is in its output, ``float32 [N]``.
+
+        A history that is not the one seen plus a suffix (another beam's) is counted anew.
+        """
+        tokens = request.tokens
+        seen = self._num_seen
+        if tokens is not self._seen or tokens[max(0, seen - len(self._tail)) : seen] != self._tail:
+            self._clear()
+            seen = 0
+        for position in range(seen, len(tokens)):
+            is_output = position >= request.num_prompt
+            if is_output or self._with_prompt:
+                self._add(tokens[position], int(is_output))
+        self._seen = tokens
+        self._num_seen = len(tokens)
+        self._tail = tokens[-_TAIL:]
+        size = len(self._slots)
+        return self._ids[:size], self._counts[:size]
+
+    def _add(self, token: int, count: int) -> None:
+        slot = self._slots.get(token)
+        if slot is None:
+            slot = self._slots[token] = len(self._slots)
+            if slot == len(self._ids):
+                self._reserve(2 * slot)
+            self._ids_view[slot] = token
+        self._counts_view[slot] += count
+
+    def _clear(self) -> None:
+        self._slots: dict[int, int] = {}  # token -> its place in the tensors
+        self._ids = torch.zeros(0, dtype=torch.int64)
+        self._counts = torch.zeros(0)
+        self._reserve(64)
+
+    def _reserve(self, capacity: int) -> None:
+        extra = capacity - len(self._ids)
+        self._ids = torch.cat([self._ids, torch.zeros(extra, dtype=torch.int64)])
+        self._counts = torch.cat([self._counts, torch.zeros(extra)])
+        # numpy's view of the same memory: writing one element through torch costs ten times as much
+        self._ids_view: Any = self._ids.numpy()
+        self._counts_view: Any = self._counts.numpy()
+
+
+def edit_rows(scores: Tensor, work: Work) -> dict[int, str]:
+    """Change ``scores float32 [S,V]`` in place as the requests ask -> row: what went wrong in its own processors."""
+    _keep_allowed(scores, work)
+    _forbid(scores, work)
+    _add_bias(scores, work)
+    _penalise(scores, work)
+    return _run_processors(scores, work)
+
+
+def _keep_allowed(scores: Tensor, work: Work) -> None:
+    pairs = [(row, edits.allowed) for row, _, edits in work if edits.allowed is not None]
+    if pairs:
+        at = _at(pairs, scores.device)
+        kept = scores[at]
+        scores[[row for row, _ in pairs]] = _NINF
+        scores[at] = kept
+
+
+def _forbid(scores: Tensor, work: Work) -> None:
+    rows: list[int] = []
+    ids: list[int] = []
+    for row, request, edits in work:
+        forbidden = edits.forbidden(request)
+        rows += [row] * len(forbidden)
+        ids += forbidden
+    if ids:
+        scores[torch.tensor(rows, device=scores.device), torch.tensor(ids, device=scores.device)] = _NINF
+
+
+def _add_bias(scores: Tensor, work: Work) -> None:
+    biased = [(row, edits) for row, _, edits in work if edits.bias_ids is not None]
+    if biased:
+        at = _at([(row, edits.bias_ids) for row, edits in biased if edits.bias_ids is not None], scores.device)
+        scores[at] += torch.cat([edits.bias for _, edits in biased]).to(scores.device)
+
+
+def _penalise(scores: Tensor, work: Work) -> None:
+    """Repetition scales towards less likely, whatever the sign; frequency and presence subtract."""
+    found = [(row, edits, edits.counts.update(request)) for row, request, edits in work if edits.counts is not None]
+    if not found:
+        return
+    device = scores.device
+    at = _at([(row, ids) for row, _, (ids, _) in found], device)
+    counts = torch.cat([counts for _, _, (_, counts) in found]).to(device)
+    lengths = torch.tensor([len(ids) for _, _, (ids, _) in found])
+    factors = torch.tensor([(edits.repetition, edits.frequency, edits.presence) for _, edits, _ in found])
+    repetition, frequency, presence = factors.repeat_interleave(lengths, dim=0).to(device).unbind(1)
+    values = scores[at]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    scores[at] = values - frequency * counts - presence * (counts > 0)
+
+
+def _run_processors(scores: Tensor, work: Work) -> dict[int, str]:
+    errors = {}
+    for row, request, edits in work:
+        if edits.processors:
+            try:
+                scores[row] = _processed(scores[row : row + 1], request, edits.processors)
+            except Exception as error:  # the caller's code: whatever it raises ends its own request only
+                errors[row] = f"{type(error).__name__}: {error}" if not isinstance(error, _BadScores) else str(error)
+    return errors
+
+
+class _BadScores(Exception):
+    """A processor returned what can't be sampled from."""
+
+
+def _processed(scores: Tensor, request: Request, processors: Sequence[Any]) -> Tensor:
+    # Outside inference mode, as in stock generate: what processors keep must be usable by their owner later.
+    # A clone, because they may change it in place and hold on to it.
+    if scores.isnan().any():
+        raise _BadScores("the model's logits hold NaN")
+    with torch.inference_mode(False), torch.no_grad():
+        input_ids = torch.tensor([request.tokens], dtype=torch.int64, device=scores.device)  # [1,L]
+        current = scores.clone()  # [1,V]
+        for processor in processors:
+            name = getattr(processor, "__name__", type(processor).__name__)
+            try:
+                current = processor(input_ids, current)
+            except Exception as error:
+                raise _BadScores(f"logits processor {name} raised {type(error).__name__}: {error}") from error
+            _check(name, current, scores.shape)
+        return current.to(scores)
+
+
+def _check(name: str, scores: Any, shape: torch.Size) -> None:
+    if not isinstance(scores, Tensor):
+        raise _BadScores(f"logits processor {name} returned {type(scores).__name__}, not a tensor")
+    if scores.shape != shape:
+        raise _BadScores(f"logits processor {name} returned shape {list(scores.shape)}, not {list(shape)}")
+    if not scores.is_floating_point():
+        raise _BadScores(f"logits processor {name} returned {scores.dtype}, not floating-point scores")
+    peak = float(scores.max())
+    if peak != peak:
+        raise _BadScores(f"logits processor {name} left NaN in the scores")
+    if peak == float("inf"):
+        raise _BadScores(f"logits processor {name} left +inf in the scores")
+    if peak == _NINF:
+        raise _BadScores(f"after logits processor {name} every token is forbidden (all scores are -inf)")
+
+
+def _at(pairs: Sequence[tuple[int, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(row, its ids) many times -> the (row, id) index of every element, int64 [N] each."""
+    lengths = torch.tensor([len(ids) for _, ids in pairs])
+    rows = torch.tensor([row for row, _ in pairs]).repeat_interleave(lengths)
+    return rows.to(device), torch.cat([ids for _, ids in pairs]).to(device)
+
+
+def _ids(name: str, ids: Iterable[int] | None, vocab_size: int) -> Tensor | None:
+    if ids is None:
+        return None
+    listed = [int(id) for id in ids]
+    for id in listed:
+        if not 0 <= id < vocab_size:
+            raise ValueError(f"{name} names token {id}; the vocabulary has ids 0 to {vocab_size - 1}")
+    return torch.tensor(listed, dtype=torch.int64)
+
+
+def _by_last_but_one(words: Sequence[Sequence[int]], vocab_size: int) -> dict[int, list[tuple[list[int], int]]]:
+    """Bad words by the token that their last token would follow; -1 for words of one token."""
+    table: dict[int, list[tuple[list[int], int]]] = {}
+    for word in words:
+        *before, last = (int(id) for id in word)
+        if 0 <= last < vocab_size:
+            table.setdefault(before[-1] if before else -1, []).append((before, last))
+    return table

@@ -1,0 +1,216 @@
+"""From final scores to tokens: argmax, the k largest, and one draw a row by inverse CDF.
+
+Knows temperature, min_p, top_k, top_p and seeds. Reductions over the vocabulary go by chunks of consecutive ids: one
+fast pass for the chunks' maxima or sums, then a close look at the few chunks that matter.
+
+Every result depends on its own row only, bit for bit: random numbers are counted, not drawn from a stream; sums run in
+float64 in a fixed order; no reduction has a single output (torch would split that one over threads).
+
+Order of the CDF: rows cut by top_k or top_p go through their tokens by (weight descending, id ascending) and keep the
+first k, or the fewest that hold the mass; all other rows go in order of id.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from paged_core.scheduling.request import Request
+
+ArgmaxRows = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+_CHUNK = 128  # ids in a chunk when one chunk is looked at
+_TOP_CHUNK = 64  # ids in a chunk when k chunks are
+_NUCLEUS = 64  # tokens in which top_p first looks for its mass
+_FLOOR = -60.0  # log-weights below can't be drawn: e**-60 is far under the 2**-53 step of a uniform
+_LOW32 = 0xFFFFFFFF
+
+
+def argmax_rows(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """``scores [S,V] -> (largest [S], its id i64 [S])``; the lowest id among equals; a row with NaN answers NaN."""
+    peaks = _by_chunk(scores, torch.amax, _CHUNK)  # [S,C]
+    chunk = peaks.argmax(1)  # the first chunk among equals; NaN counts as largest
+    ids, inside = _ids_of_chunks(chunk[:, None], _CHUNK, scores.shape[1])  # [S,128]
+    values = scores.gather(1, ids).masked_fill_(~inside, float("-inf"))
+    place = values.argmax(1, keepdim=True)
+    return values.gather(1, place)[:, 0], ids.gather(1, place)[:, 0]
+
+
+def top_rows(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``scores float32 [S,V] -> (values [S,k], ids i64 [S,k])`` by (value descending, id ascending), k at most V.
+
+    The k chunks of the largest maxima (the lowest chunks among equals) hold the k largest elements.
+    """
+    num_ids = scores.shape[1]
+    if 2 * k * _TOP_CHUNK < num_ids:
+        peaks = _by_chunk(scores, torch.amax, _TOP_CHUNK)  # [S,C]
+        chunks = _top_keys(peaks, torch.arange(peaks.shape[1], device=scores.device), k)
+        ids, inside = _ids_of_chunks(chunks, _TOP_CHUNK, num_ids)  # [S,64k]
+        values = scores.gather(1, ids).masked_fill_(~inside, float("-inf"))
+        ids = torch.where(inside, ids, num_ids + 1)  # behind every real token, were it also -inf
+    else:
+        values, ids = scores, torch.arange(num_ids, device=scores.device)
+    top = _top_keys(values, ids, k)
+    return scores.gather(1, top), top
+
+
+def uniform(request: Request) -> float:
+    """A number in [0, 1) that is a function of (seed, index, position in the output) and nothing else."""
+    counter = b"%d,%d" % (request.index, request.num_output)
+    digest = blake2b(counter, key=b"%d" % request.seed, digest_size=8, person=b"paged-sample").digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def draw_rows(scores: Tensor, largest: Tensor, rows: Sequence[int], requests: Sequence[Request]) -> list[int]:
+    """A token for each of ``rows`` of ``scores float32 [S,V]``, which may be overwritten.
+
+    ``largest [S]`` holds each row's maximum, finite in these rows; ``requests[i]`` belongs to ``rows[i]``. Rows are
+    drawn together with those that are cut in the same way.
+    """
+    alike: dict[tuple[str, int], list[int]] = {}  # way of cutting -> places in rows
+    for place, request in enumerate(requests):
+        alike.setdefault(_way(request, scores.shape[1]), []).append(place)
+    tokens = [0] * len(rows)
+    for (way, _), places in alike.items():
+        mine = [rows[place] for place in places]
+        x, peak = (scores, largest) if len(mine) == scores.shape[0] else (scores[mine], largest[mine])
+        batch = _Rows(x, peak, [requests[place] for place in places])
+        for place, token in zip(places, _DRAWS[way](batch).tolist(), strict=True):
+            tokens[place] = token
+    return tokens
+
+
+class _Rows:
+    """Rows to draw, and their parameters as columns."""
+
+    def __init__(self, scores: Tensor, largest: Tensor, requests: Sequence[Request]) -> None:
+        self.scores = scores  # float32 [R,V]
+        self.largest = largest.float()[:, None]  # [R,1]
+        table = [(1 / max(r.params.temperature, 1e-20), r.params.min_p, r.params.top_p, uniform(r)) for r in requests]
+        columns = torch.tensor(table, dtype=torch.float64, device=scores.device).unsqueeze(2).unbind(1)
+        self.inverse_temperature, self.min_p, self.top_p, self.uniform = columns  # float64 [R,1] each
+        self.top_k = [r.params.top_k for r in requests]
+        self.any_min_p = any(r.params.min_p > 0 for r in requests)
+
+    def weights(self) -> Tensor:
+        """exp of the tempered scores, 1 at the largest, 0 below min_p: float32 [R,V], in the place of the scores."""
+        tempered = self.scores.sub_(self.largest).mul_(self.inverse_temperature.float())
+        weights = tempered.clamp_(min=_FLOOR - 1).exp_()  # exp of what underflows is some 50 times slower
+        torch.threshold_(weights, math.exp(_FLOOR), 0.0)
+        if self.any_min_p:  # multiplied by a float mask: masked_fill is five times slower
+            weights.mul_(torch.ge(weights, self.min_p.float(), out=torch.empty_like(weights)))
+        return weights
+
+
+def _way(request: Request, num_ids: int) -> tuple[str, int]:
+    params = request.params
+    if 0 < params.top_k < num_ids:
+        return "top_k", params.top_k.bit_length()  # a large k must not make small ones slow
+    return ("top_p" if params.top_p < 1 else "all"), 0
+
+
+def _draw_top_k(batch: _Rows) -> Tensor:
+    k = max(batch.top_k)
+    values, ids = top_rows(batch.scores, k)
+    weights = ((values - batch.largest).double() * batch.inverse_temperature).exp()  # [R,k]
+    weights[weights < batch.min_p] = 0
+    weights[torch.arange(k, device=ids.device) >= torch.tensor(batch.top_k, device=ids.device)[:, None]] = 0
+    sums = weights.cumsum(1)
+    return ids.gather(1, _draw_sorted(sums, batch.top_p * sums[:, -1:], batch.uniform))[:, 0]
+
+
+def _draw_top_p(batch: _Rows) -> Tensor:
+    weights = batch.weights()
+    mass = batch.top_p * _sums(weights)[:, -1:]  # [R,1]
+    values, ids = top_rows(weights, min(_NUCLEUS, weights.shape[1]))
+    sums = values.double().cumsum(1)
+    tokens = ids.gather(1, _draw_sorted(sums, mass, batch.uniform))[:, 0]
+    wide = (sums[:, -1:] < mass)[:, 0].nonzero()[:, 0]  # rows whose nucleus has more tokens than that
+    if len(wide):
+        tokens[wide] = _draw_from_sorted(weights[wide], mass[wide], batch.uniform[wide])
+    return tokens
+
+
+def _draw_all(batch: _Rows) -> Tensor:
+    return _draw_by_id(batch.weights(), batch.uniform)
+
+
+_DRAWS: dict[str, Callable[[_Rows], Tensor]] = {"top_k": _draw_top_k, "top_p": _draw_top_p, "all": _draw_all}
+
+
+def _draw_sorted(sums: Tensor, mass: Tensor, uniform: Tensor) -> Tensor:
+    """``sums float64 [R,N]`` of weights in falling order; keep the fewest that hold ``mass``, draw -> place [R,1]."""
+    last = torch.searchsorted(sums, mass).clamp_(max=sums.shape[1] - 1)
+    return _first_above(sums, uniform * sums.gather(1, last), sums.gather(1, last))
+
+
+def _draw_by_id(weights: Tensor, uniform: Tensor) -> Tensor:
+    """``weights float32 [R,V] -> id [R]``, through the chunks' sums first, then within one chunk."""
+    sums = _sums(weights)  # [R,C]
+    target = uniform * sums[:, -1:]
+    chunk = _first_above(sums, target, sums[:, -1:])
+    before = torch.where(chunk > 0, sums.gather(1, (chunk - 1).clamp_(min=0)), 0.0)
+    ids, inside = _ids_of_chunks(chunk, _CHUNK, weights.shape[1])
+    within = weights.gather(1, ids).masked_fill_(~inside, 0.0).cumsum(1, dtype=torch.float64)
+    return ids.gather(1, _first_above(within, target - before, within[:, -1:]))[:, 0]
+
+
+def _draw_from_sorted(weights: Tensor, mass: Tensor, uniform: Tensor) -> Tensor:
+    """As _draw_top_p's first look, over all of ``weights [R,V]`` -> id [R]."""
+    values = _falling(weights)
+    sums = values.cumsum(1, dtype=torch.float64)
+    place = _draw_sorted(sums, mass, uniform)
+    value = values.gather(1, place)
+    equals_before = (place - torch.searchsorted(-values, -value))[:, 0]  # of the same weight, earlier in the order
+    equal = weights == value
+    counts = equal.sum(1)
+    return equal.nonzero()[counts.cumsum(0) - counts + equals_before, 1]
+
+
+def _falling(weights: Tensor) -> Tensor:
+    """The values of each row from large to small."""
+    if weights.device.type != "cpu":
+        return weights.sort(1, descending=True).values
+    values = weights.neg().numpy()  # numpy sorts floats ten times as fast as torch does on a CPU
+    values.sort(axis=1)
+    return torch.from_numpy(values).neg_()
+
+
+def _first_above(sums: Tensor, target: Tensor, total: Tensor) -> Tensor:
+    """First place in ``sums float64 [R,N]`` above ``target [R,1]``, kept below ``total`` so that its weight isn't 0."""
+    limit = torch.nextafter(total, torch.zeros_like(total))
+    return torch.searchsorted(sums, torch.minimum(target, limit), right=True).clamp_(max=sums.shape[1] - 1)
+
+
+def _sums(weights: Tensor) -> Tensor:
+    """Running sums over chunks: float64 [R,C]."""
+    return _by_chunk(weights, torch.sum, _CHUNK).cumsum(1, dtype=torch.float64)
+
+
+def _by_chunk(x: Tensor, reduce: Callable[..., Tensor], size: int) -> Tensor:
+    """``x [R,V]`` reduced over chunks of ``size`` consecutive ids: [R,C]."""
+    whole = x.shape[1] // size
+    parts = []
+    if whole:
+        parts.append(reduce(x[:, : whole * size].view(len(x), whole, size), 2))
+    if whole * size < x.shape[1]:
+        parts.append(reduce(x[:, whole * size :], 1, keepdim=True))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _ids_of_chunks(chunks: Tensor, size: int, num_ids: int) -> tuple[Tensor, Tensor]:
+    """``chunks i64 [R,N] -> ids i64 [R,N*size]``, and which are inside the vocabulary (others read its last)."""
+    ids = (chunks[:, :, None] * size + torch.arange(size, device=chunks.device)).flatten(1)
+    return ids.clamp(max=num_ids - 1), ids < num_ids
+
+
+def _top_keys(values: Tensor, ids: Tensor, k: int) -> Tensor:
+    """The ids of the k largest values by (value descending, id ascending): one int64 key holds both."""
+    bits = (values + 0.0).view(torch.int32)  # + 0.0: -0.0 equals 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # int32 in the order of the floats
+    keys = (ordered.long() << 32) | (_LOW32 - ids)
+    return _LOW32 - (keys.topk(k).values & _LOW32)
