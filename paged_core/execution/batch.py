@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,7 +58,8 @@ class BatchBuilder:
     def __init__(self, block_size: int, device: torch.device) -> None:
         self._block_size = block_size
         self._device = device
-        self._tables = torch.zeros(0, 0, dtype=torch.int32)
+        # On the host and in numpy: gathering a few rows is no work to wake a pool of threads for.
+        self._tables = np.zeros((0, 0), dtype=np.int32)
         self._rows: dict[Request, _Row] = {}
         self._spare: list[int] = []
 
@@ -92,7 +94,7 @@ class BatchBuilder:
             first = query_starts[index] + chunk_rows.start - schedule.chunks[index].start
             sample_indices += range(first, first + chunk_rows.num)
         max_seq_len = max(seq_lens)
-        tables = self._tables[rows, : -(-max_seq_len // size)]  # [R,B]
+        tables = torch.from_numpy(self._tables[rows, : -(-max_seq_len // size)])  # int32 [R,B]
         return Batch(
             self._long(token_ids),
             self._long(positions),
@@ -123,8 +125,7 @@ class BatchBuilder:
         if row.length < len(table):
             if len(table) > self._tables.shape[1]:
                 self._grow(self._tables.shape[0], max(2 * self._tables.shape[1], len(table), 16))
-            new = torch.tensor(table[row.length :], dtype=torch.int32)
-            self._tables[row.index, row.length : len(table)] = new
+            self._tables[row.index, row.length : len(table)] = table[row.length :]
             row.length = len(table)
         return row.index
 
@@ -140,7 +141,7 @@ class BatchBuilder:
 
     def _grow(self, num_rows: int, num_columns: int) -> None:
         old = self._tables
-        self._tables = torch.zeros(num_rows, num_columns, dtype=torch.int32)
+        self._tables = np.zeros((num_rows, num_columns), dtype=np.int32)
         self._tables[: old.shape[0], : old.shape[1]] = old
 
 

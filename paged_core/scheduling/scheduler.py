@@ -160,7 +160,7 @@ class Scheduler:
         if self.limits.sliding_window is not None:
             for chunk in schedule.chunks:
                 self._give_back_behind_window(chunk.request, self.limits.sliding_window)
-        if any(output.finish_reason is not None for output in outputs):
+        if any(request.status is RequestStatus.FINISHED for request in rows):
             self._drop_finished()
         return outputs
 
@@ -183,10 +183,24 @@ class Scheduler:
         i = 0
         while i < len(self.running):  # shrinks from its end while requests are preempted
             request = self.running[i]
-            rows = _lockstep_rows(request) if request.group.lockstep else (request,)
-            i += len(rows)
-            step.num_to_serve -= len(rows)
-            self._schedule_rows(rows, step)
+            if request.group.lockstep:
+                rows = _lockstep_rows(request)
+                i += len(rows)
+                step.num_to_serve -= len(rows)
+                self._schedule_rows(rows, step)
+                continue
+            i += 1
+            step.num_to_serve -= 1
+            start = request.num_computed
+            if len(request.tokens) - start > 1:
+                self._schedule_rows((request,), step)
+            elif self._has_slot(request, start) or self._make_room(request, 1, (request,), step):
+                self._emit(request, 1, step)
+
+    def _has_slot(self, request: Request, position: int) -> bool:
+        """Whether the next token fits into the last block as it stands: so it does in nearly all steps of a decode."""
+        block, offset = divmod(position, self.pool.block_size)
+        return offset > 0 and not self.pool.is_shared(request.block_table[block])
 
     def _schedule_rows(self, rows: Sequence[Request], step: _Step) -> None:
         """Give one request, or the rows of one lockstep group, their tokens; all rows sample or none does."""
@@ -217,7 +231,9 @@ class Scheduler:
         start = request.num_computed
         samples: tuple[Request, ...] = ()
         if start + num_tokens == len(request.tokens):
-            samples = (request, *self._unborn[request]) if request in self._unborn else (request,)
+            samples = (request,)
+            if self._unborn:
+                samples += tuple(self._unborn.get(request, ()))
         step.budget -= num_tokens
         step.chunks.append(ScheduledChunk(request, start, num_tokens, samples))
 
@@ -370,7 +386,7 @@ class Scheduler:
         outputs: list[RequestOutput] = []
         errors, verdicts, logprobs = selection.errors or {}, selection.finished or {}, selection.logprobs
         for i, request in enumerate(rows):
-            if request.finished:  # another row of its lockstep group has failed
+            if request.status is RequestStatus.FINISHED:  # another row of its lockstep group has failed
                 continue
             if i in errors:
                 outputs.extend(self._fail(request, errors[i]))
