@@ -32,8 +32,8 @@ from paged_core.scheduling.request import Logprob, Request, Selection
 class Sampler:
     """Chooses the next token of every row. State belongs to requests, never to batch positions.
 
-    ``argmax``: ``logits [S,V] of any float dtype -> (largest float [S], its id i64 [S])``, where the lowest id wins
-    among equals and NaN wins over everything.
+    ``argmax``: ``logits [S,V] of any float dtype -> (id i64 [S], largest float [S])``, where the lowest id wins among
+    equals and NaN wins over everything.
     """
 
     def __init__(self, argmax: ArgmaxRows = argmax_rows) -> None:
@@ -55,8 +55,8 @@ class Sampler:
         if work:
             errors.update(edit_rows(scores, [item for item in work if item[0] not in errors]))
 
-        largest, argmax = self._argmax(scores)
-        peaks, token_ids = largest.tolist(), argmax.tolist()
+        argmax, largest = self._argmax(scores)
+        token_ids, peaks = argmax.tolist(), largest.tolist()
         for row, peak in enumerate(peaks):
             if not math.isfinite(peak):
                 errors.setdefault(row, _what_is_wrong(peak, edits[row] is not None))

@@ -31,13 +31,13 @@ _LOW32 = 0xFFFFFFFF
 
 
 def argmax_rows(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """``scores [S,V] -> (largest [S], its id i64 [S])``; the lowest id among equals; a row with NaN answers NaN."""
+    """``scores [S,V] -> (id i64 [S], largest [S])``; the lowest id among equals; a row with NaN answers NaN."""
     peaks = _by_chunk(scores, torch.amax, _CHUNK)  # [S,C]
     chunk = peaks.argmax(1)  # the first chunk among equals; NaN counts as largest
     ids, inside = _ids_of_chunks(chunk[:, None], _CHUNK, scores.shape[1])  # [S,128]
     values = scores.gather(1, ids).masked_fill_(~inside, float("-inf"))
     place = values.argmax(1, keepdim=True)
-    return values.gather(1, place)[:, 0], ids.gather(1, place)[:, 0]
+    return ids.gather(1, place)[:, 0], values.gather(1, place)[:, 0]
 
 
 def top_rows(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
