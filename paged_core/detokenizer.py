@@ -2,7 +2,8 @@
 
 What has been shown never changes, and half a character is never shown. For every tokenizer whose text only grows when
 tokens are added, the pieces put together are ``decode(all ids)``. One kind does not only grow: a byte fallback that
-turns a whole run of bytes into U+FFFD when one of them is wrong, good bytes included. There we keep what was right.
+turns a whole run of bytes into U+FFFD when one of them is wrong, good bytes included. There we keep what was right
+(and a U+FFFD that the model itself spelt in bytes, with more such bytes after it, may come out as several).
 """
 
 from __future__ import annotations
@@ -102,12 +103,16 @@ class WindowDetokenizer:
                 return ""  # a run of bytes that lacks its last ones looks wrong as a whole; they may come
             self._ids, self._shown, self._num_settled = self._pending, "", 0
             text = self._decode(self._ids)
+        if text == self._shown:
+            self._num_settled = len(self._ids)
+        elif len(self._pending) < 4 and not text[len(self._shown) :].strip(REPLACEMENT):
+            return ""
         certain = _without_unfinished_character(text)
         new = certain[len(self._shown) :]
         if new:
             self._shown = certain
-        if self._shown == text and text:
-            self._num_settled = len(self._ids)
+            if certain == text:
+                self._num_settled = len(self._ids)
         return new + self._cut(text)
 
     def _cut(self, text: str) -> str:
@@ -117,11 +122,13 @@ class WindowDetokenizer:
         tail = self._ids[-self._KEPT :]
         tail_text = self._decode(tail)
         waiting = text[len(self._shown) :]
+        whole = tail_text.lstrip(REPLACEMENT)  # without a character that the cut goes through
         released = ""
-        if len(tail_text) <= len(waiting) or not tail_text.endswith(waiting):
+        if len(whole) <= len(waiting) or not text.endswith(whole):
             if len(self._ids) < self._HOPELESS:
                 return ""
-            released, waiting = waiting, ""
+            if not tail_text.endswith(waiting):
+                released, waiting = waiting, ""
         self._num_settled = max(0, self._num_settled - (len(self._ids) - len(tail)))
         self._ids = tail
         self._shown = tail_text[: len(tail_text) - len(waiting)]

@@ -1,0 +1,253 @@
+"""AsyncEngine: one thread steps the engine; any thread and any event loop submits, listens and cancels.
+
+Who owns what: the engine and the table of running requests belong to the stepping thread alone. Others reach it
+through one queue of commands, and hear from it through Streams, which are behind their own locks. A Stream never
+makes the stepping thread wait: what its reader hasn't fetched yet is joined into one delta.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+from paged_core.config import EngineConfig
+from paged_core.engine import Engine
+from paged_core.errors import EngineDeadError, InvalidRequestError, RequestError
+from paged_core.generation import Generation, must_stop
+from paged_core.llm import open_engine
+from paged_core.outputs import StreamDelta
+from paged_core.scheduling.request import RequestOutput, SamplingParams
+from paged_core.stream import Channel, Stream, Wakeups
+from paged_core.text import encode_prompt, prepare_params
+
+__all__ = ["AsyncEngine", "Stream"]
+
+
+class _Submit(NamedTuple):
+    generation: Generation
+    channel: Channel
+
+
+class _Cancel(NamedTuple):
+    channel: Channel
+
+
+class _Close(NamedTuple):
+    pass
+
+
+class AsyncEngine:
+    """An Engine for servers. Its thread starts with the first request, sleeps when there is nothing to do, and ends
+    with ``close()`` (or the ``with`` block).
+
+    Args:
+        model: an Engine (taken over: use it no more yourself), or whatever an Engine takes.
+        tokenizer: taken from the model (by the ``load_tokenizer`` hook) when None.
+        config: an EngineConfig; or give its fields as keyword arguments.
+    """
+
+    def __init__(
+        self, model: Any, *, tokenizer: Any = None, config: EngineConfig | None = None, **config_fields: Any
+    ) -> None:
+        self.engine, self.codec = open_engine(model, tokenizer, config, config_fields)
+        self._commands: SimpleQueue[_Submit | _Cancel | _Close] = SimpleQueue()  # put() is safe even in __del__
+        self._lock = threading.Lock()  # guards the four below
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._dead: BaseException | None = None
+        self._ids: set[str] = set()  # of requests that have not ended
+        self._numbers = itertools.count()
+        self._running: dict[str, _Submit] = {}  # the stepping thread's own
+        _OPEN.add(self)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.codec.tokenizer
+
+    def submit(self, prompt: Any, params: SamplingParams | None = None, request_id: str | None = None) -> Stream:
+        """Queue a prompt (a string, token ids or chat messages). Callable from any thread and inside event loops; the
+        prompt is tokenised here, in the caller's thread.
+
+        Raises:
+            InvalidRequestError: the prompt is no prompt, or the id is in use. What only the engine can tell (it is too
+                long, say) is raised by the Stream.
+            EngineDeadError: the engine was closed or has failed.
+        """
+        arrival = time.perf_counter()
+        params = prepare_params(self.codec, params or SamplingParams())
+        encoded = encode_prompt(self.codec, prompt)
+        if request_id is None:
+            request_id = f"request-{next(self._numbers)}"
+        channel = Channel(request_id, self._cancel_soon)
+        generation = Generation(request_id, encoded, params, self.codec, arrival)
+        with self._lock:
+            self._check_open()
+            if request_id in self._ids:
+                raise InvalidRequestError(f"request id {request_id!r} is in use; choose another")
+            self._ids.add(request_id)
+            self._start()
+            self._commands.put(_Submit(generation, channel))
+        return Stream(channel)
+
+    def close(self) -> None:
+        """Abort what runs (every stream gets its final delta), end the thread, close the engine. May be repeated."""
+        with self._lock:
+            first, self._closed = not self._closed, True
+            thread = self._thread
+            if first:
+                self._commands.put(_Close())
+        if thread is None:
+            if first:
+                self.engine.close()
+        elif thread is not threading.current_thread():
+            thread.join()
+
+    def __enter__(self) -> AsyncEngine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, self.close)
+
+    def _cancel_soon(self, channel: Channel) -> None:
+        self._commands.put(_Cancel(channel))
+
+    def _check_open(self) -> None:
+        if self._dead is not None:
+            raise EngineDeadError(f"the engine has failed: {self._dead!r}") from self._dead
+        if self._closed:
+            raise EngineDeadError("the engine is closed")
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="paged-engine", daemon=True)
+            self._thread.start()
+
+    # ---- the stepping thread -------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._obey():
+                if self.engine.has_work:
+                    self._deliver(self.engine.step())
+            self._abort_all()
+            self.engine.close()
+        except BaseException as error:
+            self._die(error)
+
+    def _obey(self) -> bool:
+        """Carry out the commands that have come; when there is nothing else to do, wait for one. False: close."""
+        while not self._commands.empty() or not self.engine.has_work:
+            command = self._commands.get()
+            if isinstance(command, _Close):
+                return False
+            if isinstance(command, _Cancel):
+                self._cancel(command.channel)
+            else:
+                self._admit(command)
+        return True
+
+    def _admit(self, submit: _Submit) -> None:
+        generation = submit.generation
+        self._running[generation.request_id] = submit
+        try:
+            self.engine.add_request(generation.request_id, generation.prompt.token_ids, generation.params)
+        except EngineDeadError:
+            raise
+        except InvalidRequestError as error:
+            self._end(submit, error)
+        except Exception as error:
+            self.engine.abort(generation.request_id)
+            self._end(submit, RequestError(generation.request_id, f"it could not be taken in: {error!r}"))
+
+    def _cancel(self, channel: Channel) -> None:
+        submit = self._running.get(channel.request_id)
+        if submit is not None and submit.channel is channel:  # not a later one of the same id
+            self.engine.abort(channel.request_id)
+
+    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
+        wakeups = Wakeups()
+        for output in outputs:
+            submit = self._running.get(output.request.id)
+            if submit is not None:
+                self._feed(submit, output, wakeups)
+        wakeups.send()
+
+    def _feed(self, submit: _Submit, output: RequestOutput, wakeups: Wakeups) -> None:
+        generation = submit.generation
+        try:
+            delta = generation.feed(output)
+        except Exception as error:  # text of one request, say a tokenizer that chokes on it
+            self.engine.abort(generation.request_id)
+            self._push(submit, generation.fail(f"its text could not be made: {error!r}"), wakeups)
+            return
+        if delta is not None:
+            if must_stop(output, delta):
+                self.engine.stop(output.request)
+            self._push(submit, [delta], wakeups)
+
+    def _push(self, submit: _Submit, deltas: Sequence[StreamDelta], wakeups: Wakeups) -> None:
+        generation = submit.generation
+        result = None
+        if generation.finished:
+            self._forget(generation.request_id)
+            result = generation.result()
+        submit.channel.push(deltas, result, wakeups)
+
+    def _end(self, submit: _Submit, error: Exception) -> None:
+        self._forget(submit.generation.request_id)
+        wakeups = Wakeups()
+        submit.channel.fail(error, wakeups)
+        wakeups.send()
+
+    def _forget(self, request_id: str) -> None:
+        del self._running[request_id]
+        with self._lock:
+            self._ids.discard(request_id)
+
+    def _abort_all(self) -> None:
+        wakeups = Wakeups()
+        for submit in list(self._running.values()):
+            self.engine.abort(submit.generation.request_id)
+            self._push(submit, submit.generation.abort(), wakeups)
+        wakeups.send()
+
+    def _die(self, error: BaseException) -> None:
+        with self._lock:
+            self._dead = error
+            commands = []
+            while not self._commands.empty():
+                commands.append(self._commands.get())
+        late = [command for command in commands if isinstance(command, _Submit)]
+        wakeups = Wakeups()
+        for submit in [*self._running.values(), *late]:
+            told = EngineDeadError(f"the engine has failed: {error!r}")
+            told.__cause__ = error
+            submit.channel.fail(told, wakeups)
+        self._running.clear()
+        wakeups.send()
+        with suppress(Exception):
+            self.engine.close()
+
+
+_OPEN: weakref.WeakSet[AsyncEngine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Python must not end under a thread that is inside torch."""
+    for engine in list(_OPEN):
+        engine.close()
