@@ -9,6 +9,7 @@ The scheduler is the only one that changes requests and, through the BlockPool, 
 
 from __future__ import annotations
 
+import sys
 from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ class Scheduler:
         self.num_prefix_hits = 0  # and found there
         self._num_arrivals = 0
         # With a window in every layer, a sequence never holds more blocks than that at once.
-        self._max_blocks_at_once = pool.num_blocks
+        self._max_blocks_at_once = sys.maxsize
         if limits.sliding_window is not None:
             reach = limits.sliding_window + limits.max_num_batched_tokens
             self._max_blocks_at_once = -(-reach // pool.block_size) + 1
@@ -373,7 +374,7 @@ class Scheduler:
             asked = request.params.max_tokens
             most = share if asked is None else request.num_prompt + asked
             request.max_total = max(min(most, limits.max_model_len), request.num_prompt + 1)
-        needed = sum(min(-(-request.max_total // size), self._max_blocks_at_once) for request in at_once)
+        needed = sum(min(-(-(request.max_total - 1) // size), self._max_blocks_at_once) for request in at_once)
         if needed > capacity:
             raise InvalidRequestError(
                 f"the request may need {needed} K/V blocks but the cache has {capacity} ({capacity * size} tokens); "
