@@ -1,0 +1,162 @@
+"""Linear layers from a packed copy of their weights; several over one input, or a gated pair, as one product.
+
+Knows tensors; knows nothing of modules. The packed copy costs the weights' size once more (``num_bytes``), for a
+number of columns rounded up to whole tiles. A row's result does not depend on the other rows (see product.py).
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from paged_kernels.cpu import product
+from paged_kernels.cpu.product import COUNTERS, LINE, TICKET, TILE
+
+SAMPLE = 64  # values of a weight that are remembered, to notice edits that leave no trace
+
+
+class PackedLinear:
+    """``y [..., N] = x [..., K] @ weight.T + bias`` for the rows of all ``weights``, one after another.
+
+    Args:
+        weights: ``[N_i, K]`` each, float32 or bfloat16 (one dtype), on the CPU.
+        biases: ``[N_i]`` or None each.
+        gated: of two weights, gate and up, the result is silu(gate) * up, ``[..., N_1]``.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], gated: bool = False) -> None:
+        self.dtype = weights[0].dtype
+        self.num_columns = weights[0].shape[0] if gated else sum(w.shape[0] for w in weights)
+        self._depth = weights[0].shape[1]
+        whole, vectors = list(weights), [_bias_or_zeros(w, b) for w, b in zip(weights, biases, strict=True)]
+        parts = list(zip(whole, vectors, strict=True)) if gated else [(torch.cat(whole), torch.cat(vectors))]
+        tiles = [_tiles(w) for w, _ in parts]  # [tiles, K, TILE] each
+        columns = [_padded(b).view(-1, TILE) for _, b in parts]
+        self._weight = torch.stack(tiles, dim=1).contiguous() if gated else tiles[0].contiguous()
+        self._bias = torch.stack(columns, dim=1).contiguous() if gated else columns[0].contiguous()
+        self._run = product.product_f32 if self.dtype is torch.float32 else product.product_bf16
+        self._gated = gated
+        self._addresses = self._weight.data_ptr(), self._bias.data_ptr()
+
+    @property
+    def num_bytes(self) -> int:
+        return self._weight.numel() * self._weight.element_size() + self._bias.numel() * 4
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = x.new_empty(*x.shape[:-1], self.num_columns)
+        num_rows = out.numel() // self.num_columns
+        if num_rows == 0:
+            return out
+        rows = x if x.dtype is torch.float32 else x.float()
+        rows = rows.reshape(num_rows, self._depth)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        num_threads = torch.get_num_threads()
+        space = _workspace(num_threads)
+        weight, bias = self._addresses
+        space.fill(
+            rows.data_ptr(), rows.stride(0), weight, bias, out.data_ptr(), self.num_columns, num_rows,
+            self.num_columns, self._depth, self._gated, self.dtype is torch.bfloat16,
+        )  # fmt: skip
+        self._run(space.address, num_threads)
+        return out
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether PackedLinear takes such a weight."""
+    return (
+        weight.device.type == "cpu"
+        and weight.layout is torch.strided
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and weight.ndim == 2
+        and weight.numel() > 0
+    )
+
+
+class WatchedTensors:
+    """Notices when tensors change: replaced, updated in place, or written through ``.data``."""
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        self._marks = [None if t is None else (t, _version(t), t.data_ptr()) for t in tensors]
+        self._samples = [None if t is None else _sample(t) for t in tensors]
+
+    def same(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Constant time: identities and version counters, what every call can afford to look at."""
+        for tensor, mark in zip(tensors, self._marks, strict=True):
+            if tensor is None or mark is None:
+                if tensor is not mark:
+                    return False
+            elif tensor is not mark[0] or _version(tensor) != mark[1]:
+                return False
+        return True
+
+    def stale(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Reads memory too: a new address, or a sample of values that differs."""
+        if not self.same(tensors):
+            return True
+        for tensor, mark, sample in zip(tensors, self._marks, self._samples, strict=True):
+            if tensor is None or mark is None or sample is None:
+                continue
+            if tensor.data_ptr() != mark[2] or not torch.equal(_sample(tensor), sample):
+                return True
+        return False
+
+
+class _Workspace:
+    """A kernel's arguments and its threads' scratch memory, kept between calls of one Python thread."""
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+        stride = product.scratch_bytes()
+        self._scratch = torch.empty(num_threads * stride, dtype=torch.uint8)
+        size = 8 * COUNTERS + LINE * num_threads
+        self._args = torch.zeros(size + LINE, dtype=torch.uint8)
+        self.address = -(-self._args.data_ptr() // LINE) * LINE
+        offset = self.address - self._args.data_ptr()
+        self._view = memoryview(self._args.numpy())[offset : offset + size]
+        self._tail = (num_threads, self._scratch.data_ptr(), stride)
+        self._zeros = bytes(size - 8 * TICKET)
+        self._format = struct.Struct(f"={TICKET}q")
+
+    def fill(self, *values: int) -> None:
+        self._format.pack_into(self._view, 0, *values, *self._tail)
+        self._view[8 * TICKET :] = self._zeros
+
+
+_local = threading.local()
+
+
+def _workspace(num_threads: int) -> _Workspace:
+    space: _Workspace | None = getattr(_local, "space", None)
+    if space is None or space.num_threads != num_threads:
+        space = _local.space = _Workspace(num_threads)
+    return space
+
+
+def _bias_or_zeros(weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.zeros(weight.shape[0]) if bias is None else bias.detach().float()
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """Zeros appended up to whole tiles."""
+    missing = -rows.shape[0] % TILE
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+
+
+def _tiles(weight: Tensor) -> Tensor:
+    """``[N, K] -> [tiles, K, TILE]``, a view."""
+    padded = _padded(weight.detach())
+    return padded.reshape(-1, TILE, padded.shape[1]).transpose(1, 2)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLE)].clone()
