@@ -6,17 +6,34 @@ layers a backend can honour; what a kernel does is paged_kernels' business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from paged_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from paged_core.config import EngineConfig
     from paged_core.execution.batch import AttentionMetadata
     from paged_core.execution.kv_cache import KVCache
-    from paged_core.execution.model import AttentionBackend, ModelSpec
+    from paged_core.execution.model import AttentionBackend, LayerSpec, ModelSpec
+
+
+@hookimpl
+def create_attention_backend(name: str, spec: ModelSpec, config: EngineConfig) -> AttentionBackend | None:
+    """The CPU's own, if every layer is on the CPU in a dtype it knows and numba is there."""
+    if name not in ("auto", "cpu") or any(layer.device.type != "cpu" for layer in spec.layers):
+        return None
+    try:
+        from paged_kernels.cpu import launch
+    except ImportError:
+        return None
+    cache_dtype = getattr(torch, config.kv_cache_dtype) if config.kv_cache_dtype else spec.dtype
+    if not (launch.supports(spec.dtype) and launch.supports(cache_dtype)):
+        return None
+    return CpuBackend(spec)
 
 
 @hookimpl(trylast=True, specname="create_attention_backend")
@@ -40,9 +57,7 @@ class ReferenceBackend:
     def plan(self, metadata: AttentionMetadata) -> None:
         self._metadata = metadata
 
-    def run(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, sinks: Tensor | None = None
-    ) -> Tensor:
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, sinks: Tensor | None = None) -> Tensor:
         meta, facts = self._metadata, self._layers[layer]
         assert meta is not None, "plan() comes before run()"
         keys, values = cache.keys[layer], cache.values[layer]
@@ -58,6 +73,44 @@ class ReferenceBackend:
             facts.sliding_window,
             facts.softcap,
             sinks,
+        )
+        return out
+
+    def copy_blocks(self, cache: KVCache, pairs: Sequence[tuple[int, int]]) -> None:
+        self._ops.copy_blocks((*cache.keys, *cache.values), pairs)
+
+
+class CpuBackend:
+    """Store and attention in one launch a layer, on torch's own threads."""
+
+    name = "cpu"
+
+    def __init__(self, spec: ModelSpec) -> None:
+        from paged_kernels.cpu import launch
+
+        self._ops = launch
+        self._layers = spec.layers
+        self._plans: dict[tuple[int | None, ...], Any] = {}  # one for layers of one shape
+        self._plan_of_layer = [self._plan_for(layer) for layer in spec.layers]
+
+    def _plan_for(self, layer: LayerSpec) -> Any:
+        shape = (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.value_head_dim, layer.sliding_window)
+        if shape not in self._plans:
+            self._plans[shape] = self._ops.AttentionPlan(*shape)
+        return self._plans[shape]
+
+    def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None:
+        """Compile, or load from disk, all that a step needs. ``progress(what, done, total)``."""
+        self._ops.warm_up(progress)
+
+    def plan(self, metadata: AttentionMetadata) -> None:
+        for plan in self._plans.values():
+            plan.plan(metadata.query_starts, metadata.seq_lens, metadata.block_tables, metadata.slot_mapping)
+
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, sinks: Tensor | None = None) -> Tensor:
+        facts = self._layers[layer]
+        out: Tensor = self._plan_of_layer[layer].run(
+            q, k, v, cache.keys[layer], cache.values[layer], facts.scale, facts.softcap, sinks
         )
         return out
 

@@ -1,0 +1,211 @@
+"""Launchers of the CPU's attention kernels: torch tensors in, torch tensors out.
+
+``AttentionPlan`` is made once for layers of one shape, given each step's metadata once, and run once a layer; between
+two layers only addresses change. The functions below have the signatures of ``paged_kernels.reference``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from paged_kernels.cpu import attention as kernels
+from paged_kernels.cpu.attention import LANES, ROWS, TILE
+from paged_kernels.cpu.vectors import BF16, F32
+
+_CODES = {torch.float32: F32, torch.bfloat16: BF16}
+_EVERYTHING = 1 << 40  # a window wider than any context
+
+
+def supports(dtype: torch.dtype) -> bool:
+    """Whether queries and caches of this dtype can be run."""
+    return dtype in _CODES
+
+
+class AttentionPlan:
+    """Attention for layers of one shape: arguments of the kernel, its list of work, its buffers.
+
+    One step at a time: an instance must not be used by two threads at once.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        value_head_dim: int,
+        sliding_window: int | None = None,
+    ) -> None:
+        self._args = torch.zeros(kernels.NUM_ARGS, dtype=torch.int64)
+        self._address = self._args.data_ptr()
+        self._set = memoryview(self._args.numpy())
+        self._set_f32 = memoryview(self._args.view(torch.float32).numpy())
+        self._group = num_heads // num_kv_heads
+        self._out_shape = (num_heads, value_head_dim)
+        self._buffers: dict[int, Tensor] = {}
+        self._metadata: tuple[Tensor, ...] = ()
+        self._num_tokens = 0
+        self._num_threads = 1
+        given = self._set
+        given[kernels.NUM_KV_HEADS] = num_kv_heads
+        given[kernels.GROUP] = self._group
+        given[kernels.HEAD_DIM] = head_dim
+        given[kernels.VALUE_DIM] = value_head_dim
+        given[kernels.WINDOW] = _EVERYTHING if sliding_window is None else sliding_window
+        self._scratch_bytes = self._part_scratch(head_dim, value_head_dim)
+
+    def _part_scratch(self, head_dim: int, value_head_dim: int) -> int:
+        dim, value_dim = _padded(head_dim), _padded(value_head_dim)
+        at = 0
+        for name, num_bytes in (
+            (kernels.AT_Q, 4 * ROWS * dim),
+            (kernels.AT_SCORES, 4 * ROWS * TILE),
+            (kernels.AT_OUT, 4 * ROWS * value_dim),
+            (kernels.AT_KEYS, 4 * TILE * dim),
+            (kernels.AT_VALUES, 4 * TILE * value_dim),
+            (kernels.AT_ROWS, 4 * 5 * ROWS + 2 * 8 * TILE),
+        ):
+            self._set[name] = at
+            at += -(-num_bytes // 64) * 64
+        return at + 64  # threads' parts never share a cache line
+
+    def plan(self, query_starts: Tensor, seq_lens: Tensor, block_tables: Tensor, slot_mapping: Tensor) -> None:
+        """Take in a step: ``i32 [R+1], i32 [R], i32 [R,B], i64 [T]``, all on the CPU."""
+        block_tables = block_tables if block_tables.stride(-1) == 1 else block_tables.contiguous()
+        self._metadata = (query_starts.contiguous(), seq_lens.contiguous(), block_tables, slot_mapping.contiguous())
+        query_starts, seq_lens, block_tables, slot_mapping = self._metadata
+        assert query_starts.dtype == seq_lens.dtype == block_tables.dtype == torch.int32
+        assert slot_mapping.dtype == torch.int64
+        self._num_tokens = int(query_starts[-1])
+        self._num_threads = torch.get_num_threads()
+        given = self._set
+        given[kernels.NUM_TOKENS] = slot_mapping.shape[0]
+        given[kernels.NUM_REQUESTS] = seq_lens.shape[0]
+        given[kernels.SLOTS] = slot_mapping.data_ptr()
+        given[kernels.QUERY_STARTS] = query_starts.data_ptr()
+        given[kernels.SEQ_LENS] = seq_lens.data_ptr()
+        given[kernels.TABLES] = block_tables.data_ptr()
+        given[kernels.TABLE_STRIDE] = block_tables.stride(0)
+        given[kernels.ITEMS] = 0
+        kernels.plan_items(self._address, 1)
+        row_bytes = 4 * (LANES + _padded(given[kernels.VALUE_DIM]))
+        self._reserve(kernels.COUNTERS, 8 * given[kernels.NUM_COUNTERS])
+        self._reserve(kernels.PARTIALS, row_bytes * given[kernels.NUM_PARTIALS])
+        self._reserve(kernels.ITEMS, 8 * kernels.ITEM_SIZE * given[kernels.NUM_ITEMS])
+        self._reserve(kernels.SCRATCH, self._scratch_bytes * self._num_threads)
+        given[kernels.SCRATCH_STRIDE] = self._scratch_bytes
+        kernels.plan_items(self._address, 1)
+
+    def _reserve(self, name: int, num_bytes: int) -> None:
+        """Point argument ``name`` at a buffer of at least this size; a new one is zeroed."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < num_bytes:
+            buffer = torch.zeros(max(num_bytes + num_bytes // 2, 64), dtype=torch.uint8)
+            self._buffers[name] = buffer
+        self._set[name] = buffer.data_ptr()
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Store ``k [T,K,D], v [T,K,Dv]`` (if given) at the planned slots, then attend: ``q [T,H,D] -> [T,H,Dv]``."""
+        out = torch.empty(q.shape[0], *self._out_shape, dtype=q.dtype)
+        given = self._set
+        if k is not None and v is not None:
+            k, v = _unit_stride(k, q.dtype), _unit_stride(v, q.dtype)
+            given[kernels.K], (given[kernels.K_TOKEN], given[kernels.K_HEAD], _) = k.data_ptr(), k.stride()
+            given[kernels.V], (given[kernels.V_TOKEN], given[kernels.V_HEAD], _) = v.data_ptr(), v.stride()
+        else:
+            given[kernels.NUM_TOKENS] = 0
+        q = _unit_stride(q, q.dtype)
+        given[kernels.Q], (given[kernels.Q_TOKEN], given[kernels.Q_HEAD], _) = q.data_ptr(), q.stride()
+        given[kernels.OUT] = out.data_ptr()
+        given[kernels.KEYS] = key_cache.data_ptr()
+        given[kernels.VALUES] = value_cache.data_ptr()
+        given[kernels.BLOCK_SIZE] = key_cache.shape[2]
+        given[kernels.DTYPE] = _CODES[q.dtype]
+        given[kernels.CACHE_DTYPE] = _CODES[key_cache.dtype]
+        self._set_f32[2 * kernels.SCALE] = scale
+        self._set_f32[2 * kernels.SOFTCAP] = softcap or 0.0
+        if sinks is not None:
+            sinks = sinks.detach().to(torch.float32).contiguous()
+            given[kernels.SINKS] = sinks.data_ptr()
+        else:
+            given[kernels.SINKS] = 0
+        given[kernels.NEXT_STORE] = given[kernels.NUM_STORED] = given[kernels.NEXT_ITEM] = given[kernels.TICKET] = 0
+        kernels.store_and_attend(self._address, self._num_threads)
+        return out
+
+
+def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
+    """Compile, or load from disk, every attention kernel. ``progress(what, done, total)``, before each and after all.
+
+    They are the same for every model: shapes and dtypes are arguments.
+    """
+    todo = (kernels.plan_items, kernels.store, kernels.store_and_attend)
+    for done, each in enumerate(todo):
+        if progress is not None:
+            progress(each.name, done, len(todo))
+        each.compile()
+    if progress is not None:
+        progress("attention kernels", len(todo), len(todo))
+
+
+def store_kv(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
+    """``k [T,K,D], v [T,K,Dv]`` into the caches at ``slot_mapping i64 [T]``, rounded to the caches' dtype."""
+    args = torch.zeros(kernels.NUM_ARGS, dtype=torch.int64)
+    given = memoryview(args.numpy())
+    k, v = _unit_stride(k, k.dtype), _unit_stride(v, k.dtype)
+    slot_mapping = slot_mapping.contiguous()
+    given[kernels.K], (given[kernels.K_TOKEN], given[kernels.K_HEAD], _) = k.data_ptr(), k.stride()
+    given[kernels.V], (given[kernels.V_TOKEN], given[kernels.V_HEAD], _) = v.data_ptr(), v.stride()
+    given[kernels.KEYS], given[kernels.VALUES] = key_cache.data_ptr(), value_cache.data_ptr()
+    given[kernels.SLOTS], given[kernels.NUM_TOKENS] = slot_mapping.data_ptr(), slot_mapping.shape[0]
+    _, given[kernels.NUM_KV_HEADS], given[kernels.BLOCK_SIZE], given[kernels.HEAD_DIM] = key_cache.shape
+    given[kernels.VALUE_DIM] = value_cache.shape[3]
+    given[kernels.DTYPE], given[kernels.CACHE_DTYPE] = _CODES[k.dtype], _CODES[key_cache.dtype]
+    kernels.store(args.data_ptr(), torch.get_num_threads())
+
+
+def copy_blocks(caches: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
+    """Copy whole blocks (source, target) in every cache ``[blocks, ...]``, one pair after another."""
+    for source, target in pairs:
+        for cache in caches:
+            cache[target].copy_(cache[source])
+
+
+def paged_attention(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_starts: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of packed queries over the blocks of their own request; see ``reference.paged_attention``."""
+    plan = AttentionPlan(q.shape[1], key_cache.shape[1], q.shape[2], value_cache.shape[3], sliding_window)
+    plan.plan(query_starts, seq_lens, block_tables, torch.empty(0, dtype=torch.int64))
+    return plan.run(q, None, None, key_cache, value_cache, scale, softcap, sinks)
+
+
+def _unit_stride(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in ``dtype``, each row's numbers side by side."""
+    x = x if x.dtype is dtype else x.to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _padded(dim: int) -> int:
+    return -(-dim // LANES) * LANES

@@ -1,0 +1,148 @@
+"""Runs a native function on torch's own OpenMP threads, and compiles such functions once for this host.
+
+A kernel is ``void kernel(void *args)``: every thread of a launch calls it with the same address, and the threads share
+out the work among themselves with counters that lie there. torch's pool is used because a second pool would fight with
+it for the cores. Where torch brings no GNU OpenMP (macOS, Windows) the calling thread does all the work, which is
+slower and otherwise the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numba
+import torch
+from numba import types
+from numba.core import ccallback
+
+
+class Kernel:
+    """A numba function of one int64 address, compiled when it is first needed and kept on disk."""
+
+    def __init__(self, function: Callable[[int], None]) -> None:
+        self._function = function
+        self._lock = threading.Lock()
+        self.name = function.__name__.strip("_")
+
+    @property
+    def is_compiled(self) -> bool:
+        return "_pointer" in self.__dict__
+
+    def compile(self) -> None:
+        """Compile, or load from disk, now."""
+        with self._lock:
+            _ = self._pointer
+
+    @cached_property
+    def _pointer(self) -> int:
+        return _compile(self._function)
+
+    def __call__(self, args: int, num_threads: int) -> None:
+        """Run on up to ``num_threads`` threads, this one among them; returns when all are done."""
+        if not self.is_compiled:
+            self.compile()
+        _launch(self._pointer, args, num_threads, 0)
+
+
+def kernel(function: Callable[[int], None]) -> Kernel:
+    return Kernel(function)
+
+
+def _find_launcher() -> Callable[[int, int, int, int], None]:
+    """GOMP_parallel(function, data, num_threads, flags) of the libgomp that torch has loaded, or a stand-in."""
+    for library in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*")):
+        try:
+            launch = ctypes.CDLL(str(library)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        launch.restype = None
+        return launch  # type: ignore[no-any-return]
+
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+    def alone(function: int, data: int, num_threads: int, flags: int) -> None:
+        call(function)(data)
+
+    return alone
+
+
+def _compile(function: Callable[[int], None]) -> int:
+    signature = types.void(types.int64)
+    compiled = ccallback.CFunc(
+        function, (signature.args, signature.return_type), {}, {"error_model": "numpy", "fastmath": {"contract"}}
+    )
+    cache = _disk_cache(function)
+    if cache is not None:
+        compiled._cache = cache
+    compiled.compile()
+    return int(compiled.address)
+
+
+def _disk_cache(function: Callable[[int], None]) -> Any:
+    """numba's own cache, told where to write; None if nowhere can be written."""
+    from numba.core import caching
+
+    folder = cache_folder()
+    if folder is None:
+        return None
+
+    class Locator(caching._CacheLocator):  # type: ignore[misc]
+        def get_cache_path(self) -> str:
+            return str(folder)
+
+        def get_source_stamp(self) -> str:
+            return folder.name
+
+        def get_disambiguator(self) -> str:
+            return ""
+
+        @classmethod
+        def from_function(cls, py_func: Any, py_file: str) -> Any:
+            return cls()
+
+    class Impl(caching.CompileResultCacheImpl):  # type: ignore[misc]
+        _locator_classes = (Locator,)
+
+    class Cache(caching.FunctionCache):  # type: ignore[misc]
+        _impl_class = Impl
+
+    return Cache(function)
+
+
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept: a folder named by all that their code depends on. PAGED_CORE_CACHE overrides
+    its parent."""
+    digest = hashlib.sha256(f"{numba.__version__} {sys.version_info[:2]}".encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    for parent in _cache_parents():
+        folder = parent / "kernels" / digest.hexdigest()[:16]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError:
+            continue
+    return None
+
+
+def _cache_parents() -> list[Path]:
+    if chosen := os.environ.get("PAGED_CORE_CACHE"):
+        return [Path(chosen)]
+    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    user = Path(home) if home else Path("~/.cache").expanduser()
+    name = getattr(os, "getuid", lambda: "user")()
+    return [user / "paged-core", Path(tempfile.gettempdir()) / f"paged-core-{name}"]
+
+
+_launch = _find_launcher()
