@@ -19,9 +19,8 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from paged_core.config import EngineConfig
-from paged_core.engine import Engine
 from paged_core.errors import EngineDeadError, InvalidRequestError, RequestError
-from paged_core.generation import Generation, must_stop
+from paged_core.generation import Generation, deliver
 from paged_core.llm import open_engine
 from paged_core.outputs import StreamDelta
 from paged_core.scheduling.request import RequestOutput, SamplingParams
@@ -183,21 +182,8 @@ class AsyncEngine:
         for output in outputs:
             submit = self._running.get(output.request.id)
             if submit is not None:
-                self._feed(submit, output, wakeups)
+                self._push(submit, deliver(self.engine, submit.generation, output), wakeups)
         wakeups.send()
-
-    def _feed(self, submit: _Submit, output: RequestOutput, wakeups: Wakeups) -> None:
-        generation = submit.generation
-        try:
-            delta = generation.feed(output)
-        except Exception as error:  # text of one request, say a tokenizer that chokes on it
-            self.engine.abort(generation.request_id)
-            self._push(submit, generation.fail(f"its text could not be made: {error!r}"), wakeups)
-            return
-        if delta is not None:
-            if must_stop(output, delta):
-                self.engine.stop(output.request)
-            self._push(submit, [delta], wakeups)
 
     def _push(self, submit: _Submit, deltas: Sequence[StreamDelta], wakeups: Wakeups) -> None:
         generation = submit.generation

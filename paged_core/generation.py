@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from paged_core.detokenizer import Detokenizer
 from paged_core.outputs import CompletionOutput, GenerationOutput, RequestMetrics, StreamDelta, TokenLogprobs
 from paged_core.scheduling.request import FinishReason, Logprob, RequestOutput, SamplingParams
 from paged_core.text import Prompt, StopStringChecker, StopStrings, TextCodec
+
+if TYPE_CHECKING:
+    from paged_core.engine import Engine
 
 
 class _Piece(NamedTuple):
@@ -138,11 +141,8 @@ class Generation:
         return sum(len(row.token_ids) for row in self._rows)
 
     def feed(self, output: RequestOutput) -> StreamDelta | None:
-        """What ``output`` adds for the user; None if its row had ended already.
-
-        A row that reached a stop string has its ``finish_reason`` in the delta while the engine still runs it: then the
-        caller tells the engine (``must_stop``).
-        """
+        """What ``output`` adds for the user; None if its row had ended already. A stop string ends a row that the
+        engine still runs."""
         row = self._rows[output.request.index]
         if row.finish_reason is not None:
             return None
@@ -215,9 +215,21 @@ class Generation:
         )
 
 
-def must_stop(output: RequestOutput, delta: StreamDelta) -> bool:
-    """Whether the text has ended a row that the engine still runs."""
-    return delta.finish_reason is not None and output.finish_reason is None
+def deliver(engine: Engine, generation: Generation, output: RequestOutput) -> Sequence[StreamDelta]:
+    """The text of ``output``, and the engine told where the text ends a row that it still runs.
+
+    What fails here (a tokenizer that chokes) is this request's own: it ends with an error, and nothing is raised.
+    """
+    try:
+        delta = generation.feed(output)
+    except Exception as error:
+        engine.abort(generation.request_id)
+        return generation.fail(f"its text could not be made: {error!r}")
+    if delta is None:
+        return ()
+    if delta.finish_reason is not None and output.finish_reason is None:
+        engine.stop(output.request)
+    return (delta,)
 
 
 def _logprob_of(entry: Mapping[int, Logprob], token: int) -> float:

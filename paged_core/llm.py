@@ -8,13 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from paged_core.config import EngineConfig
 from paged_core.engine import Engine
 from paged_core.errors import InvalidRequestError
-from paged_core.generation import Generation, must_stop
+from paged_core.generation import Generation, deliver
 from paged_core.outputs import GenerationOutput, refused
 from paged_core.scheduling.request import SamplingParams
 from paged_core.text import TextCodec, encode_prompt, prepare_params
@@ -67,9 +67,11 @@ class LLM:
         asked = _as_list(prompts)
         with self._lock, _interrupts_between_steps() as check_interrupt, _progress(len(asked), use_tqdm) as progress:
             run = _Run(self.engine, self.codec, progress)
-            for prompt, params in zip(asked, _one_each(sampling_params, len(asked)), strict=True):
-                run.add(f"llm-{next(self._numbers)}", prompt, params)
+            each = _one_each(sampling_params, len(asked))
             try:
+                for prompt, params in zip(asked, each, strict=True):
+                    run.add(f"llm-{next(self._numbers)}", prompt, params)
+                    check_interrupt()
                 while run.num_open:
                     run.step()
                     check_interrupt()
@@ -137,15 +139,14 @@ class _Run:
         self._results.append(generation)
 
     def step(self) -> None:
+        assert self._engine.has_work, "the engine lost a request, or somebody else steps it"
         num_tokens = num_done = 0
         for output in self._engine.step():
             generation = self._open.get(output.request.id)
             if generation is None:
                 continue
-            delta = generation.feed(output)
+            deliver(self._engine, generation, output)
             num_tokens += len(output.token_ids)
-            if delta is not None and must_stop(output, delta):
-                self._engine.stop(output.request)
             if generation.finished:
                 del self._open[output.request.id]
                 num_done += 1
@@ -153,11 +154,11 @@ class _Run:
 
     def cancel(self) -> None:
         """Abort what is open, and take its final outputs off the engine."""
-        for request_id in self._open:
-            self._engine.abort(request_id)
-        self._open.clear()
-        if self._engine.has_work:
-            self._engine.step()
+        with suppress(Exception):  # an engine that has failed; that error is on its way already
+            for request_id in self._open:
+                self._engine.abort(request_id)
+            if self._engine.has_work:
+                self._engine.step()
 
     def results(self) -> list[GenerationOutput]:
         return [entry.result() if isinstance(entry, Generation) else entry for entry in self._results]

@@ -118,6 +118,11 @@ class Channel:
                 self._waiting_for_end.append(waiter)
             return self._result
 
+    def forget(self, waiter: _Waiter) -> None:
+        """``waiter`` waits for the end no more."""
+        with self._lock, suppress(ValueError):
+            self._waiting_for_end.remove(waiter)
+
 
 class Stream:
     """What a request produces, as it comes: ``for delta in stream`` in a thread, ``async for delta in stream`` in an
@@ -156,6 +161,7 @@ class Stream:
         result = self._channel.result(news)
         if result is None:
             if not news.wait(timeout):
+                self._channel.forget(news)
                 raise TimeoutError(f"request {self.request_id} has not ended in {timeout} s")
             result = self._channel.result(news)
         assert result is not None

@@ -1,0 +1,46 @@
+"""A PagedModel that continues the alphabet: after token i comes i + 1. For tests of what stands around a model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+
+from paged_core.execution.model import LayerSpec, ModelSpec
+
+VOCAB, MAX_LEN = 97, 256  # with toy_tokenizers.CharacterTokenizer: token i is the character 32 + i; 96 is EOS
+
+
+class AlphabetModel:
+    """``before_forward`` is called with the token ids of each step, in the thread that steps."""
+
+    def __init__(self, before_forward: Callable[[list[int]], object] | None = None) -> None:
+        layer = LayerSpec(1, 1, 16, 16, 0.25, torch.device("cpu"))
+        self.spec = ModelSpec((layer,), VOCAB, MAX_LEN, torch.float32, torch.device("cpu"), (VOCAB - 1,), "alphabet")
+        self.before_forward = before_forward or (lambda token_ids: None)
+
+    def forward(self, token_ids, positions, attend, sample_indices):
+        self.before_forward(token_ids.tolist())
+        heads = torch.zeros(len(token_ids), 1, 16)
+        attend(0, heads, heads, heads)
+        following = (token_ids[sample_indices] + 1) % VOCAB
+        return torch.nn.functional.one_hot(following, VOCAB) * 50.0
+
+
+class Gate:
+    """Lets steps through only while it is open; ``before_forward`` of a model that tests hold still."""
+
+    def __init__(self) -> None:
+        self._open = threading.Event()
+        self.num_steps = 0
+
+    def __call__(self, token_ids: list[int]) -> None:
+        self.num_steps += 1
+        assert self._open.wait(30), "the test never opened the gate"
+
+    def open(self) -> None:
+        self._open.set()
+
+    def shut(self) -> None:
+        self._open.clear()
