@@ -16,8 +16,9 @@ class TinyModel:
         g = torch.Generator().manual_seed(seed)
         hidden, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
         self.embed = torch.randn(VOCAB, hidden, generator=g)
-        self.place = torch.randn(MAX_LEN, hidden, generator=g) * 0.3
+        self.place = torch.randn(MAX_LEN, hidden, generator=g)
         self.qkv = [torch.randn(hidden, hidden + 2 * kv, generator=g) / hidden**0.5 for _ in range(LAYERS)]
+        self.unembed = torch.randn(VOCAB, hidden, generator=g) / 4  # not tied: a tied one would repeat its last token
         self.out = [torch.randn(hidden, hidden, generator=g) / hidden**0.5 for _ in range(LAYERS)]
         layer = LayerSpec(HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, HEAD_DIM**-0.5, torch.device("cpu"), window)
         self.spec = ModelSpec((layer,) * LAYERS, VOCAB, MAX_LEN, torch.float32, torch.device("cpu"), (EOS,), "tiny")
@@ -27,8 +28,8 @@ class TinyModel:
         for i in range(LAYERS):
             q, k, v = (x @ self.qkv[i]).split((HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM), dim=-1)
             heads = (t.view(len(x), -1, HEAD_DIM) for t in (q, k, v))
-            x = x + torch.tanh(attend(i, *heads).reshape(len(x), -1) @ self.out[i])
-        return x[sample_indices] @ self.embed.T
+            x = x + 2 * torch.tanh(attend(i, *heads).reshape(len(x), -1) @ self.out[i])
+        return x[sample_indices] @ self.unembed.T
 
     def generate(self, prompt: list[int], num_tokens: int) -> list[int]:
         """Greedy tokens by recomputing everything for each token."""

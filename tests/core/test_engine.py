@@ -1,0 +1,402 @@
+"""Engine: the tokens are those of the model, whatever else runs beside them; each request's trouble is its own."""
+
+import random
+
+import pytest
+import torch
+from tiny_model import EOS, VOCAB, TinyModel
+
+from paged_core import (
+    ConfigError,
+    Engine,
+    EngineConfig,
+    EngineDeadError,
+    FinishReason,
+    InvalidRequestError,
+    SamplingParams,
+    Selection,
+)
+
+ROOMY = {"num_blocks": 400, "max_num_batched_tokens": 256}
+CHUNKED = {"num_blocks": 400, "max_num_batched_tokens": 8}
+TIGHT = {"num_blocks": 26, "max_num_batched_tokens": 16}  # preempts
+
+
+def make_engine(model=None, **config):
+    config = {"block_size": 4, "max_num_seqs": 8, "attention_backend": "reference", "seed": 0, **ROOMY, **config}
+    return Engine(model or TinyModel(), EngineConfig(**config))
+
+
+def run(engine):
+    """All outputs until nothing is left, with every invariant after every step."""
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+        engine._scheduler.check()
+    assert engine._pool.num_used == 0
+    return outputs
+
+
+def tokens_of(outputs):
+    found = {}
+    for output in outputs:
+        found.setdefault((output.request.id, output.request.index), []).extend(output.token_ids)
+    return found
+
+
+def ends_of(outputs):
+    ends = {}
+    for output in outputs:
+        if output.finish_reason is not None:
+            assert output.request.id not in ends, "two final outputs for one request"
+            ends[output.request.id] = (str(output.finish_reason), output.error)
+    return ends
+
+
+def greedy(num_tokens, **more):
+    return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, **more)
+
+
+@pytest.mark.parametrize("config", [ROOMY, CHUNKED, TIGHT], ids=["roomy", "chunked", "tight"])
+@pytest.mark.parametrize("window", [None, 10], ids=["full", "windowed"])
+@pytest.mark.parametrize("caching", [True, False], ids=["prefix-cache", "no-cache"])
+def test_greedy_tokens_are_those_of_dense_attention(config, window, caching):
+    model, rnd = TinyModel(window=window), random.Random(1)
+    engine = make_engine(model, enable_prefix_caching=caching, **config)
+    truth = {}
+    for i in range(14):
+        prompt = [rnd.randrange(90) for _ in range(rnd.randrange(1, 40))]
+        if i % 3 == 0:
+            prompt = list(range(12)) + prompt[:5]
+        num_tokens = rnd.randrange(1, 30)
+        engine.add_request(str(i), prompt, greedy(num_tokens, n=1 + i % 3))
+        truth[str(i)] = model.generate(prompt, num_tokens)
+    found = tokens_of(run(engine))
+    assert len(found) == sum(1 + i % 3 for i in range(14))
+    assert all(tokens == truth[id] for (id, _), tokens in found.items())
+    if config is TIGHT and window is None:
+        assert engine.last_stats.total_preemptions > 0
+
+
+def test_sampled_tokens_depend_on_the_seed_and_on_nothing_around_them():
+    params = SamplingParams(temperature=1.0, seed=7, max_tokens=20, ignore_eos=True, n=2)
+    prompt = [5, 4, 3, 2, 1, 9, 9]
+    alone = make_engine()
+    alone.add_request("x", prompt, params)
+    expected = tokens_of(run(alone))
+    assert expected["x", 0] != expected["x", 1], "samples of one prompt differ"
+    for config in (CHUNKED, TIGHT, {**ROOMY, "enable_prefix_caching": False}):
+        crowd = make_engine(**config)
+        for i in range(6):
+            crowd.add_request(
+                f"a{i}", [i] * (3 + 4 * i), SamplingParams(temperature=0.9, max_tokens=25, ignore_eos=True)
+            )
+        crowd.add_request("x", prompt, params)
+        for i in range(4):
+            crowd.add_request(f"b{i}", prompt, SamplingParams(temperature=0.7, max_tokens=9, ignore_eos=True))
+        found = tokens_of(run(crowd))
+        assert {key: found[key] for key in expected} == expected
+
+
+def test_requests_without_a_seed_differ_and_an_engine_seed_repeats_them():
+    def sample(seed):
+        engine = make_engine(seed=seed)
+        for i in range(3):
+            engine.add_request(str(i), [1, 2, 3], SamplingParams(max_tokens=12, ignore_eos=True))
+        return tokens_of(run(engine))
+
+    first = sample(3)
+    assert len({tuple(tokens) for tokens in first.values()}) == 3
+    assert sample(3) == first
+    assert sample(None) != sample(None)
+
+
+def test_the_models_eos_ends_a_request_unless_ignored():
+    model = TinyModel()
+    model.unembed[EOS] *= 1.5
+    prompt = next([t] for t in range(90) if EOS in model.generate([t], 30))
+    truth = model.generate(prompt, 30)
+    engine = make_engine(model)
+    engine.add_request("stops", prompt, SamplingParams(temperature=0, max_tokens=30))
+    engine.add_request("goes on", prompt, greedy(30))
+    outputs = run(engine)
+    assert tokens_of(outputs)["stops", 0] == truth[: truth.index(EOS) + 1]
+    assert tokens_of(outputs)["goes on", 0] == truth
+    assert ends_of(outputs) == {"stops": ("stop", None), "goes on": ("length", None)}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], greedy(3), "prompt is empty"),
+        ([1, VOCAB], greedy(3), f"token id {VOCAB}; ids go from 0 to {VOCAB - 1}"),
+        ([-1], greedy(3), "token id -1"),
+        (["1"], greedy(3), "token id '1'"),
+        ([1] * 600, greedy(3), r"600 tokens.*max_model_len \(512\)"),
+        ([1] * 100, greedy(80), "may need 45 K/V blocks but the cache has 40"),
+        ([1], greedy(3, n=9), "max_num_seqs is 8"),
+        ([1], greedy(3, logit_bias={VOCAB: 1.0}), f"logit_bias holds token id {VOCAB}"),
+        ([1], greedy(3, allowed_token_ids=[-5]), "allowed_token_ids holds token id -5"),
+        ([1], greedy(3, stop_token_ids=[1000]), "stop_token_ids holds token id 1000"),
+    ],
+)
+def test_a_request_that_cant_be_served_is_refused_and_hurts_nobody(prompt, params, message):
+    model = TinyModel()
+    engine = make_engine(model, num_blocks=40)
+    engine.add_request("good", [1, 2, 3], greedy(6))
+    engine.step()
+    with pytest.raises(InvalidRequestError, match=message):
+        engine.add_request("bad", prompt, params)
+    outputs = run(engine)
+    assert ends_of(outputs) == {"good": ("length", None)}
+
+
+def test_an_id_can_be_used_again_only_when_its_request_has_ended():
+    engine = make_engine()
+    engine.add_request("a", [1], greedy(2))
+    with pytest.raises(InvalidRequestError, match="'a' is in use"):
+        engine.add_request("a", [1], greedy(2))
+    run(engine)
+    engine.add_request("a", [1], greedy(2))
+    assert len(tokens_of(run(engine))["a", 0]) == 2
+
+
+def failing_processor(input_ids, scores):
+    if input_ids.shape[1] > 5:
+        raise RuntimeError("processor of mine")
+    return scores
+
+
+def test_a_logits_processor_that_raises_ends_its_own_request_only():
+    model = TinyModel()
+    engine = make_engine(model)
+    engine.add_request("bad", [1, 2, 3], greedy(9, logits_processors=[failing_processor]))
+    engine.add_request("good", [1, 2, 3], greedy(9))
+    outputs = run(engine)
+    assert ends_of(outputs)["good"] == ("length", None)
+    assert tokens_of(outputs)["good", 0] == model.generate([1, 2, 3], 9)
+    assert tokens_of(outputs)["bad", 0] == model.generate([1, 2, 3], 3)
+    reason, error = ends_of(outputs)["bad"]
+    assert reason == "error"
+    assert "processor of mine" in error
+
+
+class NanModel(TinyModel):
+    """Token 13 poisons the logits of whoever has it last."""
+
+    def forward(self, token_ids, positions, attend, sample_indices):
+        logits = super().forward(token_ids, positions, attend, sample_indices)
+        logits[token_ids[sample_indices] == 13] = float("nan")
+        return logits
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nan_logits_end_their_own_request_only(temperature):
+    engine = make_engine(NanModel())
+    params = SamplingParams(temperature=temperature, max_tokens=4, ignore_eos=True, logit_bias={13: -100.0})
+    engine.add_request("bad", [1, 13], params)
+    engine.add_request("good", [1, 2], params)
+    ends = ends_of(run(engine))
+    assert ends["good"] == ("length", None)
+    assert ends["bad"][0] == "error"
+    assert "NaN" in ends["bad"][1]
+
+
+class FussyModel(TinyModel):
+    """Raises on any batch that holds token 13."""
+
+    def forward(self, token_ids, positions, attend, sample_indices):
+        if (token_ids == 13).any():
+            raise ValueError("I don't like 13")
+        return super().forward(token_ids, positions, attend, sample_indices)
+
+
+def test_when_the_model_raises_only_the_culprit_ends():
+    model = FussyModel()
+    engine = make_engine(model)
+    engine.add_request("a", [1, 2, 3], greedy(5, logit_bias={13: -1e9}))
+    outputs = engine.step()
+    engine.add_request("culprit", [4, 13, 5], greedy(5, n=3))
+    engine.add_request("b", [6, 7], greedy(5, logit_bias={13: -1e9}))
+    while engine.has_work:
+        outputs += engine.step()
+    errors = [output for output in outputs if output.error]
+    assert [output.request.index for output in errors] == [0, 1, 2]
+    assert all("I don't like 13" in output.error for output in errors)
+    assert tokens_of(outputs)["a", 0] == TinyModel().generate([1, 2, 3], 5)
+    assert tokens_of(outputs)["b", 0] == TinyModel().generate([6, 7], 5)
+    assert engine._pool.num_used == 0
+
+
+def test_a_model_that_always_raises_answers_every_request():
+    model = FussyModel()
+    engine = make_engine(model)
+    for id in "ab":
+        engine.add_request(id, [13], greedy(5))
+    ends = ends_of(run(engine))
+    assert {reason for reason, _ in ends.values()} == {"error"}
+    assert len(ends) == 2
+
+
+def test_cancelling_always_answers_and_frees_the_blocks():
+    engine = make_engine(**CHUNKED)
+    for id in ("waiting", "running", "other"):
+        engine.add_request(id, [1] * 30, greedy(20, n=2))
+    engine.step()
+    for id in ("running", "waiting"):
+        engine.abort(id)
+        engine.abort(id)  # once more changes nothing
+    engine.abort("never heard of it")
+    outputs = run(engine)
+    aborted = [(o.request.id, o.request.index) for o in outputs if o.finish_reason is FinishReason.ABORT]
+    assert sorted(aborted) == [("running", 0), ("running", 1), ("waiting", 0), ("waiting", 1)]
+    assert tokens_of(outputs)["other", 0] == TinyModel().generate([1] * 30, 20)
+
+
+def test_a_row_can_be_stopped_between_steps():
+    engine = make_engine()
+    (row,) = engine.add_request("a", [1, 2], greedy(50))
+    engine.step()
+    engine.step()
+    final = engine.stop(row)
+    assert final.finish_reason is FinishReason.STOP
+    assert engine.stop(row) is None
+    assert not engine.has_work
+    assert engine._pool.num_used == 0
+
+
+def test_a_closed_engine_ends_what_runs_and_takes_no_more():
+    engine = make_engine()
+    engine.add_request("a", [1], greedy(50))
+    engine.step()
+    engine.close()
+    assert ends_of(engine.step()) == {"a": ("abort", None)}
+    with pytest.raises(EngineDeadError, match="closed"):
+        engine.add_request("b", [1], greedy(5))
+
+
+@pytest.mark.parametrize("config", [ROOMY, CHUNKED, {**TIGHT, "max_prompt_logprob_rows": 3}])
+def test_prompt_logprobs_are_those_of_the_model(config):
+    model = TinyModel()
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+    logits = model.forward(torch.tensor(prompt), torch.arange(len(prompt)), model._dense, torch.arange(len(prompt)))
+    truth = logits.log_softmax(-1)
+    engine = make_engine(model, **config)
+    for i in range(4):
+        engine.add_request(f"busy{i}", [i] * 20, greedy(12))
+    engine.add_request("a", prompt, greedy(6, prompt_logprobs=2, n=2))
+    told = [output for output in run(engine) if output.prompt_logprobs is not None]
+    assert [(output.request.id, output.request.index) for output in told] == [("a", 0)]
+    found = told[0].prompt_logprobs
+    assert found[0] is None
+    assert len(found) == len(prompt)
+    for position in range(1, len(prompt)):
+        entry = found[position][prompt[position]]
+        assert entry.logprob == pytest.approx(float(truth[position - 1, prompt[position]]), abs=1e-4)
+        assert entry.rank == int((truth[position - 1] > truth[position - 1, prompt[position]]).sum()) + 1
+        assert len(found[position]) in (2, 3)
+
+
+class ChangingModel(TinyModel):
+    changed = False
+
+    def accelerate(self, create):
+        return 0
+
+    def refresh(self):
+        changed, self.changed = self.changed, False
+        return changed
+
+
+def test_cached_prefixes_are_dropped_when_the_weights_have_changed():
+    model = ChangingModel()
+    engine = make_engine(model)
+    prompt = list(range(20))
+    engine.add_request("before", prompt, greedy(5))
+    run(engine)
+    for qkv in model.qkv:
+        qkv.mul_(1.5)
+    model.changed = True
+    engine.add_request("after", prompt, greedy(5))
+    assert tokens_of(run(engine))["after", 0] == model.generate(prompt, 5)
+    assert engine.last_stats.total_prefix_hits == 0
+
+
+def test_waste_is_the_unfilled_rest_of_last_blocks():
+    engine = make_engine()
+    engine.add_request("a", [1, 2, 3, 4, 5], greedy(9))
+    engine.step()
+    assert engine.last_stats.num_blocks_used == 2
+    assert engine.last_stats.num_slots_wasted == 3
+    assert engine.last_stats.kv_waste == 3 / 8
+    run(engine)
+
+
+class BeamSelector:
+    """Plain beam search over one lockstep group: sums of log-probabilities, no length penalty."""
+
+    def __init__(self, num_beams):
+        self.scores = torch.tensor([0.0] + [-1e9] * (num_beams - 1))
+
+    def select(self, logits, requests):
+        total = self.scores[:, None] + logits.log_softmax(-1)  # [beams, V]
+        best = total.flatten().topk(len(requests))
+        self.scores = best.values
+        return Selection((best.indices % VOCAB).tolist(), parents=(best.indices // VOCAB).tolist())
+
+
+def beam_search(model, prompt, num_beams, num_tokens):
+    beams = [(0.0, [])]
+    for _ in range(num_tokens):
+        candidates = []
+        for score, tokens in beams:
+            all_ids = torch.tensor(prompt + tokens)
+            last = torch.tensor([len(all_ids) - 1])
+            logits = model.forward(all_ids, torch.arange(len(all_ids)), model._dense, last)
+            values, ids = logits[0].log_softmax(-1).topk(num_beams)
+            candidates += [(score + float(v), [*tokens, int(t)]) for v, t in zip(values, ids, strict=True)]
+        beams = sorted(candidates, key=lambda beam: -beam[0])[:num_beams]
+    return [tokens for _, tokens in beams]
+
+
+@pytest.mark.parametrize("config", [ROOMY, TIGHT], ids=["roomy", "tight"])
+def test_beams_in_lockstep_over_forked_blocks_find_what_plain_beam_search_finds(config):
+    model, prompt = TinyModel(), [8, 6, 7, 5, 3, 0, 9]
+    engine = make_engine(model, **config)
+    for i in range(4):
+        engine.add_request(f"busy{i}", [i] * 18, greedy(20))
+    rows = engine.add_group("beams", [prompt] * 4, greedy(12), selector=BeamSelector(4))
+    outputs = run(engine)
+    assert [row.output_token_ids for row in rows] == beam_search(model, prompt, 4, 12)
+    assert tokens_of(outputs)["busy2", 0] == model.generate([2] * 18, 20)
+
+
+def test_a_selector_that_raises_ends_its_own_group_only():
+    class Broken:
+        def select(self, logits, requests):
+            raise KeyError("selector of mine")
+
+    engine = make_engine()
+    engine.add_request("good", [1, 2], greedy(4))
+    engine.add_group("bad", [[1], [2]], greedy(4), selector=Broken())
+    outputs = run(engine)
+    assert [o.error for o in outputs if o.request.id == "bad"] == [
+        "choosing the next token failed: KeyError('selector of mine')"
+    ] * 2
+    assert tokens_of(outputs)["good", 0] == TinyModel().generate([1, 2], 4)
+
+
+def test_sizes_that_cant_work_are_refused_with_the_way_out():
+    with pytest.raises(ConfigError, match=r"max_num_batched_tokens \(4\) is below max_num_seqs \(8\)"):
+        make_engine(max_num_batched_tokens=4)
+    with pytest.raises(ConfigError, match="holds no block"):
+        make_engine(num_blocks=None, kv_cache_bytes=100)
+    with pytest.raises(ConfigError, match="block_size is 0"):
+        make_engine(block_size=0)
+
+
+def test_the_cache_is_sized_from_a_budget_of_bytes():
+    bytes_per_block = 2 * 2 * 4 * 2 * 16 * 4  # layers, K and V, slots, kv heads, head dim, float32
+    engine = make_engine(num_blocks=None, kv_cache_bytes=10 * bytes_per_block + 5)
+    assert engine.config.num_blocks == 10
+    assert engine._runner.cache.num_bytes == 11 * bytes_per_block  # and the null block
