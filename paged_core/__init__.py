@@ -14,8 +14,10 @@ from paged_core.errors import (
     UnsupportedModel,
 )
 from paged_core.hookspecs import hookimpl
+from paged_core.scheduling.policies import SchedulingPolicy
 from paged_core.scheduling.request import (
     FinishReason,
+    LogitsProcessor,
     Logprob,
     Request,
     RequestOutput,
@@ -27,6 +29,8 @@ from paged_core.stats import StepStats
 if TYPE_CHECKING:
     from paged_core.async_engine import AsyncEngine, Stream
     from paged_core.engine import Engine
+    from paged_core.execution.batch import AttentionMetadata
+    from paged_core.execution.kv_cache import KVCache
     from paged_core.execution.model import (
         Attend,
         AttentionBackend,
@@ -46,9 +50,11 @@ _LAZY = {
     "AsyncEngine": "async_engine",
     "Attend": "execution.model",
     "AttentionBackend": "execution.model",
+    "AttentionMetadata": "execution.batch",
     "CompletionOutput": "outputs",
     "Engine": "engine",
     "GenerationOutput": "outputs",
+    "KVCache": "execution.kv_cache",
     "LLM": "llm",
     "LayerSpec": "execution.model",
     "ModelSpec": "execution.model",
@@ -64,6 +70,7 @@ __all__ = [
     "AsyncEngine",
     "Attend",
     "AttentionBackend",
+    "AttentionMetadata",
     "CompletionOutput",
     "ConfigError",
     "Engine",
@@ -72,7 +79,9 @@ __all__ = [
     "FinishReason",
     "GenerationOutput",
     "InvalidRequestError",
+    "KVCache",
     "LayerSpec",
+    "LogitsProcessor",
     "Logprob",
     "ModelSpec",
     "ModuleForward",
@@ -83,6 +92,7 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "SchedulingPolicy",
     "Selection",
     "StepStats",
     "Stream",

@@ -70,7 +70,9 @@ def in_new_process(function: str, site: Path) -> dict:
     tests = Path(__file__).parent.parent
     code = f"import json, test_plugins; print(json.dumps(test_plugins.{function}()))"
     path = os.pathsep.join([str(site), str(tests), str(tests / "core")])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,0 +1,335 @@
+"""The rules of docs/architecture.md, held: who imports whom, where packages stand, what is public, what is listed."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import paged_core
+from paged_core import hookspecs
+
+ROOT = Path(__file__).parent.parent
+SHELVES = ("kernels", "adapters")
+STDLIB = frozenset(sys.stdlib_module_names)
+
+
+def sources(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+# ---- who imports whom ------------------------------------------------------------------------------------------
+
+
+class Import(NamedTuple):
+    module: str  # "paged_core.engine", also for "from paged_core import engine"
+    name: str | None  # what is taken from it; None for "import module"
+    line: int
+
+
+def imports_of(source: str, package: str = "") -> list[Import]:
+    """Every import in a file: at its top, inside functions, and under TYPE_CHECKING."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [Import(alias.name, None, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:  # relative: one dot is the file's own package
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                module = ".".join([*parents, module] if module else parents)
+            found += [_submodule_or_name(module, alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute)):
+            called = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+            if called in ("import_module", "__import__") and node.args and isinstance(node.args[0], ast.Constant):
+                found.append(Import(str(node.args[0].value), None, node.lineno))
+    return found
+
+
+def _submodule_or_name(module: str, name: str, line: int) -> Import:
+    if module.split(".")[0] == "paged_core":
+        inside = ROOT / module.replace(".", "/") / name
+        if inside.is_dir() or inside.with_suffix(".py").is_file():
+            return Import(f"{module}.{name}", None, line)
+    return Import(module, name, line)
+
+
+def within(module: str, allowed: set[str]) -> bool:
+    return any(module == name or module.startswith(name + ".") for name in allowed)
+
+
+CORE = {"paged_core", "torch", "numpy", "pluggy"}
+
+# folder: (what its files may import beside the standard library, what they may not even so)
+ROOMS: dict[str, tuple[set[str], set[str]]] = {
+    "kernels/paged_kernels": ({"paged_kernels", "torch", "triton", "numba", "llvmlite", "numpy"}, set()),
+    "paged_core/scheduling": ({"paged_core.scheduling"}, set()),
+    "paged_core/execution": ({"paged_core.execution", "paged_core.scheduling", "torch", "numpy"}, set()),
+    "paged_core/builtin": (
+        {"paged_core.execution", "paged_core.scheduling", "paged_core.hookspecs", "paged_core.config"}
+        | {"paged_core.builtin", "paged_kernels", "torch"},
+        set(),
+    ),
+    "paged_core": (CORE, {"paged_core.builtin"}),
+}
+
+# Third parties that the core uses where they are installed, and does without where they aren't.
+OPTIONAL = {"paged_core/llm.py": {"tqdm"}}
+
+
+def room_of(path: Path) -> str | None:
+    inside = path.relative_to(ROOT).as_posix()
+    return next((room for room in ROOMS if inside.startswith(room + "/")), None)
+
+
+def complaints(path: Path, source: str) -> list[str]:
+    """What a file of the core or the kernels imports and may not."""
+    room = room_of(path)
+    assert room is not None
+    allowed, forbidden = ROOMS[room]
+    file = path.relative_to(ROOT).as_posix()
+    package = ".".join(path.parent.relative_to(ROOT).parts)
+    return [
+        f"{file}:{line} imports {module}"
+        for module, _, line in imports_of(source, package)
+        if module.split(".")[0] not in STDLIB
+        and (not within(module, allowed | OPTIONAL.get(file, set())) or within(module, forbidden))
+    ]
+
+
+def test_the_core_and_the_kernels_import_only_what_the_table_allows():
+    files = [*sources(ROOT / "paged_core"), *sources(ROOT / "kernels")]
+    assert len(files) > 20
+    assert [complaint for path in files for complaint in complaints(path, path.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("paged_core/scheduling/new.py", "def f():\n    import torch"),
+        ("paged_core/scheduling/new.py", "from paged_core.config import EngineConfig"),
+        ("paged_core/scheduling/new.py", "from ..execution import model"),
+        (
+            "paged_core/execution/new.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from paged_core import engine",
+        ),
+        ("paged_core/execution/new.py", "from paged_kernels import reference"),
+        ("paged_core/builtin/new.py", "from paged_core.engine import Engine"),
+        ("paged_core/new.py", "from paged_core.builtin import sampler"),
+        ("paged_core/new.py", "from paged_core import builtin"),
+        ("paged_core/new.py", "import importlib\nimportlib.import_module('paged_core.builtin.sampler')"),
+        ("paged_core/new.py", "import transformers"),
+        ("kernels/paged_kernels/new.py", "import paged_core"),
+    ],
+)
+def test_a_forbidden_import_would_be_found(file, source):
+    assert len(complaints(ROOT / file, source)) == 1
+
+
+def adapters() -> dict[str, list[Path]]:
+    """import name -> files"""
+    packages = [path for path in (ROOT / "adapters").glob("*/*") if (path / "__init__.py").is_file()]
+    return {package.name: sources(package) for package in packages}
+
+
+def adapter_complaints(own: str, others: set[str], file: str, source: str) -> list[str]:
+    found = []
+    for module, name, line in imports_of(source, own):
+        top = module.split(".")[0]
+        inside_core = top == "paged_core" and (module != "paged_core" or name not in paged_core.__all__)
+        if inside_core or top == "paged_kernels" or top in others:
+            found.append(f"{file}:{line} imports {module}{'.' + name if name else ''}")
+    return found
+
+
+def test_adapters_import_public_names_of_the_core_and_neither_kernels_nor_each_other():
+    found = []
+    packages = adapters()
+    assert "paged_hf" in packages
+    for own, files in packages.items():
+        for path in files:
+            file = path.relative_to(ROOT).as_posix()
+            found += adapter_complaints(own, packages.keys() - {own}, file, path.read_text(encoding="utf-8"))
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from paged_core.engine import Engine",
+        "from paged_core import engine",
+        "from paged_core import load_plugins",
+        "import paged_core.engine",
+        "import paged_core",
+        "def f():\n    from paged_kernels import reference",
+        "from paged_other import anything",
+    ],
+)
+def test_an_adapters_forbidden_import_would_be_found(source):
+    assert len(adapter_complaints("paged_new", {"paged_other"}, "new.py", source)) == 1
+
+
+# ---- shelves ---------------------------------------------------------------------------------------------------
+
+
+def test_shelves_are_folders_and_no_packages():
+    shelves = [ROOT / shelf for shelf in SHELVES]
+    shelves += [path for path in (ROOT / "adapters").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    shelves += [ROOT / "tests" / shelf for shelf in SHELVES]
+    assert [str(path) for path in shelves if (path / "__init__.py").exists()] == []
+
+
+def new_python(code: str, cwd: Path, *path: Path) -> str:
+    """What a fresh interpreter prints; ``cwd`` and ``path`` stand first on its sys.path."""
+    first = f"import sys; sys.path[:0] = {[str(cwd), *map(str, path)]!r}\n"
+    done = subprocess.run([sys.executable, "-c", first + code], capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_installing_us_takes_nobodys_name_away(tmp_path):
+    code = "from importlib.util import find_spec\nprint([find_spec(n) and find_spec(n).origin for n in {names!r}])"
+    found = ast.literal_eval(new_python(code.format(names=SHELVES), tmp_path))
+    assert [origin for origin in found if origin and Path(origin).is_relative_to(ROOT)] == []
+
+
+def test_a_foreign_package_called_kernels_is_found_even_from_our_root(tmp_path):
+    for shelf in SHELVES:
+        (tmp_path / shelf).mkdir()
+        (tmp_path / shelf / "__init__.py").write_text("foreign = True")
+    print_both = "import adapters, kernels; print(adapters.foreign, kernels.foreign)"
+    assert new_python(print_both, ROOT, tmp_path) == "True True"
+
+
+# ---- what is public --------------------------------------------------------------------------------------------
+
+
+def names_in_init() -> set[str]:
+    """Everything that paged_core/__init__.py imports from the core, lazily or not."""
+    found = imports_of((ROOT / "paged_core/__init__.py").read_text(encoding="utf-8"), "paged_core")
+    return {name for module, name, _ in found if module.startswith("paged_core.") and name}
+
+
+def test_all_is_sorted_and_every_name_in_it_resolves():
+    constants_classes_others = [
+        sorted(name for name in paged_core.__all__ if kind(name))
+        for kind in (
+            str.isupper,
+            lambda name: name[0].isupper() and not name.isupper(),
+            lambda name: not name[0].isupper(),
+        )
+    ]
+    assert paged_core.__all__ == [name for names in constants_classes_others for name in names]
+    assert all(getattr(paged_core, name) is not None for name in paged_core.__all__)
+    assert set(paged_core.__all__) <= set(dir(paged_core))
+
+
+def test_all_names_everything_that_the_package_imports_for_others():
+    assert names_in_init() | {"__version__"} == set(paged_core.__all__)
+    assert names_in_init() >= paged_core._LAZY.keys()
+
+
+def test_every_exception_of_ours_is_public():
+    from paged_core import errors
+
+    assert set(errors.__all__) <= set(paged_core.__all__)
+
+
+def test_every_type_that_a_hook_names_is_public():
+    """A plugin's author writes them; without a public name for each there would be no contract to keep."""
+    specs = imports_of((ROOT / "paged_core/hookspecs.py").read_text(encoding="utf-8"), "paged_core")
+    named = {name for module, name, _ in specs if module.startswith("paged_core.") and name}
+    argparse_alias = {"Commands"}
+    assert named - argparse_alias - set(paged_core.__all__) == set()
+
+
+# ---- what is loaded --------------------------------------------------------------------------------------------
+
+
+def test_importing_the_core_loads_no_heavy_package(tmp_path):
+    heavy = "[m for m in ('torch', 'transformers', 'triton', 'numba', 'numpy') if m in sys.modules]"
+    assert new_python(f"import paged_core; print({heavy})", tmp_path) == "[]"
+    plugins = "from paged_core.plugins import BUILTIN, load_plugins"
+    assert (
+        new_python(f"{plugins}; import paged_hf.plugin; print({heavy[:-1]} if m not in ('torch', 'numpy')])", tmp_path)
+        == "[]"
+    )
+
+
+HIDE = """
+class Hiding:  # as if these were not installed
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        hidden = name.split(".")[0] in ("transformers", "numba", "llvmlite", "triton", "tqdm")
+        return None if hidden else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
+"""
+
+ANSWER = """
+from tiny_model import TinyModel
+from paged_core import Engine, EngineConfig, PluginError, SamplingParams
+
+model = TinyModel()
+engine = Engine(model, EngineConfig(num_blocks=32, block_size=4, attention_backend="auto"))
+engine.add_request("r", [1, 2, 3, 4, 5], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
+tokens = []
+while engine.has_work:
+    tokens += [token for output in engine.step() for token in output.token_ids]
+assert tokens == model.generate([1, 2, 3, 4, 5], 5), tokens
+try:
+    Engine("some/model")
+except PluginError as error:
+    print(error)
+print([m for m in ("transformers", "numba", "triton", "tqdm") if m in sys.modules])
+"""
+
+
+def test_an_engine_runs_where_only_torch_is_installed(tmp_path):
+    told, loaded = new_python(HIDE + ANSWER, tmp_path, ROOT / "tests").splitlines()
+    assert "pip install 'paged-core[hf]'" in told
+    assert loaded == "[]"
+
+
+# ---- what is written down --------------------------------------------------------------------------------------
+
+
+def hooks() -> set[str]:
+    return {name for name, function in vars(hookspecs).items() if hasattr(function, "paged_core_spec")}
+
+
+def hooks_in(source: str) -> set[str]:
+    """Hooks that a Python source implements."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            marks = [mark.func if isinstance(mark, ast.Call) else mark for mark in node.decorator_list]
+            if any(isinstance(mark, ast.Name) and mark.id == "hookimpl" for mark in marks):
+                found.add(node.name)
+    return found
+
+
+def test_every_hook_has_an_example_in_the_docs():
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs/plugins.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert len(hooks()) >= 12
+    assert hooks() == set().union(*map(hooks_in, blocks))
+
+
+def test_every_file_has_its_line_in_the_docs_and_every_line_its_file():
+    folders = ["paged_core", "kernels", "adapters", "benchmarks"]
+    files = [path.relative_to(ROOT).as_posix() for folder in folders for path in sources(ROOT / folder)]
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^- `([^`]+\.py)`: \S", text, re.MULTILINE)
+    assert sorted(listed) == sorted(set(listed)), "a file has two lines"
+    assert sorted(set(files) - set(listed)) == []
+    assert sorted(set(listed) - set(files)) == []
