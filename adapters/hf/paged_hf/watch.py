@@ -23,6 +23,10 @@ class Watch:
         """Whether tensors came, went, or changed shape, dtype or device."""
         return _types(self._model) != self._types
 
+    def distrust(self) -> None:
+        """Have ``retyped`` say yes from now on."""
+        self._types = []
+
     def changed(self) -> bool:
         """Whether weights changed since the last call."""
         if all(
