@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from paged_core.scheduling.request import Logprob
 
@@ -64,7 +64,7 @@ class StreamDelta:
     finish_reason: str | None = None  # set on the last delta of this index
     stop_reason: str | int | None = None
     error: str | None = None
-    prompt_logprobs: Sequence[TokenLogprobs | None] | None = field(default=None, repr=False)  # with the first
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None  # with the first
 
 
 def join_deltas(deltas: Sequence[StreamDelta]) -> StreamDelta:

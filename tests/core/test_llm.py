@@ -227,13 +227,13 @@ def test_without_a_tokenizer_token_ids_are_served_and_text_is_refused(model: Alp
     assert stop.error is not None and "stop_token_ids" in stop.error
 
 
-# ---- text of a row, whatever the engine hands over at a time -----------------------------------------------------------
+# ---- text of a row, whatever the engine hands over at a time ----------------------------------------
 
 CODEC = TextCodec(ByteTokenizer())
 
 
 def feed(text: str, sizes: list[int], asked: SamplingParams) -> tuple[Generation, str]:
-    """Hand over ``text`` byte by byte in RequestOutputs of these sizes; returns the generation and the streamed text."""
+    """Hand over ``text``, so many bytes a RequestOutput; returns the generation and the streamed text."""
     generation = Generation("x", Prompt(None, [1]), prepare_params(CODEC, asked), CODEC, 0.0)
     request = Request("x", [1], asked)
     ids = CODEC.encode(text)
