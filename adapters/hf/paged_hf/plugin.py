@@ -26,3 +26,11 @@ def load_tokenizer(source: Any) -> Any:
     from paged_hf import loading
 
     return loading.load_tokenizer(source)
+
+
+@hookimpl
+def register_commands(commands: Any) -> None:
+    """``paged generate`` and ``paged bench``."""
+    from paged_hf import commands as ours
+
+    ours.register(commands)

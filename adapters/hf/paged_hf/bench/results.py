@@ -1,4 +1,4 @@
-"""What a system did with a workload, and the few numbers that sum it up. Knows nothing of models or of how it was done."""
+"""What a system did with a workload, and the few numbers that sum it up. Knows nothing of how it was done."""
 
 from __future__ import annotations
 

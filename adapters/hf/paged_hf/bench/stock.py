@@ -1,14 +1,16 @@
 """The baselines: stock Hugging Face, called as its users call it. Knows transformers; knows nothing of paged memory.
 
-Each is one object with ``run(requests, told) -> Run``. ``told(num)`` hears of generated tokens as they come. The model's
-own generation config is set aside by ``without_eos``: greedy, or plain sampling for more than one sample, and no end of
-sequence, so that every system generates exactly the tokens that were asked for.
+Each is one object with ``run(requests, told) -> Run``. ``told(num)`` hears of generated tokens as they come. The
+model's own generation config is set aside by ``without_eos``: greedy, or plain sampling for more than one sample, and
+no end of sequence, so that every system generates exactly the tokens that were asked for.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ def without_eos(model: Any) -> None:
 
 class HFStatic:
     """Left-padded batches in order of arrival; each runs to its longest output. Tokens past a request's own length are
-    thrown away, as a user would. With size 1 it is stock generate, one request at a time."""
+    thrown away, as a user would."""
 
     def __init__(self, model: Any, batch_size: int) -> None:
         self.model = model
@@ -74,6 +76,25 @@ class HFStatic:
         }
 
 
+class HFSequential:
+    """Stock generate, one request at a time. Where all would take longer than ``limit_s`` (by the speed of a short
+    trial), every k-th request stands for the rest, back to back."""
+
+    def __init__(self, model: Any, limit_s: float) -> None:
+        self._one = HFStatic(model, 1)
+        self._limit_s = limit_s
+        self._stride: int | None = None  # the same for all runs
+
+    def run(self, requests: Sequence[BenchRequest], told: Told) -> Run:
+        if self._stride is None:
+            trial = self._one.run([replace(requests[0], num_output=8, n=1, arrival_s=0.0)], _nobody)
+            estimate_s = sum(r.num_output * r.n for r in requests) * trial.duration_s / trial.num_output_tokens
+            self._stride = max(1, math.ceil(estimate_s / self._limit_s))
+        if self._stride > 1:
+            requests = [replace(request, arrival_s=0.0) for request in requests[:: self._stride]]
+        return self._one.run(requests, told)
+
+
 class HFContinuous:
     """transformers' own continuous batching: its manager, with one request's length each.
 
@@ -98,9 +119,7 @@ class HFContinuous:
             duration_s = time.perf_counter() - began
         return Run({index: (sample,) for index, sample in done.items()}, duration_s)
 
-    def _drive(
-        self, manager: Any, requests: Sequence[BenchRequest], began: float, told: Told
-    ) -> dict[int, Sample]:
+    def _drive(self, manager: Any, requests: Sequence[BenchRequest], began: float, told: Told) -> dict[int, Sample]:
         waiting = sorted(requests, key=lambda request: request.arrival_s)
         wanted = {str(request.index): request for request in requests}
         done: dict[int, Sample] = {}
@@ -145,6 +164,10 @@ class _Clock:
 
     def end(self) -> None:
         pass
+
+
+def _nobody(num: int) -> None:
+    """Nobody wants to know."""
 
 
 def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -64,9 +64,7 @@ def synthetic(encode: Encode, num_requests: int = 64, seed: int = 0) -> Workload
     return Workload(f"built-in, seed {seed}", requests)
 
 
-def from_prompts(
-    encode: Encode, path: Path, num_requests: int | None = None, seed: int = 0, limit: int | None = None
-) -> Workload:
+def from_prompts(encode: Encode, path: Path, num_requests: int | None = None, seed: int = 0) -> Workload:
     """One prompt a line; in a ``.jsonl`` each line is ``{"prompt": ..., "max_tokens": ...}``. Output lengths that the
     file doesn't say are the built-in workload's.
 
@@ -78,12 +76,11 @@ def from_prompts(
         raise ConfigError(f"{path} holds no prompts; write one a line")
     lengths = output_lengths(len(entries))
     random.Random(seed).shuffle(lengths)
-    wanted = [
-        (tuple(encode(text)), num_output or length)
-        for (text, num_output), length in zip(entries, lengths, strict=True)
-    ]
-    requests, notes = _clipped(wanted, limit)
-    return Workload(f"{path.name}, {len(requests)} prompts", requests, notes)
+    requests = tuple(
+        BenchRequest(index, tuple(encode(text)), num_output or length)
+        for index, ((text, num_output), length) in enumerate(zip(entries, lengths, strict=True))
+    )
+    return Workload(f"prompts of {path.name}", requests)
 
 
 def from_trace(
@@ -92,7 +89,6 @@ def from_trace(
     num_requests: int | None = None,
     rate: float | None = None,
     time_scale: float = 1.0,
-    limit: int | None = None,
     seed: int = 0,
 ) -> Workload:
     """Replay a CSV with the columns TIMESTAMP, ContextTokens and GeneratedTokens: its lengths, and its arrivals
@@ -103,26 +99,26 @@ def from_trace(
     """
     rows = _read_trace(path)[:num_requests]
     rng = random.Random(seed)
-    wanted = [(prose(encode, max(1, context), rng), max(1, generated)) for _, context, generated in rows]
-    requests, notes = _clipped(wanted, limit)
     first = rows[0][0]
     span_s = rows[-1][0] - first
     if rate is not None and span_s > 0:
         time_scale = (len(rows) / rate) / span_s
-    arrivals = [(stamp - first) * time_scale for stamp, _, _ in rows]
-    notes = (*notes, f"arrivals of the trace times {time_scale:.4g}: {len(rows)} requests in {arrivals[-1]:.1f} s")
-    return Workload(f"trace {path.name}", _arriving(requests, arrivals), notes)
+    requests = tuple(
+        BenchRequest(index, prose(encode, max(1, context), rng), max(1, generated), (stamp - first) * time_scale)
+        for index, (stamp, context, generated) in enumerate(rows)
+    )
+    note = f"arrivals of the trace times {time_scale:.4g}: {len(rows)} requests in {span_s * time_scale:.1f} s"
+    return Workload(f"trace {path.name}", requests, (note,))
 
 
 def with_poisson_arrivals(workload: Workload, rate: float, seed: int = 0) -> Workload:
     """The same requests, arriving one by one, ``rate`` a second on average."""
     rng = random.Random(f"arrivals {seed}")
-    now, arrivals = 0.0, []
-    for _ in workload.requests:
+    now, requests = 0.0, []
+    for request in workload.requests:
         now += rng.expovariate(rate)
-        arrivals.append(now)
-    note = f"Poisson arrivals, {rate:g} a second"
-    return replace(workload, requests=_arriving(workload.requests, arrivals), notes=(*workload.notes, note))
+        requests.append(replace(request, arrival_s=now))
+    return replace(workload, requests=tuple(requests), notes=(*workload.notes, f"Poisson arrivals, {rate:g} a second"))
 
 
 def with_shared_prefix(workload: Workload, encode: Encode, num_tokens: int, seed: int = 0) -> Workload:
@@ -130,6 +126,19 @@ def with_shared_prefix(workload: Workload, encode: Encode, num_tokens: int, seed
     prefix = prose(encode, num_tokens, random.Random(f"prefix {seed}"))
     requests = tuple(replace(request, prompt=prefix + request.prompt) for request in workload.requests)
     return replace(workload, requests=requests, notes=(*workload.notes, f"{num_tokens} tokens of prefix shared by all"))
+
+
+def with_samples(workload: Workload, n: int) -> Workload:
+    """``n`` samples of every prompt."""
+    return replace(workload, requests=tuple(replace(request, n=n) for request in workload.requests))
+
+
+def fitted(workload: Workload, limit: int) -> Workload:
+    """The same requests, cut so that prompt and output together have at most ``limit`` tokens; a note says how many."""
+    requests = tuple(_cut(request, limit) for request in workload.requests)
+    num_cut = sum(new is not old for new, old in zip(requests, workload.requests, strict=True))
+    notes = (f"{num_cut} of {len(requests)} requests cut to {limit} tokens",) if num_cut else ()
+    return replace(workload, requests=requests, notes=(*workload.notes, *notes))
 
 
 def prompt_lengths(num: int) -> list[int]:
@@ -161,23 +170,11 @@ def _quantiles(num: int) -> list[float]:
     return [(i + 0.5) / num for i in range(num)]
 
 
-def _arriving(requests: Sequence[BenchRequest], arrivals: Sequence[float]) -> tuple[BenchRequest, ...]:
-    return tuple(replace(request, arrival_s=at) for request, at in zip(requests, arrivals, strict=True))
-
-
-def _clipped(
-    wanted: Sequence[tuple[tuple[int, ...], int]], limit: int | None
-) -> tuple[tuple[BenchRequest, ...], tuple[str, ...]]:
-    """Requests that fit ``limit`` tokens, and a note of how many had to be cut."""
-    requests, num_cut = [], 0
-    for index, (prompt, num_output) in enumerate(wanted):
-        if limit is not None and len(prompt) + num_output > limit:
-            num_cut += 1
-            num_output = min(num_output, max(1, limit // 2))
-            prompt = prompt[: limit - num_output]
-        requests.append(BenchRequest(index, prompt, num_output))
-    notes = (f"{num_cut} of {len(requests)} requests cut to {limit} tokens",) if num_cut else ()
-    return tuple(requests), notes
+def _cut(request: BenchRequest, limit: int) -> BenchRequest:
+    if len(request.prompt) + request.num_output <= limit:
+        return request
+    num_output = min(request.num_output, max(1, limit // 2))
+    return replace(request, prompt=request.prompt[: limit - num_output], num_output=num_output)
 
 
 def _parse_prompt(line: str, path: Path) -> tuple[str, int | None]:
@@ -187,7 +184,9 @@ def _parse_prompt(line: str, path: Path) -> tuple[str, int | None]:
         entry = json.loads(line)
         return str(entry["prompt"]), entry.get("max_tokens")
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f'{path}: not a line of the form {{"prompt": "...", "max_tokens": 50}}: {line[:80]}') from None
+        raise ConfigError(
+            f'{path}: not a line of the form {{"prompt": "...", "max_tokens": 50}}: {line[:80]}'
+        ) from None
 
 
 def _read_trace(path: Path) -> list[tuple[float, int, int]]:

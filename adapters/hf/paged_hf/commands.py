@@ -1,0 +1,156 @@
+"""``paged generate`` and ``paged bench``: their options. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from paged_core import EngineConfig, SamplingParams
+
+
+def register(commands: Any) -> None:
+    """Add both commands to ``commands``, an argparse subparsers object."""
+    _add_generate(commands)
+    _add_bench(commands)
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser("generate", help="complete one prompt, shown as it is written")
+    _add_model(parser)
+    parser.add_argument(
+        "prompt", nargs="?", metavar="PROMPT", help="the text; read from standard input if '-' or left out"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--chat", action="store_true", default=None, help="put the prompt into the model's chat format")
+    form.add_argument(
+        "--raw",
+        action="store_false",
+        dest="chat",
+        help="continue the prompt as it stands (default: chat if the model can)",
+    )
+    parser.add_argument("--max-tokens", type=_count, default=256, metavar="N", help="default: 256")
+    parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token each time")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
+    _add_engine(parser)
+    parser.set_defaults(run=generate)
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench", help="compare with stock Hugging Face: speed, memory, and whether the tokens are the same"
+    )
+    _add_model(parser)
+    work = parser.add_argument_group("workload (default: 64 seeded requests, all at once)")
+    source = work.add_mutually_exclusive_group()
+    source.add_argument("--trace", type=Path, metavar="FILE", help="CSV of TIMESTAMP, ContextTokens, GeneratedTokens")
+    source.add_argument(
+        "--prompts", type=Path, metavar="FILE", help='one a line, or .jsonl of {"prompt", "max_tokens"}'
+    )
+    work.add_argument("--requests", type=_count, metavar="N", help="default: 64; of a file, all it holds")
+    work.add_argument("--rate", type=_positive, metavar="R", help="requests that arrive a second (default: at once)")
+    work.add_argument("--time-scale", type=_positive, metavar="X", help="stretch a trace's arrivals X times")
+    work.add_argument("--shared-prefix", type=_count, metavar="N", help="begin all prompts with the same N tokens")
+    work.add_argument("--n", type=_count, default=1, help="samples a request; above 1 they are drawn, not greedy")
+    work.add_argument("--seed", type=int, default=0)
+    runs = parser.add_argument_group("runs")
+    runs.add_argument(
+        "--baseline",
+        default="hf-static:16,hf-sequential",
+        metavar="LIST",
+        help="of hf-sequential, hf-static:SIZE, hf-continuous, paged-unshared (no prefix cache); default: %(default)s",
+    )
+    runs.add_argument("--repeats", type=_count, default=3, metavar="N", help="runs of each system; medians are shown")
+    runs.add_argument(
+        "--quick", action="store_true", help="each baseline once, with runs of paged before, between and after"
+    )
+    runs.add_argument(
+        "--sequential-limit",
+        type=_positive,
+        metavar="SECONDS",
+        help="run every k-th request only where hf-sequential would take longer (default: 120; with --quick 40)",
+    )
+    _add_engine(parser)
+    out = parser.add_argument_group("results")
+    out.add_argument("--json", type=Path, metavar="PATH", help="write all figures")
+    out.add_argument("--plot", type=Path, metavar="PATH", help="write a chart (needs matplotlib)")
+    parser.set_defaults(run=bench)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, a GGUF file, or smollm2")
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: as the model is stored)")
+    engine.add_argument("--max-model-len", type=_count, metavar="N", help="tokens of a sequence, prompt and output")
+    engine.add_argument("--kv-bytes", type=_count, metavar="N", help="memory for keys and values")
+    engine.add_argument("--block-size", type=_count, metavar="N", help="slots in a block (default: 16)")
+    engine.add_argument("--attention-backend", metavar="NAME", help="default: auto")
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Write the completion to standard output as it comes."""
+    from paged_core import AsyncEngine, Engine
+    from paged_hf.bench.progress import Progress
+
+    text = sys.stdin.read() if args.prompt in (None, "-") else args.prompt
+    params = SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+        stop=args.stop,
+    )
+    with Progress() as progress:
+        engine = Engine(args.model, engine_config(args), dtype=args.dtype, progress=progress)
+    with AsyncEngine(engine) as served:
+        chat = bool(getattr(served.tokenizer, "chat_template", None)) if args.chat is None else args.chat
+        prompt = [{"role": "user", "content": text}] if chat else text
+        for delta in served.submit(prompt, params):
+            print(delta.text, end="", flush=True)
+            if delta.error:
+                print(f"\npaged: {delta.error}", file=sys.stderr)
+                return 1
+    print()
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Run the A/B, show the table, write the files."""
+    from paged_hf.bench import ab
+
+    return ab.main(args, engine_config(args))
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    """The engine's options as its configuration; what wasn't said keeps its default."""
+    said = {
+        "max_model_len": args.max_model_len,
+        "kv_cache_bytes": args.kv_bytes,
+        "block_size": args.block_size,
+        "attention_backend": args.attention_backend,
+    }
+    return EngineConfig(**{name: value for name, value in said.items() if value is not None})
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} isn't a positive number")
+    return value
