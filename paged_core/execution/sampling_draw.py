@@ -27,6 +27,7 @@ _CHUNK = 128  # ids in a chunk when one chunk is looked at
 _TOP_CHUNK = 64  # ids in a chunk when k chunks are
 _NUCLEUS = 64  # tokens in which top_p first looks for its mass
 _FLOOR = -60.0  # log-weights below can't be drawn: e**-60 is far under the 2**-53 step of a uniform
+_BLOCK_ELEMENTS = 1 << 18  # elements of float32 rows that fit into a core's cache
 _LOW32 = 0xFFFFFFFF
 
 
@@ -98,12 +99,19 @@ class _Rows:
 
     def weights(self) -> Tensor:
         """exp of the tempered scores, 1 at the largest, 0 below min_p: float32 [R,V], in the place of the scores."""
-        tempered = self.scores.sub_(self.largest).mul_(self.inverse_temperature.float())
-        weights = tempered.clamp_(min=_FLOOR - 1).exp_()  # exp of what underflows is some 50 times slower
-        torch.threshold_(weights, math.exp(_FLOOR), 0.0)
-        if self.any_min_p:  # multiplied by a float mask: masked_fill is five times slower
-            weights.mul_(torch.ge(weights, self.min_p.float(), out=torch.empty_like(weights)))
-        return weights
+        columns = (self.scores, self.largest, self.inverse_temperature.float(), self.min_p.float())
+        for x, largest, inverse, min_p in zip(*(torch.split(c, self._rows_at_once()) for c in columns), strict=True):
+            # exp of what underflows is some 50 times slower, so it never gets to see it
+            x.sub_(largest).mul_(inverse).clamp_(min=_FLOOR - 1).exp_()
+            torch.threshold_(x, math.exp(_FLOOR), 0.0)
+            if self.any_min_p:  # by a float mask: masked_fill is five times slower
+                x.mul_(torch.ge(x, min_p, out=torch.empty_like(x)))
+        return self.scores
+
+    def _rows_at_once(self) -> int:
+        """A CPU passes several times over rows that stay in its cache meanwhile; a GPU takes all at once."""
+        rows, num_ids = self.scores.shape
+        return max(1, _BLOCK_ELEMENTS // num_ids) if self.scores.device.type == "cpu" else rows
 
 
 def _way(request: Request, num_ids: int) -> tuple[str, int]:

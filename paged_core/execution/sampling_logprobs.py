@@ -16,22 +16,32 @@ def top_logprobs(logprobs: Tensor, chosen: Sequence[int], nums: Sequence[int]) -
 
     A rank is 1 plus the number of tokens that are likelier: equals share one.
     """
-    device = logprobs.device
-    ids = torch.tensor(chosen, dtype=torch.int64, device=device)[:, None]
+    ids = torch.tensor(chosen, dtype=torch.int64, device=logprobs.device)[:, None]
     values = logprobs.gather(1, ids)  # [N,1]
-    ranks = ((logprobs > values).sum(1, dtype=torch.int32) + 1).tolist()
     most = min(max(nums, default=0), logprobs.shape[1])
     top_values, top_ids = top_rows(logprobs, most) if most else (logprobs[:, :0], ids[:, :0])
-    answer = []
-    for row, (token, value, rank) in enumerate(zip(chosen, values[:, 0].tolist(), ranks, strict=True)):
-        found = {token: Logprob(value, rank)}
-        answer.append(found)
-        likeliest = zip(top_ids[row].tolist(), top_values[row].tolist(), strict=True)
-        above, previous = 0, None
-        for place, (id, value_of_id) in enumerate(likeliest):
-            if place == nums[row]:
-                break
-            if value_of_id != previous:
-                above, previous = place, value_of_id
-            found.setdefault(id, Logprob(value_of_id, above + 1))
-    return answer
+    likeliest = [
+        _ranked(row_ids[:num], row_values[:num])
+        for row_ids, row_values, num in zip(top_ids.tolist(), top_values.tolist(), nums, strict=True)
+    ]
+    # Counting reads the whole vocabulary: only for chosen tokens that are not among the likeliest.
+    unranked = [row for row, token in enumerate(chosen) if token not in likeliest[row]]
+    above = (_rows(logprobs, unranked) > _rows(values, unranked)).sum(1, dtype=torch.int32).tolist()
+    for row, count in zip(unranked, above, strict=True):
+        likeliest[row][chosen[row]] = Logprob(values[row].item(), count + 1)
+    return [{token: found[token], **found} for token, found in zip(chosen, likeliest, strict=True)]
+
+
+def _ranked(ids: list[int], values: list[float]) -> dict[int, Logprob]:
+    """``values`` fall; each gets its place, equals the first one's."""
+    ranked = {}
+    rank, previous = 0, None
+    for place, (id, value) in enumerate(zip(ids, values, strict=True), start=1):
+        if value != previous:
+            rank, previous = place, value
+        ranked[id] = Logprob(value, rank)
+    return ranked
+
+
+def _rows(x: Tensor, rows: list[int]) -> Tensor:
+    return x if len(rows) == x.shape[0] else x[rows]
