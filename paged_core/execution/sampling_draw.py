@@ -157,26 +157,35 @@ def _draw_sorted(sums: Tensor, mass: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _draw_by_id(weights: Tensor, uniform: Tensor) -> Tensor:
-    """``weights float32 [R,V] -> id [R]``, through the chunks' sums first, then within one chunk."""
-    sums = _sums(weights)  # [R,C]
-    target = uniform * sums[:, -1:]
-    chunk = _first_above(sums, target, sums[:, -1:])
-    before = torch.where(chunk > 0, sums.gather(1, (chunk - 1).clamp_(min=0)), 0.0)
-    ids, inside = _ids_of_chunks(chunk, _CHUNK, weights.shape[1])
-    within = weights.gather(1, ids).masked_fill_(~inside, 0.0).cumsum(1, dtype=torch.float64)
-    return ids.gather(1, _first_above(within, target - before, within[:, -1:]))[:, 0]
+    """``weights float32 [R,V] -> id [R]``."""
+    sums = _sums(weights)
+    return _locate(weights, sums, uniform * sums[:, -1:])[0][:, 0]
 
 
 def _draw_from_sorted(weights: Tensor, mass: Tensor, uniform: Tensor) -> Tensor:
     """As _draw_top_p's first look, over all of ``weights [R,V]`` -> id [R]."""
     values = _falling(weights)
-    sums = values.cumsum(1, dtype=torch.float64)
-    place = _draw_sorted(sums, mass, uniform)
+    sums = _sums(values)
+    last, kept = _locate(values, sums, torch.nextafter(mass, torch.zeros_like(mass)))  # where it is mass or above
+    place = torch.minimum(_locate(values, sums, uniform * kept)[0], last)
     value = values.gather(1, place)
     equals_before = (place - torch.searchsorted(-values, -value))[:, 0]  # of the same weight, earlier in the order
     equal = weights == value
-    counts = equal.sum(1)
+    counts = equal.sum(1, dtype=torch.int32)
     return equal.nonzero()[counts.cumsum(0) - counts + equals_before, 1]
+
+
+def _locate(weights: Tensor, sums: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the running sum of ``weights [R,N]`` first is above ``target [R,1]``, and the sum there: [R,1] each.
+
+    ``sums`` are ``_sums(weights)``: they tell the chunk, and only that is looked at.
+    """
+    chunk = _first_above(sums, target, sums[:, -1:])
+    before = torch.where(chunk > 0, sums.gather(1, (chunk - 1).clamp_(min=0)), 0.0)
+    places, inside = _ids_of_chunks(chunk, _CHUNK, weights.shape[1])
+    within = weights.gather(1, places).masked_fill_(~inside, 0.0).cumsum(1, dtype=torch.float64)
+    place = _first_above(within, target - before, within[:, -1:])
+    return places.gather(1, place), before + within.gather(1, place)
 
 
 def _falling(weights: Tensor) -> Tensor:

@@ -149,6 +149,15 @@ def test_a_token_of_no_probability_is_never_drawn_at_either_end_of_the_uniform(m
             assert select(logits, [r]).token_ids == [first], way
 
 
+@pytest.mark.parametrize("vocab", [40, 64, 256, 1000])
+def test_top_p_keeps_the_fewest_tokens_that_hold_the_mass_and_of_equals_the_lowest_ids(vocab, monkeypatch):
+    from paged_core.execution import sampling_draw
+
+    monkeypatch.setattr(sampling_draw, "uniform", lambda request: 1 - 2.0**-53)
+    r = Request("r", [1], SamplingParams(top_p=0.5))
+    assert select(torch.zeros(1, vocab), [r]).token_ids == [vocab // 2 - 1]
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------
 
 
