@@ -1,6 +1,6 @@
 """The policy "shortest" (shortest prompt first) and the attention backend "gather" (copy the keys, then softmax).
 
-At its top it imports paged_core only, as every plugin should: it is loaded for each engine, and by `paged --version`.
+At its top it imports paged_core only, as every plugin should: it is loaded for each engine and by the `paged` command.
 """
 
 from paged_core import hookimpl
