@@ -53,7 +53,10 @@ class RowEdits:
         )
 
     def forbidden(self, request: Request) -> list[int]:
-        """Ids that may not come next: stop tokens before min_tokens, and the ends of bad words begun."""
+        """Ids that may not come next: stop tokens before min_tokens, and the last tokens of bad words begun.
+
+        A bad word may begin in the prompt: what counts is the text that the caller will read.
+        """
         ids: list[int] = []
         if request.num_output < request.params.min_tokens:
             ids += self.stops
@@ -179,7 +182,7 @@ def _run_processors(scores: Tensor, work: Work) -> dict[int, str]:
             try:
                 scores[row] = _processed(scores[row : row + 1], request, edits.processors)
             except Exception as error:  # the caller's code: whatever it raises ends its own request only
-                errors[row] = f"{type(error).__name__}: {error}" if not isinstance(error, _BadScores) else str(error)
+                errors[row] = str(error) if isinstance(error, _BadScores) else f"{type(error).__name__}: {error}"
     return errors
 
 
@@ -242,6 +245,8 @@ def _by_last_but_one(words: Sequence[Sequence[int]], vocab_size: int) -> dict[in
     """Bad words by the token that their last token would follow; -1 for words of one token."""
     table: dict[int, list[tuple[list[int], int]]] = {}
     for word in words:
+        if not word:
+            raise ValueError("bad_words_token_ids holds an empty sequence")
         *before, last = (int(id) for id in word)
         if 0 <= last < vocab_size:
             table.setdefault(before[-1] if before else -1, []).append((before, last))

@@ -266,6 +266,11 @@ def test_a_token_id_outside_the_vocabulary_is_told_to_its_own_request(params):
     assert selection.token_ids[0] == int(logits_of(2)[0].argmax())
 
 
+def test_an_empty_bad_word_is_told_to_its_own_request():
+    r = Request("r", [1], SamplingParams(bad_words_token_ids=[[4], []]))
+    assert "bad_words_token_ids holds an empty sequence" in select(logits_of(1), [r]).errors[0]
+
+
 def test_all_rows_may_fail_at_once():
     requests = [Request("r", [1], SamplingParams(logits_processors=[raises])) for _ in range(3)]
     assert sorted(select(logits_of(3), requests).errors) == [0, 1, 2]
