@@ -7,6 +7,7 @@ temperature or drawing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -74,45 +75,44 @@ class TokenCounts:
 
     def __init__(self, with_prompt: bool) -> None:
         self._with_prompt = with_prompt
-        self._seen: list[int] = []  # the very list: a request that is given another list is counted anew
+        self._seen: list[int] | None = None  # the very list: a request that is given another one is counted anew
         self._num_seen = 0
         self._tail: list[int] = []  # the last few of those
-        self._clear()
 
     def update(self, request: Request) -> tuple[Tensor, Tensor]:
         """Take in what the request gained -> ``ids int64 [N]`` and how often each is in its output, ``float32 [N]``.
 
         A history that is not the one seen plus a suffix (another beam's) is counted anew.
         """
-        tokens = request.tokens
-        seen = self._num_seen
+        tokens, seen = request.tokens, self._num_seen
         if tokens is not self._seen or tokens[max(0, seen - len(self._tail)) : seen] != self._tail:
-            self._clear()
-            seen = 0
-        for position in range(seen, len(tokens)):
-            is_output = position >= request.num_prompt
-            if is_output or self._with_prompt:
-                self._add(tokens[position], int(is_output))
+            self._count_anew(request)
+        else:
+            for token in tokens[seen:]:
+                self._add(token)
         self._seen = tokens
         self._num_seen = len(tokens)
         self._tail = tokens[-_TAIL:]
         size = len(self._slots)
         return self._ids[:size], self._counts[:size]
 
-    def _add(self, token: int, count: int) -> None:
+    def _count_anew(self, request: Request) -> None:
+        prompt = request.tokens[: request.num_prompt] if self._with_prompt else []
+        counts = dict.fromkeys(prompt, 0) | Counter(request.output_token_ids)
+        self._slots = {token: slot for slot, token in enumerate(counts)}  # token -> its place in the tensors
+        self._ids = torch.tensor(list(counts), dtype=torch.int64)
+        self._counts = torch.tensor(list(counts.values()), dtype=torch.float32)
+        self._reserve(2 * len(counts) + 64)
+
+    def _add(self, token: int) -> None:
+        """One more output token."""
         slot = self._slots.get(token)
         if slot is None:
             slot = self._slots[token] = len(self._slots)
             if slot == len(self._ids):
                 self._reserve(2 * slot)
             self._ids_view[slot] = token
-        self._counts_view[slot] += count
-
-    def _clear(self) -> None:
-        self._slots: dict[int, int] = {}  # token -> its place in the tensors
-        self._ids = torch.zeros(0, dtype=torch.int64)
-        self._counts = torch.zeros(0)
-        self._reserve(64)
+        self._counts_view[slot] += 1
 
     def _reserve(self, capacity: int) -> None:
         extra = capacity - len(self._ids)
