@@ -322,7 +322,7 @@ def test_every_hook_has_an_example_in_the_docs():
         r"^```python\n(.*?)^```", (ROOT / "docs/plugins.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
     assert len(hooks()) >= 12
-    assert hooks() == set().union(*map(hooks_in, blocks))
+    assert hooks() - set().union(*map(hooks_in, blocks)) == set()
 
 
 def test_every_file_has_its_line_in_the_docs_and_every_line_its_file():

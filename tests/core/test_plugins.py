@@ -180,7 +180,7 @@ def test_installed_plugins_stand_between_the_built_in_ones_and_those_given():
     extra = SimpleNamespace()
     names = [name for name, _ in load_plugins([extra]).list_name_plugin()]
     assert names[: len(BUILTIN)] == list(BUILTIN)
-    assert names[len(BUILTIN) : -1] == ["hf"]
+    assert "hf" in names[len(BUILTIN) : -1]
 
 
 def test_the_reference_backend_is_asked_last():
