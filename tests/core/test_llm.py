@@ -175,9 +175,9 @@ def test_an_interrupt_cancels_the_call_and_leaves_the_llm_usable(llm: LLM, model
     steps = []
 
     def interrupt(token_ids: list[int]) -> None:
-        steps.append(token_ids)
-        if len(steps) == 3:
+        if len(steps) == 2:
             signal.raise_signal(signal.SIGINT)
+        steps.append(token_ids)  # reached: the step is not torn
 
     model.before_forward = interrupt
     with pytest.raises(KeyboardInterrupt):
@@ -186,6 +186,17 @@ def test_an_interrupt_cancels_the_call_and_leaves_the_llm_usable(llm: LLM, model
     assert not llm.engine.has_work
     assert llm.generate("A", GREEDY)[0].outputs[0].text == "BCDEF"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(llm: LLM, model: AlphabetModel) -> None:
+    def impatient(token_ids: list[int]) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the second should have come through")
+
+    model.before_forward = impatient
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate("A", GREEDY)
 
 
 def test_threads_may_share_an_llm(llm: LLM) -> None:
