@@ -20,7 +20,8 @@ from paged_core.execution.batch import BatchBuilder
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.policies import Fcfs
 from paged_core.scheduling.request import Request, SamplingParams, Selection
-from paged_core.scheduling.scheduler import Limits, Scheduler
+from paged_core.scheduling.schedule import Limits
+from paged_core.scheduling.scheduler import Scheduler
 
 
 def main() -> None:

@@ -32,7 +32,8 @@ from paged_core.scheduling.request import (
     SamplingParams,
     Selection,
 )
-from paged_core.scheduling.scheduler import Limits, Schedule, Scheduler
+from paged_core.scheduling.schedule import Limits, Schedule
+from paged_core.scheduling.scheduler import Scheduler
 from paged_core.stats import StepStats
 
 Progress = Callable[[str, int, int], None]

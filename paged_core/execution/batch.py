@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from paged_core.scheduling.request import Request
-from paged_core.scheduling.scheduler import Schedule, ScheduledChunk
+from paged_core.scheduling.schedule import Schedule, ScheduledChunk
 
 
 @dataclass(frozen=True)

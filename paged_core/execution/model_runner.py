@@ -10,7 +10,7 @@ from torch import Tensor
 from paged_core.execution.batch import Batch
 from paged_core.execution.kv_cache import KVCache
 from paged_core.execution.model import AttentionBackend, PagedModel
-from paged_core.scheduling.scheduler import BlockMove
+from paged_core.scheduling.schedule import BlockMove
 
 
 class ModelRunner:

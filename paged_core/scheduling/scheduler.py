@@ -9,66 +9,20 @@ The scheduler is the only one that changes requests and, through the BlockPool, 
 
 from __future__ import annotations
 
-import sys
 from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum
-from typing import NamedTuple
 
 from paged_core.scheduling.block_pool import NULL_BLOCK, BlockPool
+from paged_core.scheduling.capacity import max_blocks_at_once, set_max_total
 from paged_core.scheduling.policies import SchedulingPolicy
 from paged_core.scheduling.request import (
     FinishReason,
-    InvalidRequestError,
     Request,
     RequestOutput,
     RequestStatus,
     Selection,
 )
-
-
-class MoveKind(Enum):
-    COPY = "copy"  # within the device's cache: copy-on-write. Swap to host memory will add its kinds here.
-
-
-class BlockMove(NamedTuple):
-    """A block whose K/V the runner moves before the step computes."""
-
-    source: int
-    target: int
-    kind: MoveKind = MoveKind.COPY
-
-
-class ScheduledChunk(NamedTuple):
-    """Consecutive tokens of one request that the step computes."""
-
-    request: Request
-    start: int  # position of the first
-    num_tokens: int
-    samples: tuple[Request, ...]  # rows that sample from the last position: none while tokens are still lacking,
-    #                               the request itself, or all siblings of a fork at the end of their prompt
-
-
-class Schedule(NamedTuple):
-    """One step's work."""
-
-    chunks: Sequence[ScheduledChunk]
-    moves: Sequence[BlockMove]
-    preempted: Sequence[Request]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a step and a request may take."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    watermark_blocks: int  # kept free at admission, so that running requests can grow
-    max_prompt_logprob_rows: int
-    sliding_window: int | None = None  # set if every layer has one: the widest
-    enable_prefix_caching: bool = True
+from paged_core.scheduling.schedule import BlockMove, Limits, Schedule, ScheduledChunk
 
 
 class Scheduler:
@@ -84,13 +38,9 @@ class Scheduler:
         self.num_prefix_queries = 0  # prompt tokens looked up in the prefix index
         self.num_prefix_hits = 0  # and found there
         self._num_arrivals = 0
-        # With a window in every layer, a sequence never holds more blocks than that at once.
-        self._max_blocks_at_once = sys.maxsize
-        if limits.sliding_window is not None:
-            reach = limits.sliding_window + limits.max_num_batched_tokens
-            self._max_blocks_at_once = -(-reach // pool.block_size) + 1
         self._unborn: dict[Request, list[Request]] = {}  # siblings that will fork from a request's prompt
         self._in_flight: dict[bytes, Request] = {}  # blocks being computed: who shares them waits for them
+        self._max_blocks_at_once = max_blocks_at_once(limits, pool.block_size)
 
     # ---- in and out --------------------------------------------------------------------------------------------
 
@@ -105,7 +55,8 @@ class Scheduler:
             InvalidRequestError: the group can never fit; nothing was queued.
         """
         lockstep = requests[0].group.lockstep
-        self._refuse_what_never_fits(requests, requests if lockstep else requests[:1])
+        at_once = requests if lockstep else requests[:1]
+        set_max_total(requests, at_once, self.limits, self.pool.num_blocks, self.pool.block_size)
         queued = list(requests) if lockstep else [requests[0]]
         for request in requests:
             request.arrival = self._num_arrivals
@@ -352,34 +303,6 @@ class Scheduler:
     def _num_seats(self) -> int:
         unborn = (len(rows) for leader, rows in self._unborn.items() if leader.status is RequestStatus.RUNNING)
         return len(self.running) + sum(unborn)
-
-    def _refuse_what_never_fits(self, requests: Sequence[Request], at_once: Sequence[Request]) -> None:
-        """Also sets each request's ``max_total``. ``at_once``: those that must be in the cache together."""
-        limits, size, capacity = self.limits, self.pool.block_size, self.pool.num_blocks
-        if len(requests) > limits.max_num_seqs:
-            raise InvalidRequestError(
-                f"{len(requests)} sequences were asked for at once, but max_num_seqs is {limits.max_num_seqs}; "
-                "ask for fewer, or raise it"
-            )
-        longest = max(request.num_prompt for request in requests)
-        if longest >= limits.max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {longest} tokens; with one more to generate it exceeds max_model_len "
-                f"({limits.max_model_len})"
-            )
-        share = limits.max_model_len  # tokens that fit beside the others, for requests that set no max_tokens
-        if limits.sliding_window is None:
-            share = min(share, capacity // len(at_once) * size)
-        for request in requests:
-            asked = request.params.max_tokens
-            most = share if asked is None else request.num_prompt + asked
-            request.max_total = max(min(most, limits.max_model_len), request.num_prompt + 1)
-        needed = sum(min(-(-(request.max_total - 1) // size), self._max_blocks_at_once) for request in at_once)
-        if needed > capacity:
-            raise InvalidRequestError(
-                f"the request may need {needed} K/V blocks but the cache has {capacity} ({capacity * size} tokens); "
-                "shorten the prompt, lower max_tokens, or raise kv_cache_bytes"
-            )
 
     # ---- results -----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,52 @@
+"""What can never fit, and how far a request may grow: told once, when it is added."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from paged_core.scheduling.request import InvalidRequestError, Request
+from paged_core.scheduling.schedule import Limits
+
+
+def max_blocks_at_once(limits: Limits, block_size: int) -> int:
+    """Blocks that one sequence holds at most at any time: bounded if every layer has a sliding window."""
+    if limits.sliding_window is None:
+        return sys.maxsize
+    return -(-(limits.sliding_window + limits.max_num_batched_tokens) // block_size) + 1
+
+
+def set_max_total(
+    requests: Sequence[Request], at_once: Sequence[Request], limits: Limits, num_blocks: int, block_size: int
+) -> None:
+    """Set each request's ``max_total``. ``at_once``: those of them that must be in the cache together.
+
+    Raises:
+        InvalidRequestError: they can never fit; the message has the numbers.
+    """
+    if len(requests) > limits.max_num_seqs:
+        raise InvalidRequestError(
+            f"{len(requests)} sequences were asked for at once, but max_num_seqs is {limits.max_num_seqs}; "
+            "ask for fewer, or raise it"
+        )
+    longest = max(request.num_prompt for request in requests)
+    if longest >= limits.max_model_len:
+        raise InvalidRequestError(
+            f"the prompt has {longest} tokens; with one more to generate it exceeds max_model_len "
+            f"({limits.max_model_len})"
+        )
+    share = limits.max_model_len  # tokens that fit beside the others, for requests that set no max_tokens
+    if limits.sliding_window is None:
+        share = min(share, num_blocks // len(at_once) * block_size)
+    for request in requests:
+        asked = request.params.max_tokens
+        most = share if asked is None else request.num_prompt + asked
+        request.max_total = max(min(most, limits.max_model_len), request.num_prompt + 1)
+    bound = max_blocks_at_once(limits, block_size)
+    # The last token of a sequence is never fed back: it needs no slot.
+    needed = sum(min(-(-(request.max_total - 1) // block_size), bound) for request in at_once)
+    if needed > num_blocks:
+        raise InvalidRequestError(
+            f"the request may need {needed} K/V blocks but the cache has {num_blocks} "
+            f"({num_blocks * block_size} tokens); shorten the prompt, lower max_tokens, or raise kv_cache_bytes"
+        )

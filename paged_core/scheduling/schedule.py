@@ -1,0 +1,53 @@
+"""What the scheduler hands to the execution side for one step, and the limits it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from paged_core.scheduling.request import Request
+
+
+class MoveKind(Enum):
+    COPY = "copy"  # within the device's cache: copy-on-write. Swap to host memory will add its kinds here.
+
+
+class BlockMove(NamedTuple):
+    """A block whose K/V the runner moves before the step computes."""
+
+    source: int
+    target: int
+    kind: MoveKind = MoveKind.COPY
+
+
+class ScheduledChunk(NamedTuple):
+    """Consecutive tokens of one request that the step computes."""
+
+    request: Request
+    start: int  # position of the first
+    num_tokens: int
+    samples: tuple[Request, ...]  # rows that sample from the last position: none while tokens are still lacking,
+    #                               the request itself, or all siblings of a fork at the end of their prompt
+
+
+class Schedule(NamedTuple):
+    """One step's work."""
+
+    chunks: Sequence[ScheduledChunk]
+    moves: Sequence[BlockMove]
+    preempted: Sequence[Request]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step and a request may take."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    watermark_blocks: int  # kept free at admission, so that running requests can grow
+    max_prompt_logprob_rows: int
+    sliding_window: int | None = None  # set if every layer has one: the widest
+    enable_prefix_caching: bool = True
