@@ -402,35 +402,45 @@ def make_mix(rows: int, columns: int) -> Any:
 
 @_define(vector, types.int64, types.int64, types.int64)
 def dots(builder: Any, rows: Any, x: Any, chunks: Any) -> Any:
-    """One dot product a lane: x with each of LANES rows, found through the address table ``rows``. ``chunks`` vectors
-    long. The sums are folded together as a tree, half as many vectors at each level."""
+    """One dot product a lane: x with each of LANES rows, found through the address table ``rows``; ``chunks`` vectors
+    long."""
     acc = _accumulators(builder, LANES, 1)
-    base = [builder.load(_at(builder, rows, _i64(m), _i64)) for m in range(LANES)]
     for m in range(LANES):
         builder.store(_const(0.0), acc[m][0])
-    with cgutils.for_range(builder, chunks) as loop:
-        at = builder.mul(loop.index, _i64(LANES))
-        right = builder.load(_at(builder, x, at, _f32, _vec), align=4)
+
+    def add(first: Any, width: int) -> None:
+        at = [builder.mul(builder.add(first, _i64(n)), _i64(LANES)) for n in range(width)]
+        right = [builder.load(_at(builder, x, index, _f32, _vec), align=4) for index in at]
         for m in range(LANES):
-            left = builder.load(_at(builder, base[m], at, _f32, _vec), align=4)
-            total = _call(builder, f"llvm.fma.v{LANES}f32", left, right, builder.load(acc[m][0]))
+            row = builder.load(_at(builder, rows, _i64(m), _i64))
+            total = builder.load(acc[m][0])
+            for n in range(width):
+                left = builder.load(_at(builder, row, at[n], _f32, _vec), align=4)
+                total = _call(builder, f"llvm.fma.v{LANES}f32", left, right[n], total)
             builder.store(total, acc[m][0])
-    sums = [builder.load(acc[m][0]) for m in range(LANES)]
-    # Level by level, lanes of row m and of row m + width meet in one vector: the first keeps the lanes whose
-    # number has the bit `width` clear, the second those that have it set.
-    width = LANES // 2
-    while width:
-        paired = []
-        for m in range(width):
-            one, other = sums[m], sums[m + width]
-            keep = [i if not i & width else LANES + i for i in range(LANES)]
-            cross = [i ^ width if not i & width else LANES + (i ^ width) for i in range(LANES)]
-            paired.append(
-                builder.fadd(
-                    builder.shuffle_vector(one, other, ir.Constant(_ivec, keep)),
-                    builder.shuffle_vector(one, other, ir.Constant(_ivec, cross)),
-                )
+
+    fours = builder.lshr(chunks, _i64(2))
+    with cgutils.for_range(builder, fours) as loop:
+        add(builder.shl(loop.index, _i64(2)), 4)
+    done = builder.shl(fours, _i64(2))
+    with cgutils.for_range(builder, builder.sub(chunks, done)) as loop:
+        add(builder.add(done, loop.index), 1)
+    return _sum_each(builder, [builder.load(acc[m][0]) for m in range(LANES)])
+
+
+def _sum_each(builder: Any, vectors: list[Any]) -> Any:
+    """The sum of each of LANES vectors, in the lane of its number. At each level, two vectors whose numbers differ in
+    one bit meet in one: lanes that have the bit clear keep the first's, the others the second's."""
+    bit = 1
+    while len(vectors) > 1:
+        keep = [lane + LANES if lane & bit else lane for lane in range(LANES)]
+        cross = [(lane ^ bit) + LANES if lane & bit else lane ^ bit for lane in range(LANES)]
+        vectors = [
+            builder.fadd(
+                builder.shuffle_vector(one, other, ir.Constant(_ivec, keep)),
+                builder.shuffle_vector(one, other, ir.Constant(_ivec, cross)),
             )
-        sums = paired
-        width //= 2
-    return sums[0]
+            for one, other in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+        bit *= 2
+    return vectors[0]
