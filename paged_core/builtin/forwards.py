@@ -1,0 +1,284 @@
+"""Faster forwards of the same meaning for a CPU's modules: packed linears, siblings in one product, gated MLPs.
+
+Answers create_module_forward. A module is known by what it is made of, never by a model's name, and every forward is
+held against the module it stands for before it is handed out. What is not plainly understood (a subclass, a quantised
+weight, a hook, a wrapped child) is left alone. This file knows torch modules; it never writes to one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from paged_core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from paged_core.execution.model import ModuleForward
+
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called on one input, the first one first
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # of the largest value
+_PROBE_ROWS = 5
+
+
+@hookimpl
+def create_module_forward(module: nn.Module, device: torch.device) -> ModuleForward | None:
+    """Asked for parents before their children: a parent that is left alone tells which children belong together."""
+    if device.type != "cpu" or "forward" in module.__dict__ or not _have_kernels():
+        return None
+    if _is_linear(module):
+        group = _GROUPS.get(module)
+        sibling = None if group is None else group.forward_of(module)
+        return sibling or _checked(_Linear(module), module, module)
+    if _is_gated_mlp(module):
+        return _checked(_GatedMLP(module), module, module.get_submodule("gate_proj"))
+    for names in _SIBLINGS:
+        children = [module._modules.get(name) for name in names]
+        if all(_is_linear(child) for child in children):
+            _remember([child for child in children if child is not None])
+    return None
+
+
+def _have_kernels() -> bool:
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class _Layers:
+    """Linear layers over one input, packed, and packed anew when one of their weights changes.
+
+    Their parameters are looked up in the modules' own dictionaries at each call, so that a weight that was replaced is
+    seen; the modules themselves are not held.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], gated: bool = False) -> None:
+        self._owners = [module._parameters for module in modules]
+        self._turned = not isinstance(modules[0], nn.Linear)  # weights [K, N] instead of [N, K]
+        self._gated = gated
+        self._pack()
+
+    def packed(self, x: Tensor) -> Any | None:
+        """The product of all; None if x or the weights are not of a kind that it takes."""
+        if not self._watch.same(self._tensors()):
+            self._pack()
+        return self._product if x.dtype is self._dtype and x.device.type == "cpu" else None
+
+    def stale(self) -> bool:
+        return bool(self._watch.stale(self._tensors()))
+
+    def alone(self, index: int, x: Tensor) -> Tensor:
+        """One of them, as torch computes it."""
+        weight, bias = self._owners[index]["weight"], self._owners[index].get("bias")
+        assert weight is not None
+        return nn.functional.linear(x, weight.t() if self._turned else weight, bias)
+
+    def _tensors(self) -> list[Tensor | None]:
+        return [owner.get(name) for owner in self._owners for name in ("weight", "bias")]
+
+    def _pack(self) -> None:
+        from paged_kernels.cpu.linear import PackedLinear, WatchedTensors
+
+        tensors = self._tensors()
+        self._watch = WatchedTensors(tensors)
+        self._product: PackedLinear | None = None
+        self._dtype: torch.dtype | None = None
+        weights = [_packable(weight) for weight in tensors[::2]]
+        whole = [w.t() if self._turned else w for w in weights if w is not None]
+        if len(whole) == len(weights) and len({w.dtype for w in whole}) == 1:
+            self._product, self._dtype = PackedLinear(whole, tensors[1::2], self._gated), whole[0].dtype
+
+
+class _Linear:
+    """One linear layer from its packed weight."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._layers = _Layers([module])
+        self.stale = self._layers.stale
+
+    def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*args, *named.values())
+        product = self._layers.packed(x)
+        return self._layers.alone(0, x) if product is None else product(x)
+
+
+class _Left(threading.local):
+    """What the first of some siblings left for the others: for one input, in one thread."""
+
+    product: Any = None
+    x: Tensor | None = None
+    version = -1
+    parts: list[Tensor | None] = []  # noqa: RUF012
+
+
+_LEFT = _Left()
+
+
+class _Sibling:
+    """One of several linear layers over one input: the first computes for all, the others take what it left them.
+
+    Another input, one that was written to, another order or a second call finds nothing and is computed alone.
+    """
+
+    def __init__(self, layers: _Layers, sizes: Sequence[int], index: int) -> None:
+        self._layers, self._sizes, self._index = layers, list(sizes), index
+        self.stale = layers.stale
+
+    def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*args, *named.values())
+        product, left, index = self._layers.packed(x), _LEFT, self._index
+        if product is not None and index == 0:
+            left.product, left.x, left.version = product, x, _version(x)
+            left.parts = list(product(x).split(self._sizes, -1))
+        elif product is None or left.product is not product or left.x is not x or left.version != _version(x):
+            return self._layers.alone(index, x)
+        part, left.parts[index] = left.parts[index], None
+        if index == len(left.parts) - 1:
+            left.product = left.x = None
+        return self._layers.alone(index, x) if part is None else part
+
+
+class _GatedMLP:
+    """down(silu(gate(x)) * up(x)) in two products."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        self._children = dict(module._modules)
+        gate, up, down = linears = [module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj")]
+        self._inner, self._outer = _Layers([gate, up], gated=True), _Layers([down])
+        self._hooks = [h for part in (*linears, module.get_submodule("act_fn")) for h in _hooks(part)]
+
+    def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*args, *named.values())
+        inner, outer = self._inner.packed(x), self._outer.packed(x)
+        if inner is None or outer is None or any(self._hooks):
+            module = self._module()
+            return type(module).forward(module, x)  # type: ignore[union-attr, no-any-return]
+        return outer(inner(x))  # type: ignore[no-any-return]
+
+    def stale(self) -> bool:
+        module = self._module()
+        return module is None or module._modules != self._children or self._inner.stale() or self._outer.stale()
+
+
+# ---- which module is what --------------------------------------------------------------------------------------
+
+
+def _is_linear(module: nn.Module | None) -> bool:
+    """nn.Linear itself, or a Conv1D as GPT-2 has it (weight [K, N]), over plain weights."""
+    if type(module) is nn.Linear:
+        return "forward" not in module.__dict__ and _packable(module._parameters.get("weight")) is not None
+    if module is None or type(module).__name__ != "Conv1D" or "forward" in module.__dict__:
+        return False
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    return set(module._parameters) == {"weight", "bias"} and bias is not None and _packable(weight) is not None
+
+
+def _packable(weight: Tensor | None) -> Tensor | None:
+    from paged_kernels.cpu.linear import can_pack
+
+    return weight if type(weight) in (Tensor, nn.Parameter) and can_pack(weight) else None
+
+
+def _is_gated_mlp(module: nn.Module) -> bool:
+    children = module._modules
+    if set(children) != {"gate_proj", "up_proj", "down_proj", "act_fn"} or module._parameters or module._buffers:
+        return False
+    parts = [children[name] for name in ("gate_proj", "up_proj", "down_proj")]
+    act = children["act_fn"]
+    return (
+        all(type(part) is nn.Linear and _is_linear(part) for part in parts)
+        and type(act).__name__ in ("SiLU", "SiLUActivation")
+        and act is not None
+        and "forward" not in act.__dict__
+        and not any(h for part in (*parts, act) for h in _hooks(part))
+        and len(inspect.signature(type(module).forward).parameters) == 2
+    )
+
+
+def _hooks(module: nn.Module | None) -> tuple[Any, ...]:
+    return () if module is None else (module._forward_hooks, module._forward_pre_hooks)
+
+
+# ---- siblings --------------------------------------------------------------------------------------------------
+
+
+class _Group:
+    """Siblings that their parent named; packed when the first of them is asked for."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = [weakref.ref(module) for module in modules]
+        self._layers: _Layers | None = None
+
+    def forward_of(self, module: nn.Module) -> _Sibling | None:
+        modules = [m for m in (ref() for ref in self._modules) if m is not None and _is_linear(m)]
+        if len(modules) < len(self._modules) or len({_shape(m)[1:] for m in modules}) > 1:
+            return None
+        sizes = [_shape(m)[0] for m in modules]
+        if self._layers is None or self._layers.stale():
+            layers = _Layers(modules)
+            x = _probe(module)
+            product = layers.packed(x)
+            if product is None or not all(
+                _alike(part, _stock(m, x)) for m, part in zip(modules, product(x).split(sizes, -1), strict=True)
+            ):
+                return None
+            self._layers = layers
+        return _Sibling(self._layers, sizes, next(i for i, m in enumerate(modules) if m is module))
+
+
+_GROUPS: weakref.WeakKeyDictionary[nn.Module, _Group] = weakref.WeakKeyDictionary()
+
+
+def _remember(children: Sequence[nn.Module]) -> None:
+    group = _Group(children)
+    for child in children:
+        _GROUPS[child] = group
+
+
+# ---- held against the module itself ----------------------------------------------------------------------------
+
+
+def _checked(forward: ModuleForward, module: nn.Module, first: nn.Module) -> ModuleForward | None:
+    """``forward``, if it computes what ``module`` computes; ``first`` is the linear layer that takes its input."""
+    x = _probe(first)
+    return forward if _alike(forward(x), _stock(module, x)) else None
+
+
+def _probe(linear: nn.Module) -> Tensor:
+    """Random rows for a linear layer. Its own generator: the user's random numbers stay as they are."""
+    weight, generator = linear._parameters["weight"], torch.Generator().manual_seed(0)
+    assert weight is not None
+    return torch.randn(1, _PROBE_ROWS, _shape(linear)[1], generator=generator).to(weight.dtype)
+
+
+def _shape(linear: nn.Module) -> tuple[int, int, bool]:
+    """(outputs, inputs, whether the weight lies turned)"""
+    weight, turned = linear._parameters["weight"], type(linear) is not nn.Linear
+    assert weight is not None
+    rows, columns = weight.shape
+    return (columns, rows, turned) if turned else (rows, columns, turned)
+
+
+@torch.no_grad()
+def _stock(module: nn.Module, x: Tensor) -> Tensor:
+    return type(module).forward(module, x)  # type: ignore[no-any-return]
+
+
+def _alike(ours: Tensor, theirs: Tensor) -> bool:
+    if type(theirs) is not Tensor or ours.shape != theirs.shape or ours.dtype is not theirs.dtype:
+        return False
+    a, b = ours.float(), theirs.float()
+    scale = b.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+    return torch.allclose(a, b, rtol=0.0, atol=_TOLERANCE[ours.dtype] * scale, equal_nan=True)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
