@@ -122,11 +122,10 @@ class WindowDetokenizer:
         tail = self._ids[-self._KEPT :]
         tail_text = self._decode(tail)
         waiting = text[len(self._shown) :]
-        whole = tail_text.lstrip(REPLACEMENT)  # without a character that the cut goes through
         released = ""
-        if len(whole) <= len(waiting) or not text.endswith(whole):
+        if len(tail_text) <= len(waiting) or not text.endswith(tail_text):
             if len(self._ids) < self._HOPELESS:
-                return ""
+                return ""  # the cut would go through a character; a token later it won't
             if not tail_text.endswith(waiting):
                 released, waiting = waiting, ""
         self._num_settled = max(0, self._num_settled - (len(self._ids) - len(tail)))
