@@ -6,6 +6,7 @@ Single-threaded: one owner calls add_request, abort, stop and step. AsyncEngine 
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -48,7 +49,7 @@ class Engine:
         config: sizes and choices.
         plugins: more plugin modules or objects; they are asked before installed and built-in ones.
         device, dtype: passed to ``load_model``.
-        progress: told of long work (loading, compiling kernels) while the engine is built.
+        progress: told of long work (compiling kernels) while the engine is built; None: a line on a terminal.
 
     Raises:
         PluginError: nobody answered a hook that must be answered.
@@ -337,7 +338,7 @@ class Engine:
                 f"no attention backend called {name!r} can run this model; loaded plugins: {describe(self._manager)}"
             )
         if hasattr(backend, "warm_up"):
-            backend.warm_up(progress or _silent)
+            backend.warm_up(progress or _show)
         return backend  # type: ignore[no-any-return]
 
     def _accelerate(self) -> None:
@@ -449,8 +450,11 @@ def _empty_batch(spec: ModelSpec) -> Batch:
     return Batch(none, none, metadata, none, (), ())
 
 
-def _silent(what: str, done: int, total: int) -> None:
-    """Nobody wants to know."""
+def _show(what: str, done: int, total: int) -> None:
+    """A line on the terminal, if there is one, that goes away when the work is done."""
+    if sys.stderr.isatty():
+        line = f"{what}: {done} of {total}" if done < total else ""
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
 
 def _short(model: Any) -> str:
