@@ -24,6 +24,7 @@ class Paged:
 
     def run(self, requests: Sequence[BenchRequest], told: Told) -> Run:
         engine = Engine(self.model, self.config, progress=self._progress)
+        self._progress = None  # kernels are compiled once; later engines have nothing to tell
         try:
             _warm_up(engine, requests[0])
             return _drive(engine, requests, told)

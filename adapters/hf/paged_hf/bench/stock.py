@@ -20,6 +20,8 @@ from paged_hf.bench.workloads import BenchRequest
 
 Told = Callable[[int], None]
 
+_PAGE = 256  # tokens in a block of transformers' cache, its default
+
 
 def without_eos(model: Any) -> None:
     """Give this process's copy of the model a generation config that neither stops early nor warps logits."""
@@ -96,7 +98,10 @@ class HFSequential:
 
 
 class HFContinuous:
-    """transformers' own continuous batching: its manager, with one request's length each.
+    """transformers' own continuous batching: its manager, which takes a length for each request.
+
+    It is given cache for all requests at once, so that none ever waits for memory; left to itself it takes most of the
+    machine's.
 
     Raises:
         RuntimeError: it did not answer every request; the message says what it did.
@@ -107,13 +112,17 @@ class HFContinuous:
         without_eos(model)
 
     def run(self, requests: Sequence[BenchRequest], told: Told) -> Run:
-        from transformers import GenerationConfig
+        from transformers import ContinuousBatchingConfig, GenerationConfig
 
         if any(request.n > 1 for request in requests):
             raise RuntimeError("hf-continuous takes one sample a request here; leave out --n")
         # -1 is no token: nothing ends a request before its length
         config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=256)
-        with self.model.continuous_batching_context_manager(generation_config=config) as manager:
+        memory = ContinuousBatchingConfig()
+        memory.num_blocks = sum(-(-(len(r.prompt) + r.num_output) // _PAGE) + 1 for r in requests)
+        with self.model.continuous_batching_context_manager(
+            generation_config=config, continuous_batching_config=memory
+        ) as manager:
             began = time.perf_counter()
             done = self._drive(manager, requests, began, told)
             duration_s = time.perf_counter() - began

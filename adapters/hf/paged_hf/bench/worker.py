@@ -1,4 +1,4 @@
-"""One system in a process of its own, so that its memory is its own. Worker is the parent's handle, ``_serve`` the child.
+"""One system in a process of its own, so that its memory is its own. Worker is the parent's handle, _serve the child.
 
 The child loads the model, says what it is, then runs what it is sent. It answers each command with ("done", result) or
 ("failed", message), and says ("told", tokens) or ("progress", ...) meanwhile.

@@ -1,0 +1,121 @@
+"""The `paged` command: what it prints, and how it fails."""
+
+import subprocess
+import sys
+
+import pytest
+
+import paged_core
+from paged_core import InvalidRequestError, PluginError, cli, hookimpl
+from paged_core.plugins import load_plugins
+
+
+class Commands:
+    """A plugin with a command for each way to end."""
+
+    @hookimpl
+    def register_commands(self, commands):
+        fine = commands.add_parser("greet", help="say hello")
+        fine.add_argument("name")
+        fine.set_defaults(run=lambda args: print(f"hello {args.name}"))
+        commands.add_parser("seven").set_defaults(run=lambda args: 7)
+        for name, error in [
+            ("broken", PluginError("no plugin answered; install one")),
+            ("refused", InvalidRequestError("top_p is 2; it must be a number from 0 to 1")),
+            ("stopped", KeyboardInterrupt()),
+        ]:
+            commands.add_parser(name).set_defaults(run=raiser(error))
+
+
+def raiser(error):
+    def run(args):
+        raise error
+
+    return run
+
+
+@pytest.fixture
+def with_commands(monkeypatch):
+    monkeypatch.setattr(cli, "load_plugins", lambda: load_plugins([Commands()]))
+
+
+def test_the_version_is_printed():
+    result = subprocess.run(
+        [sys.executable, "-m", "paged_core", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == f"paged-core {paged_core.__version__}"
+
+
+def test_plugins_are_listed_with_where_they_come_from_and_what_they_answer(capsys):
+    assert cli.main(["plugins"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "built in" in lines["paged_core.builtin.attention"]
+    assert "create_attention_backend" in lines["paged_core.builtin.attention"]
+    assert f"paged-core {paged_core.__version__}" in lines["hf"]
+    assert "load_model" in lines["hf"]
+
+
+def test_a_plugin_adds_a_command(with_commands, capsys):
+    assert cli.main(["greet", "you"]) == 0
+    assert capsys.readouterr().out == "hello you\n"
+    assert cli.main(["seven"]) == 7
+
+
+def test_help_names_every_command(with_commands, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("plugins", "generate", "bench", "greet"))
+
+
+@pytest.mark.parametrize("command", ["plugins", "generate", "bench"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command, "--help"])
+    assert "--debug" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "told"), [("broken", "no plugin answered; install one"), ("refused", "top_p is 2")]
+)
+def test_an_error_of_the_callers_is_one_line_and_status_2(with_commands, capsys, command, told):
+    assert cli.main([command]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"paged: {told}")
+    assert shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [["--debug", "broken"], ["broken", "--debug"]])
+def test_debug_shows_where_an_error_came_from(with_commands, argv):
+    with pytest.raises(PluginError):
+        cli.main(argv)
+
+
+def test_an_interrupt_ends_quietly(with_commands, capsys):
+    assert cli.main(["stopped"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_no_command_at_all_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([])
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path, capsys):
+    assert cli.main(["generate", str(tmp_path / "nowhere"), "hello"]) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("paged: ")
+    assert "nowhere" in error
+
+
+def test_a_plugin_whose_command_does_nothing_is_named(monkeypatch, capsys):
+    class Empty:
+        @hookimpl
+        def register_commands(self, commands):
+            commands.add_parser("idle")
+
+    monkeypatch.setattr(cli, "load_plugins", lambda: load_plugins([Empty()]))
+    assert cli.main(["plugins"]) == 2
+    assert "'idle'" in capsys.readouterr().err
