@@ -78,9 +78,7 @@ def _find_launcher() -> Callable[[int, int, int, int], None]:
 
 def _compile(function: Callable[[int], None]) -> int:
     signature = types.void(types.int64)
-    compiled = ccallback.CFunc(
-        function, (signature.args, signature.return_type), {}, {"error_model": "numpy", "fastmath": {"contract"}}
-    )
+    compiled = ccallback.CFunc(function, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
     cache = _disk_cache(function)
     if cache is not None:
         compiled._cache = cache

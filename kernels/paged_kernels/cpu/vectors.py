@@ -27,8 +27,8 @@ _i32, _i64, _f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _vec, _ivec = ir.VectorType(_f32, LANES), ir.VectorType(_i32, LANES)
 _svec = ir.VectorType(ir.IntType(16), LANES)
 
-inline = njit(error_model="numpy", nogil=True, fastmath={"contract"})
-"""Compiles a helper that kernels call."""
+inline = njit(error_model="numpy", nogil=True)
+"""Compiles a helper that kernels call. No fast-math: sums keep their order, NaN and infinity their meaning."""
 
 
 class _VectorType(types.Type):
@@ -161,6 +161,13 @@ def vstore_bf16(builder: Any, address: Any, index: Any, value: Any) -> None:
     builder.store(builder.trunc(bits, _svec), target, align=2)
 
 
+@_define(vector, vector)
+def vround_bf16(builder: Any, value: Any) -> Any:
+    """The numbers that bfloat16 would keep."""
+    bits = _round_bf16(builder, value, builder.bitcast(value, _ivec), _ivec)
+    return builder.bitcast(builder.shl(bits, _iconst(16)), _vec)
+
+
 def _round_bf16(builder: Any, value: Any, bits: Any, kind: Any) -> Any:
     """The bfloat16 nearest to ``value``, ties to even, in the low half; a NaN stays one."""
     constant = (lambda n: _iconst(n)) if kind is _ivec else (lambda n: _i32(n))
@@ -237,6 +244,12 @@ def vmax(builder: Any, a: Any, b: Any) -> Any:
 def vselect_less(builder: Any, a: Any, b: Any, yes: Any, no: Any) -> Any:
     """Lane by lane: ``yes`` where a < b, else ``no``."""
     return builder.select(builder.fcmp_ordered("olt", a, b), yes, no)
+
+
+@_define(vector, vector, vector)
+def vkeep_nan(builder: Any, a: Any, b: Any) -> Any:
+    """``b`` where b is a NaN, else ``a``."""
+    return builder.select(builder.fcmp_unordered("uno", b, b), b, a)
 
 
 @_define(vector)
