@@ -14,13 +14,15 @@ class Progress:
         self._unit = unit
         self._what: str | None = None
         self._bar: Any = None
+        self._said: set[str] = set()
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if what != self._what:
             self.close()
             self._what = what
             self._bar = _bar(what, total, self._unit)
-            if self._bar is None:
+            if self._bar is None and what not in self._said:
+                self._said.add(what)
                 print(f"{what} ...", file=sys.stderr, flush=True)
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
