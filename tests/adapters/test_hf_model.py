@@ -9,14 +9,31 @@ from typing import Any
 
 import pytest
 import torch
-from paged_core import EngineDeadError, LayerSpec, PagedModel, UnsupportedModel
 from paged_hf.model import HFPagedModel
 from torch import nn
 
-FAMILIES = (
-    "llama mistral qwen2 qwen3 gpt2 gpt_neox opt phi3 gemma2 gemma3_text mixtral olmo2 gpt_oss starcoder2 "
-    "stablelm phimoe deepseek_v3 cohere"
-).split()
+from paged_core import EngineDeadError, LayerSpec, PagedModel, UnsupportedModel
+
+FAMILIES = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "phi3",
+    "gemma2",
+    "gemma3_text",
+    "mixtral",
+    "olmo2",
+    "gpt_oss",
+    "starcoder2",
+    "stablelm",
+    "phimoe",
+    "deepseek_v3",
+    "cohere",
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -25,7 +42,7 @@ def test_greedy_tokens_are_those_of_stock_generate(
 ) -> None:
     model = tiny(family)
     expected = stock(model, prompts, 12)
-    assert len({token for row in expected for token in row}) > 5, "a degenerate model proves nothing"
+    assert len({token for row in expected for token in row}) > 6, "a degenerate model proves nothing"
     assert paged(model, prompts, 12) == expected
 
 

@@ -27,7 +27,7 @@ class DenseAttend:
     def run(
         self, lengths: Sequence[int], layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
     ) -> Tensor:
-        parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+        parts = zip(*(torch.split(tensor, list(lengths)) for tensor in (q, k, v)), strict=True)
         out = []
         for sequence, (queries, keys, values) in enumerate(parts):
             keys, values = keys.transpose(0, 1), values.transpose(0, 1)  # [K,T,D], [K,T,Dv]

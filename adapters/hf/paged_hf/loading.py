@@ -59,7 +59,9 @@ def load_model(
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise ConfigError(f"{source} brings its own code, which isn't run; pass trust_remote_code=True if you trust it") from error
+        raise ConfigError(
+            f"{source} brings its own code, which isn't run; pass trust_remote_code=True if you trust it"
+        ) from error
     except OSError as error:
         raise ConfigError(f"{source} can't be loaded: {error}") from error
     return HFPagedModel(model.eval(), name=str(source))
@@ -123,7 +125,9 @@ def _refuse_pickle(folder: Path | str, options: dict[str, Any]) -> None:
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
-    dtype = None if name in (None, "auto") else getattr(torch, str(name), None)
-    if dtype is None and name not in (None, "auto"):
+    if name is None or name == "auto":
+        return None
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"dtype is {name!r}; use float32, bfloat16, float16 or auto")
     return dtype

@@ -32,7 +32,9 @@ class HFPagedModel:
     def __init__(self, model: nn.Module, name: str | None = None) -> None:
         self.model = model
         self._name = name
-        self._base = _unwrapped(model)
+        self._base: Any = _unwrapped(model)
+        self._fast: dict[nn.Module, ModuleForward] = {}  # by twin
+        self._spec: ModelSpec
         self._create: CreateForward | None = None
         self._take_in()
 
@@ -91,7 +93,7 @@ class HFPagedModel:
         self._under_way: list[Step | None] = [None]
         self._shadow.give_all(UNDER_WAY, self._under_way)
         self._watch = Watch(self._base)
-        self._fast: dict[nn.Module, ModuleForward] = {}
+        self._fast = {}
         config = self._base.config.get_text_config()
         _refuse_by_config(self._base)
         parameters = inspect.signature(type(self._base).forward).parameters
@@ -145,7 +147,7 @@ def _listened_to(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: Any) -> Any:
     """The transformers model inside torch.compile's or PEFT's wrapper."""
     model = getattr(model, "_orig_mod", model)
     peft = getattr(model, "active_peft_config", None)
@@ -158,7 +160,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _refuse_by_config(model: nn.Module) -> None:
+def _refuse_by_config(model: Any) -> None:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder model")
@@ -195,7 +197,7 @@ def _max_length(model: nn.Module, config: Any) -> int:
     return length
 
 
-def _eos_token_ids(model: nn.Module) -> tuple[int, ...]:
+def _eos_token_ids(model: Any) -> tuple[int, ...]:
     generation = getattr(model, "generation_config", None)
     eos = getattr(generation, "eos_token_id", None)
     if eos is None:

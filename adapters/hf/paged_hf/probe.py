@@ -26,9 +26,10 @@ _LENGTHS = (13, 21)  # of the two prompts: longer than the windows of models mad
 _SPLITS = (6, 12)  # where their second chunk begins
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02}  # mean error / deviation of the logits
 _COARSE = 0.06  # the same for bfloat16 and anything smaller
-_KNOWN = frozenset(
-    "dropout scaling sliding_window softcap s_aux is_causal position_ids use_cache output_attentions "
-    "output_hidden_states return_dict cache_position".split()
+_NOISIEST = 0.2  # the same at most, for models that are noisy by themselves
+_KNOWN = frozenset(  # facts of an attention call that are honoured, or mean nothing here
+    {"dropout", "scaling", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids", "use_cache"}
+    | {"output_attentions", "output_hidden_states", "return_dict", "cache_position"}
 )
 _FAR = 3 * 5 * 7 << 20  # a position beyond every window, and where chunks of any usual size begin
 _WIDEST = 1 << 17  # windows up to here are told from masks; wider ones must come as sliding_window
@@ -52,24 +53,37 @@ def probe(shadow: Shadow, call: Call, vocab_size: int, device: torch.device) -> 
     shadow.use_attention(None)
     try:
         expected = [call(ids, _positions(ids), None) for ids in prompts]
-    except Exception as error:
-        raise UnsupportedModel(f"its own forward fails on a plain prompt: {error!r}") from error
+    except Exception as failure:
+        raise UnsupportedModel(f"its own forward fails on a plain prompt: {failure!r}") from failure
     recorder = _record(shadow, call, prompts[1])
     layers = tuple(recorder.layers)
     shadow.use_attention(PAGED)
     together = _in_chunks(call, layers, prompts, _SPLITS)
-    for got, want in zip(together, expected, strict=True):
-        error = _difference(got, want)
-        if not error <= _tolerance(want):
-            alone = _in_chunks(call, layers, prompts[1:], _LENGTHS[1:])[0]
-            at_fault = "with attention taken over" if _difference(alone, expected[1]) > _tolerance(want) else (
-                "packed in chunks with another prompt (is there state outside attention?)"
-            )  # fmt: skip
-            raise UnsupportedModel(
-                f"{at_fault}, its logits differ from its own forward's by {error:.2g} of their deviation "
-                f"(allowed: {_tolerance(want):g})"
-            )
+    error = max(_difference(got, want) for got, want in zip(together, expected, strict=True))
+    if not error <= _tolerance(expected[0]):
+        _explain(shadow, call, layers, prompts[1], expected[1], error)
     return Findings(layers, expected[0].shape[-1], recorder.dtype)
+
+
+def _explain(
+    shadow: Shadow, call: Call, layers: Sequence[LayerSpec], ids: Tensor, expected: Tensor, error: float
+) -> None:
+    """Raise for an error above tolerance, unless the model is as inexact when stock runs it: 8-bit activations, say,
+    are rounded by what else is in the batch."""
+    half = ids.numel() // 2
+    shadow.use_attention(None)
+    noise = _difference(call(ids[:half], _positions(ids[:half]), None), expected[:half])
+    shadow.use_attention(PAGED)
+    allowed = max(_tolerance(expected), min(4 * noise, _NOISIEST))
+    if error <= allowed:
+        return
+    alone = _difference(_in_chunks(call, layers, [ids], [ids.numel()])[0], expected)
+    cause = "with attention taken over" if not alone <= allowed else (
+        "packed in chunks with another prompt (is there state outside attention?)"
+    )  # fmt: skip
+    raise UnsupportedModel(
+        f"{cause}, its logits differ from its own forward's by {error:.2g} of their deviation (allowed: {allowed:.2g})"
+    )
 
 
 def _record(shadow: Shadow, call: Call, ids: Tensor) -> _Recorder:
@@ -107,7 +121,9 @@ class _Recorder(Step):
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, facts: dict[str, Any]
     ) -> None:
         where = f"attention call {len(self.layers)} ({type(module).__name__})"
-        unknown = [name for name, value in facts.items() if name not in _KNOWN and value is not None and value is not False]
+        unknown = [
+            name for name, value in facts.items() if name not in _KNOWN and value is not None and value is not False
+        ]
         if unknown:
             raise UnsupportedModel(f"{where} needs {', '.join(unknown)}, which paged attention doesn't know")
         if facts.get("is_causal", getattr(module, "is_causal", True)) is False:
@@ -182,7 +198,9 @@ def _window_of(rule: Any) -> int | None:
     return window
 
 
-def _in_chunks(call: Call, layers: Sequence[LayerSpec], prompts: Sequence[Tensor], splits: Sequence[int]) -> list[Tensor]:
+def _in_chunks(
+    call: Call, layers: Sequence[LayerSpec], prompts: Sequence[Tensor], splits: Sequence[int]
+) -> list[Tensor]:
     """Logits [T, vocab] of each prompt, all of them packed in one row, in two steps."""
     attend = DenseAttend(layers)
     logits: list[list[Tensor]] = [[] for _ in prompts]
@@ -196,8 +214,10 @@ def _in_chunks(call: Call, layers: Sequence[LayerSpec], prompts: Sequence[Tensor
         positions = torch.cat([_positions(ids)[part] for ids, part in zip(prompts, parts, strict=True)])
         rows = call(ids, positions, step)
         if step.layer != len(layers):
-            raise UnsupportedModel(f"it calls attention {len(layers)} times in one forward pass, {step.layer} in another")
-        for own, got in zip(logits, rows.split(lengths), strict=True):
+            raise UnsupportedModel(
+                f"it calls attention {len(layers)} times in one forward pass, {step.layer} in another"
+            )
+        for own, got in zip(logits, torch.split(rows, lengths), strict=True):
             own.append(got)
     return [torch.cat(own) for own in logits]
 

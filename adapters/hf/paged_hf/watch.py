@@ -1,4 +1,4 @@
-"""Has anyone changed the weights? Answered in a millisecond or so, from identities, versions and a few values of each."""
+"""Has anyone changed the weights? Told in a few milliseconds from identities, versions and a few values of each."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ class Watch:
         if all(
             own.get(name) is tensor and (tensor.data_ptr(), _version(tensor)) == mark
             for own, name, tensor, mark in self._marks
-        ) and all(
-            torch.equal(torch.cat(views), seen) for views, seen in zip(self._views, self._seen, strict=True)
-        ):
+        ) and all(torch.equal(torch.cat(views), seen) for views, seen in zip(self._views, self._seen, strict=True)):
             return False
         self._remember()
         return True
