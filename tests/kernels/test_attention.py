@@ -1,0 +1,247 @@
+"""The CPU's attention kernels against the reference: every launcher, over a grid of shapes."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from dataclasses import dataclass
+
+import pytest
+import torch
+from paged_kernels import reference
+from paged_kernels.cpu import launch
+from torch import Tensor
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+MIX = ([1, 17, 70, 700, 33, 300, 64, 1500], [1, 17, 1, 1, 5, 200, 64, 1])  # sequence lengths, queries
+
+
+@dataclass
+class Case:
+    q: Tensor
+    keys: Tensor
+    values: Tensor
+    query_starts: Tensor
+    seq_lens: Tensor
+    block_tables: Tensor
+    scale: float
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def run(self, attention) -> Tensor:
+        return attention(*vars(self).values())
+
+    def row(self, request: int) -> Case:
+        """One request alone, in the same cache."""
+        start, stop = self.query_starts[request : request + 2].tolist()
+        alone = Case(**vars(self))
+        alone.q = self.q[start:stop]
+        alone.query_starts = torch.tensor([0, stop - start], dtype=torch.int32)
+        alone.seq_lens = self.seq_lens[request : request + 1]
+        alone.block_tables = self.block_tables[request : request + 1]
+        return alone
+
+
+def make_case(
+    lens, queries, heads=(9, 3), dims=(64, 64), block_size=16, dtype=torch.float32, window=None, softcap=None,
+    sinks=False, cache_dtype=None,
+) -> Case:  # fmt: skip
+    """Random tokens in blocks handed out in random order. All slots that hold no token are NaN, and blocks that lie
+    before the window are given back: their entries point to block 0, which is NaN too."""
+    g = torch.Generator().manual_seed(len(lens) + heads[0] + dims[0] + block_size)
+    (num_heads, num_kv_heads), (dim, value_dim) = heads, dims
+    needed = [-(-n // block_size) for n in lens]
+    order = torch.randperm(sum(needed), generator=g).int() + 1
+    tables = torch.zeros(len(lens), max(needed) + 2, dtype=torch.int32)
+    keys = torch.full((sum(needed) + 1, num_kv_heads, block_size, dim), torch.nan, dtype=cache_dtype or dtype)
+    values = torch.full((*keys.shape[:3], value_dim), torch.nan, dtype=cache_dtype or dtype)
+    for r, (count, blocks) in enumerate(zip(lens, order.split(needed), strict=True)):
+        tables[r, : len(blocks)] = blocks
+        at = torch.arange(count)
+        slots = blocks.long()[at // block_size] * block_size + at % block_size
+        k, v = (torch.randn(count, num_kv_heads, d, generator=g).to(dtype) for d in (dim, value_dim))
+        reference.store_kv(k, v, keys, values, slots)
+        if window is not None:
+            tables[r, : max(0, count - queries[r] - window + 1) // block_size] = 0
+    return Case(
+        torch.randn(sum(queries), num_heads, dim, generator=g).to(dtype),
+        keys,
+        values,
+        torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32),
+        torch.tensor(lens, dtype=torch.int32),
+        tables,
+        dim**-0.5,
+        window,
+        softcap,
+        torch.randn(num_heads, generator=g) if sinks else None,
+    )
+
+
+def assert_equals_reference(case: Case) -> None:
+    expected, got = case.run(reference.paged_attention), case.run(launch.paged_attention)
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE[case.q.dtype])
+
+
+SHAPES = {
+    "grouped": ((9, 3), (64, 64)),
+    "one query head a kv head": ((4, 4), (32, 32)),
+    "one kv head": ((32, 1), (128, 128)),
+    "sixteen a group": ((32, 2), (80, 80)),
+    "odd head dims": ((10, 2), (20, 100)),
+    "narrow values": ((5, 1), (192, 128)),
+    "smallest": ((2, 1), (16, 16)),
+    "largest": ((8, 4), (256, 256)),
+}
+FACTS = {
+    "plain": {},
+    "short window": {"window": 7},
+    "long window, softcap": {"window": 300, "softcap": 30.0},
+    "sinks": {"sinks": True},
+    "all": {"window": 40, "softcap": 5.0, "sinks": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("facts", FACTS.values(), ids=FACTS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_decode_rows_and_chunks_of_one_step_equal_the_reference(shape, facts, dtype):
+    assert_equals_reference(make_case(*MIX, *shape, dtype=dtype, **facts))
+
+
+@pytest.mark.parametrize("block_size", [8, 24, 32, 128])
+def test_any_block_size_equals_the_reference(block_size):
+    assert_equals_reference(make_case(*MIX, block_size=block_size, window=50))
+    assert_equals_reference(make_case(*MIX, block_size=block_size))
+
+
+def test_contexts_that_are_cut_into_stretches_equal_the_reference():
+    assert_equals_reference(make_case([5000, 4096, 4097], [1, 1, 1]))
+    assert_equals_reference(make_case([5000, 3000], [90, 7], sinks=True))
+
+
+def test_a_cache_may_be_narrower_than_the_queries():
+    assert_equals_reference(make_case(*MIX, cache_dtype=torch.bfloat16))
+
+
+def test_queries_may_be_views_with_any_stride_between_heads_and_tokens():
+    case = make_case(*MIX)
+    expected = case.run(launch.paged_attention)
+    case.q = case.q.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(case.run(launch.paged_attention), expected)
+
+
+def test_a_request_without_queries_is_passed_over():
+    case = make_case([20, 30, 40], [1, 0, 3])
+    assert_equals_reference(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_decode_row_alone_equals_the_same_row_in_a_batch_bit_for_bit(dtype):
+    lens = [1, 16, 170, 255, 257, 1000, 3000]
+    case = make_case(lens, [1] * len(lens), dtype=dtype)
+    together = case.run(launch.paged_attention)
+    for r in range(len(lens)):
+        assert torch.equal(case.row(r).run(launch.paged_attention), together[r : r + 1])
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    case, threads = make_case(*MIX), torch.get_num_threads()
+    together = case.run(launch.paged_attention)
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(case.run(launch.paged_attention), together)
+        torch.set_num_threads(3)
+        assert torch.equal(case.run(launch.paged_attention), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("queries", [1, 6])
+def test_a_nan_query_spoils_its_own_rows_only(queries):
+    case = make_case([50, 60, 70], [queries] * 3)
+    clean = case.run(launch.paged_attention)
+    case.q = case.q.clone()
+    case.q[queries, 2] = torch.nan  # the second request's first token, one head
+    spoilt = case.run(launch.paged_attention)
+    assert spoilt[queries, 2].isnan().all()
+    spoilt[queries, 2] = clean[queries, 2]
+    assert torch.equal(spoilt, clean)
+
+
+def test_scores_far_apart_do_not_overflow():
+    case = make_case([300, 40], [1, 40])
+    case.q = case.q * 1e4
+    expected = case.run(reference.paged_attention)
+    torch.testing.assert_close(case.run(launch.paged_attention), expected, rtol=0, atol=1e-2)
+
+
+def test_offsets_into_a_cache_of_more_than_four_gigabytes_are_right():
+    blocks = (1 << 32) // (16 * 16 * 4) + 10  # of 16 slots x 16 floats; untouched memory costs nothing
+    keys = torch.empty(blocks, 1, 16, 16)
+    values = torch.empty(blocks, 1, 16, 16)
+    k, v = torch.randn(3, 1, 16), torch.randn(3, 1, 16)
+    slots = torch.arange(3) + (blocks - 1) * 16
+    launch.store_kv(k, v, keys, values, slots)
+    table = torch.tensor([[blocks - 1]], dtype=torch.int32)
+    one, three = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    case = Case(torch.randn(1, 2, 16), keys, values, one, three, table, 0.25)
+    assert_equals_reference(case)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stored_tokens_are_in_their_slots_and_nothing_else_has_changed(dtype, cache_dtype):
+    g = torch.Generator().manual_seed(1)
+    packed = torch.randn(50, 5, 40, generator=g).to(dtype)
+    k, v = packed[:, :2], packed[:, 2:4, :20]  # views, as a packed projection gives them
+    slots = torch.randperm(30 * 8, generator=g)[:50]
+    caches = [torch.randn(30, 2, 8, d, generator=g).to(cache_dtype) for d in (40, 20)]
+    expected = [c.clone() for c in caches]
+    reference.store_kv(k, v, *expected, slots)
+    launch.store_kv(k, v, *caches, slots)
+    assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True))
+
+
+def test_one_launch_stores_and_then_attends_to_what_it_stored():
+    case = make_case([70, 40, 33], [1, 40, 5])
+    r = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 40, 5]))
+    at = torch.cat([torch.arange(69, 70), torch.arange(40), torch.arange(28, 33)])
+    slots = case.block_tables[r, at // 16].long() * 16 + at % 16
+    k, v = torch.randn(46, 3, 64), torch.randn(46, 3, 64)
+    plan = launch.AttentionPlan(9, 3, 64, 64)
+    plan.plan(case.query_starts, case.seq_lens, case.block_tables, slots)
+    got = plan.run(case.q, k, v, case.keys, case.values, case.scale)
+    again = plan.run(case.q, k, v, case.keys, case.values, case.scale)
+    reference.store_kv(k, v, case.keys, case.values, slots)
+    torch.testing.assert_close(got, case.run(reference.paged_attention), rtol=0, atol=1e-5)
+    assert torch.equal(got, again)
+
+
+def test_blocks_are_copied_in_order():
+    caches = [torch.randn(6, 2, 8, 16), torch.randn(6, 2, 8, 4)]
+    expected = [c.clone() for c in caches]
+    pairs = [(1, 2), (2, 3), (5, 1)]
+    reference.copy_blocks(expected, pairs)
+    launch.copy_blocks(caches, pairs)
+    assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True))
+    assert torch.equal(caches[0][3], expected[0][2])
+
+
+def test_two_threads_may_launch_at_once():
+    cases = [make_case(*MIX), make_case([100, 2000], [100, 1], (4, 4), (32, 32))]
+    expected = [case.run(launch.paged_attention) for case in cases]
+    wrong: list[int] = []
+
+    def repeat(n: int) -> None:
+        for _ in range(30):
+            if not torch.equal(cases[n].run(launch.paged_attention), expected[n]):
+                wrong.append(n)
+
+    threads = [threading.Thread(target=repeat, args=(n,)) for n in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

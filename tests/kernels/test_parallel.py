@@ -1,0 +1,81 @@
+"""Launching kernels: on torch's threads, without them, compiled once, and where nothing can be written."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+import torch
+from paged_kernels.cpu import launch, parallel
+from paged_kernels.cpu.vectors import fetch_add, store_i64
+
+numbers = torch.zeros(64, dtype=torch.int64)
+
+
+@parallel.kernel
+def _count_in(args):
+    store_i64(args, 8 + fetch_add(args, 1), 1)
+
+
+def test_every_thread_of_a_launch_runs_the_kernel_once():
+    numbers.zero_()
+    _count_in(numbers.data_ptr(), 3)
+    assert numbers[0] == 3 and numbers[8:].sum() == 3
+
+
+def test_without_an_openmp_library_the_calling_thread_does_the_work(monkeypatch):
+    _count_in.compile()
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: (_ for _ in ()).throw(OSError(path)))
+    monkeypatch.setattr(parallel, "_launch", parallel._find_launcher())
+    numbers.zero_()
+    _count_in(numbers.data_ptr(), 3)
+    assert numbers[0] == 1
+
+
+def test_warming_up_tells_its_progress_and_leaves_nothing_to_compile():
+    seen = []
+    launch.warm_up(lambda what, done, total: seen.append((done, total)))
+    assert seen[0] == (0, seen[-1][1]) and seen[-1][0] == seen[-1][1]
+    assert launch.kernels.store_and_attend.is_compiled
+
+
+def test_a_second_process_loads_kernels_from_disk(tmp_path):
+    script = (
+        "from paged_kernels.cpu import attention, parallel\n"
+        "from numba.core import ccallback\n"
+        "counts = []\n"
+        "compile_anew = ccallback.CFunc._compile_uncached\n"
+        "ccallback.CFunc._compile_uncached = lambda self: counts.append(1) or compile_anew(self)\n"
+        "attention.plan_items.compile()\n"
+        "print(len(counts))"
+    )
+    for expected in ("1", "0"):
+        run = subprocess.run(
+            [sys.executable, "-c", script],
+            env={"PAGED_CORE_CACHE": str(tmp_path), "PATH": ""},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert run.stdout.strip() == expected
+
+
+def test_where_no_folder_can_be_written_kernels_are_compiled_all_the_same(monkeypatch, tmp_path):
+    blocked = tmp_path / "a file"
+    blocked.touch()
+    monkeypatch.setattr(parallel, "_cache_parents", lambda: [blocked])
+    assert parallel.cache_folder() is None
+    fresh = parallel.kernel(_count_in._function)
+    numbers.zero_()
+    fresh(numbers.data_ptr(), 1)
+    assert numbers[0] == 1
+
+
+@pytest.mark.parametrize("variable", ["PAGED_CORE_CACHE", "XDG_CACHE_HOME"])
+def test_the_cache_goes_where_the_environment_says(variable, monkeypatch, tmp_path):
+    monkeypatch.delenv("PAGED_CORE_CACHE", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    folder = parallel.cache_folder()
+    assert folder is not None and tmp_path in folder.parents
