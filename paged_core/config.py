@@ -33,8 +33,17 @@ class EngineConfig:
     max_prompt_logprob_rows: int = 256  # prompt positions whose logits are computed in one step
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "block_size", "num_blocks", "kv_cache_bytes", "max_num_seqs", "max_num_batched_tokens",
-                  "max_model_len", "max_prompt_logprob_rows")
+        _at_least(
+            self,
+            1,
+            "block_size",
+            "num_blocks",
+            "kv_cache_bytes",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_model_len",
+            "max_prompt_logprob_rows",
+        )
         if not 0 <= self.watermark < 1:
             raise ConfigError(f"watermark is {self.watermark}; it must be at least 0 and below 1")
         if self.kv_cache_dtype not in (None, "float32", "bfloat16", "float16"):
