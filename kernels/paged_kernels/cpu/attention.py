@@ -12,6 +12,8 @@ a tile adds the stretches up in their order. Scores are kept in base 2. All arit
 
 from __future__ import annotations
 
+import struct
+
 from numba import float32, int64
 
 from paged_kernels.cpu.parallel import kernel
@@ -58,7 +60,7 @@ DECODE_SPLIT = 256  # keys of a stretch for one query
 CHUNK_SPLIT = 2048  # keys of a stretch for a chunk of queries
 STORE_TOKENS = 16  # tokens stored by one grab of work
 
-# The kernel's array. Counters first, each in a cache line of its own.
+# The kernel's array. Counters first, each in a cache line of its own; what changes from layer to layer next.
 NEXT_STORE, NUM_STORED, NEXT_ITEM, TICKET = 0, 8, 16, 24
 (
     Q, Q_TOKEN, Q_HEAD,  # address; strides in elements
@@ -68,17 +70,20 @@ NEXT_STORE, NUM_STORED, NEXT_ITEM, TICKET = 0, 8, 16, 24
     KEYS, VALUES,  # the caches
     SINKS,  # f32 [H], or 0
     DTYPE, CACHE_DTYPE,  # of q, k, v, out; of the caches
-    NUM_TOKENS, NUM_REQUESTS, SLOTS, QUERY_STARTS, SEQ_LENS, TABLES, TABLE_STRIDE,
-    NUM_KV_HEADS, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_SIZE,
-    WINDOW,  # keys a query sees, itself among them; larger than any context if all
+    BLOCK_SIZE,
+    NUM_TOKENS,  # to store
     SCALE, SOFTCAP,  # float32 in the lower half; softcap 0 if none
+    NUM_REQUESTS, SLOTS, QUERY_STARTS, SEQ_LENS, TABLES, TABLE_STRIDE,
+    NUM_KV_HEADS, GROUP, HEAD_DIM, VALUE_DIM,
+    WINDOW,  # keys a query sees, itself among them; larger than any context if all
     ITEMS, NUM_ITEMS,
     PARTIALS, NUM_PARTIALS,  # f32 rows of (maximum, sum, Dv values) of unfinished tiles
     COUNTERS, NUM_COUNTERS,  # int64: stretches finished of a tile
     SCRATCH, SCRATCH_STRIDE,  # bytes of each thread, parted as follows
     AT_Q, AT_SCORES, AT_OUT, AT_KEYS, AT_VALUES, AT_ROWS,
     NUM_ARGS,
-) = range(32, 32 + 47 - 2)  # fmt: skip
+) = range(32, 32 + 45)  # fmt: skip
+EACH_LAYER = struct.Struct("256x17qf4xf4x")  # the counters at zero, then Q to SOFTCAP
 
 # An item: eight int64.
 REQUEST, FIRST_ROW, NUM_ROWS, KEY_START, KEY_STOP, SPLIT, NUM_SPLITS, PARTIAL, COUNTER, ITEM_SIZE = range(10)

@@ -41,12 +41,12 @@ class AttentionPlan:
         self._args = torch.zeros(kernels.NUM_ARGS, dtype=torch.int64)
         self._address = self._args.data_ptr()
         self._set = memoryview(self._args.numpy())
-        self._set_f32 = memoryview(self._args.view(torch.float32).numpy())
+        self._bytes = self._set.cast("B")
         self._group = num_heads // num_kv_heads
         self._out_shape = (num_heads, value_head_dim)
         self._buffers: dict[int, Tensor] = {}
         self._metadata: tuple[Tensor, ...] = ()
-        self._num_tokens = 0
+        self._num_stores = 0
         self._num_threads = 1
         given = self._set
         given[kernels.NUM_KV_HEADS] = num_kv_heads
@@ -78,10 +78,9 @@ class AttentionPlan:
         query_starts, seq_lens, block_tables, slot_mapping = self._metadata
         assert query_starts.dtype == seq_lens.dtype == block_tables.dtype == torch.int32
         assert slot_mapping.dtype == torch.int64
-        self._num_tokens = int(query_starts[-1])
+        self._num_stores = slot_mapping.shape[0]
         self._num_threads = torch.get_num_threads()
         given = self._set
-        given[kernels.NUM_TOKENS] = slot_mapping.shape[0]
         given[kernels.NUM_REQUESTS] = seq_lens.shape[0]
         given[kernels.SLOTS] = slot_mapping.data_ptr()
         given[kernels.QUERY_STARTS] = query_starts.data_ptr()
@@ -118,30 +117,22 @@ class AttentionPlan:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """Store ``k [T,K,D], v [T,K,Dv]`` (if given) at the planned slots, then attend: ``q [T,H,D] -> [T,H,Dv]``."""
-        out = torch.empty(q.shape[0], *self._out_shape, dtype=q.dtype)
-        given = self._set
-        if k is not None and v is not None:
-            k, v = _unit_stride(k, q.dtype), _unit_stride(v, q.dtype)
-            given[kernels.K], (given[kernels.K_TOKEN], given[kernels.K_HEAD], _) = k.data_ptr(), k.stride()
-            given[kernels.V], (given[kernels.V_TOKEN], given[kernels.V_HEAD], _) = v.data_ptr(), v.stride()
-        else:
-            given[kernels.NUM_TOKENS] = 0
-        q = _unit_stride(q, q.dtype)
-        given[kernels.Q], (given[kernels.Q_TOKEN], given[kernels.Q_HEAD], _) = q.data_ptr(), q.stride()
-        given[kernels.OUT] = out.data_ptr()
-        given[kernels.KEYS] = key_cache.data_ptr()
-        given[kernels.VALUES] = value_cache.data_ptr()
-        given[kernels.BLOCK_SIZE] = key_cache.shape[2]
-        given[kernels.DTYPE] = _CODES[q.dtype]
-        given[kernels.CACHE_DTYPE] = _CODES[key_cache.dtype]
-        self._set_f32[2 * kernels.SCALE] = scale
-        self._set_f32[2 * kernels.SOFTCAP] = softcap or 0.0
+        dtype = q.dtype
+        out = torch.empty((q.shape[0], *self._out_shape), dtype=dtype)
+        num_stores = self._num_stores
+        if k is None or v is None:
+            k = v = q
+            num_stores = 0
+        elif k.dtype is not dtype or v.dtype is not dtype:
+            k, v = k.to(dtype), v.to(dtype)
+        (q, *q_strides), (k, *k_strides), (v, *v_strides) = _side_by_side(q), _side_by_side(k), _side_by_side(v)
         if sinks is not None:
             sinks = sinks.detach().to(torch.float32).contiguous()
-            given[kernels.SINKS] = sinks.data_ptr()
-        else:
-            given[kernels.SINKS] = 0
-        given[kernels.NEXT_STORE] = given[kernels.NUM_STORED] = given[kernels.NEXT_ITEM] = given[kernels.TICKET] = 0
+        kernels.EACH_LAYER.pack_into(
+            self._bytes, 0, q.data_ptr(), *q_strides, k.data_ptr(), *k_strides, v.data_ptr(), *v_strides,
+            out.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), 0 if sinks is None else sinks.data_ptr(),
+            _CODES[dtype], _CODES[key_cache.dtype], key_cache.shape[2], num_stores, scale, softcap or 0.0,
+        )  # fmt: skip
         kernels.store_and_attend(self._address, self._num_threads)
         return out
 
@@ -164,15 +155,16 @@ def store_kv(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_
     """``k [T,K,D], v [T,K,Dv]`` into the caches at ``slot_mapping i64 [T]``, rounded to the caches' dtype."""
     args = torch.zeros(kernels.NUM_ARGS, dtype=torch.int64)
     given = memoryview(args.numpy())
-    k, v = _unit_stride(k, k.dtype), _unit_stride(v, k.dtype)
     slot_mapping = slot_mapping.contiguous()
-    given[kernels.K], (given[kernels.K_TOKEN], given[kernels.K_HEAD], _) = k.data_ptr(), k.stride()
-    given[kernels.V], (given[kernels.V_TOKEN], given[kernels.V_HEAD], _) = v.data_ptr(), v.stride()
-    given[kernels.KEYS], given[kernels.VALUES] = key_cache.data_ptr(), value_cache.data_ptr()
-    given[kernels.SLOTS], given[kernels.NUM_TOKENS] = slot_mapping.data_ptr(), slot_mapping.shape[0]
-    _, given[kernels.NUM_KV_HEADS], given[kernels.BLOCK_SIZE], given[kernels.HEAD_DIM] = key_cache.shape
+    (k, *k_strides), (v, *v_strides) = _side_by_side(k), _side_by_side(v.to(k.dtype))
+    kernels.EACH_LAYER.pack_into(
+        given.cast("B"), 0, 0, 0, 0, k.data_ptr(), *k_strides, v.data_ptr(), *v_strides, 0,
+        key_cache.data_ptr(), value_cache.data_ptr(), 0, _CODES[k.dtype], _CODES[key_cache.dtype],
+        key_cache.shape[2], slot_mapping.shape[0], 0.0, 0.0,
+    )  # fmt: skip
+    given[kernels.SLOTS] = slot_mapping.data_ptr()
+    given[kernels.NUM_KV_HEADS], given[kernels.HEAD_DIM] = key_cache.shape[1], key_cache.shape[3]
     given[kernels.VALUE_DIM] = value_cache.shape[3]
-    given[kernels.DTYPE], given[kernels.CACHE_DTYPE] = _CODES[k.dtype], _CODES[key_cache.dtype]
     kernels.store(args.data_ptr(), torch.get_num_threads())
 
 
@@ -201,10 +193,13 @@ def paged_attention(
     return plan.run(q, None, None, key_cache, value_cache, scale, softcap, sinks)
 
 
-def _unit_stride(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in ``dtype``, each row's numbers side by side."""
-    x = x if x.dtype is dtype else x.to(dtype)
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _side_by_side(x: Tensor) -> tuple[Tensor, int, int]:
+    """x with each row's numbers side by side, and its strides from token to token and from head to head."""
+    token, head, number = x.stride()
+    if number == 1:
+        return x, token, head
+    x = x.contiguous()
+    return x, *x.stride()[:2]
 
 
 def _padded(dim: int) -> int:
