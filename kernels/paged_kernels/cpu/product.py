@@ -63,9 +63,7 @@ def make_pass(rows: int, bf16: bool, num_prefetches: int) -> Any:
 
     def emit(b: Any, args: Any) -> None:
         x, x_stride, w, count, y, y_stride, start, start_stride, ahead, ahead_step = args
-        fma = cgutils.get_or_insert_function(
-            b.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{LANES}f32"
-        )
+        fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{LANES}f32")
         fetch = cgutils.get_or_insert_function(
             b.module, ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32]), "llvm.prefetch.p0"
         )
@@ -231,11 +229,12 @@ def gate_in_place(sums, num_rows):  # type: ignore[no-untyped-def]
             vstore(sums, at, vmul(vdiv(gate, vadd(one, vexp2(power))), vload(sums, at + TILE)))
 
 
-def make_product(tile: Any, weight_bytes: int) -> Any:
-    """The kernel of one dtype of weights. Items: tile by tile, each for all blocks of rows; a thread starts with a
-    stretch of its own and helps the others when that is done."""
+def make_compute(tile: Any, weight_bytes: int) -> Any:
+    """One thread's part of a launch. Items: tile by tile, each for all blocks of rows; a thread starts with a stretch
+    of its own and helps the others when that is done."""
 
-    def product(args):  # type: ignore[no-untyped-def]
+    @inline
+    def compute(args):  # type: ignore[no-untyped-def]
         num_rows, num_columns, depth = load_i64(args, NUM_ROWS), load_i64(args, NUM_COLUMNS), load_i64(args, DEPTH)
         x_stride, y_stride, out_bf16 = load_i64(args, X_STRIDE), load_i64(args, Y_STRIDE), load_i64(args, OUT_BF16)
         num_blocks = -(-num_rows // BLOCK)
@@ -273,8 +272,17 @@ def make_product(tile: Any, weight_bytes: int) -> Any:
                         gate_in_place(sums, rows)
                     write_out(sums, rows, columns, y, y_stride, out_bf16)
 
-    product.__name__ = product.__qualname__ = f"product_{weight_bytes}"
-    return kernel(product)
+    return compute
 
 
-product_f32, product_bf16 = make_product(tile_f32, 4), make_product(tile_bf16, 2)
+compute_f32, compute_bf16 = make_compute(tile_f32, 4), make_compute(tile_bf16, 2)
+
+
+@kernel
+def product_f32(args):  # type: ignore[no-untyped-def]
+    compute_f32(args)
+
+
+@kernel
+def product_bf16(args):  # type: ignore[no-untyped-def]
+    compute_bf16(args)
