@@ -1,4 +1,4 @@
-"""Faster forwards of the same meaning for a CPU's modules: packed linears, siblings in one product, gated MLPs, norms.
+"""Faster forwards of the same meaning for a CPU's modules: packed linears, siblings in one product, gated MLPs.
 
 Answers create_module_forward. A module is known by what it is made of, never by a model's name, and every forward is
 held against the module it stands for before it is handed out. What is not plainly understood (a subclass, a quantised
@@ -7,7 +7,6 @@ weight, a hook, a wrapped child) is left alone. This file knows torch modules; i
 
 from __future__ import annotations
 
-import copy
 import inspect
 import threading
 import weakref
@@ -17,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from paged_core.builtin.elementwise import alike, norm_forward, rotary_forward, stock
 from paged_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from paged_core.execution.model import ModuleForward
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called on one input, the first one first
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # of the largest value
 _PROBE_ROWS = 5
 
 
@@ -38,13 +37,11 @@ def create_module_forward(module: nn.Module, device: torch.device) -> ModuleForw
         return sibling or _checked(_Linear(module), module, module)
     if _is_gated_mlp(module):
         return _checked(_GatedMLP(module), module, module.get_submodule("gate_proj"))
-    if _is_rms_norm(module):
-        return _norm(module)
     for names in _SIBLINGS:
         children = [module._modules.get(name) for name in names]
         if all(_is_linear(child) for child in children):
             _remember([child for child in children if child is not None])
-    return None
+    return norm_forward(module) or rotary_forward(module)
 
 
 def _have_kernels() -> bool:
@@ -171,39 +168,6 @@ class _GatedMLP:
         return module is None or module._modules != self._children or self._inner.stale() or self._outer.stale()
 
 
-class _RMSNorm:
-    """x / rms(x) * weight, or * (1 + weight), in one pass."""
-
-    def __init__(self, module: nn.Module, plus_one: bool) -> None:
-        from paged_kernels.cpu.elementwise import rms_norm
-
-        self._kernel, self._module, self._owner = rms_norm, weakref.ref(module), module._parameters
-        self._eps, self._plus_one = _eps(module), plus_one
-        self._take()
-
-    def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
-        (x,) = (*args, *named.values())
-        if not self._watch.same([self._owner.get("weight")]):
-            self._take()
-        if x.dtype is not self._weight.dtype or x.device.type != "cpu":
-            module = self._module()
-            return type(module).forward(module, x)  # type: ignore[union-attr, no-any-return]
-        out: Tensor = self._kernel(x, self._weight, self._eps)
-        return out
-
-    def stale(self) -> bool:
-        module = self._module()
-        return module is None or _eps(module) != self._eps or bool(self._watch.stale([self._owner.get("weight")]))
-
-    def _take(self) -> None:
-        from paged_kernels.cpu.linear import WatchedTensors
-
-        weight = self._owner["weight"]
-        assert weight is not None
-        self._watch = WatchedTensors([weight])
-        self._weight = 1 + weight.detach() if self._plus_one else weight.detach()
-
-
 # ---- which module is what --------------------------------------------------------------------------------------
 
 
@@ -239,27 +203,6 @@ def _is_gated_mlp(module: nn.Module) -> bool:
     )
 
 
-def _is_rms_norm(module: nn.Module) -> bool:
-    """One vector of weights and an epsilon; what it computes with them is found out by trying."""
-    weight = module._parameters.get("weight")
-    return (
-        len(module._parameters) == 1
-        and not module._modules
-        and not module._buffers
-        and type(weight) in (Tensor, nn.Parameter)
-        and weight is not None
-        and weight.ndim == 1
-        and weight.dtype in _TOLERANCE
-        and _eps(module) is not None
-        and len(inspect.signature(type(module).forward).parameters) == 2
-    )
-
-
-def _eps(module: nn.Module) -> float | None:
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    return eps if isinstance(eps, float) else None
-
-
 def _hooks(module: nn.Module | None) -> tuple[Any, ...]:
     return () if module is None else (module._forward_hooks, module._forward_pre_hooks)
 
@@ -284,7 +227,7 @@ class _Group:
             x = _probe(module)
             product = layers.packed(x)
             if product is None or not all(
-                _alike(part, _stock(m, x)) for m, part in zip(modules, product(x).split(sizes, -1), strict=True)
+                alike(part, stock(m, x)) for m, part in zip(modules, product(x).split(sizes, -1), strict=True)
             ):
                 return None
             self._layers = layers
@@ -306,21 +249,7 @@ def _remember(children: Sequence[nn.Module]) -> None:
 def _checked(forward: ModuleForward, module: nn.Module, first: nn.Module) -> ModuleForward | None:
     """``forward``, if it computes what ``module`` computes; ``first`` is the linear layer that takes its input."""
     x = _probe(first)
-    return forward if _alike(forward(x), _stock(module, x)) else None
-
-
-def _norm(module: nn.Module) -> ModuleForward | None:
-    """Tried on a copy with weights of its own: those of the module may not tell one formula from another."""
-    weight, generator = module._parameters["weight"], torch.Generator().manual_seed(0)
-    assert weight is not None
-    twin = copy.copy(module)
-    drawn = torch.rand(weight.shape, generator=generator).to(weight.dtype)
-    twin.__dict__["_parameters"] = {"weight": drawn}
-    x = torch.randn(1, _PROBE_ROWS, len(weight), generator=generator).to(weight.dtype)
-    for plus_one in (False, True) if weight.dtype is torch.float32 else (False,):
-        if _alike(_RMSNorm(twin, plus_one)(x), _stock(twin, x), 1e-5 if weight.dtype is torch.float32 else 1e-2):
-            return _RMSNorm(module, plus_one)
-    return None
+    return forward if alike(forward(x), stock(module, x)) else None
 
 
 def _probe(linear: nn.Module) -> Tensor:
@@ -336,19 +265,6 @@ def _shape(linear: nn.Module) -> tuple[int, int, bool]:
     assert weight is not None
     rows, columns = weight.shape
     return (columns, rows, turned) if turned else (rows, columns, turned)
-
-
-@torch.no_grad()
-def _stock(module: nn.Module, x: Tensor) -> Tensor:
-    return type(module).forward(module, x)  # type: ignore[no-any-return]
-
-
-def _alike(ours: Tensor, theirs: Tensor, tolerance: float | None = None) -> bool:
-    if type(theirs) is not Tensor or ours.shape != theirs.shape or ours.dtype is not theirs.dtype:
-        return False
-    a, b = ours.float(), theirs.float()
-    scale = b.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
-    return torch.allclose(a, b, rtol=0.0, atol=(tolerance or _TOLERANCE[ours.dtype]) * scale, equal_nan=True)
 
 
 def _version(tensor: Tensor) -> int:

@@ -57,7 +57,8 @@ class Attend(Protocol):
 
 
 ModuleForward = Callable[..., Any]
-"""Stands in for a module's ``forward``: same arguments, same meaning. It may carry ``stale() -> bool``."""
+"""Stands in for a module's ``forward``: same arguments, same meaning. It may carry ``stale() -> bool``, and
+``calls_children = True`` if it calls the module's children, which are then asked for too."""
 
 
 @runtime_checkable

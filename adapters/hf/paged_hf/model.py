@@ -126,7 +126,7 @@ class HFPagedModel:
         return logits if rows is None or self._keeps_logits else logits[rows]
 
     def _ask(self, twin: nn.Module) -> None:
-        if not self._replace(twin):
+        if not self._replace(twin) or getattr(self._fast[twin], "calls_children", False):
             for child in twin.children():
                 self._ask(child)
 
