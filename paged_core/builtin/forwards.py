@@ -11,6 +11,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,11 +46,7 @@ def create_module_forward(module: nn.Module, device: torch.device) -> ModuleForw
 
 
 def _have_kernels() -> bool:
-    try:
-        import numba  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return find_spec("numba") is not None
 
 
 class _Layers:
@@ -161,7 +158,8 @@ class _GatedMLP:
         if inner is None or outer is None or any(self._hooks):
             module = self._module()
             return type(module).forward(module, x)  # type: ignore[union-attr, no-any-return]
-        return outer(inner(x))  # type: ignore[no-any-return]
+        out: Tensor = outer(inner(x, torch.float32), x.dtype)  # what lies between needs no rounding
+        return out
 
     def stale(self) -> bool:
         module = self._module()

@@ -46,8 +46,9 @@ class PackedLinear:
     def num_bytes(self) -> int:
         return self._weight.numel() * self._weight.element_size() + self._bias.numel() * 4
 
-    def __call__(self, x: Tensor) -> Tensor:
-        out = x.new_empty(*x.shape[:-1], self.num_columns)
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """x of the weights' dtype or float32, in which all is computed; the result as x, or as asked of the two."""
+        out = torch.empty(*x.shape[:-1], self.num_columns, dtype=out_dtype or x.dtype)
         num_rows = out.numel() // self.num_columns
         if num_rows == 0:
             return out
@@ -60,7 +61,7 @@ class PackedLinear:
         weight, bias = self._addresses
         space.fill(
             rows.data_ptr(), rows.stride(0), weight, bias, out.data_ptr(), self.num_columns, num_rows,
-            self.num_columns, self._depth, self._gated, self.dtype is torch.bfloat16,
+            self.num_columns, self._depth, self._gated, out.dtype is torch.bfloat16,
         )  # fmt: skip
         self._run(space.address, num_threads)
         return out
