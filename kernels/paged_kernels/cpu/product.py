@@ -130,7 +130,7 @@ def make_passes(bf16: bool) -> Any:
     full_many, full_few = make_pass(ROWS, bf16, many), make_pass(ROWS, bf16, few)
     rest = [None] + [make_pass(rows, bf16, many) for rows in range(1, ROWS)]
     r1, r2, r3 = rest[1:4]
-    r4, r5, r6, r7 = (rest + rest[1:])[4:8] if ROWS == 4 else rest[4:8]
+    r4, r5, r6, r7 = rest[4:] or [r3] * 4  # with four rows in registers there are never more than three left
 
     @inline
     def passes(x, x_stride, w, count, num_rows, y, y_stride, start, start_stride, ahead):  # type: ignore[no-untyped-def]
