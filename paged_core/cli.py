@@ -6,11 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import pluggy
-
 from paged_core import __version__
 from paged_core.errors import InvalidRequestError, PagedCoreError, PluginError
-from paged_core.plugins import load_plugins
+from paged_core.plugins import Plugins, load_plugins
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,14 +56,11 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _list_plugins(manager: pluggy.PluginManager) -> None:
-    sources = {id(plugin): dist for plugin, dist in manager.list_plugin_distinfo()}
+def _list_plugins(manager: Plugins) -> None:
     rows = []
     for name, plugin in manager.list_name_plugin():
         hooks = ", ".join(sorted(caller.name for caller in manager.get_hookcallers(plugin) or ()))
-        dist = sources.get(id(plugin))
-        origin = f"{dist.project_name} {dist.version}" if dist is not None else "built in"
-        rows.append((name, origin, hooks or "nothing"))
+        rows.append((name, manager.distributions.get(name, "built in"), hooks or "nothing"))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     for name, origin, hooks in rows:
         print(f"{name:<{widths[0]}}  {origin:<{widths[1]}}  {hooks}")

@@ -5,6 +5,7 @@ Single-threaded: one owner calls add_request, abort, stop and step. AsyncEngine 
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 import time
@@ -36,6 +37,8 @@ from paged_core.scheduling.request import (
 from paged_core.scheduling.schedule import Limits, Schedule
 from paged_core.scheduling.scheduler import Scheduler
 from paged_core.stats import StepStats
+
+_log = logging.getLogger("paged_core")
 
 Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``, called while an engine is being built."""
@@ -190,10 +193,7 @@ class Engine:
     def _select(self, logits: Tensor, batch: Batch) -> Selection:
         requests = batch.sample_requests
         self._take_prompt_logprobs(logits[len(requests) :], batch)
-        logits = logits[: len(requests)]
-        if all(request.selector is None for request in requests):
-            return self._sampler.select(logits, requests)
-        return _select_by_selector(logits, requests, self._sampler)
+        return _select_by_selector(logits[: len(requests)], requests, self._sampler)
 
     def _take_prompt_logprobs(self, logits: Tensor, batch: Batch) -> None:
         row = 0
@@ -232,8 +232,7 @@ class Engine:
             rows.remove(request)
             if not rows:
                 del self._requests[request.id]
-            if self._observed["on_request_finished"]:
-                self._manager.hook.on_request_finished(output=output)
+            self._observe("on_request_finished", output=output)
 
     def _report(self, schedule: Schedule, num_sampled: int, duration_s: float) -> None:
         pool, scheduler, size = self._pool, self._scheduler, self.config.block_size
@@ -248,14 +247,21 @@ class Engine:
             num_blocks_used=pool.num_used,
             num_blocks_cached=pool.num_cached,
             num_blocks_shared=pool.num_shared,
-            num_slots_wasted=sum(len(r.block_table) * size - r.num_computed for r in scheduler.running),
+            num_slots_wasted=_slots_wasted(scheduler.running, pool, size),
             block_size=size,
             total_preemptions=scheduler.num_preemptions,
             total_prefix_queries=scheduler.num_prefix_queries,
             total_prefix_hits=scheduler.num_prefix_hits,
         )
-        if self._observed["on_step_finished"]:
-            self._manager.hook.on_step_finished(stats=self.last_stats)
+        self._observe("on_step_finished", stats=self.last_stats)
+
+    def _observe(self, hook: str, **what: Any) -> None:
+        """Tell observers. One that raises is logged and changes nothing."""
+        if self._observed[hook]:
+            try:
+                getattr(self._manager.hook, hook)(**what)
+            except Exception:
+                _log.exception("a plugin's %s failed", hook)
 
     # ---- taking requests in --------------------------------------------------------------------------------------
 
@@ -295,9 +301,8 @@ class Engine:
                 self._add_processors(request)
         self._scheduler.add(group.members)
         self._requests[request_id] = list(group.members)
-        if self._observed["on_request_added"]:
-            for request in group.members:
-                self._manager.hook.on_request_added(request=request)
+        for request in group.members:
+            self._observe("on_request_added", request=request)
         return list(group.members)
 
     def _add_processors(self, request: Request) -> None:
@@ -418,6 +423,8 @@ def _check_token_ids(params: SamplingParams, vocab_size: int) -> None:
 
 def _select_by_selector(logits: Tensor, requests: Sequence[Request], sampler: TokenSelector) -> Selection:
     """Each selector gets its own rows; a selector that raises ends its own rows only."""
+    if all(request.selector is None for request in requests):
+        return _select(sampler, logits, requests)
     rows_of: dict[int, list[int]] = {}
     for row, request in enumerate(requests):
         rows_of.setdefault(id(request.selector or sampler), []).append(row)
@@ -428,11 +435,7 @@ def _select_by_selector(logits: Tensor, requests: Sequence[Request], sampler: To
     finished: dict[int, FinishReason] = {}
     for rows in rows_of.values():
         selector = requests[rows[0]].selector or sampler
-        try:
-            part = selector.select(logits[rows], [requests[row] for row in rows])
-        except Exception as error:
-            errors.update((row, f"choosing the next token failed: {error!r}") for row in rows)
-            continue
+        part = _select(selector, logits[rows], [requests[row] for row in rows])
         for i, row in enumerate(rows):
             token_ids[row] = part.token_ids[i]
             logprobs[row] = part.logprobs[i] if part.logprobs is not None else None
@@ -440,6 +443,27 @@ def _select_by_selector(logits: Tensor, requests: Sequence[Request], sampler: To
         errors.update((rows[i], message) for i, message in (part.errors or {}).items())
         finished.update((rows[i], reason) for i, reason in (part.finished or {}).items())
     return Selection(token_ids, logprobs, errors, parents, finished)
+
+
+def _select(selector: TokenSelector, logits: Tensor, requests: Sequence[Request]) -> Selection:
+    try:
+        return selector.select(logits, requests)
+    except Exception as error:
+        message = f"choosing the next token failed: {error!r}"
+        return Selection([0] * len(requests), errors=dict.fromkeys(range(len(requests)), message))
+
+
+def _slots_wasted(running: Sequence[Request], pool: BlockPool, block_size: int) -> int:
+    """Slots of used blocks that hold no token. A half-filled block that rows share counts once."""
+    wasted, seen = 0, set()
+    for request in running:
+        empty = len(request.block_table) * block_size - request.num_computed
+        if empty and pool.is_shared(request.block_table[-1]):
+            if request.block_table[-1] in seen:
+                continue
+            seen.add(request.block_table[-1])
+        wasted += empty
+    return wasted
 
 
 def _empty_batch(spec: ModelSpec) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -24,27 +25,54 @@ BUILTIN = (
 )
 
 
-def load_plugins(extra: Iterable[Any] = ()) -> pluggy.PluginManager:
+class Plugins(pluggy.PluginManager):
+    """A plugin manager that knows which distribution each installed plugin came from."""
+
+    def __init__(self) -> None:
+        super().__init__("paged_core")
+        self.distributions: dict[str, str] = {}  # plugin name -> "distribution version"
+        self.add_hookspecs(hookspecs)
+
+
+def load_plugins(extra: Iterable[Any] = ()) -> Plugins:
     """A new plugin manager. Later ones are asked first: built-ins, then installed plugins, then ``extra``.
 
     Raises:
         PluginError: a plugin can't be imported, or implements a hook that doesn't exist.
     """
-    manager = pluggy.PluginManager("paged_core")
-    manager.add_hookspecs(hookspecs)
+    manager = Plugins()
     for name in BUILTIN:
         manager.register(importlib.import_module(name), name)
-    try:
-        manager.load_setuptools_entrypoints("paged_core")
-    except Exception as error:
-        raise PluginError(f"an installed plugin can't be loaded: {error!r}; uninstall or repair it") from error
+    for entry_point in sorted(entry_points(group="paged_core"), key=lambda found: found.name):
+        _register(manager, _load(entry_point), entry_point.name)
+        if entry_point.dist is not None:
+            manager.distributions[entry_point.name] = f"{entry_point.dist.name} {entry_point.dist.version}"
     for plugin in extra:
-        manager.register(plugin)
+        _register(manager, plugin, getattr(plugin, "__name__", type(plugin).__name__))
     try:
         manager.check_pending()
     except pluggy.PluginValidationError as error:
         raise PluginError(f"{error}; the hooks are listed in paged_core/hookspecs.py") from error
     return manager
+
+
+def _load(entry_point: EntryPoint) -> Any:
+    try:
+        return entry_point.load()
+    except Exception as error:
+        whose = entry_point.dist.name if entry_point.dist is not None else entry_point.value
+        raise PluginError(
+            f"the installed plugin {entry_point.name!r} of {whose} can't be loaded: {error!r}; uninstall or repair it"
+        ) from error
+
+
+def _register(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
+    if isinstance(plugin, type):
+        raise PluginError(f"plugin {name!r} is a class; give an instance of it, or a module")
+    try:
+        manager.register(plugin, name if not manager.has_plugin(name) else f"{name} ({id(plugin):#x})")
+    except (ValueError, pluggy.PluginValidationError) as error:
+        raise PluginError(f"plugin {name!r} can't be used: {error}") from error
 
 
 def describe(manager: pluggy.PluginManager) -> str:

@@ -6,6 +6,7 @@ layers a backend can honour; what a kernel does is paged_kernels' business.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from paged_core.execution.batch import AttentionMetadata
     from paged_core.execution.kv_cache import KVCache
     from paged_core.execution.model import AttentionBackend, LayerSpec, ModelSpec
+
+
+_log = logging.getLogger("paged_core")
 
 
 @hookimpl
@@ -39,6 +43,8 @@ def create_attention_backend(name: str, spec: ModelSpec, config: EngineConfig) -
 @hookimpl(trylast=True, specname="create_attention_backend")
 def create_reference_backend(name: str, spec: ModelSpec) -> AttentionBackend | None:
     """Asked last, and never passes on "auto"."""
+    if name == "auto":
+        _log.warning("no fast attention backend takes this model on %s: the slow reference runs it", spec.device)
     return ReferenceBackend(spec) if name in ("auto", "reference") else None
 
 

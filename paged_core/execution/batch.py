@@ -158,7 +158,7 @@ def _prompt_rows(chunks: Sequence[ScheduledChunk]) -> list[tuple[int, PromptRows
     """(chunk index, rows) of the prompt positions in these chunks whose next token's logprob is still wanted."""
     found = []
     for i, (request, start, num_tokens, _) in enumerate(chunks):
-        if request.params.prompt_logprobs is None or start + 1 >= request.num_prompt:
+        if not request.wants_prompt_logprobs or start + 1 >= request.num_prompt:
             continue
         num = min(start + num_tokens, request.num_prompt - 1) - start
         found.append((i, PromptRows(request, start, num)))

@@ -56,9 +56,13 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # not Linux
         return 8 << 30
+    with contextlib.suppress(OSError, ValueError):  # a container may be allowed less ("max": as much as there is)
+        allowed = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        free = min(free, allowed - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return free
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -225,6 +225,11 @@ class Request:
         return self.tokens[self.num_prompt :]
 
     @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the logits of its prompt are still of interest: until its first token has been told."""
+        return self.params.prompt_logprobs is not None and len(self.tokens) == self.num_prompt
+
+    @property
     def finished(self) -> bool:
         return self.status is RequestStatus.FINISHED
 

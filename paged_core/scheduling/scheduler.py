@@ -61,12 +61,12 @@ class Scheduler:
         for request in requests:
             request.arrival = self._num_arrivals
         self._num_arrivals += 1
-        if not lockstep and len(requests) > 1:
-            self._unborn[requests[0]] = list(requests[1:])
         for request in queued:
             if self.limits.enable_prefix_caching:
                 self.pool.extend_digests(request.digests, request.tokens, request.params.cache_salt)
             insort(self.waiting, request, key=self._key)
+        if not lockstep and len(requests) > 1:
+            self._unborn[requests[0]] = list(requests[1:])
 
     def finish(
         self, requests: Iterable[Request], reason: FinishReason, error: str | None = None
@@ -164,7 +164,7 @@ class Scheduler:
         sizes = []
         for row, lack in zip(rows, lacks, strict=True):
             size = min(lack, budget)
-            if row.params.prompt_logprobs is not None and row.num_computed < row.num_prompt:
+            if row.wants_prompt_logprobs:
                 size = min(size, self.limits.max_prompt_logprob_rows)
             sizes.append(size)
             budget -= size
@@ -283,7 +283,7 @@ class Scheduler:
         insort(self.running, request, key=self._key)
 
     def _lookup(self, request: Request) -> list[int]:
-        if not self.limits.enable_prefix_caching or request.params.prompt_logprobs is not None:
+        if not self.limits.enable_prefix_caching or request.wants_prompt_logprobs:
             return []
         most = (len(request.tokens) - 1) // self.pool.block_size  # the last token is always computed
         return self.pool.match(request.digests[:most], request.tokens)
@@ -291,7 +291,7 @@ class Scheduler:
     def _comes_soon(self, request: Request, num_hits: int) -> bool:
         """Whether the first block that the request lacks is being computed for another one right now."""
         most = (len(request.tokens) - 1) // self.pool.block_size
-        if num_hits >= min(most, len(request.digests)) or request.params.prompt_logprobs is not None:
+        if num_hits >= min(most, len(request.digests)) or request.wants_prompt_logprobs:
             return False
         return request.digests[num_hits] in self._in_flight
 

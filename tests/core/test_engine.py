@@ -15,6 +15,7 @@ from paged_core import (
     InvalidRequestError,
     SamplingParams,
     Selection,
+    hookimpl,
 )
 
 ROOMY = {"num_blocks": 400, "max_num_batched_tokens": 256}
@@ -285,7 +286,7 @@ def test_prompt_logprobs_are_those_of_the_model(config):
     for i in range(4):
         engine.add_request(f"busy{i}", [i] * 20, greedy(12))
     engine.add_request("a", prompt, greedy(6, prompt_logprobs=2, n=2))
-    told = [output for output in run(engine) if output.prompt_logprobs is not None]
+    told = [output for output in run(engine) if output.prompt_logprobs is not None]  # once, preempted or not
     assert [(output.request.id, output.request.index) for output in told] == [("a", 0)]
     found = told[0].prompt_logprobs
     assert found[0] is None
@@ -330,6 +331,69 @@ def test_waste_is_the_unfilled_rest_of_last_blocks():
     assert engine.last_stats.num_slots_wasted == 3
     assert engine.last_stats.kv_waste == 3 / 8
     run(engine)
+
+
+def test_waste_counts_a_block_that_samples_share_once():
+    engine = make_engine()
+    engine.add_request("a", [1, 2, 3, 4, 5], greedy(9, n=8))
+    engine.step()
+    assert engine.last_stats.num_blocks_used == 2
+    assert engine.last_stats.num_blocks_shared == 14
+    assert engine.last_stats.kv_waste == 3 / 8
+    run(engine)
+
+
+@pytest.mark.parametrize("hook", ["on_request_added", "on_step_finished", "on_request_finished"])
+def test_an_observer_that_raises_is_logged_and_changes_nothing(hook, caplog):
+    class Observer:
+        def _maybe(self, name):
+            if name == hook:
+                raise RuntimeError("observer of mine")
+
+        @hookimpl
+        def on_request_added(self, request):
+            self._maybe("on_request_added")
+
+        @hookimpl
+        def on_step_finished(self, stats):
+            self._maybe("on_step_finished")
+
+        @hookimpl
+        def on_request_finished(self, output):
+            self._maybe("on_request_finished")
+
+    config = EngineConfig(block_size=4, num_blocks=40, attention_backend="reference")
+    engine = Engine(TinyModel(), config, plugins=[Observer()])
+    engine.add_request("a", [1, 2], greedy(3))
+    outputs = run(engine)
+    assert tokens_of(outputs)["a", 0] == TinyModel().generate([1, 2], 3)
+    assert "observer of mine" in caplog.text
+
+
+def test_a_sampler_that_raises_ends_the_rows_of_that_step_and_the_engine_goes_on():
+    class Moody:
+        def __init__(self):
+            self.calls = 0
+
+        def select(self, logits, requests):
+            self.calls += 1
+            if self.calls == 2:
+                raise RuntimeError("sampler of mine")
+            return Selection(logits.argmax(-1).tolist())
+
+    class Plugin:
+        @hookimpl
+        def create_sampler(self):
+            return Moody()
+
+    config = EngineConfig(block_size=4, num_blocks=40, attention_backend="reference")
+    engine = Engine(TinyModel(), config, plugins=[Plugin()])
+    engine.add_request("a", [1, 2], greedy(3))
+    (end,) = ends_of(run(engine)).values()
+    assert end[0] == "error"
+    assert "sampler of mine" in end[1]
+    engine.add_request("b", [1, 2], greedy(3))
+    assert tokens_of(run(engine))["b", 0] == TinyModel().generate([1, 2], 3)
 
 
 class BeamSelector:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import shutil
@@ -111,11 +110,9 @@ def test_without_the_distribution_its_names_are_unknown():
 
 
 def fake_entry_point(monkeypatch, load) -> None:
-    """As if a distribution called "broken" were installed whose only entry point does ``load()``."""
-    entry = SimpleNamespace(group="paged_core", name="broken", load=load)
-    stranger = SimpleNamespace(entry_points=[entry], metadata={"name": "broken"}, version="1")
-    real = list(importlib.metadata.distributions())
-    monkeypatch.setattr(importlib.metadata, "distributions", lambda: [*real, stranger])
+    """As if a distribution called "stranger" were installed whose only entry point does ``load()``."""
+    entry = SimpleNamespace(name="broken", load=load, dist=SimpleNamespace(name="stranger"))
+    monkeypatch.setattr("paged_core.plugins.entry_points", lambda group: [entry])
 
 
 def test_an_installed_plugin_that_cannot_be_imported_is_a_plugin_error_with_its_cause(monkeypatch):
@@ -123,7 +120,7 @@ def test_an_installed_plugin_that_cannot_be_imported_is_a_plugin_error_with_its_
         raise ImportError("No module named 'flash'")
 
     fake_entry_point(monkeypatch, load)
-    with pytest.raises(PluginError, match="No module named 'flash'") as caught:
+    with pytest.raises(PluginError, match=r"'broken' of stranger.*No module named 'flash'") as caught:
         engine_of()
     assert isinstance(caught.value.__cause__, ImportError)
 
@@ -348,3 +345,25 @@ def test_hooks_are_asked_while_an_engine_is_built_and_not_in_its_steps():
     assert sorted(calls) == ["backend", "cache", "policy", "sampler"]
     answer_all(engine)
     assert len(calls) == 4
+
+
+def test_a_class_or_a_misspelt_parameter_is_refused_as_a_plugin_by_name():
+    class Misspelt:
+        @hookimpl
+        def on_step_finished(self, statistics):
+            """The hook's parameter is called stats."""
+
+    with pytest.raises(PluginError, match="'Misspelt' is a class; give an instance"):
+        load_plugins([Misspelt])
+    with pytest.raises(PluginError, match=r"(?s)'Misspelt' can't be used.*statistics"):
+        load_plugins([Misspelt()])
+
+
+def test_two_plugins_of_one_class_are_two_plugins():
+    class Quiet:
+        @hookimpl
+        def on_step_finished(self, stats):
+            """Nothing."""
+
+    manager = load_plugins([Quiet(), Quiet()])
+    assert len(manager.hook.on_step_finished.get_hookimpls()) == 2

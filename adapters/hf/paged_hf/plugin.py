@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import Any
 
 from paged_core import hookimpl
 
 
-@hookimpl
+@hookimpl(trylast=True)  # it takes nearly any string: whoever knows better goes first
 def load_model(source: Any, device: str | None, dtype: str | None) -> Any:
     """A transformers model: live, from a folder, a hub id or a GGUF file, or "smollm2"."""
-    if find_spec("transformers") is None:
+    if not _may_be_ours(source):
         return None
     from paged_hf import loading
 
     return loading.load_model(source, device, dtype)
 
 
-@hookimpl
+@hookimpl(trylast=True)
 def load_tokenizer(source: Any) -> Any:
     """The transformers tokenizer that belongs to ``source``."""
-    if find_spec("transformers") is None:
+    if not _may_be_ours(source):
         return None
     from paged_hf import loading
 
@@ -34,3 +35,9 @@ def register_commands(commands: Any) -> None:
     from paged_hf import commands as ours
 
     ours.register(commands)
+
+
+def _may_be_ours(source: Any) -> bool:
+    """Said without importing anything: transformers takes seconds to load only to say no."""
+    kind = isinstance(source, str | os.PathLike) or hasattr(source, "named_modules") or hasattr(source, "model")
+    return kind and find_spec("transformers") is not None
