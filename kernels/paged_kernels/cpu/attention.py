@@ -282,10 +282,8 @@ def _find_rows(args, item, head, cache, dim, start, count, rows, staging):  # ty
 
 @inline
 def _call_for(args, item, head, start, stop):  # type: ignore[no-untyped-def]
-    """Ask memory for keys and values start..stop, which are needed soon.
-
-    For a quarter of their cache lines: that wakes the hardware's own prefetching early, which then brings the rest
-    with more requests in flight than a core may issue itself (measured: 7 GB/s without, 8 with all lines, 9 so)."""
+    """Ask memory for keys and values start..stop, which are needed soon: blocks lie apart, so the hardware's own
+    prefetching starts anew with each."""
     num_kv_heads, block_size = load_i64(args, NUM_KV_HEADS), load_i64(args, BLOCK_SIZE)
     size = 4 if load_i64(args, CACHE_DTYPE) == F32 else 2
     key_bytes, value_bytes = load_i64(args, HEAD_DIM) * size, load_i64(args, VALUE_DIM) * size
@@ -301,11 +299,8 @@ def _call_for(args, item, head, start, stop):  # type: ignore[no-untyped-def]
 
 @inline
 def _call_run(address, num_bytes):  # type: ignore[no-untyped-def]
-    for i in range(0, num_bytes, 1024):
+    for i in range(0, num_bytes, 64):
         prefetch(address, i)
-        prefetch(address, i + 64)
-        prefetch(address, i + 128)
-        prefetch(address, i + 192)
 
 
 @inline

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +117,20 @@ def _disk_cache(function: Callable[[int], None]) -> Any:
     return Cache(function)
 
 
-def cache_folder() -> Path | None:
-    """Where compiled kernels are kept: a folder named by all that their code depends on. PAGED_CORE_CACHE overrides
-    its parent."""
+@cache
+def _digest() -> str:
+    """Of all that compiled code depends on, besides the processor, which numba's own key holds."""
     digest = hashlib.sha256(f"{numba.__version__} {sys.version_info[:2]}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept: a folder named by all that their code depends on. PAGED_CORE_CACHE overrides
+    its parent."""
     for parent in _cache_parents():
-        folder = parent / "kernels" / digest.hexdigest()[:16]
+        folder = parent / "kernels" / _digest()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
