@@ -74,7 +74,7 @@ def _add_bench(commands: Any) -> None:
         "--sequential-limit",
         type=_positive,
         metavar="SECONDS",
-        help="run every k-th request only where hf-sequential would take longer (default: 120; with --quick 40)",
+        help="run every k-th request only where hf-sequential would take longer (default: 120; with --quick 30)",
     )
     _add_engine(parser)
     out = parser.add_argument_group("results")
