@@ -79,3 +79,22 @@ def test_the_cache_goes_where_the_environment_says(variable, monkeypatch, tmp_pa
     monkeypatch.setenv(variable, str(tmp_path))
     folder = parallel.cache_folder()
     assert folder is not None and tmp_path in folder.parents
+
+
+def test_a_folder_that_others_may_write_to_is_not_trusted(monkeypatch, tmp_path):
+    open_folder = tmp_path / "open"
+    open_folder.mkdir()
+    open_folder.chmod(0o777)
+    monkeypatch.setattr(parallel, "_cache_parents", lambda: [open_folder])
+    assert parallel.cache_folder() is None
+
+
+def test_a_cache_file_cut_short_is_compiled_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("PAGED_CORE_CACHE", str(tmp_path))
+    parallel.kernel(_count_in._function).compile()
+    for file in tmp_path.rglob("*.nb?"):
+        file.write_bytes(file.read_bytes()[:200])
+    again = parallel.kernel(_count_in._function)
+    numbers.zero_()
+    again(numbers.data_ptr(), 1)
+    assert numbers[0] == 1

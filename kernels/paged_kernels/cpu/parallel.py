@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import pickle
 import sys
 import tempfile
 import threading
@@ -77,9 +78,15 @@ def _find_launcher() -> Callable[[int, int, int, int], None]:
 
 
 def _compile(function: Callable[[int], None]) -> int:
+    try:
+        return _compile_with(function, _disk_cache(function))
+    except (OSError, EOFError, pickle.UnpicklingError):  # a full disk, a file cut short: go without
+        return _compile_with(function, None)
+
+
+def _compile_with(function: Callable[[int], None], cache: Any) -> int:
     signature = types.void(types.int64)
     compiled = ccallback.CFunc(function, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
-    cache = _disk_cache(function)
     if cache is not None:
         compiled._cache = cache
     compiled.compile()
@@ -132,12 +139,22 @@ def cache_folder() -> Path | None:
     for parent in _cache_parents():
         folder = parent / "kernels" / _digest()
         try:
+            parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
+            if _is_ours(parent):
+                with tempfile.TemporaryFile(dir=folder):
+                    return folder
         except OSError:
             continue
     return None
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether no other user could have put code there."""
+    if not hasattr(os, "getuid"):
+        return True
+    status = folder.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
 def _cache_parents() -> list[Path]:
