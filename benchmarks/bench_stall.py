@@ -29,7 +29,7 @@ def main() -> None:
     engine = Engine(args.model, EngineConfig(max_num_batched_tokens=args.budget))
     result = measure(engine, args.streams, args.prompt_tokens)
     print(
-        f"{args.streams} streams, then a prompt of {args.prompt_tokens} tokens, budget {result['budget']} tokens a step:"
+        f"{args.streams} streams, then a prompt of {args.prompt_tokens} tokens; budget {result['budget']} tokens a step"
     )
     for name, value in result.items():
         print(f"  {name:28} {value:.1f}" if isinstance(value, float) else f"  {name:28} {value}")

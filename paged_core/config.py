@@ -17,7 +17,7 @@ class EngineConfig:
         ConfigError: a value is out of its range.
     """
 
-    block_size: int = 16  # slots in a block
+    block_size: int | None = None  # slots in a block; None: 8 on a CPU, where small ones cost nothing, 16 on a GPU
     num_blocks: int | None = None  # blocks in the cache; None: as many as kv_cache_bytes holds
     kv_cache_bytes: int | None = None  # None: a quarter of the device's free memory, at most 4 GiB
     kv_cache_dtype: str | None = None  # "float32", "bfloat16", "float16"; None: the model's

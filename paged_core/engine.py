@@ -74,13 +74,15 @@ class Engine:
         self._model = self._load_model(model, device, dtype)
         self.spec = self._model.spec
         self.config = _resolve(config or EngineConfig(), self.spec)
+        assert self.config.block_size is not None
+        self._block_size = self.config.block_size
         self._tokenizer_source = model
         self._sampler = self._ask_sampler()
         self._backend = self._ask_backend(progress)
         self._accelerate()
         self._pool, self._scheduler = self._build_scheduler()
         self._runner = ModelRunner(self._model, self._backend, self._allocate())
-        self._builder = BatchBuilder(self.config.block_size, self.spec.device)
+        self._builder = BatchBuilder(self._block_size, self.spec.device)
         self._seeds = random.Random(self.config.seed)
         self._requests: dict[str, list[Request]] = {}  # by id: the rows that have not ended
         self._prompt_logprobs: dict[Request, list[Any]] = {}
@@ -235,7 +237,7 @@ class Engine:
             self._observe("on_request_finished", output=output)
 
     def _report(self, schedule: Schedule, num_sampled: int, duration_s: float) -> None:
-        pool, scheduler, size = self._pool, self._scheduler, self.config.block_size
+        pool, scheduler, size = self._pool, self._scheduler, self._block_size
         self.last_stats = StepStats(
             duration_s=duration_s,
             num_running=len(scheduler.running),
@@ -367,7 +369,7 @@ class Engine:
             sliding_window=None if None in windows else max(w for w in windows if w is not None),
             enable_prefix_caching=config.enable_prefix_caching,
         )
-        pool = BlockPool(config.num_blocks, config.block_size)
+        pool = BlockPool(config.num_blocks, self._block_size)
         return pool, Scheduler(pool, policy, limits)
 
     def _allocate(self) -> KVCache:
@@ -376,24 +378,32 @@ class Engine:
         cache = self._manager.hook.create_kv_cache(spec=self.spec, num_blocks=config.num_blocks, config=config)
         if cache is not None:
             return cache  # type: ignore[no-any-return]
-        return kv_cache.allocate(self.spec, config.num_blocks, config.block_size, _cache_dtype(config, self.spec))
+        return kv_cache.allocate(self.spec, config.num_blocks, self._block_size, _cache_dtype(config, self.spec))
 
 
 def _resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
     """Fill in the sizes that were left to us."""
+    on_cpu = spec.device.type == "cpu"
     max_model_len = min(config.max_model_len or spec.max_model_len, spec.max_model_len)
-    budget = config.max_num_batched_tokens or max(512 if spec.device.type == "cpu" else 8192, config.max_num_seqs)
+    budget = config.max_num_batched_tokens or max(512 if on_cpu else 8192, config.max_num_seqs)
+    block_size = config.block_size or (8 if on_cpu else 16)
     num_blocks = config.num_blocks
     if num_blocks is None:
-        per_block = kv_cache.bytes_per_block(spec, config.block_size, _cache_dtype(config, spec))
+        per_block = kv_cache.bytes_per_block(spec, block_size, _cache_dtype(config, spec))
         num_bytes = config.kv_cache_bytes or min(4 << 30, kv_cache.free_memory(spec.device) // 4)
-        most = config.max_num_seqs * -(-max_model_len // config.block_size)  # more could never be used
+        most = config.max_num_seqs * -(-max_model_len // block_size)  # more could never be used
         num_blocks = min(num_bytes // per_block, most)
         if num_blocks < 1:
             raise ConfigError(
-                f"kv_cache_bytes ({num_bytes}) holds no block: {config.block_size} tokens take {per_block} bytes"
+                f"kv_cache_bytes ({num_bytes}) holds no block: {block_size} tokens take {per_block} bytes"
             )
-    return replace(config, num_blocks=num_blocks, max_num_batched_tokens=budget, max_model_len=max_model_len)
+    return replace(
+        config,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        max_num_batched_tokens=budget,
+        max_model_len=max_model_len,
+    )
 
 
 def _cache_dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:

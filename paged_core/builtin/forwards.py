@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from paged_core.builtin.decoder_layer import decoder_layer_forward, is_decoder_layer
 from paged_core.builtin.elementwise import alike, norm_forward, rotary_forward, stock
+from paged_core.builtin.packed import Layers, packable
 from paged_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ def create_module_forward(module: nn.Module, device: torch.device) -> ModuleForw
         return sibling or _checked(_Linear(module), module, module)
     if _is_gated_mlp(module):
         return _checked(_GatedMLP(module), module, module.get_submodule("gate_proj"))
+    layer = _decoder_layer(module)
+    if layer is not None:
+        return layer
     for names in _SIBLINGS:
         children = [module._modules.get(name) for name in names]
         if all(_is_linear(child) for child in children):
@@ -45,59 +50,29 @@ def create_module_forward(module: nn.Module, device: torch.device) -> ModuleForw
     return norm_forward(module) or rotary_forward(module)
 
 
+def _decoder_layer(module: nn.Module) -> ModuleForward | None:
+    """A whole decoder layer, where all its parts are plain."""
+    if not is_decoder_layer(module):
+        return None
+    attention, mlp = module.get_submodule("self_attn"), module.get_submodule("mlp")
+    plain = all(_is_linear(child) for child in attention.children()) and _is_gated_mlp(mlp)
+    listened = any(_listened_to(part) for part in module.modules() if part is not module)
+    return decoder_layer_forward(module) if plain and not listened else None
+
+
+def _listened_to(module: nn.Module) -> bool:
+    return bool(any(_hooks(module))) or "forward" in module.__dict__
+
+
 def _have_kernels() -> bool:
     return find_spec("numba") is not None
-
-
-class _Layers:
-    """Linear layers over one input, packed, and packed anew when one of their weights changes.
-
-    Their parameters are looked up in the modules' own dictionaries at each call, so that a weight that was replaced is
-    seen; the modules themselves are not held.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module], gated: bool = False) -> None:
-        self._owners = [module._parameters for module in modules]
-        self._turned = not isinstance(modules[0], nn.Linear)  # weights [K, N] instead of [N, K]
-        self._gated = gated
-        self._pack()
-
-    def packed(self, x: Tensor) -> Any | None:
-        """The product of all; None if x or the weights are not of a kind that it takes."""
-        if not self._watch.same(self._tensors()):
-            self._pack()
-        return self._product if x.dtype is self._dtype and x.device.type == "cpu" else None
-
-    def stale(self) -> bool:
-        return bool(self._watch.stale(self._tensors()))
-
-    def alone(self, index: int, x: Tensor) -> Tensor:
-        """One of them, as torch computes it."""
-        weight, bias = self._owners[index]["weight"], self._owners[index].get("bias")
-        assert weight is not None
-        return nn.functional.linear(x, weight.t() if self._turned else weight, bias)
-
-    def _tensors(self) -> list[Tensor | None]:
-        return [owner.get(name) for owner in self._owners for name in ("weight", "bias")]
-
-    def _pack(self) -> None:
-        from paged_kernels.cpu.linear import PackedLinear, WatchedTensors
-
-        tensors = self._tensors()
-        self._watch = WatchedTensors(tensors)
-        self._product: PackedLinear | None = None
-        self._dtype: torch.dtype | None = None
-        weights = [_packable(weight) for weight in tensors[::2]]
-        whole = [w.t() if self._turned else w for w in weights if w is not None]
-        if len(whole) == len(weights) and len({w.dtype for w in whole}) == 1:
-            self._product, self._dtype = PackedLinear(whole, tensors[1::2], self._gated), whole[0].dtype
 
 
 class _Linear:
     """One linear layer from its packed weight."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._layers = _Layers([module])
+        self._layers = Layers([module])
         self.stale = self._layers.stale
 
     def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
@@ -124,7 +99,7 @@ class _Sibling:
     Another input, one that was written to, another order or a second call finds nothing and is computed alone.
     """
 
-    def __init__(self, layers: _Layers, sizes: Sequence[int], index: int) -> None:
+    def __init__(self, layers: Layers, sizes: Sequence[int], index: int) -> None:
         self._layers, self._sizes, self._index = layers, list(sizes), index
         self.stale = layers.stale
 
@@ -149,7 +124,7 @@ class _GatedMLP:
         self._module = weakref.ref(module)
         self._children = dict(module._modules)
         gate, up, down = linears = [module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj")]
-        self._inner, self._outer = _Layers([gate, up], gated=True), _Layers([down])
+        self._inner, self._outer = Layers([gate, up], gated=True), Layers([down])
         self._hooks = [h for part in (*linears, module.get_submodule("act_fn")) for h in _hooks(part)]
 
     def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
@@ -172,17 +147,11 @@ class _GatedMLP:
 def _is_linear(module: nn.Module | None) -> bool:
     """nn.Linear itself, or a Conv1D as GPT-2 has it (weight [K, N]), over plain weights."""
     if type(module) is nn.Linear:
-        return "forward" not in module.__dict__ and _packable(module._parameters.get("weight")) is not None
+        return "forward" not in module.__dict__ and packable(module._parameters.get("weight")) is not None
     if module is None or type(module).__name__ != "Conv1D" or "forward" in module.__dict__:
         return False
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    return set(module._parameters) == {"weight", "bias"} and bias is not None and _packable(weight) is not None
-
-
-def _packable(weight: Tensor | None) -> Tensor | None:
-    from paged_kernels.cpu.linear import can_pack
-
-    return weight if type(weight) in (Tensor, nn.Parameter) and can_pack(weight) else None
+    return set(module._parameters) == {"weight", "bias"} and bias is not None and packable(weight) is not None
 
 
 def _is_gated_mlp(module: nn.Module) -> bool:
@@ -213,7 +182,7 @@ class _Group:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = [weakref.ref(module) for module in modules]
-        self._layers: _Layers | None = None
+        self._layers: Layers | None = None
 
     def forward_of(self, module: nn.Module) -> _Sibling | None:
         modules = [m for m in (ref() for ref in self._modules) if m is not None and _is_linear(m)]
@@ -221,7 +190,7 @@ class _Group:
             return None
         sizes = [_shape(m)[0] for m in modules]
         if self._layers is None or self._layers.stale():
-            layers = _Layers(modules)
+            layers = Layers(modules)
             x = _probe(module)
             product = layers.packed(x)
             if product is None or not all(

@@ -36,14 +36,15 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_those_of_stock_generate(
-    family: str, tiny: Any, stock: Any, paged: Any, prompts: Any
+    family: str, backend: str, tiny: Any, engine: Any, stock: Any, paged: Any, prompts: Any
 ) -> None:
     model = tiny(family)
     expected = stock(model, prompts, 12)
     assert len({token for row in expected for token in row}) > 6, "a degenerate model proves nothing"
-    assert paged(model, prompts, 12) == expected
+    assert paged(engine(model, attention_backend=backend), prompts, 12) == expected
 
 
 def test_layers_tell_their_windows_softcaps_and_sinks(tiny: Any) -> None:

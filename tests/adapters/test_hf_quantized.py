@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import transformers
 from paged_hf.loading import load_model
@@ -18,7 +17,8 @@ def _wide(tiny: Any) -> Any:
 
 
 def test_torchao_int8_weights(tiny: Any, stock: Any, paged: Any, engine: Any, prompts: Any) -> None:
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao isn't installed")
+    from torchao import quantization
+
     model = _wide(tiny)
     exact = model.lm_head.weight.clone()
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
@@ -31,7 +31,6 @@ def test_torchao_int8_weights(tiny: Any, stock: Any, paged: Any, engine: Any, pr
 
 
 def test_bitsandbytes_int8(tiny: Any, stock: Any, paged: Any, prompts: Any, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes isn't installed")
     _wide(tiny).save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # bitsandbytes' own, on casts to float16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,15 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--attention-backend", metavar="NAME", help="default: auto")
 
 
+def quiet_imports() -> None:
+    """torchao, where it is installed, tells each process at length what it couldn't load on a CPU."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def generate(args: argparse.Namespace) -> int:
     """Write the completion to standard output as it comes."""
+    quiet_imports()
     from paged_core import AsyncEngine, Engine
     from paged_hf.bench.progress import Progress
 
@@ -126,6 +134,7 @@ def generate(args: argparse.Namespace) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     """Run the A/B, show the table, write the files."""
+    quiet_imports()
     from paged_hf.bench import ab
 
     return ab.main(args, engine_config(args))

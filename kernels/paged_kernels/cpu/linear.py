@@ -40,14 +40,20 @@ class PackedLinear:
         self._bias = torch.stack(columns, dim=1).contiguous() if gated else columns[0].contiguous()
         self._run = product.product_f32 if self.dtype is torch.float32 else product.product_bf16
         self._gated = gated
+        self._has_bias = any(bias is not None for bias in biases)
         self._addresses = self._weight.data_ptr(), self._bias.data_ptr()
 
     @property
     def num_bytes(self) -> int:
         return self._weight.numel() * self._weight.element_size() + self._bias.numel() * 4
 
-    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        """x of the weights' dtype or float32, in which all is computed; the result as x, or as asked of the two."""
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None, residual: Tensor | None = None) -> Tensor:
+        """x of the weights' dtype or float32, in which all is computed; the result as x, or as asked of the two.
+
+        ``residual [..., N]`` is added to it.
+        """
+        if residual is not None and not self._can_start_from(residual):
+            return self(x, out_dtype) + residual
         out = torch.empty(*x.shape[:-1], self.num_columns, dtype=out_dtype or x.dtype)
         num_rows = out.numel() // self.num_columns
         if num_rows == 0:
@@ -59,12 +65,18 @@ class PackedLinear:
         num_threads = torch.get_num_threads()
         space = _workspace(num_threads)
         weight, bias = self._addresses
+        start, stride = (bias, 0) if residual is None else (residual.data_ptr(), self.num_columns)
         space.fill(
-            rows.data_ptr(), rows.stride(0), weight, bias, out.data_ptr(), self.num_columns, num_rows,
+            rows.data_ptr(), rows.stride(0), weight, start, stride, out.data_ptr(), self.num_columns, num_rows,
             self.num_columns, self._depth, self._gated, out.dtype is torch.bfloat16,
         )  # fmt: skip
         self._run(space.address, num_threads)
         return out
+
+    def _can_start_from(self, residual: Tensor) -> bool:
+        """Whether the kernel's sums can start from it as they do from a bias: whole tiles, and no bias besides."""
+        whole = self.num_columns % TILE == 0 and not self._gated and not self._has_bias
+        return whole and residual.dtype is torch.float32 and residual.is_contiguous()
 
 
 def can_pack(weight: Tensor) -> bool:

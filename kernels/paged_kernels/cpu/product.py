@@ -46,8 +46,8 @@ BLOCK = 64  # rows of x for which one thread computes one tile
 LINE = 64  # bytes
 
 # The kernels' array of int64. The counters: one a thread, each in a cache line of its own, then the thread's number.
-(X, X_STRIDE, WEIGHT, BIAS, Y, Y_STRIDE, NUM_ROWS, NUM_COLUMNS, DEPTH, GATED, OUT_BF16, NUM_THREADS, SCRATCH,
- SCRATCH_STRIDE, TICKET, COUNTERS) = range(16)  # fmt: skip
+(X, X_STRIDE, WEIGHT, BIAS, BIAS_STRIDE, Y, Y_STRIDE, NUM_ROWS, NUM_COLUMNS, DEPTH, GATED, OUT_BF16, NUM_THREADS,
+ SCRATCH, SCRATCH_STRIDE, TICKET, COUNTERS) = range(17)  # fmt: skip
 
 
 def scratch_bytes() -> int:
@@ -169,9 +169,9 @@ passes_bf16 = make_passes(True)
 
 
 @inline
-def tile_f32(x, x_stride, w, depth, num_rows, y, y_stride, bias, wide):  # type: ignore[no-untyped-def]
+def tile_f32(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, wide):  # type: ignore[no-untyped-def]
     """One tile for a block of rows, into y; ``w`` the tile's address."""
-    start, start_stride = bias, 0
+    start, start_stride = bias, bias_stride
     for k in range(0, depth, STRETCH):
         count = min(STRETCH, depth - k)
         ahead = w + 4 * count * TILE
@@ -180,9 +180,9 @@ def tile_f32(x, x_stride, w, depth, num_rows, y, y_stride, bias, wide):  # type:
 
 
 @inline
-def tile_bf16(x, x_stride, w, depth, num_rows, y, y_stride, bias, wide):  # type: ignore[no-untyped-def]
+def tile_bf16(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, wide):  # type: ignore[no-untyped-def]
     """As tile_f32. When many rows will read a stretch, it is widened to float32 once, at ``wide``."""
-    start, start_stride = bias, 0
+    start, start_stride = bias, bias_stride
     for k in range(0, depth, STRETCH):
         count = min(STRETCH, depth - k)
         ahead = w + 2 * count * TILE
@@ -261,14 +261,15 @@ def make_compute(tile: Any, weight_bytes: int) -> Any:
                 x = load_i64(args, X) + 4 * row * x_stride
                 y = load_i64(args, Y) + out_bytes * (row * y_stride + column)
                 part = num_parts * (item // num_blocks)
-                w, bias = load_i64(args, WEIGHT) + part * tile_bytes, load_i64(args, BIAS) + 4 * part * TILE
+                w, bias_stride = load_i64(args, WEIGHT) + part * tile_bytes, load_i64(args, BIAS_STRIDE)
+                bias = load_i64(args, BIAS) + 4 * (part * TILE + row * bias_stride)
                 if num_parts == 1 and columns == TILE and not out_bf16:
-                    tile(x, x_stride, w, depth, rows, y, y_stride, bias, wide)
+                    tile(x, x_stride, w, depth, rows, y, y_stride, bias, bias_stride, wide)
                 else:
-                    tile(x, x_stride, w, depth, rows, sums, 2 * TILE, bias, wide)
+                    tile(x, x_stride, w, depth, rows, sums, 2 * TILE, bias, bias_stride, wide)
                     if num_parts == 2:
                         w, bias, up = w + tile_bytes, bias + 4 * TILE, sums + 4 * TILE
-                        tile(x, x_stride, w, depth, rows, up, 2 * TILE, bias, wide)
+                        tile(x, x_stride, w, depth, rows, up, 2 * TILE, bias, bias_stride, wide)
                         gate_in_place(sums, rows)
                     write_out(sums, rows, columns, y, y_stride, out_bf16)
 

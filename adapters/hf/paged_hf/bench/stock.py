@@ -88,6 +88,8 @@ class HFSequential:
         self._stride: int | None = None  # the same for all runs
 
     def run(self, requests: Sequence[BenchRequest], told: Told) -> Run:
+        if len(requests) == 1:  # a warm-up tells nothing of the whole
+            return self._one.run(requests, told)
         if self._stride is None:
             trial = self._one.run([replace(requests[0], num_output=8, n=1, arrival_s=0.0)], _nobody)
             estimate_s = sum(r.num_output * r.n for r in requests) * trial.duration_s / trial.num_output_tokens

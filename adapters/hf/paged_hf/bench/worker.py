@@ -18,6 +18,7 @@ from paged_core import ConfigError, EngineConfig
 from paged_hf.bench.memory import PeakMemory, resident_bytes
 from paged_hf.bench.results import Run
 from paged_hf.bench.workloads import BenchRequest
+from paged_hf.commands import quiet_imports
 
 Told = Callable[[int], None]
 Report = Callable[[str, int, int], None]
@@ -129,6 +130,7 @@ def _ignore(*args: Any) -> None:
 
 def _serve(connection: Connection, job: Job) -> None:
     warnings.simplefilter("ignore")  # stock code's remarks would break up the progress bars
+    quiet_imports()
     try:
         model, facts = _load(job)
         system = _build(job, model, lambda *news: connection.send(("progress", news)))

@@ -1,0 +1,62 @@
+"""Packed linear layers that follow their modules' weights. This file knows torch modules; it never writes to one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from paged_kernels.cpu.linear import PackedLinear
+
+
+class Layers:
+    """Linear layers over one input, packed, and packed anew when one of their weights changes.
+
+    Their parameters are looked up in the modules' own dictionaries at each call, so that a weight that was replaced is
+    seen; the modules themselves are not held.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], gated: bool = False) -> None:
+        self._owners = [module._parameters for module in modules]
+        self._turned = not isinstance(modules[0], nn.Linear)  # weights [K, N] instead of [N, K]
+        self._gated = gated
+        self._pack()
+
+    def packed(self, x: Tensor) -> Any | None:
+        """The product of all; None if x or the weights are not of a kind that it takes."""
+        if not self._watch.same(self._tensors()):
+            self._pack()
+        return self._product if x.dtype is self._dtype and x.device.type == "cpu" else None
+
+    def stale(self) -> bool:
+        return bool(self._watch.stale(self._tensors()))
+
+    def alone(self, index: int, x: Tensor) -> Tensor:
+        """One of them, as torch computes it."""
+        weight, bias = self._owners[index]["weight"], self._owners[index].get("bias")
+        assert weight is not None
+        return nn.functional.linear(x, weight.t() if self._turned else weight, bias)
+
+    def _tensors(self) -> list[Tensor | None]:
+        return [owner.get(name) for owner in self._owners for name in ("weight", "bias")]
+
+    def _pack(self) -> None:
+        from paged_kernels.cpu.linear import PackedLinear, WatchedTensors
+
+        tensors = self._tensors()
+        self._watch = WatchedTensors(tensors)
+        self._product: PackedLinear | None = None
+        self._dtype: torch.dtype | None = None
+        weights = [packable(weight) for weight in tensors[::2]]
+        whole = [w.t() if self._turned else w for w in weights if w is not None]
+        if len(whole) == len(weights) and len({w.dtype for w in whole}) == 1:
+            self._product, self._dtype = PackedLinear(whole, tensors[1::2], self._gated), whole[0].dtype
+
+
+def packable(weight: Tensor | None) -> Tensor | None:
+    from paged_kernels.cpu.linear import can_pack
+
+    return weight if type(weight) in (Tensor, nn.Parameter) and can_pack(weight) else None
