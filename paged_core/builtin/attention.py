@@ -96,6 +96,7 @@ class CpuBackend:
 
         self._ops = launch
         self._layers = spec.layers
+        self._dtype = spec.dtype
         self._plans: dict[tuple[int | None, ...], Any] = {}  # one for layers of one shape
         self._plan_of_layer = [self._plan_for(layer) for layer in spec.layers]
 
@@ -106,8 +107,13 @@ class CpuBackend:
         return self._plans[shape]
 
     def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None:
-        """Compile, or load from disk, all that a step needs. ``progress(what, done, total)``."""
+        """Compile, or load from disk, all that a step needs, so that no request waits for it: attention, and what the
+        forwards and the sampler of this folder use. ``progress(what, done, total)``."""
+        from paged_kernels.cpu import elementwise, product
+
         self._ops.warm_up(progress)
+        elementwise.warm_up(progress)
+        product.warm_up(self._dtype, progress)
 
     def plan(self, metadata: AttentionMetadata) -> None:
         for plan in self._plans.values():

@@ -7,12 +7,19 @@ from typing import TYPE_CHECKING
 from paged_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from paged_core.execution.model import TokenSelector
+    from paged_core.execution.model import ModelSpec
+    from paged_core.execution.sampler import Sampler
 
 
 @hookimpl
-def create_sampler() -> TokenSelector:
-    """The vectorised sampler."""
+def create_sampler(spec: ModelSpec) -> Sampler:
+    """Vectorised, honouring all of SamplingParams; on a CPU with an argmax that reads the logits once."""
     from paged_core.execution.sampler import Sampler
 
+    if spec.device.type == "cpu":
+        try:
+            from paged_kernels.cpu.elementwise import argmax_rows
+        except ImportError:  # no numba
+            return Sampler()
+        return Sampler(argmax_rows)
     return Sampler()

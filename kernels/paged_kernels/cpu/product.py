@@ -10,8 +10,10 @@ the last bit, on how many other rows there are, on the threads or on the width o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -287,3 +289,12 @@ def product_f32(args):  # type: ignore[no-untyped-def]
 @kernel
 def product_bf16(args):  # type: ignore[no-untyped-def]
     compute_bf16(args)
+
+
+def warm_up(dtype: torch.dtype, progress: Callable[[str, int, int], None] | None = None) -> None:
+    """Compile, or load from disk, the product for weights of this dtype. ``progress(what, done, total)``."""
+    if progress is not None:
+        progress("product", 0, 1)
+    (product_bf16 if dtype is torch.bfloat16 else product_f32).compile()
+    if progress is not None:
+        progress("product", 1, 1)
