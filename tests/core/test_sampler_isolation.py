@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from paged_core.execution.sampler import Sampler
 from paged_core.execution.sampling_draw import uniform
+from paged_core.plugins import load_plugins
 from paged_core.scheduling.request import Request, SamplingParams
 
 VOCAB = 2500
@@ -291,7 +293,17 @@ def test_logits_that_carry_a_gradient_are_welcome():
     assert Sampler().select(logits * 1, requests).token_ids[1] == int(logits[1].argmax())
 
 
-def test_the_builtin_plugin_brings_the_sampler():
-    from paged_core.builtin import sampler
-
-    assert isinstance(sampler.create_sampler(), Sampler)
+def test_the_sampler_of_an_engine_on_a_cpu_chooses_as_the_plain_one():
+    spec = SimpleNamespace(device=torch.device("cpu"))
+    builtin = load_plugins().hook.create_sampler(spec=spec, config=None)
+    logits = logits_of(6)
+    logits[1, 3] = logits[1, 7] = 99.0  # equals: the first wins
+    logits[2, 5] = float("nan")
+    logits[4] = float("-inf")
+    requests = [Request(str(i), [1], SamplingParams(temperature=0)) for i in range(6)]
+    ours, plain = builtin.select(logits.clone(), requests), Sampler().select(logits.clone(), requests)
+    assert ours.errors == plain.errors
+    assert set(ours.errors) == {2, 4}
+    assert [t for i, t in enumerate(ours.token_ids) if i not in ours.errors] == [
+        t for i, t in enumerate(plain.token_ids) if i not in plain.errors
+    ]
