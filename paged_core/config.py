@@ -21,8 +21,8 @@ class EngineConfig:
     num_blocks: int | None = None  # blocks in the cache; None: as many as kv_cache_bytes holds
     kv_cache_bytes: int | None = None  # None: a quarter of the device's free memory, at most 4 GiB
     kv_cache_dtype: str | None = None  # "float32", "bfloat16", "float16"; None: the model's
-    max_num_seqs: int = 256  # requests running at once
-    max_num_batched_tokens: int | None = None  # tokens a step; None: 512 on a CPU, 8192 on a GPU
+    max_num_seqs: int | None = None  # requests running at once; None: half the tokens a step, at most 256
+    max_num_batched_tokens: int | None = None  # tokens a step; None: 64 a thread (128 to 2048) on a CPU, 8192 on a GPU
     max_model_len: int | None = None  # tokens in a sequence; None: the model's limit
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"  # "fcfs", "priority", or a plugin's own
@@ -49,7 +49,7 @@ class EngineConfig:
         if self.kv_cache_dtype not in (None, "float32", "bfloat16", "float16"):
             raise ConfigError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; use float32, bfloat16, float16 or None")
         budget = self.max_num_batched_tokens
-        if budget is not None and budget < self.max_num_seqs:
+        if budget is not None and self.max_num_seqs is not None and budget < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens ({budget}) is below max_num_seqs ({self.max_num_seqs}): "
                 "a step could not give each running request a token; raise the first or lower the second"

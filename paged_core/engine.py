@@ -358,7 +358,8 @@ class Engine:
         policy = self._manager.hook.create_scheduling_policy(name=name, config=config)
         if policy is None:
             raise PluginError(f"no scheduling policy is called {name!r}; loaded plugins: {describe(self._manager)}")
-        assert config.num_blocks and config.max_num_batched_tokens and config.max_model_len, "see _resolve"
+        assert config.num_blocks and config.max_num_seqs, "see _resolve"
+        assert config.max_num_batched_tokens and config.max_model_len, "see _resolve"
         windows = [layer.sliding_window for layer in self.spec.layers]
         limits = Limits(
             max_num_seqs=config.max_num_seqs,
@@ -385,13 +386,16 @@ def _resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
     """Fill in the sizes that were left to us."""
     on_cpu = spec.device.type == "cpu"
     max_model_len = min(config.max_model_len or spec.max_model_len, spec.max_model_len)
-    budget = config.max_num_batched_tokens or max(512 if on_cpu else 8192, config.max_num_seqs)
+    # On a CPU a step's time grows with its tokens: few a step, so that a long prompt holds nobody up for long.
+    usual = min(max(64 * torch.get_num_threads(), 128), 2048) if on_cpu else 8192
+    budget = config.max_num_batched_tokens or max(usual, config.max_num_seqs or 0)
+    max_num_seqs = config.max_num_seqs or min(256, max(1, budget // 2))
     block_size = config.block_size or (8 if on_cpu else 16)
     num_blocks = config.num_blocks
     if num_blocks is None:
         per_block = kv_cache.bytes_per_block(spec, block_size, _cache_dtype(config, spec))
         num_bytes = config.kv_cache_bytes or min(4 << 30, kv_cache.free_memory(spec.device) // 4)
-        most = config.max_num_seqs * -(-max_model_len // block_size)  # more could never be used
+        most = max_num_seqs * -(-max_model_len // block_size)  # more could never be used
         num_blocks = min(num_bytes // per_block, most)
         if num_blocks < 1:
             raise ConfigError(
@@ -401,6 +405,7 @@ def _resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
         config,
         block_size=block_size,
         num_blocks=num_blocks,
+        max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         max_model_len=max_model_len,
     )
