@@ -200,7 +200,7 @@ class Engine:
     def _take_prompt_logprobs(self, logits: Tensor, batch: Batch) -> None:
         row = 0
         for request, start, num in batch.prompt_rows:
-            known = self._prompt_logprobs.setdefault(request, [None])
+            known = self._prompt_logprobs[request]
             next_ids = request.tokens[start + 1 : start + 1 + num]
             wanted = request.params.prompt_logprobs or 0
             known[start + 1 :] = self._sampler.prompt_logprobs(logits[row : row + num], next_ids, wanted)
@@ -282,7 +282,7 @@ class Engine:
         for prompt in prompts if lockstep else prompts[:1]:
             _check_prompt(prompt, self.spec.vocab_size)
         _check_token_ids(params, self.spec.vocab_size)
-        if not self.has_work:
+        if not self._scheduler.has_work:
             self._refresh()
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else set(self.spec.eos_token_ids))
@@ -303,6 +303,8 @@ class Engine:
                 self._add_processors(request)
         self._scheduler.add(group.members)
         self._requests[request_id] = list(group.members)
+        if params.prompt_logprobs is not None:
+            self._prompt_logprobs[group.members[0]] = [None]  # nothing comes before the first token
         for request in group.members:
             self._observe("on_request_added", request=request)
         return list(group.members)

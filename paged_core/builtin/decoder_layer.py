@@ -49,10 +49,9 @@ def decoder_layer_forward(module: nn.Module) -> ModuleForward | None:
     given = {"position_embeddings": (angles.cos(), angles.sin()), "attend": _mixing_attend}
     try:
         with torch.no_grad():
-            theirs = type(module).forward(module, x, **given)
-    except Exception:  # it wants more than we know to give
+            return ours if alike(ours(x, **given), type(module).forward(module, x, **given)) else None
+    except Exception:  # it wants more than we know to give, or its parts have other shapes
         return None
-    return ours if alike(ours(x, **given), theirs) else None
 
 
 def _mixing_attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
@@ -83,14 +82,15 @@ class _DecoderLayer:
             for hooks in (part._forward_hooks, part._forward_pre_hooks)
         ]
 
-    def __call__(self, hidden_states: Tensor, **named: Any) -> Tensor:
+    def __call__(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:
         """``hidden_states [1,T,N] -> [1,T,N]``"""
         from paged_kernels.cpu.elementwise import rotary
 
         attend, rotation = named.get("attend"), named.get("position_embeddings")
         products = [layers.packed(hidden_states) for layers in (self._qkv, self._out, self._inner, self._outer)]
         if (
-            attend is None
+            rest
+            or attend is None
             or rotation is None
             or named.get("past_key_values") is not None
             or hidden_states.shape[0] != 1
@@ -98,7 +98,7 @@ class _DecoderLayer:
             or any(self._hooks)
         ):
             module = self._module()
-            return type(module).forward(module, hidden_states, **named)  # type: ignore[union-attr, no-any-return]
+            return type(module).forward(module, hidden_states, *rest, **named)  # type: ignore[union-attr, no-any-return]
         qkv, out, inner, outer = products
         x = hidden_states[0]  # [T,N]
         heads = qkv(self._norm(x)).view(len(x), -1, self.head_dim)  # type: ignore[misc]

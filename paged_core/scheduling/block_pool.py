@@ -116,7 +116,7 @@ class BlockPool:
 
     def num_unused(self, blocks: Iterable[int]) -> int:
         """How many of the blocks are cached, that is: would no longer be available once shared."""
-        return sum(1 for block in blocks if self._references[block] == 0)
+        return sum(1 for block in blocks if block != NULL_BLOCK and self._references[block] == 0)
 
     # ---- prefix index ------------------------------------------------------------------------------------------
 

@@ -254,10 +254,7 @@ class Scheduler:
                 i += len(rows)  # it shares a block that is being computed now: cheaper to wait for it
                 continue
             num_seats += len(rows) + len(self._unborn.get(head, ()))
-            needed = sum(
-                self._blocks_lacking(row) - len(hit) + self.pool.num_unused(hit)
-                for row, hit in zip(rows, hits, strict=True)
-            )
+            needed = sum(self._blocks_to_start(row, hit) for row, hit in zip(rows, hits, strict=True))
             reserve = self.limits.watermark_blocks if self.running else 0
             if num_seats > self.limits.max_num_seqs or self.pool.num_available - promised - needed < reserve:
                 return
@@ -286,7 +283,12 @@ class Scheduler:
         if not self.limits.enable_prefix_caching or request.wants_prompt_logprobs:
             return []
         most = (len(request.tokens) - 1) // self.pool.block_size  # the last token is always computed
-        return self.pool.match(request.digests[:most], request.tokens)
+        hits = self.pool.match(request.digests[:most], request.tokens)
+        if self.limits.sliding_window is not None:  # what lies behind the window already is not taken
+            size = self.pool.block_size
+            behind = max(0, (len(hits) * size + 1 - self.limits.sliding_window) // size)
+            hits[:behind] = [NULL_BLOCK] * behind
+        return hits
 
     def _comes_soon(self, request: Request, num_hits: int) -> bool:
         """Whether the first block that the request lacks is being computed for another one right now."""
@@ -294,6 +296,11 @@ class Scheduler:
         if num_hits >= min(most, len(request.digests)) or request.wants_prompt_logprobs:
             return False
         return request.digests[num_hits] in self._in_flight
+
+    def _blocks_to_start(self, request: Request, hit: Sequence[int]) -> int:
+        """Available blocks that a waiting request takes: new ones, and those of its hit that nobody uses now."""
+        new = -(-len(request.tokens) // self.pool.block_size) - len(hit)
+        return min(new + self.pool.num_unused(hit), self._max_blocks_at_once)
 
     def _blocks_lacking(self, request: Request) -> int:
         """Blocks that the known tokens of a request will still take."""

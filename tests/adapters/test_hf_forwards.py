@@ -68,3 +68,25 @@ def test_a_hook_put_on_a_part_of_a_layer_is_called_again(tiny: Any, stock: Any, 
     assert paged(engine, prompts, 12) == stock(model, prompts, 12)
     handle.remove()
     assert paged(engine, prompts, 12) == stock(model, prompts, 12)
+
+
+def test_a_second_engine_over_one_paged_model_notices_edits_too(
+    tiny: Any, stock: Any, paged: Any, prompts: Any
+) -> None:
+    model = tiny("llama")
+    taken = HFPagedModel(model)
+    paged(fast_engine(taken), prompts, 3)
+    second = fast_engine(taken)
+    paged(second, prompts, 3)
+    model.model.layers[0].mlp.down_proj.weight.data.mul_(-2)
+    assert paged(second, prompts, 12) == stock(model, prompts, 12)
+
+
+def test_torchs_default_dtype_does_not_reach_the_kernels(tiny: Any, stock: Any, paged: Any, prompts: Any) -> None:
+    model = tiny("llama")
+    expected = stock(model, prompts, 12)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert paged(fast_engine(model), prompts, 12) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -323,6 +323,26 @@ def test_cached_prefixes_are_dropped_when_the_weights_have_changed():
     assert engine.last_stats.total_prefix_hits == 0
 
 
+def test_weights_changed_after_the_last_request_was_cancelled_are_noticed_too():
+    model = ChangingModel()
+    engine = make_engine(model)
+    prompt = list(range(20))
+    engine.add_request("before", prompt, greedy(50))
+    engine.step()
+    engine.abort("before")  # its end has not been told yet
+    for qkv in model.qkv:
+        qkv.mul_(1.5)
+    model.changed = True
+    engine.add_request("after", prompt, greedy(5))
+    assert tokens_of(run(engine))["after", 0] == model.generate(prompt, 5)
+
+
+def test_a_prompt_of_one_token_has_one_prompt_logprob_which_is_none():
+    engine = make_engine()
+    engine.add_request("a", [3], greedy(2, prompt_logprobs=1))
+    assert [o.prompt_logprobs for o in run(engine)] == [[None], None]
+
+
 def test_waste_is_the_unfilled_rest_of_last_blocks():
     engine = make_engine()
     engine.add_request("a", [1, 2, 3, 4, 5], greedy(9))

@@ -392,6 +392,17 @@ def test_blocks_behind_a_sliding_window_are_given_back():
     assert request.num_output == 300
 
 
+def test_a_prefix_hit_behind_the_window_takes_no_blocks():
+    scheduler = make(num_blocks=14, window=8, budget=16, max_len=10_000)
+    first = list(range(40))
+    add(scheduler, "a", first, max_tokens=2)
+    run_to_end(scheduler)
+    again = add(scheduler, "b", first + list(range(100, 140)), max_tokens=2)
+    run_to_end(scheduler, max_steps=20)
+    assert scheduler.num_preemptions == 0
+    assert again.num_output == 2
+
+
 def test_a_policy_is_any_object_with_a_key():
     class ShortestPromptFirst:
         def key(self, request):

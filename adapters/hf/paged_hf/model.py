@@ -54,6 +54,8 @@ class HFPagedModel:
     def accelerate(self, create: CreateForward) -> int:
         """Let ``create`` stand in for modules of the twin, parents before children. Returns how many it took."""
         self._create = create
+        for twin in self._fast:  # another engine's, over the same model
+            twin.__dict__.pop("forward", None)
         self._fast = {}
         self._ask(self._shadow.root)
         return len(self._fast)

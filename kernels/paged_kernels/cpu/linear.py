@@ -54,7 +54,7 @@ class PackedLinear:
         """
         if residual is not None and not self._can_start_from(residual):
             return self(x, out_dtype) + residual
-        out = torch.empty(*x.shape[:-1], self.num_columns, dtype=out_dtype or x.dtype)
+        out = torch.empty(*x.shape[:-1], self.num_columns, dtype=out_dtype or x.dtype, device="cpu")
         num_rows = out.numel() // self.num_columns
         if num_rows == 0:
             return out
@@ -151,7 +151,9 @@ def _workspace(num_threads: int) -> _Workspace:
 
 
 def _bias_or_zeros(weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.zeros(weight.shape[0]) if bias is None else bias.detach().float()
+    if bias is None:
+        return torch.zeros(weight.shape[0], dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+    return bias.detach().float()
 
 
 def _padded(rows: Tensor) -> Tensor:
