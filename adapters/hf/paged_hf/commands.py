@@ -107,7 +107,6 @@ def generate(args: argparse.Namespace) -> int:
     """Write the completion to standard output as it comes."""
     quiet_imports()
     from paged_core import AsyncEngine, Engine
-    from paged_hf.bench.progress import Progress
 
     text = sys.stdin.read() if args.prompt in (None, "-") else args.prompt
     params = SamplingParams(
@@ -118,9 +117,7 @@ def generate(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop=args.stop,
     )
-    with Progress() as progress:
-        engine = Engine(args.model, engine_config(args), dtype=args.dtype, progress=progress)
-    with AsyncEngine(engine) as served:
+    with AsyncEngine(Engine(args.model, engine_config(args), dtype=args.dtype)) as served:
         chat = bool(getattr(served.tokenizer, "chat_template", None)) if args.chat is None else args.chat
         prompt = [{"role": "user", "content": text}] if chat else text
         for delta in served.submit(prompt, params):
