@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import logging
 import random
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from paged_core import assembly
+from paged_core.assembly import Progress
+from paged_core.checks import check_prompt, check_token_ids
 from paged_core.config import EngineConfig
-from paged_core.errors import ConfigError, EngineDeadError, PluginError, UnsupportedModel
-from paged_core.execution import kv_cache
+from paged_core.errors import EngineDeadError
 from paged_core.execution.batch import Batch, BatchBuilder
-from paged_core.execution.kv_cache import KVCache
-from paged_core.execution.model import AcceleratedModel, AttentionBackend, ModelSpec, PagedModel, TokenSelector
+from paged_core.execution.model import AcceleratedModel, ModelSpec, TokenSelector
 from paged_core.execution.model_runner import ModelRunner
-from paged_core.plugins import describe, load_plugins
+from paged_core.plugins import load_plugins
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.request import (
     FinishReason,
@@ -34,14 +34,11 @@ from paged_core.scheduling.request import (
     SamplingParams,
     Selection,
 )
-from paged_core.scheduling.schedule import Limits, Schedule
-from paged_core.scheduling.scheduler import Scheduler
+from paged_core.scheduling.schedule import Schedule
+from paged_core.selection import select_rows
 from paged_core.stats import StepStats
 
 _log = logging.getLogger("paged_core")
-
-Progress = Callable[[str, int, int], None]
-"""``progress(what, done, total)``, called while an engine is being built."""
 
 
 class Engine:
@@ -71,17 +68,18 @@ class Engine:
         progress: Progress | None = None,
     ) -> None:
         self._manager = load_plugins(plugins)
-        self._model = self._load_model(model, device, dtype)
+        self._model = assembly.load_model(self._manager, model, device, dtype)
         self.spec = self._model.spec
-        self.config = _resolve(config or EngineConfig(), self.spec)
-        assert self.config.block_size is not None
-        self._block_size = self.config.block_size
+        self.config = config = assembly.resolve(config or EngineConfig(), self.spec)
+        assert config.block_size is not None, "see resolve"
+        self._block_size = config.block_size
         self._tokenizer_source = model
-        self._sampler = self._ask_sampler()
-        self._backend = self._ask_backend(progress)
-        self._accelerate()
-        self._pool, self._scheduler = self._build_scheduler()
-        self._runner = ModelRunner(self._model, self._backend, self._allocate())
+        self._sampler = assembly.create_sampler(self._manager, self.spec, config)
+        self._backend = assembly.create_backend(self._manager, self.spec, config, progress)
+        assembly.accelerate(self._manager, self._model, config)
+        self._scheduler = assembly.create_scheduler(self._manager, self.spec, config)
+        self._pool = self._scheduler.pool
+        self._runner = ModelRunner(self._model, self._backend, assembly.create_cache(self._manager, self.spec, config))
         self._builder = BatchBuilder(self._block_size, self.spec.device)
         self._seeds = random.Random(self.config.seed)
         self._requests: dict[str, list[Request]] = {}  # by id: the rows that have not ended
@@ -195,7 +193,7 @@ class Engine:
     def _select(self, logits: Tensor, batch: Batch) -> Selection:
         requests = batch.sample_requests
         self._take_prompt_logprobs(logits[len(requests) :], batch)
-        return _select_by_selector(logits[: len(requests)], requests, self._sampler)
+        return select_rows(logits[: len(requests)], requests, self._sampler)
 
     def _take_prompt_logprobs(self, logits: Tensor, batch: Batch) -> None:
         row = 0
@@ -280,8 +278,8 @@ class Engine:
         if request_id in self._requests:
             raise InvalidRequestError(f"request id {request_id!r} is in use; choose another")
         for prompt in prompts if lockstep else prompts[:1]:
-            _check_prompt(prompt, self.spec.vocab_size)
-        _check_token_ids(params, self.spec.vocab_size)
+            check_prompt(prompt, self.spec.vocab_size)
+        check_token_ids(params, self.spec.vocab_size)
         if not self._scheduler.has_work:
             self._refresh()
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
@@ -320,155 +318,6 @@ class Engine:
         if isinstance(self._model, AcceleratedModel) and self._model.refresh():
             self._pool.forget_all()
 
-    # ---- building ------------------------------------------------------------------------------------------------
-
-    def _load_model(self, model: Any, device: str | None, dtype: str | None) -> PagedModel:
-        if isinstance(model, PagedModel):
-            return model
-        loaded = self._manager.hook.load_model(source=model, device=device, dtype=dtype)
-        if loaded is None:
-            raise PluginError(
-                f"no plugin can load {_short(model)}; loaded plugins: {describe(self._manager)}. "
-                "For Hugging Face models: pip install 'paged-core[hf]'"
-            )
-        return loaded  # type: ignore[no-any-return]
-
-    def _ask_sampler(self) -> TokenSelector:
-        sampler = self._manager.hook.create_sampler(spec=self.spec, config=self.config)
-        if sampler is None:
-            raise PluginError(f"no plugin brings a sampler; loaded plugins: {describe(self._manager)}")
-        return sampler  # type: ignore[no-any-return]
-
-    def _ask_backend(self, progress: Progress | None) -> AttentionBackend:
-        name = self.config.attention_backend
-        backend = self._manager.hook.create_attention_backend(name=name, spec=self.spec, config=self.config)
-        if backend is None:
-            raise UnsupportedModel(
-                f"no attention backend called {name!r} can run this model; loaded plugins: {describe(self._manager)}"
-            )
-        if hasattr(backend, "warm_up"):
-            backend.warm_up(progress or _show)
-        return backend  # type: ignore[no-any-return]
-
-    def _accelerate(self) -> None:
-        if self.config.fast_forwards and isinstance(self._model, AcceleratedModel):
-            ask, device = self._manager.hook.create_module_forward, self.spec.device
-            self._model.accelerate(lambda module: ask(module=module, device=device))
-
-    def _build_scheduler(self) -> tuple[BlockPool, Scheduler]:
-        config, name = self.config, self.config.scheduling_policy
-        policy = self._manager.hook.create_scheduling_policy(name=name, config=config)
-        if policy is None:
-            raise PluginError(f"no scheduling policy is called {name!r}; loaded plugins: {describe(self._manager)}")
-        assert config.num_blocks and config.max_num_seqs, "see _resolve"
-        assert config.max_num_batched_tokens and config.max_model_len, "see _resolve"
-        windows = [layer.sliding_window for layer in self.spec.layers]
-        limits = Limits(
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=config.max_model_len,
-            watermark_blocks=int(config.watermark * config.num_blocks),
-            max_prompt_logprob_rows=config.max_prompt_logprob_rows,
-            sliding_window=None if None in windows else max(w for w in windows if w is not None),
-            enable_prefix_caching=config.enable_prefix_caching,
-        )
-        pool = BlockPool(config.num_blocks, self._block_size)
-        return pool, Scheduler(pool, policy, limits)
-
-    def _allocate(self) -> KVCache:
-        config = self.config
-        assert config.num_blocks is not None, "see _resolve"
-        cache = self._manager.hook.create_kv_cache(spec=self.spec, num_blocks=config.num_blocks, config=config)
-        if cache is not None:
-            return cache  # type: ignore[no-any-return]
-        return kv_cache.allocate(self.spec, config.num_blocks, self._block_size, _cache_dtype(config, self.spec))
-
-
-def _resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
-    """Fill in the sizes that were left to us."""
-    on_cpu = spec.device.type == "cpu"
-    max_model_len = min(config.max_model_len or spec.max_model_len, spec.max_model_len)
-    # On a CPU a step's time grows with its tokens: few a step, so that a long prompt holds nobody up for long.
-    usual = min(max(64 * torch.get_num_threads(), 128), 2048) if on_cpu else 8192
-    budget = config.max_num_batched_tokens or max(usual, config.max_num_seqs or 0)
-    max_num_seqs = config.max_num_seqs or min(256, max(1, budget // 2))
-    block_size = config.block_size or (8 if on_cpu else 16)
-    num_blocks = config.num_blocks
-    if num_blocks is None:
-        per_block = kv_cache.bytes_per_block(spec, block_size, _cache_dtype(config, spec))
-        num_bytes = config.kv_cache_bytes or min(4 << 30, kv_cache.free_memory(spec.device) // 4)
-        most = max_num_seqs * -(-max_model_len // block_size)  # more could never be used
-        num_blocks = min(num_bytes // per_block, most)
-        if num_blocks < 1:
-            raise ConfigError(
-                f"kv_cache_bytes ({num_bytes}) holds no block: {block_size} tokens take {per_block} bytes"
-            )
-    return replace(
-        config,
-        block_size=block_size,
-        num_blocks=num_blocks,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=budget,
-        max_model_len=max_model_len,
-    )
-
-
-def _cache_dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
-    return getattr(torch, config.kv_cache_dtype) if config.kv_cache_dtype else spec.dtype
-
-
-def _check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
-    if not len(prompt):
-        raise InvalidRequestError("the prompt is empty; give at least one token (for example the model's bos token)")
-    for token in prompt:
-        if not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise InvalidRequestError(f"the prompt holds token id {token!r}; ids go from 0 to {vocab_size - 1}")
-
-
-def _check_token_ids(params: SamplingParams, vocab_size: int) -> None:
-    named: dict[str, Iterable[int]] = {
-        "logit_bias": params.logit_bias or (),
-        "allowed_token_ids": params.allowed_token_ids or (),
-        "stop_token_ids": params.stop_token_ids,
-        "bad_words_token_ids": [token for word in params.bad_words_token_ids for token in word],
-    }
-    for name, tokens in named.items():
-        for token in tokens:
-            if not isinstance(token, int) or not 0 <= token < vocab_size:
-                raise InvalidRequestError(f"{name} holds token id {token!r}; ids go from 0 to {vocab_size - 1}")
-
-
-def _select_by_selector(logits: Tensor, requests: Sequence[Request], sampler: TokenSelector) -> Selection:
-    """Each selector gets its own rows; a selector that raises ends its own rows only."""
-    if all(request.selector is None for request in requests):
-        return _select(sampler, logits, requests)
-    rows_of: dict[int, list[int]] = {}
-    for row, request in enumerate(requests):
-        rows_of.setdefault(id(request.selector or sampler), []).append(row)
-    token_ids = [0] * len(requests)
-    logprobs: list[Any] = [None] * len(requests)
-    parents = list(range(len(requests)))
-    errors: dict[int, str] = {}
-    finished: dict[int, FinishReason] = {}
-    for rows in rows_of.values():
-        selector = requests[rows[0]].selector or sampler
-        part = _select(selector, logits[rows], [requests[row] for row in rows])
-        for i, row in enumerate(rows):
-            token_ids[row] = part.token_ids[i]
-            logprobs[row] = part.logprobs[i] if part.logprobs is not None else None
-            parents[row] = rows[part.parents[i]] if part.parents is not None else row
-        errors.update((rows[i], message) for i, message in (part.errors or {}).items())
-        finished.update((rows[i], reason) for i, reason in (part.finished or {}).items())
-    return Selection(token_ids, logprobs, errors, parents, finished)
-
-
-def _select(selector: TokenSelector, logits: Tensor, requests: Sequence[Request]) -> Selection:
-    try:
-        return selector.select(logits, requests)
-    except Exception as error:
-        message = f"choosing the next token failed: {error!r}"
-        return Selection([0] * len(requests), errors=dict.fromkeys(range(len(requests)), message))
-
 
 def _slots_wasted(running: Sequence[Request], pool: BlockPool, block_size: int) -> int:
     """Slots of used blocks that hold no token. A half-filled block that rows share counts once."""
@@ -489,14 +338,3 @@ def _empty_batch(spec: ModelSpec) -> Batch:
     none = torch.empty(0, dtype=torch.int64, device=spec.device)
     metadata = AttentionMetadata(none.int(), none.int(), none.int().view(0, 0), none, 0, 0)
     return Batch(none, none, metadata, none, (), ())
-
-
-def _show(what: str, done: int, total: int) -> None:
-    """A line on the terminal, if there is one, that goes away when the work is done."""
-    if sys.stderr.isatty():
-        line = f"{what}: {done} of {total}" if done < total else ""
-        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-
-
-def _short(model: Any) -> str:
-    return repr(model) if isinstance(model, str) else f"an object of type {type(model).__name__}"

@@ -1,0 +1,140 @@
+"""The parts of an engine, asked of plugins while it is built. Nothing here runs once requests come."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from paged_core.config import EngineConfig
+from paged_core.errors import ConfigError, PluginError, UnsupportedModel
+from paged_core.execution import kv_cache
+from paged_core.execution.kv_cache import KVCache
+from paged_core.execution.model import AcceleratedModel, AttentionBackend, ModelSpec, PagedModel, TokenSelector
+from paged_core.plugins import Plugins, describe
+from paged_core.scheduling.block_pool import BlockPool
+from paged_core.scheduling.schedule import Limits
+from paged_core.scheduling.scheduler import Scheduler
+
+Progress = Callable[[str, int, int], None]
+"""``progress(what, done, total)``, called while an engine is being built."""
+
+
+def load_model(manager: Plugins, model: Any, device: str | None, dtype: str | None) -> PagedModel:
+    """The model itself if it is a PagedModel already, else what a plugin makes of it."""
+    if isinstance(model, PagedModel):
+        return model
+    loaded = manager.hook.load_model(source=model, device=device, dtype=dtype)
+    if loaded is None:
+        raise PluginError(
+            f"no plugin can load {_short(model)}; loaded plugins: {describe(manager)}. "
+            "For Hugging Face models: pip install 'paged-core[hf]'"
+        )
+    return loaded  # type: ignore[no-any-return]
+
+
+def create_sampler(manager: Plugins, spec: ModelSpec, config: EngineConfig) -> TokenSelector:
+    """The TokenSelector of requests that bring none."""
+    sampler = manager.hook.create_sampler(spec=spec, config=config)
+    if sampler is None:
+        raise PluginError(f"no plugin brings a sampler; loaded plugins: {describe(manager)}")
+    return sampler  # type: ignore[no-any-return]
+
+
+def create_backend(
+    manager: Plugins, spec: ModelSpec, config: EngineConfig, progress: Progress | None
+) -> AttentionBackend:
+    """The attention backend, warmed up: its kernels are compiled here, never inside a request."""
+    name = config.attention_backend
+    backend = manager.hook.create_attention_backend(name=name, spec=spec, config=config)
+    if backend is None:
+        raise UnsupportedModel(
+            f"no attention backend called {name!r} can run this model; loaded plugins: {describe(manager)}"
+        )
+    if hasattr(backend, "warm_up"):
+        backend.warm_up(progress or _show)
+    return backend  # type: ignore[no-any-return]
+
+
+def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig) -> None:
+    """Let plugins stand in for submodules, if the model lets them and the config wants it."""
+    if config.fast_forwards and isinstance(model, AcceleratedModel):
+        ask, device = manager.hook.create_module_forward, model.spec.device
+        model.accelerate(lambda module: ask(module=module, device=device))
+
+
+def create_scheduler(manager: Plugins, spec: ModelSpec, config: EngineConfig) -> Scheduler:
+    """The scheduler on its block pool, with the policy that the config names."""
+    name = config.scheduling_policy
+    policy = manager.hook.create_scheduling_policy(name=name, config=config)
+    if policy is None:
+        raise PluginError(f"no scheduling policy is called {name!r}; loaded plugins: {describe(manager)}")
+    assert config.num_blocks and config.block_size and config.max_num_seqs, "see resolve"
+    assert config.max_num_batched_tokens and config.max_model_len, "see resolve"
+    windows = [layer.sliding_window for layer in spec.layers]
+    limits = Limits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=config.max_model_len,
+        watermark_blocks=int(config.watermark * config.num_blocks),
+        max_prompt_logprob_rows=config.max_prompt_logprob_rows,
+        sliding_window=None if None in windows else max(w for w in windows if w is not None),
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+    return Scheduler(BlockPool(config.num_blocks, config.block_size), policy, limits)
+
+
+def create_cache(manager: Plugins, spec: ModelSpec, config: EngineConfig) -> KVCache:
+    """The K/V tensors: a plugin's, or the core's own."""
+    assert config.num_blocks and config.block_size, "see resolve"
+    cache = manager.hook.create_kv_cache(spec=spec, num_blocks=config.num_blocks, config=config)
+    if cache is not None:
+        return cache  # type: ignore[no-any-return]
+    return kv_cache.allocate(spec, config.num_blocks, config.block_size, _cache_dtype(config, spec))
+
+
+def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
+    """Fill in the sizes that were left to us."""
+    on_cpu = spec.device.type == "cpu"
+    max_model_len = min(config.max_model_len or spec.max_model_len, spec.max_model_len)
+    # On a CPU a step's time grows with its tokens: few a step, so that a long prompt holds nobody up for long.
+    usual = min(max(64 * torch.get_num_threads(), 128), 2048) if on_cpu else 8192
+    budget = config.max_num_batched_tokens or max(usual, config.max_num_seqs or 0)
+    max_num_seqs = config.max_num_seqs or min(256, max(1, budget // 2))
+    block_size = config.block_size or (8 if on_cpu else 16)
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        per_block = kv_cache.bytes_per_block(spec, block_size, _cache_dtype(config, spec))
+        num_bytes = config.kv_cache_bytes or min(4 << 30, kv_cache.free_memory(spec.device) // 4)
+        most = max_num_seqs * -(-max_model_len // block_size)  # more could never be used
+        num_blocks = min(num_bytes // per_block, most)
+        if num_blocks < 1:
+            raise ConfigError(
+                f"kv_cache_bytes ({num_bytes}) holds no block: {block_size} tokens take {per_block} bytes"
+            )
+    return replace(
+        config,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=max_model_len,
+    )
+
+
+def _cache_dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
+    return getattr(torch, config.kv_cache_dtype) if config.kv_cache_dtype else spec.dtype
+
+
+def _show(what: str, done: int, total: int) -> None:
+    """A line on the terminal, if there is one, that goes away when the work is done."""
+    if sys.stderr.isatty():
+        line = f"{what}: {done} of {total}" if done < total else ""
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def _short(model: Any) -> str:
+    return repr(model) if isinstance(model, str) else f"an object of type {type(model).__name__}"

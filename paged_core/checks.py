@@ -1,0 +1,30 @@
+"""What a request must be before it is queued. Token ids only; sizes are the scheduler's business."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from paged_core.scheduling.request import InvalidRequestError, SamplingParams
+
+
+def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
+    """Raises InvalidRequestError if it is empty or holds ids outside the vocabulary."""
+    if not len(prompt):
+        raise InvalidRequestError("the prompt is empty; give at least one token (for example the model's bos token)")
+    for token in prompt:
+        if not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise InvalidRequestError(f"the prompt holds token id {token!r}; ids go from 0 to {vocab_size - 1}")
+
+
+def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
+    """Raises InvalidRequestError for ids outside the vocabulary, naming the parameter that holds them."""
+    named: dict[str, Iterable[int]] = {
+        "logit_bias": params.logit_bias or (),
+        "allowed_token_ids": params.allowed_token_ids or (),
+        "stop_token_ids": params.stop_token_ids,
+        "bad_words_token_ids": [token for word in params.bad_words_token_ids for token in word],
+    }
+    for name, tokens in named.items():
+        for token in tokens:
+            if not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise InvalidRequestError(f"{name} holds token id {token!r}; ids go from 0 to {vocab_size - 1}")

@@ -1,0 +1,43 @@
+"""Hands the sampled rows of a step to the selectors they belong to. A selector that raises ends its own rows only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from paged_core.execution.model import TokenSelector
+from paged_core.scheduling.request import FinishReason, Request, Selection
+
+
+def select_rows(logits: Tensor, requests: Sequence[Request], sampler: TokenSelector) -> Selection:
+    """Each selector gets its own rows; a selector that raises ends its own rows only."""
+    if all(request.selector is None for request in requests):
+        return _select(sampler, logits, requests)
+    rows_of: dict[int, list[int]] = {}
+    for row, request in enumerate(requests):
+        rows_of.setdefault(id(request.selector or sampler), []).append(row)
+    token_ids = [0] * len(requests)
+    logprobs: list[Any] = [None] * len(requests)
+    parents = list(range(len(requests)))
+    errors: dict[int, str] = {}
+    finished: dict[int, FinishReason] = {}
+    for rows in rows_of.values():
+        selector = requests[rows[0]].selector or sampler
+        part = _select(selector, logits[rows], [requests[row] for row in rows])
+        for i, row in enumerate(rows):
+            token_ids[row] = part.token_ids[i]
+            logprobs[row] = part.logprobs[i] if part.logprobs is not None else None
+            parents[row] = rows[part.parents[i]] if part.parents is not None else row
+        errors.update((rows[i], message) for i, message in (part.errors or {}).items())
+        finished.update((rows[i], reason) for i, reason in (part.finished or {}).items())
+    return Selection(token_ids, logprobs, errors, parents, finished)
+
+
+def _select(selector: TokenSelector, logits: Tensor, requests: Sequence[Request]) -> Selection:
+    try:
+        return selector.select(logits, requests)
+    except Exception as error:
+        message = f"choosing the next token failed: {error!r}"
+        return Selection([0] * len(requests), errors=dict.fromkeys(range(len(requests)), message))
