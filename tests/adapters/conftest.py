@@ -64,7 +64,9 @@ def tiny() -> Callable[..., Any]:
         settings = {name: value for name, value in settings.items() if value is not None or name == "eos_token_id"}
         config = transformers.CONFIG_MAPPING[model_type](**settings)
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        # The SDPA of transformers 5.20 leaves gemma2's softcap out: eager attention is the model as it is meant.
+        attention = {"attn_implementation": "eager"} if model_type == "gemma2" else {}
+        model = transformers.AutoModelForCausalLM.from_config(config, **attention).eval()
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if weight.ndim >= 2:  # small embeddings: a token then doesn't simply call for itself
