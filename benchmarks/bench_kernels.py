@@ -122,18 +122,12 @@ def launches(options: argparse.Namespace) -> Any:
 def helpers(options: argparse.Namespace) -> Any:
     for name in options.dtype:
         dtype = DTYPES[name]
-        x, weight, gate_up = (
-            torch.randn(64, 576).to(dtype),
-            torch.ones(576, dtype=dtype),
-            torch.randn(64, 3072).to(dtype),
-        )
+        x, weight = torch.randn(64, 576).to(dtype), torch.ones(576, dtype=dtype)
         q, k = torch.randn(64, 9, 64).to(dtype), torch.randn(64, 3, 64).to(dtype)
         cos, sin = torch.zeros(64, 64, dtype=dtype), torch.ones(64, 64, dtype=dtype)
         logits = torch.randn(64, 49152).to(dtype)
         for what, args in {
             "rms_norm": (x, weight, 1e-5),
-            "add_rms_norm": (x, x, weight, 1e-5),
-            "silu_mul": (gate_up,),
             "rotary": (q, k, cos, sin),
             "argmax_rows": (logits,),
         }.items():

@@ -92,19 +92,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``x, residual [..., N] -> (rms_norm(x + residual), x + residual)``."""
-    total = x + residual
-    return rms_norm(total, weight, eps), total
-
-
-def silu_mul(gate: Tensor, up: Tensor | None = None) -> Tensor:
-    """``silu(gate) * up``; with one argument, its two halves: ``[..., 2N] -> [..., N]``."""
-    if up is None:
-        gate, up = gate.chunk(2, -1)
-    return torch.nn.functional.silu(gate) * up
-
-
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate ``q [T,H,D], k [T,K,D]`` in place by ``cos, sin [T,rotary_dim]``: first half with second half, as
     Llama does it. Dimensions past rotary_dim stay as they are."""

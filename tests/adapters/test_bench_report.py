@@ -164,7 +164,7 @@ def test_the_chart_is_a_png(outcome, tmp_path):
 
 def test_runs_are_interleaved():
     assert ab.run_order(["a", "b"], repeats=2, quick=False) == ["a", "b", "paged", "a", "b", "paged"]
-    assert ab.run_order(["a", "b"], repeats=9, quick=True) == ["paged", "a", "paged", "b", "paged"]
+    assert ab.run_order(["a", "b"], repeats=9, quick=True) == ["paged", "a", "b", "paged"]
 
 
 def test_an_unknown_baseline_is_refused_with_those_there_are():

@@ -21,21 +21,9 @@ def assert_close(got, expected):
 @both_dtypes
 @widths
 def test_norms_equal_the_reference(width, dtype):
-    x, residual = torch.randn(2, 19, width).to(dtype), torch.randn(2, 19, width).to(dtype)
+    x = torch.randn(2, 19, width).to(dtype)
     weight = torch.randn(width).to(dtype)
     assert_close(elementwise.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
-    got, expected = (m.add_rms_norm(x, residual, weight, 1e-5) for m in (elementwise, reference))
-    assert_close(got[0], expected[0])
-    assert torch.equal(got[1], expected[1])
-
-
-@both_dtypes
-@widths
-def test_gated_activation_equals_the_reference_for_large_inputs_too(width, dtype):
-    gate_up = (torch.randn(70, 2 * width) * 40).to(dtype)
-    assert_close(elementwise.silu_mul(gate_up), reference.silu_mul(gate_up))
-    gate, up = gate_up.chunk(2, -1)
-    assert_close(elementwise.silu_mul(gate, up), reference.silu_mul(gate_up))
 
 
 @both_dtypes

@@ -68,14 +68,12 @@ def _add_bench(commands: Any) -> None:
         help="of hf-sequential, hf-static:SIZE, hf-continuous, paged-unshared (no prefix cache); default: %(default)s",
     )
     runs.add_argument("--repeats", type=_count, default=3, metavar="N", help="runs of each system; medians are shown")
-    runs.add_argument(
-        "--quick", action="store_true", help="each baseline once, with runs of paged before, between and after"
-    )
+    runs.add_argument("--quick", action="store_true", help="each baseline once, with a run of paged before and after")
     runs.add_argument(
         "--sequential-limit",
         type=_positive,
         metavar="SECONDS",
-        help="run every k-th request only where hf-sequential would take longer (default: 120; with --quick 30)",
+        help="run every k-th request only where hf-sequential would take longer (default: 120; with --quick 15)",
     )
     _add_engine(parser)
     out = parser.add_argument_group("results")

@@ -1,4 +1,4 @@
-"""The small operations between products: norms, rotary, gated activation, argmax. Each reads its input once.
+"""The small operations between products: norms, rotary, argmax. Each reads its input once.
 
 They round where stock modules round: a bfloat16 result of an inner step is rounded before the next. The public
 functions take and give torch tensors of float32 or bfloat16 and have the signatures of ``paged_kernels.reference``;
@@ -34,8 +34,6 @@ from paged_kernels.cpu.vectors import (
     store_f32,
     store_i64,
     vadd,
-    vdiv,
-    vexp2,
     vfirst,
     vfma,
     vkeep_nan,
@@ -44,7 +42,6 @@ from paged_kernels.cpu.vectors import (
     vmax,
     vmul,
     vround_bf16,
-    vselect_less,
     vsplat,
     vstore,
     vstore_bf16,
@@ -140,59 +137,6 @@ def _rms_norm(args):  # type: ignore[no-untyped-def]
             _norm(x, y, load_i64(args, C), width, load_f32(args, 2 * EPS), dtype)
 
 
-@kernel
-def _add_rms_norm(args):  # type: ignore[no-untyped-def]
-    """A + E -> D, normed -> B, weight C."""
-    width, dtype, grab, num_rows = (
-        load_i64(args, WIDTH),
-        load_i64(args, DTYPE),
-        load_i64(args, GRAB),
-        load_i64(args, NUM_ROWS),
-    )
-    size = 4 if dtype == F32 else 2
-    while True:
-        first = fetch_add(args, 1) * grab
-        if first >= num_rows:
-            break
-        for row in range(first, min(num_rows, first + grab)):
-            x = load_i64(args, A) + row * load_i64(args, A_ROW) * size
-            residual = load_i64(args, E) + row * load_i64(args, E_ROW) * size
-            total = load_i64(args, D) + row * width * size
-            for i in range(0, width, LANES):
-                at = _last(i, width)
-                _put(total, at, dtype, vadd(_get(x, at, dtype), _get(residual, at, dtype)))
-            y = load_i64(args, B) + row * width * size
-            _norm(total, y, load_i64(args, C), width, load_f32(args, 2 * EPS), dtype)
-
-
-@kernel
-def _silu_mul(args):  # type: ignore[no-untyped-def]
-    """silu(A) * B -> C."""
-    width, dtype, grab, num_rows = (
-        load_i64(args, WIDTH),
-        load_i64(args, DTYPE),
-        load_i64(args, GRAB),
-        load_i64(args, NUM_ROWS),
-    )
-    size = 4 if dtype == F32 else 2
-    one, limit = vsplat(float32(1.0)), vsplat(float32(127.0))
-    while True:
-        first = fetch_add(args, 1) * grab
-        if first >= num_rows:
-            break
-        for row in range(first, min(num_rows, first + grab)):
-            gate = load_i64(args, A) + row * load_i64(args, A_ROW) * size
-            up = load_i64(args, B) + row * load_i64(args, B_ROW) * size
-            out = load_i64(args, C) + row * width * size
-            for i in range(0, width, LANES):
-                at = _last(i, width)
-                x = _get(gate, at, dtype)
-                power = vmul(x, vsplat(float32(-1.4426950408889634)))
-                power = vselect_less(limit, power, limit, power)
-                silu = _rounded(vdiv(x, vadd(one, vexp2(power))), dtype)
-                _put(out, at, dtype, vmul(silu, _get(up, at, dtype)))
-
-
 @inline
 def _turn(x, cos, sin, half, dtype):  # type: ignore[no-untyped-def]
     """One head: each number of the first half with its partner in the second."""
@@ -282,28 +226,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``x, residual [..., N] -> (rms_norm(x + residual), x + residual)``."""
-    rows, others = _rows(x), _rows(residual)
-    if not _fits(rows, others, weight):
-        return reference.add_rms_norm(x, residual, weight, eps)
-    out, total = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
-    _run(_add_rms_norm, rows, a=rows, b=out, c=weight, d=total, e=others, eps=eps)
-    return out, total
-
-
-def silu_mul(gate: Tensor, up: Tensor | None = None) -> Tensor:
-    """``silu(gate) * up``; with one argument, its two halves: ``[..., 2N] -> [..., N]``."""
-    if up is None:
-        gate, up = gate.chunk(2, -1)
-    gates, ups = _rows(gate), _rows(up)
-    if not _fits(gates, ups):
-        return reference.silu_mul(gate, up)
-    out = torch.empty(gate.shape, dtype=gate.dtype)
-    _run(_silu_mul, gates, a=gates, b=ups, c=out)
-    return out
-
-
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate ``q [T,H,D], k [T,K,D]`` in place by ``cos, sin [T,rotary_dim]``: first half with second half, as Llama
     does it. Dimensions past rotary_dim stay as they are."""
@@ -329,7 +251,7 @@ def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
     """Compile, or load from disk, every kernel of this file. ``progress(what, done, total)``."""
-    todo = (_rms_norm, _add_rms_norm, _silu_mul, _rotary, _argmax_rows)
+    todo = (_rms_norm, _rotary, _argmax_rows)
     for done, each in enumerate(todo):
         if progress is not None:
             progress(each.name, done, len(todo))

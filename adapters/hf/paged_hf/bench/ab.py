@@ -94,7 +94,7 @@ def build_workload(args: argparse.Namespace) -> Workload:
 def run_order(baselines: Sequence[str], repeats: int, quick: bool) -> list[str]:
     """Interleaved, so that a machine that slows down or speeds up does so for all."""
     if quick:
-        return [PAGED, *(name for baseline in baselines for name in (baseline, PAGED))]
+        return [PAGED, *baselines, PAGED]
     return [*baselines, PAGED] * repeats
 
 
@@ -135,7 +135,7 @@ class _Comparison:
 
     def _worker(self, name: str) -> Worker:
         if name not in self._workers:
-            limit_s = self._args.sequential_limit or (30.0 if self._args.quick else 120.0)
+            limit_s = self._args.sequential_limit or (15.0 if self._args.quick else 120.0)
             job = Job(name, self._args.model, self._args.dtype, self._config, limit_s)
             self._workers[name] = Worker(job)
         return self._workers[name]
