@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from paged_core.scheduling.request import InvalidRequestError, SamplingParams
+from paged_core.scheduling.request import InvalidRequestError, Request, SamplingParams
 
 
 def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
@@ -28,3 +28,18 @@ def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
         for token in tokens:
             if not isinstance(token, int) or not 0 <= token < vocab_size:
                 raise InvalidRequestError(f"{name} holds token id {token!r}; ids go from 0 to {vocab_size - 1}")
+
+
+def check_resumed(requests: Sequence[Request], token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raises InvalidRequestError for a request that isn't held or has reached its length, and for an unknown token."""
+    if len(requests) != len(token_ids):
+        raise InvalidRequestError(f"{len(token_ids)} tokens were given for {len(requests)} requests")
+    for request, token in zip(requests, token_ids, strict=True):
+        if not request.held or request.finished:
+            raise InvalidRequestError(f"{request!r} isn't held: there is nothing to resume")
+        if len(request.tokens) + 1 >= request.max_total:
+            raise InvalidRequestError(
+                f"{request!r} has no room for another token (max_tokens {request.params.max_tokens})"
+            )
+        if not 0 <= token < vocab_size:
+            raise InvalidRequestError(f"token id {token!r} was chosen; ids go from 0 to {vocab_size - 1}")

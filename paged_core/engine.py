@@ -17,7 +17,7 @@ from torch import Tensor
 
 from paged_core import assembly
 from paged_core.assembly import Progress
-from paged_core.checks import check_prompt, check_token_ids
+from paged_core.checks import check_prompt, check_resumed, check_token_ids
 from paged_core.config import EngineConfig
 from paged_core.errors import EngineDeadError
 from paged_core.execution.batch import Batch, BatchBuilder
@@ -129,6 +129,16 @@ class Engine:
             InvalidRequestError: as for add_request; the group counts as one.
         """
         return self._add(request_id, prompts, params, selector, lockstep=True)
+
+    def resume(
+        self, requests: Sequence[Request], token_ids: Sequence[int], parents: Sequence[int] | None = None
+    ) -> None:
+        """Go on with rows whose selector answered None: each gets the token that was chosen for it meanwhile.
+
+        ``parents``: row i continues from ``requests[parents[i]]``'s tokens and K/V, which it then shares (a beam step).
+        """
+        check_resumed(requests, token_ids, self.spec.vocab_size)
+        self._scheduler.resume(requests, token_ids, parents)
 
     def abort(self, request_id: str) -> None:
         """Cancel a request. Each of its unfinished rows gets its final output from the next step. Unknown ids are
@@ -280,7 +290,7 @@ class Engine:
         for prompt in prompts if lockstep else prompts[:1]:
             check_prompt(prompt, self.spec.vocab_size)
         check_token_ids(params, self.spec.vocab_size)
-        if not self._scheduler.has_work:
+        if not self._requests:
             self._refresh()
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else set(self.spec.eos_token_ids))

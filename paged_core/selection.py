@@ -18,7 +18,7 @@ def select_rows(logits: Tensor, requests: Sequence[Request], sampler: TokenSelec
     rows_of: dict[int, list[int]] = {}
     for row, request in enumerate(requests):
         rows_of.setdefault(id(request.selector or sampler), []).append(row)
-    token_ids = [0] * len(requests)
+    token_ids: list[int | None] = [0] * len(requests)
     logprobs: list[Any] = [None] * len(requests)
     parents = list(range(len(requests)))
     errors: dict[int, str] = {}

@@ -21,6 +21,7 @@ class InvalidRequestError(ValueError):
 
 
 class RequestStatus(Enum):
+    UNBORN = "unborn"  # will fork from a sibling of the same prompt, once that one has computed it
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -164,6 +165,7 @@ class Request:
         "error",
         "finish_reason",
         "group",
+        "held",
         "id",
         "index",
         "max_total",
@@ -204,6 +206,7 @@ class Request:
         self.group = group if group is not None else Group()
         self.group.members.append(self)
         self.status = RequestStatus.WAITING
+        self.held = False  # its selector will bring the next token later (Engine.resume): nothing to compute until then
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
         self.arrival = 0  # order of admission to the queue
@@ -241,7 +244,7 @@ class Request:
 class Selection(NamedTuple):
     """What a TokenSelector chose for S sampled rows, in the order of the rows it was given."""
 
-    token_ids: Sequence[int]  # [S]
+    token_ids: Sequence[int | None]  # [S]  None: held until the selector's owner calls Engine.resume
     logprobs: Sequence[Mapping[int, Logprob] | None] | None = None  # [S]  chosen token first
     errors: Mapping[int, str] | None = None  # row -> why that row's request must end
     parents: Sequence[int] | None = None  # [S]  row to continue from (a fork), for lockstep groups only

@@ -32,7 +32,7 @@ class Scheduler:
         self.pool = pool
         self.policy = policy
         self.limits = limits
-        self.waiting: list[Request] = []  # sorted by policy; one per fork group until its prompt is computed
+        self.waiting: list[Request] = []  # sorted by policy; of rows with one prompt only the first
         self.running: list[Request] = []  # sorted by policy
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # prompt tokens looked up in the prefix index
@@ -46,7 +46,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        """Whether a step could be of use: somebody isn't held."""
+        return any(not request.held for request in self.running) or any(not request.held for request in self.waiting)
 
     def add(self, requests: Sequence[Request]) -> None:
         """Queue the requests of one group: n samples of one prompt, or the rows of a lockstep group.
@@ -57,16 +58,32 @@ class Scheduler:
         lockstep = requests[0].group.lockstep
         at_once = requests if lockstep else requests[:1]
         set_max_total(requests, at_once, self.limits, self.pool.num_blocks, self.pool.block_size)
-        queued = list(requests) if lockstep else [requests[0]]
+        leaders: dict[tuple[int, ...], Request] = {}  # by prompt
         for request in requests:
             request.arrival = self._num_arrivals
+            leader = leaders.setdefault(tuple(request.tokens), request)
+            if leader is not request:
+                request.status = RequestStatus.UNBORN
+                self._unborn.setdefault(leader, []).append(request)
         self._num_arrivals += 1
-        for request in queued:
+        for request in leaders.values():
             if self.limits.enable_prefix_caching:
                 self.pool.extend_digests(request.digests, request.tokens, request.params.cache_salt)
             insort(self.waiting, request, key=self._key)
-        if not lockstep and len(requests) > 1:
-            self._unborn[requests[0]] = list(requests[1:])
+
+    def resume(
+        self, requests: Sequence[Request], token_ids: Sequence[int], parents: Sequence[int] | None = None
+    ) -> None:
+        """Give held requests the tokens that their selector's owner has chosen.
+
+        ``parents``: request i goes on from ``requests[parents[i]]``'s tokens and blocks (a beam step).
+        """
+        if parents is not None:
+            _continue_from_parents(self.pool, requests, parents)
+        for request, token in zip(requests, token_ids, strict=True):
+            assert request.held and not request.finished, request
+            request.tokens.append(token)
+            request.held = False
 
     def finish(
         self, requests: Iterable[Request], reason: FinishReason, error: str | None = None
@@ -86,7 +103,7 @@ class Scheduler:
         """Give out the step's token budget: running requests first, then as many waiting ones as fit."""
         step = _Step(self.limits.max_num_batched_tokens)
         self._schedule_running(step)
-        while self.running and not step.chunks:
+        while not step.chunks and not all(request.held for request in self.running):
             # Everyone yielded to a request that was preempted a moment ago: somebody must give way.
             self._preempt(self.running[-1], step)
             self._schedule_running(step)
@@ -121,6 +138,7 @@ class Scheduler:
         self.pool.check(request.block_table for request in self.running)
         assert all(r.status is RequestStatus.RUNNING for r in self.running)
         assert all(r.status is RequestStatus.WAITING and not r.block_table for r in self.waiting)
+        assert all(r.status is RequestStatus.UNBORN for rows in self._unborn.values() for r in rows)
         assert self.running == sorted(self.running, key=self._key)
         assert self.waiting == sorted(self.waiting, key=self._key)
         assert self._num_seats() <= self.limits.max_num_seqs
@@ -139,10 +157,13 @@ class Scheduler:
                 rows = _lockstep_rows(request)
                 i += len(rows)
                 step.num_to_serve -= len(rows)
-                self._schedule_rows(rows, step)
+                if not request.held:
+                    self._schedule_rows(rows, step)
                 continue
             i += 1
             step.num_to_serve -= 1
+            if request.held:
+                continue
             start = request.num_computed
             if len(request.tokens) - start > 1:
                 self._schedule_rows((request,), step)
@@ -249,11 +270,14 @@ class Scheduler:
         while i < min(len(self.waiting), self.limits.max_num_seqs) and step.budget > 0:
             head = self.waiting[i]
             rows = _lockstep_rows(head) if head.group.lockstep else [head]
+            if head.held:
+                i += len(rows)
+                continue
             hits = [self._lookup(row) for row in rows]
             if any(self._comes_soon(row, len(hit)) for row, hit in zip(rows, hits, strict=True)):
                 i += len(rows)  # it shares a block that is being computed now: cheaper to wait for it
                 continue
-            num_seats += len(rows) + len(self._unborn.get(head, ()))
+            num_seats += sum(1 + len(self._unborn.get(row, ())) for row in rows)
             needed = sum(self._blocks_to_start(row, hit) for row, hit in zip(rows, hits, strict=True))
             reserve = self.limits.watermark_blocks if self.running else 0
             if num_seats > self.limits.max_num_seqs or self.pool.num_available - promised - needed < reserve:
@@ -323,6 +347,9 @@ class Scheduler:
                 outputs.extend(self._fail(request, errors[i]))
                 continue
             token = selection.token_ids[i]
+            if token is None:
+                request.held = True
+                continue
             request.tokens.append(token)
             reason = None
             if token in request.stop_token_ids:
@@ -338,7 +365,8 @@ class Scheduler:
         return outputs
 
     def _fail(self, request: Request, error: str) -> Iterator[RequestOutput]:
-        for row in _lockstep_rows(request) if request.group.lockstep else (request,):
+        rows = request.group.members if request.group.lockstep else (request,)
+        for row in [row for row in rows if not row.finished]:
             self._end(row, FinishReason.ERROR, error)
             yield RequestOutput(row, (), None, FinishReason.ERROR, error)
 
@@ -418,7 +446,9 @@ class _Step:
 
 
 def _lockstep_rows(request: Request) -> list[Request]:
-    return [row for row in request.group.members if not row.finished]
+    """The rows of its group that are there to be computed; those that will fork from them are not born yet."""
+    ended_or_unborn = (RequestStatus.FINISHED, RequestStatus.UNBORN)
+    return [row for row in request.group.members if row.status not in ended_or_unborn]
 
 
 def _continue_from_parents(pool: BlockPool, rows: Sequence[Request], parents: Sequence[int]) -> None:
