@@ -44,14 +44,17 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of packed queries over the blocks of their own request.
 
     ``q [T,H,D]``, caches ``[blocks,K,bs,D]`` and ``[blocks,K,bs,Dv]``, ``query_starts i32 [R+1]``, ``seq_lens
-    i32 [R]``, ``block_tables i32 [R,B]``, ``sinks [H] -> [T,H,Dv]`` in q's dtype. Query i of a request's n stands
-    at position ``seq_len - n + i`` and sees the keys at ``position - sliding_window < key <= position``. A sink is
-    one more logit of its head: it takes a share of the softmax and gives no value. Slots past ``seq_len``, and
-    blocks that lie wholly before the first query's window, never reach the result.
+    i32 [R]``, ``block_tables i32 [R,B]``, ``sinks [H]``, ``key_bias f32 [H,P] -> [T,H,Dv]`` in q's dtype. Query i of a
+    request's n stands at position ``seq_len - n + i`` and sees the keys at ``position - sliding_window < key <=
+    position``. A sink is one more logit of its head: it takes a share of the softmax and gives no value. The bias of
+    a head and a key's position is added to the score, after softcap (ALiBi, whose slope times the query's position
+    is the same for all keys); P is no less than any ``seq_len``. Slots past ``seq_len``, and blocks that lie wholly
+    before the first query's window, never reach the result.
     """
     num_heads, num_kv_heads = q.shape[1], key_cache.shape[1]
     out = q.new_empty(q.shape[0], num_heads, value_cache.shape[3])
@@ -71,6 +74,8 @@ def paged_attention(
         scores = (q[rows].float().transpose(0, 1) @ keys.transpose(1, 2)) * scale  # [H, queries, n]
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
+        if key_bias is not None:
+            scores = scores + key_bias[:, None, first_key:seq_len].float()
         query_pos = torch.arange(first_query, seq_len, device=q.device)[:, None]
         key_pos = torch.arange(first_key, seq_len, device=q.device)[None, :]
         hidden = key_pos > query_pos

@@ -63,7 +63,16 @@ class ReferenceBackend:
     def plan(self, metadata: AttentionMetadata) -> None:
         self._metadata = metadata
 
-    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, sinks: Tensor | None = None) -> Tensor:
+    def run(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: KVCache,
+        sinks: Tensor | None = None,
+        key_bias: Tensor | None = None,
+    ) -> Tensor:
         meta, facts = self._metadata, self._layers[layer]
         assert meta is not None, "plan() comes before run()"
         keys, values = cache.keys[layer], cache.values[layer]
@@ -79,6 +88,7 @@ class ReferenceBackend:
             facts.sliding_window,
             facts.softcap,
             sinks,
+            key_bias,
         )
         return out
 
@@ -119,10 +129,19 @@ class CpuBackend:
         for plan in self._plans.values():
             plan.plan(metadata.query_starts, metadata.seq_lens, metadata.block_tables, metadata.slot_mapping)
 
-    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, sinks: Tensor | None = None) -> Tensor:
+    def run(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: KVCache,
+        sinks: Tensor | None = None,
+        key_bias: Tensor | None = None,
+    ) -> Tensor:
         facts = self._layers[layer]
         out: Tensor = self._plan_of_layer[layer].run(
-            q, k, v, cache.keys[layer], cache.values[layer], facts.scale, facts.softcap, sinks
+            q, k, v, cache.keys[layer], cache.values[layer], facts.scale, facts.softcap, sinks, key_bias
         )
         return out
 

@@ -33,6 +33,7 @@ class LayerSpec:
     sliding_window: int | None = None  # a query sees keys with key position > query position - window
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     has_sinks: bool = False  # a learned logit a head joins the softmax's denominator
+    has_key_bias: bool = False  # a number for each head and key position joins the scores, after softcap (ALiBi)
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,11 @@ class ModelSpec:
 class Attend(Protocol):
     """Stores this step's K/V of one layer, then attends over all that the block tables hold."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-        """``q [T,H,D], k [T,K,D], v [T,K,Dv], sinks [H] -> [T,H,Dv]``; called once for each layer a step."""
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, key_bias: Tensor | None = None
+    ) -> Tensor:
+        """``q [T,H,D], k [T,K,D], v [T,K,Dv], sinks [H], key_bias f32 [H,P] -> [T,H,Dv]``; called once for each layer
+        a step. P is no less than ``max_model_len``."""
         ...
 
 
@@ -98,8 +102,20 @@ class AttentionBackend(Protocol):
         """Take in this step's shape; metadata tensors live on the CPU unless the model's device differs."""
         ...
 
-    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, sinks: Tensor | None = None) -> Tensor:
-        """Store k, v at the planned slots, then attend: ``q [T,H,D] -> [T,H,Dv]`` in q's dtype."""
+    def run(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: KVCache,
+        sinks: Tensor | None = None,
+        key_bias: Tensor | None = None,
+    ) -> Tensor:
+        """Store k, v at the planned slots, then attend: ``q [T,H,D] -> [T,H,Dv]`` in q's dtype.
+
+        ``key_bias f32 [H,P]`` is passed for layers with ``has_key_bias`` only.
+        """
         ...
 
     def copy_blocks(self, cache: KVCache, pairs: Sequence[tuple[int, int]]) -> None:

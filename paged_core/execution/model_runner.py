@@ -36,5 +36,9 @@ class ModelRunner:
         self._backend.plan(batch.attention)
         return self._model.forward(batch.token_ids, batch.positions, self._attend, batch.sample_indices)
 
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-        return self._backend.run(layer, q, k, v, self._cache, sinks)
+    def _attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, key_bias: Tensor | None = None
+    ) -> Tensor:
+        if key_bias is None:
+            return self._backend.run(layer, q, k, v, self._cache, sinks)
+        return self._backend.run(layer, q, k, v, self._cache, sinks, key_bias)

@@ -13,7 +13,9 @@ def create_scheduling_policy(name):
 
 @hookimpl
 def create_attention_backend(name, spec):
-    if name != "gather" or any(layer.sliding_window or layer.softcap or layer.has_sinks for layer in spec.layers):
+    if name != "gather" or any(
+        layer.sliding_window or layer.softcap or layer.has_sinks or layer.has_key_bias for layer in spec.layers
+    ):
         return None  # a fact that run() below doesn't honour: let another backend have the model
     return Gather(spec)
 

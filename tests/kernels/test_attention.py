@@ -28,6 +28,7 @@ class Case:
     sliding_window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    key_bias: Tensor | None = None
 
     def run(self, attention) -> Tensor:
         return attention(*vars(self).values())
@@ -45,7 +46,7 @@ class Case:
 
 def make_case(
     lens, queries, heads=(9, 3), dims=(64, 64), block_size=16, dtype=torch.float32, window=None, softcap=None,
-    sinks=False, cache_dtype=None,
+    sinks=False, cache_dtype=None, bias=False,
 ) -> Case:  # fmt: skip
     """Random tokens in blocks handed out in random order. All slots that hold no token are NaN, and blocks that lie
     before the window are given back: their entries point to block 0, which is NaN too."""
@@ -75,6 +76,7 @@ def make_case(
         window,
         softcap,
         torch.randn(num_heads, generator=g) if sinks else None,
+        torch.randn(num_heads, max(lens), generator=g) - torch.arange(max(lens)) / 9 if bias else None,
     )
 
 
@@ -99,7 +101,8 @@ FACTS = {
     "short window": {"window": 7},
     "long window, softcap": {"window": 300, "softcap": 30.0},
     "sinks": {"sinks": True},
-    "all": {"window": 40, "softcap": 5.0, "sinks": True},
+    "bias": {"bias": True},
+    "all": {"window": 40, "softcap": 5.0, "sinks": True, "bias": True},
 }
 
 
@@ -119,6 +122,7 @@ def test_any_block_size_equals_the_reference(block_size):
 def test_contexts_that_are_cut_into_stretches_equal_the_reference():
     assert_equals_reference(make_case([5000, 4096, 4097], [1, 1, 1]))
     assert_equals_reference(make_case([5000, 3000], [90, 7], sinks=True))
+    assert_equals_reference(make_case([5000, 3000, 700], [90, 1, 1], bias=True))
 
 
 def test_a_cache_may_be_narrower_than_the_queries():
@@ -130,6 +134,24 @@ def test_queries_may_be_views_with_any_stride_between_heads_and_tokens():
     expected = case.run(launch.paged_attention)
     case.q = case.q.transpose(0, 1).contiguous().transpose(0, 1)
     assert torch.equal(case.run(launch.paged_attention), expected)
+
+
+@pytest.mark.parametrize("spare", [0, 1, 16, 40])
+def test_a_key_bias_may_know_more_positions_than_are_in_use(spare):
+    case = make_case([20, 30, 33], [1, 30, 3], (4, 4))
+    wide = torch.full((4, 33 + spare + 7), torch.nan)
+    wide[:, :33] = torch.randn(4, 33)
+    case.key_bias = wide[:, : 33 + spare]
+    expected = case.run(reference.paged_attention)
+    assert not expected.isnan().any()
+    assert_equals_reference(case)
+
+
+def test_a_key_bias_that_is_too_short_is_refused():
+    case = make_case([20, 30], [1, 1], bias=True)
+    case.key_bias = case.key_bias[:, :29]
+    with pytest.raises(ValueError, match="29 positions, and a sequence has 30"):
+        case.run(launch.paged_attention)
 
 
 def test_a_request_without_queries_is_passed_over():

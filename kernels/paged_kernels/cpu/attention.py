@@ -69,6 +69,7 @@ NEXT_STORE, NUM_STORED, NEXT_ITEM, TICKET = 0, 8, 16, 24
     OUT,  # [T, H, Dv]
     KEYS, VALUES,  # the caches
     SINKS,  # f32 [H], or 0
+    KEY_BIAS, BIAS_STRIDE,  # f32 [H, positions], or 0
     DTYPE, CACHE_DTYPE,  # of q, k, v, out; of the caches
     BLOCK_SIZE,
     NUM_TOKENS,  # to store
@@ -82,8 +83,8 @@ NEXT_STORE, NUM_STORED, NEXT_ITEM, TICKET = 0, 8, 16, 24
     SCRATCH, SCRATCH_STRIDE,  # bytes of each thread, parted as follows
     AT_Q, AT_SCORES, AT_OUT, AT_KEYS, AT_VALUES, AT_ROWS,
     NUM_ARGS,
-) = range(32, 32 + 45)  # fmt: skip
-EACH_LAYER = struct.Struct("256x17qf4xf4x")  # the counters at zero, then Q to SOFTCAP
+) = range(32, 32 + 47)  # fmt: skip
+EACH_LAYER = struct.Struct("256x19qf4xf4x")  # the counters at zero, then Q to SOFTCAP
 
 # An item: eight int64.
 REQUEST, FIRST_ROW, NUM_ROWS, KEY_START, KEY_STOP, SPLIT, NUM_SPLITS, PARTIAL, COUNTER, ITEM_SIZE = range(10)
@@ -340,6 +341,13 @@ def _cap(scores, softcap):  # type: ignore[no-untyped-def]
     return vmul(vtanh(inner), vsplat(softcap * float32(LOG2E)))
 
 
+@inline
+def _bias_of(args, head):  # type: ignore[no-untyped-def]
+    """The address of the bias of a group's first head, or 0."""
+    bias = load_i64(args, KEY_BIAS)
+    return bias + 4 * head * load_i64(args, GROUP) * load_i64(args, BIAS_STRIDE) if bias != 0 else bias
+
+
 # ---- one query: vectors along the head dim --------------------------------------------------------------------
 
 
@@ -355,6 +363,7 @@ def _decode(args, item, head, scratch, next_item, next_head):  # type: ignore[no
     key_rows = state + 4 * 5 * ROWS
     value_rows = key_rows + 8 * TILE
     scale = vsplat(load_f32(args, 2 * SCALE) * float32(LOG2E))
+    bias, bias_stride = _bias_of(args, head), load_i64(args, BIAS_STRIDE)
     for row in range(num_rows):
         query = queries + 4 * row * padded
         _widen(_query(args, item, head, row), dtype, query, dim, padded)
@@ -383,6 +392,8 @@ def _decode(args, item, head, scratch, next_item, next_head):  # type: ignore[no
                 s = dots(key_rows + 8 * i, query, padded // LANES)
                 if softcap != 0.0:
                     s = _cap(s, softcap)
+                if bias != 0:
+                    s = vfma(vload(bias + 4 * row * bias_stride, start + i), vsplat(float32(LOG2E)), s)
                 if i + LANES > count:
                     s = vselect_less(lane_numbers(), vsplat(float32(count - i)), s, vsplat(NOTHING))
                 vstore(line, i, s)
@@ -463,6 +474,7 @@ def _chunk(args, item, head, scratch):  # type: ignore[no-untyped-def]
     _take_queries(args, item, head, queries, state, columns)
     for i in range(0, (num_rows + 3) // 4 * 4 * value_padded, LANES):
         vstore(out, i, vsplat(float32(0.0)))
+    bias = _bias_of(args, head)
     first_high, last_low = load_f32(state, _HIGH * ROWS), load_f32(state, _LOW * ROWS + num_rows - 1)
     stop = load_i64(item, KEY_STOP)
     for start in range(load_i64(item, KEY_START), stop, TILE):
@@ -473,7 +485,13 @@ def _chunk(args, item, head, scratch):  # type: ignore[no-untyped-def]
         _scores(key_rows, queries, scores, columns, dim, count)
         masked = float32(start + count) > first_high or float32(start) < last_low
         for column in range(columns):
-            _softmax(scores + 4 * column * LANES, state + 4 * column * LANES, start, count, masked, softcap)
+            line = scores + 4 * column * LANES
+            if softcap != 0.0:
+                for key in range(count):
+                    vstore(line, key * ROWS, _cap(vload(line, key * ROWS), softcap))
+            if bias != 0:
+                _add_bias(args, line, load_i64(item, FIRST_ROW) + column * LANES, bias, start, count)
+            _softmax(line, state + 4 * column * LANES, start, count, masked)
         for row in range(0, num_rows, 4):
             _mix(
                 4, scores + 4 * row, 1, ROWS, value_rows, out + 4 * row * value_padded, value_padded,
@@ -537,12 +555,25 @@ def _scores(key_rows, queries, scores, columns, dim, count):  # type: ignore[no-
 
 
 @inline
-def _softmax(scores, state, start, count, masked, softcap):  # type: ignore[no-untyped-def]
+def _add_bias(args, scores, first_row, bias, start, count):  # type: ignore[no-untyped-def]
+    """Add the keys' bias to a vector of rows, in base 2; the rows of a group have different heads."""
+    group, stride = load_i64(args, GROUP), load_i64(args, BIAS_STRIDE)
+    if group == 1:
+        for key in range(count):
+            b = vsplat(load_f32(bias, start + key) * float32(LOG2E))
+            vstore(scores, key * ROWS, vadd(vload(scores, key * ROWS), b))
+        return
+    for lane in range(LANES):
+        line = bias + 4 * ((first_row + lane) % group) * stride
+        for key in range(count):
+            at = key * ROWS + lane
+            store_f32(scores, at, load_f32(scores, at) + load_f32(line, start + key) * float32(LOG2E))
+
+
+@inline
+def _softmax(scores, state, start, count, masked):  # type: ignore[no-untyped-def]
     """One more tile of keys for a vector of rows: scores to weights in place, and the running state."""
     before = vload(state, _M * ROWS)
-    if softcap != 0.0:
-        for key in range(count):
-            vstore(scores, key * ROWS, _cap(vload(scores, key * ROWS), softcap))
     if masked:
         low, high = vload(state, _LOW * ROWS), vload(state, _HIGH * ROWS)
         for key in range(count):

@@ -115,8 +115,12 @@ class AttentionPlan:
         scale: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        key_bias: Tensor | None = None,
     ) -> Tensor:
-        """Store ``k [T,K,D], v [T,K,Dv]`` (if given) at the planned slots, then attend: ``q [T,H,D] -> [T,H,Dv]``."""
+        """Store ``k [T,K,D], v [T,K,Dv]`` (if given) at the planned slots, then attend: ``q [T,H,D] -> [T,H,Dv]``.
+
+        ``key_bias f32 [H,P]`` is used as it lies if P is ``LANES`` more than the longest sequence, else copied.
+        """
         dtype = q.dtype
         out = torch.empty((q.shape[0], *self._out_shape), dtype=dtype)
         num_stores = self._num_stores
@@ -128,13 +132,28 @@ class AttentionPlan:
         (q, *q_strides), (k, *k_strides), (v, *v_strides) = _side_by_side(q), _side_by_side(k), _side_by_side(v)
         if sinks is not None:
             sinks = sinks.detach().to(torch.float32).contiguous()
+        if key_bias is not None:
+            key_bias = self._with_room(key_bias)
         kernels.EACH_LAYER.pack_into(
             self._bytes, 0, q.data_ptr(), *q_strides, k.data_ptr(), *k_strides, v.data_ptr(), *v_strides,
             out.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), 0 if sinks is None else sinks.data_ptr(),
+            0 if key_bias is None else key_bias.data_ptr(), 0 if key_bias is None else key_bias.stride(0),
             _CODES[dtype], _CODES[key_cache.dtype], key_cache.shape[2], num_stores, scale, softcap or 0.0,
         )  # fmt: skip
         kernels.store_and_attend(self._address, self._num_threads)
         return out
+
+    def _with_room(self, key_bias: Tensor) -> Tensor:
+        """The bias with its rows' numbers side by side, readable for a vector beyond the last key."""
+        seq_lens = self._metadata[1]
+        longest = int(seq_lens.max()) if seq_lens.numel() else 0
+        num_positions = key_bias.shape[1]
+        if num_positions < longest:
+            raise ValueError(f"key_bias knows {num_positions} positions, and a sequence has {longest} tokens")
+        key_bias = key_bias.detach().to(torch.float32)
+        if num_positions < longest + LANES:
+            return torch.nn.functional.pad(key_bias, (0, LANES))
+        return key_bias if key_bias.stride(1) == 1 else key_bias.contiguous()
 
 
 def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
@@ -159,7 +178,7 @@ def store_kv(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_
     (k, *k_strides), (v, *v_strides) = _side_by_side(k), _side_by_side(v.to(k.dtype))
     kernels.EACH_LAYER.pack_into(
         given.cast("B"), 0, 0, 0, 0, k.data_ptr(), *k_strides, v.data_ptr(), *v_strides, 0,
-        key_cache.data_ptr(), value_cache.data_ptr(), 0, _CODES[k.dtype], _CODES[key_cache.dtype],
+        key_cache.data_ptr(), value_cache.data_ptr(), 0, 0, 0, _CODES[k.dtype], _CODES[key_cache.dtype],
         key_cache.shape[2], slot_mapping.shape[0], 0.0, 0.0,
     )  # fmt: skip
     given[kernels.SLOTS] = slot_mapping.data_ptr()
@@ -186,11 +205,12 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of packed queries over the blocks of their own request; see ``reference.paged_attention``."""
     plan = AttentionPlan(q.shape[1], key_cache.shape[1], q.shape[2], value_cache.shape[3], sliding_window)
     plan.plan(query_starts, seq_lens, block_tables, torch.empty(0, dtype=torch.int64))
-    return plan.run(q, None, None, key_cache, value_cache, scale, softcap, sinks)
+    return plan.run(q, None, None, key_cache, value_cache, scale, softcap, sinks, key_bias)
 
 
 def _side_by_side(x: Tensor) -> tuple[Tensor, int, int]:
