@@ -14,6 +14,7 @@ from paged_core.errors import (
     UnsupportedModel,
 )
 from paged_core.hookspecs import hookimpl
+from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.policies import SchedulingPolicy
 from paged_core.scheduling.request import (
     FinishReason,
@@ -71,6 +72,7 @@ __all__ = [
     "Attend",
     "AttentionBackend",
     "AttentionMetadata",
+    "BlockPool",
     "CompletionOutput",
     "ConfigError",
     "Engine",
