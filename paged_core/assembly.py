@@ -84,16 +84,17 @@ def create_scheduler(manager: Plugins, spec: ModelSpec, config: EngineConfig) ->
         sliding_window=None if None in windows else max(w for w in windows if w is not None),
         enable_prefix_caching=config.enable_prefix_caching,
     )
-    return Scheduler(BlockPool(config.num_blocks, config.block_size), policy, limits)
+    return Scheduler(BlockPool(config.num_blocks, config.block_size, _slab(spec, config)), policy, limits)
 
 
 def create_cache(manager: Plugins, spec: ModelSpec, config: EngineConfig) -> KVCache:
-    """The K/V tensors: a plugin's, or the core's own."""
+    """The K/V tensors: a plugin's, whole, or the core's own, as large as the block pool begins."""
     assert config.num_blocks and config.block_size, "see resolve"
     cache = manager.hook.create_kv_cache(spec=spec, num_blocks=config.num_blocks, config=config)
     if cache is not None:
         return cache  # type: ignore[no-any-return]
-    return kv_cache.allocate(spec, config.num_blocks, config.block_size, _cache_dtype(config, spec))
+    dtype = _cache_dtype(config, spec)
+    return kv_cache.allocate(spec, _slab(spec, config), config.block_size, dtype, max_blocks=config.num_blocks)
 
 
 def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
@@ -123,6 +124,15 @@ def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
         max_num_batched_tokens=budget,
         max_model_len=max_model_len,
     )
+
+
+def _slab(spec: ModelSpec, config: EngineConfig) -> int:
+    """Blocks that the cache begins with and grows by."""
+    assert config.num_blocks and config.block_size, "see resolve"
+    if config.kv_cache_slab_bytes is None:
+        return config.num_blocks
+    per_block = kv_cache.bytes_per_block(spec, config.block_size, _cache_dtype(config, spec))
+    return max(1, min(config.kv_cache_slab_bytes // per_block, config.num_blocks))
 
 
 def _cache_dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:

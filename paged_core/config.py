@@ -20,6 +20,7 @@ class EngineConfig:
     block_size: int | None = None  # slots in a block; None: 8 on a CPU, where small ones cost nothing, 16 on a GPU
     num_blocks: int | None = None  # blocks in the cache; None: as many as kv_cache_bytes holds
     kv_cache_bytes: int | None = None  # None: a quarter of the device's free memory, at most 4 GiB
+    kv_cache_slab_bytes: int | None = None  # memory that the cache takes at a time; None: all of it at once
     kv_cache_dtype: str | None = None  # "float32", "bfloat16", "float16"; None: the model's
     max_num_seqs: int | None = None  # requests running at once; None: half the tokens a step, at most 256
     max_num_batched_tokens: int | None = None  # tokens a step; None: 64 a thread (128 to 2048) on a CPU, 8192 on a GPU
@@ -39,6 +40,7 @@ class EngineConfig:
             "block_size",
             "num_blocks",
             "kv_cache_bytes",
+            "kv_cache_slab_bytes",
             "max_num_seqs",
             "max_num_batched_tokens",
             "max_model_len",

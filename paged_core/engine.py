@@ -156,6 +156,33 @@ class Engine:
             self.abort(request_id)
         self._dead = "it was closed"
 
+    # ---- memory --------------------------------------------------------------------------------------------------
+
+    def read_kv(self, request: Request) -> list[tuple[Tensor, Tensor]]:
+        """Copies of what the cache holds of a request: each layer's ``(k [K,n,D], v [K,n,Dv])``, n its num_computed.
+
+        Between two steps, and before the request ends, since that gives its blocks back: let its selector hold it.
+        Keys are as attention sees them (rotated, for instance). Zeros where every layer's sliding window has passed.
+
+        Raises:
+            InvalidRequestError: the request has ended.
+        """
+        if request.finished:
+            raise InvalidRequestError(
+                f"request {request.id!r} has ended, and its K/V were given back; read them before it ends: "
+                "a row that its selector holds (it answers None) stays until resume() or stop()"
+            )
+        return self._runner.cache.read(request.block_table, request.num_computed)
+
+    def release_memory(self) -> bool:
+        """Give back all K/V memory, cached prefixes included; the next request takes it anew. False: nothing was
+        given back, since running requests need it. A plugin's cache that can't grow keeps its memory."""
+        if self._pool.num_used:
+            return False
+        self._pool.shrink()
+        self._runner.release()
+        return True
+
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
@@ -171,12 +198,20 @@ class Engine:
         return self._tell(outputs)
 
     def _run(self, schedule: Schedule) -> tuple[Schedule, Batch, Tensor]:
+        self._grow(self._pool.num_backed)
         self._runner.move_blocks(schedule.moves)
         batch = self._builder.build(schedule)
         try:
             return schedule, batch, self._runner.run(batch)
         except Exception as error:
             return self._run_without_culprits(schedule, error)
+
+    def _grow(self, num_blocks: int) -> None:
+        try:
+            self._runner.grow(num_blocks)
+        except RuntimeError as error:  # what torch raises when memory runs out
+            self._dead = f"no memory for a K/V cache of {num_blocks} blocks; build one with a lower kv_cache_bytes"
+            raise EngineDeadError(self._dead) from error
 
     def _run_without_culprits(self, schedule: Schedule, error: Exception) -> tuple[Schedule, Batch, Tensor]:
         """The model raised: run each chunk alone, and end only the requests whose own chunk raises."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,15 +21,55 @@ class KVCache:
 
     Block 0 is the null block: it pads block tables and stands for blocks that have left a sliding window. Nothing
     reads it and requests never own it, so ``num_blocks`` usable blocks need ``num_blocks + 1`` in the tensors.
+
+    The tensor objects stay the same for the cache's life. If ``max_blocks`` is set, their first axis and their
+    addresses change between steps, as memory is taken and given back.
     """
 
     keys: tuple[Tensor, ...]  # L of [num_blocks + 1, K, block_size, D]
     values: tuple[Tensor, ...]  # L of [num_blocks + 1, K, block_size, Dv]
     block_size: int
+    max_blocks: int | None = None  # usable blocks that it may grow to; None: it keeps the size that it was made with
+
+    @property
+    def num_blocks(self) -> int:
+        """Usable blocks that have memory."""
+        return self.values[-1].shape[0] - 1  # the last tensor to grow: all of them have as many
 
     @property
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    @torch.inference_mode(False)  # who calls may be in it, and its tensors could not be written outside
+    def grow(self, num_blocks: int) -> None:
+        """Have at least ``num_blocks`` usable blocks. What the blocks hold stays.
+
+        On a CPU this costs nothing. Elsewhere each tensor is copied, one after another.
+        """
+        if self.max_blocks is None or num_blocks <= self.num_blocks:
+            return
+        assert num_blocks <= self.max_blocks, "the pool never hands out more"
+        for tensor in (*self.keys, *self.values):
+            tensor.resize_(num_blocks + 1, *tensor.shape[1:])
+
+    @torch.inference_mode(False)
+    def release(self) -> None:
+        """Give all memory back, if the cache can grow again. What the blocks held is lost."""
+        if self.max_blocks is not None:
+            for tensor in (*self.keys, *self.values):
+                fresh = _room(self.max_blocks, 0, tensor.shape[1:], tensor.dtype, tensor.device)
+                tensor.set_(fresh.untyped_storage(), 0, fresh.shape, fresh.stride())
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def read(self, block_table: Sequence[int], num_tokens: int) -> list[tuple[Tensor, Tensor]]:
+        """Copies of each layer's ``(k [K, num_tokens, D], v [K, num_tokens, Dv])``; zeros where the table holds the
+        null block."""
+        blocks = torch.tensor(block_table[: -(-num_tokens // self.block_size)], dtype=torch.int64)
+        return [
+            (_gather(k, blocks, num_tokens), _gather(v, blocks, num_tokens))
+            for k, v in zip(self.keys, self.values, strict=True)
+        ]
 
 
 def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
@@ -37,17 +78,21 @@ def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int
     return floats * block_size * dtype.itemsize
 
 
-def allocate(spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVCache:
-    """Tensors for ``num_blocks`` usable blocks, each on its layer's device.
+def allocate(
+    spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, max_blocks: int | None = None
+) -> KVCache:
+    """A cache that begins with ``num_blocks`` usable blocks, each on its layer's device, and may grow to
+    ``max_blocks`` (None: no further).
 
     Uninitialised: no slot is read before it was written, and on a CPU pages that are never used cost nothing.
     """
+    most = max(num_blocks, max_blocks or 0)
     keys, values = [], []
     for layer in spec.layers:
-        shape = (num_blocks + 1, layer.num_kv_heads, block_size)
-        keys.append(_empty((*shape, layer.head_dim), dtype, layer.device))
-        values.append(_empty((*shape, layer.value_head_dim), dtype, layer.device))
-    return KVCache(tuple(keys), tuple(values), block_size)
+        shape = (layer.num_kv_heads, block_size)
+        keys.append(_room(most, num_blocks, (*shape, layer.head_dim), dtype, layer.device))
+        values.append(_room(most, num_blocks, (*shape, layer.value_head_dim), dtype, layer.device))
+    return KVCache(tuple(keys), tuple(values), block_size, most)
 
 
 def free_memory(device: torch.device) -> int:
@@ -65,12 +110,26 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
+def _gather(cache: Tensor, blocks: Tensor, num_tokens: int) -> Tensor:
+    """``cache [num_blocks + 1, K, block_size, D], blocks i64 [B] -> [K, num_tokens, D]``."""
+    blocks = blocks.to(cache.device)
+    found = cache[blocks]  # [B, K, block_size, D]
+    found[blocks == 0] = 0
+    return found.transpose(0, 1).flatten(1, 2)[:, :num_tokens].contiguous()
+
+
+@torch.inference_mode(False)
+def _room(max_blocks: int, num_blocks: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[num_blocks + 1, *shape]``. On a CPU the addresses of ``max_blocks`` are reserved, so that resize_ to as many
+    copies nothing."""
+    rows = 1 + (max_blocks if device.type == "cpu" else num_blocks)
+    return _empty((rows, *shape), dtype, device).resize_(num_blocks + 1, *shape)
+
+
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or num_bytes < 2 << 20:
+    if device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty(shape, dtype=dtype, device=device)
-    # Touching a fresh 4 KiB page costs microseconds, which a growing cache pays all the time; huge pages cost a fifth.
-    memory = mmap.mmap(-1, num_bytes)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    # Pages of its own: they cost nothing before they are touched, all of them go back to the system at once, and a
+    # forked process writes to a copy.
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).resize_(shape)  # a view would keep the memory alive, see release()

@@ -25,6 +25,14 @@ class ModelRunner:
     def cache(self) -> KVCache:
         return self._cache
 
+    def grow(self, num_blocks: int) -> None:
+        """Have memory for as many blocks as the pool hands out. Once per schedule, before its moves."""
+        self._cache.grow(num_blocks)
+
+    def release(self) -> None:
+        """Give the cache's memory back. No block may be in use."""
+        self._cache.release()
+
     def move_blocks(self, moves: Sequence[BlockMove]) -> None:
         """Carry out a schedule's block moves, in order. Once per schedule, before its batch runs."""
         if moves:

@@ -10,6 +10,9 @@ cached   0                   yes: kept for a later hit, evicted when blocks run 
 used     1 or more           yes or no
 =======  ==================  =====================================================
 
+Not every block needs memory from the start: the pool grows in slabs, low ids first, and only when nothing that has
+memory can be handed out. A block without memory counts as free.
+
 The pool knows block ids and token ids. It does not know requests, nor where K/V are.
 """
 
@@ -38,29 +41,33 @@ class BlockPool:
     Args:
         num_blocks: usable blocks; their ids are 1..num_blocks.
         block_size: slots in a block.
+        slab: blocks that get memory at a time, or more once the pool is large; None: all at once.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, slab: int | None = None) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._key = secrets.token_bytes(32)  # digests can't be forged by choosing prompts
         self._references = [0] * (num_blocks + 1)
         self.num_shared = 0  # references beyond each block's first: blocks that sharing has saved
-        self._free = list(range(num_blocks, 0, -1))  # a stack: low ids first, so that neighbours stay near
+        self._slab = slab or num_blocks
+        self.num_backed = 0  # blocks 1..num_backed have memory, or will have it when the next step runs
+        self._free: list[int] = []  # a stack: low ids first, so that neighbours stay near
         self._cached: OrderedDict[int, None] = OrderedDict()  # eviction order, next victim first
         self._published: dict[int, _Published] = {}
         self._index: dict[bytes, int] = {}
+        self._grow()
 
     # ---- counts ------------------------------------------------------------------------------------------------
 
     @property
     def num_available(self) -> int:
         """Blocks that allocate() can hand out: free ones and evictable ones."""
-        return len(self._free) + len(self._cached)
+        return self.num_blocks - self.num_used
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._free) + self.num_blocks - self.num_backed
 
     @property
     def num_cached(self) -> int:
@@ -68,15 +75,18 @@ class BlockPool:
 
     @property
     def num_used(self) -> int:
-        return self.num_blocks - len(self._free) - len(self._cached)
+        return self.num_backed - len(self._free) - len(self._cached)
 
     # ---- ownership ---------------------------------------------------------------------------------------------
 
     def allocate(self) -> int:
-        """A block with one reference, evicting the least recently used cached block if none is free.
+        """A block with one reference: a free one, else the least recently used cached one, else one of a new slab.
 
-        The caller has looked at ``num_available`` before.
+        Evicting comes before growing: memory follows what requests need, not what they leave behind. The caller has
+        looked at ``num_available`` before.
         """
+        if not self._free and not self._cached:
+            self._grow()
         if self._free:
             block = self._free.pop()
         else:
@@ -117,6 +127,19 @@ class BlockPool:
     def num_unused(self, blocks: Iterable[int]) -> int:
         """How many of the blocks are cached, that is: would no longer be available once shared."""
         return sum(1 for block in blocks if block != NULL_BLOCK and self._references[block] == 0)
+
+    def shrink(self) -> None:
+        """Forget everything cached and all memory; the next allocate() begins with a slab again."""
+        assert self.num_used == 0, "a block is in use"
+        self.forget_all()
+        self._free.clear()
+        self.num_backed = 0
+
+    def _grow(self) -> None:
+        # Growing by a share of what is there keeps copies rare where growing means copying.
+        target = min(self.num_backed + max(self._slab, self.num_backed // 2), self.num_blocks)
+        self._free.extend(range(target, self.num_backed, -1))
+        self.num_backed = target
 
     # ---- prefix index ------------------------------------------------------------------------------------------
 
@@ -170,7 +193,8 @@ class BlockPool:
         used = {block for block in range(1, self.num_blocks + 1) if self._references[block] > 0}
         assert len(free) == len(self._free), "a block is free twice"
         assert not (free & cached or free & used or cached & used), "a block is in two states"
-        assert len(free) + len(cached) + len(used) == self.num_blocks, "a block is lost"
+        assert len(free) + len(cached) + len(used) == self.num_backed <= self.num_blocks, "a block is lost"
+        assert max(free | cached | used, default=0) <= self.num_backed, "a block without memory was handed out"
         assert cached <= self._published.keys(), "a cached block can't be found"
         assert not free & self._published.keys(), "a free block can be found"
         assert {p.digest: b for b, p in self._published.items()} == self._index, "index and blocks disagree"
