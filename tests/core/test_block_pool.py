@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from paged_core.scheduling.block_pool import NULL_BLOCK, BlockPool
 
@@ -134,13 +134,66 @@ def test_releasing_too_often_is_caught():
         pool.release(table)
 
 
+def test_blocks_get_memory_a_slab_at_a_time_up_to_the_limit():
+    pool = BlockPool(10, BLOCK, slab=4)
+    assert (pool.num_backed, pool.num_free, pool.num_available) == (4, 10, 10)
+    assert [pool.allocate() for _ in range(4)] == [1, 2, 3, 4]
+    assert pool.num_backed == 4
+    assert [pool.allocate() for _ in range(6)] == [5, 6, 7, 8, 9, 10]
+    assert (pool.num_backed, pool.num_used, pool.num_available) == (10, 10, 0)
+    pool.check()
+
+
+def test_a_large_pool_grows_by_half_of_what_it_has():
+    pool = BlockPool(100, BLOCK, slab=2)
+    sizes = [pool.num_backed]
+    for _ in range(60):
+        pool.allocate()
+        if pool.num_backed != sizes[-1]:
+            sizes.append(pool.num_backed)
+    assert sizes == [2, 4, 6, 9, 13, 19, 28, 42, 63]
+
+
+def test_cached_blocks_are_evicted_before_the_pool_grows():
+    pool = BlockPool(10, BLOCK, slab=2)
+    gone, digests = fill(pool, [1] * 8)
+    pool.release(gone)
+    assert sorted(pool.allocate() for _ in range(2)) == [1, 2]
+    assert pool.match(digests, [1] * 8) == []
+    assert pool.num_backed == 2
+    assert pool.allocate() == 3
+    pool.check()
+
+
+def test_a_shrunk_pool_has_forgotten_all_and_begins_again():
+    pool = BlockPool(10, BLOCK, slab=2)
+    table, digests = fill(pool, [1] * 12)
+    with pytest.raises(AssertionError, match="in use"):
+        pool.shrink()
+    pool.release(table)
+    pool.shrink()
+    assert (pool.num_backed, pool.num_cached, pool.num_free, pool.num_available) == (0, 0, 10, 10)
+    assert pool.match(digests, [1] * 12) == []
+    pool.check([])
+    assert pool.allocate() == 1
+    assert pool.num_backed == 2
+    pool.check()
+
+
 class PoolMachine(RuleBasedStateMachine):
-    """Random owners of block tables: they allocate, append, fork, publish, hit, free and forget."""
+    """Random owners of block tables: they allocate, append, fork, publish, hit, free and forget; the pool shrinks."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(12, BLOCK)
+        self.slab = 12
         self.owners: list[tuple[list[int], list[int]]] = []  # (block table, tokens); every token has its slot
+        self.most_used = 0  # since it shrank
+
+    @initialize(slab=st.sampled_from([1, 5, 12]))
+    def choose_slab(self, slab: int) -> None:
+        self.slab = slab
+        self.pool = BlockPool(12, BLOCK, None if slab == 12 else slab)
 
     @rule(tokens=st.lists(st.integers(0, 1), max_size=14))
     def start(self, tokens: list[int]) -> None:
@@ -194,10 +247,24 @@ class PoolMachine(RuleBasedStateMachine):
     def forget(self) -> None:
         self.pool.forget_all()
 
+    @precondition(lambda self: self.pool.num_used == 0)
+    @rule()
+    def shrink(self) -> None:
+        self.pool.shrink()
+        self.most_used = 0
+        assert (self.pool.num_backed, self.pool.num_free) == (0, 12)
+
     @invariant()
     def every_block_has_one_state(self) -> None:
         self.pool.check(table for table, _ in self.owners)
         assert self.pool.num_free + self.pool.num_cached + self.pool.num_used == self.pool.num_blocks
+        assert self.pool.num_free + self.pool.num_cached == self.pool.num_available
+
+    @invariant()
+    def memory_follows_what_is_used(self) -> None:
+        self.most_used = max(self.most_used, self.pool.num_used)
+        assert self.pool.num_used <= self.pool.num_backed <= self.pool.num_blocks
+        assert self.pool.num_backed <= self.most_used + max(self.slab, self.most_used // 2)
 
     @invariant()
     def nobody_writes_into_a_block_that_others_read(self) -> None:
