@@ -43,6 +43,13 @@ if TYPE_CHECKING:
     )
     from paged_core.llm import LLM
     from paged_core.outputs import CompletionOutput, GenerationOutput, StreamDelta
+    from paged_core.protocol.call import Call
+    from paged_core.protocol.chat import ChatCall
+    from paged_core.protocol.completions import CompletionCall
+    from paged_core.protocol.failures import CallError, Failure, openai_error, tgi_error
+    from paged_core.protocol.fields import ProtocolError, parse_json
+    from paged_core.protocol.served import RequestLimits, ServedModel
+    from paged_core.protocol.tgi import TGICall
 
 __version__ = "0.1.0"
 
@@ -52,8 +59,13 @@ _LAZY = {
     "Attend": "execution.model",
     "AttentionBackend": "execution.model",
     "AttentionMetadata": "execution.batch",
+    "Call": "protocol.call",
+    "CallError": "protocol.failures",
+    "ChatCall": "protocol.chat",
+    "CompletionCall": "protocol.completions",
     "CompletionOutput": "outputs",
     "Engine": "engine",
+    "Failure": "protocol.failures",
     "GenerationOutput": "outputs",
     "KVCache": "execution.kv_cache",
     "LLM": "llm",
@@ -61,9 +73,16 @@ _LAZY = {
     "ModelSpec": "execution.model",
     "ModuleForward": "execution.model",
     "PagedModel": "execution.model",
+    "ProtocolError": "protocol.fields",
+    "RequestLimits": "protocol.served",
+    "ServedModel": "protocol.served",
     "Stream": "async_engine",
     "StreamDelta": "outputs",
+    "TGICall": "protocol.tgi",
     "TokenSelector": "execution.model",
+    "openai_error": "protocol.failures",
+    "parse_json": "protocol.fields",
+    "tgi_error": "protocol.failures",
 }
 
 __all__ = [
@@ -73,11 +92,16 @@ __all__ = [
     "AttentionBackend",
     "AttentionMetadata",
     "BlockPool",
+    "Call",
+    "CallError",
+    "ChatCall",
+    "CompletionCall",
     "CompletionOutput",
     "ConfigError",
     "Engine",
     "EngineConfig",
     "EngineDeadError",
+    "Failure",
     "FinishReason",
     "GenerationOutput",
     "InvalidRequestError",
@@ -90,19 +114,26 @@ __all__ = [
     "PagedCoreError",
     "PagedModel",
     "PluginError",
+    "ProtocolError",
     "Request",
     "RequestError",
+    "RequestLimits",
     "RequestOutput",
     "SamplingParams",
     "SchedulingPolicy",
     "Selection",
+    "ServedModel",
     "StepStats",
     "Stream",
     "StreamDelta",
+    "TGICall",
     "TokenSelector",
     "UnsupportedModel",
     "__version__",
     "hookimpl",
+    "openai_error",
+    "parse_json",
+    "tgi_error",
 ]
 
 

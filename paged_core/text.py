@@ -76,8 +76,17 @@ class TextCodec:
             return ByteLevelDetokenizer(self._pieces.setdefault(skip, BytePieces(self._decoder, decode)))
         return WindowDetokenizer(decode, self._inert.setdefault(skip, InertTokens(decode)).__getitem__)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The messages in the model's chat format, ready for the assistant's answer."""
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for inside a text; part of a character where it is no more."""
+        if self.tokenizer is None:
+            return b""
+        if self._byte_level:
+            return self._pieces.setdefault(False, BytePieces(self._decoder, self.decode))[token]
+        once = self.decode([token])  # a lone leading space is taken off a text's beginning
+        return self.decode([token, token])[len(once) :].encode()
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The messages in the model's chat format, ready for the assistant's answer; ``options`` go to the template."""
         if not hasattr(self.tokenizer, "apply_chat_template"):
             raise InvalidRequestError("chat messages need a tokenizer with a chat template (apply_chat_template)")
         if any("role" not in message or "content" not in message for message in messages):
@@ -85,7 +94,8 @@ class TextCodec:
         with self._encode_lock:
             try:
                 rendered: str = self._encoder.apply_chat_template(
-                    [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+                    [dict(message) for message in messages],
+                    **{"add_generation_prompt": True, **options, "tokenize": False},
                 )
             except Exception as error:  # templates are programs of the model's makers
                 raise InvalidRequestError(f"the chat template refused the messages: {error}") from error
@@ -93,11 +103,13 @@ class TextCodec:
 
 
 def encode_prompt(codec: TextCodec, prompt: Any) -> Prompt:
-    """A string, token ids, or chat messages (dicts with role and content) as token ids.
+    """A string, token ids, or chat messages (dicts with role and content) as token ids; a Prompt is taken as it is.
 
     Raises:
         InvalidRequestError: it is none of these, it is empty, or it is text and there is no tokenizer.
     """
+    if isinstance(prompt, Prompt):
+        return _not_empty(prompt)
     if isinstance(prompt, str):
         return _not_empty(Prompt(prompt, codec.encode(prompt)))
     if hasattr(prompt, "tolist"):  # a NumPy array or a tensor

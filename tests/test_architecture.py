@@ -75,6 +75,11 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         | {"paged_core.builtin", "paged_kernels", "torch"},
         set(),
     ),
+    "paged_core/protocol": (
+        {"paged_core.protocol", "paged_core.scheduling", "paged_core.text", "paged_core.detokenizer"}
+        | {"paged_core.outputs", "paged_core.async_engine"},  # the last for its type only
+        set(),
+    ),
     "paged_core": (CORE, {"paged_core.builtin"}),
 }
 
@@ -120,6 +125,8 @@ def test_the_core_and_the_kernels_import_only_what_the_table_allows():
         ),
         ("paged_core/execution/new.py", "from paged_kernels import reference"),
         ("paged_core/builtin/new.py", "from paged_core.engine import Engine"),
+        ("paged_core/protocol/new.py", "import starlette"),
+        ("paged_core/protocol/new.py", "import torch"),
         ("paged_core/new.py", "from paged_core.builtin import sampler"),
         ("paged_core/new.py", "from paged_core import builtin"),
         ("paged_core/new.py", "import importlib\nimportlib.import_module('paged_core.builtin.sampler')"),

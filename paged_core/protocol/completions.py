@@ -1,0 +1,113 @@
+"""POST /v1/completions: one body in, and what is to be sent for the engine's news."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from paged_core.outputs import CompletionOutput, GenerationOutput, StreamDelta, TokenLogprobs
+from paged_core.protocol.fields import Fields
+from paged_core.protocol.openai_fields import read_options, truncation
+from paged_core.protocol.served import ServedModel
+from paged_core.protocol.usage import Usage, best
+from paged_core.text import Prompt
+
+_News = TypeVar("_News", StreamDelta, CompletionOutput)
+
+
+class CompletionCall:
+    """One call under way; see protocol.call for its members.
+
+    Raises:
+        ProtocolError: the body asks for something that can't be had.
+    """
+
+    def __init__(self, body: Any, served: ServedModel, request_id: str) -> None:
+        fields = Fields(body)
+        fields.only("suffix", [""], "can't be honoured: the model continues texts, it doesn't fill gaps")
+        raw, add_special_tokens = fields.any("prompt"), fields.flag("add_special_tokens", True)
+        truncate = truncation(fields)
+        self._echo = fields.flag("echo")
+        max_tokens = fields.integer("max_tokens", 16, low=0 if self._echo else 1)
+        self._num_top = num_top = fields.integer("logprobs")
+        self._num_prompt_top = of_prompt = fields.integer("prompt_logprobs")
+        if self._echo and num_top is not None:
+            of_prompt = max(num_top, of_prompt or 0)
+        self.options = read_options(
+            fields, served, max_tokens=max_tokens or 1, num_top=num_top, prompt_logprobs=of_prompt
+        )
+        fields.finish()
+        self.prompts = served.prompts("prompt", raw, add_special_tokens, truncate)
+        self.params, self.stream = self.options.params, self.options.stream
+        self._served = served
+        self._only_echo = max_tokens == 0  # the engine's one token is left out
+        self._head = {
+            "id": f"cmpl-{request_id}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": self.options.model,
+        }
+        self._usage = Usage(self.prompts)
+        self._sent: dict[int, int] = {}  # choice -> characters
+        self._prompt_logprobs: dict[int, Sequence[TokenLogprobs | None]] = {}  # by prompt
+
+    def first_chunks(self) -> list[dict[str, Any]]:
+        return []
+
+    def chunks(self, number: int, delta: StreamDelta) -> list[dict[str, Any]]:
+        if delta.prompt_logprobs is not None:
+            self._prompt_logprobs[number] = delta.prompt_logprobs
+        choice = self._choice(number, number * self.options.num_choices + delta.index, self._wanted(delta))
+        self._usage.add(0 if self._only_echo else len(delta.token_ids))
+        usage = {"usage": self._usage.body() if self.options.usage_in_every_chunk else None}
+        return [{**self._head, "choices": [choice], **(usage if self.options.include_usage else {})}]
+
+    def last_chunks(self, results: Sequence[GenerationOutput]) -> list[dict[str, Any]]:
+        if not self.options.include_usage:
+            return []
+        return [{**self._head, "choices": [], "usage": self._usage.at_end(results)}]
+
+    def answer(self, results: Sequence[GenerationOutput]) -> dict[str, Any]:
+        choices: list[dict[str, Any]] = []
+        for number, result in enumerate(results):
+            if result.prompt_logprobs is not None:
+                self._prompt_logprobs[number] = result.prompt_logprobs
+            for output in best(result.outputs, self.options.num_choices):
+                choices.append(self._choice(number, len(choices), self._wanted(output)))
+                self._usage.add(0 if self._only_echo else len(output.token_ids))
+        if len(choices) < sum(len(result.outputs) for result in results):
+            self._usage.count_all(results)
+        return {**self._head, "choices": choices, "usage": self._usage.at_end(results)}
+
+    def _wanted(self, news: _News) -> _News:
+        if not self._only_echo:
+            return news
+        finish_reason = "length" if news.finish_reason is not None else None
+        return replace(news, text="", token_ids=(), logprobs=(), finish_reason=finish_reason, stop_reason=None)
+
+    def _choice(self, number: int, index: int, news: StreamDelta | CompletionOutput) -> dict[str, Any]:
+        """A choice, or a piece of one; with its first piece goes what is told of the prompt."""
+        prompt, sent = self.prompts[number], self._sent.get(index, 0)
+        first = index not in self._sent
+        text, token_ids = news.text, list(news.token_ids)
+        entries: list[TokenLogprobs | None] = list(news.logprobs or ())
+        of_prompt = self._prompt_logprobs.get(number, ()) if first else ()
+        if first and self._echo:
+            text = self._text_of(prompt) + text
+            token_ids, entries = [*prompt.token_ids, *token_ids], [*of_prompt, *entries]
+        self._sent[index] = sent + len(text)
+        choice: dict[str, Any] = {"index": index, "text": text, "logprobs": None}
+        if self._num_top is not None:
+            choice["logprobs"] = self._served.tokens.completion_logprobs(token_ids, entries, sent, self._num_top)
+        choice["finish_reason"], choice["stop_reason"] = news.finish_reason, news.stop_reason
+        if first and self._num_prompt_top is not None:
+            choice["prompt_logprobs"] = self._served.tokens.prompt_logprobs(of_prompt, self._num_prompt_top)
+        if self.options.return_token_ids:
+            choice["token_ids"] = list(news.token_ids)
+            choice["prompt_token_ids"] = prompt.token_ids if first else None
+        return choice
+
+    def _text_of(self, prompt: Prompt) -> str:
+        return prompt.text if prompt.text is not None else self._served.codec.decode(prompt.token_ids)

@@ -1,0 +1,147 @@
+"""Reads JSON bodies field by field, and says which field is at fault. Knows JSON, and no protocol.
+
+Why not a validation library: a request is a flat object of some forty fields, two protocols want their own words for
+its mistakes, and TorchServe's environment (the other user of this room) should not need one more package.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from paged_core.scheduling.request import InvalidRequestError
+
+_HUGE = 1e300  # JSON's integers have no bound, floats have
+
+
+class ProtocolError(InvalidRequestError):
+    """A request that is refused. ``param`` is the field at fault; ``status`` the HTTP status, where one is decided."""
+
+    def __init__(self, message: str, param: str | None = None, *, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.status = status
+        self.code = code
+
+
+def parse_json(raw: bytes) -> Any:
+    """The value of a body. Strict: no NaN, no halves of surrogate pairs, no depth that exhausts the stack.
+
+    Raises:
+        ProtocolError: it isn't JSON.
+    """
+    try:
+        text = raw.decode()
+        value = json.loads(text, parse_constant=_no_constant)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"the body isn't JSON that can be read: {error}") from None
+    return value
+
+
+class Fields:
+    """A JSON object under reading. A field that is null counts as left out. ``finish`` refuses what nobody read."""
+
+    def __init__(self, value: Any, where: str = "") -> None:
+        if not isinstance(value, Mapping):
+            raise ProtocolError(f"{where or 'the body'} must be a JSON object", where or None)
+        self._values = {name: each for name, each in value.items() if each is not None}
+        self._where = f"{where}." if where else ""
+
+    def any(self, name: str) -> Any:
+        return self._values.pop(name, None)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        value = self.any(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.error(name, f"is {_shown(value)}; it must be true or false")
+        return value
+
+    def integer(self, name: str, default: Any = None, low: int = 0, high: int = 2**31 - 1) -> Any:
+        value = self.any(name)
+        if value is None:
+            return default
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.error(name, f"is {_shown(value)}; it must be an integer from {low} to {high}")
+        return value
+
+    def number(self, name: str, default: Any = None, low: float = -_HUGE, high: float = _HUGE) -> Any:
+        value = self.any(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise self.error(name, f"is {_shown(value)}; it must be a number{_between(low, high)}")
+        return float(value)
+
+    def text(self, name: str) -> str | None:
+        value = self.any(name)
+        if value is not None and not isinstance(value, str):
+            raise self.error(name, f"is {_shown(value)}; it must be a string")
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        """Strings; a lone one counts as a list of it."""
+        value = self.any(name)
+        if value is None:
+            return []
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
+            raise self.error(name, "must be a string or a list of strings, none of them empty")
+        return value
+
+    def integers(self, name: str) -> list[int] | None:
+        value = self.any(name)
+        if value is None:
+            return None
+        if not is_integers(value):
+            raise self.error(name, "must be a list of integers")
+        return list(value)
+
+    def inner(self, name: str) -> Fields:
+        """A field that is an object itself; empty if left out."""
+        return Fields(self._values.pop(name, {}), self._where + name)
+
+    def only(self, name: str, neutral: Sequence[Any], why: str) -> None:
+        """Refuse every value of a field but those that ask for nothing."""
+        value = self.any(name)
+        if value is not None and not any(value == each and type(value) is type(each) for each in neutral):
+            raise self.error(name, why)
+
+    def ignore(self, *names: str) -> None:
+        """Labels and hints that change no answer."""
+        for name in names:
+            self._values.pop(name, None)
+
+    def finish(self) -> None:
+        """Raises ProtocolError for a field that nobody has read: a wish is never left out silently."""
+        for name in self._values:
+            raise self.error(name, "is not a field that this server knows")
+
+    def error(self, name: str, why: str) -> ProtocolError:
+        return ProtocolError(f"{self._where}{name} {why}", self._where + name)
+
+
+def is_integers(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, int) and not isinstance(each, bool) for each in value)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+def _between(low: float, high: float) -> str:
+    if high == _HUGE:
+        return "" if low == -_HUGE else f" of at least {low:g}"
+    return f" from {low:g} to {high:g}"
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")

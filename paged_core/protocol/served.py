@@ -1,0 +1,115 @@
+"""What a call must know of the model it asks for, and what each call may ask for at most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from paged_core.protocol.fields import ProtocolError, is_integers
+from paged_core.protocol.tokens import TokenTexts
+from paged_core.scheduling.request import InvalidRequestError, SamplingParams
+from paged_core.text import Prompt, TextCodec, encode_prompt
+
+if TYPE_CHECKING:
+    from paged_core.async_engine import AsyncEngine
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """The most that one HTTP request may ask for. None: as much as the model and the cache allow."""
+
+    max_prompt_tokens: int | None = None
+    max_tokens: int | None = None  # of each sequence
+    max_n: int = 128  # sequences of one prompt, best_of included
+    max_prompts: int = 256  # in one request
+    max_stop: int = 16  # stop strings and bad words
+    max_logprobs: int = 20
+
+
+class ServedModel:
+    """A model under the names it is served by. Knows its text side; runs nothing."""
+
+    def __init__(self, engine: AsyncEngine, names: Sequence[str], limits: RequestLimits | None = None) -> None:
+        config = engine.engine.config
+        assert config.max_model_len is not None, "a built engine knows it"
+        self.names = tuple(names)
+        self.limits = limits or RequestLimits()
+        self.codec: TextCodec = engine.codec
+        self.tokens = TokenTexts(engine.codec)
+        self.max_model_len: int = config.max_model_len
+        self.has_priorities = config.scheduling_policy == "priority"
+
+    def check_name(self, asked: str | None) -> str:
+        """The name to answer under.
+
+        Raises:
+            ProtocolError: there is no model of that name here.
+        """
+        if asked is None:
+            return self.names[0]
+        if asked not in self.names:
+            told = f"the model {asked!r} is not served here; there is {', '.join(self.names)}"
+            raise ProtocolError(told, "model", status=404, code="model_not_found")
+        return asked
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> Prompt:
+        return Prompt(text, self.codec.encode(text, add_special_tokens))
+
+    def finish_prompt(self, name: str, prompt: Prompt, truncate: int | None) -> Prompt:
+        """The prompt cut to its last ``truncate`` tokens (-1: to what the model can take), and checked."""
+        ids = prompt.token_ids
+        if truncate is not None:
+            most = self.max_model_len - 1 if truncate == -1 else truncate
+            if len(ids) > most:
+                ids = ids[-most:]
+                prompt = Prompt(self.codec.decode(ids) if self.codec.tokenizer is not None else None, ids)
+        limit = self.limits.max_prompt_tokens
+        limit = self.max_model_len - 1 if limit is None else min(limit, self.max_model_len - 1)
+        if len(ids) > limit:
+            told = f"{name} has {len(ids)} tokens; at most {limit} can be served (the model's length is "
+            raise ProtocolError(f"{told}{self.max_model_len})", name, code="context_length_exceeded")
+        try:
+            return encode_prompt(self.codec, prompt)
+        except InvalidRequestError as error:
+            raise ProtocolError(str(error), name) from error
+
+    def prompts(self, name: str, value: Any, add_special_tokens: bool, truncate: int | None) -> list[Prompt]:
+        """OpenAI's four forms: a string, strings, token ids, lists of token ids."""
+        several = value if isinstance(value, list) and value and not is_integers(value) else [value]
+        if len(several) > self.limits.max_prompts:
+            raise ProtocolError(f"{name} holds {len(several)} prompts; the limit is {self.limits.max_prompts}", name)
+        found = []
+        for each in several:
+            if isinstance(each, str):
+                prompt = self.encode(each, add_special_tokens=add_special_tokens)
+            elif is_integers(each):
+                prompt = Prompt(None, each)
+            else:
+                raise ProtocolError(f"{name} must be a string, token ids, or a list of these", name)
+            found.append(self.finish_prompt(name, prompt, truncate))
+        return found
+
+    def check_limits(self, params: SamplingParams) -> None:
+        """Raises ProtocolError, naming the limit that is passed."""
+        limits = self.limits
+        asked: tuple[tuple[str, int | None, int | None], ...] = (
+            ("n", params.n, limits.max_n),
+            ("max_tokens", params.max_tokens, limits.max_tokens),
+            ("stop", len(params.stop), limits.max_stop),
+            ("bad_words", len(params.bad_words), limits.max_stop),
+            ("logprobs", params.logprobs, limits.max_logprobs),
+            ("prompt_logprobs", params.prompt_logprobs, limits.max_logprobs),
+        )
+        for name, value, most in asked:
+            if value is not None and most is not None and value > most:
+                raise ProtocolError(f"{name} asks for {value}; this server's limit is {most}", name)
+
+
+def sampling_params(**fields: Any) -> SamplingParams:
+    """SamplingParams; what they refuse is told with the field at fault."""
+    try:
+        return SamplingParams(**fields)
+    except InvalidRequestError as error:
+        first = str(error).split()[0]
+        raise ProtocolError(str(error), first if first in fields else None) from error

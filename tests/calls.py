@@ -1,0 +1,33 @@
+"""Protocol calls carried out without any HTTP: what a server would send for a body."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alphabet_model import AlphabetModel
+from toy_tokenizers import CharacterTokenizer
+
+from paged_core import AsyncEngine, Call, EngineConfig, RequestLimits, ServedModel
+
+
+class Alphabet:
+    """A served model that continues the alphabet; a body in, an answer or chunks out."""
+
+    def __init__(self, limits: RequestLimits | None = None, **config: Any) -> None:
+        settings = EngineConfig(num_blocks=256, attention_backend="reference", **config)
+        self.engine = AsyncEngine(AlphabetModel(), tokenizer=CharacterTokenizer(), config=settings)
+        self.served = ServedModel(self.engine, ["alphabet", "abc"], limits)
+
+    def answer(self, call: Call) -> Any:
+        assert not call.stream
+        streams = [self.engine.submit(prompt, call.params) for prompt in call.prompts]
+        return call.answer([stream.result(30) for stream in streams])
+
+    def chunks(self, call: Call) -> list[dict[str, Any]]:
+        assert call.stream
+        streams = [self.engine.submit(prompt, call.params) for prompt in call.prompts]
+        sent = call.first_chunks()
+        for number, stream in enumerate(streams):
+            for delta in stream:
+                sent += call.chunks(number, delta)
+        return sent + call.last_chunks([stream.result(30) for stream in streams])
