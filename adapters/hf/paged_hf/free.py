@@ -1,0 +1,102 @@
+"""Plain greedy calls: each row runs on its own in the engine's batch, and ends when it ends.
+
+This file knows greedy search and nothing else: what needs processors, criteria or scores is lockstep.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paged_core import Engine, FinishReason, Request, RequestError, RequestOutput, SamplingParams
+from paged_hf.host import Call, EngineHost, NotStarted, check_length
+
+
+class FreeCall(Call):
+    """Greedy continuations of some prompts, at most ``max_tokens`` each, up to one of ``eos``."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], max_tokens: int, eos: Sequence[int], streams: bool) -> None:
+        super().__init__()
+        self._prompts = prompts
+        self._params = SamplingParams(temperature=0, max_tokens=max_tokens, stop_token_ids=tuple(eos), ignore_eos=True)
+        self._streams = streams
+        self._num_left = len(prompts)
+        self.outputs: list[list[int]] = []  # read by the caller once ``wait`` has returned None
+
+    def enter(self, engine: Engine, name: str) -> list[Request]:
+        check_length(engine, self._prompts, self._params.max_tokens or 1)
+        rows: list[Request] = []
+        try:
+            for i, prompt in enumerate(self._prompts):
+                rows += engine.add_request(f"{name}.{i}", prompt, self._params)
+        except Exception:
+            for row in rows:
+                engine.stop(row)
+            raise
+        return rows
+
+    def take(self, output: RequestOutput) -> None:
+        if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+            self.tell(RequestError(output.request.id, output.error or "it was aborted"))
+            return
+        if self._streams:
+            self.tell(list(output.token_ids))
+        if output.finish_reason is not None:
+            self._num_left -= 1
+            if self._num_left == 0:
+                self.outputs = [row.output_token_ids for row in self.rows]
+                self.tell(None)
+
+
+def generate(
+    host: EngineHost,
+    input_ids: Tensor,  # i64 [B,L], padded
+    prompts: Sequence[Sequence[int]],  # the same without padding
+    max_tokens: int,
+    eos: Sequence[int],
+    pad: int,
+    streamer: Any | None,
+) -> Tensor:
+    """``[B, L + longest output]``: greedy continuations, padded behind their ends as stock pads them.
+
+    Raises:
+        NotStarted: the engine could not run the rows, and nothing was streamed.
+    """
+    call = FreeCall(prompts, max_tokens, eos, streamer is not None)
+    try:
+        host.open(call)
+        for token in _tokens(call):
+            streamer.put(torch.tensor([token]))  # type: ignore[union-attr]  # without one there are none
+    finally:
+        host.close(call)
+    if streamer is not None:
+        streamer.end()
+    width = input_ids.shape[1] + max(map(len, call.outputs))
+    dtype = torch.promote_types(input_ids.dtype, torch.int64)
+    sequences = torch.full((len(prompts), width), pad, dtype=dtype)
+    for row, tokens in enumerate(call.outputs):
+        sequences[row, input_ids.shape[1] : input_ids.shape[1] + len(tokens)] = torch.tensor(tokens)
+    sequences = sequences.to(input_ids.device)
+    sequences[:, : input_ids.shape[1]] = input_ids
+    return sequences
+
+
+def _tokens(call: FreeCall) -> Iterator[int]:
+    """The tokens of a call that streams, as they come; ends with the call."""
+    streamed = False
+    while True:
+        try:
+            tokens = call.wait()
+        except NotStarted:
+            raise
+        except Exception as error:
+            if streamed:
+                raise
+            raise NotStarted from error
+        if tokens is None:
+            return
+        streamed = True
+        yield from tokens

@@ -1,0 +1,201 @@
+"""``model.generate = paged_generate(model)``: stock's generate() on paged memory, concurrent callers batched together.
+
+This file is the object that stands in for the method: patching, giving the original back, copying, pickling. What a
+call means is stock's business, and which way it takes is decided in loops.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from paged_core import EngineConfig
+from paged_hf import loops, selfcheck
+from paged_hf.host import EngineHost
+from paged_hf.report import Report, last_report, note
+
+_MAX_NUM_SEQS = 256  # rows of all calls that run at once
+_SLAB_BYTES = 64 << 20  # K/V memory that is taken at a time
+_MISSING = object()
+
+
+class PagedGenerate:
+    """Stands in for one model's ``generate``; made by ``paged_generate``.
+
+    As a context manager it patches the model on entry, and gives it back what it had at the end.
+    """
+
+    def __init__(self, model: nn.Module, kv_cache_memory: int | None = None, over_budget: str = "stock") -> None:
+        self.model = model
+        self.kv_cache_memory = kv_cache_memory
+        self.over_budget = over_budget
+        config = EngineConfig(
+            kv_cache_bytes=kv_cache_memory, kv_cache_slab_bytes=_SLAB_BYTES, max_num_seqs=_MAX_NUM_SEQS
+        )
+        self.tiers = loops.Tiers(model, EngineHost(model, config), strict_memory=over_budget == "raise")
+        self._here = threading.local()  # .paused: calls of this thread go to stock
+        self._before: Any = _MISSING
+        functools.update_wrapper(self, MethodType(type(model).generate, model))
+
+    @property
+    def stock(self) -> Callable[..., Any]:
+        """The model's own ``generate``."""
+        return MethodType(type(self.model).generate, self.model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        reason = self._why_stock(args, kwargs)
+        if reason is not None:
+            result = self.stock(*args, **kwargs)
+            note(Report("stock", "generate", len(result), reason))
+            return result
+        if callable(kwargs.get("custom_generate")):
+            kwargs["custom_generate"] = loops.over_blocks(kwargs["custom_generate"], self.tiers)
+        return type(self.model).generate(loops.view(self.model, self.tiers), *args, **kwargs)
+
+    def _why_stock(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """What can be told before stock has prepared the call, and must be, since it would notice us."""
+        try:
+            given = _signature(type(self.model)).bind_partial(self.model, *args, **kwargs).arguments
+        except TypeError:
+            return "the arguments don't fit"  # stock will say how
+        given = given | given.get("kwargs", {})
+        if getattr(self._here, "paused", False):
+            return "as_stock() is in force"
+        if isinstance(given.get("custom_generate"), str):
+            return "custom_generate names a repository, which replaces generate() altogether"
+        if "custom_generate" in given and "custom_generate" not in kwargs:
+            return "custom_generate is passed by position"
+        if given.get("cache_implementation") == "paged":
+            return "cache_implementation='paged' asks for stock's own continuous batching"
+        if given.get("past_key_values") is not None:
+            return "a cache of the caller's own was passed as past_key_values"
+        if "prepare_inputs_for_generation" in vars(self.model):
+            return "its prepare_inputs_for_generation has been replaced"
+        return None
+
+    @contextmanager
+    def as_stock(self) -> Iterator[None]:
+        """Calls of this thread go to stock inside the ``with`` block."""
+        before = getattr(self._here, "paused", False)
+        self._here.paused = True
+        try:
+            yield
+        finally:
+            self._here.paused = before
+
+    def last_report(self) -> Report | None:
+        """How the calling thread's latest call was answered."""
+        return last_report()
+
+    def release(self) -> bool:
+        """Give back the K/V memory and all that was made for the model; the next call makes it anew. False: calls are
+        under way, and nothing was done."""
+        return self.tiers.host.release()
+
+    def __enter__(self) -> PagedGenerate:
+        self._before = vars(self.model).get("generate", _MISSING)
+        self.model.generate = self  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        del self.model.generate
+        if self._before is not _MISSING:
+            self.model.generate = self._before
+        self.release()
+
+    def __reduce__(self) -> Any:
+        """A copied or loaded model gets a stand-in of its own, with an engine of its own."""
+        return type(self), (self.model, self.kv_cache_memory, self.over_budget), {"_dropped": self.tiers.dropped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.tiers.dropped = dict(state["_dropped"])
+
+    def __repr__(self) -> str:
+        return f"<paged generate of {type(self.model).__name__}>"
+
+
+class PagedWrapper(PagedGenerate):
+    """For a PEFT model: its own ``generate`` runs, and calls the paged one of the transformers model inside."""
+
+    @property
+    def inner(self) -> PagedGenerate:
+        base = _transformers_model(self.model)
+        found = vars(base).get("generate")
+        if not isinstance(found, PagedGenerate):
+            found = base.generate = PagedGenerate(base, self.kv_cache_memory, self.over_budget)
+        return found
+
+    @property
+    def stock(self) -> Callable[..., Any]:
+        own = MethodType(type(self.model).generate, self.model)
+
+        @functools.wraps(own)
+        def stock(*args: Any, **kwargs: Any) -> Any:
+            with self.inner.as_stock():
+                return own(*args, **kwargs)
+
+        return stock
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self._here, "paused", False) or "adapter_names" in kwargs:  # an adapter a row: rows of a batch
+            return self.stock(*args, **kwargs)
+        assert self.inner is not None
+        return type(self.model).generate(self.model, *args, **kwargs)
+
+    def release(self) -> bool:
+        return self.inner.release()
+
+
+def paged_generate(
+    model: Any, *, kv_cache_memory: int | None = None, over_budget: str = "stock", check: bool = True
+) -> PagedGenerate:
+    """A stand-in for ``model.generate``: the same arguments, the same answers, from paged K/V memory.
+
+    ``model.generate = paged_generate(model)`` is the whole integration. Any number of threads may call it at once.
+
+    Args:
+        model: a transformers model for causal language modelling, or a PEFT model of one.
+        kv_cache_memory: bytes that K/V may take at most; None: a quarter of the device's free memory, at most 4 GiB.
+        over_budget: what becomes of a call that needs more: "stock" (with a warning) or "raise".
+        check: compare every way of answering with stock first, on a few tokens, and drop those that differ.
+
+    Raises:
+        TypeError: the model has no ``generate``.
+        ValueError: ``over_budget`` is neither.
+    """
+    if over_budget not in ("stock", "raise"):
+        raise ValueError(f"over_budget is {over_budget!r}; use 'stock' or 'raise'")
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    if not isinstance(model, nn.Module) or not hasattr(type(model), "generate"):
+        raise TypeError(
+            f"{type(model).__name__} has no generate(); give a transformers model with a language-model head"
+        )
+    before = vars(model).get("generate")
+    if isinstance(before, PagedGenerate) and before.model is model:
+        if (before.kv_cache_memory, before.over_budget) == (kv_cache_memory, over_budget):
+            return before
+        before.release()
+    wraps = _transformers_model(model) is not model
+    patched = (PagedWrapper if wraps else PagedGenerate)(model, kv_cache_memory, over_budget)
+    if check:
+        selfcheck.run((patched.inner if isinstance(patched, PagedWrapper) else patched).tiers)
+    return patched
+
+
+paged_generate.last_report = last_report  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _signature(kind: type) -> inspect.Signature:
+    return inspect.signature(kind.generate)  # type: ignore[attr-defined]
+
+
+def _transformers_model(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") and hasattr(model, "peft_config") else model

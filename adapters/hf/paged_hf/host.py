@@ -1,0 +1,252 @@
+"""EngineHost: the engine of one patched model, and the thread that steps it while, and only while, calls are open.
+
+Callers wait in their own threads. What is theirs (processors, criteria, streamers) runs there too, so that what it
+raises reaches nobody else. The engine's thread is nobody's own: Ctrl-C in a caller never interrupts a step.
+
+This file knows engines and threads. It knows nothing of generate().
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+from paged_core import Engine, EngineConfig, EngineDeadError, Request, RequestOutput
+from paged_hf.model import HFPagedModel
+
+_PATIENCE = 0.25  # of a step's time: how long the next step waits for callers that are choosing their tokens
+
+
+class NotStarted(Exception):
+    """The engine can't take a call, of which nothing has happened yet. ``__cause__`` says why, or else the message."""
+
+
+class Call:
+    """Rows of one generate() call. ``enter`` and ``take`` run in the engine's thread; ``wait`` in the caller's."""
+
+    def __init__(self) -> None:
+        self.rows: list[Request] = []  # the engine's thread's own, like the requests themselves
+        self._news: SimpleQueue[Any] = SimpleQueue()
+
+    def enter(self, engine: Engine, name: str) -> list[Request]:
+        """Add the rows to the engine, with ids that begin with ``name``."""
+        raise NotImplementedError
+
+    def take(self, output: RequestOutput) -> None:
+        """News of one row."""
+        raise NotImplementedError
+
+    def tell(self, news: Any) -> None:
+        """Hand something to the caller: what ``wait`` returns, or an exception for it to raise."""
+        self._news.put(news)
+
+    def wait(self) -> Any:
+        news = self._news.get()
+        if isinstance(news, BaseException):
+            raise news
+        return news
+
+
+class EngineHost:
+    """Runs the calls of many threads on one engine, which is built when the first one comes."""
+
+    def __init__(self, model: Any, config: EngineConfig) -> None:
+        self._model = model
+        self._config = config
+        self._numbers = itertools.count()
+        self._start_afresh()
+        _HOSTS.add(self)
+
+    def _start_afresh(self) -> None:
+        """Also in a forked child, which has neither the thread nor any of the calls."""
+        self.engine: Engine | None = None  # the thread's own while it runs
+        self._owners: dict[Request, Call] = {}  # the thread's own
+        self._changed = threading.Condition()  # guards the four below
+        self._inbox: list[Callable[[], None]] = []
+        self._open: set[Call] = set()
+        self._choosing: set[Call] = set()  # have logits, and are about to bring tokens
+        self._thread: threading.Thread | None = None
+
+    @property
+    def num_open(self) -> int:
+        """Calls under way."""
+        return len(self._open)
+
+    def open(self, call: Call) -> None:
+        """Add the call's rows to the running batch. ``call.wait`` raises what stands in the way."""
+        with self._changed:
+            self._open.add(call)
+            self._post(lambda: self._admit(call))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="paged-generate", daemon=True)
+                self._thread.start()
+
+    def post(self, call: Call, command: Callable[[Engine], None]) -> None:
+        """Have ``command`` run between two steps. ``call.wait`` raises what it raises."""
+
+        def run() -> None:
+            try:
+                if self.engine is not None:  # else it has failed, and the call was told
+                    command(self.engine)
+            except Exception as error:
+                call.tell(error)
+
+        with self._changed:
+            self._choosing.discard(call)
+            self._post(run)
+
+    def close(self, call: Call) -> None:
+        """Cancel what still runs of a call. If no other one is open, the thread has ended on return."""
+        with self._changed:
+            if call not in self._open:
+                return
+            self._choosing.discard(call)
+            self._post(lambda: self._end(call))
+            thread = self._thread
+            if self._open == {call}:
+                self._changed.wait_for(lambda: self._thread is not thread or bool(self._open - {call}))
+            ended = self._thread is not thread
+        if ended and thread is not None:
+            thread.join()
+
+    def release(self) -> bool:
+        """Give back the engine and its K/V memory. False: calls are under way, and nothing was done."""
+        with self._changed:
+            if self._open:
+                return False
+            self.engine = None
+            return True
+
+    def shut_down(self) -> None:
+        """End what is under way, and wait for the thread's end."""
+        with self._changed:
+            thread = self._thread
+            for call in self._open:
+                call.tell(EngineDeadError("the interpreter is shutting down"))
+                self._post(lambda call=call: self._end(call))  # type: ignore[misc]
+        if thread is not None:
+            thread.join(timeout=10)
+
+    def _post(self, command: Callable[[], None]) -> None:
+        self._inbox.append(command)
+        self._changed.notify_all()
+
+    # ---- the engine's thread -------------------------------------------------------------------------------------
+
+    def handed(self, call: Call) -> None:
+        """The call has its logits: its tokens will come soon."""
+        with self._changed:
+            self._choosing.add(call)
+
+    def _run(self) -> None:
+        worked = False
+        while self._obey(wait=not worked):
+            try:
+                worked = self._step()
+            except Exception as error:
+                self._fail_all(error)
+                worked = False
+
+    def _obey(self, wait: bool) -> bool:
+        """Carry out what was asked for meanwhile. False: nothing is open any more; the thread is to end."""
+        while True:
+            with self._changed:
+                while wait and self._open and not self._inbox:
+                    self._changed.wait()
+                commands, self._inbox = self._inbox, []
+                if not commands:
+                    if self._open:
+                        return True
+                    self._thread = None
+                    self._changed.notify_all()
+                    return False
+            for command in commands:
+                command()
+            wait = False
+
+    def _step(self) -> bool:
+        """One step, then a moment's patience for those who were handed logits. False: there was nothing to compute."""
+        engine = self.engine
+        if engine is None or not engine.has_work:
+            return False
+        before = engine.last_stats
+        for output in engine.step():
+            self._owners[output.request].take(output)
+        stats = engine.last_stats
+        if stats is None or stats is before:
+            return False  # whoever could run lacks blocks, and those who have them are choosing
+        deadline = time.perf_counter() + _PATIENCE * stats.duration_s
+        with self._changed:
+            while self._choosing and (left := deadline - time.perf_counter()) > 0:
+                self._changed.wait(left)
+            self._choosing.clear()  # who is slower than that joins a later step
+        return True
+
+    def _admit(self, call: Call) -> None:
+        try:
+            if self.engine is None:
+                self.engine = self._build()
+            try:
+                call.rows = call.enter(self.engine, str(next(self._numbers)))
+            except EngineDeadError:  # the model has another dtype, device or vocabulary now
+                self.engine = self._build()
+                call.rows = call.enter(self.engine, str(next(self._numbers)))
+        except Exception as error:
+            call.tell(error)
+        for row in call.rows:
+            self._owners[row] = call
+
+    def _build(self) -> Engine:
+        return Engine(HFPagedModel(self._model), self._config)
+
+    def _end(self, call: Call) -> None:
+        for row in call.rows:
+            self._owners.pop(row, None)
+            if self.engine is not None:
+                self.engine.stop(row)
+        with self._changed:
+            self._open.discard(call)
+
+    def _fail_all(self, error: Exception) -> None:
+        self.engine = None
+        self._owners.clear()
+        with self._changed:
+            for call in self._open:
+                call.rows = []
+                call.tell(error)
+
+
+def check_length(engine: Engine, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    """
+    Raises:
+        NotStarted: the model has no positions for that many tokens: where stock goes on, the engine would stop.
+    """
+    longest = max(map(len, prompts)) + max_tokens
+    if longest > engine.spec.max_model_len:
+        raise NotStarted(
+            f"prompt and output may have {longest} tokens, but the model knows {engine.spec.max_model_len} positions"
+        )
+
+
+_HOSTS: weakref.WeakSet[EngineHost] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for host in list(_HOSTS):
+        host._start_afresh()
+
+
+def _at_exit() -> None:
+    for host in list(_HOSTS):
+        host.shut_down()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)

@@ -1,0 +1,188 @@
+"""Stock's own decoding loop, with the model's calls answered by the engine.
+
+The loop runs in the caller's thread and chooses the tokens, so processors, criteria, draws and scores are stock's to
+the letter. Its rows are a lockstep group of the engine's batch: after each step they are held until the loop brings
+their next tokens. A beam step tells which rows they continue from: a fork.
+
+This file knows stock's loops by what they call: the model, and ``reorder_cache`` of its cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from paged_core import Engine, FinishReason, Request, RequestError, RequestOutput, SamplingParams, Selection
+from paged_hf.host import Call, EngineHost, NotStarted, check_length
+
+
+class LockstepCall(Call):
+    """A group of rows whose tokens the caller chooses. It is the group's own selector."""
+
+    def __init__(self, host: EngineHost, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+        super().__init__()
+        self._host = host
+        self._prompts = prompts
+        self._params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+
+    def enter(self, engine: Engine, name: str) -> list[Request]:
+        check_length(engine, self._prompts, self._params.max_tokens or 1)
+        return engine.add_group(name, self._prompts, self._params, selector=self)
+
+    def select(self, logits: Tensor, requests: Sequence[Request]) -> Selection:
+        """Hand ``logits [S, vocab]`` to the caller; the tokens come later."""
+        self._host.handed(self)
+        self.tell(([request.index for request in requests], logits))
+        return Selection([None] * len(requests))
+
+    def take(self, output: RequestOutput) -> None:
+        if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+            self.tell(RequestError(output.request.id, output.error or "it was aborted"))
+
+
+class EngineRows(DynamicCache):
+    """What stock's loop takes for the K/V cache of its call: rows of the engine's batch, not tensors."""
+
+    def __init__(self, host: EngineHost, prompts: Sequence[Sequence[int]], width: int, max_tokens: int) -> None:
+        super().__init__()
+        self._host = host
+        self._call = LockstepCall(host, prompts, max_tokens)
+        self._num_rows = len(prompts)
+        self._width = width  # of the padded prompts
+        self._num_steps = 0
+        self._parents: list[int] | None = None
+        self.ended: Tensor | None = None  # bool [B]: rows whose logits nobody will look at any more
+
+    def forward(self, next_ids: Tensor) -> Tensor:
+        """``next_ids i64 [B]``, ignored the first time: the prompts are known. ``-> logits [B, 1, vocab]``"""
+        if self._num_steps == 0:
+            self._host.open(self._call)
+        else:
+            tokens, parents = next_ids.tolist(), self._parents
+            ended = self.ended.tolist() if self.ended is not None else [False] * self._num_rows
+            self._host.post(self._call, lambda engine: self._resume(engine, tokens, parents, ended))
+        self._parents = None
+        try:
+            order, logits = self._call.wait()
+        except NotStarted:
+            raise
+        except Exception as error:
+            if self._num_steps == 0:
+                raise NotStarted from error
+            raise
+        self._num_steps += 1
+        if order != list(range(self._num_rows)):
+            everyone = logits.new_zeros(self._num_rows, logits.shape[1])  # [B, vocab]; zeros for rows that have ended
+            everyone[order] = logits
+            logits = everyone
+        return logits[:, None]
+
+    def _resume(self, engine: Engine, tokens: list[int], parents: list[int] | None, ended: list[bool]) -> None:
+        rows = self._call.rows
+        for row, gone in zip(rows, ended, strict=True):
+            if gone:
+                engine.stop(row)
+        live = [i for i, gone in enumerate(ended) if not gone]
+        engine.resume([rows[i] for i in live], [tokens[i] for i in live], parents)
+
+    def close(self) -> None:
+        self._host.close(self._call)
+
+    def count_blocks(self) -> tuple[int, int]:
+        """K/V blocks that the rows have, and those that they would have beyond them if they shared none."""
+        self._host.post(self._call, lambda _: self._call.tell([row.block_table for row in self._call.rows]))
+        tables = self._call.wait()
+        used = {block for table in tables for block in table}
+        return len(used), sum(map(len, tables)) - len(used)
+
+    def to_dynamic(self, config: Any) -> DynamicCache:
+        """A real cache of the same content, left-padded with zeros, for the caller to keep."""
+        parents = self._parents or range(self._num_rows)
+        self._host.post(
+            self._call, lambda engine: self._call.tell([engine.read_kv(self._call.rows[i]) for i in parents])
+        )
+        rows = self._call.wait()  # B of L of (k [K,n,D], v [K,n,Dv])
+        cache = DynamicCache(config=config)
+        for layer in range(len(rows[0])):
+            keys, values = (_left_padded([row[layer][i] for row in rows], self.get_seq_length()) for i in (0, 1))
+            cache.update(keys, values, layer)
+        return cache
+
+    # ---- what loops and models ask of a cache --------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._width + self._num_steps - 1 if self._num_steps else 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        before = self._parents or range(self._num_rows)
+        self._parents = [before[i] for i in beam_idx.tolist()]
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+
+class Ended(StoppingCriteriaList):
+    """The call's criteria, telling ``rows`` which of them have ended."""
+
+    def __init__(self, criteria: StoppingCriteriaList, rows: EngineRows) -> None:
+        super().__init__(criteria)
+        self._rows = rows
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        ended = super().__call__(input_ids, scores, **kwargs)
+        self._rows.ended = ended if self._rows.ended is None else self._rows.ended | ended
+        return ended
+
+
+def view(model: nn.Module, rows: EngineRows) -> Any:
+    """The model under another class, whose calls the engine answers. It shares the model's ``__dict__``."""
+    seen = object.__new__(_view_class(type(model)))
+    object.__setattr__(seen, "__dict__", model.__dict__)
+    object.__setattr__(seen, "_paged_rows", rows)
+    return seen
+
+
+@functools.cache
+def _view_class(kind: type) -> type:
+    def call(self: Any, input_ids: Tensor | None = None, use_cache: bool | None = None, **inputs: Any) -> Any:
+        rows: EngineRows = self._paged_rows
+        assert input_ids is not None
+        return CausalLMOutputWithPast(
+            logits=rows.forward(input_ids[:, -1]), past_key_values=rows if use_cache is not False else None
+        )
+
+    @contextlib.contextmanager
+    def as_it_is(self: Any) -> Iterator[None]:
+        yield  # the model's settings are not this call's to change: others may be running
+
+    def reorder_cache(self: Any, cache: Any, beam_idx: Tensor) -> Any:
+        self._paged_rows.reorder_cache(beam_idx)
+        return cache
+
+    own = {
+        "__slots__": ("_paged_rows",),
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__call__": call,
+        "_optimize_model_for_decode": as_it_is,
+        "_reorder_cache": reorder_cache,
+        "_valid_auto_compile_criteria": lambda self, *args, **kwargs: False,
+    }
+    return type(kind)(kind.__name__, (kind,), own)
+
+
+def _left_padded(rows: Sequence[Tensor], length: int) -> Tensor:
+    """B of ``[K,n,D]`` -> ``[B,K,length,D]``"""
+    whole = rows[0].new_zeros(len(rows), rows[0].shape[0], length, rows[0].shape[2])
+    for i, row in enumerate(rows):
+        if row.shape[1]:
+            whole[i, :, -row.shape[1] :] = row
+    return whole

@@ -1,0 +1,188 @@
+"""Stock's generate() with our decoding loops in it: each call takes the best tier that answers it as stock does.
+
+Stock merges, validates and prepares everything, then calls ``type(self)._sample`` (or ``_beam_search``, ...). Here
+``self`` is the user's model under a class of ours, whose loops choose a tier:
+
+=======  ================================================================================================
+native   the engine runs the rows: free.py for plain greedy search, else stock's loop over lockstep.py
+cache    stock's loop calls the model itself, over a Cache that keeps K/V in blocks (cache.py)
+stock    stock's loop as it is
+=======  ================================================================================================
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from paged_core import InvalidRequestError, UnsupportedModel
+from paged_hf import free, lockstep, tiers
+from paged_hf.cache import PagedCache
+from paged_hf.host import EngineHost, NotStarted
+from paged_hf.report import Report, note
+
+_LOOPS = ("_sample", "_beam_search", "_assisted_decoding")
+_LOOP_ARGUMENTS = ("synced_gpus", "streamer", "tokenizer", "assistant_tokenizer")
+
+
+class Tiers:
+    """The ways in which one patched model can answer. ``dropped``: tier -> why it isn't used."""
+
+    def __init__(self, model: nn.Module, host: EngineHost, *, strict_memory: bool) -> None:
+        self.model = model
+        self.host = host
+        self.strict_memory = strict_memory
+        self.dropped: dict[str, str] = {}
+
+    def run(self, run: Run) -> Any:
+        """Answer a call of stock's decoding loop.
+
+        Raises:
+            InvalidRequestError: it is larger than the K/V budget, and ``strict_memory`` was asked for.
+        """
+        reason = run.why_stock(self.model)
+        if reason is not None:
+            return run.as_stock(self.model, reason)
+        reason = self.dropped.get("native") or run.why_not_native(self.model)
+        if reason is None:
+            try:
+                return run.natively(self.model, self.host)
+            except NotStarted as failure:
+                cause = failure.__cause__
+                reason = str(failure) or str(cause)
+            if isinstance(cause, InvalidRequestError):
+                if self.strict_memory:
+                    raise cause
+                return run.as_stock(self.model, reason)
+            if isinstance(cause, UnsupportedModel):
+                self.dropped["native"] = reason
+        obstacle = self.dropped.get("cache") or run.why_not_cache()
+        if obstacle is None:
+            try:
+                return run.over_blocks(self.model, reason)
+            except UnsupportedModel as error:
+                obstacle = self.dropped["cache"] = str(error)
+        return run.as_stock(self.model, f"{reason}; {obstacle}")
+
+
+class Run:
+    """One call of stock's decoding loop, as stock has prepared it."""
+
+    def __init__(
+        self,
+        name: str,
+        loop: Callable[..., Any],  # stock's own: loop(model, input_ids, logits_processor=..., ...)
+        input_ids: Tensor,  # i64 [B,L], padded
+        *,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **rest: Any,  # what goes to the model, and more arguments of the loop
+    ) -> None:
+        self.name = name
+        self.input_ids = input_ids
+        self._processors = logits_processor
+        self._criteria = stopping_criteria
+        self._config = generation_config
+        self._rest = rest
+        self._loop = functools.partial(loop, logits_processor=logits_processor, generation_config=generation_config)
+
+    def why_stock(self, model: nn.Module) -> str | None:
+        return tiers.why_stock(model, self._config, self._rest)
+
+    def why_not_native(self, model: nn.Module) -> str | None:
+        inputs = {name: value for name, value in self._rest.items() if name not in _LOOP_ARGUMENTS}
+        return tiers.why_not_native(model, self.name, self.input_ids, self._config, inputs)
+
+    def why_not_cache(self) -> str | None:
+        if not tiers.fresh_cache(self._rest.get("past_key_values")):
+            return "stock doesn't use its usual cache"
+        return None
+
+    # ---- the tiers -----------------------------------------------------------------------------------------------
+
+    def as_stock(self, model: nn.Module, reason: str) -> Any:
+        note(Report("stock", self.name, self.input_ids.shape[0], reason))
+        return self._loop(model, self.input_ids, stopping_criteria=self._criteria, **self._rest)
+
+    def over_blocks(self, model: nn.Module, reason: str) -> Any:
+        cache = PagedCache(model.config.get_text_config(decoder=True))
+        note(Report("cache", self.name, self.input_ids.shape[0], reason))
+        rest = self._rest | {"past_key_values": cache}
+        result = self._loop(model, self.input_ids, stopping_criteria=self._criteria, **rest)
+        if getattr(result, "past_key_values", None) is cache:
+            result.past_key_values = cache.to_dynamic()
+        return result
+
+    def natively(self, model: nn.Module, host: EngineHost) -> Any:
+        """
+        Raises:
+            NotStarted: the engine can't take the rows, and nothing has happened yet.
+        """
+        prompts = tiers.prompts_of(self.input_ids, self._rest.get("attention_mask"))
+        longest = self._criteria.max_length or self._config.max_length
+        max_tokens = max(1, longest - self.input_ids.shape[1])
+        streamer = self._rest.get("streamer")
+        if tiers.runs_free(self.name, self._processors, self._criteria, self._config, streamer, len(prompts)):
+            eos = [token for c in self._criteria if hasattr(c, "eos_token_id") for token in c.eos_token_id.tolist()]
+            pad = self._config._pad_token_tensor
+            sequences = free.generate(
+                host, self.input_ids, prompts, max_tokens, eos, 0 if pad is None else int(pad), streamer
+            )
+            note(Report("native", "free", len(prompts)))
+            return sequences
+        rows = lockstep.EngineRows(host, prompts, self.input_ids.shape[1], max_tokens)
+        try:
+            return self._in_lockstep(model, rows)
+        finally:
+            rows.close()
+
+    def _in_lockstep(self, model: nn.Module, rows: lockstep.EngineRows) -> Any:
+        criteria = self._criteria
+        if self.name == "_sample" and tiers.may_drop_ended(self._processors, criteria, self._config):
+            criteria = lockstep.Ended(criteria, rows)
+        rest = dict(self._rest)
+        if rest.get("use_cache", True):
+            rest["past_key_values"] = rows
+        result = self._loop(lockstep.view(model, rows), self.input_ids, stopping_criteria=criteria, **rest)
+        note(Report("native", self.name, len(self.input_ids), None, *rows.count_blocks()))
+        if getattr(result, "past_key_values", None) is rows:
+            result.past_key_values = rows.to_dynamic(model.config.get_text_config(decoder=True))
+        return result
+
+
+def view(model: nn.Module, ways: Tiers) -> Any:
+    """The model under a class whose decoding loops are ours. It shares the model's ``__dict__``: nothing is copied."""
+    seen = object.__new__(_view_class(type(model)))
+    object.__setattr__(seen, "__dict__", model.__dict__)
+    object.__setattr__(seen, "_paged_tiers", ways)
+    return seen
+
+
+def over_blocks(custom: Callable[..., Any], ways: Tiers) -> Callable[..., Any]:
+    """The caller's own decoding loop, given K/V in blocks."""
+    return _instead_of("custom_generate", custom, ways)
+
+
+@functools.cache
+def _view_class(kind: type) -> type:
+    own: dict[str, Any] = {
+        "__slots__": ("_paged_tiers",),
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+    }
+    for name in _LOOPS:
+        if hasattr(kind, name):
+            own[name] = _instead_of(name, getattr(kind, name))
+    return type(kind)(kind.__name__, (kind,), own)
+
+
+def _instead_of(name: str, stock: Callable[..., Any], ways: Tiers | None = None) -> Callable[..., Any]:
+    @functools.wraps(stock)  # generate() looks at a loop's signature
+    def loop(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+        return (ways or self._paged_tiers).run(Run(name, stock, input_ids, **kwargs))
+
+    return loop

@@ -1,0 +1,48 @@
+"""Which way a generate() call took, and why it could not take a better one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from typing import Literal
+
+_log = logging.getLogger("paged_hf")
+_latest = threading.local()
+_warned: set[str] = set()
+
+Tier = Literal["native", "cache", "stock"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """How one call was answered.
+
+    ``native``: rows ran in the engine's batch, on its paged K/V. ``cache``: stock's loop ran the user's model over a
+    Cache that keeps K/V in blocks. ``stock``: nothing of ours had a part in it.
+    """
+
+    tier: Tier
+    loop: str  # "free": rows on their own; else the name of stock's loop
+    num_rows: int
+    reason: str | None = None  # what kept the call from the native tier
+    num_blocks: int = 0  # K/V blocks in use at the end of a lockstep call
+    num_blocks_shared: int = 0  # blocks that beams or samples would have needed beyond those, had they not shared
+
+    def __str__(self) -> str:
+        why = f": {self.reason}" if self.reason else ""
+        return f"{self.tier} ({self.loop}, {self.num_rows} rows){why}"
+
+
+def note(report: Report) -> None:
+    """Remember the report of the calling thread's latest call; warn once of each reason that led to stock."""
+    _latest.report = report
+    _log.debug("generate: %s", report)
+    if report.tier == "stock" and report.reason is not None and report.reason not in _warned:
+        _warned.add(report.reason)
+        _log.warning("generate() runs as stock does, not on paged memory: %s", report.reason)
+
+
+def last_report() -> Report | None:
+    """The report of the calling thread's latest call of a patched ``generate``; None if there was none."""
+    return getattr(_latest, "report", None)

@@ -1,0 +1,137 @@
+"""What each tier can answer exactly as stock does. Every function gives the reason why not, or None.
+
+Looked at once for each call, when stock has prepared everything: nothing here repeats its rules for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.generation import logits_process, stopping_criteria
+
+_OURS = frozenset(
+    {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+)
+_SAME_ANSWERS = (
+    None,
+    "dynamic",
+    "offloaded",
+    "static",
+    "offloaded_static",
+    "sliding_window",
+    "hybrid",
+    "hybrid_chunked",
+)
+
+
+def why_stock(model: nn.Module, config: Any, loop_kwargs: Mapping[str, Any]) -> str | None:
+    """Why no part of the call can be ours. ``config``: the call's GenerationConfig, resolved."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder model"
+    if loop_kwargs.get("synced_gpus"):
+        return "synced_gpus: every process must call the model in step with the others"
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name, False) and config.return_dict_in_generate:
+            return f"{name} is asked for"
+    if config.cache_implementation not in _SAME_ANSWERS:
+        return f"cache_implementation={config.cache_implementation!r} is asked for, which gives other answers"
+    if getattr(config, "is_assistant", False):
+        return "the model is another one's assistant"
+    cache = loop_kwargs.get("past_key_values")
+    if getattr(cache, "_is_user_defined", False) or (cache is not None and cache.get_seq_length()):
+        return "a cache of the caller's own was passed as past_key_values"
+    if model.training and (noise := _noise_in_training(model)):
+        return f"the model is in training mode and has {noise}: call model.eval() before generate()"
+    return None
+
+
+def why_not_native(
+    model: nn.Module, loop: str, input_ids: Tensor, config: Any, kwargs: Mapping[str, Any]
+) -> str | None:
+    """Why the engine can't run the rows of this call. ``kwargs``: what goes to the model."""
+    unknown = sorted(name for name in kwargs.keys() - _OURS if kwargs[name] is not None)
+    if unknown:
+        return f"{', '.join(unknown)} is passed to the model"
+    if loop not in ("_sample", "_beam_search"):
+        return "the engine has no such decoding loop: " + loop.strip("_")
+    if loop == "_beam_search" and not kwargs.get("use_cache", True):
+        return "beam search without a cache tells nobody which beams go on"
+    if getattr(config, "prefill_chunk_size", None) is not None:
+        return "prefill_chunk_size is set"
+    if torch.is_autocast_enabled(input_ids.device.type):
+        return "autocast is on"
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if mask is not None:
+        if mask.shape != input_ids.shape:
+            return f"the attention mask is {list(mask.shape)}, not {list(input_ids.shape)} as the prompts"
+        real = mask != 0
+        if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
+            return "the attention mask has holes, or padding on the right"
+    if positions is not None:
+        usual = torch.arange(input_ids.shape[1], device=positions.device).expand(input_ids.shape)
+        if mask is not None:
+            usual = mask.long().cumsum(-1) - 1
+        if positions.shape[-1] != input_ids.shape[1] or positions.ndim != 2:
+            return f"position_ids are {list(positions.shape)}"
+        odd = positions != usual
+        if bool((odd if mask is None else odd & (mask != 0)).any()):
+            return "position_ids aren't those that the attention mask gives"
+    return _hooked(model)
+
+
+def runs_free(
+    loop: str, processors: Sequence[Any], criteria: Sequence[Any], config: Any, streamer: Any, num_rows: int
+) -> bool:
+    """Whether each row may run on its own: plain greedy search, of which nobody sees more than the tokens."""
+    known = (stopping_criteria.MaxLengthCriteria, stopping_criteria.EosTokenCriteria)
+    return (
+        loop == "_sample"
+        and not config.do_sample
+        and not config.return_dict_in_generate
+        and not len(processors)
+        and all(type(criterion) in known for criterion in criteria)
+        and (streamer is None or num_rows == 1)
+    )
+
+
+def may_drop_ended(processors: Sequence[Any], criteria: Sequence[Any], config: Any) -> bool:
+    """Whether nobody can tell that rows which have ended are computed no further."""
+    ends_in_padding = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+    stocks_own = all(type(processor).__module__ == logits_process.__name__ for processor in processors) and all(
+        type(criterion).__module__ == stopping_criteria.__name__ for criterion in criteria
+    )
+    return ends_in_padding and stocks_own and not config.return_dict_in_generate
+
+
+def prompts_of(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """``input_ids [B,L]`` without padding."""
+    if mask is None:
+        return input_ids.tolist()
+    return [ids[real].tolist() for ids, real in zip(input_ids, mask != 0, strict=True)]
+
+
+def fresh_cache(cache: Any) -> bool:
+    """Whether it is the cache that stock makes when nobody asks for one."""
+    return type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False) and not cache.get_seq_length()
+
+
+def _hooked(model: nn.Module) -> str | None:
+    """A hook may look at whole batches as stock lays them out: only stock's own calls of the model have those."""
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"there is a forward hook on {name or type(model).__name__}"
+    return None
+
+
+def _noise_in_training(model: nn.Module) -> str | None:
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return f"dropout ({module.p})"
+    for name, value in vars(model.config).items():
+        if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0:
+            return f"{name}={value}"
+    return None
