@@ -40,7 +40,6 @@ class KVCache:
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
-    @torch.inference_mode(False)  # who calls may be in it, and its tensors could not be written outside
     def grow(self, num_blocks: int) -> None:
         """Have at least ``num_blocks`` usable blocks. What the blocks hold stays.
 
@@ -52,7 +51,6 @@ class KVCache:
         for tensor in (*self.keys, *self.values):
             tensor.resize_(num_blocks + 1, *tensor.shape[1:])
 
-    @torch.inference_mode(False)
     def release(self) -> None:
         """Give all memory back, if the cache can grow again. What the blocks held is lost."""
         if self.max_blocks is not None:
@@ -118,7 +116,7 @@ def _gather(cache: Tensor, blocks: Tensor, num_tokens: int) -> Tensor:
     return found.transpose(0, 1).flatten(1, 2)[:, :num_tokens].contiguous()
 
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # who calls may be in it, and what is made in it can't be written outside
 def _room(max_blocks: int, num_blocks: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """``[num_blocks + 1, *shape]``. On a CPU the addresses of ``max_blocks`` are reserved, so that resize_ to as many
     copies nothing."""

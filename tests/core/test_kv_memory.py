@@ -311,7 +311,7 @@ def test_what_is_read_of_a_request_is_what_a_dense_run_holds(backend):
 
 def test_positions_behind_every_window_read_as_zeros():
     model = TinyModel(window=10)
-    engine = make_engine(model)
+    engine = make_engine(model, plugins=[Copying()])
     (row,) = engine.add_request("a", prompt_of(21), greedy(20))
     for _ in range(8):
         engine.step()
