@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         TokenSelector,
     )
     from paged_core.llm import LLM
+    from paged_core.metrics import PrometheusMetrics
     from paged_core.outputs import CompletionOutput, GenerationOutput, StreamDelta
     from paged_core.protocol.call import Call
     from paged_core.protocol.chat import ChatCall
@@ -73,6 +74,7 @@ _LAZY = {
     "ModelSpec": "execution.model",
     "ModuleForward": "execution.model",
     "PagedModel": "execution.model",
+    "PrometheusMetrics": "metrics",
     "ProtocolError": "protocol.fields",
     "RequestLimits": "protocol.served",
     "ServedModel": "protocol.served",
@@ -114,6 +116,7 @@ __all__ = [
     "PagedCoreError",
     "PagedModel",
     "PluginError",
+    "PrometheusMetrics",
     "ProtocolError",
     "Request",
     "RequestError",

@@ -84,7 +84,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
 }
 
 # Third parties that the core uses where they are installed, and does without where they aren't.
-OPTIONAL = {"paged_core/llm.py": {"tqdm"}}
+OPTIONAL = {"paged_core/llm.py": {"tqdm"}, "paged_core/metrics.py": {"prometheus_client"}}
 
 
 def room_of(path: Path) -> str | None:
@@ -259,7 +259,7 @@ def test_every_type_that_a_hook_names_is_public():
 
 
 def test_importing_the_core_loads_no_heavy_package(tmp_path):
-    heavy = {"torch", "transformers", "triton", "numba", "numpy"}
+    heavy = {"torch", "transformers", "triton", "numba", "numpy", "prometheus_client", "starlette"}
     assert new_python(f"import paged_core; print({heavy} & sys.modules.keys())", tmp_path) == "set()"
 
 
