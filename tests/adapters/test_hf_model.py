@@ -328,15 +328,12 @@ def test_modules_that_someone_listens_to_are_not_swallowed_by_their_parents(tiny
 @pytest.mark.parametrize(
     ("family", "own", "reason"),
     [
-        ("bloom", {"num_key_value_heads": None, "head_dim": None}, "position_ids"),
-        ("gptj", {"rotary_dim": 8, "head_dim": None}, "attention interface"),
-        ("falcon", {"head_dim": None}, "attention interface"),
-        ("llama4_text", {}, "chunked"),
+        ("xlm", {"num_key_value_heads": None, "head_dim": None, "emb_dim": 48, "n_heads": 4, "n_layers": 2},
+         "attention interface"),
         ("mamba", {}, "position_ids"),
         ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"] * 2, "num_experts": 0,
                         "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
                         "linear_value_head_dim": 16}, "state outside attention"),
-        ("bart", {"num_key_value_heads": None, "head_dim": None}, "encoder-decoder|position_ids"),
     ],
 )  # fmt: skip
 def test_an_unsupported_model_is_refused_with_the_reason(family: str, own: Any, reason: str, tiny: Any) -> None:

@@ -25,17 +25,22 @@ UNDER_WAY = "_paged_core_step"  # attribute of every twin: a list of one, the St
 class Step:
     """``attend`` for one forward pass: counts the calls, so that the n-th is layer n."""
 
-    __slots__ = ("attend", "layer")
+    __slots__ = ("attend", "layer", "positions")
 
-    def __init__(self, attend: Attend) -> None:
+    def __init__(self, attend: Attend, positions: Tensor) -> None:
         self.attend = attend
         self.layer = 0
+        self.positions = positions  # i64 [T], for models whose forward doesn't take them
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-        """``q [T,H,D], k [T,K,D], v [T,K,Dv], sinks [H] -> [T,H,Dv]``"""
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, key_bias: Tensor | None = None
+    ) -> Tensor:
+        """``q [T,H,D], k [T,K,D], v [T,K,Dv], sinks [H], key_bias f32 [H,P] -> [T,H,Dv]``"""
         layer = self.layer
         self.layer = layer + 1
-        return self.attend(layer, q, k, v, sinks)
+        if key_bias is None:
+            return self.attend(layer, q, k, v, sinks)
+        return self.attend(layer, q, k, v, sinks, key_bias)
 
 
 def _paged_attention(
@@ -46,11 +51,14 @@ def _paged_attention(
     attention_mask: Tensor | None,
     attend: Step | None = None,
     s_aux: Tensor | None = None,  # [H]
+    key_bias: Tensor | None = None,  # f32 [H,P]
     **facts: Any,  # seen and judged by the probe, when the model was taken in
 ) -> tuple[Tensor, None]:
     if attend is None:
         attend = getattr(module, UNDER_WAY)[0]
-    out = attend(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), s_aux)  # [T,H,Dv]
+    out = attend(
+        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), s_aux, key_bias
+    )  # [T,H,Dv]
     return out.unsqueeze(0), None
 
 
@@ -66,7 +74,15 @@ def _probing_attention(
     if attend is None:
         attend = getattr(module, UNDER_WAY)[0]
     attend.record(module, query, key, value, attention_mask, facts)
-    return _paged_attention(module, query, key, value, None, attend, facts.get("s_aux"))
+    return _paged_attention(module, query, key, value, None, attend, facts.get("s_aux"), facts.get("key_bias"))
+
+
+def attend_through(
+    step: Step, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **facts: Any
+) -> Tensor:
+    """For modules that don't ask the registry: ``query [1,H,T,D], key [1,K,T,D], value [1,K,T,Dv] -> [1,T,H,Dv]``."""
+    attention = _probing_attention if hasattr(step, "record") else _paged_attention
+    return attention(module, query, key, value, mask, step, **facts)[0]
 
 
 def _mask_with_its_rule(q_length: int, kv_length: int, mask_function: Any, **_: Any) -> Tensor:

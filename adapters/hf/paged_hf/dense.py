@@ -19,13 +19,27 @@ class DenseAttend:
         self._kv: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (layer, sequence) -> [K,L,D], [K,L,Dv]
 
     def bind(self, lengths: Sequence[int]) -> Attend:
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-            return self.run(lengths, layer, q, k, v, sinks)
+        def attend(
+            layer: int,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            sinks: Tensor | None = None,
+            key_bias: Tensor | None = None,
+        ) -> Tensor:
+            return self.run(lengths, layer, q, k, v, sinks, key_bias)
 
         return attend
 
     def run(
-        self, lengths: Sequence[int], layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
+        self,
+        lengths: Sequence[int],
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None = None,
+        key_bias: Tensor | None = None,
     ) -> Tensor:
         parts = zip(*(torch.split(tensor, list(lengths)) for tensor in (q, k, v)), strict=True)
         out = []
@@ -35,11 +49,13 @@ class DenseAttend:
                 old_keys, old_values = self._kv[layer, sequence]
                 keys, values = torch.cat([old_keys, keys], dim=1), torch.cat([old_values, values], dim=1)
             self._kv[layer, sequence] = keys, values
-            out.append(_attention(self.layers[layer], queries.transpose(0, 1), keys, values, sinks))
+            out.append(_attention(self.layers[layer], queries.transpose(0, 1), keys, values, sinks, key_bias))
         return torch.cat(out)  # [T,H,Dv]
 
 
-def _attention(spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+def _attention(
+    spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_bias: Tensor | None
+) -> Tensor:
     """The last T of L tokens ask: ``q [H,T,D], k [K,L,D], v [K,L,Dv] -> [T,H,Dv]``."""
     repeats = spec.num_heads // spec.num_kv_heads
     k, v = k.repeat_interleave(repeats, dim=0).float(), v.repeat_interleave(repeats, dim=0).float()
@@ -47,6 +63,8 @@ def _attention(spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor |
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     num_queries, num_keys = scores.shape[1:]
+    if key_bias is not None:
+        scores = scores + key_bias[:, None, :num_keys]
     key = torch.arange(num_keys, device=q.device)
     query = key[num_keys - num_queries :, None]
     hidden = key > query

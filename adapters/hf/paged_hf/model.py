@@ -16,10 +16,20 @@ from transformers import DynamicCache
 from paged_core import Attend, EngineDeadError, LayerSpec, ModelSpec, ModuleForward, UnsupportedModel
 from paged_hf.attention import UNDER_WAY, Step
 from paged_hf.probe import probe
+from paged_hf.rules import apply_rules
 from paged_hf.shadow import Shadow
 from paged_hf.watch import Watch
 
 CreateForward = Callable[[nn.Module], ModuleForward | None]
+_ANY_LENGTH = 1 << 17  # for models that name no limit
+_LENGTHS = (  # what configs call the positions that the model knows
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "max_target_positions",
+    "seq_length",
+)
 
 
 class HFPagedModel:
@@ -42,9 +52,15 @@ class HFPagedModel:
     def spec(self) -> ModelSpec:
         return self._spec
 
+    @property
+    def counts_padding(self) -> bool:
+        """Whether stock numbers the tokens of a left-padded row with its padding: such a row then gets another answer
+        from stock than it gets alone, and than it gets here."""
+        return not self._takes_positions and not any(layer.has_key_bias for layer in self._spec.layers)
+
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend, sample_indices: Tensor) -> Tensor:
         """``token_ids i64 [T], positions i64 [T], sample_indices i64 [S] -> logits [S, vocab]``"""
-        step = Step(attend)
+        step = Step(attend, positions)
         rows = sample_indices if sample_indices.numel() else sample_indices.new_zeros(1)  # some heads refuse no rows
         logits = self._call(token_ids, positions, step, rows)
         if step.layer != len(self._spec.layers):
@@ -98,16 +114,20 @@ class HFPagedModel:
         self._fast = {}
         config = self._base.config.get_text_config()
         _refuse_by_config(self._base)
+        max_length = _max_length(self._base, config)
         parameters = inspect.signature(type(self._base).forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        placed = apply_rules(self._shadow, self._under_way, max_length, self._takes_positions)
+        if not (self._takes_positions or placed):
+            raise UnsupportedModel(f"{type(self._base).__name__}.forward takes no position_ids")
         self._keeps_logits = "logits_to_keep" in parameters
         self._takes_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         device = self._base.get_input_embeddings().weight.device
         found = probe(self._shadow, self._call, config.vocab_size, device)
-        _refuse_sliding_cache(config, found.layers)
         self._spec = ModelSpec(
             layers=found.layers,
             vocab_size=found.vocab_size,
-            max_model_len=_max_length(self._base, config),
+            max_model_len=min(max_length, found.max_length, _until_the_cache_forgets(config, found.layers)),
             dtype=found.dtype,
             device=device,
             eos_token_ids=_eos_token_ids(self._base),
@@ -119,11 +139,11 @@ class HFPagedModel:
         """One forward pass of the twin: logits of ``rows``, or of all."""
         self._under_way[0] = step
         options: dict[str, Any] = {"attend": step} if step is not None and self._takes_kwargs else {}
+        if self._takes_positions:
+            options["position_ids"] = positions[None]
         if rows is not None and self._keeps_logits:
             options["logits_to_keep"] = rows
-        output = self._shadow.root(
-            input_ids=token_ids[None], position_ids=positions[None], attention_mask=None, use_cache=False, **options
-        )
+        output = self._shadow.root(input_ids=token_ids[None], attention_mask=None, use_cache=False, **options)
         logits: Tensor = output.logits[0]
         return logits if rows is None or self._keeps_logits else logits[rows]
 
@@ -166,27 +186,25 @@ def _refuse_by_config(model: Any) -> None:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder model")
-    if "position_ids" not in inspect.signature(type(model).forward).parameters:
-        raise UnsupportedModel(f"{name}.forward takes no position_ids")
     if model.get_output_embeddings() is None:
         raise UnsupportedModel(f"{name} has no language-model head")
 
 
-def _refuse_sliding_cache(config: Any, layers: tuple[LayerSpec, ...]) -> None:
-    """A window that stock applies by forgetting keys in its cache, and tells nobody of."""
-    slides = any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config).layers)
-    if slides and all(layer.sliding_window is None for layer in layers):
-        raise UnsupportedModel("its sliding window exists only in stock's cache: its attention isn't told of it")
+def _until_the_cache_forgets(config: Any, layers: tuple[LayerSpec, ...]) -> int:
+    """Some windows exist only in stock's cache, which forgets keys and tells nobody: the length below which it
+    forgets none."""
+    if any(layer.sliding_window is not None for layer in layers):
+        return _ANY_LENGTH
+    cached = DynamicCache(config=config).layers
+    windows = [layer.sliding_window for layer in cached if getattr(layer, "is_sliding", False)]
+    return min(windows, default=_ANY_LENGTH)
 
 
 def _max_length(model: nn.Module, config: Any) -> int:
     """Positions the model knows. Where rotary frequencies depend on the longest request of a batch, the length up to
     which they don't."""
-    limits = [
-        getattr(config, name, None)
-        for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
-    ]
-    length = next((limit for limit in limits if isinstance(limit, int) and limit > 0), 1 << 17)
+    limits = [getattr(config, name, None) for name in _LENGTHS]
+    length = next((limit for limit in limits if isinstance(limit, int) and limit > 0), _ANY_LENGTH)
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}

@@ -28,8 +28,8 @@ _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02}  # 
 _COARSE = 0.06  # the same for bfloat16 and anything smaller
 _NOISIEST = 0.2  # the same at most, for models that are noisy by themselves
 _KNOWN = frozenset(  # facts of an attention call that are honoured, or mean nothing here
-    {"dropout", "scaling", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids", "use_cache"}
-    | {"output_attentions", "output_hidden_states", "return_dict", "cache_position"}
+    {"dropout", "scaling", "sliding_window", "softcap", "s_aux", "key_bias", "is_causal", "position_ids", "use_cache"}
+    | {"output_attentions", "output_hidden_states", "return_dict", "cache_position", "logits_to_keep"}
 )
 _FAR = 3 * 5 * 7 << 20  # a position beyond every window, and where chunks of any usual size begin
 _WIDEST = 1 << 17  # windows up to here are told from masks; wider ones must come as sliding_window
@@ -40,6 +40,7 @@ class Findings:
     layers: tuple[LayerSpec, ...]
     vocab_size: int
     dtype: torch.dtype  # of K/V
+    max_length: int  # up to which its masks are what the layers say
 
 
 def probe(shadow: Shadow, call: Call, vocab_size: int, device: torch.device) -> Findings:
@@ -59,10 +60,10 @@ def probe(shadow: Shadow, call: Call, vocab_size: int, device: torch.device) -> 
     layers = tuple(recorder.layers)
     shadow.use_attention(PAGED)
     together = _in_chunks(call, layers, prompts, _SPLITS)
-    error = max(_difference(got, want) for got, want in zip(together, expected, strict=True))
-    if not error <= _tolerance(expected[0]):
+    error = max(difference(got, want) for got, want in zip(together, expected, strict=True))
+    if not error <= tolerance(expected[0]):
         _explain(shadow, call, layers, prompts[1], expected[1], error)
-    return Findings(layers, expected[0].shape[-1], recorder.dtype)
+    return Findings(layers, expected[0].shape[-1], recorder.dtype, recorder.max_length)
 
 
 def _explain(
@@ -72,12 +73,12 @@ def _explain(
     are rounded by what else is in the batch."""
     half = ids.numel() // 2
     shadow.use_attention(None)
-    noise = _difference(call(ids[:half], _positions(ids[:half]), None), expected[:half])
+    noise = difference(call(ids[:half], _positions(ids[:half]), None), expected[:half])
     shadow.use_attention(PAGED)
-    allowed = max(_tolerance(expected), min(4 * noise, _NOISIEST))
+    allowed = max(tolerance(expected), min(4 * noise, _NOISIEST))
     if error <= allowed:
         return
-    alone = _difference(_in_chunks(call, layers, [ids], [ids.numel()])[0], expected)
+    alone = difference(_in_chunks(call, layers, [ids], [ids.numel()])[0], expected)
     cause = "with attention taken over" if not alone <= allowed else (
         "packed in chunks with another prompt (is there state outside attention?)"
     )  # fmt: skip
@@ -88,18 +89,22 @@ def _explain(
 
 def _record(shadow: Shadow, call: Call, ids: Tensor) -> _Recorder:
     """Every attention call of one forward pass."""
+    recorder: _Recorder | None = None
     for implementation in (PROBE_WITH_MASKS, PROBE):  # some models compute with the mask and can't take a marked one
-        recorder = _Recorder(ids.numel())
+        latest = _Recorder(_positions(ids), makes_masks=implementation == PROBE)
         shadow.use_attention(implementation)
         try:
-            call(ids, _positions(ids), recorder)
+            call(ids, _positions(ids), latest)
         except UnsupportedModel:
             raise
         except Exception as error:
             if implementation == PROBE:
                 raise UnsupportedModel(f"it can't run without an attention mask of its own: {error}") from error
             continue
-        break
+        recorder = recorder or latest
+        if not latest.strange_masks:
+            break
+    assert recorder is not None
     if not recorder.layers:
         raise UnsupportedModel("its attention doesn't go through transformers' attention interface")
     return recorder
@@ -108,14 +113,17 @@ def _record(shadow: Shadow, call: Call, ids: Tensor) -> _Recorder:
 class _Recorder(Step):
     """A Step that writes down what each attention call brings, and refuses what the engine can't honour."""
 
-    __slots__ = ("dtype", "layers", "num_tokens", "windows")
+    __slots__ = ("dtype", "layers", "makes_masks", "max_length", "num_tokens", "strange_masks", "windows")
 
-    def __init__(self, num_tokens: int) -> None:
-        self.num_tokens = num_tokens
+    def __init__(self, positions: Tensor, makes_masks: bool) -> None:
+        self.num_tokens = positions.numel()
+        self.makes_masks = makes_masks  # whether a mask that comes is the model's own doing
+        self.strange_masks = False  # whether one came that it had computed with
+        self.max_length = _FAR
         self.layers: list[LayerSpec] = []
         self.windows: dict[int, tuple[Any, int | None]] = {}  # by id of a mask's rule
         self.dtype = torch.float32
-        super().__init__(self._attend)
+        super().__init__(self._attend, positions)
 
     def record(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, facts: dict[str, Any]
@@ -133,6 +141,10 @@ class _Recorder(Step):
                 f"{where} has queries {list(q.shape)}, keys {list(k.shape)}, values {list(v.shape)} "
                 f"for {self.num_tokens} tokens"
             )
+        if mask is not None and not hasattr(mask, "rule"):
+            self.strange_masks = True
+            if self.makes_masks:
+                raise UnsupportedModel(f"{where} has a mask that the model makes itself")
         window = self._window(where, mask, facts.get("sliding_window"))
         scale = facts.get("scaling")
         self.dtype = k.dtype
@@ -147,6 +159,7 @@ class _Recorder(Step):
                 sliding_window=window,
                 softcap=facts.get("softcap"),
                 has_sinks=facts.get("s_aux") is not None,
+                has_key_bias=facts.get("key_bias") is not None,
             )
         )
 
@@ -157,9 +170,9 @@ class _Recorder(Step):
             return None if told is None else int(told)
         if id(rule) not in self.windows:
             try:
-                self.windows[id(rule)] = rule, _window_of(rule)
-            except ValueError as error:
-                raise UnsupportedModel(f"{where} has a mask (chunked attention?) that {error}") from error
+                self.windows[id(rule)] = rule, self._judge(rule, where)
+            except UnsupportedModel:
+                raise
             except Exception:  # a rule made for this very batch: the comparison of logits must do
                 return None if told is None else int(told)
         window = self.windows[id(rule)][1]
@@ -167,8 +180,20 @@ class _Recorder(Step):
             raise UnsupportedModel(f"{where} is told sliding_window={told}, and its mask has {window}")
         return window if told is None else int(told)
 
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-        return DenseAttend(self.layers).run([self.num_tokens], layer, q, k, v, sinks)
+    def _judge(self, rule: Any, where: str) -> int | None:
+        try:
+            return _window_of(rule)
+        except ValueError as error:
+            chunk = _causal_until(rule)
+            if chunk is None:
+                raise UnsupportedModel(f"{where} has a mask that {error}") from error
+            self.max_length = min(self.max_length, chunk)
+            return None
+
+    def _attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, key_bias: Tensor | None = None
+    ) -> Tensor:
+        return DenseAttend(self.layers).run([self.num_tokens], layer, q, k, v, sinks, key_bias)
 
 
 def _window_of(rule: Any) -> int | None:
@@ -198,6 +223,21 @@ def _window_of(rule: Any) -> int | None:
     return window
 
 
+def _causal_until(rule: Any) -> int | None:
+    """The size of the first chunk of chunked attention, within which it is plainly causal."""
+    zero = torch.zeros((), dtype=torch.int64)
+    queries = torch.arange(_WIDEST)
+    hidden = (~torch.as_tensor(rule(zero, zero, queries, zero)).expand(queries.shape)).nonzero()
+    if not hidden.numel() or int(hidden[0]) < 2:
+        return None
+    chunk = int(hidden[0])
+    for query in (0, 1, chunk // 2, chunk - 1):
+        keys = torch.arange(chunk + 7)
+        if not torch.equal(torch.as_tensor(rule(zero, zero, zero + query, keys)).expand(keys.shape), keys <= query):
+            return None
+    return chunk
+
+
 def _in_chunks(
     call: Call, layers: Sequence[LayerSpec], prompts: Sequence[Tensor], splits: Sequence[int]
 ) -> list[Tensor]:
@@ -209,10 +249,15 @@ def _in_chunks(
         lengths = [ids[part].numel() for ids, part in zip(prompts, parts, strict=True)]
         if not sum(lengths):
             continue
-        step = Step(attend.bind(lengths))
-        ids = torch.cat([ids[part] for ids, part in zip(prompts, parts, strict=True)])
         positions = torch.cat([_positions(ids)[part] for ids, part in zip(prompts, parts, strict=True)])
-        rows = call(ids, positions, step)
+        step = Step(attend.bind(lengths), positions)
+        ids = torch.cat([ids[part] for ids, part in zip(prompts, parts, strict=True)])
+        try:
+            rows = call(ids, positions, step)
+        except UnsupportedModel:
+            raise
+        except Exception as error:
+            raise UnsupportedModel(f"its forward fails when two prompts stand in one row: {error!r}") from error
         if step.layer != len(layers):
             raise UnsupportedModel(
                 f"it calls attention {len(layers)} times in one forward pass, {step.layer} in another"
@@ -222,13 +267,13 @@ def _in_chunks(
     return [torch.cat(own) for own in logits]
 
 
-def _difference(got: Tensor, want: Tensor) -> float:
+def difference(got: Tensor, want: Tensor) -> float:
     """Mean absolute difference, as a share of the logits' standard deviation."""
     got, want = got.float(), want.float()
     return ((got - want).abs().mean() / want.std().clamp_min(1e-9)).item()
 
 
-def _tolerance(logits: Tensor) -> float:
+def tolerance(logits: Tensor) -> float:
     return _TOLERANCE.get(logits.dtype, _COARSE)
 
 
