@@ -6,7 +6,7 @@ PagedCoreError
 ├── PluginError                      a plugin is missing, misspelt or broken
 ├── RequestError                     a request ended in an error; carries the request id
 └── EngineDeadError                  the engine has stopped and takes no more requests
-InvalidRequestError (ValueError)     the request can't be served as asked (raised while it is being added)
+InvalidRequestError (ValueError)     the request can't be served as asked (raised to who asks: add_request, read_kv)
 """
 
 from paged_core.scheduling.request import InvalidRequestError
