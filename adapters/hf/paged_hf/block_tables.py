@@ -1,0 +1,90 @@
+"""BlockTables: which blocks hold the tokens of which row, for rows that advance together.
+
+Integers only. Who keeps one tells it what happens to the rows, and copies and writes tensors as it answers. It does
+not know K/V, heads or devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+
+from paged_core import BlockPool
+
+
+class BlockTables:
+    """Rows of one length over a pool of their own, which grows when it is empty.
+
+    Rows that come from one parent share its blocks. A shared block that is only partly filled is copied when one of
+    its rows goes on (copy-on-write).
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.pool = BlockPool(0, block_size)
+        self.rows: list[list[int]] = []  # block ids; each row has just the blocks that num_tokens need
+        self.num_tokens = 0  # of every row
+        self.version = 0  # another number whenever the block ids in rows have changed
+
+    def start(self, num_rows: int) -> None:
+        """Empty rows, in place of those that are there."""
+        self.crop(0)
+        self.rows = [[] for _ in range(num_rows)]
+
+    def extend(self, num_tokens: int) -> list[tuple[int, int]]:
+        """Room for more tokens in every row. Returns the blocks to copy first, as (source, target)."""
+        last_is_partial = bool(num_tokens and self.num_tokens % self.pool.block_size)
+        num_blocks = self._num_blocks(self.num_tokens + num_tokens)
+        shared = sum(self.pool.is_shared(row[-1]) for row in self.rows) if last_is_partial else 0
+        self._reserve(shared + sum(num_blocks - len(row) for row in self.rows))
+        copies = []
+        for row in self.rows:
+            if last_is_partial and self.pool.is_shared(row[-1]):
+                copies.append((row[-1], self.pool.allocate()))
+                self.pool.release([row[-1]])
+                row[-1] = copies[-1][1]
+            if len(row) < num_blocks:
+                row += [self.pool.allocate() for _ in range(num_blocks - len(row))]
+                self.version += 1
+        self.num_tokens += num_tokens
+        self.version += len(copies)
+        return copies
+
+    def crop(self, num_tokens: int) -> None:
+        """Forget all tokens but the first ``num_tokens`` of each row."""
+        self.num_tokens = min(self.num_tokens, num_tokens)
+        keep = self._num_blocks(self.num_tokens)
+        for row in self.rows:
+            self.pool.release(row[keep:])
+            del row[keep:]
+        self.version += 1
+
+    def select(self, parents: Sequence[int]) -> None:
+        """Row i becomes a fork of what row ``parents[i]`` was."""
+        before, self.rows = self.rows, [list(self.rows[parent]) for parent in parents]
+        changes = [
+            (old, new)
+            for old_row, new_row in zip_longest(before, self.rows, fillvalue=[])
+            for old, new in zip_longest(old_row, new_row)
+            if old != new
+        ]
+        self.pool.share([new for _, new in changes if new is not None])
+        self.pool.release([old for old, _ in changes if old is not None])
+        self.version += 1
+
+    def check(self) -> None:
+        """Assert that the pool and the rows agree, and that each row has the blocks its tokens need."""
+        self.pool.check(self.rows)
+        assert all(len(row) == self._num_blocks(self.num_tokens) for row in self.rows), "a row is too short or too long"
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.pool.block_size)
+
+    def _reserve(self, num_blocks: int) -> None:
+        if self.pool.num_available >= num_blocks:
+            return
+        before = self.pool.num_blocks
+        self.pool = BlockPool(max(self.pool.num_used + num_blocks, before * 3 // 2), self.pool.block_size)
+        known = [self.pool.allocate() for _ in range(before)]  # low ids come first: every block keeps its id
+        for row in self.rows:
+            self.pool.share(row)
+        self.pool.release(known)
