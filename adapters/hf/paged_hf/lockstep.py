@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -102,18 +102,16 @@ class EngineRows(DynamicCache):
         used = {block for table in tables for block in table}
         return len(used), sum(map(len, tables)) - len(used)
 
-    def to_dynamic(self, config: Any) -> DynamicCache:
-        """A real cache of the same content, left-padded with zeros, for the caller to keep."""
+    def copy_to(self, cache: Cache) -> None:
+        """Fill an empty cache with the rows' K/V, left-padded with zeros, for the caller to keep."""
         parents = self._parents or range(self._num_rows)
         self._host.post(
             self._call, lambda engine: self._call.tell([engine.read_kv(self._call.rows[i]) for i in parents])
         )
         rows = self._call.wait()  # B of L of (k [K,n,D], v [K,n,Dv])
-        cache = DynamicCache(config=config)
         for layer in range(len(rows[0])):
             keys, values = (_left_padded([row[layer][i] for row in rows], self.get_seq_length()) for i in (0, 1))
             cache.update(keys, values, layer)
-        return cache
 
     # ---- what loops and models ask of a cache --------------------------------------------------------------------
 

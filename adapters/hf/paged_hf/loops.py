@@ -105,14 +105,18 @@ class Run:
     # ---- the tiers -----------------------------------------------------------------------------------------------
 
     def as_stock(self, model: nn.Module, reason: str) -> Any:
-        note(Report("stock", self.name, self.input_ids.shape[0], reason))
-        return self._loop(model, self.input_ids, stopping_criteria=self._criteria, **self._rest)
+        try:
+            return self._loop(model, self.input_ids, stopping_criteria=self._criteria, **self._rest)
+        finally:  # an assistant's calls have reports too: the last is the call's own
+            note(Report("stock", self.name, self.input_ids.shape[0], reason))
 
     def over_blocks(self, model: nn.Module, reason: str) -> Any:
         cache = PagedCache(model.config.get_text_config(decoder=True))
-        note(Report("cache", self.name, self.input_ids.shape[0], reason))
         rest = self._rest | {"past_key_values": cache}
-        result = self._loop(model, self.input_ids, stopping_criteria=self._criteria, **rest)
+        try:
+            result = self._loop(model, self.input_ids, stopping_criteria=self._criteria, **rest)
+        finally:
+            note(Report("cache", self.name, self.input_ids.shape[0], reason))
         if getattr(result, "past_key_values", None) is cache:
             result.past_key_values = cache.to_dynamic()
         return result
@@ -145,12 +149,14 @@ class Run:
         if self.name == "_sample" and tiers.may_drop_ended(self._processors, criteria, self._config):
             criteria = lockstep.Ended(criteria, rows)
         rest = dict(self._rest)
+        prepared = rest.get("past_key_values")
         if rest.get("use_cache", True):
             rest["past_key_values"] = rows
         result = self._loop(lockstep.view(model, rows), self.input_ids, stopping_criteria=criteria, **rest)
         note(Report("native", self.name, len(self.input_ids), None, *rows.count_blocks()))
         if getattr(result, "past_key_values", None) is rows:
-            result.past_key_values = rows.to_dynamic(model.config.get_text_config(decoder=True))
+            rows.copy_to(prepared)
+            result.past_key_values = prepared
         return result
 
 

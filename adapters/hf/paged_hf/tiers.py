@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.generation import logits_process, stopping_criteria
 
+from paged_hf.shadow import listened_to
+
 _OURS = frozenset(
     {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 )
@@ -116,13 +118,15 @@ def prompts_of(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
 
 def fresh_cache(cache: Any) -> bool:
     """Whether it is the cache that stock makes when nobody asks for one."""
-    return type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False) and not cache.get_seq_length()
+    if type(cache) is not DynamicCache or cache.offloading:
+        return False
+    return not getattr(cache, "_is_user_defined", False) and not cache.get_seq_length()
 
 
 def _hooked(model: nn.Module) -> str | None:
     """A hook may look at whole batches as stock lays them out: only stock's own calls of the model have those."""
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+        if listened_to(module):
             return f"there is a forward hook on {name or type(model).__name__}"
     return None
 

@@ -1,0 +1,168 @@
+"""A generate() call answered twice, by stock and by the patched model, and everything a caller could tell them apart by.
+
+This file knows generate() and its outputs. It knows nothing of models: tests bring those.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, LogitsProcessor, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+Options = dict[str, Any]
+
+
+@dataclass
+class Answer:
+    """What came of one call, as far as its caller can see."""
+
+    result: Any = None
+    error: BaseException | None = None
+    warnings: list[tuple[type[Warning], str]] = field(default_factory=list)
+    random_state: Tensor = field(default_factory=lambda: torch.empty(0))
+    seen: list[Any] = field(default_factory=list)  # by objects of the caller's that generate() calls
+
+
+class Watcher:
+    """Base of the caller's objects. They note what they are shown, for ``Answer.seen``."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def note(self, *tensors: Any) -> None:
+        self.seen.append(tuple(t.clone() if isinstance(t, Tensor) else t for t in tensors))
+
+
+class Recorder(Watcher, LogitsProcessor):
+    """A processor with a memory: it lowers the scores of what each row chose before, by how often it was called."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.note(input_ids, scores)
+        return scores.scatter(1, input_ids, scores.gather(1, input_ids) - 0.3 * len(self.seen))
+
+
+class EndsAtTurns(Watcher, StoppingCriteria):
+    """Ends row i of the call at its (2 i + 2)-nd step. It counts the steps itself."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.note(input_ids, *(scores or ()))
+        return torch.arange(len(input_ids)) * 2 + 2 <= len(self.seen)
+
+
+class RecordingStreamer(Watcher, BaseStreamer):
+    def put(self, value: Tensor) -> None:
+        self.note(value)
+
+    def end(self) -> None:
+        self.note("end")
+
+
+def answer(generate: Callable[..., Any], args: tuple[Any, ...], options: Options, seed: int = 0) -> Answer:
+    found = Answer()
+    torch.manual_seed(seed)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            found.result = generate(*args, **options)
+        except Exception as error:
+            found.error = error
+    found.warnings = [(warning.category, str(warning.message)) for warning in caught]
+    found.random_state = torch.get_rng_state()
+    found.seen = [things for watcher in _watchers(options) for things in watcher.seen]
+    return found
+
+
+def assert_same(
+    patched: Any,
+    *args: Any,
+    tier: str | None,
+    loop: str | None = None,
+    seed: int = 0,
+    fresh: Callable[[], Options] = dict,  # objects that a call changes: made anew for each
+    **options: Any,
+) -> Answer:
+    """Both ways of one call give the same, and ours was answered by ``tier`` (None: it must not get that far)."""
+    expected = answer(patched.stock, args, {**options, **fresh()}, seed)
+    forget_reports()
+    got = answer(patched, args, {**options, **fresh()}, seed)
+    if expected.error is None and got.error is not None:
+        raise got.error
+    assert repr(got.error) == repr(expected.error)
+    assert got.warnings == expected.warnings
+    assert torch.equal(got.random_state, expected.random_state), "the call has left other random numbers behind"
+    assert_alike(got.result, expected.result, "result")
+    assert_alike(got.seen, expected.seen, "seen")
+    report = patched.last_report()
+    if tier is None:
+        assert report is None and expected.error is not None, report
+    else:
+        assert report is not None
+        assert (report.tier, report.loop) == (tier, loop or report.loop), report
+    return got
+
+
+def forget_reports() -> None:
+    from paged_hf import report
+
+    report._latest.report = None
+
+
+def assert_alike(got: Any, expected: Any, where: str) -> None:
+    """The same structure of the same types, and numbers that are equal, or close if they are computed."""
+    assert type(got) is type(expected), f"{where}: {type(got)} instead of {type(expected)}"
+    if isinstance(expected, Tensor):
+        assert got.shape == expected.shape, f"{where}: {list(got.shape)} instead of {list(expected.shape)}"
+        torch.testing.assert_close(got, expected, **CLOSE, equal_nan=True, msg=lambda m: f"{where}: {m}")
+        assert got.is_contiguous() == expected.is_contiguous() or got.is_floating_point(), where
+    elif isinstance(expected, Cache):
+        assert_same_cache(got, expected, where)
+    elif isinstance(expected, dict):
+        assert list(got) == list(expected), where
+        for key in expected:
+            assert_alike(got[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(got) == len(expected), f"{where}: {len(got)} instead of {len(expected)}"
+        for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+            assert_alike(ours, theirs, f"{where}[{i}]")
+    else:
+        assert got == expected, where
+
+
+def assert_same_cache(got: Cache, expected: Cache, where: str = "cache") -> None:
+    """The same kind, layer by layer, of the same length. What it holds shows when somebody goes on from it."""
+    assert got.get_seq_length() == expected.get_seq_length(), where
+    assert [type(layer) for layer in got.layers] == [type(layer) for layer in expected.layers], where
+    for ours, theirs in zip(got.layers, expected.layers, strict=True):
+        if getattr(theirs, "keys", None) is None:
+            continue
+        for mine, its in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            assert (mine.shape, mine.dtype, mine.device) == (its.shape, its.dtype, its.device), where
+            real = mine.ne(0).any(-1)  # where rows are padded, stock keeps the K/V of padding
+            torch.testing.assert_close(mine[real], its[real], **CLOSE, msg=lambda m: f"{where}: {m}")
+
+
+def _watchers(options: Options) -> list[Watcher]:
+    found = []
+    for value in options.values():
+        found += [thing for thing in (value if isinstance(value, list) else [value]) if isinstance(thing, Watcher)]
+    return found
+
+
+def padded(rows: list[list[int]], pad: int = 0) -> tuple[Tensor, Tensor]:
+    """``i64 [B,L]`` with padding on the left, and the mask of what is none."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def some_rows(lengths: tuple[int, ...], vocab_size: int = 90, seed: int = 7) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return padded([torch.randint(3, vocab_size, (n,), generator=generator).tolist() for n in lengths])
