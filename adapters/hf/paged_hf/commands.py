@@ -65,7 +65,8 @@ def _add_bench(commands: Any) -> None:
         "--baseline",
         default="hf-static:16,hf-sequential",
         metavar="LIST",
-        help="of hf-sequential, hf-static:SIZE, hf-continuous, paged-unshared (no prefix cache); default: %(default)s",
+        help="of hf-sequential, hf-static:SIZE, hf-continuous, paged-generate (the patched model.generate, a thread "
+        "for each request), paged-unshared (no prefix cache); default: %(default)s",
     )
     runs.add_argument("--repeats", type=_count, default=3, metavar="N", help="runs of each system; medians are shown")
     runs.add_argument("--quick", action="store_true", help="each baseline once, with a run of paged before and after")

@@ -95,8 +95,7 @@ class PagedGenerate:
         return last_report()
 
     def release(self) -> bool:
-        """Give back the K/V memory and all that was made for the model; the next call makes it anew. False: calls are
-        under way, and nothing was done."""
+        """Give back the K/V memory; the next call takes it anew. False: calls are under way, and nothing was done."""
         return self.tiers.host.release()
 
     def __enter__(self) -> PagedGenerate:
@@ -108,7 +107,7 @@ class PagedGenerate:
         del self.model.generate
         if self._before is not _MISSING:
             self.model.generate = self._before
-        self.release()
+        self.tiers.host.drop()
 
     def __reduce__(self) -> Any:
         """A copied or loaded model gets a stand-in of its own, with an engine of its own."""
@@ -181,7 +180,7 @@ def paged_generate(
     if isinstance(before, PagedGenerate) and before.model is model:
         if (before.kv_cache_memory, before.over_budget) == (kv_cache_memory, over_budget):
             return before
-        before.release()
+        before.tiers.host.drop()
     wraps = _transformers_model(model) is not model
     patched = (PagedWrapper if wraps else PagedGenerate)(model, kv_cache_memory, over_budget)
     if check:

@@ -117,12 +117,15 @@ class EngineHost:
             thread.join()
 
     def release(self) -> bool:
-        """Give back the engine and its K/V memory. False: calls are under way, and nothing was done."""
+        """Give back the K/V memory. False: calls are under way, and nothing was done."""
         with self._changed:
-            if self._open:
-                return False
-            self.engine = None
-            return True
+            return not self._open and (self.engine is None or self.engine.release_memory())
+
+    def drop(self) -> None:
+        """Forget the engine, and all that was made for the model, unless calls are under way."""
+        with self._changed:
+            if not self._open:
+                self.engine = None
 
     def shut_down(self) -> None:
         """End what is under way, and wait for the thread's end."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,10 +39,23 @@ class Report:
 def note(report: Report) -> None:
     """Remember the report of the calling thread's latest call; warn once of each reason that led to stock."""
     _latest.report = report
+    if getattr(_latest, "trying", False):
+        return
     _log.debug("generate: %s", report)
     if report.tier == "stock" and report.reason is not None and report.reason not in _warned:
         _warned.add(report.reason)
         _log.warning("generate() runs as stock does, not on paged memory: %s", report.reason)
+
+
+@contextmanager
+def trying() -> Iterator[None]:
+    """Calls inside are nobody's: no warning, and no report afterwards."""
+    before = last_report()
+    _latest.trying = True
+    try:
+        yield
+    finally:
+        _latest.trying, _latest.report = False, before
 
 
 def last_report() -> Report | None:

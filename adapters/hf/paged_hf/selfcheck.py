@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from paged_hf import loops
 from paged_hf.probe import difference, tolerance
-from paged_hf.report import last_report
+from paged_hf.report import last_report, trying
 
 _log = logging.getLogger("paged_hf")
 _NUM_NEW = 3
@@ -19,31 +19,46 @@ _LONGEST = 64  # windows up to here are outgrown by the longer prompt
 
 def run(ways: loops.Tiers) -> None:
     """Try every tier of ``ways`` on two prompts, the shorter one padded on the left, and drop those that differ."""
-    model = ways.model
-    if getattr(model.config, "is_encoder_decoder", False):
+    if getattr(ways.model.config, "is_encoder_decoder", False):
         return
-    ids, mask = _prompts(model)
-    options: dict[str, Any] = {"max_new_tokens": _NUM_NEW, "do_sample": False, "num_beams": 1}
-    options |= {"return_dict_in_generate": True, "output_logits": True}
-    kind: Any = type(model)
-    try:
-        expected = kind.generate(model, ids, attention_mask=mask, **options)
-    except Exception as error:
-        _log.debug("no self-check: stock's own generate() fails on a plain prompt: %r", error)
-        return
-    for tier in ("native", "cache"):
-        alone = loops.Tiers(model, ways.host, strict_memory=False)
-        alone.dropped = {other: "not this time" for other in ("native", "cache") if other != tier}
+    with trying():
         try:
-            got = kind.generate(loops.view(model, alone), ids, attention_mask=mask, **options)
+            expected = _answer(ways.model, ways.model)
         except Exception as error:
-            _drop(ways, tier, f"it fails on a plain prompt: {error!r}")
-            continue
-        report = last_report()
-        if report is None or report.tier != tier:
-            ways.dropped.update({tier: alone.dropped[tier]} if tier in alone.dropped else {})
-        elif (error := _error(got, expected, ids.shape[1])) > tolerance(expected.logits[0]):
-            _drop(ways, tier, f"its logits differ from stock's by {error:.2g} of their deviation")
+            _log.debug("no self-check: stock's own generate() fails on a plain prompt: %r", error)
+            return
+        for tier in ("native", "cache"):
+            _try(ways, tier, expected)
+
+
+def _try(ways: loops.Tiers, tier: str, expected: Any) -> None:
+    alone = loops.Tiers(ways.model, ways.host, strict_memory=False)
+    alone.dropped = {other: "not this time" for other in ("native", "cache") if other != tier}
+    try:
+        got = _answer(ways.model, loops.view(ways.model, alone))
+    except Exception as error:
+        _drop(ways, tier, f"it fails on a plain prompt: {error!r}")
+        return
+    report = last_report()
+    if tier in alone.dropped:  # it has found out by itself that it can't
+        ways.dropped[tier] = alone.dropped[tier]
+    elif report is not None and report.tier == tier and (error := _error(got, expected)) > tolerance(got.logits[0]):
+        _drop(ways, tier, f"its logits differ from stock's by {error:.2g} of their deviation")
+
+
+def _answer(model: nn.Module, seen: Any) -> Any:
+    """Greedy tokens and logits of the prompts; ``seen``: the model, or a view of it."""
+    ids, mask = _prompts(model)
+    return type(model).generate(  # type: ignore[attr-defined]
+        seen,
+        ids,
+        attention_mask=mask,
+        max_new_tokens=_NUM_NEW,
+        do_sample=False,
+        num_beams=1,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
 
 
 def _drop(ways: loops.Tiers, tier: str, why: str) -> None:
@@ -65,9 +80,9 @@ def _prompts(model: nn.Module) -> tuple[Tensor, Tensor]:
     return ids.to(device), mask.to(device)
 
 
-def _error(got: Any, expected: Any, width: int) -> float:
+def _error(got: Any, expected: Any) -> float:
     """The largest difference at a step, rows compared as long as their tokens agree."""
-    worst = 0.0
+    worst, width = 0.0, expected.sequences.shape[1] - len(expected.logits)
     for row in range(len(expected.sequences)):
         for step, (ours, theirs) in enumerate(zip(got.logits, expected.logits, strict=False)):
             worst = max(worst, difference(ours[row], theirs[row]))

@@ -63,10 +63,10 @@ def parse_baselines(text: str) -> list[str]:
         kind, _, size = name.partition(":")
         if kind == "hf-static" and size.isdecimal() and int(size) > 0:
             continue
-        if name not in ("hf-sequential", "hf-continuous", "paged-unshared"):
+        if name not in ("hf-sequential", "hf-continuous", "paged-unshared", "paged-generate"):
             raise ConfigError(
-                f"--baseline names {name!r}; use hf-sequential, hf-static:SIZE (hf-static:16), hf-continuous or "
-                "paged-unshared"
+                f"--baseline names {name!r}; use hf-sequential, hf-static:SIZE (hf-static:16), hf-continuous, "
+                "paged-generate or paged-unshared"
             )
     return names
 

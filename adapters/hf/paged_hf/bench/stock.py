@@ -58,7 +58,7 @@ class HFStatic:
     def _generate(self, batch: Sequence[BenchRequest], began: float, told: Told) -> dict[int, tuple[Sample, ...]]:
         input_ids, mask = _left_padded([request.prompt for request in batch])  # [B, L] each
         n = batch[0].n
-        clock = _Clock([request.num_output for request in batch], n, told)
+        clock = Clock([request.num_output for request in batch], n, told)
         output = self.model.generate(
             input_ids,
             attention_mask=mask,
@@ -158,7 +158,7 @@ class HFContinuous:
         return done
 
 
-class _Clock:
+class Clock:
     """A streamer that notes when each step's tokens came; ``generate`` first puts the prompt."""
 
     def __init__(self, lengths: Sequence[int], n: int, told: Told) -> None:

@@ -36,7 +36,7 @@ class System(Protocol):
 class Job:
     """What a child needs to become one of the systems."""
 
-    system: str  # paged, paged-unshared, hf-sequential, hf-static:SIZE, hf-continuous
+    system: str  # paged, paged-unshared, paged-generate, hf-sequential, hf-static:SIZE, hf-continuous
     source: str
     dtype: str | None
     config: EngineConfig
@@ -186,6 +186,7 @@ def _load(job: Job) -> tuple[Any, Facts]:
 
 def _build(job: Job, model: Any, report: Report) -> System:
     from paged_hf.bench import stock
+    from paged_hf.bench.callers import PagedCallers
     from paged_hf.bench.paged import Paged
 
     name, _, size = job.system.partition(":")
@@ -195,6 +196,8 @@ def _build(job: Job, model: Any, report: Report) -> System:
         return stock.HFSequential(model, job.sequential_limit_s)
     if name == "hf-continuous":
         return stock.HFContinuous(model)
+    if name == "paged-generate":
+        return PagedCallers(model, job.config.kv_cache_bytes)
     return Paged(model, replace(job.config, enable_prefix_caching=name == "paged"), report)
 
 
