@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from paged_hf.block_tables import BlockTables
 from paged_hf.cache import PagedCache, PagedLayer
@@ -239,15 +239,16 @@ class Pair:
 
 
 _OPERATIONS = st.one_of(
-    st.tuples(st.just("update"), st.integers(0, 7)),
+    st.tuples(st.just("update"), st.integers(0, 5)),
     st.tuples(st.just("crop"), st.integers(-9, -1)),
     st.tuples(st.just("repeat"), st.integers(1, 3)),
     st.tuples(st.sampled_from(["reorder", "keep", "mask"]), st.integers(0, 2**16)),
 )
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 3), st.lists(_OPERATIONS, max_size=12))
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 3), st.lists(_OPERATIONS, min_size=4, max_size=16))
+@example(4, 2, [("reorder", 0), ("update", 1)])
 def test_whatever_happens_a_layer_is_stocks_and_no_block_is_lost(
     block_size: int, num_rows: int, operations: list[tuple[str, int]]
 ) -> None:
