@@ -100,6 +100,14 @@ def test_alibi_runs_on_the_reference_too(name: str, make: Any, engine: Any, prom
     compare(engine_rows(engine(model), prompts, 5), expected)
 
 
+@pytest.mark.parametrize(("name", "own"), [("mpt", {"max_seq_len": 512}), ("falcon, alibi", {}), ("bloom", {})])
+def test_alibi_of_a_long_prompt_is_rounded_as_stock_rounds_it(name: str, own: Any, make: Any, engine: Any) -> None:
+    model = make(name, max_position_embeddings=None if name == "mpt" else 512, **own)
+    prompt = [3 + 7 * i % 89 for i in range(400)]  # falcon's bias is computed in bfloat16, which counts to 256
+    running = engine(model, attention_backend="cpu", num_blocks=120, max_num_batched_tokens=64)
+    compare(engine_rows(running, [prompt], 4), [stock_rows(model, prompt, 4)])
+
+
 @pytest.mark.parametrize("name", ["bloom", "mpt", "falcon, alibi", "falcon", "gptj", "bart"])
 def test_bfloat16_models_are_taken_in(name: str, make: Any, engine: Any, prompts: Any) -> None:
     rows = engine_rows(engine(make(name).bfloat16(), attention_backend="cpu"), prompts, 5)

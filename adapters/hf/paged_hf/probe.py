@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from paged_core import LayerSpec, UnsupportedModel
 from paged_hf.attention import PAGED, PROBE, PROBE_WITH_MASKS, Step
 from paged_hf.dense import DenseAttend
+from paged_hf.masks import FAR, WIDEST, causal_until, window_of
 from paged_hf.shadow import Shadow
 
 Call = Callable[..., Tensor]
@@ -31,8 +32,6 @@ _KNOWN = frozenset(  # facts of an attention call that are honoured, or mean not
     {"dropout", "scaling", "sliding_window", "softcap", "s_aux", "key_bias", "is_causal", "position_ids", "use_cache"}
     | {"output_attentions", "output_hidden_states", "return_dict", "cache_position", "logits_to_keep"}
 )
-_FAR = 3 * 5 * 7 << 20  # a position beyond every window, and where chunks of any usual size begin
-_WIDEST = 1 << 17  # windows up to here are told from masks; wider ones must come as sliding_window
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class _Recorder(Step):
         self.num_tokens = positions.numel()
         self.makes_masks = makes_masks  # whether a mask that comes is the model's own doing
         self.strange_masks = False  # whether one came that it had computed with
-        self.max_length = _FAR
+        self.max_length = FAR
         self.layers: list[LayerSpec] = []
         self.windows: dict[int, tuple[Any, int | None]] = {}  # by id of a mask's rule
         self.dtype = torch.float32
@@ -176,15 +175,15 @@ class _Recorder(Step):
             except Exception:  # a rule made for this very batch: the comparison of logits must do
                 return None if told is None else int(told)
         window = self.windows[id(rule)][1]
-        if told is not None and told != window and min(told, window or told) < _WIDEST:
+        if told is not None and told != window and min(told, window or told) < WIDEST:
             raise UnsupportedModel(f"{where} is told sliding_window={told}, and its mask has {window}")
         return window if told is None else int(told)
 
     def _judge(self, rule: Any, where: str) -> int | None:
         try:
-            return _window_of(rule)
+            return window_of(rule)
         except ValueError as error:
-            chunk = _causal_until(rule)
+            chunk = causal_until(rule)
             if chunk is None:
                 raise UnsupportedModel(f"{where} has a mask that {error}") from error
             self.max_length = min(self.max_length, chunk)
@@ -194,48 +193,6 @@ class _Recorder(Step):
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, key_bias: Tensor | None = None
     ) -> Tensor:
         return DenseAttend(self.layers).run([self.num_tokens], layer, q, k, v, sinks, key_bias)
-
-
-def _window_of(rule: Any) -> int | None:
-    """The sliding window that a mask's rule amounts to; None: plain causality.
-
-    Raises:
-        ValueError: it is neither; the message says what was seen.
-    """
-
-    def visible(query: int, distances: Tensor) -> Tensor:
-        zero = torch.zeros((), dtype=torch.int64)
-        seen = rule(zero, zero, torch.full_like(distances, query), query - distances)
-        return torch.as_tensor(seen).expand(distances.shape)
-
-    hidden = (~visible(_FAR, torch.arange(_WIDEST))).nonzero()
-    window = int(hidden[0]) if hidden.numel() else None
-    edge = window or 4096
-    distances = torch.tensor([-7, -1, 0, edge - 1, edge, edge + 1, 128, 1024, 8192, 32768, _WIDEST - 1])
-    expected = (distances >= 0) & (distances < (window or _FAR))
-    for query in (_FAR, _FAR + 1, _FAR + 5, _FAR + 1234, _FAR + 54321):
-        wrong = (visible(query, distances) != expected).nonzero()
-        if wrong.numel():
-            raise ValueError(
-                f"is neither causal nor a sliding window: position {query} and the key {int(distances[wrong[0]])} "
-                "before it are treated otherwise than elsewhere"
-            )
-    return window
-
-
-def _causal_until(rule: Any) -> int | None:
-    """The size of the first chunk of chunked attention, within which it is plainly causal."""
-    zero = torch.zeros((), dtype=torch.int64)
-    queries = torch.arange(_WIDEST)
-    hidden = (~torch.as_tensor(rule(zero, zero, queries, zero)).expand(queries.shape)).nonzero()
-    if not hidden.numel() or int(hidden[0]) < 2:
-        return None
-    chunk = int(hidden[0])
-    for query in (0, 1, chunk // 2, chunk - 1):
-        keys = torch.arange(chunk + 7)
-        if not torch.equal(torch.as_tensor(rule(zero, zero, zero + query, keys)).expand(keys.shape), keys <= query):
-            return None
-    return chunk
 
 
 def _in_chunks(
