@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from paged_core import Engine, FinishReason, Request, RequestError, RequestOutput, SamplingParams
-from paged_hf.host import Call, EngineHost, NotStarted, check_length
+from paged_hf.host import Call, EngineHost, NotStarted, check_prompts
 
 
 class FreeCall(Call):
@@ -21,17 +21,20 @@ class FreeCall(Call):
     def __init__(self, prompts: Sequence[Sequence[int]], max_tokens: int, eos: Sequence[int], streams: bool) -> None:
         super().__init__()
         self._prompts = prompts
-        self._params = SamplingParams(temperature=0, max_tokens=max_tokens, stop_token_ids=tuple(eos), ignore_eos=True)
+        self._max_tokens = max_tokens
+        self._eos = eos
         self._streams = streams
         self._num_left = len(prompts)
         self.outputs: list[list[int]] = []  # read by the caller once ``wait`` has returned None
 
     def enter(self, engine: Engine, name: str) -> list[Request]:
-        check_length(engine, self._prompts, self._params.max_tokens or 1)
+        check_prompts(engine, self._prompts, self._max_tokens)
+        known = tuple(token for token in self._eos if 0 <= token < engine.spec.vocab_size)  # others never come
+        params = SamplingParams(temperature=0, max_tokens=self._max_tokens, stop_token_ids=known, ignore_eos=True)
         rows: list[Request] = []
         try:
             for i, prompt in enumerate(self._prompts):
-                rows += engine.add_request(f"{name}.{i}", prompt, self._params)
+                rows += engine.add_request(f"{name}.{i}", prompt, params)
         except Exception:
             for row in rows:
                 engine.stop(row)

@@ -64,8 +64,16 @@ class EngineHost:
         self._start_afresh()
         _HOSTS.add(self)
 
+    def forked(self) -> None:
+        """In the child, which has neither the thread nor the other callers."""
+        unfinished = self._open
+        self._start_afresh()
+        for call in unfinished:
+            call.tell(
+                EngineDeadError("the process was forked in the middle of this call: only the parent goes on with it")
+            )
+
     def _start_afresh(self) -> None:
-        """Also in a forked child, which has neither the thread nor any of the calls."""
         self.engine: Engine | None = None  # the thread's own while it runs
         self._owners: dict[Request, Call] = {}  # the thread's own
         self._changed = threading.Condition()  # guards the four below
@@ -80,13 +88,21 @@ class EngineHost:
         return len(self._open)
 
     def open(self, call: Call) -> None:
-        """Add the call's rows to the running batch. ``call.wait`` raises what stands in the way."""
+        """Add the call's rows to the running batch. ``call.wait`` raises what stands in the way.
+
+        Raises:
+            NotStarted: no thread can be started.
+        """
         with self._changed:
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="paged-generate", daemon=True)
+                try:
+                    thread.start()  # it waits for our lock, and ends if an interrupt keeps us from the next line
+                except RuntimeError as error:  # too many threads, or the interpreter is shutting down
+                    raise NotStarted(f"the engine has no thread: {error}") from error
+                self._thread = thread
             self._open.add(call)
             self._post(lambda: self._admit(call))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="paged-generate", daemon=True)
-                self._thread.start()
 
     def post(self, call: Call, command: Callable[[Engine], None]) -> None:
         """Have ``command`` run between two steps. ``call.wait`` raises what it raises."""
@@ -100,18 +116,19 @@ class EngineHost:
 
         with self._changed:
             self._choosing.discard(call)
-            self._post(run)
+            if call in self._open:  # else it was told why not
+                self._post(run)
 
     def close(self, call: Call) -> None:
         """Cancel what still runs of a call. If no other one is open, the thread has ended on return."""
         with self._changed:
             if call not in self._open:
                 return
-            self._choosing.discard(call)
             self._post(lambda: self._end(call))
+            self._choosing.discard(call)
+            self._open.discard(call)
             thread = self._thread
-            if self._open == {call}:
-                self._changed.wait_for(lambda: self._thread is not thread or bool(self._open - {call}))
+            self._changed.wait_for(lambda: self._thread is not thread or bool(self._open))
             ended = self._thread is not thread
         if ended and thread is not None:
             thread.join()
@@ -119,21 +136,25 @@ class EngineHost:
     def release(self) -> bool:
         """Give back the K/V memory. False: calls are under way, and nothing was done."""
         with self._changed:
-            return not self._open and (self.engine is None or self.engine.release_memory())
+            return self._thread is None and (self.engine is None or self.engine.release_memory())
 
     def drop(self) -> None:
         """Forget the engine, and all that was made for the model, unless calls are under way."""
         with self._changed:
-            if not self._open:
+            if self._thread is None:
                 self.engine = None
 
     def shut_down(self) -> None:
-        """End what is under way, and wait for the thread's end."""
+        """At the interpreter's exit, when only daemon threads are left: end their calls, and wait for the thread's end.
+
+        SystemExit ends such a thread without a word, as the interpreter itself will in a moment.
+        """
         with self._changed:
             thread = self._thread
             for call in self._open:
-                call.tell(EngineDeadError("the interpreter is shutting down"))
+                call.tell(SystemExit("the interpreter is shutting down"))
                 self._post(lambda call=call: self._end(call))  # type: ignore[misc]
+            self._open.clear()
         if thread is not None:
             thread.join(timeout=10)
 
@@ -149,11 +170,14 @@ class EngineHost:
             self._choosing.add(call)
 
     def _run(self) -> None:
+        with self._changed:
+            if self._thread is not threading.current_thread():
+                return
         worked = False
         while self._obey(wait=not worked):
             try:
                 worked = self._step()
-            except Exception as error:
+            except BaseException as error:  # whatever it is, somebody waits for an answer
                 self._fail_all(error)
                 worked = False
 
@@ -214,10 +238,8 @@ class EngineHost:
             self._owners.pop(row, None)
             if self.engine is not None:
                 self.engine.stop(row)
-        with self._changed:
-            self._open.discard(call)
 
-    def _fail_all(self, error: Exception) -> None:
+    def _fail_all(self, error: BaseException) -> None:
         self.engine = None
         self._owners.clear()
         with self._changed:
@@ -226,16 +248,18 @@ class EngineHost:
                 call.tell(error)
 
 
-def check_length(engine: Engine, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+def check_prompts(engine: Engine, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
     """
     Raises:
-        NotStarted: the model has no positions for that many tokens: where stock goes on, the engine would stop.
+        NotStarted: the engine would answer otherwise than stock, which knows neither limits nor errors of ours.
     """
     longest = max(map(len, prompts)) + max_tokens
     if longest > engine.spec.max_model_len:
         raise NotStarted(
             f"prompt and output may have {longest} tokens, but the model knows {engine.spec.max_model_len} positions"
         )
+    if any(not 0 <= token < engine.spec.vocab_size for prompt in prompts for token in prompt):
+        raise NotStarted(f"a prompt holds a token that isn't among the model's {engine.spec.vocab_size}")
 
 
 _HOSTS: weakref.WeakSet[EngineHost] = weakref.WeakSet()
@@ -243,7 +267,7 @@ _HOSTS: weakref.WeakSet[EngineHost] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for host in list(_HOSTS):
-        host._start_afresh()
+        host.forked()
 
 
 def _at_exit() -> None:

@@ -20,7 +20,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from paged_core import Engine, FinishReason, Request, RequestError, RequestOutput, SamplingParams, Selection
-from paged_hf.host import Call, EngineHost, NotStarted, check_length
+from paged_hf.host import Call, EngineHost, NotStarted, check_prompts
 
 
 class LockstepCall(Call):
@@ -33,7 +33,10 @@ class LockstepCall(Call):
         self._params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
 
     def enter(self, engine: Engine, name: str) -> list[Request]:
-        check_length(engine, self._prompts, self._params.max_tokens or 1)
+        check_prompts(engine, self._prompts, self._params.max_tokens or 1)
+        limit = engine.config.max_num_seqs or 0
+        if len(self._prompts) > limit:
+            raise NotStarted(f"{len(self._prompts)} rows must advance together, but at most {limit} run at once")
         return engine.add_group(name, self._prompts, self._params, selector=self)
 
     def select(self, logits: Tensor, requests: Sequence[Request]) -> Selection:

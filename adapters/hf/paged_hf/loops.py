@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from paged_core import InvalidRequestError, UnsupportedModel
+from paged_core import ConfigError, InvalidRequestError, UnsupportedModel
 from paged_hf import free, lockstep, tiers
 from paged_hf.cache import PagedCache
 from paged_hf.host import EngineHost, NotStarted
@@ -41,7 +41,7 @@ class Tiers:
         """Answer a call of stock's decoding loop.
 
         Raises:
-            InvalidRequestError: it is larger than the K/V budget, and ``strict_memory`` was asked for.
+            InvalidRequestError, ConfigError: it is larger than the K/V budget, and ``strict_memory`` was asked for.
         """
         reason = run.why_stock(self.model)
         if reason is not None:
@@ -53,7 +53,7 @@ class Tiers:
             except NotStarted as failure:
                 cause = failure.__cause__
                 reason = str(failure) or str(cause)
-            if isinstance(cause, InvalidRequestError):
+            if isinstance(cause, (InvalidRequestError, ConfigError)):
                 if self.strict_memory:
                     raise cause
                 return run.as_stock(self.model, reason)

@@ -17,7 +17,7 @@ from paged_core import Attend, EngineDeadError, LayerSpec, ModelSpec, ModuleForw
 from paged_hf.attention import UNDER_WAY, Step
 from paged_hf.probe import probe
 from paged_hf.rules import apply_rules
-from paged_hf.shadow import Shadow
+from paged_hf.shadow import Shadow, listened_to
 from paged_hf.watch import Watch
 
 CreateForward = Callable[[nn.Module], ModuleForward | None]
@@ -166,7 +166,7 @@ class HFPagedModel:
 
 
 def _listened_to(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    return listened_to(module) or "forward" in module.__dict__
 
 
 def _unwrapped(model: Any) -> Any:

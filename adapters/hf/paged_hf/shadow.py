@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 _SHARED = frozenset(vars(nn.Module())) - {"training", "_modules"}  # parameters, buffers, hooks: the same objects
 _NOT_COMPARED = _SHARED | {"training", "_modules", "_compiled_call_impl"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_RECORDER = "transformers.utils.output_capturing"  # its hooks stay on once anyone has asked for hidden states
 _QUIET = {"_output_attentions": False, "output_hidden_states": False, "output_router_logits": False,
           "return_dict": True, "use_cache": False}  # fmt: skip
 
@@ -149,6 +150,15 @@ class Shadow:
         return copy
 
 
+def listened_to(module: nn.Module) -> bool:
+    """Whether someone has a forward hook on the module. Transformers' own recorders do nothing unless they are asked."""
+    return any(_any_user(getattr(module, hooks)) for hooks in _HOOKS)
+
+
+def _any_user(hooks: dict[int, Any]) -> bool:
+    return any(getattr(hook, "__module__", None) != _RECORDER for hook in hooks.values())
+
+
 def _rewrites_buffers(module: nn.Module) -> bool:
     """Whether the module's forward writes its own buffers: rotary embeddings whose frequencies follow the length."""
     rope_type = getattr(module, "rope_type", None)
@@ -158,7 +168,7 @@ def _rewrites_buffers(module: nn.Module) -> bool:
 
 def _snapshot(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], tuple[bool, ...]]:
     attributes = {name: value for name, value in module.__dict__.items() if name not in _NOT_COMPARED}
-    return attributes, dict(module._modules), tuple(bool(getattr(module, hooks)) for hooks in _HOOKS)
+    return attributes, dict(module._modules), tuple(_any_user(getattr(module, hooks)) for hooks in _HOOKS)
 
 
 def _changed(module: nn.Module, snapshot: tuple[dict[str, Any], dict[str, Any], tuple[bool, ...]]) -> bool:

@@ -66,11 +66,15 @@ def why_not_native(
         return "prefill_chunk_size is set"
     if torch.is_autocast_enabled(input_ids.device.type):
         return "autocast is on"
+    if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        return f"the prompts are {input_ids.dtype} {list(input_ids.shape)}"
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if mask is not None:
         if mask.shape != input_ids.shape:
             return f"the attention mask is {list(mask.shape)}, not {list(input_ids.shape)} as the prompts"
-        real = mask != 0
+        real = mask == 1
+        if bool(mask[~real].any()):
+            return "the attention mask has other values than 0 and 1"
         if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
             return "the attention mask has holes, or padding on the right"
     if positions is not None:
