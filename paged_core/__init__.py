@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from paged_core.protocol.fields import ProtocolError, parse_json
     from paged_core.protocol.served import RequestLimits, ServedModel
     from paged_core.protocol.tgi import TGICall
+    from paged_core.protocol.tokenize import tokenize
 
 __version__ = "0.1.0"
 
@@ -85,6 +86,7 @@ _LAZY = {
     "openai_error": "protocol.failures",
     "parse_json": "protocol.fields",
     "tgi_error": "protocol.failures",
+    "tokenize": "protocol.tokenize",
 }
 
 __all__ = [
@@ -137,6 +139,7 @@ __all__ = [
     "openai_error",
     "parse_json",
     "tgi_error",
+    "tokenize",
 ]
 
 

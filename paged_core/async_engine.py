@@ -71,6 +71,11 @@ class AsyncEngine:
     def tokenizer(self) -> Any:
         return self.codec.tokenizer
 
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests: it has not failed and isn't closed."""
+        return self._dead is None and not self._closed
+
     def submit(self, prompt: Any, params: SamplingParams | None = None, request_id: str | None = None) -> Stream:
         """Queue a prompt (a string, token ids or chat messages). Callable from any thread and inside event loops; the
         prompt is tokenised here, in the caller's thread.

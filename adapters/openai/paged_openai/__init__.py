@@ -1,0 +1,1 @@
+"""An HTTP server: OpenAI's and TGI's routes over an AsyncEngine."""

@@ -1,0 +1,214 @@
+"""The routes: which path speaks which protocol. Everything behind them is in Service and the core's calls."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from paged_core import (
+    Call,
+    CallError,
+    ChatCall,
+    CompletionCall,
+    Failure,
+    PrometheusMetrics,
+    ProtocolError,
+    ServedModel,
+    TGICall,
+    __version__,
+    parse_json,
+    tokenize,
+)
+from paged_openai.keys import KeyCheck
+from paged_openai.logs import RequestLog
+from paged_openai.responses import (
+    OPENAI,
+    OPENAI_WITHOUT_DONE,
+    TGI,
+    CallResponse,
+    Form,
+    error_response,
+    json_response,
+)
+from paged_openai.service import Service
+
+_Endpoint = Callable[[Request], Awaitable[Response]]
+_MakeCall = Callable[[Any, ServedModel, str], Call]
+
+
+@dataclass(frozen=True)
+class AppOptions:
+    """What a server does beside answering."""
+
+    api_keys: tuple[str, ...] = ()  # none: everybody is let in
+    cors_origins: tuple[str, ...] = ()
+    max_body_bytes: int = 8 * 2**20
+    body_timeout_s: float = 30.0
+    stream_done: bool = True  # end OpenAI's streams with [DONE]
+    log_prompts: bool = False
+
+
+def create_app(service: Service, metrics: PrometheusMetrics | None, options: AppOptions | None = None) -> Starlette:
+    """The ASGI application."""
+    options = options or AppOptions()
+    routes = _Routes(service, metrics, options)
+    openai = OPENAI if options.stream_done else OPENAI_WITHOUT_DONE
+    middleware = [Middleware(RequestLog)]
+    if options.cors_origins:
+        origins = list(options.cors_origins)
+        middleware.append(Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]))
+    if options.api_keys:
+        middleware.append(Middleware(KeyCheck, keys=options.api_keys))
+    return Starlette(
+        routes=[
+            Route("/v1/completions", routes.call(CompletionCall, openai), methods=["POST"]),
+            Route("/v1/chat/completions", routes.call(ChatCall, openai), methods=["POST"]),
+            Route("/v1/models", routes.models),
+            Route("/v1/models/{name:path}", routes.model),
+            Route("/", routes.call(_tgi(None), TGI), methods=["POST"]),
+            Route("/generate", routes.call(_tgi(False), TGI), methods=["POST"]),
+            Route("/generate_stream", routes.call(_tgi(True), TGI), methods=["POST"]),
+            Route("/tokenize", routes.tokenize, methods=["POST"]),
+            Route("/info", routes.info),
+            Route("/health", routes.health),
+            Route("/ready", routes.ready),
+            Route("/metrics", routes.metrics),
+        ],
+        middleware=middleware,
+        exception_handlers={HTTPException: _no_such_route},
+    )
+
+
+class _Routes:
+    def __init__(self, service: Service, metrics: PrometheusMetrics | None, options: AppOptions) -> None:
+        self._service = service
+        self._served = service.served
+        self._metrics = metrics
+        self._options = options
+        self._created = int(time.time())
+
+    def call(self, make: _MakeCall, form: Form) -> _Endpoint:
+        """The endpoint of a generating route. Prompts are tokenised in a thread of their own."""
+
+        async def endpoint(request: Request) -> Response:
+            notes = request.scope["notes"]
+            try:
+                self._service.check_room()
+                body = parse_json(await self._body(request))
+                if self._options.log_prompts:
+                    notes["body"] = body
+                call = await run_in_threadpool(make, body, self._served, request.scope["request_id"])
+            except Exception as error:
+                notes["error"] = str(error)
+                return error_response(form, error)
+            return CallResponse(self._service, call, form, notes)
+
+        return endpoint
+
+    async def tokenize(self, request: Request) -> Response:
+        try:
+            body = parse_json(await self._body(request))
+            return json_response(await run_in_threadpool(tokenize, body, self._served))
+        except Exception as error:
+            return error_response(TGI, error)
+
+    async def models(self, request: Request) -> Response:
+        return json_response({"object": "list", "data": [self._card(name) for name in self._served.names]})
+
+    async def model(self, request: Request) -> Response:
+        try:
+            return json_response(self._card(self._served.check_name(request.path_params["name"])))
+        except ProtocolError as error:
+            return error_response(OPENAI, error)
+
+    async def info(self, request: Request) -> Response:
+        """TGI's."""
+        limits, spec = self._served.limits, self._service.engine.engine.spec
+        return json_response({
+            "model_id": self._served.names[0],
+            "model_sha": None,
+            "model_dtype": str(spec.dtype),
+            "model_device_type": spec.device.type,
+            "model_pipeline_tag": "text-generation",
+            "max_concurrent_requests": self._service.max_open,
+            "max_best_of": limits.max_n,
+            "max_stop_sequences": limits.max_stop,
+            "max_input_tokens": limits.max_prompt_tokens or self._served.max_model_len - 1,
+            "max_input_length": limits.max_prompt_tokens or self._served.max_model_len - 1,
+            "max_total_tokens": self._served.max_model_len,
+            "router": "paged-core",
+            "version": __version__,
+            "sha": None,
+            "docker_label": None,
+        })  # fmt: skip
+
+    async def health(self, request: Request) -> Response:
+        """Whether the process does its work: if not, restart it."""
+        return self._status(self._service.engine.alive, "the engine has failed")
+
+    async def ready(self, request: Request) -> Response:
+        """Whether it takes calls: if not, send them elsewhere."""
+        return self._status(self._service.ready, "the server takes no more calls")
+
+    async def metrics(self, request: Request) -> Response:
+        if self._metrics is None:
+            return error_response(TGI, CallError(Failure.NOT_FOUND, "this server keeps no metrics"))
+        body, content_type = self._metrics.render()
+        return Response(body, headers={"content-type": content_type})
+
+    def _status(self, good: bool, bad: str) -> Response:
+        return Response(status_code=200) if good else error_response(TGI, CallError(Failure.UNAVAILABLE, bad))
+
+    def _card(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "paged-core",
+            "root": self._served.names[0],
+            "max_model_len": self._served.max_model_len,
+        }
+
+    async def _body(self, request: Request) -> bytes:
+        """Raises CallError for a body that is too large or comes too slowly."""
+        limit, timeout_s = self._options.max_body_bytes, self._options.body_timeout_s
+        try:
+            return await asyncio.wait_for(_read(request, limit), timeout_s)
+        except asyncio.TimeoutError:
+            raise CallError(Failure.TOO_SLOW, f"the body did not come in {timeout_s:g} s") from None
+        except ClientDisconnect:
+            raise CallError(Failure.CUT, "the client left") from None
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise CallError(Failure.TOO_LARGE, f"the body has more than {limit} bytes")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _tgi(stream: bool | None) -> _MakeCall:
+    return lambda body, served, request_id: TGICall(body, served, stream)
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    form = OPENAI if request.url.path.startswith("/v1") else TGI
+    if error.status_code == 405:
+        return error_response(form, CallError(Failure.NOT_ALLOWED, f"{request.method} is not for {request.url.path}"))
+    return error_response(form, CallError(Failure.NOT_FOUND, f"there is nothing at {request.url.path}"))

@@ -1,0 +1,127 @@
+"""``paged serve``: its options, and the server they make. Heavy imports wait until it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from paged_core import ConfigError, EngineConfig, InvalidRequestError, PagedCoreError, RequestLimits
+
+_ENGINE = ("max_model_len", "kv_cache_bytes", "block_size", "max_num_seqs", "max_num_batched_tokens",
+           "attention_backend", "scheduling_policy", "seed")  # fmt: skip
+_LIMITS = ("max_prompt_tokens", "max_tokens", "max_n", "max_prompts", "max_stop", "max_logprobs")
+
+
+def register(commands: Any) -> None:
+    """Add the command to ``commands``, an argparse subparsers object."""
+    parser = commands.add_parser("serve", help="serve a model over HTTP, to OpenAI's and TGI's clients")
+    parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, a GGUF file, or smollm2")
+    add_options(parser)
+    parser.set_defaults(run=serve)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The same as a program of its own. Returns its exit status."""
+    parser = argparse.ArgumentParser(prog="paged_openai", description="Serve a model to OpenAI's and TGI's clients.")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="a folder, a hub id, a GGUF file, or smollm2")
+    add_options(parser)
+    try:
+        return serve(parser.parse_args(argv))
+    except (PagedCoreError, InvalidRequestError) as error:
+        print(f"paged_openai: {error}", file=sys.stderr)
+        return 2
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="default: %(default)s, this machine only; 0.0.0.0: everybody")
+    add("--port", type=int, default=8000, help="default: %(default)s; 0: any free one")
+    add("--served-model-name", nargs="+", metavar="NAME", help="what clients call it (default: MODEL)")
+    _add_engine(parser.add_argument_group("engine"))
+    _add_limits(parser.add_argument_group("limits"))
+    _add_access(parser.add_argument_group("access"))
+    _add_behaviour(parser.add_argument_group("behaviour"))
+
+
+def _add_engine(group: Any) -> None:
+    add = group.add_argument
+    add("--dtype", help="float32, bfloat16, float16 or auto (default: as the model is stored)")
+    add("--device", help="default: a GPU if there is one")
+    add("--max-model-len", type=_count, metavar="N", help="tokens of a sequence, prompt and output")
+    add("--kv-bytes", type=_count, metavar="N", dest="kv_cache_bytes", help="memory for keys and values")
+    add("--block-size", type=_count, metavar="N")
+    add("--max-num-seqs", type=_count, metavar="N", help="sequences computed at once")
+    add("--max-num-batched-tokens", type=_count, metavar="N", help="tokens computed in a step")
+    add("--attention-backend", metavar="NAME")
+    add("--scheduling-policy", metavar="NAME", help="fcfs (default) or priority")
+    add("--no-prefix-caching", action="store_false", dest="prefix_caching", help="compute every prompt anew")
+    add("--seed", type=int, help="for requests that bring none")
+
+
+def _add_limits(group: Any) -> None:
+    add, limits = group.add_argument, RequestLimits()
+    add("--max-queue", type=int, default=1000, metavar="N", help="sequences that may wait (default: %(default)s)")
+    add("--max-prompt-tokens", type=_count, metavar="N", help="of one prompt (default: what the model takes)")
+    add("--max-tokens", type=_count, metavar="N", help="of one answer (default: what the model gives)")
+    for name in ("max_n", "max_prompts", "max_stop", "max_logprobs"):
+        default = getattr(limits, name)
+        add(f"--{name.replace('_', '-')}", type=_count, metavar="N", default=default, help="default: %(default)s")
+    add("--max-body-bytes", type=_count, metavar="N", default=8 * 2**20, help="default: %(default)s")
+    add("--body-timeout", type=_seconds, default=30.0, metavar="S", help="for a body to come (default: %(default)s)")
+    add("--request-timeout", type=_seconds, metavar="S", help="for a whole request (default: none)")
+    add("--shutdown-timeout", type=_seconds, default=30.0, metavar="S",
+        help="for running requests to end after SIGTERM (default: %(default)s)")  # fmt: skip
+
+
+def _add_access(group: Any) -> None:
+    add = group.add_argument
+    add("--api-key", action="append", default=[], metavar="KEY", help="let in who gives it; may be repeated")
+    add("--api-key-file", type=Path, metavar="FILE", help="keys that other users can't see in the process list")
+    add("--cors-origin", action="append", default=[], metavar="URL", help="let pages of this origin call; repeatable")
+    add("--ssl-certfile", type=Path, metavar="FILE")
+    add("--ssl-keyfile", type=Path, metavar="FILE")
+    add("--ssl-ca-certs", type=Path, metavar="FILE", help="ask clients for a certificate signed by these")
+
+
+def _add_behaviour(group: Any) -> None:
+    add = group.add_argument
+    add("--no-stream-done", action="store_false", dest="stream_done",
+        help="leave out data: [DONE], which the text-generation client's chat can't read")  # fmt: skip
+    add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    add("--log-prompts", action="store_true", help="write requests' bodies to the log")
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Load the model, then serve until a signal comes."""
+    try:
+        from paged_openai import serving
+    except ImportError as error:
+        raise ConfigError(f"{error}; a server needs more: pip install 'paged-core[server]'") from error
+    return serving.serve(args, engine_config(args), request_limits(args))
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    """The engine's options as its configuration; what wasn't said keeps its default."""
+    said = {name: getattr(args, name) for name in _ENGINE if getattr(args, name) is not None}
+    return EngineConfig(**said, enable_prefix_caching=args.prefix_caching)
+
+
+def request_limits(args: argparse.Namespace) -> RequestLimits:
+    return RequestLimits(**{name: getattr(args, name) for name in _LIMITS})
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} isn't a number of seconds")
+    return value

@@ -1,0 +1,109 @@
+"""One call under way in the engine: its prompts' streams, joined into what is sent. Knows no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from paged_core import AsyncEngine, Call, CallError, Failure, GenerationOutput, Stream, StreamDelta
+
+_News = tuple[int, StreamDelta | Exception | None]  # None: that stream has ended
+
+
+class Exchange:
+    """Submits all prompts of ``call`` at once; ``close`` must follow, whatever happens.
+
+    Raises:
+        EngineDeadError: the engine takes no requests any more.
+    """
+
+    def __init__(self, engine: AsyncEngine, call: Call) -> None:
+        self.call = call
+        self.results: list[GenerationOutput] = []  # one a prompt, when all have ended
+        self._cut: CallError | None = None
+        self._streams: list[Stream] = []
+        try:
+            for prompt in call.prompts:
+                self._streams.append(engine.submit(prompt, call.params))
+        except BaseException:
+            self.close()
+            raise
+
+    def cut(self, error: CallError) -> None:
+        """End it early: whoever waits for it gets ``error``."""
+        self._cut = self._cut or error
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what still runs."""
+        for stream in self._streams:
+            stream.cancel()
+
+    async def answer(self) -> Any:
+        """The body of a call that isn't streamed.
+
+        Raises:
+            CallError: it was cut, or the engine could not finish it.
+            InvalidRequestError: the engine refused it.
+        """
+        await self._finish()
+        return self.call.answer(self.results)
+
+    async def chunks(self) -> AsyncIterator[list[dict[str, Any]]]:
+        """The chunks of a streamed call, several at a time. The first come with the first news of the engine, so that
+        what it refuses is told before anything was sent. Raises as ``answer``."""
+        chunks = self.call.first_chunks()
+        async for number, delta in _merge(self._streams):
+            self._check(delta.finish_reason, delta.error)
+            yield chunks + self.call.chunks(number, delta)
+            chunks = []
+        await self._finish()
+        if last := self.call.last_chunks(self.results):
+            yield last
+
+    async def _finish(self) -> None:
+        self.results = list(await asyncio.gather(*[stream.aresult() for stream in self._streams]))
+        for result in self.results:
+            for output in result.outputs:
+                self._check(output.finish_reason, result.error)
+
+    def _check(self, finish_reason: str | None, error: str | None) -> None:
+        if finish_reason == "abort":
+            raise self._cut or CallError(Failure.CUT, "the request was cancelled")
+        if finish_reason == "error":
+            raise CallError(Failure.GENERATION, error or "the generation failed")
+
+
+async def _merge(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, StreamDelta]]:
+    """(number of the stream, its delta), as they come."""
+    if len(streams) == 1:
+        async for delta in streams[0]:
+            yield 0, delta
+        return
+    news: asyncio.Queue[_News] = asyncio.Queue(maxsize=len(streams))
+    tasks = [asyncio.ensure_future(_pump(number, stream, news)) for number, stream in enumerate(streams)]
+    try:
+        num_open = len(streams)
+        while num_open:
+            number, piece = await news.get()
+            if piece is None:
+                num_open -= 1
+            elif isinstance(piece, Exception):
+                raise piece
+            else:
+                yield number, piece
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(number: int, stream: Stream, news: asyncio.Queue[_News]) -> None:
+    try:
+        async for delta in stream:
+            await news.put((number, delta))
+    except Exception as error:
+        await news.put((number, error))
+    else:
+        await news.put((number, None))

@@ -1,0 +1,58 @@
+"""Who is let in: API keys. Knows nothing of what they are let in to."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+from pathlib import Path
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from paged_core import CallError, ConfigError, Failure
+from paged_openai.responses import OPENAI, TGI, error_response
+
+_OPEN_TO_ALL = frozenset({"/health", "/ready", "/metrics"})  # for probes and scrapers: no prompts, no texts
+
+
+class KeyCheck:
+    """ASGI middleware: calls need ``Authorization: Bearer KEY`` with one of the keys."""
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+        self._app = app
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in _OPEN_TO_ALL or self._knows(scope):
+            return await self._app(scope, receive, send)
+        form = OPENAI if scope["path"].startswith("/v1") else TGI
+        refused = CallError(Failure.UNAUTHORIZED, "give one of this server's API keys as Authorization: Bearer KEY")
+        return await error_response(form, refused)(scope, receive, send)
+
+    def _knows(self, scope: Scope) -> bool:
+        """Takes the same time whatever the key: all are compared, as digests of one length."""
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, key = given.partition(b" ")
+        digest = _digest(key.strip())
+        found = [hmac.compare_digest(digest, known) for known in self._digests]
+        return scheme.lower() == b"bearer" and any(found)
+
+
+def read_keys(path: Path) -> list[str]:
+    """One key a line; empty lines and lines that begin with # are left out.
+
+    Raises:
+        ConfigError: the file can't be read, or holds no key.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the API keys can't be read: {error}") from error
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise ConfigError(f"{path} holds no API key; a server without keys is one without --api-key-file")
+    return keys
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

@@ -1,0 +1,78 @@
+"""One JSON line for each request, and request ids. No prompts and no texts, unless somebody put them into the notes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_log = logging.getLogger("paged_openai.requests")
+_SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_QUIET = frozenset({"/health", "/ready", "/metrics"})  # asked for every few seconds
+
+
+class RequestLog:
+    """ASGI middleware: gives each request its id (the client's ``X-Request-Id`` if it is a sane one), sends it back,
+    and logs how the request ended. Others put what they know into ``scope["notes"]``."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        request_id = _request_id(scope)
+        notes: dict[str, Any] = {}
+        scope["request_id"], scope["notes"] = request_id, notes
+        status, began = 0, time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            return await self._app(scope, receive, send_with_id)
+        finally:
+            level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
+            duration_ms = round((time.perf_counter() - began) * 1000, 1)
+            told = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
+            _log.log(level, "request", extra={"fields": {**told, "duration_ms": duration_ms, **notes}})
+
+
+class JSONLines(logging.Formatter):
+    """A log record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def log_to_stderr(level: str) -> None:
+    """Our loggers, the core's and uvicorn's, as JSON lines."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JSONLines())
+    for name in ("paged_core", "paged_openai", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level.upper())
+
+
+def _request_id(scope: Scope) -> str:
+    given: bytes = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    return given.decode() if _SANE_ID.fullmatch(given) else uuid.uuid4().hex

@@ -1,0 +1,126 @@
+"""A call's answer over HTTP: JSON or server-sent events, ended when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from paged_core import Call, CallError, Failure, InvalidRequestError, openai_error, tgi_error
+from paged_openai.service import Service
+
+_log = logging.getLogger("paged_openai")
+
+_EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
+           (b"x-accel-buffering", b"no")]  # fmt: skip
+
+
+class Form(NamedTuple):
+    """How one protocol words its errors and ends its streams."""
+
+    error: Callable[[Exception], tuple[int, dict[str, Any]]]
+    last_event: bytes
+
+
+OPENAI = Form(openai_error, b"data: [DONE]\n\n")
+OPENAI_WITHOUT_DONE = Form(openai_error, b"")  # for clients that read every event as JSON
+TGI = Form(tgi_error, b"")
+
+
+def json_bytes(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(json_bytes(value), status, dict(headers or {}), media_type="application/json")
+
+
+def error_response(form: Form, error: Exception) -> Response:
+    """``error`` as the client knows it. What isn't the client's doing is logged."""
+    status, body = _told(form, error)
+    return json_response(body, status, _headers_for(error))
+
+
+class CallResponse(Response):
+    """Carries ``call`` out while it is being sent."""
+
+    def __init__(self, service: Service, call: Call, form: Form, notes: dict[str, Any]) -> None:
+        super().__init__()
+        self._service = service
+        self._call = call
+        self._form = form
+        self._notes = notes  # for the log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with self._service.exchange(self._call) as exchange:
+                watcher = asyncio.ensure_future(_until_disconnect(receive, exchange.close))
+                try:
+                    if self._call.stream:
+                        await self._send_events(exchange, scope, receive, send)
+                    else:
+                        answer = json_response(await exchange.answer())
+                        await answer(scope, receive, send)
+                finally:
+                    watcher.cancel()
+                    self._note(exchange.results)
+        except Exception as error:
+            self._notes["error"] = str(error)
+            await error_response(self._form, error)(scope, receive, send)
+
+    async def _send_events(self, exchange: Any, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises only while nothing has been sent; later errors are events themselves."""
+        started = False
+        try:
+            async for chunks in exchange.chunks():
+                if not started:
+                    await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
+                    started = True
+                await _send_body(send, b"".join([_event(chunk) for chunk in chunks]), more=True)
+        except Exception as error:
+            if not started:
+                raise
+            self._notes["error"] = str(error)
+            await _send_body(send, _event(_told(self._form, error)[1]), more=True)
+        await _send_body(send, self._form.last_event, more=False)
+
+    def _note(self, results: Any) -> None:
+        if results:
+            outputs = [output for result in results for output in result.outputs]
+            self._notes["prompt_tokens"] = sum(len(result.prompt_token_ids) for result in results)
+            self._notes["output_tokens"] = sum(len(output.token_ids) for output in outputs)
+            self._notes["finish_reasons"] = sorted({output.finish_reason for output in outputs})
+
+
+async def _until_disconnect(receive: Receive, left: Callable[[], None]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    left()
+
+
+async def _send_body(send: Send, body: bytes, *, more: bool) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+def _event(value: Any) -> bytes:
+    return b"data: " + json_bytes(value) + b"\n\n"
+
+
+def _told(form: Form, error: Exception) -> tuple[int, dict[str, Any]]:
+    if not isinstance(error, CallError | InvalidRequestError):
+        _log.error("a call failed", exc_info=error)
+    return form.error(error)
+
+
+def _headers_for(error: Exception) -> dict[str, str]:
+    if isinstance(error, CallError):
+        if error.failure in (Failure.OVERLOADED, Failure.UNAVAILABLE):
+            return {"Retry-After": "1"}
+        if error.failure is Failure.UNAUTHORIZED:
+            return {"WWW-Authenticate": "Bearer"}
+    return {}

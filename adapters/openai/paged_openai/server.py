@@ -1,0 +1,43 @@
+"""uvicorn, with an end that lets every stream say its last word."""
+
+from __future__ import annotations
+
+import socket
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from paged_openai.service import Service
+
+_UNREAD_S = 5.0  # given to clients that are slow to read the last events
+
+
+class Server(uvicorn.Server):
+    """On SIGTERM or SIGINT: stops accepting, lets calls run for ``shutdown_timeout_s``, cuts the rest with a last
+    event, and returns. A second signal ends it at once."""
+
+    def __init__(self, app: ASGIApp, service: Service, *, shutdown_timeout_s: float = 30.0, **config: Any) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+                timeout_graceful_shutdown=int(shutdown_timeout_s + _UNREAD_S) + 1,
+                **config,
+            )
+        )
+        self._service = service
+        self._shutdown_timeout_s = shutdown_timeout_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Not uvicorn's own: it raises the signal once more in the end, and the process would die of it.
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.drain(self._shutdown_timeout_s)
+        await super().shutdown(sockets)

@@ -1,0 +1,80 @@
+"""From options to a server that runs: builds the engine, the service and the application, and waits for the end."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import ssl
+import sys
+from contextlib import suppress
+from typing import Any
+
+from paged_core import AsyncEngine, ConfigError, Engine, EngineConfig, PrometheusMetrics, RequestLimits, ServedModel
+from paged_openai.app import AppOptions, create_app
+from paged_openai.keys import read_keys
+from paged_openai.logs import log_to_stderr
+from paged_openai.server import Server
+from paged_openai.service import Service
+
+_log = logging.getLogger("paged_openai")
+
+
+def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits) -> int:
+    """Returns the exit status: 0 after a signal, 1 if the port can't be had."""
+    options, tls = _app_options(args), _tls(args)  # what is wrong with them is told before the model is loaded
+    log_to_stderr(args.log_level)
+    allow_many_connections()
+    names = args.served_model_name or [str(args.model)]
+    metrics = PrometheusMetrics(names[0])
+    engine = Engine(args.model, config, plugins=[metrics], device=args.device, dtype=args.dtype)
+    with AsyncEngine(engine) as served_engine:
+        served = ServedModel(served_engine, names, limits)
+        service = Service(served_engine, served, max_queue=args.max_queue, timeout_s=args.request_timeout)
+        app = create_app(service, metrics, options)
+        server = Server(app, service, host=args.host, port=args.port, shutdown_timeout_s=args.shutdown_timeout, **tls)
+        _log.info("serving", extra={"fields": {"model": names[0], "host": args.host, "port": args.port}})
+        try:
+            server.run()
+        except SystemExit:  # uvicorn's way of saying that the port can't be had; it has logged why
+            return 1
+    return 0
+
+
+def _app_options(args: argparse.Namespace) -> AppOptions:
+    keys = list(args.api_key)
+    if any(not key for key in keys):
+        raise ConfigError("--api-key is empty; leave it out to let everybody in")
+    if args.api_key_file is not None:
+        keys += read_keys(args.api_key_file)
+    return AppOptions(
+        api_keys=tuple(keys),
+        cors_origins=tuple(args.cors_origin),
+        max_body_bytes=args.max_body_bytes,
+        body_timeout_s=args.body_timeout,
+        stream_done=args.stream_done,
+        log_prompts=args.log_prompts,
+    )
+
+
+def _tls(args: argparse.Namespace) -> dict[str, Any]:
+    if args.ssl_certfile is None:
+        if args.ssl_keyfile is not None or args.ssl_ca_certs is not None:
+            raise ConfigError("--ssl-keyfile and --ssl-ca-certs need --ssl-certfile")
+        return {}
+    for path in (args.ssl_certfile, args.ssl_keyfile, args.ssl_ca_certs):
+        if path is not None and not path.is_file():
+            raise ConfigError(f"{path} doesn't exist")
+    tls = {"ssl_certfile": args.ssl_certfile, "ssl_keyfile": args.ssl_keyfile}
+    if args.ssl_ca_certs is not None:
+        tls |= {"ssl_ca_certs": str(args.ssl_ca_certs), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    return tls
+
+
+def allow_many_connections() -> None:
+    """As many open files as the system lets us have: each stream is one, and the usual limit is 1024."""
+    if sys.platform != "win32":
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with suppress(ValueError, OSError):  # "unlimited" isn't taken everywhere
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,0 +1,87 @@
+"""A real uvicorn on loopback, in a thread, over a model that continues the alphabet."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx2
+from alphabet_model import AlphabetModel
+from paged_openai.app import AppOptions, create_app
+from paged_openai.server import Server
+from paged_openai.service import Service
+from toy_tokenizers import CharacterTokenizer
+
+from paged_core import AsyncEngine, Engine, EngineConfig, PrometheusMetrics, RequestLimits, ServedModel
+
+LIMIT_S = 30.0
+
+
+class Running:
+    """One server, and what a test wants to look at behind it."""
+
+    def __init__(self, engine: AsyncEngine, service: Service, server: Server) -> None:
+        self.engine, self.service, self.server = engine, service, server
+        self._thread = threading.Thread(target=server.run, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        until(lambda: self.server.started)
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.port, self.url = port, f"http://127.0.0.1:{port}"
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self._thread.join(LIMIT_S)
+        assert not self._thread.is_alive(), "the server doesn't stop"
+
+    def client(self, **options: Any) -> httpx2.Client:
+        return httpx2.Client(base_url=self.url, timeout=LIMIT_S, trust_env=False, **options)
+
+    @property
+    def num_blocks_used(self) -> int:
+        stats = self.engine.engine.last_stats
+        return stats.num_blocks_used if stats is not None else 0
+
+    def come_to_rest(self) -> None:
+        """Wait until nothing runs, and see that nothing was left behind."""
+        until(lambda: not self.engine.engine.has_work and not self.service._open)
+        assert self.service._num_open == 0
+        assert self.engine.submit([33]).result(LIMIT_S).finished, "a step after the last, for its stats"
+        until(lambda: self.num_blocks_used == 0)
+
+
+@contextmanager
+def alphabet_server(
+    model: AlphabetModel | None = None,
+    *,
+    config: EngineConfig | None = None,
+    limits: RequestLimits | None = None,
+    options: AppOptions | None = None,
+    max_queue: int = 100,
+    timeout_s: float | None = None,
+    shutdown_timeout_s: float = 5.0,
+) -> Iterator[Running]:
+    metrics = PrometheusMetrics("alphabet")
+    config = config or EngineConfig(num_blocks=512, attention_backend="reference")
+    with AsyncEngine(
+        Engine(model or AlphabetModel(), config, plugins=[metrics]), tokenizer=CharacterTokenizer()
+    ) as engine:
+        service = Service(engine, ServedModel(engine, ["alphabet"], limits), max_queue=max_queue, timeout_s=timeout_s)
+        app = create_app(service, metrics, options)
+        running = Running(engine, service, Server(app, service, port=0, shutdown_timeout_s=shutdown_timeout_s))
+        running.start()
+        try:
+            yield running
+        finally:
+            running.stop()
+
+
+def until(condition: Any, limit_s: float = LIMIT_S) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.005)
