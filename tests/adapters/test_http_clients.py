@@ -138,8 +138,8 @@ def test_what_only_the_engine_can_refuse_is_a_400_too_even_of_a_stream(client: o
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError, match="ids go from 0 to 96"):
             client.completions.create(model="alphabet", prompt=[500], stream=stream)
-        with pytest.raises(openai.BadRequestError, match="ids go from 0 to 96"):
-            client.completions.create(model="alphabet", prompt=[[33], [500]], stream=stream)
+        with pytest.raises(openai.APIError, match="ids go from 0 to 96"):  # the first prompt may have been answered
+            list(client.completions.create(model="alphabet", prompt=[[33], [500]], stream=stream))
 
 
 # ---- huggingface_hub ---------------------------------------------------------------------------------------------
