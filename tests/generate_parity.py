@@ -1,10 +1,11 @@
-"""A generate() call answered twice, by stock and by the patched model, and everything a caller could tell them apart by.
+"""A generate() call answered twice, by stock and by the patched model, and all that a caller could tell them apart by.
 
 This file knows generate() and its outputs. It knows nothing of models: tests bring those.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ class Answer:
     result: Any = None
     error: BaseException | None = None
     warnings: list[tuple[type[Warning], str]] = field(default_factory=list)
+    num_threads: int = 0  # that were not there before
     random_state: Tensor = field(default_factory=lambda: torch.empty(0))
     seen: list[Any] = field(default_factory=list)  # by objects of the caller's that generate() calls
 
@@ -67,6 +69,7 @@ class RecordingStreamer(Watcher, BaseStreamer):
 def answer(generate: Callable[..., Any], args: tuple[Any, ...], options: Options, seed: int = 0) -> Answer:
     found = Answer()
     torch.manual_seed(seed)
+    before = threading.active_count()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -74,6 +77,7 @@ def answer(generate: Callable[..., Any], args: tuple[Any, ...], options: Options
         except Exception as error:
             found.error = error
     found.warnings = [(warning.category, str(warning.message)) for warning in caught]
+    found.num_threads = threading.active_count() - before
     found.random_state = torch.get_rng_state()
     found.seen = [things for watcher in _watchers(options) for things in watcher.seen]
     return found
@@ -97,6 +101,7 @@ def assert_same(
     assert repr(got.error) == repr(expected.error)
     assert got.warnings == expected.warnings
     assert torch.equal(got.random_state, expected.random_state), "the call has left other random numbers behind"
+    assert got.num_threads == 0
     assert_alike(got.result, expected.result, "result")
     assert_alike(got.seen, expected.seen, "seen")
     report = patched.last_report()
@@ -120,7 +125,9 @@ def assert_alike(got: Any, expected: Any, where: str) -> None:
     if isinstance(expected, Tensor):
         assert got.shape == expected.shape, f"{where}: {list(got.shape)} instead of {list(expected.shape)}"
         torch.testing.assert_close(got, expected, **CLOSE, equal_nan=True, msg=lambda m: f"{where}: {m}")
-        assert got.is_contiguous() == expected.is_contiguous() or got.is_floating_point(), where
+        for fact in ("is_contiguous", "is_inference"):
+            assert getattr(got, fact)() == getattr(expected, fact)(), f"{where}.{fact}()"
+        assert got.requires_grad == expected.requires_grad, where
     elif isinstance(expected, Cache):
         assert_same_cache(got, expected, where)
     elif isinstance(expected, dict):

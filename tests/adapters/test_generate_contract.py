@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from generate_parity import (
     EndsAtTurns,
     Options,
@@ -24,6 +23,7 @@ from generate_parity import (
     assert_same,
     some_rows,
 )
+from paged_hf import paged_generate
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -32,11 +32,10 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
     StaticCache,
+    SynthIDTextWatermarkingConfig,
     TextIteratorStreamer,
     TextStreamer,
 )
-
-from paged_hf import paged_generate
 
 ENDS = list(range(5, 96, 9))  # a token in nine ends a row
 FULL: Options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
@@ -167,6 +166,10 @@ GREEDY_PROCESSORS: dict[str, Options] = {
     "exponential_decay": {"exponential_decay_length_penalty": (2, 1.5), "eos_token_id": ENDS},
     "guidance_scale": {"guidance_scale": 1.7},
     "watermarking": {"watermarking_config": WATERMARK},
+    "watermarking, SynthID": {
+        "watermarking_config": SynthIDTextWatermarkingConfig(keys=[3, 5, 7, 11], ngram_len=3),
+        "do_sample": True,
+    },
     "watermarking, lefthash": {"watermarking_config": {**WATERMARK, "seeding_scheme": "lefthash"}},
     "remove_invalid_values": {"remove_invalid_values": True},
     "renormalize_logits": {"renormalize_logits": True, "repetition_penalty": 1.2},
@@ -474,6 +477,40 @@ def test_odd_masks_run_over_blocks_as_stock_runs_them(patched: Any, rows: Option
     assert_same(patched, ids, **SHORT, attention_mask=wrong, tier="cache", loop="_sample")
 
 
+@pytest.mark.parametrize("value", [2, -1, 0.5])
+def test_masks_that_say_more_than_yes_and_no_run_over_blocks(patched: Any, rows: Options, value: float) -> None:
+    mask = rows["attention_mask"] * value
+    assert_same(patched, rows["inputs"], attention_mask=mask, **SHORT, tier="cache", loop="_sample")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.bool, torch.float32])
+def test_ids_of_other_types_are_refused_as_stock_refuses_them(patched: Any, rows: Options, dtype: torch.dtype) -> None:
+    options = {**rows, **SHORT, "inputs": rows["inputs"].to(dtype)}
+    expected = answer(patched.stock, (), options)
+    assert isinstance(expected.error, RuntimeError)
+    assert repr(answer(patched, (), options).error) == repr(expected.error)
+
+
+@pytest.mark.parametrize("over_budget", ["stock", "raise"])
+def test_token_ids_that_the_model_has_not(model: Any, rows: Options, over_budget: str) -> None:
+    strict = paged_generate(model, check=False, over_budget=over_budget)
+    assert_same(strict, **rows, **SHORT, eos_token_id=[*ENDS, 999, -1], tier="native", loop="free")
+    unknown = rows["inputs"].clone()
+    unknown[0, -1] = 500
+    for form in ({}, {"do_sample": True}, {"num_beams": 2}):
+        options = {**rows, **SHORT, **form, "inputs": unknown}
+        expected = answer(strict.stock, (), options)
+        assert isinstance(expected.error, IndexError)
+        assert repr(answer(strict, (), options).error) == repr(expected.error)
+
+
+def test_tensors_of_inference_mode_are_marked_as_stock_marks_them(patched: Any, rows: Options) -> None:
+    with torch.inference_mode():
+        assert_same(patched, **rows, **SHORT, tier="native", loop="free")
+        assert_same(patched, **rows, **SHORT, **FULL, tier="native", loop="_sample")
+    assert_same(patched, **rows, **SHORT, **FULL, num_beams=2, tier="native", loop="_beam_search")
+
+
 def test_inputs_embeds(model: Any, patched: Any, rows: Options) -> None:
     embeds = model.get_input_embeddings()(rows["inputs"]).detach()
     options = {"inputs_embeds": embeds, "attention_mask": rows["attention_mask"], **SHORT}
@@ -627,6 +664,60 @@ def test_a_quantized_cache_is_stocks_business(patched: Any, rows: Options) -> No
     expected = answer(patched.stock, (), {**rows, **SHORT, "cache_implementation": "quantized"})
     assert repr(got.error) == repr(expected.error)
     assert_alike(got.result, expected.result, "result")
+
+
+# ---- limits ----------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_many_steps(patched: Any) -> None:
+    ids, mask = some_rows((240, 200, 3, 180, 220, 90, 10, 240))
+    options = {"attention_mask": mask, **SHORT}
+    assert_same(patched, ids, **options, tier="native", loop="free")
+    assert_same(patched, ids, **options, do_sample=True, tier="native", loop="_sample")
+    assert_same(patched, ids, **options, num_beams=2, tier="native", loop="_beam_search")
+
+
+def test_calls_that_may_outgrow_the_models_positions_run_over_blocks(patched: Any) -> None:
+    ids, mask = some_rows((250, 240))
+    options = {"attention_mask": mask, "pad_token_id": 0}
+    assert_same(patched, ids, **options, max_new_tokens=6, tier="native", loop="free")
+    assert_same(patched, ids, **options, max_new_tokens=9, tier="cache", loop="_sample")
+    assert_same(
+        patched,
+        ids[:1],
+        max_new_tokens=9,
+        fresh=lambda: {"streamer": RecordingStreamer()},
+        tier="cache",
+        loop="_sample",
+    )
+
+
+def test_more_rows_than_run_at_once(patched: Any, rows: Options) -> None:
+    many = {name: tensor.repeat(66, 1) for name, tensor in rows.items()}
+    assert_same(patched, **many, max_new_tokens=2, pad_token_id=0, tier="native", loop="free")
+    assert_same(patched, **many, max_new_tokens=2, pad_token_id=0, do_sample=True, tier="cache", loop="_sample")
+
+
+def test_a_budget_of_memory(model: Any, rows: Options) -> None:
+    ids, mask = some_rows((100, 120, 90, 110))
+    small = paged_generate(model, check=False, kv_cache_memory=64 << 10)  # 128 tokens
+    assert_same(small, **rows, **SHORT, tier="native", loop="free")
+    assert_same(small, ids[:, 10:], attention_mask=mask[:, 10:], **SHORT, tier="native", loop="free")
+    assert_same(small, ids, attention_mask=mask, num_beams=4, **SHORT, tier="stock", loop="_beam_search")
+    assert "raise kv_cache_bytes" in small.last_report().reason
+    strict = paged_generate(model, check=False, kv_cache_memory=64 << 10, over_budget="raise")
+    with pytest.raises(ValueError, match="raise kv_cache_bytes"):
+        strict(ids, attention_mask=mask, num_beams=4, **SHORT)
+    assert_same(strict, **rows, **SHORT, tier="native", loop="free")
+
+
+def test_a_prompt_computed_in_chunks_of_the_callers_choice(patched: Any, rows: Options) -> None:
+    assert_same(patched, **rows, **SHORT, prefill_chunk_size=4, tier="cache", loop="_sample")
+
+
+def test_autocast(patched: Any, rows: Options) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(patched, **rows, **SHORT, tier="cache", loop="_sample")
 
 
 # ---- decoding that is not ours ---------------------------------------------------------------------------------------

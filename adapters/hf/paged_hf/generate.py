@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from paged_core import EngineConfig
 from paged_hf import loops, selfcheck
@@ -53,7 +53,8 @@ class PagedGenerate:
         reason = self._why_stock(args, kwargs)
         if reason is not None:
             result = self.stock(*args, **kwargs)
-            note(Report("stock", "generate", len(result), reason))
+            sequences = getattr(result, "sequences", result)
+            note(Report("stock", "generate", len(sequences) if isinstance(sequences, Tensor) else 0, reason))
             return result
         if callable(kwargs.get("custom_generate")):
             kwargs["custom_generate"] = loops.over_blocks(kwargs["custom_generate"], self.tiers)

@@ -130,7 +130,7 @@ class Run:
         longest = self._criteria.max_length or self._config.max_length
         max_tokens = max(1, longest - self.input_ids.shape[1])
         streamer = self._rest.get("streamer")
-        if tiers.runs_free(self.name, self._processors, self._criteria, self._config, streamer, len(prompts)):
+        if tiers.runs_free(model, self.name, self._processors, self._criteria, self._config, streamer, len(prompts)):
             eos = [token for c in self._criteria if hasattr(c, "eos_token_id") for token in c.eos_token_id.tolist()]
             pad = self._config._pad_token_tensor
             sequences = free.generate(

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from torch.nn.modules import module as every_module
+from transformers import DynamicCache, GenerationMixin
 from transformers.generation import logits_process, stopping_criteria
 
 from paged_hf.shadow import listened_to
@@ -86,16 +87,25 @@ def why_not_native(
         odd = positions != usual
         if bool((odd if mask is None else odd & (mask != 0)).any()):
             return "position_ids aren't those that the attention mask gives"
+    if not type(model).prepare_inputs_for_generation.__module__.startswith("transformers."):
+        return "its class has a prepare_inputs_for_generation of its own"
     return _hooked(model)
 
 
 def runs_free(
-    loop: str, processors: Sequence[Any], criteria: Sequence[Any], config: Any, streamer: Any, num_rows: int
+    model: nn.Module,
+    loop: str,
+    processors: Sequence[Any],
+    criteria: Sequence[Any],
+    config: Any,
+    streamer: Any,
+    num_rows: int,
 ) -> bool:
     """Whether each row may run on its own: plain greedy search, of which nobody sees more than the tokens."""
     known = (stopping_criteria.MaxLengthCriteria, stopping_criteria.EosTokenCriteria)
     return (
         loop == "_sample"
+        and type(model)._sample is GenerationMixin._sample
         and not config.do_sample
         and not config.return_dict_in_generate
         and not len(processors)
@@ -129,6 +139,8 @@ def fresh_cache(cache: Any) -> bool:
 
 def _hooked(model: nn.Module) -> str | None:
     """A hook may look at whole batches as stock lays them out: only stock's own calls of the model have those."""
+    if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
+        return "there is a forward hook on all modules"
     for name, module in model.named_modules():
         if listened_to(module):
             return f"there is a forward hook on {name or type(model).__name__}"
