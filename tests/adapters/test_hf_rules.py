@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from paged_hf.masks import causal_until, window_of
 from paged_hf.model import HFPagedModel
 
 from paged_core import SamplingParams, UnsupportedModel
@@ -180,6 +181,34 @@ def test_chunked_attention_and_windows_of_stocks_cache_limit_the_length(make: An
     assert HFPagedModel(make("llama4_text")).spec.max_model_len == 256
     assert HFPagedModel(make("moshi")).spec.max_model_len == 64
     assert HFPagedModel(make("whisper")).spec.max_model_len == 256
+
+
+def test_chunks_limit_the_length_even_if_stocks_cache_keeps_everything(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paged_hf.model._until_the_cache_forgets", lambda config, layers: 1 << 17)
+    assert HFPagedModel(make("llama4_text", attention_chunk_size=100)).spec.max_model_len == 100
+
+
+@pytest.mark.parametrize(
+    ("rule", "window", "chunk"),
+    [
+        (lambda b, h, q, k: k <= q, None, None),
+        (lambda b, h, q, k: (k <= q) & (k > q - 48), 48, 48),
+        (lambda b, h, q, k: (k <= q) & (k // 48 == q // 48), "neither", 48),
+        (lambda b, h, q, k: k <= q + 1, "neither", None),
+        (lambda b, h, q, k: k == k, "neither", None),
+        (lambda b, h, q, k: (k <= q) & (k // 48 == q // 48) & (k % 2 == 0), "neither", None),
+    ],
+    ids=["causal", "window", "chunks", "one ahead", "all", "every other key of chunks"],
+)
+def test_a_masks_rule_is_told_from_what_it_hides(rule: Any, window: Any, chunk: Any) -> None:
+    if window == "neither":
+        with pytest.raises(ValueError, match="neither causal nor a sliding window"):
+            window_of(rule)
+    else:
+        assert window_of(rule) == window
+    assert causal_until(rule) == chunk
 
 
 # ---- the user's model stays the user's ----------------------------------------------------------------------------
