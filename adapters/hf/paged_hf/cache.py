@@ -21,7 +21,7 @@ from paged_core import UnsupportedModel
 from paged_hf.block_tables import BlockTables
 
 # crop(0) empties the layer in versions of transformers that crop to a length, and leaves it where tokens are counted
-_CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
+_CROPS_TO_LENGTH = "tokens_to_remove" not in inspect.signature(DynamicLayer.crop).parameters
 
 
 class PagedCache(DynamicCache):
