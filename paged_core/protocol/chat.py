@@ -22,11 +22,14 @@ _NO_TOOLS = "asks for tools, which this server doesn't call; describe them in th
 class ChatCall:
     """One call under way; see protocol.call for its members.
 
+    ``whole_deltas``: every streamed piece names the role and the (absent) tool calls. TGI's own chat clients need it;
+    OpenAI's join the pieces, and need it not to be.
+
     Raises:
         ProtocolError: the body asks for something that can't be had, or the chat template refuses the messages.
     """
 
-    def __init__(self, body: Any, served: ServedModel, request_id: str) -> None:
+    def __init__(self, body: Any, served: ServedModel, request_id: str, *, whole_deltas: bool = False) -> None:
         fields = Fields(body)
         _refuse(fields)
         render, truncate = _Rendering(fields), truncation(fields)
@@ -44,11 +47,13 @@ class ChatCall:
         self.prompts = [served.finish_prompt("messages", render.prompt(served), truncate)]
         self.params, self.stream = self.options.params, self.options.stream
         self._served = served
+        self._every_delta = {"role": "assistant", "content": "", "tool_calls": None} if whole_deltas else {}
         self._head = {
             "id": f"chatcmpl-{request_id}",
             "object": "chat.completion.chunk" if self.stream else "chat.completion",
             "created": int(time.time()),
             "model": self.options.model,
+            "system_fingerprint": "paged-core",
         }
         self._usage = Usage(self.prompts)
 
@@ -94,7 +99,7 @@ class ChatCall:
         usage = {"usage": self._usage.body() if self.options.usage_in_every_chunk else None}
         return {
             **self._head,
-            "choices": [{"index": index, "delta": content, **end}],
+            "choices": [{"index": index, "delta": {**self._every_delta, **content}, **end}],
             **(usage if self.options.include_usage else {}),
         }
 

@@ -14,6 +14,8 @@ from paged_core.text import Prompt, TextCodec, encode_prompt
 if TYPE_CHECKING:
     from paged_core.async_engine import AsyncEngine
 
+_ANY_MODEL = ("tgi", "dummy")  # what TGI's clients call it where they weren't told a name
+
 
 @dataclass(frozen=True)
 class RequestLimits:
@@ -46,7 +48,7 @@ class ServedModel:
         Raises:
             ProtocolError: there is no model of that name here.
         """
-        if asked is None:
+        if asked is None or asked in _ANY_MODEL:
             return self.names[0]
         if asked not in self.names:
             told = f"the model {asked!r} is not served here; there is {', '.join(self.names)}"

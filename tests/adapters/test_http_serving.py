@@ -145,7 +145,7 @@ def test_a_request_that_takes_too_long_is_cut(gate: Gate) -> None:
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[Running]:
     options = AppOptions(api_keys=("first", "second"), cors_origins=("https://page.example",), max_body_bytes=2000,
-                         body_timeout_s=0.3, stream_done=False)  # fmt: skip
+                         body_timeout_s=0.3, tgi_chat_stream=True)  # fmt: skip
     limits = RequestLimits(max_prompt_tokens=20, max_tokens=50, max_n=2)
     with alphabet_server(options=options, limits=limits) as server:
         yield server
@@ -192,10 +192,12 @@ def test_unknown_paths_and_methods_are_told_in_the_form_of_their_side(friend: ht
     assert friend.get("/v1/completions").status_code == 405
 
 
-def test_streams_end_without_done_where_a_client_cannot_read_it(friend: httpx2.Client) -> None:
-    messages = [{"role": "user", "content": "Hi"}]
-    response = friend.post("/v1/chat/completions", json={"messages": messages, "stream": True, "max_tokens": 3})
-    assert all("choices" in event for event in events(response.text))
+def test_chats_stream_as_tgis_client_reads_them_where_it_was_asked_for(friend: httpx2.Client) -> None:
+    body = {"model": "tgi", "messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 3}
+    deltas = [event["choices"][0]["delta"] for event in events(friend.post("/v1/chat/completions", json=body).text)]
+    assert [delta["role"] for delta in deltas] == ["assistant"] * len(deltas)
+    assert all(delta["tool_calls"] is None for delta in deltas)
+    assert "".join(delta["content"] for delta in deltas) == ";<="
 
 
 def test_streams_end_with_done_elsewhere() -> None:

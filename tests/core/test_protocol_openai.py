@@ -365,6 +365,10 @@ def test_fields_that_ask_for_nothing_are_taken(alphabet: Alphabet) -> None:
     assert chat(alphabet, **more)["choices"][0]["message"]["content"] == ";<=>"
 
 
+def test_tgis_placeholders_name_the_model_that_is_there(alphabet: Alphabet) -> None:
+    assert chat(alphabet, model="tgi")["model"] == complete(alphabet, model="dummy")["model"] == "alphabet"
+
+
 def test_an_unknown_model_is_not_found(alphabet: Alphabet) -> None:
     with pytest.raises(ProtocolError) as refused:
         complete(alphabet, model="gpt-9")

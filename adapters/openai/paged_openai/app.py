@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -56,7 +57,7 @@ class AppOptions:
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 8 * 2**20
     body_timeout_s: float = 30.0
-    stream_done: bool = True  # end OpenAI's streams with [DONE]
+    tgi_chat_stream: bool = False  # stream chats as TGI's clients read them, and not as OpenAI's do
     log_prompts: bool = False
 
 
@@ -64,7 +65,10 @@ def create_app(service: Service, metrics: PrometheusMetrics | None, options: App
     """The ASGI application."""
     options = options or AppOptions()
     routes = _Routes(service, metrics, options)
-    openai = OPENAI if options.stream_done else OPENAI_WITHOUT_DONE
+    chat: _MakeCall = ChatCall
+    chat_form = OPENAI
+    if options.tgi_chat_stream:
+        chat, chat_form = partial(ChatCall, whole_deltas=True), OPENAI_WITHOUT_DONE
     middleware = [Middleware(RequestLog)]
     if options.cors_origins:
         origins = list(options.cors_origins)
@@ -73,8 +77,8 @@ def create_app(service: Service, metrics: PrometheusMetrics | None, options: App
         middleware.append(Middleware(KeyCheck, keys=options.api_keys))
     return Starlette(
         routes=[
-            Route("/v1/completions", routes.call(CompletionCall, openai), methods=["POST"]),
-            Route("/v1/chat/completions", routes.call(ChatCall, openai), methods=["POST"]),
+            Route("/v1/completions", routes.call(CompletionCall, OPENAI), methods=["POST"]),
+            Route("/v1/chat/completions", routes.call(chat, chat_form), methods=["POST"]),
             Route("/v1/models", routes.models),
             Route("/v1/models/{name:path}", routes.model),
             Route("/", routes.call(_tgi(None), TGI), methods=["POST"]),

@@ -88,8 +88,8 @@ def _add_access(group: Any) -> None:
 
 def _add_behaviour(group: Any) -> None:
     add = group.add_argument
-    add("--no-stream-done", action="store_false", dest="stream_done",
-        help="leave out data: [DONE], which the text-generation client's chat can't read")  # fmt: skip
+    add("--tgi-chat-stream", action="store_true",
+        help="stream chats as the text-generation client reads them (OpenAI's don't)")  # fmt: skip
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     add("--log-prompts", action="store_true", help="write requests' bodies to the log")
 

@@ -51,7 +51,7 @@ def _app_options(args: argparse.Namespace) -> AppOptions:
         cors_origins=tuple(args.cors_origin),
         max_body_bytes=args.max_body_bytes,
         body_timeout_s=args.body_timeout,
-        stream_done=args.stream_done,
+        tgi_chat_stream=args.tgi_chat_stream,
         log_prompts=args.log_prompts,
     )
 
