@@ -18,8 +18,10 @@ from paged_hf.host import Call, EngineHost, NotStarted, check_prompts
 class FreeCall(Call):
     """Greedy continuations of some prompts, at most ``max_tokens`` each, up to one of ``eos``."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], max_tokens: int, eos: Sequence[int], streams: bool) -> None:
-        super().__init__()
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, eos: Sequence[int], *, padded: bool, streams: bool
+    ) -> None:
+        super().__init__(padded)
         self._prompts = prompts
         self._max_tokens = max_tokens
         self._eos = eos
@@ -68,7 +70,8 @@ def generate(
     Raises:
         NotStarted: the engine could not run the rows, and nothing was streamed.
     """
-    call = FreeCall(prompts, max_tokens, eos, streamer is not None)
+    padded = any(len(prompt) < input_ids.shape[1] for prompt in prompts)
+    call = FreeCall(prompts, max_tokens, eos, padded=padded, streams=streamer is not None)
     try:
         host.open(call)
         for token in _tokens(call):

@@ -31,7 +31,8 @@ class NotStarted(Exception):
 class Call:
     """Rows of one generate() call. ``enter`` and ``take`` run in the engine's thread; ``wait`` in the caller's."""
 
-    def __init__(self) -> None:
+    def __init__(self, padded: bool) -> None:
+        self.padded = padded  # stock would compute padding too
         self.rows: list[Request] = []  # the engine's thread's own, like the requests themselves
         self._news: SimpleQueue[Any] = SimpleQueue()
 
@@ -220,6 +221,8 @@ class EngineHost:
         try:
             if self.engine is None:
                 self.engine = self._build()
+            if call.padded and self._paged_model.counts_padding:
+                raise NotStarted("the model counts padding as positions")
             try:
                 call.rows = call.enter(self.engine, str(next(self._numbers)))
             except EngineDeadError:  # the model has another dtype, device or vocabulary now
@@ -231,7 +234,8 @@ class EngineHost:
             self._owners[row] = call
 
     def _build(self) -> Engine:
-        return Engine(HFPagedModel(self._model), self._config)
+        self._paged_model = HFPagedModel(self._model)
+        return Engine(self._paged_model, self._config)
 
     def _end(self, call: Call) -> None:
         for row in call.rows:

@@ -26,8 +26,8 @@ from paged_hf.host import Call, EngineHost, NotStarted, check_prompts
 class LockstepCall(Call):
     """A group of rows whose tokens the caller chooses. It is the group's own selector."""
 
-    def __init__(self, host: EngineHost, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
-        super().__init__()
+    def __init__(self, host: EngineHost, prompts: Sequence[Sequence[int]], max_tokens: int, padded: bool) -> None:
+        super().__init__(padded)
         self._host = host
         self._prompts = prompts
         self._params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
@@ -56,7 +56,7 @@ class EngineRows(DynamicCache):
     def __init__(self, host: EngineHost, prompts: Sequence[Sequence[int]], width: int, max_tokens: int) -> None:
         super().__init__()
         self._host = host
-        self._call = LockstepCall(host, prompts, max_tokens)
+        self._call = LockstepCall(host, prompts, max_tokens, padded=any(len(prompt) < width for prompt in prompts))
         self._num_rows = len(prompts)
         self._width = width  # of the padded prompts
         self._num_steps = 0
