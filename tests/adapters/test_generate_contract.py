@@ -26,10 +26,14 @@ from generate_parity import (
 from paged_hf import paged_generate
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import (
     AsyncTextIteratorStreamer,
     DynamicCache,
+    EosTokenCriteria,
     GenerationConfig,
+    LlamaForCausalLM,
+    MaxLengthCriteria,
     PreTrainedTokenizerFast,
     StaticCache,
     SynthIDTextWatermarkingConfig,
@@ -318,6 +322,30 @@ def test_a_processor_of_a_type_that_stock_has_takes_its_place(patched: Any, rows
     own = [RepetitionPenaltyLogitsProcessor(3.0)]
     options = {"repetition_penalty": 1.1, **rows, **SHORT}
     assert_same(patched, **options, logits_processor=own, tier="native", loop="_sample")
+
+
+@pytest.mark.parametrize("mode", [{}, {"do_sample": True}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize("length", [27, 31, 40])
+def test_lengths_and_ends_that_criteria_of_the_callers_bring(
+    patched: Any, rows: Options, length: int, mode: Options
+) -> None:
+    options: Options = {**rows, **mode, "pad_token_id": 0}
+    assert_same(patched, **options, stopping_criteria=[MaxLengthCriteria(length)], tier="native")
+    assert_same(patched, **options, stopping_criteria=[EosTokenCriteria(ENDS)], max_length=length, tier="native")
+    if length == 40:  # beyond max_length, where stock's beams end in an IndexError
+        mode = {"tier": None} if "num_beams" in mode else {"tier": "native"}
+    else:
+        mode = {"tier": "native"}
+    assert_same(patched, **options, stopping_criteria=[MaxLengthCriteria(length)], max_length=33, **mode)
+
+
+def test_ends_without_a_token_to_pad_with_are_refused_as_stock_refuses_them(own: Any, rows: Options) -> None:
+    own.generation_config.pad_token_id = None
+    own.config.pad_token_id, before = None, own.config.pad_token_id
+    try:
+        assert_same(own.generate, **rows, stopping_criteria=[EosTokenCriteria(ENDS)], tier=None)
+    finally:
+        own.config.pad_token_id = before
 
 
 def test_what_a_processor_raises_reaches_the_caller_and_the_next_call_is_right(patched: Any, rows: Options) -> None:
@@ -748,6 +776,54 @@ def test_an_assistant_model(patched: Any, tiny: Any, do_sample: bool, assistant_
     ids, mask = some_rows((9,))
     options = {"attention_mask": mask, "assistant_model": assistant, "max_new_tokens": 12, "do_sample": do_sample}
     assert_same(patched, ids, **options, pad_token_id=0, tier="cache", loop="_assisted_decoding")
+
+
+def test_a_models_own_loop_preparation_and_call_are_honoured(tiny: Any, rows: Options) -> None:
+    class Prepares(LlamaForCausalLM):
+        def prepare_inputs_for_generation(self, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+            inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+            return inputs | {"input_ids": (inputs["input_ids"] + 1) % 90}
+
+    class Loops(LlamaForCausalLM):
+        def _sample(self, input_ids: Any, **kwargs: Any) -> Any:
+            return super()._sample(input_ids, **kwargs) + 1
+
+    class Calls(LlamaForCausalLM):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            result = super().__call__(*args, **kwargs)
+            result.logits = result.logits.flip(-1)
+            return result
+
+    made = tiny("llama", num_hidden_layers=2, hidden_size=32)
+    for kind, tier in ((Prepares, "cache"), (Loops, "native"), (Calls, "native")):
+        made.__class__ = kind
+        assert_same(paged_generate(made, check=False), **rows, **SHORT, tier=tier, loop=None)
+
+
+def test_hooks_see_the_batches_that_stock_makes(tiny: Any, rows: Options) -> None:
+    made = tiny("llama", num_hidden_layers=2, hidden_size=32)
+    patched = paged_generate(made, check=False)
+    assert_same(patched, **rows, **SHORT, tier="native", loop="free")
+    shapes: list[Any] = []
+
+    def hook(module: Any, args: Any, output: Tensor) -> Tensor:
+        shapes.append(output.shape)
+        return output * 0.5
+
+    handle = made.model.layers[0].mlp.register_forward_hook(hook)
+    assert_same(patched, **rows, **SHORT, tier="cache", loop="_sample")
+    assert shapes[: len(shapes) // 2] == shapes[len(shapes) // 2 :]
+    handle.remove()
+
+    def everywhere(module: Any, args: Any, output: Any) -> Any:
+        return output * 1.5 if isinstance(module, torch.nn.Linear) else None
+
+    handle = register_module_forward_hook(everywhere)
+    try:
+        assert_same(patched, **rows, **SHORT, tier="cache", loop="_sample")
+    finally:
+        handle.remove()
+    assert_same(patched, **rows, **SHORT, tier="native", loop="free")
 
 
 def test_a_decoding_loop_of_the_callers_own(patched: Any, rows: Options) -> None:

@@ -42,6 +42,8 @@ def why_stock(model: nn.Module, config: Any, loop_kwargs: Mapping[str, Any]) -> 
             return f"{name} is asked for"
     if config.cache_implementation not in _SAME_ANSWERS:
         return f"cache_implementation={config.cache_implementation!r} is asked for, which gives other answers"
+    if getattr(config, "compile_config", None) is not None:
+        return "compile_config is set, and stock compiles the model"
     if getattr(config, "is_assistant", False):
         return "the model is another one's assistant"
     cache = loop_kwargs.get("past_key_values")
@@ -56,11 +58,11 @@ def why_not_native(
     model: nn.Module, loop: str, input_ids: Tensor, config: Any, kwargs: Mapping[str, Any]
 ) -> str | None:
     """Why the engine can't run the rows of this call. ``kwargs``: what goes to the model."""
+    if loop not in ("_sample", "_beam_search"):
+        return "the engine has no such decoding loop: " + loop.strip("_")
     unknown = sorted(name for name in kwargs.keys() - _OURS if kwargs[name] is not None)
     if unknown:
         return f"{', '.join(unknown)} is passed to the model"
-    if loop not in ("_sample", "_beam_search"):
-        return "the engine has no such decoding loop: " + loop.strip("_")
     if loop == "_beam_search" and not kwargs.get("use_cache", True):
         return "beam search without a cache tells nobody which beams go on"
     if getattr(config, "prefill_chunk_size", None) is not None:
@@ -111,16 +113,16 @@ def runs_free(
         and not len(processors)
         and all(type(criterion) in known for criterion in criteria)
         and (streamer is None or num_rows == 1)
+        and (config._pad_token_tensor is not None or not _ends_at_tokens(criteria))
     )
 
 
 def may_drop_ended(processors: Sequence[Any], criteria: Sequence[Any], config: Any) -> bool:
     """Whether nobody can tell that rows which have ended are computed no further."""
-    ends_in_padding = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
     stocks_own = all(type(processor).__module__ == logits_process.__name__ for processor in processors) and all(
         type(criterion).__module__ == stopping_criteria.__name__ for criterion in criteria
     )
-    return ends_in_padding and stocks_own and not config.return_dict_in_generate
+    return _ends_at_tokens(criteria) and stocks_own and not config.return_dict_in_generate
 
 
 def prompts_of(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
@@ -135,6 +137,11 @@ def fresh_cache(cache: Any) -> bool:
     if type(cache) is not DynamicCache or cache.offloading:
         return False
     return not getattr(cache, "_is_user_defined", False) and not cache.get_seq_length()
+
+
+def _ends_at_tokens(criteria: Sequence[Any]) -> bool:
+    """Stock's own question: then it pads rows that have ended."""
+    return any(hasattr(criterion, "eos_token_id") for criterion in criteria)
 
 
 def _hooked(model: nn.Module) -> str | None:
