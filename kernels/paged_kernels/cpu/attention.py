@@ -364,6 +364,7 @@ def _decode(args, item, head, scratch, next_item, next_head):  # type: ignore[no
     value_rows = key_rows + 8 * TILE
     scale = vsplat(load_f32(args, 2 * SCALE) * float32(LOG2E))
     bias, bias_stride = _bias_of(args, head), load_i64(args, BIAS_STRIDE)
+    changes = softcap != 0.0 or bias != 0
     for row in range(num_rows):
         query = queries + 4 * row * padded
         _widen(_query(args, item, head, row), dtype, query, dim, padded)
@@ -390,10 +391,11 @@ def _decode(args, item, head, scratch, next_item, next_head):  # type: ignore[no
                 if row == 0:
                     _call_for(args, ahead, ahead_head, ahead_start + i, min(ahead_stop, ahead_start + i + LANES))
                 s = dots(key_rows + 8 * i, query, padded // LANES)
-                if softcap != 0.0:
-                    s = _cap(s, softcap)
-                if bias != 0:
-                    s = vfma(vload(bias + 4 * row * bias_stride, start + i), vsplat(float32(LOG2E)), s)
+                if changes:
+                    if softcap != 0.0:
+                        s = _cap(s, softcap)
+                    if bias != 0:
+                        s = vfma(vload(bias + 4 * row * bias_stride, start + i), vsplat(float32(LOG2E)), s)
                 if i + LANES > count:
                     s = vselect_less(lane_numbers(), vsplat(float32(count - i)), s, vsplat(NOTHING))
                 vstore(line, i, s)
