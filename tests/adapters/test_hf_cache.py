@@ -289,6 +289,15 @@ def test_a_positive_crop_is_the_length_that_is_left() -> None:
     pair.check()
 
 
+def test_a_crop_may_come_as_a_tensor() -> None:
+    pair = Pair(4, 1)
+    pair.update(9)
+    pair.layers[0].crop(-3)
+    pair.layers[1].crop(torch.tensor(-3))
+    pair.update(2)
+    pair.check()
+
+
 def test_a_reset_layer_is_as_new() -> None:
     layer = Pair(4).layers[1]
     layer.update(torch.ones(2, 3, 5, 4), torch.ones(2, 3, 5, 4))

@@ -21,7 +21,7 @@ from paged_core import UnsupportedModel
 from paged_hf.block_tables import BlockTables
 
 # crop(0) empties the layer in versions of transformers that crop to a length, and leaves it where tokens are counted
-_CROPS_TO_LENGTH = "tokens_to_remove" not in inspect.signature(DynamicLayer.crop).parameters
+_CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
 
 class PagedCache(DynamicCache):
@@ -138,6 +138,7 @@ class PagedLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take tokens off the end: as many as a negative number says; a positive one is the length that is left."""
+        tokens_to_remove = int(tokens_to_remove)  # some versions bring a tensor, which += would change in place
         if tokens_to_remove > 0 or (tokens_to_remove == 0 and _CROPS_TO_LENGTH):
             self.tables.crop(tokens_to_remove)
         elif tokens_to_remove < 0:
