@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,3 +27,22 @@ def test_a_compile_config_gets_stocks_compiled_forward(tiny: Any) -> None:
     report = model.generate.last_report()
     assert (report.tier, report.reason) == ("stock", "compile_config is set, and stock compiles the model")
     assert hasattr(model, "_compiled_call")
+
+
+def test_the_tool_names_what_passes_on_stock_only(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import torch\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1,\n"
+        "                                     num_attention_heads=2, vocab_size=64)).eval()\n"
+        "def test_anything():\n"
+        "    assert model.generate(torch.ones(1, 3, dtype=int), max_new_tokens=2, eos_token_id=-1).shape == (1, 5)\n"
+        "def test_that_nothing_is_patched():\n"
+        "    assert 'generate' not in vars(model)\n"
+    )
+    tool = Path(__file__).parents[2] / "scripts/transformers_tests.py"
+    done = subprocess.run([sys.executable, tool, tmp_path, "test_it.py", "--no-check"], capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout
+    assert "passed on stock: 2, of these with paged_generate: 1" in done.stdout
+    assert "only on stock: test_it.test_that_nothing_is_patched" in done.stdout
+    assert "1 native (free)" in done.stdout
