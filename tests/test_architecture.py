@@ -77,14 +77,16 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "paged_core/protocol": (
         {"paged_core.protocol", "paged_core.scheduling", "paged_core.text", "paged_core.detokenizer"}
-        | {"paged_core.outputs", "paged_core.async_engine"},  # the last for its type only
+        | {"paged_core.outputs", "paged_core.errors", "paged_core.grammar"}
+        | {"paged_core.async_engine"},  # for its type only
         set(),
     ),
     "paged_core": (CORE, {"paged_core.builtin"}),
 }
 
 # Third parties that the core uses where they are installed, and does without where they aren't.
-OPTIONAL = {"paged_core/llm.py": {"tqdm"}, "paged_core/metrics.py": {"prometheus_client"}}
+OPTIONAL = {"paged_core/llm.py": {"tqdm"}, "paged_core/metrics.py": {"prometheus_client"},
+            "paged_core/grammar.py": {"llguidance"}}  # fmt: skip
 
 
 def room_of(path: Path) -> str | None:

@@ -46,6 +46,8 @@ class ChatCall:
         fields.finish()
         self.prompts = [served.finish_prompt("messages", render.prompt(served), truncate)]
         self.params, self.stream = self.options.params, self.options.stream
+        if self.options.structure is not None:
+            self.params = served.structured(self.params, self.prompts, self.options.structure)
         self._served = served
         self._every_delta = {"role": "assistant", "content": "", "tool_calls": None} if whole_deltas else {}
         self._head = {

@@ -41,6 +41,8 @@ class CompletionCall:
         fields.finish()
         self.prompts = served.prompts("prompt", raw, add_special_tokens, truncate)
         self.params, self.stream = self.options.params, self.options.stream
+        if self.options.structure is not None:
+            self.params = served.structured(self.params, self.prompts, self.options.structure)
         self._served = served
         self._only_echo = max_tokens == 0  # the engine's one token is left out
         self._head = {

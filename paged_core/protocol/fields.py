@@ -125,7 +125,11 @@ class Fields:
             raise self.error(name, "is not a field that this server knows")
 
     def error(self, name: str, why: str) -> ProtocolError:
-        return ProtocolError(f"{self._where}{name} {why}", self._where + name)
+        return ProtocolError(f"{self.path(name)} {why}", self.path(name))
+
+    def path(self, name: str) -> str:
+        """The name of a field as the whole body knows it."""
+        return self._where + name
 
 
 def is_integers(value: Any) -> bool:

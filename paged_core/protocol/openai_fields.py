@@ -7,10 +7,10 @@ from typing import Any
 
 from paged_core.protocol.fields import Fields, ProtocolError
 from paged_core.protocol.served import ServedModel, sampling_params
+from paged_core.protocol.structured import Structure, openai_structure
 from paged_core.scheduling.request import SamplingParams
 
 _LABELS = ("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-_STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Options:
     include_usage: bool
     usage_in_every_chunk: bool
     return_token_ids: bool
+    structure: Structure | None
 
 
 def read_options(
@@ -57,6 +58,7 @@ def read_options(
         include_usage=include_usage,
         usage_in_every_chunk=every,
         return_token_ids=fields.flag("return_token_ids"),
+        structure=openai_structure(fields),
     )
 
 
@@ -99,10 +101,6 @@ def _refuse(fields: Fields) -> None:
     fields.only("length_penalty", [1, 1.0], beams)
     fields.only("early_stopping", [False], beams)
     fields.only("spaces_between_special_tokens", [True], "can't be false here: tokens are joined as the tokenizer does")
-    structured = "asks for structured output, which this server doesn't do; ask for it in the prompt"
-    fields.only("response_format", [{"type": "text"}], structured)
-    for name in _STRUCTURED:
-        fields.only(name, [], structured)
     fields.only("store", [False], "asks to store the answer; this server stores none")
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from paged_core.errors import PluginError
 from paged_core.protocol.fields import ProtocolError, is_integers
+from paged_core.protocol.structured import Structure
 from paged_core.protocol.tokens import TokenTexts
 from paged_core.scheduling.request import InvalidRequestError, SamplingParams
 from paged_core.text import Prompt, TextCodec, encode_prompt
 
 if TYPE_CHECKING:
     from paged_core.async_engine import AsyncEngine
+    from paged_core.grammar import Grammars
 
 _ANY_MODEL = ("tgi", "dummy")  # what TGI's clients call it where they weren't told a name
 
@@ -40,6 +44,7 @@ class ServedModel:
         self.codec: TextCodec = engine.codec
         self.tokens = TokenTexts(engine.codec)
         self.max_model_len: int = config.max_model_len
+        self._vocab_size, self._eos_token_ids = engine.engine.spec.vocab_size, engine.engine.spec.eos_token_ids
         self.has_priorities = config.scheduling_policy == "priority"
 
     def check_name(self, asked: str | None) -> str:
@@ -91,6 +96,29 @@ class ServedModel:
                 raise ProtocolError(f"{name} must be a string, token ids, or a list of these", name)
             found.append(self.finish_prompt(name, prompt, truncate))
         return found
+
+    def structured(self, params: SamplingParams, prompts: Sequence[Prompt], structure: Structure) -> SamplingParams:
+        """``params`` for answers that follow ``structure``.
+
+        Raises:
+            ProtocolError: it isn't a structure that can be followed.
+        """
+        name = structure.field
+        if len(prompts) > 1:
+            raise ProtocolError(f"{name} asks for structured output, which takes one prompt at a time", name)
+        if params.ignore_eos:
+            raise ProtocolError(f"{name} can't go with ignore_eos: a fulfilled structure ends with that token", name)
+        try:
+            processor = self._grammars.processor(structure.kind, structure.value, len(prompts[0].token_ids))
+        except (InvalidRequestError, PluginError) as error:
+            raise ProtocolError(f"{name}: {error}", name) from error
+        return replace(params, logits_processors=(processor,))
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        from paged_core.grammar import Grammars  # needs torch, which is there where an engine is
+
+        return Grammars(self.codec, self._vocab_size, self._eos_token_ids)
 
     def check_limits(self, params: SamplingParams) -> None:
         """Raises ProtocolError, naming the limit that is passed."""

@@ -14,6 +14,7 @@ from paged_core.detokenizer import Detokenizer
 from paged_core.outputs import CompletionOutput, GenerationOutput, StreamDelta
 from paged_core.protocol.fields import Fields, ProtocolError
 from paged_core.protocol.served import ServedModel, sampling_params
+from paged_core.protocol.structured import tgi_structure
 from paged_core.protocol.tokens import finite
 from paged_core.protocol.usage import best
 from paged_core.scheduling.request import Logprob, SamplingParams
@@ -49,9 +50,12 @@ class TGICall:
         self._num_top = inner.integer("top_n_tokens", 0)
         truncate = inner.integer("truncate", low=1)
         self.params = self._params(inner)
+        structure = tgi_structure(inner)
         inner.finish()
         self._check(inner)
         self.prompts = [served.finish_prompt("inputs", served.encode(inputs), truncate)]
+        if structure is not None:
+            self.params = served.structured(self.params, self.prompts, structure)
         self._detokenizer = served.codec.detokenizer(skip_special_tokens=True)
         self._texts: list[str] = []
         self._num_tokens = 0
@@ -61,7 +65,6 @@ class TGICall:
     def _params(self, fields: Fields) -> SamplingParams:
         fields.only("watermark", [False], "can't be honoured: this server marks no text")
         fields.only("typical_p", [1, 1.0], "can't be honoured; use top_p")
-        fields.only("grammar", [], "can't be honoured: this server has no structured output")
         fields.only("adapter_id", [""], "can't be honoured: this server has no adapters")
         temperature, top_k, top_p = (
             fields.number("temperature", low=1e-6),
