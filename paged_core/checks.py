@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from paged_core.scheduling.request import InvalidRequestError, Request, SamplingParams
 
 
-def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
-    """Raises InvalidRequestError if it is empty or holds ids outside the vocabulary."""
+def check_prompt(prompt: Sequence[int], vocab_size: int, knows: Callable[[int], bool] | None = None) -> None:
+    """Raises InvalidRequestError if it is empty or holds ids that the model does not know."""
     if not len(prompt):
         raise InvalidRequestError("the prompt is empty; give at least one token (for example the model's bos token)")
     for token in prompt:
-        if not isinstance(token, int) or not 0 <= token < vocab_size:
+        if not isinstance(token, int) or not (0 <= token < vocab_size or (knows is not None and knows(token))):
             raise InvalidRequestError(f"the prompt holds token id {token!r}; ids go from 0 to {vocab_size - 1}")
 
 

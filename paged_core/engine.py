@@ -21,7 +21,7 @@ from paged_core.checks import check_prompt, check_resumed, check_token_ids
 from paged_core.config import EngineConfig
 from paged_core.errors import EngineDeadError
 from paged_core.execution.batch import Batch, BatchBuilder
-from paged_core.execution.model import AcceleratedModel, ModelSpec, TokenSelector
+from paged_core.execution.model import AcceleratedModel, EmbeddingModel, ModelSpec, TokenSelector
 from paged_core.execution.model_runner import ModelRunner
 from paged_core.plugins import load_plugins
 from paged_core.scheduling.block_pool import BlockPool
@@ -70,6 +70,7 @@ class Engine:
         self._manager = load_plugins(plugins)
         self._model = assembly.load_model(self._manager, model, device, dtype)
         self.spec = self._model.spec
+        self._knows = self._model.knows if isinstance(self._model, EmbeddingModel) else None
         self.config = config = assembly.resolve(config or EngineConfig(), self.spec)
         assert config.block_size is not None, "see resolve"
         self._block_size = config.block_size
@@ -323,7 +324,7 @@ class Engine:
         if request_id in self._requests:
             raise InvalidRequestError(f"request id {request_id!r} is in use; choose another")
         for prompt in prompts if lockstep else prompts[:1]:
-            check_prompt(prompt, self.spec.vocab_size)
+            check_prompt(prompt, self.spec.vocab_size, self._knows)
         check_token_ids(params, self.spec.vocab_size)
         if not self._requests:
             self._refresh()

@@ -93,6 +93,15 @@ class AcceleratedModel(Protocol):
         ...
 
 
+@runtime_checkable
+class EmbeddingModel(Protocol):
+    """A PagedModel that was given embeddings, and takes token ids beyond its vocabulary for them in prompts."""
+
+    def knows(self, token_id: int) -> bool:
+        """Whether the id, which is none of the vocabulary's, stands for an embedding."""
+        ...
+
+
 class AttentionBackend(Protocol):
     """Attention over paged K/V. Planned once a step, run once a layer."""
 

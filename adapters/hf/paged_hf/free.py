@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from paged_core import Engine, FinishReason, Request, RequestError, RequestOutput, SamplingParams
-from paged_hf.host import Call, EngineHost, NotStarted, check_prompts
+from paged_hf.host import Call, EngineHost, NotStarted, check_length, check_tokens
 
 
 class FreeCall(Call):
@@ -30,7 +30,8 @@ class FreeCall(Call):
         self.outputs: list[list[int]] = []  # read by the caller once ``wait`` has returned None
 
     def enter(self, engine: Engine, name: str) -> list[Request]:
-        check_prompts(engine, self._prompts, self._max_tokens)
+        check_length(engine, self._prompts, self._max_tokens)
+        check_tokens(engine, self._prompts)
         known = tuple(token for token in self._eos if 0 <= token < engine.spec.vocab_size)  # others never come
         params = SamplingParams(temperature=0, max_tokens=self._max_tokens, stop_token_ids=known, ignore_eos=True)
         rows: list[Request] = []
@@ -75,16 +76,16 @@ def generate(
     try:
         host.open(call)
         for token in _tokens(call):
-            streamer.put(torch.tensor([token]))  # type: ignore[union-attr]  # without one there are none
+            streamer.put(_on_cpu([token]))  # type: ignore[union-attr]  # without one there are none
     finally:
         host.close(call)
     if streamer is not None:
         streamer.end()
     width = input_ids.shape[1] + max(map(len, call.outputs))
     dtype = torch.promote_types(input_ids.dtype, torch.int64)
-    sequences = torch.full((len(prompts), width), pad, dtype=dtype)
+    sequences = torch.full((len(prompts), width), pad, dtype=dtype, device="cpu")
     for row, tokens in enumerate(call.outputs):
-        sequences[row, input_ids.shape[1] : input_ids.shape[1] + len(tokens)] = torch.tensor(tokens)
+        sequences[row, input_ids.shape[1] : input_ids.shape[1] + len(tokens)] = _on_cpu(tokens)
     sequences = sequences.to(input_ids.device)
     sequences[:, : input_ids.shape[1]] = input_ids
     return sequences
@@ -106,3 +107,7 @@ def _tokens(call: FreeCall) -> Iterator[int]:
             return
         streamed = True
         yield from tokens
+
+
+def _on_cpu(tokens: list[int]) -> Tensor:
+    return torch.tensor(tokens, device="cpu")  # whatever the caller's default device

@@ -44,6 +44,9 @@ class Call:
         """News of one row."""
         raise NotImplementedError
 
+    def leave(self) -> None:
+        """The rows have left the engine."""
+
     def tell(self, news: Any) -> None:
         """Hand something to the caller: what ``wait`` returns, or an exception for it to raise."""
         self._news.put(news)
@@ -221,7 +224,7 @@ class EngineHost:
         try:
             if self.engine is None:
                 self.engine = self._build()
-            if call.padded and self._paged_model.counts_padding:
+            if call.padded and self.paged_model.counts_padding:
                 raise NotStarted("the model counts padding as positions")
             try:
                 call.rows = call.enter(self.engine, str(next(self._numbers)))
@@ -234,14 +237,15 @@ class EngineHost:
             self._owners[row] = call
 
     def _build(self) -> Engine:
-        self._paged_model = HFPagedModel(self._model)
-        return Engine(self._paged_model, self._config)
+        self.paged_model = HFPagedModel(self._model)
+        return Engine(self.paged_model, self._config)
 
     def _end(self, call: Call) -> None:
         for row in call.rows:
             self._owners.pop(row, None)
             if self.engine is not None:
                 self.engine.stop(row)
+        call.leave()
 
     def _fail_all(self, error: BaseException) -> None:
         self.engine = None
@@ -252,7 +256,7 @@ class EngineHost:
                 call.tell(error)
 
 
-def check_prompts(engine: Engine, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+def check_length(engine: Engine, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
     """
     Raises:
         NotStarted: the engine would answer otherwise than stock, which knows neither limits nor errors of ours.
@@ -262,6 +266,13 @@ def check_prompts(engine: Engine, prompts: Sequence[Sequence[int]], max_tokens: 
         raise NotStarted(
             f"prompt and output may have {longest} tokens, but the model knows {engine.spec.max_model_len} positions"
         )
+
+
+def check_tokens(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
+    """
+    Raises:
+        NotStarted: a token isn't in the vocabulary: stock has its own way to fail.
+    """
     if any(not 0 <= token < engine.spec.vocab_size for prompt in prompts for token in prompt):
         raise NotStarted(f"a prompt holds a token that isn't among the model's {engine.spec.vocab_size}")
 

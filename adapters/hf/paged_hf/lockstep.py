@@ -14,30 +14,68 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from paged_core import Engine, FinishReason, Request, RequestError, RequestOutput, SamplingParams, Selection
-from paged_hf.host import Call, EngineHost, NotStarted, check_prompts
+from paged_core import (
+    Engine,
+    FinishReason,
+    Request,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+    Selection,
+    UnsupportedModel,
+)
+from paged_hf.host import Call, EngineHost, NotStarted, check_length, check_tokens
+from paged_hf.probe import difference, tolerance
 
 
 class LockstepCall(Call):
-    """A group of rows whose tokens the caller chooses. It is the group's own selector."""
+    """A group of rows whose tokens the caller chooses. It is the group's own selector.
 
-    def __init__(self, host: EngineHost, prompts: Sequence[Sequence[int]], max_tokens: int, padded: bool) -> None:
+    A prompt is a list of token ids, or embeddings ``[n, hidden]``.
+    """
+
+    def __init__(self, host: EngineHost, prompts: Sequence[Any], max_tokens: int, padded: bool) -> None:
         super().__init__(padded)
         self._host = host
         self._prompts = prompts
-        self._params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        self._max_tokens = max_tokens
+        self._lent: list[int] = []
 
     def enter(self, engine: Engine, name: str) -> list[Request]:
-        check_prompts(engine, self._prompts, self._params.max_tokens or 1)
+        check_length(engine, self._prompts, self._max_tokens)
         limit = engine.config.max_num_seqs or 0
         if len(self._prompts) > limit:
             raise NotStarted(f"{len(self._prompts)} rows must advance together, but at most {limit} run at once")
-        return engine.add_group(name, self._prompts, self._params, selector=self)
+        if isinstance(self._prompts[0], Tensor):
+            prompts = self._borrow(self._prompts)
+        else:
+            prompts = self._prompts
+            check_tokens(engine, prompts)
+        params = SamplingParams(max_tokens=self._max_tokens, ignore_eos=True)
+        return engine.add_group(name, prompts, params, selector=self)
+
+    def _borrow(self, prompts: Sequence[Tensor]) -> Sequence[Sequence[int]]:
+        """Ids for embeddings; rows that follow one another and are equal (beams, samples) get the same."""
+        made: list[list[int]] = []
+        try:
+            for i, rows in enumerate(prompts):
+                if i == 0 or not torch.equal(rows, prompts[i - 1]):
+                    ids = self._host.paged_model.lend(rows)
+                    self._lent += ids
+                made.append(ids)
+        except UnsupportedModel as error:
+            raise NotStarted(str(error)) from None  # of this call, not of the model
+        return made
+
+    def leave(self) -> None:
+        if self._lent:
+            self._host.paged_model.take_back(self._lent)
 
     def select(self, logits: Tensor, requests: Sequence[Request]) -> Selection:
         """Hand ``logits [S, vocab]`` to the caller; the tokens come later."""
@@ -53,7 +91,7 @@ class LockstepCall(Call):
 class EngineRows(DynamicCache):
     """What stock's loop takes for the K/V cache of its call: rows of the engine's batch, not tensors."""
 
-    def __init__(self, host: EngineHost, prompts: Sequence[Sequence[int]], width: int, max_tokens: int) -> None:
+    def __init__(self, host: EngineHost, prompts: Sequence[Any], width: int, max_tokens: int) -> None:
         super().__init__()
         self._host = host
         self._call = LockstepCall(host, prompts, max_tokens, padded=any(len(prompt) < width for prompt in prompts))
@@ -63,11 +101,12 @@ class EngineRows(DynamicCache):
         self._parents: list[int] | None = None
         self.ended: Tensor | None = None  # bool [B]: rows whose logits nobody will look at any more
 
-    def forward(self, next_ids: Tensor) -> Tensor:
+    def forward(self, next_ids: Tensor | None) -> Tensor:
         """``next_ids i64 [B]``, ignored the first time: the prompts are known. ``-> logits [B, 1, vocab]``"""
         if self._num_steps == 0:
             self._host.open(self._call)
         else:
+            assert next_ids is not None
             tokens, parents = next_ids.tolist(), self._parents
             ended = self.ended.tolist() if self.ended is not None else [False] * self._num_rows
             self._host.post(self._call, lambda engine: self._resume(engine, tokens, parents, ended))
@@ -105,13 +144,14 @@ class EngineRows(DynamicCache):
         used = {block for table in tables for block in table}
         return len(used), sum(map(len, tables)) - len(used)
 
+    def read(self, rows: Sequence[int]) -> list[list[tuple[Tensor, Tensor]]]:
+        """What the blocks of some rows hold: of each row, of each layer ``(k [K,n,D], v [K,n,Dv])``."""
+        self._host.post(self._call, lambda engine: self._call.tell([engine.read_kv(self._call.rows[i]) for i in rows]))
+        return self._call.wait()
+
     def copy_to(self, cache: Cache) -> None:
         """Fill an empty cache with the rows' K/V, left-padded with zeros, for the caller to keep."""
-        parents = self._parents or range(self._num_rows)
-        self._host.post(
-            self._call, lambda engine: self._call.tell([engine.read_kv(self._call.rows[i]) for i in parents])
-        )
-        rows = self._call.wait()  # B of L of (k [K,n,D], v [K,n,Dv])
+        rows = self.read(self._parents or range(self._num_rows))
         for layer in range(len(rows[0])):
             keys, values = (_left_padded([row[layer][i] for row in rows], self.get_seq_length()) for i in (0, 1))
             cache.update(keys, values, layer)
@@ -155,9 +195,9 @@ def view(model: nn.Module, rows: EngineRows) -> Any:
 def _view_class(kind: type) -> type:
     def call(self: Any, input_ids: Tensor | None = None, use_cache: bool | None = None, **inputs: Any) -> Any:
         rows: EngineRows = self._paged_rows
-        assert input_ids is not None
+        next_ids = None if input_ids is None else input_ids[:, -1]
         return CausalLMOutputWithPast(
-            logits=rows.forward(input_ids[:, -1]), past_key_values=rows if use_cache is not False else None
+            logits=rows.forward(next_ids), past_key_values=rows if use_cache is not False else None
         )
 
     @contextlib.contextmanager
@@ -178,6 +218,31 @@ def _view_class(kind: type) -> type:
         "_valid_auto_compile_criteria": lambda self, *args, **kwargs: False,
     }
     return type(kind)(kind.__name__, (kind,), own)
+
+
+def keeps_stocks_kv(model: Any, host: EngineHost) -> bool:
+    """Whether our blocks hold what the model puts into stock's cache. Attention may see something else: latents are
+    kept small, layers share K/V or attend twice.
+
+    Raises:
+        NotStarted: the engine can't run the model.
+    """
+    ids = torch.arange(1, 5)
+    rows = EngineRows(host, [ids.tolist()], len(ids), 1)
+    try:
+        rows.forward(None)
+        ours = rows.read([0])[0]  # L of (k [K,n,D], v [K,n,Dv])
+    finally:
+        rows.close()
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    with torch.no_grad():
+        model(ids[None].to(ours[0][0].device), past_key_values=cache, use_cache=True)
+    theirs = [(layer.keys[0], layer.values[0]) for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    return len(ours) == len(theirs) and all(
+        mine.shape[::2] == its.shape[::2] and difference(mine[:, -its.shape[1] :], its) <= tolerance(its)
+        for pair, others in zip(ours, theirs, strict=True)
+        for mine, its in zip(pair, others, strict=True)  # both [K,n,D]; a window keeps the last few
+    )
 
 
 def _left_padded(rows: Sequence[Tensor], length: int) -> Tensor:

@@ -36,6 +36,7 @@ class Tiers:
         self.host = host
         self.strict_memory = strict_memory
         self.dropped: dict[str, str] = {}
+        self._alike: bool | None = None
 
     def run(self, run: Run) -> Any:
         """Answer a call of stock's decoding loop.
@@ -49,6 +50,8 @@ class Tiers:
         reason = self.dropped.get("native") or run.why_not_native(self.model)
         if reason is None:
             try:
+                if run.returns_cache and not self._keeps_stocks_kv():
+                    raise NotStarted("its cache is to come back, and keeps something else than attention's K/V")
                 return run.natively(self.model, self.host)
             except NotStarted as failure:
                 cause = failure.__cause__
@@ -66,6 +69,11 @@ class Tiers:
             except UnsupportedModel as error:
                 obstacle = self.dropped["cache"] = str(error)
         return run.as_stock(self.model, f"{reason}; {obstacle}")
+
+    def _keeps_stocks_kv(self) -> bool:
+        if self._alike is None:
+            self._alike = lockstep.keeps_stocks_kv(self.model, self.host)
+        return self._alike
 
 
 class Run:
@@ -89,6 +97,10 @@ class Run:
         self._config = generation_config
         self._rest = rest
         self._loop = functools.partial(loop, logits_processor=logits_processor, generation_config=generation_config)
+
+    @property
+    def returns_cache(self) -> bool:
+        return bool(self._config.return_dict_in_generate and self._rest.get("use_cache", True))
 
     def why_stock(self, model: nn.Module) -> str | None:
         return tiers.why_stock(model, self._config, self._rest)
@@ -126,11 +138,16 @@ class Run:
         Raises:
             NotStarted: the engine can't take the rows, and nothing has happened yet.
         """
-        prompts = tiers.prompts_of(self.input_ids, self._rest.get("attention_mask"))
+        embeds = self._rest.get("inputs_embeds")
+        given = self.input_ids if embeds is None else embeds  # [B,L], or [B,L,hidden]
+        prompts = tiers.prompts_of(given, self._rest.get("attention_mask"))
         longest = self._criteria.max_length or self._config.max_length
         max_tokens = max(1, longest - self.input_ids.shape[1])
         streamer = self._rest.get("streamer")
-        if tiers.runs_free(model, self.name, self._processors, self._criteria, self._config, streamer, len(prompts)):
+        free_to_run = tiers.runs_free(
+            model, self.name, self._processors, self._criteria, self._config, streamer, len(prompts)
+        )
+        if embeds is None and free_to_run:
             eos = [token for c in self._criteria if hasattr(c, "eos_token_id") for token in c.eos_token_id.tolist()]
             pad = self._config._pad_token_tensor
             sequences = free.generate(
@@ -138,7 +155,7 @@ class Run:
             )
             note(Report("native", "free", len(prompts)))
             return sequences
-        rows = lockstep.EngineRows(host, prompts, self.input_ids.shape[1], max_tokens)
+        rows = lockstep.EngineRows(host, prompts, given.shape[1], max_tokens)
         try:
             return self._in_lockstep(model, rows)
         finally:

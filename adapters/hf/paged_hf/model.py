@@ -6,7 +6,7 @@ This file knows transformers models. It knows nothing of blocks, requests or sch
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from paged_core import Attend, EngineDeadError, LayerSpec, ModelSpec, ModuleForward, UnsupportedModel
 from paged_hf.attention import UNDER_WAY, Step
+from paged_hf.embeds import Embeds, takes_embeds
 from paged_hf.probe import probe
 from paged_hf.rules import apply_rules
 from paged_hf.shadow import Shadow, listened_to
@@ -46,6 +47,7 @@ class HFPagedModel:
         self._fast: dict[nn.Module, ModuleForward] = {}  # by twin
         self._spec: ModelSpec
         self._create: CreateForward | None = None
+        self._embeds = Embeds()
         self._take_in()
 
     @property
@@ -57,6 +59,26 @@ class HFPagedModel:
         """Whether stock numbers the tokens of a left-padded row with its padding: such a row then gets another answer
         from stock than it gets alone, and than it gets here."""
         return not self._takes_positions and not any(layer.has_key_bias for layer in self._spec.layers)
+
+    def lend(self, embeds: Tensor) -> list[int]:
+        """Take ``embeds [n, hidden]`` for a prompt. Returns token ids that stand for them, until they are taken back.
+
+        Raises:
+            UnsupportedModel: the model computes something else from embeddings than from token ids.
+        """
+        if self._takes_embeds is None:
+            self._takes_embeds = takes_embeds(self._base)
+        if not self._takes_embeds:
+            raise UnsupportedModel("it makes more of token ids than embeddings")
+        return self._embeds.lend(embeds)
+
+    def take_back(self, token_ids: Sequence[int]) -> None:
+        """Forget what was lent."""
+        self._embeds.take_back(token_ids)
+
+    def knows(self, token_id: int) -> bool:
+        """Whether the id stands for an embedding that is lent."""
+        return token_id in self._embeds
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend, sample_indices: Tensor) -> Tensor:
         """``token_ids i64 [T], positions i64 [T], sample_indices i64 [S] -> logits [S, vocab]``"""
@@ -112,6 +134,7 @@ class HFPagedModel:
         self._shadow.give_all(UNDER_WAY, self._under_way)
         self._watch = Watch(self._base)
         self._fast = {}
+        self._takes_embeds: bool | None = None  # not known yet
         config = self._base.config.get_text_config()
         _refuse_by_config(self._base)
         max_length = _max_length(self._base, config)
@@ -143,7 +166,12 @@ class HFPagedModel:
             options["position_ids"] = positions[None]
         if rows is not None and self._keeps_logits:
             options["logits_to_keep"] = rows
-        output = self._shadow.root(input_ids=token_ids[None], attention_mask=None, use_cache=False, **options)
+        if self._embeds.among(token_ids):
+            embedding = self._shadow.twin_of(self._base.get_input_embeddings())
+            options["inputs_embeds"] = self._embeds.of(token_ids, embedding)[None]
+        else:
+            options["input_ids"] = token_ids[None]
+        output = self._shadow.root(attention_mask=None, use_cache=False, **options)
         logits: Tensor = output.logits[0]
         return logits if rows is None or self._keeps_logits else logits[rows]
 

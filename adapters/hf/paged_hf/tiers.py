@@ -18,6 +18,7 @@ from paged_hf.shadow import listened_to
 
 _OURS = frozenset(
     {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+    | {"inputs_embeds"}
 )
 _SAME_ANSWERS = (
     None,
@@ -60,6 +61,8 @@ def why_not_native(
     """Why the engine can't run the rows of this call. ``kwargs``: what goes to the model."""
     if loop not in ("_sample", "_beam_search"):
         return "the engine has no such decoding loop: " + loop.strip("_")
+    embeds = kwargs.get("inputs_embeds")
+    shape = input_ids.shape if embeds is None else embeds.shape[:2]
     unknown = sorted(name for name in kwargs.keys() - _OURS if kwargs[name] is not None)
     if unknown:
         return f"{', '.join(unknown)} is passed to the model"
@@ -73,18 +76,18 @@ def why_not_native(
         return f"the prompts are {input_ids.dtype} {list(input_ids.shape)}"
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if mask is not None:
-        if mask.shape != input_ids.shape:
-            return f"the attention mask is {list(mask.shape)}, not {list(input_ids.shape)} as the prompts"
+        if mask.shape != shape:
+            return f"the attention mask is {list(mask.shape)}, not {list(shape)} as the prompts"
         real = mask == 1
         if bool(mask[~real].any()):
             return "the attention mask has other values than 0 and 1"
         if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
             return "the attention mask has holes, or padding on the right"
     if positions is not None:
-        usual = torch.arange(input_ids.shape[1], device=positions.device).expand(input_ids.shape)
+        usual = torch.arange(shape[1], device=positions.device).expand(shape)
         if mask is not None:
             usual = mask.long().cumsum(-1) - 1
-        if positions.shape[-1] != input_ids.shape[1] or positions.ndim != 2:
+        if positions.shape[-1] != shape[1] or positions.ndim != 2:
             return f"position_ids are {list(positions.shape)}"
         odd = positions != usual
         if bool((odd if mask is None else odd & (mask != 0)).any()):
@@ -125,11 +128,10 @@ def may_drop_ended(processors: Sequence[Any], criteria: Sequence[Any], config: A
     return _ends_at_tokens(criteria) and stocks_own and not config.return_dict_in_generate
 
 
-def prompts_of(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
-    """``input_ids [B,L]`` without padding."""
-    if mask is None:
-        return input_ids.tolist()
-    return [ids[real].tolist() for ids, real in zip(input_ids, mask != 0, strict=True)]
+def prompts_of(given: Tensor, mask: Tensor | None) -> list[Any]:
+    """``input_ids [B,L]`` without padding, as lists; or ``inputs_embeds [B,L,hidden]``, as tensors."""
+    rows = list(given) if mask is None else [row[real] for row, real in zip(given, mask != 0, strict=True)]
+    return rows if given.is_floating_point() else [row.tolist() for row in rows]
 
 
 def fresh_cache(cache: Any) -> bool:
@@ -159,6 +161,7 @@ def _noise_in_training(model: nn.Module) -> str | None:
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return f"dropout ({module.p})"
     for name, value in vars(model.config).items():
-        if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0:
+        elsewhere = name.startswith(("summary_", "classifier_"))  # heads of other tasks
+        if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0 and not elsewhere:
             return f"{name}={value}"
     return None
