@@ -29,6 +29,20 @@ def test_a_compile_config_gets_stocks_compiled_forward(tiny: Any) -> None:
     assert hasattr(model, "_compiled_call")
 
 
+def test_state_outside_attention_is_noticed_however_little_it_matters(tiny: Any) -> None:
+    """A recurrent layer of fresh weights hardly changes a logit. The model's word counts, not what can be measured."""
+    layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 8, "mamba_dt_rank": 4}
+    model = tiny("jamba", head_dim=None, mamba_d_state=4, **layers)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "mamba.out_proj" in name:
+                weight.mul_(1e-6)
+    model.generate = paged_generate(model, check=False)
+    model.generate(torch.arange(3, 9)[None], max_new_tokens=3, pad_token_id=0)
+    report = model.generate.last_report()
+    assert (report.tier, report.reason) == ("cache", "JambaForCausalLM keeps state outside attention")
+
+
 def test_the_tool_names_what_passes_on_stock_only(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(
         "import torch\n"

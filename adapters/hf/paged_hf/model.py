@@ -216,6 +216,8 @@ def _refuse_by_config(model: Any) -> None:
         raise UnsupportedModel(f"{name} is an encoder-decoder model")
     if model.get_output_embeddings() is None:
         raise UnsupportedModel(f"{name} has no language-model head")
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedModel(f"{name} keeps state outside attention")
 
 
 def _until_the_cache_forgets(config: Any, layers: tuple[LayerSpec, ...]) -> int:
