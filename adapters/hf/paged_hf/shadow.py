@@ -22,6 +22,7 @@ _SHARED = frozenset(vars(nn.Module())) - {"training", "_modules"}  # parameters,
 _NOT_COMPARED = _SHARED | {"training", "_modules", "_compiled_call_impl"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _RECORDER = "transformers.utils.output_capturing"  # its hooks stay on once anyone has asked for hidden states
+_FOR_TRAINING = ("make_inputs_require_grads", "make_inputs_require_grad")  # transformers' and PEFT's: no matter here
 _QUIET = {"_output_attentions": False, "output_hidden_states": False, "output_router_logits": False,
           "return_dict": True, "use_cache": False}  # fmt: skip
 
@@ -151,12 +152,16 @@ class Shadow:
 
 
 def listened_to(module: nn.Module) -> bool:
-    """Whether someone has a forward hook on the module. Transformers' own recorders do nothing unless they are asked."""
+    """Whether someone has a forward hook on the module. Those that libraries leave there for training, or for
+    whoever asks for hidden states, do nothing in between."""
     return any(_any_user(getattr(module, hooks)) for hooks in _HOOKS)
 
 
 def _any_user(hooks: dict[int, Any]) -> bool:
-    return any(getattr(hook, "__module__", None) != _RECORDER for hook in hooks.values())
+    return any(
+        getattr(hook, "__module__", None) != _RECORDER and getattr(hook, "__name__", None) not in _FOR_TRAINING
+        for hook in hooks.values()
+    )
 
 
 def _rewrites_buffers(module: nn.Module) -> bool:
