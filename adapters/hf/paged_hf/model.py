@@ -143,6 +143,8 @@ class HFPagedModel:
         placed = apply_rules(self._shadow, self._under_way, max_length, self._takes_positions)
         if not (self._takes_positions or placed):
             raise UnsupportedModel(f"{type(self._base).__name__}.forward takes no position_ids")
+        if getattr(self._base, "_is_stateful", False):
+            raise UnsupportedModel(f"{type(self._base).__name__} keeps state outside attention")
         self._keeps_logits = "logits_to_keep" in parameters
         self._takes_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         device = self._base.get_input_embeddings().weight.device
@@ -216,8 +218,6 @@ def _refuse_by_config(model: Any) -> None:
         raise UnsupportedModel(f"{name} is an encoder-decoder model")
     if model.get_output_embeddings() is None:
         raise UnsupportedModel(f"{name} has no language-model head")
-    if getattr(model, "_is_stateful", False):
-        raise UnsupportedModel(f"{name} keeps state outside attention")
 
 
 def _until_the_cache_forgets(config: Any, layers: tuple[LayerSpec, ...]) -> int:
