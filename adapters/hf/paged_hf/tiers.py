@@ -50,7 +50,7 @@ def why_stock(model: nn.Module, config: Any, loop_kwargs: Mapping[str, Any]) -> 
     cache = loop_kwargs.get("past_key_values")
     if getattr(cache, "_is_user_defined", False) or (cache is not None and cache.get_seq_length()):
         return "a cache of the caller's own was passed as past_key_values"
-    if model.training and (noise := _noise_in_training(model)):
+    if any(module.training for module in model.modules()) and (noise := _noise_in_training(model)):
         return f"the model is in training mode and has {noise}: call model.eval() before generate()"
     return None
 
@@ -160,6 +160,8 @@ def _noise_in_training(model: nn.Module) -> str | None:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return f"dropout ({module.p})"
+        if getattr(module, "gradient_checkpointing", False):
+            return "gradient checkpointing, with which its layers ignore the cache"
     for name, value in vars(model.config).items():
         elsewhere = name.startswith(("summary_", "classifier_"))  # heads of other tasks
         if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0 and not elsewhere:
