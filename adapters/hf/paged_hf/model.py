@@ -218,6 +218,10 @@ def _refuse_by_config(model: Any) -> None:
         raise UnsupportedModel(f"{name} is an encoder-decoder model")
     if model.get_output_embeddings() is None:
         raise UnsupportedModel(f"{name} has no language-model head")
+    if getattr(model.config, "attention_type", None) == "block_sparse":
+        raise UnsupportedModel(
+            f"{name}'s attention is block-sparse in long prompts; load it with attention_type='original_full'"
+        )
 
 
 def _until_the_cache_forgets(config: Any, layers: tuple[LayerSpec, ...]) -> int:

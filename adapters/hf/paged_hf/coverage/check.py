@@ -16,7 +16,7 @@ from torch import Tensor
 
 from paged_core import Engine, EngineConfig, LayerSpec, ModelSpec, SamplingParams, UnsupportedModel
 from paged_hf.cache import PagedCache
-from paged_hf.coverage.tiny import POSITIONS, WINDOW, class_name, tiny_model
+from paged_hf.coverage.tiny import CHUNK, WINDOW, class_name, tiny_model
 from paged_hf.generate import paged_generate
 from paged_hf.report import last_report
 
@@ -172,7 +172,10 @@ def _generate(model: Any, stock: Answer, refusal: str | None, at: Callable[[str]
 def _in_blocks(model: Any) -> bool:
     """Whether the model's K/V really go to a PagedCache that it is given."""
     cache = PagedCache(model.config.get_text_config(decoder=True))
-    _answer(model.generate, _prompts(), past_key_values=cache)
+    try:
+        _answer(model.generate, _prompts(), past_key_values=cache)
+    except ValueError:  # it takes no cache
+        return False
     return cache.num_blocks_used > 0
 
 
@@ -230,7 +233,7 @@ def _nature(spec: ModelSpec) -> str:
     words = [name for name, holds in facts.items() if any(map(holds, spec.layers))]
     if len({(layer.num_kv_heads, layer.head_dim) for layer in spec.layers}) > 1:
         words.append("layers of different widths")
-    if spec.max_model_len < POSITIONS:
+    if spec.max_model_len <= CHUNK:
         words.append("sequences within its window or chunk only")
     return ", ".join(words) or "full attention"
 

@@ -45,11 +45,11 @@ def markdown(rows: Sequence[Row]) -> str:
             "|---|---:|---|",
             *(f"| {tier} | {counts[tier]} | {_MEANING[tier]} |" for tier in TIERS),
             "",
-            "Each model answered a batch of three prompts of mixed lengths, padded on the left, the longest of them "
-            "longer than any",
-            "sliding window: float32, greedy, on a CPU, against `model.generate`. Native ones did so twice: on plain "
-            "attention in small",
-            "chunks, and with the engine's defaults (CPU kernels, fast forwards).",
+            "Each model answered three prompts of mixed lengths, padded on the left, the longest of them longer than "
+            "any sliding",
+            "window: float32, greedy, on a CPU, `paged_generate(model)` against `model.generate`. Native ones also did "
+            "so in the engine",
+            "itself: on plain attention in small chunks, and with its defaults (CPU kernels, fast forwards).",
             "",
             f"Made {datetime.date.today().isoformat()} by `python -m paged_hf.coverage --out docs/coverage.md` with "
             f"paged-core {version('paged-core')},",

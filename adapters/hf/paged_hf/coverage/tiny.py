@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 VOCAB = 128
 WINDOW = 8  # of layers with a sliding window
-POSITIONS = 256
+CHUNK = 64  # of attention in chunks, and of windows that exist only in stock's cache
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
 _NUM_LAYERS = 4
 _MOST_LAYERS = 6  # where layers are of more kinds than four
@@ -44,11 +44,12 @@ _AT_MOST = {  # the settings that get a value, unless theirs is smaller
     "hidden_size_global input_embedding_size output_embedding_size backbone_hidden_size intermediate_size n_inner "
     "ffn_dim ffn_hidden_size d_ff dff dim_ff d_inner decoder_ffn_dim encoder_ffn_dim dense_intermediate_size "
     "intermediate_size_mlp feed_forward_size attention_hidden_size out_hidden_size mlp_dim mamba_d_ssm "
-    "attention_chunk_size adapter_in_dim adapter_out_dim adapter_input_size": 64,
+    "adapter_in_dim adapter_out_dim adapter_input_size": 64,
+    "attention_chunk_size": CHUNK,
     "vocab_size decoder_vocab_size vocab_size_per_layer_input audio_vocab_size pronunciation_vocab_size "
     "shape_vocab_size unpadded_vocab_size": VOCAB,
     "max_position_embeddings n_positions max_seq_len n_ctx max_target_positions max_source_positions context_length "
-    "model_max_length": POSITIONS,
+    "model_max_length": 256,
 }  # fmt: skip
 _TINY = {name: value for names, value in _AT_MOST.items() for name in names.split()}
 _NOT_SETTINGS = (
@@ -73,6 +74,11 @@ _SHARING = {
 _WIDER = {"per_layer_config": {1: {"head_dim": 32}, 3: {"head_dim": 32}}}
 _INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
             "indexer_compress_ratio": 4}  # fmt: skip
+_SLIDES = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": WINDOW,
+    "use_sliding_window": True,
+}
 _ZAMBA = {"num_hidden_layers": 4, "attention_hidden_size": 128, "attention_head_dim": 32}
 _DRAFT = {**_SHARING, "num_kv_shared_layers": 4, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 _OWN: dict[str, dict[str, Any]] = {  # what a model type needs beside; "default" is said before its settings are shrunk
@@ -99,16 +105,31 @@ _OWN: dict[str, dict[str, Any]] = {  # what a model type needs beside; "default"
     "hunyuan_v1_moe": _HEAD_DIM,
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "laguna": _SLIDES,
+    "lfm2": {"default": {"num_hidden_layers": 4, "full_attn_idxs": [1, 3]}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
+    "mellum": _SLIDES,
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+        "index_block_size": 4,
+        "index_topk_blocks": 2,
+    },
     "ministral": _HEAD_DIM,
-    "moshi": {"sliding_window": 64},  # which for the engine is the longest sequence
+    "ministral3": {"sliding_window": WINDOW},
+    "mixtral": {"sliding_window": WINDOW},
+    "moshi": {"sliding_window": CHUNK},
     "musicgen": {"decoder": {"num_codebooks": 1}},
     "musicgen_melody": {"decoder": {"num_codebooks": 1}},
     "nemotron": {"num_key_value_heads": 2},
+    "phi3": {"sliding_window": WINDOW},
+    "phimoe": {"sliding_window": WINDOW},
+    "qwen2": _SLIDES,
+    "qwen3": _SLIDES,
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
     "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 48]},
+    "starcoder2": {"sliding_window": WINDOW},
     "xmod": {"default_language": "en_XX"},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_blocks": 4},
     "zamba": {**_ZAMBA, "layers_block_type": ["linear_attention", "hybrid"] * 2},
