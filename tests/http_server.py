@@ -64,6 +64,7 @@ def alphabet_server(
     max_queue: int = 100,
     timeout_s: float | None = None,
     shutdown_timeout_s: float = 5.0,
+    **tls: Any,
 ) -> Iterator[Running]:
     metrics = PrometheusMetrics("alphabet")
     config = config or EngineConfig(num_blocks=512, attention_backend="reference")
@@ -72,7 +73,8 @@ def alphabet_server(
     ) as engine:
         service = Service(engine, ServedModel(engine, ["alphabet"], limits), max_queue=max_queue, timeout_s=timeout_s)
         app = create_app(service, metrics, options)
-        running = Running(engine, service, Server(app, service, port=0, shutdown_timeout_s=shutdown_timeout_s))
+        server = Server(app, service, port=0, shutdown_timeout_s=shutdown_timeout_s, **tls)
+        running = Running(engine, service, server)
         running.start()
         try:
             yield running

@@ -70,7 +70,7 @@ class ServedModel:
             most = self.max_model_len - 1 if truncate == -1 else truncate
             if len(ids) > most:
                 ids = ids[-most:]
-                prompt = Prompt(self.codec.decode(ids) if self.codec.tokenizer is not None else None, ids)
+                prompt = Prompt(self.codec.decode(ids) if prompt.text is not None else None, ids)
         limit = self.limits.max_prompt_tokens
         limit = self.max_model_len - 1 if limit is None else min(limit, self.max_model_len - 1)
         if len(ids) > limit:

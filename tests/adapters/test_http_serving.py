@@ -6,9 +6,12 @@ import argparse
 import json
 import logging
 import socket
+import ssl
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -18,7 +21,7 @@ from http_server import LIMIT_S, Running, alphabet_server, until
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import OverloadedError
 from paged_openai.app import AppOptions
-from paged_openai.commands import add_options, engine_config, main, request_limits
+from paged_openai.commands import add_options, engine_config, main, request_limits, serve
 from paged_openai.keys import read_keys
 from paged_openai.logs import JSONLines
 
@@ -316,7 +319,8 @@ def test_at_the_deadline_every_stream_gets_a_last_event() -> None:
         plain = Background(server, "/v1/completions", LONG)
         until(lambda: len(steps) > 5 and len(steps[-2]) == 3)  # all three have begun to answer
         server.server.should_exit = True
-        *_, error, done = events(openai_stream.result().text)
+        *pieces, error, done = events(openai_stream.result().text)
+        assert {piece["choices"][0]["finish_reason"] for piece in pieces} == {None}, "cut, and not ended"
         assert "shutting down" in error["error"]["message"]
         assert done == "[DONE]"
         assert events(tgi_stream.result().text)[-1]["error_type"] == "incomplete_generation"
@@ -346,9 +350,29 @@ def test_options_become_configuration() -> None:
     config = engine_config(args)
     assert (config.max_num_seqs, config.kv_cache_bytes, config.enable_prefix_caching) == (7, 1_000_000, False)
     assert request_limits(args) == RequestLimits(max_n=3)
-    for wrong in (["--max-n", "0"], ["--body-timeout", "-1"], ["--request-timeout", "nan"]):
+    for wrong in (["--max-n", "0"], ["--body-timeout", "-1"], ["--max-queue", "-1"], ["--request-timeout", "nan"]):
         with pytest.raises(SystemExit):
             parser.parse_args(wrong)
+
+
+def test_tls_is_spoken_with_a_certificate() -> None:
+    pem = Path(__file__).with_name("loopback.pem")
+    with alphabet_server(ssl_certfile=pem) as server:
+        trusting = ssl.create_default_context(cafile=pem)
+        with httpx2.Client(base_url=f"https://127.0.0.1:{server.port}", verify=trusting, trust_env=False) as client:
+            assert client.post("/generate", json={"inputs": "A"}).status_code == 200
+        with pytest.raises(httpx2.TransportError), server.client() as client:
+            client.get("/health")
+
+
+def test_without_its_packages_a_server_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "paged_openai.serving", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "paged_openai.server")
+    arguments = argparse.ArgumentParser()
+    add_options(arguments)
+    with pytest.raises(ConfigError, match=r"paged-core\[server\]"):
+        serve(arguments.parse_args([]))
 
 
 def test_tls_needs_a_certificate(tmp_path: Any) -> None:

@@ -16,6 +16,7 @@ from paged_core import (
     ChatCall,
     CompletionCall,
     Failure,
+    InvalidRequestError,
     ProtocolError,
     RequestLimits,
     openai_error,
@@ -183,6 +184,8 @@ def test_prompts_are_cut_from_the_left(alphabet: Alphabet) -> None:
     answer = complete(alphabet, prompt="ABCXYM", truncate_prompt_tokens=2, max_tokens=1, echo=True)
     assert answer["choices"][0]["text"] == "YMN"
     assert answer["usage"]["prompt_tokens"] == 2
+    with pytest.raises(InvalidRequestError, match="ids go from"):
+        complete(alphabet, prompt=[33, -(10**30), 33], truncate_prompt_tokens=2)
     assert complete(alphabet, prompt="A", truncate_prompt_tokens=-1)["choices"][0]["text"] == "BCDEF"
 
 

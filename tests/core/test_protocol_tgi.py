@@ -189,6 +189,7 @@ def test_tokens_that_came_as_one_delta_are_told_apart_and_their_texts_make_the_w
     chunks = streaming.chunks(0, first) + streaming.chunks(0, second)
     assert [chunk["token"]["id"] for chunk in chunks] == ids
     assert "".join(chunk["token"]["text"] for chunk in chunks if not chunk["token"]["special"]) == text
+    assert [chunk["token"]["text"] for chunk in chunks[:4]] == ["Hello", "", "", "日"]
     assert chunks[-1]["token"] == {"id": 1, "text": "</s>", "logprob": -1.0, "special": True}
     assert chunks[-1]["generated_text"] == text
 

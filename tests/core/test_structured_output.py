@@ -89,6 +89,12 @@ def test_every_sample_follows_the_grammar_by_itself(alphabet: Alphabet) -> None:
     assert len(set(texts)) > 12
 
 
+def test_states_that_fell_out_are_made_again(alphabet: Alphabet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paged_core.grammar._MAX_STATES", 2)
+    choices = complete(alphabet, n=8, temperature=40, seed=1, structured_outputs={"regex": "([a-z][0-9]){4}"})
+    assert all(re.fullmatch("([a-z][0-9]){4}", choice["text"]) for choice in choices)
+
+
 def test_a_preempted_row_finds_its_place_in_the_grammar_again() -> None:
     alphabet = Alphabet(max_num_seqs=32, block_size=4)
     pattern = "([a-z]{3}[0-9]{3}){8}"

@@ -63,7 +63,7 @@ def _add_engine(group: Any) -> None:
 
 def _add_limits(group: Any) -> None:
     add, limits = group.add_argument, RequestLimits()
-    add("--max-queue", type=int, default=1000, metavar="N", help="sequences that may wait (default: %(default)s)")
+    add("--max-queue", type=_whole, default=1000, metavar="N", help="sequences that may wait (default: %(default)s)")
     add("--max-prompt-tokens", type=_count, metavar="N", help="of one prompt (default: what the model takes)")
     add("--max-tokens", type=_count, metavar="N", help="of one answer (default: what the model gives)")
     for name in ("max_n", "max_prompts", "max_stop", "max_logprobs"):
@@ -113,11 +113,15 @@ def request_limits(args: argparse.Namespace) -> RequestLimits:
     return RequestLimits(**{name: getattr(args, name) for name in _LIMITS})
 
 
-def _count(text: str) -> int:
+def _whole(text: str, low: int = 0) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    if value < low:
+        raise argparse.ArgumentTypeError(f"{text} is below {low}")
     return value
+
+
+def _count(text: str) -> int:
+    return _whole(text, 1)
 
 
 def _seconds(text: str) -> float:

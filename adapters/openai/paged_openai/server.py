@@ -26,6 +26,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 lifespan="off",
+                proxy_headers=False,
                 timeout_graceful_shutdown=int(shutdown_timeout_s + _UNREAD_S) + 1,
                 **config,
             )
