@@ -507,8 +507,9 @@ def test_odd_masks_run_over_blocks_as_stock_runs_them(patched: Any, rows: Option
 
 @pytest.mark.parametrize("value", [2, -1, 0.5])
 def test_masks_that_say_more_than_yes_and_no_run_over_blocks(patched: Any, rows: Options, value: float) -> None:
-    mask = rows["attention_mask"] * value
-    assert_same(patched, rows["inputs"], attention_mask=mask, **SHORT, tier="cache", loop="_sample")
+    mask = rows["attention_mask"]
+    for odd in (mask * value, mask.float().masked_fill(mask == 0, value)):
+        assert_same(patched, rows["inputs"], attention_mask=odd, **SHORT, tier="cache", loop="_sample")
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.bool, torch.float32])
