@@ -71,10 +71,10 @@ def test_a_real_model_is_served_until_a_signal_comes(process: Process) -> None:
     ):
         process.wait_until_ready(raw)
         question: Any = [{"role": "user", "content": "What is the capital of France?"}]
-        answer = client.chat.completions.create(model="smollm2", messages=question, max_tokens=12, temperature=0)
+        answer = client.chat.completions.create(model="smollm2", messages=question, max_tokens=9, temperature=0)
         assert "Paris" in (answer.choices[0].message.content or "")
         pieces = client.chat.completions.create(
-            model="smollm2", messages=question, max_tokens=12, temperature=0, stream=True
+            model="smollm2", messages=question, max_tokens=9, temperature=0, stream=True
         )
         streamed = "".join(chunk.choices[0].delta.content or "" for chunk in pieces)
         assert streamed == answer.choices[0].message.content

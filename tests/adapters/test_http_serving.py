@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,35 @@ def test_a_body_that_never_comes_is_not_waited_for(guarded: Running) -> None:
 def test_a_malformed_body_is_the_callers_mistake(friend: httpx2.Client, content: bytes) -> None:
     assert friend.post("/v1/completions", content=content).status_code == 400
     assert friend.post("/generate", content=content).status_code == 422
+
+
+HOSTILE = [
+    b"",
+    b"\x16\x03\x01\x02\x00\x01",  # TLS to a server that speaks none
+    b"GET",
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+    b"POST / HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+    b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n" + b'{"inputs": "A"',
+    b"POST /generate HTTP/1.1\r\nHost: x\r\nX-Request-Id: \xff\x00\r\nContent-Length: 2\r\n\r\n{}",
+    b"POST /%00%ff HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"POST /generate HTTP/1.1\r\nHost: x\r\n" + b"A: " + b"a" * 300_000 + b"\r\n\r\n",
+    b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n" + b'{"inputs": "A"}' * 3,
+]
+
+
+def test_hostile_bytes_leave_a_server_that_answers() -> None:
+    with alphabet_server(options=AppOptions(body_timeout_s=0.2)) as server:
+        for data in HOSTILE:
+            with socket.create_connection(("127.0.0.1", server.port)) as raw:
+                raw.settimeout(0.3)
+                with suppress(OSError):
+                    raw.sendall(data)
+                    raw.recv(1000)
+        with server.client() as client:
+            assert client.post("/generate", json={"inputs": "A"}).status_code == 200
+        server.come_to_rest()
 
 
 def test_unknown_paths_and_methods_are_told_in_the_form_of_their_side(friend: httpx2.Client) -> None:
