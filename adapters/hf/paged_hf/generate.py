@@ -50,6 +50,10 @@ class PagedGenerate:
         return MethodType(type(self.model).generate, self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.tiers.host.caller():
+            return self._generate(args, kwargs)
+
+    def _generate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         reason = self._why_stock(args, kwargs)
         if reason is not None:
             result = self.stock(*args, **kwargs)

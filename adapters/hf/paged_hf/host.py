@@ -14,7 +14,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
 
@@ -80,16 +81,32 @@ class EngineHost:
     def _start_afresh(self) -> None:
         self.engine: Engine | None = None  # the thread's own while it runs
         self._owners: dict[Request, Call] = {}  # the thread's own
-        self._changed = threading.Condition()  # guards the four below
+        self._changed = threading.Condition()  # guards all below
         self._inbox: list[Callable[[], None]] = []
         self._open: set[Call] = set()
         self._choosing: set[Call] = set()  # have logits, and are about to bring tokens
+        self._num_callers = 0
+        self._exiting = False
         self._thread: threading.Thread | None = None
 
     @property
     def num_open(self) -> int:
         """Calls under way."""
         return len(self._open)
+
+    @contextmanager
+    def caller(self) -> Iterator[None]:
+        """Around whatever a caller's thread does for one generate() call."""
+        with self._changed:
+            if self._exiting and threading.current_thread().daemon:
+                raise SystemExit("the interpreter is shutting down")
+            self._num_callers += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_callers = max(0, self._num_callers - 1)  # a forked child began with none
+                self._changed.notify_all()
 
     def open(self, call: Call) -> None:
         """Add the call's rows to the running batch. ``call.wait`` raises what stands in the way.
@@ -154,11 +171,15 @@ class EngineHost:
         SystemExit ends such a thread without a word, as the interpreter itself will in a moment.
         """
         with self._changed:
+            self._exiting = True
             thread = self._thread
             for call in self._open:
                 call.tell(SystemExit("the interpreter is shutting down"))
                 self._post(lambda call=call: self._end(call))  # type: ignore[misc]
+            # A thread that is inside torch when the interpreter goes takes the process down with it.
+            self._changed.wait_for(lambda: not self._num_callers, timeout=1)
             self._open.clear()
+            self._changed.notify_all()
         if thread is not None:
             thread.join(timeout=10)
 
