@@ -179,8 +179,10 @@ def test_images_are_never_computed_by_the_engine() -> None:
     ids[:, -5:-1] = 95  # an image of four patches
     options = {"attention_mask": mask, "pixel_values": torch.randn(3, 3, 16, 16), "pad_token_id": 0}
     for mode in ({}, {"num_beams": 2}, {"do_sample": True, **FULL}):
-        got = assert_same(patched, ids, **options, **mode, max_new_tokens=5, tier="cache")
+        got = assert_same(patched, ids, **options, **mode, max_new_tokens=5, tier="stock")
         assert got.error is None
+    text = ids % 95
+    assert_same(patched, text, attention_mask=mask, pad_token_id=0, max_new_tokens=5, tier="native", loop="free")
 
 
 # ---- a real model ----------------------------------------------------------------------------------------------------

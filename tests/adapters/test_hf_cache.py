@@ -354,6 +354,16 @@ def test_states_with_gradients_are_refused() -> None:
         PagedLayer(4).update(state, state)
 
 
+def test_keys_that_were_written_in_place_are_an_error_not_another_answer() -> None:
+    cache = PagedCache(LlamaConfig(num_hidden_layers=1))
+    cache.update(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2), 0)
+    assert cache.layers[0].keys.sum() == 6
+    cache.update(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), 0)
+    cache.layers[0].values.mul_(2)
+    with pytest.raises(RuntimeError, match="written in place"):
+        cache.update(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), 0)
+
+
 def test_keys_can_not_be_set_and_the_error_names_the_way_out() -> None:
     with pytest.raises(AttributeError, match="to_dynamic"):
         PagedLayer(4).keys = torch.zeros(1, 1, 2, 4)

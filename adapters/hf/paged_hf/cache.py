@@ -27,7 +27,8 @@ _CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).paramete
 class PagedCache(DynamicCache):
     """In place of ``DynamicCache(config=config)``: the same answers from K/V in blocks.
 
-    ``layer.keys`` and ``layer.values`` are copies, made when they are read. Changing them changes nothing.
+    ``layer.keys`` and ``layer.values`` are copies, made when they are read. Writing to them is an error, told at the
+    next update.
 
     Args:
         config: of the model that will use it.
@@ -65,7 +66,7 @@ class PagedCache(DynamicCache):
             if not isinstance(layer, PagedLayer):
                 cache.layers[index] = copy.deepcopy(layer)
             elif layer.is_initialized:
-                cache.layers[index].update(layer.keys, layer.values)
+                cache.layers[index].update(layer._gather(0), layer._gather(1))
         return cache
 
     @property
@@ -86,10 +87,11 @@ class PagedLayer(DynamicLayer):
         self._table: Tensor | None = None  # int64 [B, blocks]
         self._run: int | None = None  # the first block of an only row whose blocks stand in order
         self._blocks: tuple[_Blocks, ...] = ()  # of K, and of V
+        self._shown: list[tuple[Tensor, int]] = []  # copies that were read since the last update, and their versions
 
     @property
     def keys(self) -> Tensor | None:  # [B, K, num_tokens, D]
-        return self._gather(0) if self.is_initialized else None
+        return self._show(0)
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
@@ -97,11 +99,19 @@ class PagedLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor | None:  # [B, K, num_tokens, D]
-        return self._gather(1) if self.is_initialized else None
+        return self._show(1)
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
         _refuse(value, "values")
+
+    def _show(self, which: int) -> Tensor | None:
+        if not self.is_initialized:
+            return None
+        copy = self._gather(which)
+        if not copy.is_inference():
+            self._shown.append((copy, copy._version))
+        return copy
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -113,6 +123,12 @@ class PagedLayer(DynamicLayer):
         """Keep K/V of T tokens, both [B, K, T, D]; return those of all tokens so far, both [B, K, num_tokens, D]."""
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise RuntimeError("PagedCache keeps no gradients: use torch.no_grad(), or transformers' DynamicCache")
+        if any(copy._version != version for copy, version in self._shown):
+            raise RuntimeError(
+                "keys or values of a paged layer were written in place, which changes copies only: "
+                "let the decoding loop run on transformers' own cache (model.generate.stock)"
+            )
+        self._shown.clear()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, num_rows = self.tables.num_tokens, len(self.tables.rows)

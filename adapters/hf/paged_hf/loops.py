@@ -22,7 +22,7 @@ from paged_core import ConfigError, InvalidRequestError, UnsupportedModel
 from paged_hf import free, lockstep, tiers
 from paged_hf.cache import PagedCache
 from paged_hf.host import EngineHost, NotStarted
-from paged_hf.report import Report, note
+from paged_hf.report import Report, Tier, note
 
 _LOOPS = ("_sample", "_beam_search", "_assisted_decoding")
 _LOOP_ARGUMENTS = ("synced_gpus", "streamer", "tokenizer", "assistant_tokenizer")
@@ -128,7 +128,8 @@ class Run:
         try:
             result = self._loop(model, self.input_ids, stopping_criteria=self._criteria, **rest)
         finally:
-            note(Report("cache", self.name, self.input_ids.shape[0], reason))
+            tier: Tier = "cache" if cache.get_seq_length() else "stock"  # some models have no use for a cache
+            note(Report(tier, self.name, self.input_ids.shape[0], reason))
         if getattr(result, "past_key_values", None) is cache:
             result.past_key_values = cache.to_dynamic()
         return result

@@ -32,6 +32,9 @@ _SAME_ANSWERS = (
 )
 
 
+_MEDIA = ("pixel", "image", "video", "audio", "input_features", "input_values", "mm_encoder")
+
+
 def why_stock(model: nn.Module, config: Any, loop_kwargs: Mapping[str, Any]) -> str | None:
     """Why no part of the call can be ours. ``config``: the call's GenerationConfig, resolved."""
     if getattr(model.config, "is_encoder_decoder", False):
@@ -47,6 +50,9 @@ def why_stock(model: nn.Module, config: Any, loop_kwargs: Mapping[str, Any]) -> 
         return "compile_config is set, and stock compiles the model"
     if getattr(config, "is_assistant", False):
         return "the model is another one's assistant"
+    media = sorted(name for name in loop_kwargs if _given(loop_kwargs[name]) and any(kind in name for kind in _MEDIA))
+    if media:
+        return f"it is multimodal: {', '.join(media)}"
     cache = loop_kwargs.get("past_key_values")
     if getattr(cache, "_is_user_defined", False) or (cache is not None and cache.get_seq_length()):
         return "a cache of the caller's own was passed as past_key_values"
@@ -63,7 +69,7 @@ def why_not_native(
         return "the engine has no such decoding loop: " + loop.strip("_")
     embeds = kwargs.get("inputs_embeds")
     shape = input_ids.shape if embeds is None else embeds.shape[:2]
-    unknown = sorted(name for name in kwargs.keys() - _OURS if kwargs[name] is not None)
+    unknown = sorted(name for name in kwargs.keys() - _OURS if _given(kwargs[name]))
     if unknown:
         return f"{', '.join(unknown)} is passed to the model"
     if loop == "_beam_search" and not kwargs.get("use_cache", True):
@@ -144,6 +150,10 @@ def fresh_cache(cache: Any) -> bool:
 def _ends_at_tokens(criteria: Sequence[Any]) -> bool:
     """Stock's own question: then it pads rows that have ended."""
     return any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+
+
+def _given(value: Any) -> bool:
+    return value is not None and not (isinstance(value, dict) and not value)
 
 
 def _hooked(model: nn.Module) -> str | None:

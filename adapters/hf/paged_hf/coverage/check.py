@@ -155,12 +155,14 @@ def _generate(model: Any, stock: Answer, refusal: str | None, at: Callable[[str]
     try:
         stock.compare("paged_generate", _answer(generate, _prompts(), logits=False).rows())
         report = batched = last_report()
+        assert batched is not None
         if refusal is None:
             _alone(model.generate).compare("paged_generate, one prompt at a time", _alone(generate).rows())
-            report = last_report()
+            if _TIER_OF[batched.tier] != NATIVE:
+                report = last_report()
     finally:
         generate.release()
-    assert report is not None and batched is not None
+    assert report is not None
     tier = _TIER_OF[report.tier]
     if tier == NATIVE:
         return NATIVE, "" if batched.tier == report.tier else f"; padded batches: {_TIER_OF[batched.tier]}"
