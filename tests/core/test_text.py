@@ -14,7 +14,7 @@ from toy_tokenizers import REPLACEMENT, ByteTokenizer, SentencePieceTokenizer
 
 from paged_core.errors import InvalidRequestError
 from paged_core.scheduling.request import SamplingParams
-from paged_core.text import StopStringChecker, StopStrings, TextCodec, encode_prompt, prepare_params
+from paged_core.text import Prompt, StopStringChecker, StopStrings, TextCodec, encode_prompt, prepare_params
 
 BYTES = ByteTokenizer()
 SENTENCES = SentencePieceTokenizer()
@@ -189,6 +189,19 @@ def test_prompts_may_be_text_ids_arrays_or_chat_messages() -> None:
     chat = encode_prompt(BYTE_CODEC, [{"role": "user", "content": "hi"}])
     assert chat.text == "user: hi\nassistant:"
     assert bytes(chat.token_ids).decode() == chat.text
+
+
+def test_a_single_token_stands_for_its_bytes_inside_a_text() -> None:
+    codec = TextCodec(SentencePieceTokenizer())
+    assert [codec.token_bytes(token) for token in (258, 259, 261, 267)] == [b" ", b" Hello", b"ing", b""]
+    assert TextCodec(None).token_bytes(5) == b""
+
+
+def test_a_prompt_that_was_encoded_before_is_taken_as_it_is() -> None:
+    codec = TextCodec(SentencePieceTokenizer())
+    assert encode_prompt(codec, Prompt("x", [5, 6])) == Prompt("x", [5, 6])
+    with pytest.raises(InvalidRequestError, match="empty"):
+        encode_prompt(codec, Prompt("", []))
 
 
 def test_special_tokens_are_added_to_text_but_not_to_a_rendered_chat() -> None:

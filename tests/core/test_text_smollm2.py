@@ -124,3 +124,10 @@ def test_many_threads_share_one_codec(codec: TextCodec, tokenizer: Any) -> None:
     for thread in threads:
         thread.join(30)
     assert not failures and not any(thread.is_alive() for thread in threads)
+
+
+def test_the_bytes_of_single_tokens_make_the_text(codec: TextCodec) -> None:
+    text = ' héllo\n日本 😀\t{"a": [1, 2]}'
+    ids = codec.encode(text, add_special_tokens=False)
+    assert any(b"\xef\xbf\xbd" in codec.decode([token]).encode() for token in ids), "no token is half a character"
+    assert b"".join(codec.token_bytes(token) for token in ids) == text.encode()
