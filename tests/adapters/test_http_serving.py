@@ -293,18 +293,20 @@ def test_each_request_is_one_line_without_its_prompt(caplog: pytest.LogCaptureFi
         ours = client.post("/v1/completions", json={"prompt": "SECRET", "max_tokens": 3}).headers["x-request-id"]
         theirs = client.post("/generate", json={"inputs": "SECRET", "x": 1}, headers={"X-Request-Id": "mine-7"})
         evil = client.post("/generate", json={}, headers={"X-Request-Id": "a b"}).headers["x-request-id"]
+        client.post("/generate", json={"inputs": ["SECRET"]})
         client.get("/health")
     assert theirs.headers["x-request-id"] == "mine-7"
     assert " " not in evil
     lines = [json.loads(JSONLines().format(record)) for record in caplog.records if record.message == "request"]
-    assert [line["request_id"] for line in lines] == [ours, "mine-7", evil]
+    assert [line["request_id"] for line in lines][:3] == [ours, "mine-7", evil]
     first = lines[0]
     assert (first["path"], first["status"], first["prompt_tokens"], first["output_tokens"]) == (
         "/v1/completions", 200, 6, 3,
     )  # fmt: skip
     assert first["finish_reasons"] == ["length"]
     assert first["duration_ms"] > 0
-    assert lines[1]["status"] == 422
+    assert [line["status"] for line in lines] == [200, 422, 422, 422]
+    assert [line.get("error") for line in lines] == [None, "refused: x", "refused: inputs", "refused: inputs"]
     assert "SECRET" not in json.dumps(lines)
 
 

@@ -40,6 +40,7 @@ from paged_openai.responses import (
     TGI,
     CallResponse,
     Form,
+    error_note,
     error_response,
     json_response,
 )
@@ -115,7 +116,7 @@ class _Routes:
                     notes["body"] = body
                 call = await run_in_threadpool(make, body, self._served, request.scope["request_id"])
             except Exception as error:
-                notes["error"] = str(error)
+                notes["error"] = error_note(error)
                 return error_response(form, error)
             return CallResponse(self._service, call, form, notes)
 

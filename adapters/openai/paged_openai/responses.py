@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from paged_core import Call, CallError, Failure, InvalidRequestError, openai_error, tgi_error
+from paged_core import Call, CallError, Failure, GenerationOutput, InvalidRequestError, openai_error, tgi_error
+from paged_openai.exchange import Exchange
 from paged_openai.service import Service
 
 _log = logging.getLogger("paged_openai")
@@ -46,6 +47,13 @@ def error_response(form: Form, error: Exception) -> Response:
     return json_response(body, status, _headers_for(error))
 
 
+def error_note(error: Exception) -> str:
+    """``error`` for the log. What a request was refused for may quote its prompt, so only the field is named."""
+    if isinstance(error, InvalidRequestError):
+        return f"refused: {getattr(error, 'param', None) or 'as a whole'}"
+    return str(error)
+
+
 class CallResponse(Response):
     """Carries ``call`` out while it is being sent."""
 
@@ -70,10 +78,10 @@ class CallResponse(Response):
                     watcher.cancel()
                     self._note(exchange.results)
         except Exception as error:
-            self._notes["error"] = str(error)
+            self._notes["error"] = error_note(error)
             await error_response(self._form, error)(scope, receive, send)
 
-    async def _send_events(self, exchange: Any, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send_events(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises only while nothing has been sent; later errors are events themselves."""
         started = False
         try:
@@ -85,11 +93,11 @@ class CallResponse(Response):
         except Exception as error:
             if not started:
                 raise
-            self._notes["error"] = str(error)
+            self._notes["error"] = error_note(error)
             await _send_body(send, _event(_told(self._form, error)[1]), more=True)
         await _send_body(send, self._form.last_event, more=False)
 
-    def _note(self, results: Any) -> None:
+    def _note(self, results: Sequence[GenerationOutput]) -> None:
         if results:
             outputs = [output for result in results for output in result.outputs]
             self._notes["prompt_tokens"] = sum(len(result.prompt_token_ids) for result in results)
