@@ -1,0 +1,61 @@
+"""The engine's metrics by TorchServe's own endpoint. Every update there is a line of the worker's log, so that what
+changed is told once a second, and times as sums and counts: their quotient is the mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paged_core import PrometheusMetrics
+
+_GAUGES = {  # sample of PrometheusMetrics -> name at TorchServe, which takes no colons
+    "vllm:num_requests_running": "paged_requests_running",
+    "vllm:num_requests_waiting": "paged_requests_waiting",
+    "vllm:kv_cache_usage_perc": "paged_kv_cache_usage",
+}
+_COUNTERS = {
+    "vllm:prompt_tokens_total": "paged_prompt_tokens_total",
+    "vllm:generation_tokens_total": "paged_generation_tokens_total",
+    "vllm:num_preemptions_total": "paged_preemptions_total",
+    "vllm:prefix_cache_queries_total": "paged_prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total": "paged_prefix_cache_hits_total",
+    "vllm:time_to_first_token_seconds_sum": "paged_time_to_first_token_seconds_sum",
+    "vllm:time_to_first_token_seconds_count": "paged_time_to_first_token_seconds_count",
+    "vllm:inter_token_latency_seconds_sum": "paged_inter_token_latency_seconds_sum",
+    "vllm:inter_token_latency_seconds_count": "paged_inter_token_latency_seconds_count",
+    "tgi_request_success": "paged_requests_succeeded_total",
+}
+NAMES = {**dict.fromkeys(_GAUGES.values(), "gauge"), **dict.fromkeys(_COUNTERS.values(), "counter")}
+DIMENSIONS = ["ModelName", "Level"]
+UNIT = "count"
+
+
+class TorchServeMetrics:
+    """``cache``: TorchServe's, as a worker's context has it."""
+
+    def __init__(self, model_name: str, cache: Any) -> None:
+        from ts.metrics.metric_type_enum import MetricTypes
+
+        self.observer = PrometheusMetrics(model_name)  # a plugin of the engine
+        self._labels = [model_name, "Model"]
+        self._metrics = {
+            name: cache.add_metric_to_cache(
+                metric_name=name, unit=UNIT, dimension_names=list(DIMENSIONS), metric_type=MetricTypes(kind)
+            )
+            for name, kind in NAMES.items()
+        }
+        self._told: dict[str, float] = {}
+
+    def flush(self) -> None:
+        """Tell what has changed. Callable from any thread, one at a time."""
+        for family in self.observer.registry.collect():
+            for sample in family.samples:
+                if sample.name in _GAUGES:
+                    self._tell(_GAUGES[sample.name], sample.value, sample.value)
+                elif sample.name in _COUNTERS:
+                    name = _COUNTERS[sample.name]
+                    self._tell(name, sample.value, sample.value - self._told.get(name, 0.0))
+
+    def _tell(self, name: str, now: float, update: float) -> None:
+        if self._told.get(name) != now:
+            self._told[name] = now
+            self._metrics[name].add_or_update(update, self._labels)

@@ -1,0 +1,79 @@
+"""From an unpacked archive to an engine: which model, on which device."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from paged_core import AsyncEngine, ConfigError, Engine
+from paged_torchserve.models import check_weights, find_model
+from paged_torchserve.settings import Settings
+
+
+def open_engine(model_dir: Path, gpu_id: int | None, settings: Settings, plugins: Sequence[Any]) -> AsyncEngine:
+    """
+    Raises:
+        ConfigError: there is no model, or it can't be loaded as the settings say.
+        UnsupportedModel: it can't run on paged memory.
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ConfigError(
+            "this worker is one of several that torchrun started; the engine drives all GPUs of a model from one "
+            "process: set parallelType: custom and device: auto"
+        )
+    device, source = _device(gpu_id, settings), _source(model_dir, settings)
+    if settings.allow_pickle or settings.trust_remote_code:
+        source = _load(source, device, settings)
+        return AsyncEngine(Engine(source, settings.engine, plugins=plugins))
+    return AsyncEngine(Engine(source, settings.engine, plugins=plugins, device=device, dtype=settings.dtype))
+
+
+def _device(gpu_id: int | None, settings: Settings) -> str:
+    """The GPU that TorchServe has given to this worker, unless the settings say otherwise."""
+    if settings.device is not None:
+        return settings.device
+    return "cpu" if gpu_id is None else f"cuda:{gpu_id}"
+
+
+def _source(model_dir: Path, settings: Settings) -> str:
+    """The model's folder, or a hub id."""
+    named = settings.model
+    if named is not None:
+        inside = model_dir / named
+        if inside.suffix == ".zip" and inside.is_file():
+            inside = _unzip(inside)
+            named = str(inside)
+        elif not inside.is_dir():
+            return named
+    files = [path for path in (model_dir / (named or ".")).rglob("*") if path.is_file()]
+    found = find_model(
+        [str(path.relative_to(model_dir)) for path in files], lambda name: (model_dir / name).read_bytes()
+    )
+    check_weights(found, settings.allow_pickle)
+    return str(model_dir / found.folder)
+
+
+def _unzip(archive: Path) -> Path:
+    """Its contents beside it."""
+    folder = archive.with_suffix("")
+    if not folder.is_dir():
+        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+        with zipfile.ZipFile(archive) as opened:
+            opened.extractall(unfinished)
+        unfinished.rename(folder)
+    return folder
+
+
+def _load(source: str, device: str, settings: Settings) -> Any:
+    """By transformers directly: what the core's hook refuses, and the owner of the archive has allowed."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = "auto" if settings.dtype is None else getattr(torch, settings.dtype)
+    placed = {} if device == "cpu" else {"device_map": device}
+    return AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, trust_remote_code=settings.trust_remote_code, **placed
+    ).eval()

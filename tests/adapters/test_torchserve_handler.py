@@ -1,0 +1,366 @@
+"""The handler as TorchServe's worker calls it, with TorchServe's own context; no server, no sockets."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import paged_torchserve.handler
+import pytest
+from alphabet_model import AlphabetModel
+from paged_torchserve import metrics
+from toy_tokenizers import CharacterTokenizer
+
+from paged_core import AsyncEngine, Engine, EngineConfig
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", ResourceWarning)  # it leaves a file open
+    from ts.context import Context, RequestProcessor
+    from ts.metrics.caching_metric import CachingMetric
+    from ts.utils.util import list_classes_from_module
+
+
+class FakeCache:
+    """TorchServe's cache of metrics, that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, float] = {}
+        self.num_updates = 0
+
+    def add_metric_to_cache(self, metric_name: str, **kind: Any) -> Any:
+        def add_or_update(value: float, labels: list[str]) -> None:
+            assert labels == ["m", "Model"]
+            self.num_updates += 1
+            adds = metrics.NAMES[metric_name] == "counter"
+            self.told[metric_name] = value + (self.told.get(metric_name, 0.0) if adds else 0.0)
+
+        CachingMetric(metric_name=metric_name, **kind)  # it checks what it is given
+        return SimpleNamespace(add_or_update=add_or_update)
+
+
+class Worker:
+    """A worker's side of TorchServe: requests come, each step is one call, and those that end are forgotten."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, model: AlphabetModel | None = None, **settings: Any) -> None:
+        def open_alphabet(model_dir: Any, gpu_id: Any, found: Any, plugins: Any) -> AsyncEngine:
+            engine = Engine(model or AlphabetModel(), found.engine, plugins=plugins)
+            return AsyncEngine(engine, tokenizer=CharacterTokenizer())
+
+        monkeypatch.setattr(paged_torchserve.handler, "open_engine", open_alphabet)
+        section = {"num_blocks": 128, "attention_backend": "reference", **settings}
+        config = {"continuousBatching": True, "paged": section}
+        self.cache = FakeCache()
+        self.context = Context("m", "/nowhere", None, 8, None, "0.12.0", True, self.cache, config)
+        self.handler = paged_torchserve.handler.PagedHandler()
+        self.handler.initialize(self.context)
+        self.engine = self.handler._engine.engine
+        self.waiting: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
+        self.replies: dict[str, Reply] = {}
+
+    def post(self, name: str, parts: dict[str, Any], url_path: str | None = None) -> None:
+        self.waiting[name] = (parts, {} if url_path is None else {"url_path": url_path})
+        self.replies[name] = Reply()
+
+    def leave(self, name: str) -> None:
+        del self.waiting[name]
+
+    def step(self) -> None:
+        names = list(self.waiting)
+        self.context.request_ids = dict(enumerate(names))
+        self.context.request_processor = [RequestProcessor(self.waiting[name][1]) for name in names]
+        answers = self.handler.handle([self.waiting[name][0] for name in names], self.context)
+        assert len(answers) == len(names)
+        for index, name in enumerate(names):
+            end = self.context.stopping_criteria[index](answers[index])
+            status, _ = self.context.get_response_status(index)
+            self.replies[name].add(answers[index], end, status, self.context.get_response_content_type(index))
+            if end is False:
+                self.waiting[name] = ({}, self.waiting[name][1])
+            else:
+                del self.waiting[name]
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 30
+        while self.waiting:
+            assert time.monotonic() < deadline
+            self.step()
+
+    def ask(self, parts: dict[str, Any], url_path: str | None = None) -> Reply:
+        self.post("r", parts, url_path)
+        self.run()
+        return self.replies["r"]
+
+
+class Reply:
+    def __init__(self) -> None:
+        self.messages: list[tuple[bytes, bool | None]] = []
+        self.status, self.content_type = 0, ""
+
+    def add(self, body: bytes, end: bool | None, status: int, content_type: str) -> None:
+        assert not self.messages or (self.messages[-1][1] is False and end is not None), "it had ended"
+        if not self.messages:
+            assert end is not True, "the frontend sends no header then"
+            self.status, self.content_type = status, content_type
+        self.messages.append((body, end))
+
+    @property
+    def text(self) -> str:
+        assert self.messages[-1][1] is not False
+        return b"".join(body for body, _ in self.messages).decode()
+
+    @property
+    def json(self) -> Any:
+        assert self.content_type == "application/json"
+        return json.loads(self.text)
+
+    @property
+    def events(self) -> list[Any]:
+        assert self.content_type.startswith("text/event-stream")
+        found = [line.removeprefix("data: ") for line in self.text.split("\n\n") if line]
+        return [line if line == "[DONE]" else json.loads(line) for line in found]
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    made: list[Worker] = []
+
+    def make(model: AlphabetModel | None = None, **settings: Any) -> Worker:
+        made.append(Worker(monkeypatch, model, **settings))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.handler.close()
+
+
+# ---- what TorchServe asks of a handler -------------------------------------------------------------------------
+
+
+def test_its_module_defines_one_class_as_torchserve_wants():
+    assert list_classes_from_module(paged_torchserve.handler) == [paged_torchserve.handler.PagedHandler]
+
+
+def test_a_configuration_without_continuous_batching_is_refused(monkeypatch):
+    context = Context("m", "/nowhere", None, 8, None, "0.12.0", True, FakeCache(), {})
+    with pytest.raises(ValueError, match="continuousBatching: true"):
+        paged_torchserve.handler.PagedHandler().initialize(context)
+
+
+# ---- the shapes of requests ------------------------------------------------------------------------------------
+
+PLAIN = "text/plain; charset=utf-8"
+REST = "abcdefghijklmnopqrstuvwxyz{|}~\x7f"  # where the model comes to its end
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"body": "abc"},
+        {"body": bytearray(b"abc")},
+        {"body": "abc", "max_new_tokens": bytearray(b"100")},  # in the query
+        {"body": {"data": "abc"}},
+        {"data": bytearray(b"abc")},  # a form
+        {"data": "abc", "temperature": bytearray(b"1.0")},
+        {"body": bytearray(b'{"prompt": "abc"}')},
+        {"body": {"prompt": "abc", "max_new_tokens": 100}},
+        {"body": {"prompt": "abc", "parameters": {"max_tokens": 100}}},
+        {"body": {"data": {"prompt": "abc", "parameters": {}}}},
+        {"body": {"text": "abc"}},
+    ],
+)
+def test_what_stock_handlers_take_is_answered_in_plain_text_that_begins_with_the_prompt(worker, parts):
+    reply = worker().ask(parts)
+    assert (reply.status, reply.content_type) == (200, PLAIN)
+    assert reply.text == REST
+
+
+def test_a_list_of_prompts_is_answered_by_a_list_of_texts(worker):
+    assert worker(max_new_tokens=3).ask({"body": ["abc", "mn"]}).json == ["abcdef", "mnopq"]
+
+
+def test_the_prompt_may_be_left_out_of_the_answer_by_the_archive_and_by_the_request(worker):
+    without = worker(return_full_text=False, max_new_tokens=3)
+    assert without.ask({"body": "abc"}).text == "def"
+    assert without.ask({"body": {"prompt": "abc", "return_full_text": True}}).text == "abcdef"
+
+
+def test_plain_text_can_be_streamed(worker):
+    reply = worker(max_new_tokens=20).ask({"body": {"prompt": "abc", "stream": True}})
+    assert reply.text == "abcdefghijklmnopqrstuvw"
+    assert reply.content_type == PLAIN
+
+
+def test_tgis_form_is_answered_as_tgi_does(worker):
+    body = {"inputs": "abc", "parameters": {"max_new_tokens": 3, "details": True}}
+    (answer,) = worker().ask({"body": body}).json
+    assert answer["generated_text"] == "def"
+    assert answer["details"]["generated_tokens"] == 3
+    events = worker().ask({"body": {**body, "stream": True}}).events
+    assert [event["token"]["text"] for event in events] == ["d", "e", "f"]
+    assert events[-1]["generated_text"] == "def"
+
+
+def test_openais_routes_are_answered_as_openai_does(worker):
+    serving = worker()
+    plain = {"body": {"model": "m", "prompt": "abc", "max_tokens": 3}}
+    assert serving.ask(plain, "v1/completions").json["choices"][0]["text"] == "def"
+    chat = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 3, "stream": True}
+    events = serving.ask({"body": chat}, "v1/chat/completions").events
+    assert events[-1] == "[DONE]"
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events[:-1]) == ";<="
+
+
+def test_a_body_that_torchserve_has_not_decoded_is_read(worker):
+    body = bytearray(json.dumps({"prompt": "abc", "max_tokens": 3}).encode())
+    assert worker().ask({"body": body}, "v1/completions").json["choices"][0]["text"] == "def"
+
+
+# ---- errors, one request at a time -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parts", "route", "status", "told"),
+    [
+        ({}, None, 422, "no prompt"),
+        ({"body": ""}, None, 422, "empty"),
+        ({"body": bytearray(b"\xff\xfe\x00")}, None, 422, "neither text"),
+        ({"body": 7}, None, 422, "data must be a string"),
+        ({"body": ["a", 7]}, None, 422, "list of strings"),
+        ({"body": {"prompt": "abc", "temperature": "hot"}}, None, 422, "temperature"),
+        ({"body": {"prompt": "abc", "num_beams": 4}}, None, 422, "num_beams"),
+        ({"body": {"prompt": "abc", "details": True}}, None, 422, "details"),
+        ({"body": {"prompt": "a" * 5000}}, None, 422, "tokens"),
+        ({"body": "abc"}, "v1/nothing", 404, "nothing at v1/nothing"),
+        ({"body": {"model": "other", "prompt": "abc"}}, "v1/completions", 404, "other"),
+        ({"body": bytearray(b"{")}, "v1/completions", 400, "JSON"),
+        ({"body": {"prompt": "abc", "n": 0}}, "v1/completions", 400, "n is 0"),
+    ],
+)
+def test_a_request_that_asks_the_impossible_is_told_so_and_others_go_on(worker, parts, route, status, told):
+    serving = worker()
+    serving.post("good", {"body": {"prompt": "!", "max_new_tokens": 40}})
+    serving.step()
+    serving.post("bad", parts, route)
+    serving.step()
+    bad = serving.replies["bad"]
+    assert bad.status == status
+    assert told in str(bad.json["error"])
+    serving.run()
+    assert serving.replies["good"].text == "".join(map(chr, range(33, 74)))
+
+
+def test_what_only_the_engine_can_refuse_has_a_status_of_its_own_too(worker):
+    reply = worker(num_blocks=8, block_size=4).ask({"body": {"prompt": "a" * 60, "max_new_tokens": 90}})
+    assert reply.status == 422
+    assert "blocks" in reply.json["error"]
+
+
+def test_an_answer_longer_than_a_message_comes_in_pieces(worker):
+    reply = worker(max_reply_bytes=10).ask({"body": "abc"})
+    assert reply.text == REST
+    assert max(len(body) for body, _ in reply.messages) == 10
+
+
+# ---- who leaves, and silence -----------------------------------------------------------------------------------
+
+
+def test_a_client_that_leaves_frees_its_blocks_within_a_step(worker):
+    serving = worker(slow(0.01))
+    serving.post("gone", {"body": {"prompt": "!", "max_new_tokens": 90}})
+    serving.post("stays", {"body": {"prompt": "#", "max_new_tokens": 60}})
+    serving.step()
+    serving.leave("gone")
+    serving.step()
+    until(lambda: len(serving.engine._scheduler.running) == 1)
+    serving.run()
+    assert len(serving.replies["stays"].text) == 61
+
+
+def test_the_only_client_that_leaves_is_noticed_by_the_silence(worker):
+    serving = worker(slow(0.05), heartbeat_s=0.2)
+    serving.post("gone", {"body": {"prompt": "!", "max_new_tokens": 90}})
+    serving.step()
+    assert serving.engine.has_work
+    until(lambda: not serving.engine.has_work, 2.0)
+    serving.leave("gone")
+    assert serving.ask({"body": {"prompt": "abc", "max_new_tokens": 3}}).text == "abcdef"
+
+
+def test_a_client_that_was_cut_off_by_silence_is_told(worker):
+    serving = worker(slow(0.05), heartbeat_s=0.2)
+    serving.post("r", {"body": {"prompt": "!", "stream": True, "max_tokens": 90}}, "v1/completions")
+    serving.step()
+    until(lambda: not serving.engine.has_work)
+    serving.run()
+    *_, error, done = serving.replies["r"].events
+    assert "cut off" in error["error"]["message"]
+    assert done == "[DONE]"
+
+
+def test_an_engine_that_fails_tells_all_who_wait_and_ends_the_worker(worker, monkeypatch):
+    model = AlphabetModel()
+    serving = worker(model)
+    given_up: list[int] = []
+    serving.handler._watch._give_up = given_up.append
+
+    def broken() -> None:
+        raise RuntimeError("out of everything")
+
+    monkeypatch.setattr(serving.engine, "step", broken)
+    logging.disable(logging.CRITICAL)
+    try:
+        reply = serving.ask({"body": {"prompt": "abc", "max_tokens": 3}}, "v1/completions")
+        assert reply.status == 500
+        until(lambda: given_up == [1])
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_told_together_and_not_once_a_token(worker):
+    serving = worker(max_new_tokens=50)
+    serving.ask({"body": '!"#'})
+    serving.handler._watch.close()
+    serving.handler._watch._flush()
+    told = serving.cache.told
+    assert told["paged_generation_tokens_total"] == 50
+    assert told["paged_prompt_tokens_total"] == 3
+    assert told["paged_requests_running"] == 0
+    assert told["paged_time_to_first_token_seconds_count"] == 1
+    assert told["paged_inter_token_latency_seconds_count"] == 49
+    assert told["paged_inter_token_latency_seconds_sum"] > 0
+    assert serving.cache.num_updates < 3 * len(metrics.NAMES)
+    before = serving.cache.num_updates
+    serving.handler._watch._flush()
+    assert serving.cache.num_updates == before
+
+
+def slow(step_s: float) -> AlphabetModel:
+    return AlphabetModel(lambda token_ids: time.sleep(step_s))
+
+
+def until(condition: Any, limit_s: float = 30.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.005)
+
+
+def test_settings_of_an_engine_are_checked_by_name_and_type():
+    from paged_torchserve.settings import read_settings
+
+    from paged_core import ConfigError
+
+    assert read_settings({"paged": {"max_num_seqs": 4, "watermark": 0}}).engine == EngineConfig(
+        max_num_seqs=4, watermark=0.0
+    )
+    for section in ({"max_num_seq": 4}, {"max_num_seqs": "4"}, {"dtype": 16}, [1], {"num_blocks": 0}):
+        with pytest.raises(ConfigError):
+            read_settings({"paged": section})
