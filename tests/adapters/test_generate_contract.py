@@ -39,6 +39,7 @@ from transformers import (
     SynthIDTextWatermarkingConfig,
     TextIteratorStreamer,
     TextStreamer,
+    WatermarkingConfig,
 )
 
 ENDS = list(range(5, 96, 9))  # a token in nine ends a row
@@ -169,12 +170,14 @@ GREEDY_PROCESSORS: dict[str, Options] = {
     "min_new_tokens": {"min_new_tokens": 4, "eos_token_id": ENDS},
     "exponential_decay": {"exponential_decay_length_penalty": (2, 1.5), "eos_token_id": ENDS},
     "guidance_scale": {"guidance_scale": 1.7},
-    "watermarking": {"watermarking_config": WATERMARK},
+    "watermarking": {"watermarking_config": WatermarkingConfig(**WATERMARK)},
     "watermarking, SynthID": {
         "watermarking_config": SynthIDTextWatermarkingConfig(keys=[3, 5, 7, 11], ngram_len=3),
         "do_sample": True,
     },
-    "watermarking, lefthash": {"watermarking_config": {**WATERMARK, "seeding_scheme": "lefthash"}},
+    "watermarking, lefthash": {
+        "watermarking_config": WatermarkingConfig(**{**WATERMARK, "seeding_scheme": "lefthash"})
+    },
     "remove_invalid_values": {"remove_invalid_values": True},
     "renormalize_logits": {"renormalize_logits": True, "repetition_penalty": 1.2},
     "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": lambda row, ids: [row + 3, int(ids[-1]) % 90 + 1, 50]},

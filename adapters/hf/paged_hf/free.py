@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from paged_core import Engine, FinishReason, Request, RequestError, RequestOutput, SamplingParams
-from paged_hf.host import Call, EngineHost, NotStarted, check_length, check_tokens
+from paged_hf.calls import Call, NotStarted, check_length, check_tokens
+from paged_hf.host import EngineHost
 
 
 class FreeCall(Call):

@@ -14,49 +14,15 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from queue import SimpleQueue
 from typing import Any
 
-from paged_core import Engine, EngineConfig, EngineDeadError, Request, RequestOutput
+from paged_core import Engine, EngineConfig, EngineDeadError, Request
+from paged_hf.calls import Call, NotStarted
 from paged_hf.model import HFPagedModel
 
 _PATIENCE = 0.25  # of a step's time: how long the next step waits for callers that are choosing their tokens
-
-
-class NotStarted(Exception):
-    """The engine can't take a call, of which nothing has happened yet. ``__cause__`` says why, or else the message."""
-
-
-class Call:
-    """Rows of one generate() call. ``enter`` and ``take`` run in the engine's thread; ``wait`` in the caller's."""
-
-    def __init__(self, padded: bool) -> None:
-        self.padded = padded  # stock would compute padding too
-        self.rows: list[Request] = []  # the engine's thread's own, like the requests themselves
-        self._news: SimpleQueue[Any] = SimpleQueue()
-
-    def enter(self, engine: Engine, name: str) -> list[Request]:
-        """Add the rows to the engine, with ids that begin with ``name``."""
-        raise NotImplementedError
-
-    def take(self, output: RequestOutput) -> None:
-        """News of one row."""
-        raise NotImplementedError
-
-    def leave(self) -> None:
-        """The rows have left the engine."""
-
-    def tell(self, news: Any) -> None:
-        """Hand something to the caller: what ``wait`` returns, or an exception for it to raise."""
-        self._news.put(news)
-
-    def wait(self) -> Any:
-        news = self._news.get()
-        if isinstance(news, BaseException):
-            raise news
-        return news
 
 
 class EngineHost:
@@ -275,27 +241,6 @@ class EngineHost:
             for call in self._open:
                 call.rows = []
                 call.tell(error)
-
-
-def check_length(engine: Engine, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
-    """
-    Raises:
-        NotStarted: the engine would answer otherwise than stock, which knows neither limits nor errors of ours.
-    """
-    longest = max(map(len, prompts)) + max_tokens
-    if longest > engine.spec.max_model_len:
-        raise NotStarted(
-            f"prompt and output may have {longest} tokens, but the model knows {engine.spec.max_model_len} positions"
-        )
-
-
-def check_tokens(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
-    """
-    Raises:
-        NotStarted: a token isn't in the vocabulary: stock has its own way to fail.
-    """
-    if any(not 0 <= token < engine.spec.vocab_size for prompt in prompts for token in prompt):
-        raise NotStarted(f"a prompt holds a token that isn't among the model's {engine.spec.vocab_size}")
 
 
 _HOSTS: weakref.WeakSet[EngineHost] = weakref.WeakSet()

@@ -30,7 +30,8 @@ from paged_core import (
     Selection,
     UnsupportedModel,
 )
-from paged_hf.host import Call, EngineHost, NotStarted, check_length, check_tokens
+from paged_hf.calls import Call, NotStarted, check_length, check_tokens
+from paged_hf.host import EngineHost
 from paged_hf.probe import difference, tolerance
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from paged_core import ConfigError, InvalidRequestError, UnsupportedModel
 from paged_hf import free, lockstep, tiers
 from paged_hf.cache import PagedCache
-from paged_hf.host import EngineHost, NotStarted
+from paged_hf.calls import NotStarted
+from paged_hf.host import EngineHost
 from paged_hf.report import Report, Tier, note
 
 _LOOPS = ("_sample", "_beam_search", "_assisted_decoding")
