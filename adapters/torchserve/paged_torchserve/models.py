@@ -10,6 +10,7 @@ from typing import NamedTuple
 from paged_core import ConfigError
 
 WEIGHTS = (".safetensors",)
+_NO_TEXT = ("Classification", "QuestionAnswering", "MaskedLM", "NextSentencePrediction", "MultipleChoice")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -31,7 +32,8 @@ def find_model(names: Iterable[str], read: Callable[[str], bytes], hint: str | N
     folders = [str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name == "config.json"]
     if hint is not None:
         folders = [folder for folder in folders if folder == str(PurePosixPath(hint))]
-    folders = [folder for folder in folders if _is_model(read(_join(folder, "config.json")))]
+    kinds = {folder: _kinds(read(_join(folder, "config.json"))) for folder in folders}
+    folders = [folder for folder in folders if kinds[folder] is not None]
     if not folders:
         where = f" in {hint}" if hint is not None else ""
         raise ConfigError(f"there is no Hugging Face model{where} inside: no config.json that names a model_type")
@@ -39,6 +41,9 @@ def find_model(names: Iterable[str], read: Callable[[str], bytes], hint: str | N
         told = ", ".join(folders)
         raise ConfigError(f"there are several models inside ({told}); say which: --set model=FOLDER")
     (folder,) = folders
+    kind = next((kind for kind in kinds[folder] or () if kind.endswith(_NO_TEXT)), None)
+    if kind is not None:
+        raise ConfigError(f"the model inside is a {kind}, which writes no text; only causal language models are served")
     inside = [PurePosixPath(name) for name in names if str(PurePosixPath(name).parent) == folder]
     safe = any(path.suffix in WEIGHTS for path in inside)
     return Found(folder, safe, sorted(str(path) for path in inside if path.suffix in PICKLES))
@@ -61,9 +66,12 @@ def _join(folder: str, name: str) -> str:
     return name if folder == "." else f"{folder}/{name}"
 
 
-def _is_model(config: bytes) -> bool:
+def _kinds(config: bytes) -> list[str] | None:
+    """The classes that a model's config.json names; None if it isn't one."""
     try:
         value = json.loads(config)
     except ValueError:
-        return False
-    return isinstance(value, dict) and "model_type" in value
+        return None
+    if not isinstance(value, dict) or "model_type" not in value:
+        return None
+    return [str(kind) for kind in value.get("architectures") or ()]

@@ -46,6 +46,8 @@ def _source(model_dir: Path, settings: Settings) -> str:
         if inside.suffix == ".zip" and inside.is_file():
             inside = _unzip(inside)
             named = str(inside)
+        elif inside.is_file():  # GGUF
+            return str(inside)
         elif not inside.is_dir():
             return named
     files = [path for path in (model_dir / (named or ".")).rglob("*") if path.is_file()]

@@ -1,0 +1,211 @@
+"""A TorchServe process: its files, its start, the wait until its models are loaded, and its end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import zipfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from paged_core import ConfigError, PagedCoreError
+from paged_torchserve.archive import MANIFEST
+from paged_torchserve.java import find_java
+
+_POLL_S = 0.2
+
+
+class ServerError(PagedCoreError):
+    """TorchServe did not start, or a model did not load."""
+
+
+@dataclass(frozen=True)
+class Addresses:
+    host: str = "127.0.0.1"
+    inference: int = 8080
+    management: int = 8081
+    metrics: int = 8082
+    grpc: int = 7070  # and the next
+
+    def url(self, port: int) -> str:
+        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{port}"
+
+
+@dataclass(frozen=True)
+class Options:
+    addresses: Addresses = field(default_factory=Addresses)
+    token_auth: bool = False
+    model_api: bool = False
+    properties: Mapping[str, str] = field(default_factory=dict)
+    java: Path | None = None
+
+
+class TorchServe:
+    """A server in a process of its own. Its logs, temporary files and keys are in ``workdir``.
+
+    ``with TorchServe([archive], workdir, options) as server: server.wait_until_ready(60)``
+
+    Raises:
+        ConfigError: an archive can't be used, or TorchServe or Java isn't installed.
+    """
+
+    def __init__(self, archives: Sequence[Path], workdir: Path, options: Options | None = None) -> None:
+        if find_spec("ts") is None:
+            raise ConfigError("TorchServe isn't installed: pip install 'paged-core[torchserve]'")
+        self.options = options or Options()
+        self.workdir = workdir.resolve()
+        self.models = dict(_model_name(path) for path in archives)
+        java = find_java(self.options.java)
+        temp, store = self.workdir / "tmp", self.workdir / "model-store"
+        for folder in (temp, store):
+            folder.mkdir(parents=True, exist_ok=True)
+        for link, target in self.models.items():
+            _link(store / (link + _suffix(target)), target)
+        properties = self.workdir / "config.properties"
+        properties.write_text(_properties(self.options), encoding="utf-8")
+        command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--no-config-snapshots",
+                   "--ts-config", str(properties), "--model-store", str(store)]  # fmt: skip
+        command += [] if self.options.token_auth else ["--disable-token-auth"]
+        command += ["--enable-model-api"] if self.options.model_api else []
+        command += ["--models", *(f"{name}={name}{_suffix(path)}" for name, path in self.models.items())]
+        self.log = self.workdir / "torchserve.log"
+        # Two servers of one machine would take each other's sockets and pid file in a common temporary folder.
+        places = {"TMPDIR": str(temp), "TEMP": str(temp), "JAVA_HOME": str(java.resolve().parent.parent)}
+        places |= {"LOG_LOCATION": str(self.workdir / "logs"), "METRICS_LOCATION": str(self.workdir / "logs")}
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                cwd=self.workdir, env={**os.environ, **places}, start_new_session=True)  # fmt: skip
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """
+        Raises:
+            ServerError: it ended, or a model has not loaded in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        for name in self.models:
+            while not self._is_ready(name):
+                if self._process.poll() is not None:
+                    raise ServerError(f"TorchServe has ended; {self._last_words()}")
+                if time.monotonic() > deadline:
+                    raise ServerError(f"{name} has not loaded in {timeout_s:g} s; {self._last_words()}")
+                time.sleep(_POLL_S)
+
+    def wait(self) -> int:
+        """Until it ends by itself. Returns its exit status."""
+        return self._process.wait()
+
+    def stop(self, timeout_s: float = 30.0) -> None:
+        """End it and its workers. May be repeated."""
+        if self._process.poll() is None:
+            _signal_group(self._process.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout_s)
+        _signal_group(self._process.pid, signal.SIGKILL)  # what is left of it
+        self._process.wait()
+
+    def __enter__(self) -> TorchServe:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def _is_ready(self, name: str) -> bool:
+        """Whether all its workers are. The plain description: asking for more wedges an idle continuous model."""
+        addresses = self.options.addresses
+        request = urllib.request.Request(f"{addresses.url(addresses.management)}/models/{name}")
+        if self.options.token_auth:
+            with suppress(OSError, ValueError, KeyError):
+                keys = json.loads((self.workdir / "key_file.json").read_text(encoding="utf-8"))
+                request.add_header("Authorization", f"Bearer {keys['management']['key']}")
+        try:
+            with _OPENER.open(request, timeout=10) as answer:
+                workers = json.load(answer)[0]["workers"]
+        except (OSError, ValueError, KeyError, IndexError):
+            return False
+        return bool(workers) and all(worker["status"] == "READY" for worker in workers)
+
+    def _last_words(self) -> str:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        told = [line for line in lines if "Error" in line or "error" in line][-5:] or lines[-5:]
+        return "\n".join([f"its log is {self.log}:", *told])
+
+
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the machine itself: past any proxy
+
+
+def serve(args: argparse.Namespace, properties: Mapping[str, str]) -> int:
+    """``paged torchserve serve``: until a signal comes, or TorchServe ends."""
+    addresses = Addresses(args.host, args.port, args.management_port, args.metrics_port, args.grpc_port)
+    options = Options(addresses, args.token_auth, args.model_api, properties, args.java)
+    workdir = args.workdir or Path(tempfile.mkdtemp(prefix="paged-torchserve-"))
+    signal.signal(signal.SIGTERM, _interrupt)
+    with TorchServe(args.archives, workdir, options) as server:
+        print(f"TorchServe is starting; its log is {server.log}", flush=True)
+        server.wait_until_ready(args.timeout)
+        for name in server.models:
+            print(f"ready: {addresses.url(addresses.inference)}/predictions/{name}", flush=True)
+        if args.token_auth:
+            print(f"keys: {server.workdir / 'key_file.json'}", flush=True)
+        try:
+            return server.wait()
+        except KeyboardInterrupt:
+            return 0
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _model_name(path: Path) -> tuple[str, Path]:
+    """(the name in its manifest, where it is)"""
+    try:
+        if path.is_dir():
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        else:
+            with zipfile.ZipFile(path) as archive:
+                manifest = json.loads(archive.read(MANIFEST))
+        return str(manifest["model"]["modelName"]), path.resolve()
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{path} is no TorchServe archive: {error!r}") from error
+
+
+def _suffix(archive: Path) -> str:
+    return "" if archive.is_dir() else ".mar"
+
+
+def _link(link: Path, target: Path) -> None:
+    link.unlink(missing_ok=True)
+    link.symlink_to(target, target_is_directory=target.is_dir())
+
+
+def _properties(options: Options) -> str:
+    at = options.addresses
+    lines = {
+        "inference_address": f"http://{at.host}:{at.inference}",
+        "management_address": f"http://{at.host}:{at.management}",
+        "metrics_address": f"http://{at.host}:{at.metrics}",
+        "grpc_inference_address": at.host,
+        "grpc_management_address": at.host,
+        "grpc_inference_port": str(at.grpc),
+        "grpc_management_port": str(at.grpc + 1),
+        "metrics_mode": "prometheus",
+        "model_metrics_auto_detect": "true",  # else each of ours would have to be declared in a file
+        **options.properties,
+    }
+    return "".join(f"{key}={value}\n" for key, value in lines.items())
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, number)
