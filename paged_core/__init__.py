@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from paged_core.protocol.tgi import TGICall
     from paged_core.protocol.tokenize import tokenize
 
+    from paged_core.view import BlockCells, EngineView
 __version__ = "0.1.0"
 
 # Names that need torch are imported when first used, so that `import paged_core` is quick.
@@ -62,12 +63,14 @@ _LAZY = {
     "AttentionBackend": "execution.model",
     "AttentionMetadata": "execution.batch",
     "Call": "protocol.call",
+    "BlockCells": "view",
     "CallError": "protocol.failures",
     "ChatCall": "protocol.chat",
     "CompletionCall": "protocol.completions",
     "CompletionOutput": "outputs",
     "Engine": "engine",
     "Failure": "protocol.failures",
+    "EngineView": "view",
     "GenerationOutput": "outputs",
     "KVCache": "execution.kv_cache",
     "LLM": "llm",
@@ -97,6 +100,7 @@ __all__ = [
     "AttentionMetadata",
     "BlockPool",
     "Call",
+    "BlockCells",
     "CallError",
     "ChatCall",
     "CompletionCall",
@@ -107,6 +111,7 @@ __all__ = [
     "EngineDeadError",
     "Failure",
     "FinishReason",
+    "EngineView",
     "GenerationOutput",
     "InvalidRequestError",
     "KVCache",

@@ -13,12 +13,14 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from paged_core.config import EngineConfig
+from paged_core.engine import Engine
 from paged_core.errors import EngineDeadError, InvalidRequestError, RequestError
 from paged_core.generation import Generation, deliver
 from paged_core.llm import open_engine
@@ -29,6 +31,8 @@ from paged_core.text import encode_prompt, prepare_params
 
 __all__ = ["AsyncEngine", "Stream"]
 
+_T = TypeVar("_T")
+
 
 class _Submit(NamedTuple):
     generation: Generation
@@ -37,6 +41,11 @@ class _Submit(NamedTuple):
 
 class _Cancel(NamedTuple):
     channel: Channel
+
+
+class _Look(NamedTuple):
+    function: Callable[[Engine], Any]
+    answer: Future[Any]
 
 
 class _Close(NamedTuple):
@@ -57,7 +66,7 @@ class AsyncEngine:
         self, model: Any, *, tokenizer: Any = None, config: EngineConfig | None = None, **config_fields: Any
     ) -> None:
         self.engine, self.codec = open_engine(model, tokenizer, config, config_fields)
-        self._commands: SimpleQueue[_Submit | _Cancel | _Close] = SimpleQueue()  # put() is safe even in __del__
+        self._commands: SimpleQueue[_Submit | _Cancel | _Look | _Close] = SimpleQueue()  # put() is safe even in __del__
         self._lock = threading.Lock()  # guards the four below
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -100,6 +109,19 @@ class AsyncEngine:
             self._start()
             self._commands.put(_Submit(generation, channel))
         return Stream(channel)
+
+    def look(self, function: Callable[[Engine], _T]) -> Future[_T]:
+        """``function(engine)``, called by the stepping thread between two steps: all requests wait for it meanwhile.
+
+        Raises:
+            EngineDeadError: the engine was closed or has failed; the Future raises it if that happens later.
+        """
+        answer: Future[_T] = Future()
+        with self._lock:
+            self._check_open()
+            self._start()
+            self._commands.put(_Look(function, answer))
+        return answer
 
     def close(self) -> None:
         """Abort what runs (every stream gets its final delta), end the thread, close the engine. May be repeated."""
@@ -160,6 +182,8 @@ class AsyncEngine:
                 return False
             if isinstance(command, _Cancel):
                 self._cancel(command.channel)
+            elif isinstance(command, _Look):
+                _answer(command, self.engine)
             else:
                 self._admit(command)
         return True
@@ -228,10 +252,22 @@ class AsyncEngine:
             told = EngineDeadError(f"the engine has failed: {error!r}")
             told.__cause__ = error
             submit.channel.fail(told, wakeups)
+        for command in commands:
+            if isinstance(command, _Look) and command.answer.set_running_or_notify_cancel():
+                command.answer.set_exception(EngineDeadError(f"the engine has failed: {error!r}"))
         self._running.clear()
         wakeups.send()
         with suppress(Exception):
             self.engine.close()
+
+
+def _answer(look: _Look, engine: Engine) -> None:
+    if not look.answer.set_running_or_notify_cancel():
+        return
+    try:
+        look.answer.set_result(look.function(engine))
+    except Exception as error:
+        look.answer.set_exception(error)
 
 
 _OPEN: weakref.WeakSet[AsyncEngine] = weakref.WeakSet()

@@ -38,6 +38,7 @@ from paged_core.scheduling.schedule import Schedule
 from paged_core.selection import select_rows
 from paged_core.stats import StepStats
 
+from paged_core.view import EngineView
 _log = logging.getLogger("paged_core")
 
 
@@ -187,6 +188,12 @@ class Engine:
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
+    def view(self) -> EngineView:
+        """What runs, what waits and what every block is. Between two steps; the view itself is for any thread."""
+        references, cached = self._pool.snapshot()
+        num_running, num_waiting = len(self._scheduler.running), len(self._scheduler.waiting)
+        return EngineView(num_running, num_waiting, self._block_size, references, cached)
+
         """Compute one batch. Returns what is new of each request it sampled, and the ends not told before."""
         began = time.perf_counter()
         schedule = self._scheduler.schedule()

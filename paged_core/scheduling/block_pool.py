@@ -124,6 +124,10 @@ class BlockPool:
     def is_shared(self, block: int) -> bool:
         return self._references[block] > 1
 
+    def snapshot(self) -> tuple[list[int], list[int]]:
+        """(references of blocks 1..num_blocks, the cached blocks): copies."""
+        return self._references[1:], list(self._cached)
+
     def num_unused(self, blocks: Iterable[int]) -> int:
         """How many of the blocks are cached, that is: would no longer be available once shared."""
         return sum(1 for block in blocks if block != NULL_BLOCK and self._references[block] == 0)

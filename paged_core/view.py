@@ -1,0 +1,40 @@
+"""EngineView: what an engine holds at one moment, for people who watch. Plain copies; it knows no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class BlockCells(NamedTuple):
+    """Blocks in the order of their ids, as ``blocks_per_cell`` neighbours a cell; the last cell may hold fewer. How
+    many of a cell's blocks are in each state; those in none of the three are free."""
+
+    num_blocks: int
+    blocks_per_cell: int
+    cached: list[int]  # kept for prefix hits only
+    used: list[int]  # one reference
+    shared: list[int]  # two or more
+
+
+class EngineView(NamedTuple):
+    """One moment between two steps."""
+
+    num_running: int
+    num_waiting: int
+    block_size: int
+    references: Sequence[int]  # of blocks 1, 2, ...
+    cached: Sequence[int]  # ids of blocks that are kept for prefix hits only
+
+    def cells(self, max_cells: int) -> BlockCells:
+        """The block map, in at most so many cells."""
+        references = np.asarray(self.references, dtype=np.int64)  # [num_blocks]
+        is_cached = np.zeros(len(references), dtype=bool)
+        is_cached[np.asarray(self.cached, dtype=np.int64) - 1] = True
+        per_cell = max(1, -(-len(references) // max_cells))
+        starts = np.arange(0, len(references), per_cell)
+        states = (is_cached, references == 1, references > 1)
+        cached, used, shared = (np.add.reduceat(state.astype(np.int64), starts).tolist() for state in states)
+        return BlockCells(len(references), per_cell, cached, used, shared)
