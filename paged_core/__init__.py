@@ -50,10 +50,11 @@ if TYPE_CHECKING:
     from paged_core.protocol.failures import CallError, Failure, openai_error, tgi_error
     from paged_core.protocol.fields import ProtocolError, parse_json
     from paged_core.protocol.served import RequestLimits, ServedModel
+    from paged_core.protocol.sketch import body_schema
     from paged_core.protocol.tgi import TGICall
     from paged_core.protocol.tokenize import tokenize
-
     from paged_core.view import BlockCells, EngineView
+
 __version__ = "0.1.0"
 
 # Names that need torch are imported when first used, so that `import paged_core` is quick.
@@ -62,15 +63,15 @@ _LAZY = {
     "Attend": "execution.model",
     "AttentionBackend": "execution.model",
     "AttentionMetadata": "execution.batch",
-    "Call": "protocol.call",
     "BlockCells": "view",
+    "Call": "protocol.call",
     "CallError": "protocol.failures",
     "ChatCall": "protocol.chat",
     "CompletionCall": "protocol.completions",
     "CompletionOutput": "outputs",
     "Engine": "engine",
-    "Failure": "protocol.failures",
     "EngineView": "view",
+    "Failure": "protocol.failures",
     "GenerationOutput": "outputs",
     "KVCache": "execution.kv_cache",
     "LLM": "llm",
@@ -86,6 +87,7 @@ _LAZY = {
     "StreamDelta": "outputs",
     "TGICall": "protocol.tgi",
     "TokenSelector": "execution.model",
+    "body_schema": "protocol.sketch",
     "openai_error": "protocol.failures",
     "parse_json": "protocol.fields",
     "tgi_error": "protocol.failures",
@@ -109,9 +111,9 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "EngineDeadError",
+    "EngineView",
     "Failure",
     "FinishReason",
-    "EngineView",
     "GenerationOutput",
     "InvalidRequestError",
     "KVCache",
@@ -140,6 +142,7 @@ __all__ = [
     "TokenSelector",
     "UnsupportedModel",
     "__version__",
+    "body_schema",
     "hookimpl",
     "openai_error",
     "parse_json",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from paged_core.outputs import CompletionOutput, GenerationOutput, StreamDelta
-from paged_core.protocol.fields import Fields, ProtocolError
+from paged_core.protocol.fields import Fields, ProtocolError, fields_of
 from paged_core.protocol.openai_fields import read_options, truncation
 from paged_core.protocol.served import ServedModel
 from paged_core.protocol.usage import Usage, best
@@ -16,6 +16,13 @@ from paged_core.text import Prompt
 
 _OURS = ("tokenize", "chat_template", "add_generation_prompt", "continue_final_message", "tools", "documents")
 _RETURNS = ("return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length")
+_CONTENT = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "object", "required": ["type", "text"],
+                                    "properties": {"type": {"const": "text"}, "text": {"type": "string"}}}},
+    ]
+}  # fmt: skip
 _NO_TOOLS = "asks for tools, which this server doesn't call; describe them in the prompt"
 
 
@@ -30,7 +37,7 @@ class ChatCall:
     """
 
     def __init__(self, body: Any, served: ServedModel, request_id: str, *, whole_deltas: bool = False) -> None:
-        fields = Fields(body)
+        fields = fields_of(body)
         _refuse(fields)
         render, truncate = _Rendering(fields), truncation(fields)
         self._num_top = _num_top(fields)
@@ -140,10 +147,7 @@ class _Rendering:
 
 
 def _messages(fields: Fields) -> list[dict[str, str]]:
-    raw = fields.any("messages")
-    if not isinstance(raw, list) or not raw:
-        raise fields.error("messages", "must be a list of at least one message")
-    return [_message(Fields(value, f"messages[{place}]")) for place, value in enumerate(raw)]
+    return [_message(each) for each in fields.objects("messages")]
 
 
 def _message(fields: Fields) -> dict[str, str]:
@@ -163,7 +167,7 @@ def _message(fields: Fields) -> dict[str, str]:
 
 def _content(fields: Fields) -> str:
     """A string; text parts are joined by line ends."""
-    content = fields.any("content")
+    content = fields.any("content", _CONTENT)
     if isinstance(content, str):
         return content
     told = fields.error("content", "must be a string or a list of text parts; this server reads text only")
@@ -180,7 +184,9 @@ def _content(fields: Fields) -> str:
 
 def _template_options(fields: Fields) -> Mapping[str, Any]:
     fields.only("chat_template", [], "can't be set by a request: a template is a program")
-    options = fields.any("chat_template_kwargs") or {}
+    options = fields.any("chat_template_kwargs", {"type": "object"})
+    if options is None:
+        return {}
     if not isinstance(options, Mapping):
         raise fields.error("chat_template_kwargs", "must be a JSON object")
     for name in options:

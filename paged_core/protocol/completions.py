@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from paged_core.outputs import CompletionOutput, GenerationOutput, StreamDelta, TokenLogprobs
-from paged_core.protocol.fields import Fields
+from paged_core.protocol.fields import fields_of
 from paged_core.protocol.openai_fields import read_options, truncation
-from paged_core.protocol.served import ServedModel
+from paged_core.protocol.served import PROMPT, ServedModel
 from paged_core.protocol.usage import Usage, best
 from paged_core.text import Prompt
 
@@ -25,9 +25,9 @@ class CompletionCall:
     """
 
     def __init__(self, body: Any, served: ServedModel, request_id: str) -> None:
-        fields = Fields(body)
+        fields = fields_of(body)
         fields.only("suffix", [""], "can't be honoured: the model continues texts, it doesn't fill gaps")
-        raw, add_special_tokens = fields.any("prompt"), fields.flag("add_special_tokens", True)
+        raw, add_special_tokens = fields.any("prompt", PROMPT), fields.flag("add_special_tokens", True)
         truncate = truncation(fields)
         self._echo = fields.flag("echo")
         max_tokens = fields.integer("max_tokens", 16, low=0 if self._echo else 1)

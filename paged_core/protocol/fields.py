@@ -12,7 +12,8 @@ from typing import Any
 
 from paged_core.scheduling.request import InvalidRequestError
 
-_HUGE = 1e300  # JSON's integers have no bound, floats have
+ANYTHING: Mapping[str, Any] = {}
+HUGE = 1e300  # JSON's integers have no bound, floats have
 
 
 class ProtocolError(InvalidRequestError):
@@ -50,7 +51,8 @@ class Fields:
         self._values = {name: each for name, each in value.items() if each is not None}
         self._where = f"{where}." if where else ""
 
-    def any(self, name: str) -> Any:
+    def any(self, name: str, shape: Mapping[str, Any] = ANYTHING) -> Any:
+        """A value that the reader checks itself; ``shape`` is what it takes, for the document of our routes."""
         return self._values.pop(name, None)
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -71,7 +73,7 @@ class Fields:
             raise self.error(name, f"is {_shown(value)}; it must be an integer from {low} to {high}")
         return value
 
-    def number(self, name: str, default: Any = None, low: float = -_HUGE, high: float = _HUGE) -> Any:
+    def number(self, name: str, default: Any = None, low: float = -HUGE, high: float = HUGE) -> Any:
         value = self.any(name)
         if value is None:
             return default
@@ -108,6 +110,13 @@ class Fields:
         """A field that is an object itself; empty if left out."""
         return Fields(self._values.pop(name, {}), self._where + name)
 
+    def objects(self, name: str) -> list[Fields]:
+        """A field that is a list of objects, at least one."""
+        value = self.any(name)
+        if not isinstance(value, list) or not value:
+            raise self.error(name, "must be a list of at least one object")
+        return [Fields(each, f"{self.path(name)}[{place}]") for place, each in enumerate(value)]
+
     def only(self, name: str, neutral: Sequence[Any], why: str) -> None:
         """Refuse every value of a field but those that ask for nothing."""
         value = self.any(name)
@@ -132,6 +141,11 @@ class Fields:
         return self._where + name
 
 
+def fields_of(body: Any) -> Fields:
+    """The fields of a body. One that is Fields already stands for itself (a Sketch)."""
+    return body if isinstance(body, Fields) else Fields(body)
+
+
 def is_integers(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, int) and not isinstance(each, bool) for each in value)
 
@@ -142,8 +156,8 @@ def _shown(value: Any) -> str:
 
 
 def _between(low: float, high: float) -> str:
-    if high == _HUGE:
-        return "" if low == -_HUGE else f" of at least {low:g}"
+    if high == HUGE:
+        return "" if low == -HUGE else f" of at least {low:g}"
     return f" from {low:g} to {high:g}"
 
 

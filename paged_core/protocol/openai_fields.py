@@ -12,6 +12,12 @@ from paged_core.scheduling.request import SamplingParams
 
 _LABELS = ("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 
+_BIAS = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -116,7 +122,7 @@ def _stream_options(fields: Fields, stream: bool) -> tuple[bool, bool]:
 
 
 def _logit_bias(fields: Fields) -> dict[int, float] | None:
-    bias = fields.any("logit_bias")
+    bias = fields.any("logit_bias", _BIAS)
     if bias is None:
         return None
     told = fields.error("logit_bias", "must be an object of token ids, each with a number from -100 to 100")

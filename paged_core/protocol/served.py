@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from paged_core.async_engine import AsyncEngine
     from paged_core.grammar import Grammars
 
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer"}}
+PROMPT = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "integer"}, _TOKEN_IDS]}},
+    ]
+}
 _ANY_MODEL = ("tgi", "dummy")  # what TGI's clients call it where they weren't told a name
 
 

@@ -8,6 +8,13 @@ from typing import Any, NamedTuple
 from paged_core.protocol.fields import Fields
 
 _OBJECT = {"type": "object"}
+_SCHEMA = {"type": ["object", "string"]}
+_FORMAT = {
+    "anyOf": [
+        {"enum": ["text", "json_object"]},
+        {"type": "object", "properties": {"type": {"enum": ["text", "json_object", "json_schema", None]}}},
+    ]
+}
 
 
 class Structure(NamedTuple):
@@ -31,7 +38,7 @@ def openai_structure(fields: Fields) -> Structure | None:
 def tgi_structure(fields: Fields) -> Structure | None:
     """TGI's ``grammar``: a type and a value."""
     grammar = fields.inner("grammar")
-    kind, value = grammar.text("type"), grammar.any("value")
+    kind, value = grammar.text("type"), grammar.any("value", _SCHEMA)
     grammar.finish()
     if kind is None and value is None:
         return None
@@ -43,7 +50,7 @@ def tgi_structure(fields: Fields) -> Structure | None:
 
 
 def _response_format(fields: Fields) -> Structure | None:
-    form = fields.any("response_format")
+    form = fields.any("response_format", _FORMAT)
     kind = form.get("type") if isinstance(form, Mapping) else form
     if kind is None or kind == "text":
         return None
@@ -69,7 +76,7 @@ def _one(fields: Fields, name: str, kind: str) -> Structure | None:
     if kind == "choice":
         choices = fields.texts(name)
         return Structure(fields.path(name), kind, choices) if choices else None
-    value = fields.any(name)
+    value = fields.any(name, _SCHEMA if kind == "json" else {"type": "string"})
     if value is not None and not isinstance(value, (str, Mapping) if kind == "json" else str):
         raise fields.error(name, "must be a JSON schema" if kind == "json" else "must be a string")
     return None if value is None else Structure(fields.path(name), kind, value)

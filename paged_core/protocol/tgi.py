@@ -12,7 +12,7 @@ from typing import Any
 
 from paged_core.detokenizer import Detokenizer
 from paged_core.outputs import CompletionOutput, GenerationOutput, StreamDelta
-from paged_core.protocol.fields import Fields, ProtocolError
+from paged_core.protocol.fields import Fields, ProtocolError, fields_of
 from paged_core.protocol.served import ServedModel, sampling_params
 from paged_core.protocol.structured import tgi_structure
 from paged_core.protocol.tokens import finite
@@ -33,7 +33,7 @@ class TGICall:
     """
 
     def __init__(self, body: Any, served: ServedModel, stream: bool | None = None) -> None:
-        fields = Fields(body)
+        fields = fields_of(body)
         asked = fields.flag("stream")
         self.stream = asked if stream is None else stream
         inputs = fields.text("inputs")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from paged_core.protocol.fields import Fields
+from paged_core.protocol.fields import fields_of
 from paged_core.protocol.served import ServedModel
 
 
@@ -14,7 +14,7 @@ def tokenize(body: Any, served: ServedModel) -> Any:
     Raises:
         ProtocolError: it holds no text, or a field that isn't known.
     """
-    fields = Fields(body)
+    fields = fields_of(body)
     inputs, prompt = fields.text("inputs"), fields.text("prompt")
     add_special_tokens = fields.flag("add_special_tokens", True)
     served.check_name(fields.text("model"))

@@ -34,6 +34,7 @@ from paged_core import (
 )
 from paged_openai.keys import KeyCheck
 from paged_openai.logs import RequestLog
+from paged_openai.openapi import openapi
 from paged_openai.responses import (
     OPENAI,
     OPENAI_WITHOUT_DONE,
@@ -87,6 +88,7 @@ def create_app(service: Service, metrics: PrometheusMetrics | None, options: App
             Route("/generate_stream", routes.call(_tgi(True), TGI), methods=["POST"]),
             Route("/tokenize", routes.tokenize, methods=["POST"]),
             Route("/info", routes.info),
+            Route("/openapi.json", routes.openapi),
             Route("/health", routes.health),
             Route("/ready", routes.ready),
             Route("/metrics", routes.metrics),
@@ -103,6 +105,7 @@ class _Routes:
         self._metrics = metrics
         self._options = options
         self._created = int(time.time())
+        self._document: dict[str, Any] | None = None
 
     def call(self, make: _MakeCall, form: Form) -> _Endpoint:
         """The endpoint of a generating route. Prompts are tokenised in a thread of their own."""
@@ -158,6 +161,14 @@ class _Routes:
             "sha": None,
             "docker_label": None,
         })  # fmt: skip
+
+    async def openapi(self, request: Request) -> Response:
+        """All routes, and what their bodies may hold."""
+        if self._document is None:
+            with_keys = bool(self._options.api_keys)
+            routes = request.app.routes
+            self._document = await run_in_threadpool(openapi, routes, self._served, with_keys=with_keys)
+        return json_response(self._document)
 
     async def health(self, request: Request) -> Response:
         """Whether the process does its work: if not, restart it."""

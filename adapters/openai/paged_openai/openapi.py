@@ -1,0 +1,122 @@
+"""GET /openapi.json: our routes as an OpenAPI 3.1 document.
+
+The routes are read from the application, and what bodies may hold from the core's readers; only what a route answers
+is written down here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+from starlette.routing import BaseRoute, Route
+
+from paged_core import ChatCall, CompletionCall, Failure, ServedModel, TGICall, __version__, body_schema, tokenize
+from paged_openai.responses import OPENAI, TGI
+
+_CHAT = {"messages": [{"role": "user", "content": "A"}]}
+_EVENTS = "text/event-stream"
+
+
+class _Body(NamedTuple):
+    """How a route reads its body."""
+
+    read: Callable[[Any, ServedModel], object]
+    samples: tuple[Mapping[str, Any], ...]  # see body_schema
+    media_types: tuple[str, ...] = ("application/json", _EVENTS)  # of the answer
+
+
+_BODIES = {
+    "/v1/completions": _Body(partial(CompletionCall, request_id=""), ({"prompt": "A"},)),
+    "/v1/chat/completions": _Body(partial(ChatCall, request_id=""), (_CHAT,)),
+    "/": _Body(TGICall, ({"inputs": "A"},)),
+    "/generate": _Body(partial(TGICall, stream=False), ({"inputs": "A"},), ("application/json",)),
+    "/generate_stream": _Body(partial(TGICall, stream=True), ({"inputs": "A"},), (_EVENTS,)),
+    "/tokenize": _Body(tokenize, ({"inputs": "A"}, {"prompt": "A"}), ("application/json",)),
+}
+_OTHER_MEDIA = {"/metrics": "text/plain", "/health": None, "/ready": None}  # None: an empty answer
+_ERRORS = {
+    OPENAI: {
+        "type": "object",
+        "required": ["error"],
+        "properties": {
+            "error": {
+                "type": "object",
+                "required": ["message", "type", "param", "code"],
+                "properties": {
+                    "message": {"type": "string"},
+                    "type": {"type": "string"},
+                    "param": {"type": ["string", "null"]},
+                    "code": {"type": ["string", "null"]},
+                },
+            }
+        },
+    },
+    TGI: {
+        "type": "object",
+        "required": ["error", "error_type"],
+        "properties": {"error": {"type": "string"}, "error_type": {"type": "string"}},
+    },
+}
+
+
+def openapi(routes: Iterable[BaseRoute], served: ServedModel, *, with_keys: bool) -> dict[str, Any]:
+    """The document of all ``routes`` but those that are for people (``include_in_schema=False``)."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        if isinstance(route, Route) and route.include_in_schema:
+            for method in sorted((route.methods or set()) - {"HEAD"}):
+                path = re.sub(r"{(\w+):\w+}", r"{\1}", route.path)
+                paths.setdefault(path, {})[method.lower()] = _operation(method, path, served)
+    components = {"openai_error": _ERRORS[OPENAI], "tgi_error": _ERRORS[TGI]}
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "paged-core", "version": __version__},
+        "paths": paths,
+        "components": {"schemas": components},
+    }
+    if with_keys:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+    return document
+
+
+def _operation(method: str, path: str, served: ServedModel) -> dict[str, Any]:
+    operation: dict[str, Any] = {"operationId": f"{method.lower()}{path}"}
+    names = re.findall(r"{(\w+)}", path)
+    if names:
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
+    body = _BODIES.get(path) if method == "POST" else None
+    if body is not None:
+        schema = body_schema(partial(_read, body, served), *body.samples)
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    operation["responses"] = {"200": _good(path, body), **_failures(path)}
+    return operation
+
+
+def _read(body: _Body, served: ServedModel, value: Any) -> object:
+    return body.read(value, served)
+
+
+def _good(path: str, body: _Body | None) -> dict[str, Any]:
+    media_types = body.media_types if body is not None else (_OTHER_MEDIA.get(path, "application/json"),)
+    content: dict[str, Any] = {media: {} for media in media_types if media is not None}
+    return {"description": "the answer", **({"content": content} if content else {})}
+
+
+def _failures(path: str) -> dict[str, Any]:
+    """Every status that an error can have, in the form of the route's side."""
+    of_openai = path.startswith("/v1")
+    name = "openai_error" if of_openai else "tgi_error"
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+    failures: dict[str, Any] = {}
+    for failure in Failure:
+        status = str(failure.value[0 if of_openai else 2])
+        told = failure.name.lower().replace("_", " ")
+        known = failures.get(status)
+        failures[status] = {"description": f"{known['description']}, {told}" if known else told, "content": content}
+    return dict(sorted(failures.items()))
