@@ -21,6 +21,7 @@ from paged_core.checks import check_prompt, check_resumed, check_token_ids
 from paged_core.config import EngineConfig
 from paged_core.errors import EngineDeadError
 from paged_core.execution.batch import Batch, BatchBuilder
+from paged_core.execution.beam_search import BeamSearch
 from paged_core.execution.model import AcceleratedModel, EmbeddingModel, ModelSpec, TokenSelector
 from paged_core.execution.model_runner import ModelRunner
 from paged_core.plugins import load_plugins
@@ -37,8 +38,8 @@ from paged_core.scheduling.request import (
 from paged_core.scheduling.schedule import Schedule
 from paged_core.selection import select_rows
 from paged_core.stats import StepStats
-
 from paged_core.view import EngineView
+
 _log = logging.getLogger("paged_core")
 
 
@@ -113,14 +114,16 @@ class Engine:
         *,
         selector: TokenSelector | None = None,
     ) -> list[Request]:
-        """Queue ``params.n`` samples of one prompt.
+        """Queue ``params.n`` samples of one prompt, or its beams.
 
         Raises:
             InvalidRequestError: the prompt is empty, holds ids outside the vocabulary, or can never fit; or the id is
                 in use. Nothing was queued.
         """
         params = params or SamplingParams()
-        return self._add(request_id, [prompt_token_ids] * params.n, params, selector, lockstep=False)
+        beams = params.use_beam_search and selector is None
+        rows = [prompt_token_ids] * params.n
+        return self._add(request_id, rows, params, BeamSearch() if beams else selector, lockstep=beams)
 
     def add_group(
         self, request_id: str, prompts: Sequence[Sequence[int]], params: SamplingParams, *, selector: TokenSelector
@@ -185,15 +188,15 @@ class Engine:
         self._runner.release()
         return True
 
-    # ---- the loop ------------------------------------------------------------------------------------------------
-
-    def step(self) -> list[RequestOutput]:
     def view(self) -> EngineView:
         """What runs, what waits and what every block is. Between two steps; the view itself is for any thread."""
         references, cached = self._pool.snapshot()
         num_running, num_waiting = len(self._scheduler.running), len(self._scheduler.waiting)
         return EngineView(num_running, num_waiting, self._block_size, references, cached)
 
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
         """Compute one batch. Returns what is new of each request it sampled, and the ends not told before."""
         began = time.perf_counter()
         schedule = self._scheduler.schedule()

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from paged_core.detokenizer import Detokenizer
+from paged_core.execution.beam_search import ranked
 from paged_core.outputs import CompletionOutput, GenerationOutput, RequestMetrics, StreamDelta, TokenLogprobs
 from paged_core.scheduling.request import FinishReason, Logprob, RequestOutput, SamplingParams
 from paged_core.text import Prompt, StopStringChecker, StopStrings, TextCodec
@@ -105,7 +106,7 @@ class TextRow:
             text=self.text,
             token_ids=list(self.token_ids),
             logprobs=list(self.logprobs) if wants_logprobs else None,
-            cumulative_logprob=self.cumulative_logprob if wants_logprobs else None,
+            cumulative_logprob=self.cumulative_logprob if wants_logprobs or self._params.use_beam_search else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
@@ -142,10 +143,15 @@ class Generation:
 
     def feed(self, output: RequestOutput) -> StreamDelta | None:
         """What ``output`` adds for the user; None if its row had ended already. A stop string ends a row that the
-        engine still runs."""
+        engine still runs. Beams are told at their end: until then any of them may lose its place."""
         row = self._rows[output.request.index]
         if row.finish_reason is not None:
             return None
+        if self.params.use_beam_search:
+            if output.finish_reason is None:
+                self._note(output)
+                return None
+            output, row.cumulative_logprob = ranked(output)
         piece = row.feed(output)
         self._note(output)
         logprobs = output.logprobs[: piece.num_tokens] if output.logprobs is not None else None

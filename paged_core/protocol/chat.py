@@ -89,7 +89,7 @@ class ChatCall:
 
     def answer(self, results: Sequence[GenerationOutput]) -> dict[str, Any]:
         (result,) = results
-        outputs = best(result.outputs, self.options.num_choices)
+        outputs = best(result.outputs, self.options.num_choices, in_order=self.params.use_beam_search)
         choices = [self._choice(index, output) for index, output in enumerate(outputs)]
         self._usage.count_all(results)
         answer: dict[str, Any] = {**self._head, "choices": choices, "usage": self._usage.at_end(results)}

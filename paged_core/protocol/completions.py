@@ -76,7 +76,7 @@ class CompletionCall:
         for number, result in enumerate(results):
             if result.prompt_logprobs is not None:
                 self._prompt_logprobs[number] = result.prompt_logprobs
-            for output in best(result.outputs, self.options.num_choices):
+            for output in best(result.outputs, self.options.num_choices, in_order=self.params.use_beam_search):
                 choices.append(self._choice(number, len(choices), self._wanted(output)))
                 self._usage.add(0 if self._only_echo else len(output.token_ids))
         if len(choices) < sum(len(result.outputs) for result in results):

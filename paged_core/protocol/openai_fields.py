@@ -48,11 +48,17 @@ def read_options(
         raise fields.error("best_of", f"is {best_of}; it must be at least n ({n})")
     if best_of > n and stream:
         raise fields.error("best_of", "above n can't be streamed: which samples are best is known at the end")
+    beams, structure = fields.flag("use_beam_search"), openai_structure(fields)
+    if beams and stream:
+        raise fields.error("stream", "can't go with use_beam_search: which beams are best is known at the end")
+    if beams and structure is not None:
+        raise fields.error(structure.field, "can't go with use_beam_search; leave one of them out")
     params = sampling_params(
         n=best_of,
         max_tokens=max_tokens,
-        logprobs=num_top if best_of == n else num_top or 0,  # the best are found by their logprobs
+        logprobs=num_top if best_of == n or beams else num_top or 0,  # the best samples are found by their logprobs
         prompt_logprobs=prompt_logprobs,
+        use_beam_search=beams,
         **_sampling(fields, served),
     )
     served.check_limits(params)
@@ -64,7 +70,7 @@ def read_options(
         include_usage=include_usage,
         usage_in_every_chunk=every,
         return_token_ids=fields.flag("return_token_ids"),
-        structure=openai_structure(fields),
+        structure=structure,
     )
 
 
@@ -97,15 +103,13 @@ def _sampling(fields: Fields, served: ServedModel) -> dict[str, Any]:
         "skip_special_tokens": fields.flag("skip_special_tokens", True),
         "priority": _priority(fields, served),
         "cache_salt": _cache_salt(fields),
+        "length_penalty": fields.number("length_penalty", 1.0),
+        "early_stopping": fields.flag("early_stopping"),
     }
 
 
 def _refuse(fields: Fields) -> None:
     """What can't be honoured; values that ask for nothing are taken."""
-    beams = "asks for beam search, which this server doesn't do; use n with best_of"
-    fields.only("use_beam_search", [False], beams)
-    fields.only("length_penalty", [1, 1.0], beams)
-    fields.only("early_stopping", [False], beams)
     fields.only("spaces_between_special_tokens", [True], "can't be false here: tokens are joined as the tokenizer does")
     fields.only("store", [False], "asks to store the answer; this server stores none")
 

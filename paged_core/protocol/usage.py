@@ -35,10 +35,11 @@ class Usage:
         return {**self.body(), "prompt_tokens_details": {"cached_tokens": cached}}
 
 
-def best(outputs: Sequence[CompletionOutput], num: int) -> Sequence[CompletionOutput]:
-    """The ``num`` samples whose tokens have the highest mean log-probability, best first; all, as they are."""
-    if num >= len(outputs):
-        return outputs
+def best(outputs: Sequence[CompletionOutput], num: int, *, in_order: bool = False) -> Sequence[CompletionOutput]:
+    """The ``num`` samples whose tokens have the highest mean log-probability, best first; all, as they are.
+    ``in_order``: they are ordered already, as beams are."""
+    if in_order or num >= len(outputs):
+        return outputs[:num]
     return sorted(outputs, key=mean_logprob, reverse=True)[:num]
 
 

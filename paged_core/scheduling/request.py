@@ -74,6 +74,9 @@ class SamplingParams:
     skip_special_tokens: bool = True
     priority: int = 0  # lower runs first, under the "priority" policy
     cache_salt: str | None = None  # prefix-cache blocks are shared only between equal salts
+    use_beam_search: bool = False  # n beams instead of n samples; the n best sequences come back, best first
+    length_penalty: float = 1.0  # a beam's score: sum of log-probabilities / length ** length_penalty
+    early_stopping: bool = False  # end the search once n sequences have ended, whatever might still come
     logits_processors: Sequence[LogitsProcessor] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -112,6 +115,7 @@ class SamplingParams:
             )
         if self.logit_bias and any(not math.isfinite(bias) for bias in self.logit_bias.values()):
             raise InvalidRequestError("logit_bias holds a value that is not finite; use bad_words to forbid a token")
+        _check_beams(self)
 
     @property
     def greedy(self) -> bool:
@@ -134,7 +138,31 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("logprobs", 0, 2**31 - 1),
     ("prompt_logprobs", 0, 2**31 - 1),
     ("priority", -(2**31), 2**31 - 1),
+    ("length_penalty", -20, 20),
 )
+_NOT_WITH_BEAMS = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+                   "logit_bias", "bad_words", "bad_words_token_ids", "allowed_token_ids", "min_tokens", "stop",
+                   "logprobs", "prompt_logprobs", "logits_processors")  # fmt: skip
+
+
+def _check_beams(params: SamplingParams) -> None:
+    if not isinstance(params.early_stopping, bool):
+        raise InvalidRequestError(
+            f"early_stopping is {params.early_stopping!r}; it must be True, or False: then the search goes on as long "
+            "as a better sequence may come"
+        )
+    if not params.use_beam_search:
+        for name in ("length_penalty", "early_stopping"):
+            if getattr(params, name) != getattr(SamplingParams, name):
+                raise InvalidRequestError(f"{name} needs use_beam_search; samples have no use for it")
+        return
+    out = "leave it out, or sample with n instead"
+    if params.temperature not in (0, 1):
+        raise InvalidRequestError(f"temperature is {params.temperature}, but use_beam_search draws nothing; {out}")
+    for name in _NOT_WITH_BEAMS:
+        value = getattr(params, name)
+        if value != getattr(SamplingParams, name) and value not in ((), [], {}):
+            raise InvalidRequestError(f"{name} can't go with use_beam_search; {out}")
 
 
 class Logprob(NamedTuple):

@@ -1,0 +1,73 @@
+"""Beams of a transformers model in the engine are those of its own generate, where both count lengths alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from paged_core import LLM, Engine, SamplingParams
+
+
+class NoText:
+    """A tokenizer for tests that look at token ids only."""
+
+    all_special_ids: tuple[int, ...] = ()
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        raise NotImplementedError
+
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> str:
+        return "".join(chr(65 + token) for token in token_ids)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize(("width", "penalty"), [(2, 1.0), (5, 0.0)])
+def test_without_stop_tokens_all_beams_are_stocks(
+    tiny: Callable[..., Any],
+    engine: Callable[..., Engine],
+    prompts: list[list[int]],
+    model_type: str,
+    width: int,
+    penalty: float,
+) -> None:
+    model = tiny(model_type)
+    llm = LLM(engine(model, max_num_seqs=8), tokenizer=NoText())
+    params = SamplingParams(n=width, max_tokens=9, use_beam_search=True, length_penalty=penalty)
+    for prompt, found in zip(prompts, llm.generate(prompts, params), strict=True):
+        ids = torch.tensor([prompt])
+        rows = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            num_beams=width,
+            num_return_sequences=width,
+            length_penalty=penalty,
+            do_sample=False,
+            max_new_tokens=9,
+            pad_token_id=0,
+        )
+        assert [list(output.token_ids) for output in found.outputs] == rows[:, len(prompt) :].tolist()
+    llm.close()
+
+
+def test_with_a_stop_token_the_best_beam_is_stocks_if_lengths_do_not_count(
+    tiny: Callable[..., Any], engine: Callable[..., Engine], prompts: list[list[int]]
+) -> None:
+    model = tiny("llama")
+    plain = LLM(engine(model, max_num_seqs=8), tokenizer=NoText())
+    (beams,) = plain.generate(prompts[1], SamplingParams(n=4, max_tokens=9, use_beam_search=True, length_penalty=0.0))
+    eos = beams.outputs[0].token_ids[4]  # the best beam will end there
+    model.generation_config.eos_token_id = eos
+    llm = LLM(engine(model, max_num_seqs=8), tokenizer=NoText())
+    (found,) = llm.generate(prompts[1], SamplingParams(n=4, max_tokens=9, use_beam_search=True, length_penalty=0.0))
+    ids = torch.tensor([prompts[1]])
+    (row,) = model.generate(
+        ids, attention_mask=torch.ones_like(ids), num_beams=4, length_penalty=0.0, do_sample=False, max_new_tokens=9,
+        pad_token_id=0,
+    )  # fmt: skip
+    assert found.outputs[0].finish_reason == "stop"
+    assert list(found.outputs[0].token_ids) == row[len(prompts[1]) :].tolist()
+    plain.close()
+    llm.close()
