@@ -114,7 +114,7 @@ KINDS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         lambda: {"do_sample": False, "prefix_allowed_tokens_fn": lambda row, ids: [int(ids[-1]) % 90, 5 + row]},
         "native",
     ),
-    "lookup": (lambda: {"do_sample": False, "prompt_lookup_num_tokens": 2}, "cache"),
+    "lookup": (lambda: {"do_sample": False, "prompt_lookup_num_tokens": 2, "eos_token_id": 95}, "cache"),
     "attentions": (
         lambda: {"do_sample": False, "return_dict_in_generate": True, "output_hidden_states": True},
         "stock",
@@ -189,7 +189,7 @@ def test_rows_of_all_callers_run_in_one_batch(model: Any, monkeypatch: pytest.Mo
 
 def test_each_thread_reads_the_report_of_its_own_call(model: Any) -> None:
     assert together([lambda: paged_generate.last_report()]) == [None]  # type: ignore[attr-defined]
-    kinds = [{"num_beams": 2}, {}, {"prompt_lookup_num_tokens": 2}, {"output_attentions": True}]
+    kinds = [{"num_beams": 2}, {}, {"prompt_lookup_num_tokens": 2, "eos_token_id": 95}, {"output_attentions": True}]
     dicts = {"return_dict_in_generate": True}
     barrier = threading.Barrier(4)
 
