@@ -109,6 +109,15 @@ def test_ends_and_scores_are_those_of_the_rules(penalty: float, early: bool, mor
     llm.close()
 
 
+@pytest.mark.parametrize("seed", [2, 5])
+def test_a_beam_that_is_behind_may_still_win_where_length_is_rewarded(seed: int) -> None:
+    model, often = talkative_model(seed), list(range(0, 96, 3))
+    llm = LLM(model, tokenizer=CharacterTokenizer(), config=small())
+    (found,) = llm.generate([PROMPT], beams(2, 14, length_penalty=3.0, stop_token_ids=often))
+    check_rows(found.outputs, plain_search(model, PROMPT, 2, 14, 3.0, {EOS, *often}, False))
+    llm.close()
+
+
 def test_a_search_ends_as_soon_as_no_running_beam_can_win() -> None:
     model = talkative_model(1)
     engine = Engine(model, small())
