@@ -162,7 +162,7 @@ REST = "abcdefghijklmnopqrstuvwxyz{|}~\x7f"  # where the model comes to its end
     [
         {"body": "abc"},
         {"body": bytearray(b"abc")},
-        {"body": "abc", "max_new_tokens": bytearray(b"100")},  # in the query
+        {"data": "abc", "max_new_tokens": bytearray(b"100")},
         {"body": {"data": "abc"}},
         {"data": bytearray(b"abc")},  # a form
         {"data": "abc", "temperature": bytearray(b"1.0")},

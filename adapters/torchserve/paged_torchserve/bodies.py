@@ -199,7 +199,7 @@ def _body(value: Any) -> Any:
 
 
 def _field(value: Any) -> Any:
-    """A form's field or a query's: all text; what reads as a JSON number, truth value or object is taken for it."""
+    """A form's field: all are text; what reads as a JSON number, truth value or object is taken for it."""
     text = _text(value) if isinstance(value, bytes | bytearray) else value
     if not isinstance(text, str):
         return text

@@ -1,0 +1,330 @@
+"""A real TorchServe on loopback: Java's frontend, real archives, workers in processes of their own, HTTP clients."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import paged_torchserve.handler
+import pytest
+import tiny_folder
+import torch
+from http_server import until
+from paged_torchserve.server import Addresses, Options, ServerError, TorchServe
+
+from paged_core.cli import main
+
+READY_S = 120
+MAX_MESSAGE = 20_000
+ENGINE = ["--set", "attention_backend=reference", "--set", "kv_cache_bytes=3000000", "--set", "return_full_text=false",
+          "--set", "heartbeat_s=1.5", "--set", f"max_reply_bytes={MAX_MESSAGE - 100}"]  # fmt: skip
+LONG = {"prompt": "a long story", "max_new_tokens": 1900, "stream": True}
+
+
+class Running:
+    """One server and what tests ask of it."""
+
+    def __init__(self, server: TorchServe) -> None:
+        at = server.options.addresses
+        self.server = server
+        self.url, self.management = at.url(at.inference), at.url(at.management)
+        self.metrics_url = at.url(at.metrics) + "/metrics"
+        self.client = httpx2.Client(timeout=60, trust_env=False)
+
+    def post(self, path: str, **what: Any) -> httpx2.Response:
+        return self.client.post(f"{self.url}/predictions/{path}", **what)
+
+    def worker(self, model: str) -> dict[str, Any]:
+        return self.client.get(f"{self.management}/models/{model}").json()[0]["workers"][0]
+
+    def metric(self, name: str, model: str) -> float:
+        found = re.search(rf'^{name}{{ModelName="{model}".*}} (\S+)$', self.client.get(self.metrics_url).text, re.M)
+        return float(found[1]) if found else 0.0
+
+    @contextmanager
+    def streaming(self, model: str, body: Any = LONG) -> Iterator[Iterator[bytes]]:
+        """A long answer under way, its first piece read; left at the end of the block."""
+        with (
+            httpx2.Client(timeout=60, trust_env=False) as client,
+            client.stream("POST", f"{self.url}/predictions/{model}", json=body) as response,
+        ):
+            assert response.status_code == 200
+            pieces = response.iter_bytes()
+            next(pieces)
+            yield pieces
+
+
+def free_ports() -> Addresses:
+    with ExitStack() as held:
+        sockets = [held.enter_context(closing(socket.create_server(("127.0.0.1", 0)))) for _ in range(4)]
+        ports = [each.getsockname()[1] for each in sockets]
+    return Addresses(inference=ports[0], management=ports[1], metrics=ports[2], grpc=ports[3])
+
+
+def stock_archive(tmp: Path, name: str, model: Path, handler: Path, config: str) -> Path:
+    """As TorchServe's own archiver makes it."""
+    (tmp / "model-config.yaml").write_text(config)
+    command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", name, "--version", "1.0",
+               "--handler", handler, "--extra-files", model, "--export-path", tmp,
+               "--config-file", tmp / "model-config.yaml"]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    return tmp / f"{name}.mar"
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Two models: "tiny", an archive with a stock handler that was swapped, and "narrow", which takes two at a time."""
+    tmp = tmp_path_factory.mktemp("torchserve")
+    model = tiny_folder.save(tmp / "model")
+    theirs = tmp / "their_handler.py"
+    theirs.write_text("class Theirs:\n    def handle(self, data, context):\n        raise RuntimeError\n")
+    old = stock_archive(tmp, "tiny", model, theirs, "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 1\n")
+    archives = [tmp / "swapped.mar", tmp / "narrow.mar"]
+    assert main(["torchserve", "swap", str(old), str(archives[0]), *ENGINE]) == 0
+    narrow = ["--set", "max_num_requests=2", "--set", "jobQueueSize=2"]
+    assert main(["torchserve", "archive", str(model), str(archives[1]), "--version", "2.0", *ENGINE, *narrow]) == 0
+    options = Options(free_ports(), model_api=True,
+        properties={"max_response_size": str(MAX_MESSAGE), "max_request_size": "1000000"})  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        server = TorchServe(archives, tmp / "work", options)
+    with server:
+        server.wait_until_ready(READY_S)
+        running = Running(server)
+        with running.client:
+            yield running
+
+
+@pytest.fixture(scope="module")
+def stock() -> Any:
+    """What ``model.generate`` says."""
+    model, tokenizer = tiny_folder.tiny_model(), tiny_folder.byte_tokenizer()
+
+    def generate(prompt: str, num_tokens: int) -> str:
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=num_tokens)
+        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    return generate
+
+
+@pytest.fixture
+def client(running: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{running.url}/predictions/tiny/1.0/v1", api_key="none", max_retries=0,
+                       http_client=openai.DefaultHttpxClient(trust_env=False)) as client:  # fmt: skip
+        yield client
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------
+
+
+def test_many_clients_at_once_are_each_answered_as_by_stock_generate(running, stock):
+    prompts = [f"Story {number}: " + "once upon a time " * (number % 5) for number in range(24)]
+
+    def ask(prompt: str) -> str:
+        response = running.post("tiny", json={"prompt": prompt, "max_new_tokens": 24})
+        assert response.status_code == 200
+        return response.text
+
+    with ThreadPoolExecutor(24) as pool:
+        assert list(pool.map(ask, prompts)) == [stock(prompt, 24) for prompt in prompts]
+
+
+def test_stock_handlers_clients_find_their_shapes_answered(running, stock):
+    said = stock("Hello", 100)
+    assert running.post("tiny", content="Hello", headers={"content-type": "text/plain"}).text == said
+    assert running.post("tiny/1.0", data={"data": "Hello"}).text == said
+    assert running.post("tiny", files={"data": ("prompt.txt", b"Hello")}).text == said
+    assert running.post("tiny", json={"data": "Hello"}).text == said
+    assert running.post("tiny", content=b"Hello").text == said
+    assert running.post("tiny", data={"data": "Hello", "max_new_tokens": "5"}).text == stock("Hello", 5)
+    assert running.post("tiny", json=["Hello", "you"]).json() == [said, stock("you", 100)]
+    with running.client.stream("POST", f"{running.url}/predictions/tiny",
+                               json={"prompt": "Hello", "stream": True}) as response:  # fmt: skip
+        assert b"".join(response.iter_bytes()).decode() == said
+    body = {"inputs": "Hello", "parameters": {"max_new_tokens": 9}}
+    assert running.post("tiny", json=body).json() == [{"generated_text": stock("Hello", 9)}]
+    assert running.post("tiny/1.0/generate", json=body).json() == {"generated_text": stock("Hello", 9)}
+
+
+def test_unicode_goes_in_and_comes_out_whole(running, stock):
+    prompt = "日本語 é 😀\n\x00 ﷽"
+    assert running.post("tiny", json={"prompt": prompt, "max_new_tokens": 30}).text == stock(prompt, 30)
+    body = {"prompt": prompt, "max_new_tokens": 3, "return_full_text": True}
+    assert running.post("tiny", json=body).text.startswith(prompt)
+
+
+def test_openais_client_works_with_a_version_in_its_base_url(client, stock):
+    answer = client.completions.create(model="tiny", prompt="Hello", max_tokens=12, temperature=0)
+    assert answer.choices[0].text == stock("Hello", 12)
+    assert answer.usage.completion_tokens == 12
+    pieces = client.completions.create(model="tiny", prompt="Hello", max_tokens=60, temperature=0, stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == stock("Hello", 60)
+    messages: Any = [{"role": "user", "content": "Hello"}]
+    said = stock("user: Hello\nassistant:", 20)
+    chat = client.chat.completions.create(model="tiny", messages=messages, max_tokens=20, temperature=0)
+    assert chat.choices[0].message.content == said
+    parts = client.chat.completions.create(
+        model="tiny",
+        messages=messages,
+        max_tokens=20,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    *deltas, last = list(parts)
+    assert "".join(delta.choices[0].delta.content or "" for delta in deltas) == said
+    assert last.usage.completion_tokens == 20
+
+
+def test_an_answer_above_torchserves_size_limit_comes_in_pieces(client):
+    answer = client.completions.create(model="tiny", prompt="Hello", max_tokens=200, temperature=0, n=4, logprobs=5)
+    assert [len(choice.logprobs.tokens) for choice in answer.choices] == [200] * 4
+    assert len(answer.to_json()) > MAX_MESSAGE * 3
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------
+
+
+def test_the_impossible_is_refused_with_a_status_and_the_running_go_on(running, client, stock):
+    with running.streaming("tiny") as pieces:
+        with pytest.raises(openai.BadRequestError, match="temperature"):
+            client.completions.create(model="tiny", prompt="a", temperature=-1)
+        with pytest.raises(openai.NotFoundError, match="other"):
+            client.completions.create(model="other", prompt="a")
+        with pytest.raises(openai.BadRequestError, match="2048"):
+            client.completions.create(model="tiny", prompt="a" * 5000)
+        with pytest.raises(openai.BadRequestError, match="100 sequences"):
+            client.completions.create(model="tiny", prompt="a", max_tokens=9, n=100)
+        for what, status in [
+            ({"content": b""}, 422),
+            ({"content": b"\xff\xfe\x00\x80"}, 422),
+            ({"content": b"{", "headers": {"content-type": "application/json"}}, 200),  # text may begin so
+            ({"content": b"\xff", "headers": {"content-type": "text/plain"}}, 422),
+            ({"json": {"prompt": "a", "num_beams": 3}}, 422),
+            ({"json": {"prompt": 7}}, 422),
+        ]:
+            assert running.post("tiny", **what).status_code == status, what
+        assert running.post("tiny/1.0/v1/nothing", json={}).status_code == 404
+        assert running.post("tiny", content=b"a" * 1_500_000).status_code == 413
+        assert len(next(pieces)) > 0
+    assert running.post("tiny", json={"prompt": "Hello", "max_new_tokens": 9}).text == stock("Hello", 9)
+
+
+def test_beyond_the_batch_requests_wait_and_beyond_the_queue_they_are_refused(running, stock):
+    with ThreadPoolExecutor(2) as pool, running.streaming("narrow"), running.streaming("narrow"):
+        before = running.metric("paged_generation_tokens_total", "narrow")
+        waiting = [pool.submit(running.post, "narrow", json={"prompt": "Hello", "max_new_tokens": 5}) for _ in range(2)]
+        statuses: list[int] = []
+
+        def refused() -> bool:
+            with httpx2.Client(timeout=1, trust_env=False) as client:
+                try:
+                    statuses.append(client.post(f"{running.url}/predictions/narrow", content="Hello").status_code)
+                except httpx2.ReadTimeout:
+                    return False
+            return statuses[-1] == 503
+
+        until(refused)
+        assert not any(each.done() for each in waiting)
+        until(lambda: running.metric("paged_generation_tokens_total", "narrow") > before)
+    for each in waiting:
+        assert each.result().text == stock("Hello", 5)
+
+
+# ---- who leaves ------------------------------------------------------------------------------------------------
+
+
+def test_clients_that_leave_free_their_blocks_the_last_one_too(running):
+    done = running.metric("paged_generation_tokens_total", "tiny")
+    with running.streaming("tiny"):
+        with running.streaming("tiny"):
+            until(lambda: running.metric("paged_requests_running", "tiny") == 2)
+            assert running.metric("paged_kv_cache_usage", "tiny") > 0
+        until(lambda: running.metric("paged_requests_running", "tiny") == 1)
+    until(lambda: running.metric("paged_requests_running", "tiny") == 0)
+    assert running.metric("paged_kv_cache_usage", "tiny") == 0
+    assert running.metric("paged_generation_tokens_total", "tiny") - done < 2 * 1900
+
+
+def test_a_killed_worker_is_replaced_and_its_clients_hear_of_it(running, stock):
+    heard: list[str] = []
+
+    def read() -> None:
+        try:
+            with running.streaming("tiny") as pieces:
+                started.release()
+                list(pieces)
+        except httpx2.TransportError as error:
+            heard.append(str(error))
+
+    started = threading.Semaphore(0)
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in threads:
+        assert started.acquire(timeout=30)
+    before = running.worker("tiny")["pid"]
+    os.kill(before, signal.SIGKILL)
+    for thread in threads:
+        thread.join(10)
+    assert len(heard) == 3
+    assert running.post("narrow", json={"prompt": "Hello", "max_new_tokens": 9}).text == stock("Hello", 9)
+
+    def replaced() -> bool:
+        worker = running.worker("tiny")
+        return worker["status"] == "READY" and worker["pid"] != before
+
+    until(replaced, READY_S)
+    assert running.post("tiny", json={"prompt": "Hello", "max_new_tokens": 9}).text == stock("Hello", 9)
+
+
+# ---- models come and go ----------------------------------------------------------------------------------------
+
+
+def test_a_second_version_whose_archive_holds_the_handler_as_a_file_comes_and_goes(running, tmp_path, stock):
+    model = tiny_folder.save(tmp_path / "model", seed=5)
+    config = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 4\nmaxBatchDelay: 0\ncontinuousBatching: true\n"
+    config += "paged:\n  attention_backend: reference\n  kv_cache_bytes: 3000000\n  return_full_text: false\n"
+    handler = Path(paged_torchserve.handler.__file__)
+    archive = stock_archive(tmp_path, "other", model, handler, config)
+    register = {"url": archive.name, "model_name": "narrow", "initial_workers": "1", "synchronous": "true"}
+    (running.server.workdir / "model-store" / archive.name).symlink_to(archive)
+    assert running.client.post(f"{running.management}/models", params=register).status_code == 200
+    body = {"prompt": "Hello", "max_new_tokens": 9}
+    first, second = running.post("narrow/2.0", json=body).text, running.post("narrow/1.0", json=body).text
+    assert first == stock("Hello", 9) != second
+    assert len(second) > 5
+    assert running.client.delete(f"{running.management}/models/narrow/1.0").status_code == 200
+    assert running.post("narrow/1.0", json=body).status_code == 404
+    assert running.post("narrow/2.0", json=body).text == first
+
+
+def test_metrics_are_those_of_the_engine_and_few_lines_of_the_log(running):
+    for name in ("paged_prompt_tokens_total", "paged_generation_tokens_total", "paged_requests_succeeded_total",
+                 "paged_time_to_first_token_seconds_sum", "paged_inter_token_latency_seconds_count"):  # fmt: skip
+        assert running.metric(name, "tiny") > 0, name
+    log = running.server.log.read_text()
+    updates = log.count("[METRICS]paged_generation_tokens_total")
+    assert updates < running.metric("paged_generation_tokens_total", "tiny") / 5
+
+
+def test_a_model_that_does_not_load_is_told_with_the_log(tmp_path):
+    archive = tmp_path / "none.mar"
+    missing = tmp_path / "nothing-here"
+    assert main(["torchserve", "archive", "no/model", str(archive), "--set", f"model={missing}"]) == 0
+    server = TorchServe([archive], tmp_path / "work", Options(free_ports()))
+    with server, pytest.raises(ServerError, match=r"torchserve\.log"):
+        server.wait_until_ready(6)
