@@ -6,8 +6,8 @@ H query heads, K kv heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -47,6 +47,7 @@ class ModelSpec:
     device: torch.device  # of token ids and logits
     eos_token_ids: tuple[int, ...] = ()
     name: str = "model"
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict, hash=False)  # SamplingParams its makers advise
 
 
 class Attend(Protocol):

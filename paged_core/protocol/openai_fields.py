@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,7 @@ def read_options(
         logprobs=num_top if best_of == n or beams else num_top or 0,  # the best samples are found by their logprobs
         prompt_logprobs=prompt_logprobs,
         use_beam_search=beams,
-        **_sampling(fields, served),
+        **_sampling(fields, served, {} if beams else served.defaults),
     )
     served.check_limits(params)
     return Options(
@@ -82,13 +83,13 @@ def truncation(fields: Fields) -> int | None:
     return truncate
 
 
-def _sampling(fields: Fields, served: ServedModel) -> dict[str, Any]:
+def _sampling(fields: Fields, served: ServedModel, defaults: Mapping[str, float]) -> dict[str, Any]:
     return {
-        "temperature": fields.number("temperature", 1.0, low=0),
-        "top_k": fields.integer("top_k", 0, low=-1),
-        "top_p": fields.number("top_p", 1.0, low=0, high=1),
-        "min_p": fields.number("min_p", 0.0, low=0, high=1),
-        "repetition_penalty": fields.number("repetition_penalty", 1.0, low=0),
+        "temperature": fields.number("temperature", defaults.get("temperature", 1.0), low=0),
+        "top_k": fields.integer("top_k", defaults.get("top_k", 0), low=-1),
+        "top_p": fields.number("top_p", defaults.get("top_p", 1.0), low=0, high=1),
+        "min_p": fields.number("min_p", defaults.get("min_p", 0.0), low=0, high=1),
+        "repetition_penalty": fields.number("repetition_penalty", defaults.get("repetition_penalty", 1.0), low=0),
         "presence_penalty": fields.number("presence_penalty", 0.0, low=-2, high=2),
         "frequency_penalty": fields.number("frequency_penalty", 0.0, low=-2, high=2),
         "seed": fields.integer("seed", low=-(2**63), high=2**64 - 1),

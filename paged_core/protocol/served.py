@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -41,17 +41,28 @@ class RequestLimits:
 
 
 class ServedModel:
-    """A model under the names it is served by. Knows its text side; runs nothing."""
+    """A model under the names it is served by. Knows its text side; runs nothing.
 
-    def __init__(self, engine: AsyncEngine, names: Sequence[str], limits: RequestLimits | None = None) -> None:
-        config = engine.engine.config
+    ``model_defaults``: sampling fields that a request leaves out are as the model's makers advise.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        names: Sequence[str],
+        limits: RequestLimits | None = None,
+        *,
+        model_defaults: bool = True,
+    ) -> None:
+        config, spec = engine.engine.config, engine.engine.spec
         assert config.max_model_len is not None, "a built engine knows it"
         self.names = tuple(names)
         self.limits = limits or RequestLimits()
         self.codec: TextCodec = engine.codec
         self.tokens = TokenTexts(engine.codec)
         self.max_model_len: int = config.max_model_len
-        self._vocab_size, self._eos_token_ids = engine.engine.spec.vocab_size, engine.engine.spec.eos_token_ids
+        self.defaults: Mapping[str, float] = spec.sampling_defaults if model_defaults else {}
+        self._vocab_size, self._eos_token_ids = spec.vocab_size, spec.eos_token_ids
         self.has_priorities = config.scheduling_policy == "priority"
 
     def check_name(self, asked: str | None) -> str:

@@ -62,11 +62,13 @@ def test_layers_tell_their_windows_softcaps_and_sinks(tiny: Any) -> None:
 def test_it_is_a_paged_model_with_the_facts_of_its_config(tiny: Any) -> None:
     model = tiny("llama")
     model.generation_config.eos_token_id = [5, 6]
+    model.generation_config.temperature, model.generation_config.top_k = 0.6, 20
     paged_model = HFPagedModel(model, name="mine")
     spec = paged_model.spec
     assert isinstance(paged_model, PagedModel)
     assert (spec.vocab_size, spec.max_model_len, spec.dtype) == (96, 256, torch.float32)
     assert (spec.eos_token_ids, spec.name) == ((5, 6), "mine")
+    assert spec.sampling_defaults == {"temperature": 0.6, "top_k": 20}
     assert spec.layers[0].num_heads == 4 and spec.layers[0].num_kv_heads == 2
 
 

@@ -23,6 +23,7 @@ from paged_hf.watch import Watch
 
 CreateForward = Callable[[nn.Module], ModuleForward | None]
 _ANY_LENGTH = 1 << 17  # for models that name no limit
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _LENGTHS = (  # what configs call the positions that the model knows
     "max_position_embeddings",
     "n_positions",
@@ -157,6 +158,7 @@ class HFPagedModel:
             device=device,
             eos_token_ids=_eos_token_ids(self._base),
             name=self._name or self._base.config.name_or_path or config.model_type,
+            sampling_defaults=_sampling_defaults(self._base),
         )
 
     @torch.no_grad()
@@ -249,6 +251,13 @@ def _max_length(model: nn.Module, config: Any) -> int:
             if kind in ("dynamic", "longrope"):
                 length = min(length, own.get("original_max_position_embeddings") or length)
     return length
+
+
+def _sampling_defaults(model: Any) -> dict[str, float]:
+    """What generation_config.json says of sampling. As vLLM reads it: do_sample is of no account."""
+    generation = getattr(model, "generation_config", None)
+    found = {name: getattr(generation, name, None) for name in _SAMPLING}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _eos_token_ids(model: Any) -> tuple[int, ...]:

@@ -28,11 +28,12 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
     metrics = PrometheusMetrics(names[0])
     engine = Engine(args.model, config, plugins=[metrics], device=args.device, dtype=args.dtype)
     with AsyncEngine(engine) as served_engine:
-        served = ServedModel(served_engine, names, limits)
+        served = ServedModel(served_engine, names, limits, model_defaults=args.generation_config == "auto")
         service = Service(served_engine, served, max_queue=args.max_queue, timeout_s=args.request_timeout)
         app = create_app(service, metrics, options)
         server = Server(app, service, host=args.host, port=args.port, shutdown_timeout_s=args.shutdown_timeout, **tls)
-        _log.info("serving", extra={"fields": {"model": names[0], "host": args.host, "port": args.port}})
+        facts = {"model": names[0], "host": args.host, "port": args.port, "sampling_defaults": dict(served.defaults)}
+        _log.info("serving", extra={"fields": facts})
         try:
             server.run()
         except SystemExit:  # uvicorn's way of saying that the port can't be had; it has logged why
