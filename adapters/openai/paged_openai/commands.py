@@ -94,7 +94,8 @@ def _add_behaviour(group: Any) -> None:
     add("--log-prompts", action="store_true", help="write requests' bodies to the log")
 
     add("--generation-config", default="auto", choices=("auto", "vllm"),
-        help="sampling that requests leave unsaid: as the model's generation_config.json has it, or neutral")  # fmt: skip
+        help="what requests leave unsaid: as the model's generation_config.json says, or neutral")  # fmt: skip
+
 
 def serve(args: argparse.Namespace) -> int:
     """Load the model, then serve until a signal comes."""
