@@ -24,6 +24,7 @@ from paged_torchserve.archive import MANIFEST
 from paged_torchserve.java import find_java
 
 _POLL_S = 0.2
+_LOGGING = Path(__file__).with_name("log4j2.xml")
 
 
 class ServerError(PagedCoreError):
@@ -75,14 +76,14 @@ class TorchServe:
         properties = self.workdir / "config.properties"
         properties.write_text(_properties(self.options), encoding="utf-8")
         command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--no-config-snapshots",
-                   "--ts-config", str(properties), "--model-store", str(store)]  # fmt: skip
+                   "--ts-config", str(properties), "--log-config", str(_LOGGING),
+                   "--model-store", str(store)]  # fmt: skip
         command += [] if self.options.token_auth else ["--disable-token-auth"]
         command += ["--enable-model-api"] if self.options.model_api else []
         command += ["--models", *(f"{name}={name}{_suffix(path)}" for name, path in self.models.items())]
         self.log = self.workdir / "torchserve.log"
         # Two servers of one machine would take each other's sockets and pid file in a common temporary folder.
         places = {"TMPDIR": str(temp), "TEMP": str(temp), "JAVA_HOME": str(java.resolve().parent.parent)}
-        places |= {"LOG_LOCATION": str(self.workdir / "logs"), "METRICS_LOCATION": str(self.workdir / "logs")}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                 cwd=self.workdir, env={**os.environ, **places}, start_new_session=True)  # fmt: skip

@@ -1,0 +1,167 @@
+"""The same model behind TorchServe by a stock-style handler and by ours, under the same clients.
+
+    python benchmarks/bench_torchserve.py [--model FOLDER] [--clients 16] [--requests 64] [--tokens 64] [--rounds 3]
+                                          [--json PATH]
+
+One archive is made, with the stock-style handler; it is served with batchSize 1 and 8, and swapped to ours. Of the
+three models in one TorchServe only one is asked at a time, in turns, so that a busy machine is unfair to none.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx2
+from paged_hf.bench.prose import TOPICS
+from paged_torchserve import archive
+from paged_torchserve.server import Addresses, Options, TorchServe
+from transformers import AutoTokenizer
+
+SYSTEMS = ("stock1", "stock8", "paged")
+STOCK_HANDLER = Path(__file__).with_name("torchserve_stock_handler.py")
+
+
+class Answer(NamedTuple):
+    text: str
+    latency_s: float
+    first_s: float | None  # streamed answers only
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a model's folder (default: SmolLM2-135M)")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=64, help="of each system in each round")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    model = args.model or _smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with tempfile.TemporaryDirectory(prefix="bench-torchserve-") as folder:
+        archives = make_archives(model, Path(folder))
+        with TorchServe(archives, Path(folder) / "work", Options(_free_ports())) as server:
+            server.wait_until_ready(600)
+            rounds = run_rounds(server, args)
+    results = {name: summary([each[name] for each in rounds], tokenizer) for name in SYSTEMS}
+    texts = {name: [answer.text for answer in rounds[0][name][1]] for name in SYSTEMS}
+    for name in SYSTEMS:
+        same = sum(ours == theirs for ours, theirs in zip(texts["paged"], texts[name], strict=True))
+        results[name]["texts_equal_to_paged"] = same / len(texts["paged"])
+    report(results, args)
+
+
+def make_archives(model: Path, folder: Path) -> list[Path]:
+    """Folders of archives with the stock-style handler, and the first of them swapped."""
+    config = folder / "model-config.yaml"
+    made = []
+    for name, batch_size in (("stock1", 1), ("stock8", 8)):
+        config.write_text(f"minWorkers: 1\nmaxWorkers: 1\nbatchSize: {batch_size}\nmaxBatchDelay: 50\n")
+        command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", name, "--version", "1.0",
+                   "--handler", STOCK_HANDLER, "--extra-files", model, "--config-file", config,
+                   "--export-path", folder, "--archive-format", "no-archive"]  # fmt: skip
+        subprocess.run(command, check=True)
+        made.append(folder / name)
+    renamed = folder / "renamed"
+    shutil.copytree(made[0], renamed, copy_function=os.link)
+    manifest = renamed / archive.MANIFEST
+    told = json.loads(manifest.read_text())
+    told["model"]["modelName"] = "paged"
+    manifest.unlink()  # a link to the other's
+    manifest.write_text(json.dumps(told))
+    archive.swap(renamed, folder / "paged.mar", [("return_full_text", "false")])
+    return [*made, folder / "paged.mar"]
+
+
+def run_rounds(server: TorchServe, args: argparse.Namespace) -> list[dict[str, tuple[float, list[Answer]]]]:
+    """[round][system] -> (seconds, answers)"""
+    topics = [f"Explain {topic} in a few sentences." for topic in TOPICS]
+    prompts = [f"{topics[index % len(topics)]} Part {index}." for index in range(args.requests)]
+    for name in SYSTEMS:  # kernels are compiled and caches filled before the clock runs
+        drive(server, name, prompts[:2], args, streamed=0)
+    rounds = []
+    for number in range(args.rounds):
+        turn = SYSTEMS[number % 3 :] + SYSTEMS[: number % 3]
+        rounds.append({name: drive(server, name, prompts, args, streamed=len(prompts)) for name in turn})
+    return rounds
+
+
+def drive(
+    server: TorchServe, name: str, prompts: list[str], args: argparse.Namespace, streamed: int
+) -> tuple[float, list[Answer]]:
+    """All prompts by ``clients`` clients. Stock handlers don't stream: their first token comes with the last."""
+    at = server.options.addresses
+    url = f"{at.url(at.inference)}/predictions/{name}"
+    with httpx2.Client(timeout=600, trust_env=False, limits=httpx2.Limits(max_connections=args.clients)) as client:
+
+        def ask(prompt: str) -> Answer:
+            body: dict[str, Any] = {"prompt": prompt, "max_new_tokens": args.tokens}
+            if name == "paged" and streamed:
+                body["stream"] = True
+            began, first, parts = time.perf_counter(), None, []
+            with client.stream("POST", url, json=body) as response:
+                assert response.status_code == 200, response.read()
+                for part in response.iter_bytes():
+                    first = first or time.perf_counter() - began
+                    parts.append(part)
+            return Answer(b"".join(parts).decode(), time.perf_counter() - began, first)
+
+        began = time.perf_counter()
+        with ThreadPoolExecutor(args.clients) as pool:
+            answers = list(pool.map(ask, prompts))
+        return time.perf_counter() - began, answers
+
+
+def summary(rounds: list[tuple[float, list[Answer]]], tokenizer: Any) -> dict[str, float]:
+    seconds = sum(each for each, _ in rounds)
+    answers = [answer for _, each in rounds for answer in each]
+    num_tokens = sum(len(tokenizer.encode(answer.text, add_special_tokens=False)) for answer in answers)
+    latencies = statistics.quantiles([answer.latency_s for answer in answers], n=20)
+    return {
+        "requests_per_s": len(answers) / seconds,
+        "tokens_per_s": num_tokens / seconds,
+        "latency_p50_s": latencies[9],
+        "latency_p95_s": latencies[18],
+        "first_token_p50_s": statistics.median(answer.first_s or answer.latency_s for answer in answers),
+    }
+
+
+def report(results: dict[str, dict[str, float]], args: argparse.Namespace) -> None:
+    names = list(results["paged"])
+    print("".join([f"{'':24}", *(f"{system:>10}" for system in SYSTEMS)]))
+    for name in names:
+        print("".join([f"{name:24}", *(f"{results[system][name]:10.2f}" for system in SYSTEMS)]))
+    if args.json:
+        machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        asked = {key: str(value) for key, value in vars(args).items()}
+        args.json.write_text(json.dumps({"date": str(date.today()), **machine, **asked, **results}, indent=2))
+
+
+def _smollm2() -> Path:
+    from paged_hf.embedded import embedded_folder
+
+    return embedded_folder()
+
+
+def _free_ports() -> Addresses:
+    with ExitStack() as held:
+        sockets = [held.enter_context(closing(socket.create_server(("127.0.0.1", 0)))) for _ in range(4)]
+        ports = [each.getsockname()[1] for each in sockets]
+    return Addresses(inference=ports[0], management=ports[1], metrics=ports[2], grpc=ports[3])
+
+
+if __name__ == "__main__":
+    main()
