@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from paged_core.detokenizer import (
+    REPLACEMENT,
     ByteLevelDetokenizer,
     BytePieces,
     Detokenizer,
@@ -23,6 +25,8 @@ from paged_core.detokenizer import (
 )
 from paged_core.errors import InvalidRequestError
 from paged_core.scheduling.request import SamplingParams
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 class Tokenizer(Protocol):
@@ -83,7 +87,16 @@ class TextCodec:
         if self._byte_level:
             return self._pieces.setdefault(False, BytePieces(self._decoder, self.decode))[token]
         once = self.decode([token])  # a lone leading space is taken off a text's beginning
+        if once == REPLACEMENT and (byte := self._lone_byte(token)) is not None:
+            return byte
         return self.decode([token, token])[len(once) :].encode()
+
+    def _lone_byte(self, token: int) -> bytes | None:
+        """Of a SentencePiece byte token: spelt <0xE2>, and no character by itself."""
+        if not hasattr(self.tokenizer, "convert_ids_to_tokens"):
+            return None
+        found = _BYTE_TOKEN.fullmatch(self._decoder.convert_ids_to_tokens(token) or "")
+        return bytes.fromhex(found[1]) if found else None
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The messages in the model's chat format, ready for the assistant's answer; ``options`` go to the template."""

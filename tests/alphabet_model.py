@@ -15,7 +15,7 @@ VOCAB, MAX_LEN = 97, 256  # with toy_tokenizers.CharacterTokenizer: token i is t
 class AlphabetModel:
     """``before_forward`` is called with the token ids of each step, in the thread that steps."""
 
-    def __init__(self, before_forward: Callable[[list[int]], object] | None = None) -> None:
+    def __init__(self, before_forward: Callable[[list[int]], object] | None = None, vocab_size: int = VOCAB) -> None:
         layer = LayerSpec(1, 1, 16, 16, 0.25, torch.device("cpu"))
         self.spec = ModelSpec((layer,), VOCAB, MAX_LEN, torch.float32, torch.device("cpu"), (VOCAB - 1,), "alphabet")
         self.before_forward = before_forward or (lambda token_ids: None)

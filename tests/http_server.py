@@ -58,6 +58,7 @@ class Running:
 def alphabet_server(
     model: AlphabetModel | None = None,
     *,
+    tokenizer: Any = None,
     config: EngineConfig | None = None,
     limits: RequestLimits | None = None,
     options: AppOptions | None = None,
@@ -69,7 +70,7 @@ def alphabet_server(
     metrics = PrometheusMetrics("alphabet")
     config = config or EngineConfig(num_blocks=512, attention_backend="reference")
     with AsyncEngine(
-        Engine(model or AlphabetModel(), config, plugins=[metrics]), tokenizer=CharacterTokenizer()
+        Engine(model or AlphabetModel(), config, plugins=[metrics]), tokenizer=tokenizer or CharacterTokenizer()
     ) as engine:
         service = Service(engine, ServedModel(engine, ["alphabet"], limits), max_queue=max_queue, timeout_s=timeout_s)
         app = create_app(service, metrics, options)

@@ -21,6 +21,9 @@ class ByteTokenizer:
         self.all_special_ids = [self.eos_token_id]
         self.size = self.eos_token_id + 1
 
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return f"<0x{token:02X}>" if token < 256 else self.decode([token])
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
@@ -56,6 +59,9 @@ class SentencePieceTokenizer:
     @staticmethod
     def byte_ids(text: str) -> list[int]:
         return [2 + byte for byte in text.encode()]
+
+    def convert_ids_to_tokens(self, token: int) -> str | None:
+        return self.pieces[token] if token < len(self.pieces) else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return ([0] if add_special_tokens else []) + self.byte_ids(text)

@@ -42,7 +42,7 @@ class ChatCall:
         render, truncate = _Rendering(fields), truncation(fields)
         self._num_top = _num_top(fields)
         self._num_prompt_top = fields.integer("prompt_logprobs")
-        limit = fields.integer("max_tokens", low=1)
+        limit = fields.integer("max_tokens", served.default_max_tokens(None), low=1)
         self.options = read_options(
             fields,
             served,

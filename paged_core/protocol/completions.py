@@ -14,6 +14,7 @@ from paged_core.protocol.served import PROMPT, ServedModel
 from paged_core.protocol.usage import Usage, best
 from paged_core.text import Prompt
 
+_MAX_TOKENS = 16  # OpenAI's default
 _News = TypeVar("_News", StreamDelta, CompletionOutput)
 
 
@@ -30,7 +31,7 @@ class CompletionCall:
         raw, add_special_tokens = fields.any("prompt", PROMPT), fields.flag("add_special_tokens", True)
         truncate = truncation(fields)
         self._echo = fields.flag("echo")
-        max_tokens = fields.integer("max_tokens", 16, low=0 if self._echo else 1)
+        max_tokens = fields.integer("max_tokens", served.default_max_tokens(_MAX_TOKENS), low=0 if self._echo else 1)
         self._num_top = num_top = fields.integer("logprobs")
         self._num_prompt_top = of_prompt = fields.integer("prompt_logprobs")
         if self._echo and num_top is not None:

@@ -138,6 +138,11 @@ class ServedModel:
 
         return Grammars(self.codec, self._vocab_size, self._eos_token_ids)
 
+    def default_max_tokens(self, usual: int | None) -> int | None:
+        """Of an answer whose length nobody asked for: the ``usual``, as far as the limit allows."""
+        limits = [limit for limit in (usual, self.limits.max_tokens) if limit is not None]
+        return min(limits, default=None)
+
     def check_limits(self, params: SamplingParams) -> None:
         """Raises ProtocolError, naming the limit that is passed."""
         limits = self.limits

@@ -87,7 +87,7 @@ class TGICall:
             repetition_penalty=fields.number("repetition_penalty", 1.0, low=1e-6),
             frequency_penalty=fields.number("frequency_penalty", 0.0, low=-2, high=2),
             seed=self._seed,
-            max_tokens=fields.integer("max_new_tokens", _MAX_NEW_TOKENS, low=1),
+            max_tokens=fields.integer("max_new_tokens", self._served.default_max_tokens(_MAX_NEW_TOKENS), low=1),
             stop=fields.texts("stop"),
             include_stop_str_in_output=True,
             logprobs=self._num_top if self.stream or self._details or best_of > 1 else None,

@@ -171,6 +171,21 @@ def test_limits_are_told_by_name(friend: httpx2.Client) -> None:
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
 
 
+def test_an_answer_whose_length_nobody_asks_for_keeps_the_servers_limit() -> None:
+    with alphabet_server(limits=RequestLimits(max_tokens=7)) as server, server.client() as client:
+        plain = client.post("/v1/completions", json={"prompt": "!", "temperature": 0}).json()
+        assert (plain["choices"][0]["text"], plain["choices"][0]["finish_reason"]) == ('"#$%&\'(', "length")
+        chat = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "!"}]}).json()
+        assert chat["usage"]["completion_tokens"] == 7
+        assert client.post("/generate", json={"inputs": "!"}).json()["generated_text"] == '"#$%&\'('
+
+
+def test_a_method_that_is_not_for_a_route_is_told_which_are(friend: httpx2.Client) -> None:
+    refused = friend.get("/v1/completions")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    assert set(friend.delete("/info").headers["allow"].split(", ")) == {"GET", "HEAD"}
+
+
 def test_a_body_that_is_too_large_is_refused_however_it_comes(friend: httpx2.Client) -> None:
     assert friend.post("/generate", content=b" " * 2001).status_code == 413
     refused = friend.post("/v1/completions", content=(b" " * 100 for _ in range(21)))

@@ -194,6 +194,8 @@ def test_prompts_may_be_text_ids_arrays_or_chat_messages() -> None:
 def test_a_single_token_stands_for_its_bytes_inside_a_text() -> None:
     codec = TextCodec(SentencePieceTokenizer())
     assert [codec.token_bytes(token) for token in (258, 259, 261, 267)] == [b" ", b" Hello", b"ing", b""]
+    assert [codec.token_bytes(2 + byte) for byte in (65, 0xC2, 0xFF)] == [b"A", b"\xc2", b"\xff"], "bytes by themselves"
+    assert codec.token_bytes(263) == "\ufffd".encode()
     assert TextCodec(None).token_bytes(5) == b""
 
 

@@ -226,5 +226,9 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     form = OPENAI if request.url.path.startswith("/v1") else TGI
     if error.status_code == 405:
-        return error_response(form, CallError(Failure.NOT_ALLOWED, f"{request.method} is not for {request.url.path}"))
+        response = error_response(
+            form, CallError(Failure.NOT_ALLOWED, f"{request.method} is not for {request.url.path}")
+        )
+        response.headers.update(error.headers or {})  # which methods are
+        return response
     return error_response(form, CallError(Failure.NOT_FOUND, f"there is nothing at {request.url.path}"))
