@@ -17,15 +17,17 @@ class AlphabetModel:
 
     def __init__(self, before_forward: Callable[[list[int]], object] | None = None, vocab_size: int = VOCAB) -> None:
         layer = LayerSpec(1, 1, 16, 16, 0.25, torch.device("cpu"))
-        self.spec = ModelSpec((layer,), VOCAB, MAX_LEN, torch.float32, torch.device("cpu"), (VOCAB - 1,), "alphabet")
+        self.spec = ModelSpec(
+            (layer,), vocab_size, MAX_LEN, torch.float32, torch.device("cpu"), (vocab_size - 1,), "alphabet"
+        )
         self.before_forward = before_forward or (lambda token_ids: None)
 
     def forward(self, token_ids, positions, attend, sample_indices):
         self.before_forward(token_ids.tolist())
         heads = torch.zeros(len(token_ids), 1, 16)
         attend(0, heads, heads, heads)
-        following = (token_ids[sample_indices] + 1) % VOCAB
-        return torch.nn.functional.one_hot(following, VOCAB) * 50.0
+        following = (token_ids[sample_indices] + 1) % self.spec.vocab_size
+        return torch.nn.functional.one_hot(following, self.spec.vocab_size) * 50.0
 
 
 class Gate:
