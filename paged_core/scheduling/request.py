@@ -103,8 +103,6 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise InvalidRequestError(f"{name} is {value!r}; it must be an integer")
-        if self.repetition_penalty == 0:
-            raise InvalidRequestError("repetition_penalty is 0; it must be above 0 (1 means no penalty)")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})")
         if any(not isinstance(text, str) or not text for text in self.stop):
@@ -129,7 +127,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("top_k", 0, 2**31 - 1),
     ("top_p", 1e-12, 1),
     ("min_p", 0, 1),
-    ("repetition_penalty", 0, 1e6),
+    ("repetition_penalty", 1e-6, 1e6),
     ("presence_penalty", -1e6, 1e6),
     ("frequency_penalty", -1e6, 1e6),
     ("seed", -(2**63), 2**64 - 1),

@@ -171,6 +171,14 @@ def test_limits_are_told_by_name(friend: httpx2.Client) -> None:
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
 
 
+def test_a_penalty_that_would_make_numbers_overflow_is_refused_as_the_callers() -> None:
+    with alphabet_server() as server, server.client() as client:
+        for value in (0, 2e-38):
+            refused = client.post("/v1/completions", json={"prompt": "A", "repetition_penalty": value})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "repetition_penalty"), refused.text
+        assert client.post("/v1/completions", json={"prompt": "A", "repetition_penalty": 1e-6}).status_code == 200
+
+
 def test_an_answer_whose_length_nobody_asks_for_keeps_the_servers_limit() -> None:
     with alphabet_server(limits=RequestLimits(max_tokens=7)) as server, server.client() as client:
         plain = client.post("/v1/completions", json={"prompt": "!", "temperature": 0}).json()
