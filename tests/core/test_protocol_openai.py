@@ -262,7 +262,7 @@ def test_text_parts_are_one_content(alphabet: Alphabet) -> None:
 def test_max_completion_tokens_goes_before_max_tokens(alphabet: Alphabet) -> None:
     assert chat(alphabet, max_completion_tokens=2)["usage"]["completion_tokens"] == 2
     body = {key: value for key, value in chat_body().items() if key != "max_tokens"}
-    assert ChatCall(body, alphabet.served, "1").params.max_tokens is None
+    assert ChatCall(body, alphabet.served, "1").params.max_tokens == alphabet.served.limits.max_tokens
 
 
 def test_an_answer_may_be_begun_by_the_caller(alphabet: Alphabet) -> None:
