@@ -1,0 +1,78 @@
+"""deploy/: what can be told without Docker and systemd: paths, ports, options and times that must agree."""
+
+from __future__ import annotations
+
+import argparse
+import configparser
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from paged_openai.commands import add_options
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+
+
+def defaults() -> dict[str, Any]:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return vars(parser.parse_args([]))
+
+
+def dockerfile() -> str:
+    return (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+
+
+def compose() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
+    return found
+
+
+def test_the_image_has_all_that_the_package_is_built_of() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    copied = [source for line in re.findall(r"(?m)^COPY (.+)$", dockerfile()) for source in line.split()[:-1]]
+    assert [source for source in copied if not (ROOT / source).exists()] == []
+    needed = [*project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"], project["project"]["readme"]]
+    assert [path for path in needed if path.split("/")[0] not in copied] == []
+    (extras,) = re.findall(r"/src\[([a-z,]+)\]", dockerfile())
+    assert set(extras.split(",")) < set(project["project"]["optional-dependencies"])
+
+
+def test_the_image_listens_where_it_says() -> None:
+    assert f"EXPOSE {defaults()['port']}\n" in dockerfile()
+    assert f"127.0.0.1:{defaults()['port']}/health" in dockerfile()
+    assert 'ENTRYPOINT ["paged", "serve", "--host", "0.0.0.0"]' in dockerfile()
+
+
+def test_the_unit_gives_requests_the_time_that_the_server_gives_them() -> None:
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read(DEPLOY / "paged-core.service", encoding="utf-8")
+    service = unit["Service"]
+    assert shlex.split(service["ExecStart"])[1:] == ["serve", "$MODEL", "$OPTIONS"]
+    assert int(service["TimeoutStopSec"]) > defaults()["shutdown_timeout"]
+    assert service["CacheDirectory"] == "paged-core" and service["Environment"] == "HOME=%C/paged-core"
+
+
+def test_the_services_of_the_compose_file_find_each_other_and_their_files() -> None:
+    services = compose()["services"]
+    build = services["paged-core"]["build"]
+    assert (DEPLOY / build["context"] / build["dockerfile"]).is_file()
+    assert int(services["paged-core"]["stop_grace_period"].removesuffix("s")) > defaults()["shutdown_timeout"]
+    mounts = [volume.split(":")[0] for service in services.values() for volume in service["volumes"]]
+    assert [name for name in mounts if name[0] == "." and not (DEPLOY / name).exists()] == []
+    assert {name for name in mounts if name[0] != "."} == set(compose()["volumes"])
+    scraped = yaml.safe_load((DEPLOY / "prometheus.yml").read_text(encoding="utf-8"))
+    assert scraped["scrape_configs"][0]["static_configs"][0]["targets"] == [f"paged-core:{defaults()['port']}"]
+    sources = yaml.safe_load((DEPLOY / "grafana.yml").read_text(encoding="utf-8"))["datasources"]
+    assert [source["url"] for source in sources] == ["http://prometheus:9090"]
+    assert {"paged-core", "prometheus"} < set(services)
