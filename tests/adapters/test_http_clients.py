@@ -52,6 +52,24 @@ def test_openai_completes(client: openai.OpenAI) -> None:
     assert answer.id.startswith("cmpl-")
 
 
+def test_openai_gets_vllms_beam_search(client: openai.OpenAI) -> None:
+    body = {"use_beam_search": True, "length_penalty": 0.8}
+    answer = client.completions.create(model="alphabet", prompt="A", max_tokens=3, n=3, extra_body=body)
+    texts = [choice.text for choice in answer.choices]
+    assert texts[0] == "BCD"
+    assert len(set(texts)) == 3
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model="alphabet", prompt="A", n=3, stream=True, extra_body=body)
+    assert refused.value.param == "stream"
+
+
+def test_openai_hears_that_tools_are_not_called(client: openai.OpenAI) -> None:
+    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    with pytest.raises(openai.BadRequestError, match="doesn't call; describe them in the prompt") as refused:
+        client.chat.completions.create(model="alphabet", messages=MESSAGES, tools=[tool], tool_choice="auto")
+    assert refused.value.param == "tools"
+
+
 def test_openai_streams_completions(client: openai.OpenAI) -> None:
     stream = client.completions.create(
         model="alphabet", prompt=["A", "M", "a"], max_tokens=4, stream=True, stream_options={"include_usage": True}
@@ -124,8 +142,8 @@ def test_openai_lists_models(client: openai.OpenAI) -> None:
 
 def test_openais_errors_are_its_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        client.completions.create(model="alphabet", prompt="A", extra_body={"use_beam_search": True})
-    assert refused.value.param == "use_beam_search"
+        client.completions.create(model="alphabet", prompt="A", suffix="end")
+    assert refused.value.param == "suffix"
     assert refused.value.type == "invalid_request_error"
     with pytest.raises(openai.BadRequestError, match="at most 255") as refused:
         client.completions.create(model="alphabet", prompt="A" * 300, stream=True)
