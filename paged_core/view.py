@@ -28,6 +28,11 @@ class EngineView(NamedTuple):
     references: Sequence[int]  # of blocks 1, 2, ...
     cached: Sequence[int]  # ids of blocks that are kept for prefix hits only
 
+    @property
+    def num_saved(self) -> int:
+        """Blocks that sharing saves: references beyond each block's first."""
+        return sum(self.references) - sum(1 for count in self.references if count)
+
     def cells(self, max_cells: int) -> BlockCells:
         """The block map, in at most so many cells."""
         references = np.asarray(self.references, dtype=np.int64)  # [num_blocks]

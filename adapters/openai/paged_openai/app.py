@@ -35,6 +35,7 @@ from paged_core import (
 from paged_openai.keys import KeyCheck
 from paged_openai.logs import RequestLog
 from paged_openai.openapi import openapi
+from paged_openai.page import Page
 from paged_openai.responses import (
     OPENAI,
     OPENAI_WITHOUT_DONE,
@@ -61,6 +62,7 @@ class AppOptions:
     body_timeout_s: float = 30.0
     tgi_chat_stream: bool = False  # stream chats as TGI's clients read them, and not as OpenAI's do
     log_prompts: bool = False
+    page: bool = True  # for browsers
 
 
 def create_app(service: Service, metrics: PrometheusMetrics | None, options: AppOptions | None = None) -> Starlette:
@@ -92,10 +94,16 @@ def create_app(service: Service, metrics: PrometheusMetrics | None, options: App
             Route("/health", routes.health),
             Route("/ready", routes.ready),
             Route("/metrics", routes.metrics),
+            *(_page_routes(service) if options.page else ()),
         ],
         middleware=middleware,
         exception_handlers={HTTPException: _no_such_route},
     )
+
+
+def _page_routes(service: Service) -> list[Route]:
+    page = Page(service)
+    return [Route("/", page.page, include_in_schema=False), Route("/live", page.live, include_in_schema=False)]
 
 
 class _Routes:

@@ -90,6 +90,7 @@ def _add_behaviour(group: Any) -> None:
     add = group.add_argument
     add("--tgi-chat-stream", action="store_true",
         help="stream chats as the text-generation client reads them (OpenAI's don't)")  # fmt: skip
+    add("--no-page", action="store_false", dest="page", help="no page for browsers at /")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     add("--log-prompts", action="store_true", help="write requests' bodies to the log")
 

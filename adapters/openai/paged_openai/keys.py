@@ -23,7 +23,7 @@ class KeyCheck:
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in _OPEN_TO_ALL or self._knows(scope):
+        if scope["type"] != "http" or _open_to_all(scope) or self._knows(scope):
             return await self._app(scope, receive, send)
         form = OPENAI if scope["path"].startswith("/v1") else TGI
         refused = CallError(Failure.UNAUTHORIZED, "give one of this server's API keys as Authorization: Bearer KEY")
@@ -36,6 +36,11 @@ class KeyCheck:
         digest = _digest(key.strip())
         found = [hmac.compare_digest(digest, known) for known in self._digests]
         return scheme.lower() == b"bearer" and any(found)
+
+
+def _open_to_all(scope: Scope) -> bool:
+    """The page for browsers holds nothing of the server's; POST to the same path is a call."""
+    return scope["path"] in _OPEN_TO_ALL or (scope["path"] == "/" and scope["method"] in ("GET", "HEAD"))
 
 
 def read_keys(path: Path) -> list[str]:

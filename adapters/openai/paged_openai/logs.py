@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _log = logging.getLogger("paged_openai.requests")
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_QUIET = frozenset({"/health", "/ready", "/metrics"})  # asked for every few seconds
+_QUIET = frozenset({"/health", "/ready", "/metrics", "/live"})  # asked for every few seconds
 
 
 class RequestLog:

@@ -54,6 +54,7 @@ def _app_options(args: argparse.Namespace) -> AppOptions:
         body_timeout_s=args.body_timeout,
         tgi_chat_stream=args.tgi_chat_stream,
         log_prompts=args.log_prompts,
+        page=args.page,
     )
 
 

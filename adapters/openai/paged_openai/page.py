@@ -1,0 +1,92 @@
+"""The page for browsers: one file of HTML without outside parts, and the numbers it draws. Knows no protocol.
+
+The page holds nothing of the server's, so that whoever has no key yet can open it and give one; what it shows, it
+asks for with that key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from base64 import b64encode
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from paged_core import CallError, Engine, EngineDeadError, EngineView, Failure
+from paged_openai.responses import TGI, error_response, json_bytes
+from paged_openai.service import Service
+
+MAX_CELLS = 2048  # of the block map, however many blocks there are
+_FRESH_S = 0.25  # as long, one look at the engine is good for all who ask
+
+
+class Page:
+    """The endpoints of ``GET /`` and ``GET /live``."""
+
+    def __init__(self, service: Service) -> None:
+        self._engine = service.engine
+        self._model = service.served.names[0]
+        html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+        self._html = html.encode()
+        self._headers = {"content-security-policy": security_policy(html), "x-content-type-options": "nosniff",
+                         "referrer-policy": "no-referrer", "cache-control": "no-cache",
+                         "vary": "accept"}  # fmt: skip
+        self._looking: asyncio.Future[bytes] | None = None
+        self._looked_at = 0.0
+
+    async def page(self, request: Request) -> Response:
+        if "text/html" not in request.headers.get("accept", ""):
+            raise HTTPException(405)
+        return Response(self._html, headers=self._headers, media_type="text/html")
+
+    async def live(self, request: Request) -> Response:
+        """What runs, what waits, and the block map."""
+        now = time.monotonic()
+        if self._looking is None or (self._looking.done() and now - self._looked_at > _FRESH_S):
+            self._looking, self._looked_at = asyncio.ensure_future(self._look()), now
+        try:
+            body = await asyncio.shield(self._looking)
+        except EngineDeadError as error:
+            return error_response(TGI, CallError(Failure.UNAVAILABLE, str(error)))
+        return Response(body, headers={"cache-control": "no-store"}, media_type="application/json")
+
+    async def _look(self) -> bytes:
+        view = await asyncio.wrap_future(self._engine.look(Engine.view))
+        return await run_in_threadpool(self._told, view)
+
+    def _told(self, view: EngineView) -> bytes:
+        cells = view.cells(MAX_CELLS)
+        blocks: dict[str, Any] = {"num": cells.num_blocks, "per_cell": cells.blocks_per_cell, "cached": cells.cached,
+                                  "used": cells.used, "shared": cells.shared}  # fmt: skip
+        return json_bytes({
+            "model": self._model,
+            "running": view.num_running,
+            "waiting": view.num_waiting,
+            "max_running": self._engine.engine.config.max_num_seqs,
+            "block_size": view.block_size,
+            "saved": view.num_saved,
+            "blocks": blocks,
+        })  # fmt: skip
+
+
+def security_policy(html: str) -> str:
+    """Only the page's own script and style run, it calls only its own server, and nobody frames it."""
+    allowed = {tag: " ".join(_hashes(tag, html)) for tag in ("script", "style")}
+    return (
+        f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _hashes(tag: str, html: str) -> list[str]:
+    return [
+        f"'sha256-{b64encode(sha256(inside.encode()).digest()).decode()}'"
+        for inside in re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+    ]

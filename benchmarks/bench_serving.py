@@ -1,0 +1,263 @@
+"""A server under load: throughput, waits, goodput, errors; and what HTTP costs.
+
+    python benchmarks/bench_serving.py --url http://127.0.0.1:8000 [--backend openai] [--model NAME] [--rate 4]
+    python benchmarks/bench_serving.py --url URL --compare-url OTHER      # do both choose the same words?
+    python benchmarks/bench_serving.py --in-process smollm2 --concurrency 64 --requests 128      # the cost of HTTP
+
+Requests are greedy: those of ``paged bench`` (prompts of 52 tokens, outputs of 109 in the mean), or of a trace. They
+come all at once, ``--rate`` a second (Poisson), or at the trace's times; at most ``--concurrency`` are open at once.
+Without --url, --in-process drives an AsyncEngine in this process and a ``paged serve`` of its own in turn, so that one
+command tells the cost of HTTP; the client computes on the same cores and is part of it.
+
+first token: from arrival to the first piece. next token: from piece to piece of one answer. goodput: requests a second
+that met both --slo-ttft and, in their mean, --slo-itl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import resource
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from paged_hf import embedded_folder
+from paged_hf.bench.progress import Progress
+from paged_hf.bench.report import cpu_name
+from paged_hf.bench.results import percentile
+from paged_hf.bench.workloads import Workload, from_trace, synthetic, with_poisson_arrivals
+from serving_clients import PATHS, Answer, Ask, EngineTarget, HTTPTarget, Target, drive
+
+Row = dict[str, Any]
+
+
+def main() -> int:
+    args = _arguments()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    asks, workload = make_asks(args)
+    rows: dict[str, list[Row]] = {}
+    answers: dict[str, list[Answer]] = {}
+    with _targets(args) as targets, Progress("req") as progress:
+        for round_number in range(args.repeats):
+            for name, target in targets.items():
+                told = _told(progress, f"{name} {round_number + 1}/{args.repeats}", len(asks))
+                answers[name], duration_s = asyncio.run(drive(target, asks, args.concurrency, told))
+                rows.setdefault(name, []).append(summarise(answers[name], duration_s, args.slo_ttft, args.slo_itl))
+    result = {"systems": rows, **_compared(rows, answers), **_about(args, workload)}
+    _show(result)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 1 if any(row["num_errors"] for each in rows.values() for row in each) else 0
+
+
+def make_asks(args: argparse.Namespace) -> tuple[list[Ask], Workload]:
+    from transformers import AutoTokenizer
+
+    name = args.tokenizer or args.in_process or "smollm2"
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder() if name == "smollm2" else name)
+    if args.trace:
+        work = from_trace(tokenizer.encode, args.trace, args.requests, args.rate, args.time_scale, args.seed)
+    else:
+        work = synthetic(tokenizer.encode, args.requests, args.seed)
+        work = with_poisson_arrivals(work, args.rate, args.seed) if args.rate else work
+    asks = []
+    for each in work.requests:
+        ids = each.prompt[: args.max_prompt_tokens]
+        num_output = min(each.num_output, args.max_output_tokens or each.num_output)
+        asks.append(Ask(each.index, tokenizer.decode(ids), ids, num_output, each.arrival_s))
+    return asks, work
+
+
+def summarise(answers: Sequence[Answer], duration_s: float, slo_ttft: float, slo_itl: float) -> Row:
+    """One run in numbers. Waits are seconds; of requests that failed only the number is told."""
+    good = [answer for answer in answers if answer.error is None and answer.times_s]
+    waits = [answer.times_s[0] - answer.arrival_s for answer in good]
+    gaps = [[late - early for early, late in zip(a.times_s, a.times_s[1:], strict=False)] for a in good]
+    means = [sum(each) / len(each) if each else 0.0 for each in gaps]
+    met = sum(wait <= slo_ttft and mean <= slo_itl for wait, mean in zip(waits, means, strict=True))
+    every_gap = [gap for each in gaps for gap in each]
+    return {
+        "num_requests": len(answers),
+        "num_errors": len(answers) - len(good),
+        "errors": dict(Counter((answer.error or "no text came")[:200] for answer in answers if answer not in good)),
+        "duration_s": duration_s,
+        "requests_per_s": len(good) / duration_s,
+        "tokens_per_s": sum(answer.num_tokens for answer in good) / duration_s,
+        "ttft_p50_s": percentile(waits, 50) if waits else None,
+        "ttft_p99_s": percentile(waits, 99) if waits else None,
+        "itl_p50_s": percentile(every_gap, 50) if every_gap else None,
+        "itl_p99_s": percentile(every_gap, 99) if every_gap else None,
+        "goodput_per_s": met / duration_s,
+        "max_open": _max_open(good),
+    }
+
+
+def agreement(some: Sequence[Answer], others: Sequence[Answer]) -> Row:
+    """Requests whose whole text both wrote."""
+    pairs = [(a, b) for a, b in zip(some, others, strict=True) if a.error is None and b.error is None]
+    differing = [a.index for a, b in pairs if a.text != b.text]
+    return {"num_compared": len(pairs), "num_identical": len(pairs) - len(differing), "differing": differing}
+
+
+def _max_open(answers: Sequence[Answer]) -> int:
+    """The most streams that were open at one moment."""
+    changes = sorted([(a.arrival_s, 1) for a in answers] + [(a.times_s[-1], -1) for a in answers])
+    now = most = 0
+    for _, change in changes:
+        now += change
+        most = max(most, now)
+    return most
+
+
+@contextmanager
+def _targets(args: argparse.Namespace) -> Iterator[dict[str, Target]]:
+    if args.url:
+        urls = [args.url, *([args.compare_url] if args.compare_url else [])]
+        yield {url: _endpoint(args, url, args.model) for url in urls}
+        return
+    from paged_core import AsyncEngine, EngineConfig
+
+    config = EngineConfig(kv_cache_bytes=args.kv_bytes, enable_prefix_caching=False)
+    with AsyncEngine(args.in_process, config=config) as engine, _own_server(args) as url:
+        server = _endpoint(args, url, args.in_process)
+        short = [Ask(0, "A", (1, 2, 3), 2)]
+        targets = {"in-process": EngineTarget(engine), "http": server}
+        for target in targets.values():  # compiles what is left to compile
+            asyncio.run(drive(target, short, None, lambda _: None))
+        yield targets
+
+
+def _endpoint(args: argparse.Namespace, url: str, model: str | None) -> HTTPTarget:
+    key = os.environ.get(args.api_key_env) if args.api_key_env else None
+    return HTTPTarget(url, args.backend, model, key, args.extra)
+
+
+@contextmanager
+def _own_server(args: argparse.Namespace) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "paged_openai", "--model", args.in_process, "--port", str(port),
+               "--no-prefix-caching", "--kv-bytes", str(args.kv_bytes), "--log-level", "warning"]  # fmt: skip
+    server = subprocess.Popen(command)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        while server.poll() is None and not _is_ready(url):
+            time.sleep(0.2)
+        if server.poll() is not None:
+            raise SystemExit("the server did not start")
+        yield url
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/ready", timeout=1) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def _told(progress: Progress, what: str, total: int) -> Any:
+    return lambda num_done: progress(what, num_done, total)
+
+
+def _compared(rows: dict[str, list[Row]], answers: dict[str, list[Answer]]) -> Row:
+    if len(rows) < 2:
+        return {}
+    first, second = rows
+    speeds = [median(row["tokens_per_s"] for row in rows[name]) for name in (first, second)]
+    return {
+        "throughput_of_second": speeds[1] / speeds[0] if speeds[0] else None,
+        "agreement": agreement(answers[first], answers[second]),
+    }
+
+
+def _about(args: argparse.Namespace, workload: Workload) -> Row:
+    packages = ("paged-core", "torch", "transformers", "uvicorn", "starlette")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "benchmarks/bench_serving.py", *sys.argv[1:]]),
+        "workload": [workload.description, *workload.notes],
+        "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "machine": platform.machine()},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "slo": {"ttft_s": args.slo_ttft, "itl_s": args.slo_itl},
+    }
+
+
+def _show(result: Row) -> None:
+    heads = ("tokens/s", "requests/s", "first p50", "p99 s", "next p50", "p99 s", "goodput/s", "open", "errors")
+    print(f"{'':24}" + "".join(f"{head:>11}" for head in heads))
+    keys = ("tokens_per_s", "requests_per_s", "ttft_p50_s", "ttft_p99_s", "itl_p50_s", "itl_p99_s", "goodput_per_s",
+            "max_open", "num_errors")  # fmt: skip
+    for name, rows in result["systems"].items():
+        for row in rows:
+            print(f"{name[-24:]:24}" + "".join(f"{_number(row[key]):>11}" for key in keys))
+            for error, count in row["errors"].items():
+                print(f"    {count} x {error}")
+    if "agreement" in result:
+        same = result["agreement"]
+        print(f"second to first: {_number(result['throughput_of_second'])} of the tokens/s (medians); "
+              f"{same['num_identical']} of {same['num_compared']} texts are the same")  # fmt: skip
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--url", help="the server's root")
+    add("--compare-url", help="a second server, asked the same in turn")
+    add("--in-process", metavar="MODEL", help="an engine in this process, and a server of its own beside it")
+    add("--backend", choices=sorted(PATHS), default="openai")
+    add("--model", help="the name that requests ask for (default: none; many servers want one)")
+    add("--tokenizer", metavar="MODEL", help="that prompts are measured with (default: the model's, or smollm2's)")
+    add("--api-key-env", metavar="VARIABLE", help="the environment variable that holds the key")
+    add(
+        "--extra",
+        type=json.loads,
+        metavar="JSON",
+        help='more fields of each body; null drops one: {"ignore_eos": null}',
+    )
+    add("--requests", type=int, default=64)
+    add("--rate", type=float, help="requests a second, Poisson; of a trace, on average")
+    add("--trace", type=Path, help="a CSV of TIMESTAMP, ContextTokens, GeneratedTokens")
+    add("--time-scale", type=float, default=1.0, help="stretches the trace's arrivals")
+    add("--concurrency", type=int, help="open at once, at most (default: as they come)")
+    add("--max-prompt-tokens", type=int, help="prompts are cut to it")
+    add("--max-output-tokens", type=int, help="outputs are cut to it")
+    add("--slo-ttft", type=float, default=1.0, metavar="S")
+    add("--slo-itl", type=float, default=0.1, metavar="S")
+    add("--repeats", type=int, default=1, help="of each system, in turn")
+    add("--kv-bytes", type=int, default=1_500_000_000, help="of each engine of --in-process")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path)
+    args = parser.parse_args()
+    if bool(args.url) == bool(args.in_process):
+        parser.error("give --url or --in-process")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())
