@@ -122,7 +122,9 @@ def drive(
         began = time.perf_counter()
         with ThreadPoolExecutor(args.clients) as pool:
             answers = list(pool.map(ask, prompts))
-        return time.perf_counter() - began, answers
+        took = time.perf_counter() - began
+    print(f"{name}: {len(prompts)} requests in {took:.1f} s", file=sys.stderr, flush=True)
+    return took, answers
 
 
 def summary(rounds: list[tuple[float, list[Answer]]], tokenizer: Any) -> dict[str, float]:
