@@ -93,7 +93,6 @@ def _add_behaviour(group: Any) -> None:
     add("--no-page", action="store_false", dest="page", help="no page for browsers at /")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     add("--log-prompts", action="store_true", help="write requests' bodies to the log")
-
     add("--generation-config", default="auto", choices=("auto", "vllm"),
         help="what requests leave unsaid: as the model's generation_config.json says, or neutral")  # fmt: skip
 
