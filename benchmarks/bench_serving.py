@@ -59,6 +59,7 @@ def main() -> int:
                 told = _told(progress, f"{name} {round_number + 1}/{args.repeats}", len(asks))
                 answers[name], duration_s = asyncio.run(drive(target, asks, args.concurrency, told))
                 rows.setdefault(name, []).append(summarise(answers[name], duration_s, args.slo_ttft, args.slo_itl))
+                print(f"{name}: {rows[name][-1]['tokens_per_s']:.1f} tokens/s", file=sys.stderr, flush=True)
     result = {"systems": rows, **_compared(rows, answers), **_about(args, workload)}
     _show(result)
     if args.json:
