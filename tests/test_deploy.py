@@ -76,3 +76,8 @@ def test_the_services_of_the_compose_file_find_each_other_and_their_files() -> N
     sources = yaml.safe_load((DEPLOY / "grafana.yml").read_text(encoding="utf-8"))["datasources"]
     assert [source["url"] for source in sources] == ["http://prometheus:9090"]
     assert {"paged-core", "prometheus"} < set(services)
+    (provider,) = yaml.safe_load((DEPLOY / "dashboards.yml").read_text(encoding="utf-8"))["providers"]
+    targets = [volume.split(":")[1] for volume in services["grafana"]["volumes"]]
+    assert [Path(target).name for target in targets if target.startswith(provider["options"]["path"])] == [
+        "paged-core.json"
+    ]
