@@ -57,6 +57,7 @@ class Desk:
     def step(self, requests: Sequence[Request]) -> list[Message]:
         """One message for each of ``requests``, in their order."""
         self.in_step = True
+        self.last_call = time.monotonic()  # before anything is open: see Watch
         try:
             return self._loop.run_until_complete(self._step(requests))
         finally:

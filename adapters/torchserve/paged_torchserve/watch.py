@@ -40,10 +40,12 @@ class Watch:
 
     def _run(self) -> None:
         while not self._ended.wait(min(1.0, self._heartbeat_s / 2)):
-            silence_s = time.monotonic() - self._desk.last_call
-            if silence_s > self._heartbeat_s and not self._desk.is_empty and not self._desk.in_step:
+            # In this order: a step that begins meanwhile is seen as open, or has set last_call before.
+            waits = not self._desk.in_step and not self._desk.is_empty
+            silent = time.monotonic() - self._desk.last_call > self._heartbeat_s
+            if waits and silent:
                 self._desk.drop_all()
-            if not self._engine.alive and (self._desk.is_empty or silence_s > self._heartbeat_s):
+            if not self._engine.alive and (self._desk.is_empty or silent):
                 _log.error("the engine has failed; this worker ends")
                 self._give_up(1)
                 return
