@@ -47,6 +47,7 @@ from paged_openai.responses import (
     json_response,
 )
 from paged_openai.service import Service
+from paged_openai.tracing import Traces
 
 _Endpoint = Callable[[Request], Awaitable[Response]]
 _MakeCall = Callable[[Any, ServedModel, str], Call]
@@ -63,6 +64,7 @@ class AppOptions:
     tgi_chat_stream: bool = False  # stream chats as TGI's clients read them, and not as OpenAI's do
     log_prompts: bool = False
     page: bool = True  # for browsers
+    traces: Traces | None = None
 
 
 def create_app(service: Service, metrics: PrometheusMetrics | None, options: AppOptions | None = None) -> Starlette:
@@ -129,7 +131,7 @@ class _Routes:
             except Exception as error:
                 notes["error"] = error_note(error)
                 return error_response(form, error)
-            return CallResponse(self._service, call, form, notes)
+            return CallResponse(self._service, call, form, notes, self._options.traces)
 
         return endpoint
 

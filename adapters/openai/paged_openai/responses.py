@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from paged_core import Call, CallError, Failure, GenerationOutput, InvalidRequestError, openai_error, tgi_error
 from paged_openai.exchange import Exchange
 from paged_openai.service import Service
+from paged_openai.tracing import Traces
 
 _log = logging.getLogger("paged_openai")
 
@@ -57,14 +60,29 @@ def error_note(error: Exception) -> str:
 class CallResponse(Response):
     """Carries ``call`` out while it is being sent."""
 
-    def __init__(self, service: Service, call: Call, form: Form, notes: dict[str, Any]) -> None:
+    def __init__(
+        self, service: Service, call: Call, form: Form, notes: dict[str, Any], traces: Traces | None = None
+    ) -> None:
         super().__init__()
         self._service = service
         self._call = call
         self._form = form
         self._notes = notes  # for the log
+        self._traces = traces
+        self._results: Sequence[GenerationOutput] = ()
+        self._error: Exception | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = time.perf_counter()
+        try:
+            await self._carry_out(scope, receive, send)
+        finally:
+            if self._traces is not None:
+                duration_s = time.perf_counter() - began
+                headers = Headers(scope=scope)
+                self._traces.record(self._call, scope["path"], headers, self._results, self._error, duration_s)
+
+    async def _carry_out(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with self._service.exchange(self._call) as exchange:
                 watcher = asyncio.ensure_future(_until_disconnect(receive, exchange.close))
@@ -78,7 +96,7 @@ class CallResponse(Response):
                     watcher.cancel()
                     self._note(exchange.results)
         except Exception as error:
-            self._notes["error"] = error_note(error)
+            self._error, self._notes["error"] = error, error_note(error)
             await error_response(self._form, error)(scope, receive, send)
 
     async def _send_events(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,11 +111,12 @@ class CallResponse(Response):
         except Exception as error:
             if not started:
                 raise
-            self._notes["error"] = error_note(error)
+            self._error, self._notes["error"] = error, error_note(error)
             await _send_body(send, _event(_told(self._form, error)[1]), more=True)
         await _send_body(send, self._form.last_event, more=False)
 
     def _note(self, results: Sequence[GenerationOutput]) -> None:
+        self._results = results
         if results:
             outputs = [output for result in results for output in result.outputs]
             self._notes["prompt_tokens"] = sum(len(result.prompt_token_ids) for result in results)

@@ -7,6 +7,7 @@ import logging
 import ssl
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from paged_core import AsyncEngine, ConfigError, Engine, EngineConfig, PrometheusMetrics, RequestLimits, ServedModel
@@ -15,6 +16,7 @@ from paged_openai.keys import read_keys
 from paged_openai.logs import log_to_stderr
 from paged_openai.server import Server
 from paged_openai.service import Service
+from paged_openai.tracing import open_traces
 
 _log = logging.getLogger("paged_openai")
 
@@ -30,7 +32,8 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
     with AsyncEngine(engine) as served_engine:
         served = ServedModel(served_engine, names, limits, model_defaults=args.generation_config == "auto")
         service = Service(served_engine, served, max_queue=args.max_queue, timeout_s=args.request_timeout)
-        app = create_app(service, metrics, options)
+        traces = open_traces(names[0])
+        app = create_app(service, metrics, replace(options, traces=traces))
         server = Server(app, service, host=args.host, port=args.port, shutdown_timeout_s=args.shutdown_timeout, **tls)
         facts = {"model": names[0], "host": args.host, "port": args.port, "sampling_defaults": dict(served.defaults)}
         _log.info("serving", extra={"fields": facts})
@@ -38,6 +41,9 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
             server.run()
         except SystemExit:  # uvicorn's way of saying that the port can't be had; it has logged why
             return 1
+        finally:
+            if traces is not None:
+                traces.close()
     return 0
 
 
