@@ -89,6 +89,7 @@ class Engine:
         self._prompt_logprobs: dict[Request, list[Any]] = {}
         self._untold: list[RequestOutput] = []  # final outputs of requests that ended between two steps
         self._dead: str | None = None
+        self._refreshed = False  # whether the model was looked at since the last step
         self._observed = {
             name: bool(getattr(self._manager.hook, name).get_hookimpls())
             for name in ("create_logits_processor", "on_request_added", "on_step_finished", "on_request_finished")
@@ -145,6 +146,15 @@ class Engine:
         check_resumed(requests, token_ids, self.spec.vocab_size)
         self._scheduler.resume(requests, token_ids, parents)
 
+    def recompute(self, requests: Iterable[Request]) -> None:
+        """Compute the K/V of held rows again, where they were preempted meanwhile. Their selectors are asked again."""
+        self._scheduler.recompute(requests)
+
+    def preempt_held(self) -> bool:
+        """Let the last held rows give their blocks to those who wait: their owner takes his time. They compute their
+        tokens again once they are resumed. False: nobody waits, or nobody is held."""
+        return self._scheduler.preempt_held()
+
     def abort(self, request_id: str) -> None:
         """Cancel a request. Each of its unfinished rows gets its final output from the next step. Unknown ids are
         ignored: the request may have ended a moment ago."""
@@ -199,6 +209,7 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Compute one batch. Returns what is new of each request it sampled, and the ends not told before."""
         began = time.perf_counter()
+        self._refreshed = False
         schedule = self._scheduler.schedule()
         if not schedule.chunks:
             return self._tell([])
@@ -336,8 +347,7 @@ class Engine:
         for prompt in prompts if lockstep else prompts[:1]:
             check_prompt(prompt, self.spec.vocab_size, self._knows)
         check_token_ids(params, self.spec.vocab_size)
-        if not self._requests:
-            self._refresh()
+        self._refresh()
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else set(self.spec.eos_token_ids))
         group = Group(lockstep)
@@ -370,9 +380,11 @@ class Engine:
             request.params = replace(request.params, logits_processors=processors)
 
     def _refresh(self) -> None:
-        """The user may have changed the model while nothing ran: cached K/V would be another model's."""
-        if isinstance(self._model, AcceleratedModel) and self._model.refresh():
-            self._pool.forget_all()
+        """The user may have changed the model since the last step: cached K/V would be another model's."""
+        if isinstance(self._model, AcceleratedModel) and not (self._refreshed and self._requests):
+            if self._model.refresh():
+                self._scheduler.forget_cached()
+            self._refreshed = True
 
 
 def _slots_wasted(running: Sequence[Request], pool: BlockPool, block_size: int) -> int:

@@ -13,8 +13,8 @@ from paged_core.scheduling.request import FinishReason, Request, Selection
 
 def select_rows(logits: Tensor, requests: Sequence[Request], sampler: TokenSelector) -> Selection:
     """Each selector gets its own rows; a selector that raises ends its own rows only."""
-    if all(request.selector is None for request in requests):
-        return _select(sampler, logits, requests)
+    if requests and all(request.selector is requests[0].selector for request in requests):
+        return _select(requests[0].selector or sampler, logits, requests)
     rows_of: dict[int, list[int]] = {}
     for row, request in enumerate(requests):
         rows_of.setdefault(id(request.selector or sampler), []).append(row)

@@ -9,6 +9,7 @@ The scheduler is the only one that changes requests and, through the BlockPool, 
 
 from __future__ import annotations
 
+import sys
 from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -84,6 +85,27 @@ class Scheduler:
             assert request.held and not request.finished, request
             request.tokens.append(token)
             request.held = False
+
+    def recompute(self, requests: Iterable[Request]) -> None:
+        """Have held requests that lost their blocks compute their tokens again; their selectors are asked again."""
+        for request in requests:
+            if request.held and request.status is RequestStatus.WAITING:
+                request.held = False
+
+    def preempt_held(self) -> bool:
+        """Preempt the last held request, or its group, for those who wait. False: nobody waits, or nobody is held."""
+        held = [request for request in self.running if request.held]
+        if not held or all(request.held for request in (*self.waiting, *self.running)):
+            return False
+        self._preempt(held[-1], _Step(0))
+        return True
+
+    def forget_cached(self) -> None:
+        """K/V computed until now are another model's: nobody else may find them, whoever goes on with them."""
+        self.pool.forget_all()
+        self._in_flight.clear()
+        for request in self.running:
+            request.num_published = sys.maxsize  # the blocks it has, and fills, are mixed
 
     def finish(
         self, requests: Iterable[Request], reason: FinishReason, error: str | None = None

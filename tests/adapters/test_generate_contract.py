@@ -766,7 +766,13 @@ def test_attentions_and_hidden_states_are_stocks(patched: Any, rows: Options) ->
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_prompt_lookup(patched: Any, do_sample: bool) -> None:
     ids = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]])
-    options = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": 95, "do_sample": do_sample}
+    options = {
+        "prompt_lookup_num_tokens": 3,
+        "max_new_tokens": 12,
+        "pad_token_id": 0,
+        "eos_token_id": 95,
+        "do_sample": do_sample,
+    }
     assert_same(patched, ids, **options, tier="cache", loop="_assisted_decoding")
     assert_same(patched, ids, **options, **FULL, tier="cache", loop="_assisted_decoding")
 

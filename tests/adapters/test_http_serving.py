@@ -182,10 +182,10 @@ def test_a_penalty_that_would_make_numbers_overflow_is_refused_as_the_callers() 
 def test_an_answer_whose_length_nobody_asks_for_keeps_the_servers_limit() -> None:
     with alphabet_server(limits=RequestLimits(max_tokens=7)) as server, server.client() as client:
         plain = client.post("/v1/completions", json={"prompt": "!", "temperature": 0}).json()
-        assert (plain["choices"][0]["text"], plain["choices"][0]["finish_reason"]) == ('"#$%&\'(', "length")
+        assert (plain["choices"][0]["text"], plain["choices"][0]["finish_reason"]) == ("\"#$%&'(", "length")
         chat = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "!"}]}).json()
         assert chat["usage"]["completion_tokens"] == 7
-        assert client.post("/generate", json={"inputs": "!"}).json()["generated_text"] == '"#$%&\'('
+        assert client.post("/generate", json={"inputs": "!"}).json()["generated_text"] == "\"#$%&'("
 
 
 def test_a_method_that_is_not_for_a_route_is_told_which_are(friend: httpx2.Client) -> None:

@@ -18,7 +18,8 @@ class Call:
 
     def __init__(self, padded: bool) -> None:
         self.padded = padded  # stock would compute padding too
-        self.rows: list[Request] = []  # the engine's thread's own, like the requests themselves
+        self.engine: Engine | None = None  # where it has rows; the engine's thread's own, like the rows
+        self.rows: list[Request] = []
         self._news: SimpleQueue[Any] = SimpleQueue()
 
     def enter(self, engine: Engine, name: str) -> list[Request]:

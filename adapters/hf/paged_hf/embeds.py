@@ -41,7 +41,7 @@ class Embeds:
         embeds: Tensor = embedding(token_ids.masked_fill(lent, 0)).clone()
         if bool(lent.any()):
             own = torch.stack([self._rows[token_id] for token_id in token_ids[lent].tolist()])
-            embeds[lent] = own.to(embeds)
+            embeds[lent] = own.to(embeds.device)
         return embeds
 
 

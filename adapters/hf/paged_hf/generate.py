@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from paged_core import EngineConfig
 from paged_hf import loops, selfcheck
 from paged_hf.host import EngineHost
-from paged_hf.report import Report, last_report, note
+from paged_hf.report import Report, forget, last_report, note
 
 _MAX_NUM_SEQS = 256  # rows of all calls that run at once
 _SLAB_BYTES = 64 << 20  # K/V memory that is taken at a time
@@ -41,7 +41,7 @@ class PagedGenerate:
         )
         self.tiers = loops.Tiers(model, EngineHost(model, config), strict_memory=over_budget == "raise")
         self._here = threading.local()  # .paused: calls of this thread go to stock
-        self._before: Any = _MISSING
+        self._before: list[Any] = []  # what the model had at each entry
         functools.update_wrapper(self, MethodType(type(model).generate, model))
 
     @property
@@ -50,19 +50,23 @@ class PagedGenerate:
         return MethodType(type(self.model).generate, self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forget()
         with self.tiers.host.caller():
             return self._generate(args, kwargs)
 
     def _generate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         reason = self._why_stock(args, kwargs)
         if reason is not None:
-            result = self.stock(*args, **kwargs)
-            sequences = getattr(result, "sequences", result)
-            note(Report("stock", "generate", len(sequences) if isinstance(sequences, Tensor) else 0, reason))
-            return result
+            return self._as_stock(args, kwargs, reason)
         if callable(kwargs.get("custom_generate")):
-            kwargs["custom_generate"] = loops.over_blocks(kwargs["custom_generate"], self.tiers)
+            kwargs["custom_generate"] = loops.custom_loop(kwargs["custom_generate"], self.tiers)
         return type(self.model).generate(loops.view(self.model, self.tiers), *args, **kwargs)
+
+    def _as_stock(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Any:
+        result = self.stock(*args, **kwargs)
+        sequences = getattr(result, "sequences", result)
+        note(Report("stock", "generate", len(sequences) if isinstance(sequences, Tensor) else 0, reason))
+        return result
 
     def _why_stock(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """What can be told before stock has prepared the call, and must be, since it would notice us."""
@@ -104,14 +108,19 @@ class PagedGenerate:
         return self.tiers.host.release()
 
     def __enter__(self) -> PagedGenerate:
-        self._before = vars(self.model).get("generate", _MISSING)
+        self._before.append(vars(self.model).get("generate", _MISSING))
         self.model.generate = self  # type: ignore[assignment]
         return self
 
     def __exit__(self, *exception: object) -> None:
-        del self.model.generate
-        if self._before is not _MISSING:
-            self.model.generate = self._before
+        before = self._before.pop()
+        vars(self.model).pop("generate", None)
+        if before is not _MISSING:
+            self.model.generate = before
+        if before is not self:
+            self._drop()
+
+    def _drop(self) -> None:
         self.tiers.host.drop()
 
     def __reduce__(self) -> Any:
@@ -125,36 +134,55 @@ class PagedGenerate:
         return f"<paged generate of {type(self.model).__name__}>"
 
 
+class PagedPart(PagedGenerate):
+    """For the transformers model inside a PEFT model: paged when the PEFT model's stand-in calls it, else stock."""
+
+    @contextmanager
+    def called(self) -> Iterator[None]:
+        """Calls of this thread come from the stand-in, inside the ``with`` block."""
+        self._here.called = True
+        try:
+            yield
+        finally:
+            self._here.called = False
+
+    def _why_stock(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        if not getattr(self._here, "called", False):
+            return "not this model is patched, but the one around it"
+        return super()._why_stock(args, kwargs)
+
+
 class PagedWrapper(PagedGenerate):
     """For a PEFT model: its own ``generate`` runs, and calls the paged one of the transformers model inside."""
 
     @property
-    def inner(self) -> PagedGenerate:
+    def inner(self) -> PagedPart:
         base = _transformers_model(self.model)
         found = vars(base).get("generate")
-        if not isinstance(found, PagedGenerate):
-            found = base.generate = PagedGenerate(base, self.kv_cache_memory, self.over_budget)
+        settings = (self.kv_cache_memory, self.over_budget)
+        if not isinstance(found, PagedPart) or (found.kv_cache_memory, found.over_budget) != settings:
+            found = base.generate = PagedPart(base, *settings)
         return found
 
     @property
     def stock(self) -> Callable[..., Any]:
-        own = MethodType(type(self.model).generate, self.model)
-
-        @functools.wraps(own)
-        def stock(*args: Any, **kwargs: Any) -> Any:
-            with self.inner.as_stock():
-                return own(*args, **kwargs)
-
-        return stock
+        return MethodType(type(self.model).generate, self.model)  # which finds the inner model's as stock's
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self._here, "paused", False) or "adapter_names" in kwargs:  # an adapter a row: rows of a batch
+        forget()
+        if getattr(self._here, "paused", False):
+            return self._as_stock(args, kwargs, "as_stock() is in force")
+        if "adapter_names" in kwargs:
+            return self._as_stock(args, kwargs, "adapter_names are one a row of stock's batch")
+        with self.inner.called():
             return self.stock(*args, **kwargs)
-        assert self.inner is not None
-        return type(self.model).generate(self.model, *args, **kwargs)
 
     def release(self) -> bool:
         return self.inner.release()
+
+    def _drop(self) -> None:
+        self.inner._drop()
+        del _transformers_model(self.model).generate
 
 
 def paged_generate(
@@ -182,12 +210,20 @@ def paged_generate(
             f"{type(model).__name__} has no generate(); give a transformers model with a language-model head"
         )
     before = vars(model).get("generate")
-    if isinstance(before, PagedGenerate) and before.model is model:
+    patched: PagedGenerate
+    if isinstance(before, PagedGenerate) and not isinstance(before, PagedPart) and before.model is model:
         if (before.kv_cache_memory, before.over_budget) == (kv_cache_memory, over_budget):
-            return before
-        before.tiers.host.drop()
-    wraps = _transformers_model(model) is not model
-    patched = (PagedWrapper if wraps else PagedGenerate)(model, kv_cache_memory, over_budget)
+            patched = before
+            obstacles = (patched.inner if isinstance(patched, PagedWrapper) else patched).tiers.dropped
+            if not obstacles:
+                return patched
+            obstacles.clear()  # the model may have changed since
+        else:
+            before._drop()
+            patched = type(before)(model, kv_cache_memory, over_budget)
+    else:
+        wraps = _transformers_model(model) is not model
+        patched = (PagedWrapper if wraps else PagedGenerate)(model, kv_cache_memory, over_budget)
     if check:
         selfcheck.run((patched.inner if isinstance(patched, PagedWrapper) else patched).tiers)
     return patched

@@ -14,6 +14,7 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ from paged_hf.calls import Call, NotStarted
 from paged_hf.model import HFPagedModel
 
 _PATIENCE = 0.25  # of a step's time: how long the next step waits for callers that are choosing their tokens
+_STUCK_S = 0.25  # how long those may keep all blocks from others before they have to give way
 
 
 class EngineHost:
@@ -48,7 +50,7 @@ class EngineHost:
         self.engine: Engine | None = None  # the thread's own while it runs
         self._owners: dict[Request, Call] = {}  # the thread's own
         self._changed = threading.Condition()  # guards all below
-        self._inbox: list[Callable[[], None]] = []
+        self._inbox: deque[Callable[[], None]] = deque()
         self._open: set[Call] = set()
         self._choosing: set[Call] = set()  # have logits, and are about to bring tokens
         self._num_callers = 0
@@ -81,7 +83,7 @@ class EngineHost:
             NotStarted: no thread can be started.
         """
         with self._changed:
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 thread = threading.Thread(target=self._run, name="paged-generate", daemon=True)
                 try:
                     thread.start()  # it waits for our lock, and ends if an interrupt keeps us from the next line
@@ -96,7 +98,7 @@ class EngineHost:
 
         def run() -> None:
             try:
-                if self.engine is not None:  # else it has failed, and the call was told
+                if call.engine is not None and call.engine is self.engine:  # else it has failed, and the call was told
                     command(self.engine)
             except Exception as error:
                 call.tell(error)
@@ -108,16 +110,24 @@ class EngineHost:
 
     def close(self, call: Call) -> None:
         """Cancel what still runs of a call. If no other one is open, the thread has ended on return."""
+        try:
+            self._close(call)
+        except BaseException:  # an interrupt: whatever it has kept from being done is done now
+            self._close(call)
+            raise
+
+    def _close(self, call: Call) -> None:
         with self._changed:
-            if call not in self._open:
-                return
-            self._post(lambda: self._end(call))
-            self._choosing.discard(call)
-            self._open.discard(call)
+            if call in self._open:
+                self._post(lambda: self._end(call))
+                self._choosing.discard(call)
+                self._open.discard(call)
             thread = self._thread
+            if thread is None:
+                return
             self._changed.wait_for(lambda: self._thread is not thread or bool(self._open))
             ended = self._thread is not thread
-        if ended and thread is not None:
+        if ended:
             thread.join()
 
     def release(self) -> bool:
@@ -164,10 +174,11 @@ class EngineHost:
         with self._changed:
             if self._thread is not threading.current_thread():
                 return
-        worked = False
-        while self._obey(wait=not worked):
+        worked, going_on = False, True
+        while going_on:
             try:
-                worked = self._step()
+                going_on = self._obey(wait=not worked)
+                worked = going_on and self._step()
             except BaseException as error:  # whatever it is, somebody waits for an answer
                 self._fail_all(error)
                 worked = False
@@ -177,16 +188,18 @@ class EngineHost:
         while True:
             with self._changed:
                 while wait and self._open and not self._inbox:
-                    self._changed.wait()
-                commands, self._inbox = self._inbox, []
-                if not commands:
+                    stuck = self.engine is not None and self.engine.has_work
+                    if not self._changed.wait(_STUCK_S if stuck else None) and self.engine is not None:
+                        self.engine.preempt_held()
+                        return True
+                if not self._inbox:
                     if self._open:
                         return True
                     self._thread = None
                     self._changed.notify_all()
                     return False
-            for command in commands:
-                command()
+                command = self._inbox.popleft()
+            command()
             wait = False
 
     def _step(self) -> bool:
@@ -214,12 +227,19 @@ class EngineHost:
             if call.padded and self.paged_model.counts_padding:
                 raise NotStarted("the model counts padding as positions")
             try:
-                call.rows = call.enter(self.engine, str(next(self._numbers)))
-            except EngineDeadError:  # the model has another dtype, device or vocabulary now
+                self._enter(call)
+            except EngineDeadError as error:  # the model has another dtype, device or vocabulary now
+                if self._owners:
+                    raise NotStarted(str(error)) from None  # others have rows there
                 self.engine = self._build()
-                call.rows = call.enter(self.engine, str(next(self._numbers)))
+                self._enter(call)
         except Exception as error:
             call.tell(error)
+
+    def _enter(self, call: Call) -> None:
+        assert self.engine is not None
+        call.engine = self.engine  # also if it fails halfway: leave() is called
+        call.rows = call.enter(self.engine, str(next(self._numbers)))
         for row in call.rows:
             self._owners[row] = call
 
@@ -228,19 +248,21 @@ class EngineHost:
         return Engine(self.paged_model, self._config)
 
     def _end(self, call: Call) -> None:
+        if call.engine is None or call.engine is not self.engine:
+            return  # it never entered, or went down with an engine that is no more
         for row in call.rows:
             self._owners.pop(row, None)
-            if self.engine is not None:
-                self.engine.stop(row)
+            self.engine.stop(row)
         call.leave()
 
     def _fail_all(self, error: BaseException) -> None:
-        self.engine = None
+        """The engine is lost, and with it the calls that have rows there."""
+        failed, self.engine = self.engine, None
         self._owners.clear()
         with self._changed:
             for call in self._open:
-                call.rows = []
-                call.tell(error)
+                if call.engine is failed:
+                    call.tell(error)
 
 
 _HOSTS: weakref.WeakSet[EngineHost] = weakref.WeakSet()

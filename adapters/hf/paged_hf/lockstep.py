@@ -30,6 +30,7 @@ from paged_core import (
     Selection,
     UnsupportedModel,
 )
+from paged_hf import views
 from paged_hf.calls import Call, NotStarted, check_length, check_tokens
 from paged_hf.host import EngineHost
 from paged_hf.probe import difference, tolerance
@@ -47,6 +48,7 @@ class LockstepCall(Call):
         self._prompts = prompts
         self._max_tokens = max_tokens
         self._lent: list[int] = []
+        self.num_blocks = self.num_blocks_shared = 0  # as of the latest step: used, and saved by sharing them
 
     def enter(self, engine: Engine, name: str) -> list[Request]:
         check_length(engine, self._prompts, self._max_tokens)
@@ -64,6 +66,9 @@ class LockstepCall(Call):
     def _borrow(self, prompts: Sequence[Tensor]) -> Sequence[Sequence[int]]:
         """Ids for embeddings; rows that follow one another and are equal (beams, samples) get the same."""
         made: list[list[int]] = []
+        own = self._host.paged_model.embedding_dtype
+        if prompts[0].dtype != own:
+            raise NotStarted(f"inputs_embeds are {prompts[0].dtype}, the model's own are {own}")
         try:
             for i, rows in enumerate(prompts):
                 if i == 0 or not torch.equal(rows, prompts[i - 1]):
@@ -80,6 +85,12 @@ class LockstepCall(Call):
 
     def select(self, logits: Tensor, requests: Sequence[Request]) -> Selection:
         """Hand ``logits [S, vocab]`` to the caller; the tokens come later."""
+        used = {block for request in requests for block in request.block_table}
+        self.num_blocks = len(used)
+        self.num_blocks_shared = sum(len(request.block_table) for request in requests) - len(used)
+        logits = logits.clone()  # the next step may write over them
+        if logits.is_cuda:
+            torch.cuda.current_stream(logits.device).synchronize()  # the caller may be on another stream
         self._host.handed(self)
         self.tell(([request.index for request in requests], logits))
         return Selection([None] * len(requests))
@@ -99,6 +110,7 @@ class EngineRows(DynamicCache):
         self._num_rows = len(prompts)
         self._width = width  # of the padded prompts
         self._num_steps = 0
+        self._logits: Tensor  # of the latest step
         self._parents: list[int] | None = None
         self.ended: Tensor | None = None  # bool [B]: rows whose logits nobody will look at any more
 
@@ -110,6 +122,8 @@ class EngineRows(DynamicCache):
             assert next_ids is not None
             tokens, parents = next_ids.tolist(), self._parents
             ended = self.ended.tolist() if self.ended is not None else [False] * self._num_rows
+            if all(ended):  # a loop that looks at its criteria a step late: nobody will see these logits
+                return self._logits.new_zeros(self._num_rows, 1, self._logits.shape[-1])
             self._host.post(self._call, lambda engine: self._resume(engine, tokens, parents, ended))
         self._parents = None
         try:
@@ -125,6 +139,7 @@ class EngineRows(DynamicCache):
             everyone = logits.new_zeros(self._num_rows, logits.shape[1])  # [B, vocab]; zeros for rows that have ended
             everyone[order] = logits
             logits = everyone
+        self._logits = logits
         return logits[:, None]
 
     def _resume(self, engine: Engine, tokens: list[int], parents: list[int] | None, ended: list[bool]) -> None:
@@ -138,17 +153,26 @@ class EngineRows(DynamicCache):
     def close(self) -> None:
         self._host.close(self._call)
 
-    def count_blocks(self) -> tuple[int, int]:
-        """K/V blocks that the rows have, and those that they would have beyond them if they shared none."""
-        self._host.post(self._call, lambda _: self._call.tell([row.block_table for row in self._call.rows]))
-        tables = self._call.wait()
-        used = {block for table in tables for block in table}
-        return len(used), sum(map(len, tables)) - len(used)
+    @property
+    def num_blocks(self) -> tuple[int, int]:
+        """K/V blocks that the rows had in their latest step, and those that sharing has saved."""
+        return self._call.num_blocks, self._call.num_blocks_shared
 
     def read(self, rows: Sequence[int]) -> list[list[tuple[Tensor, Tensor]]]:
         """What the blocks of some rows hold: of each row, of each layer ``(k [K,n,D], v [K,n,Dv])``."""
-        self._host.post(self._call, lambda engine: self._call.tell([engine.read_kv(self._call.rows[i]) for i in rows]))
-        return self._call.wait()
+
+        def look(engine: Engine) -> None:
+            requests = [self._call.rows[i] for i in rows]
+            if all(request.num_computed == len(request.tokens) for request in requests):
+                self._call.tell([engine.read_kv(request) for request in requests])
+            else:  # they were preempted: once they are computed again, logits are told as after every step
+                engine.recompute(self._call.rows)
+
+        while True:
+            self._host.post(self._call, look)
+            news = self._call.wait()
+            if isinstance(news, list):
+                return news
 
     def copy_to(self, cache: Cache) -> None:
         """Fill an empty cache with the rows' K/V, left-padded with zeros, for the caller to keep."""
@@ -170,6 +194,15 @@ class EngineRows(DynamicCache):
     def is_compileable(self) -> bool:
         return False
 
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("the engine keeps K/V by itself")
+
+    crop = batch_repeat_interleave = batch_select_indices = update
+
 
 class Ended(StoppingCriteriaList):
     """The call's criteria, telling ``rows`` which of them have ended."""
@@ -185,17 +218,14 @@ class Ended(StoppingCriteriaList):
 
 
 def view(model: nn.Module, rows: EngineRows) -> Any:
-    """The model under another class, whose calls the engine answers. It shares the model's ``__dict__``."""
-    seen = object.__new__(_view_class(type(model)))
-    object.__setattr__(seen, "__dict__", model.__dict__)
-    object.__setattr__(seen, "_paged_rows", rows)
-    return seen
+    """The model, its calls answered by the engine."""
+    return views.view(model, _answered(type(model)), rows)
 
 
 @functools.cache
-def _view_class(kind: type) -> type:
+def _answered(kind: type) -> type:
     def call(self: Any, input_ids: Tensor | None = None, use_cache: bool | None = None, **inputs: Any) -> Any:
-        rows: EngineRows = self._paged_rows
+        rows: EngineRows = self._paged_part
         next_ids = None if input_ids is None else input_ids[:, -1]
         return CausalLMOutputWithPast(
             logits=rows.forward(next_ids), past_key_values=rows if use_cache is not False else None
@@ -206,19 +236,16 @@ def _view_class(kind: type) -> type:
         yield  # the model's settings are not this call's to change: others may be running
 
     def reorder_cache(self: Any, cache: Any, beam_idx: Tensor) -> Any:
-        self._paged_rows.reorder_cache(beam_idx)
+        self._paged_part.reorder_cache(beam_idx)
         return cache
 
     own = {
-        "__slots__": ("_paged_rows",),
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
         "__call__": call,
         "_optimize_model_for_decode": as_it_is,
         "_reorder_cache": reorder_cache,
         "_valid_auto_compile_criteria": lambda self, *args, **kwargs: False,
     }
-    return type(kind)(kind.__name__, (kind,), own)
+    return views.subclass(kind, own)
 
 
 def keeps_stocks_kv(model: Any, host: EngineHost) -> bool:
@@ -240,7 +267,9 @@ def keeps_stocks_kv(model: Any, host: EngineHost) -> bool:
         model(ids[None].to(ours[0][0].device), past_key_values=cache, use_cache=True)
     theirs = [(layer.keys[0], layer.values[0]) for layer in cache.layers if getattr(layer, "keys", None) is not None]
     return len(ours) == len(theirs) and all(
-        mine.shape[::2] == its.shape[::2] and difference(mine[:, -its.shape[1] :], its) <= tolerance(its)
+        mine.shape[::2] == its.shape[::2]
+        and mine.shape[1] >= its.shape[1]
+        and difference(mine[:, -its.shape[1] :], its) <= tolerance(its)
         for pair, others in zip(ours, theirs, strict=True)
         for mine, its in zip(pair, others, strict=True)  # both [K,n,D]; a window keeps the last few
     )
@@ -250,6 +279,5 @@ def _left_padded(rows: Sequence[Tensor], length: int) -> Tensor:
     """B of ``[K,n,D]`` -> ``[B,K,length,D]``"""
     whole = rows[0].new_zeros(len(rows), rows[0].shape[0], length, rows[0].shape[2])
     for i, row in enumerate(rows):
-        if row.shape[1]:
-            whole[i, :, -row.shape[1] :] = row
+        whole[i, :, length - row.shape[1] :] = row
     return whole

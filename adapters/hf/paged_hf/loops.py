@@ -17,13 +17,14 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import MaxLengthCriteria
 
 from paged_core import ConfigError, InvalidRequestError, UnsupportedModel
-from paged_hf import free, lockstep, tiers
+from paged_hf import free, lockstep, tiers, views
 from paged_hf.cache import PagedCache
 from paged_hf.calls import NotStarted
 from paged_hf.host import EngineHost
-from paged_hf.report import Report, Tier, note
+from paged_hf.report import Report, Tier, note, warn_once
 
 _LOOPS = ("_sample", "_beam_search", "_assisted_decoding")
 _LOOP_ARGUMENTS = ("synced_gpus", "streamer", "tokenizer", "assistant_tokenizer")
@@ -63,6 +64,8 @@ class Tiers:
                 return run.as_stock(self.model, reason)
             if isinstance(cause, UnsupportedModel):
                 self.dropped["native"] = reason
+            elif cause is not None:
+                warn_once(f"the engine could not run a call, which runs without it: {reason}")
         obstacle = self.dropped.get("cache") or run.why_not_cache()
         if obstacle is None:
             try:
@@ -143,8 +146,8 @@ class Run:
         embeds = self._rest.get("inputs_embeds")
         given = self.input_ids if embeds is None else embeds  # [B,L], or [B,L,hidden]
         prompts = tiers.prompts_of(given, self._rest.get("attention_mask"))
-        longest = self._criteria.max_length or self._config.max_length
-        max_tokens = max(1, longest - self.input_ids.shape[1])
+        width = self.input_ids.shape[1]
+        limits = [c.max_length for c in self._criteria if isinstance(c, MaxLengthCriteria)] or [self._config.max_length]
         streamer = self._rest.get("streamer")
         free_to_run = tiers.runs_free(
             model, self.name, self._processors, self._criteria, self._config, streamer, len(prompts)
@@ -152,12 +155,16 @@ class Run:
         if embeds is None and free_to_run:
             eos = [token for c in self._criteria if hasattr(c, "eos_token_id") for token in c.eos_token_id.tolist()]
             pad = self._config._pad_token_tensor
+            max_tokens = max(1, min(limits) - width)
             sequences = free.generate(
                 host, self.input_ids, prompts, max_tokens, eos, 0 if pad is None else int(pad), streamer
             )
             note(Report("native", "free", len(prompts)))
             return sequences
-        rows = lockstep.EngineRows(host, prompts, given.shape[1], max_tokens)
+        room = max(
+            1, max(*limits, self._config.max_length) - width
+        )  # which of them ends the call is the loop's business
+        rows = lockstep.EngineRows(host, prompts, given.shape[1], room)
         try:
             return self._in_lockstep(model, rows)
         finally:
@@ -172,7 +179,7 @@ class Run:
         if rest.get("use_cache", True):
             rest["past_key_values"] = rows
         result = self._loop(lockstep.view(model, rows), self.input_ids, stopping_criteria=criteria, **rest)
-        note(Report("native", self.name, len(self.input_ids), None, *rows.count_blocks()))
+        note(Report("native", self.name, len(self.input_ids), None, *rows.num_blocks))
         if getattr(result, "past_key_values", None) is rows:
             rows.copy_to(prepared)
             result.past_key_values = prepared
@@ -180,34 +187,24 @@ class Run:
 
 
 def view(model: nn.Module, ways: Tiers) -> Any:
-    """The model under a class whose decoding loops are ours. It shares the model's ``__dict__``: nothing is copied."""
-    seen = object.__new__(_view_class(type(model)))
-    object.__setattr__(seen, "__dict__", model.__dict__)
-    object.__setattr__(seen, "_paged_tiers", ways)
-    return seen
+    """The model with decoding loops of ours."""
+    return views.view(model, _loops_of(type(model)), ways)
 
 
-def over_blocks(custom: Callable[..., Any], ways: Tiers) -> Callable[..., Any]:
+def custom_loop(custom: Callable[..., Any], ways: Tiers) -> Callable[..., Any]:
     """The caller's own decoding loop, given K/V in blocks."""
     return _instead_of("custom_generate", custom, ways)
 
 
 @functools.cache
-def _view_class(kind: type) -> type:
-    own: dict[str, Any] = {
-        "__slots__": ("_paged_tiers",),
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-    }
-    for name in _LOOPS:
-        if hasattr(kind, name):
-            own[name] = _instead_of(name, getattr(kind, name))
-    return type(kind)(kind.__name__, (kind,), own)
+def _loops_of(kind: type) -> type:
+    own = {name: _instead_of(name, getattr(kind, name)) for name in _LOOPS if hasattr(kind, name)}
+    return views.subclass(kind, own)
 
 
 def _instead_of(name: str, stock: Callable[..., Any], ways: Tiers | None = None) -> Callable[..., Any]:
     @functools.wraps(stock)  # generate() looks at a loop's signature
     def loop(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
-        return (ways or self._paged_tiers).run(Run(name, stock, input_ids, **kwargs))
+        return (ways or self._paged_part).run(Run(name, stock, input_ids, **kwargs))
 
     return loop

@@ -61,6 +61,12 @@ class HFPagedModel:
         from stock than it gets alone, and than it gets here."""
         return not self._takes_positions and not any(layer.has_key_bias for layer in self._spec.layers)
 
+    @property
+    def embedding_dtype(self) -> torch.dtype:
+        """What ``lend`` takes."""
+        dtype: torch.dtype = self._base.get_input_embeddings().weight.dtype
+        return dtype
+
     def lend(self, embeds: Tensor) -> list[int]:
         """Take ``embeds [n, hidden]`` for a prompt. Returns token ids that stand for them, until they are taken back.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,9 +43,21 @@ def note(report: Report) -> None:
     if getattr(_latest, "trying", False):
         return
     _log.debug("generate: %s", report)
-    if report.tier == "stock" and report.reason is not None and report.reason not in _warned:
-        _warned.add(report.reason)
-        _log.warning("generate() runs as stock does, not on paged memory: %s", report.reason)
+    if report.tier == "stock" and report.reason is not None:
+        warn_once(f"generate() runs as stock does, not on paged memory: {report.reason}")
+
+
+def warn_once(message: str) -> None:
+    """Log a warning, unless the same was said before: with other numbers, perhaps."""
+    kind = re.sub(r"\d+", "N", message)
+    if kind not in _warned and not getattr(_latest, "trying", False):
+        _warned.add(kind)
+        _log.warning(message)
+
+
+def forget() -> None:
+    """The calling thread begins a call: the report of the one before is no longer the latest."""
+    _latest.report = None
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 _SHARED = frozenset(vars(nn.Module())) - {"training", "_modules"}  # parameters, buffers, hooks: the same objects
-_NOT_COMPARED = _SHARED | {"training", "_modules", "_compiled_call_impl"}
+_NOT_COMPARED = _SHARED | {"training", "_modules", "_compiled_call_impl", "generate", "generation_config"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _RECORDER = "transformers.utils.output_capturing"  # its hooks stay on once anyone has asked for hidden states
 _FOR_TRAINING = ("make_inputs_require_grads", "make_inputs_require_grad")  # transformers' and PEFT's: no matter here

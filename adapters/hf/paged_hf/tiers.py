@@ -5,13 +5,13 @@ Looked at once for each call, when stock has prepared everything: nothing here r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module
-from transformers import DynamicCache, GenerationMixin
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig
 from transformers.generation import logits_process, stopping_criteria
 
 from paged_hf.shadow import listened_to
@@ -76,7 +76,7 @@ def why_not_native(
         return "beam search without a cache tells nobody which beams go on"
     if getattr(config, "prefill_chunk_size", None) is not None:
         return "prefill_chunk_size is set"
-    if torch.is_autocast_enabled(input_ids.device.type):
+    if any(torch.is_autocast_enabled(device.type) for device in {input_ids.device, model.device}):
         return "autocast is on"
     if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         return f"the prompts are {input_ids.dtype} {list(input_ids.shape)}"
@@ -136,7 +136,8 @@ def may_drop_ended(processors: Sequence[Any], criteria: Sequence[Any], config: A
 
 def prompts_of(given: Tensor, mask: Tensor | None) -> list[Any]:
     """``input_ids [B,L]`` without padding, as lists; or ``inputs_embeds [B,L,hidden]``, as tensors."""
-    rows = list(given) if mask is None else [row[real] for row, real in zip(given, mask != 0, strict=True)]
+    real = None if mask is None else (mask != 0).to(given.device)  # bool [B,L]
+    rows = list(given) if real is None else [row[kept] for row, kept in zip(given, real, strict=True)]
     return rows if given.is_floating_point() else [row.tolist() for row in rows]
 
 
@@ -172,8 +173,17 @@ def _noise_in_training(model: nn.Module) -> str | None:
             return f"dropout ({module.p})"
         if getattr(module, "gradient_checkpointing", False):
             return "gradient checkpointing, with which its layers ignore the cache"
-    for name, value in vars(model.config).items():
-        elsewhere = name.startswith(("summary_", "classifier_"))  # heads of other tasks
-        if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0 and not elsewhere:
-            return f"{name}={value}"
+    for config in _with_parts(model.config):
+        for name, value in vars(config).items():
+            elsewhere = name.startswith(("summary_", "classifier_"))  # heads of other tasks
+            if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0 and not elsewhere:
+                return f"{name}={value}"
     return None
+
+
+def _with_parts(config: Any) -> Iterator[Any]:
+    """A model's config, and those of its parts."""
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PretrainedConfig):
+            yield from _with_parts(value)
