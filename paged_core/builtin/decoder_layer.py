@@ -54,7 +54,9 @@ def decoder_layer_forward(module: nn.Module) -> ModuleForward | None:
         return None
 
 
-def _mixing_attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+def _mixing_attend(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, key_bias: Tensor | None = None
+) -> Tensor:
     """Some function of all three that tells heads and tokens apart."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return q.tanh() * k + v.cumsum(0)

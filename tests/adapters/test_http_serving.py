@@ -421,6 +421,8 @@ def test_tls_is_spoken_with_a_certificate() -> None:
 
 
 def test_without_its_packages_a_server_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("serving", "server"):  # others may have imported them
+        monkeypatch.delattr(f"paged_openai.{name}", raising=False)
     monkeypatch.delitem(sys.modules, "paged_openai.serving", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "paged_openai.server")
