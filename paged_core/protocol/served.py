@@ -25,6 +25,7 @@ PROMPT = {
         {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "integer"}, _TOKEN_IDS]}},
     ]
 }
+_MAX_TEXT = 16_384  # characters of a request's stop strings together: each takes memory of its own
 _ANY_MODEL = ("tgi", "dummy")  # what TGI's clients call it where they weren't told a name
 
 
@@ -154,6 +155,9 @@ class ServedModel:
             ("logprobs", params.logprobs, limits.max_logprobs),
             ("prompt_logprobs", params.prompt_logprobs, limits.max_logprobs),
         )
+        for name, texts in (("stop", params.stop), ("bad_words", params.bad_words)):
+            if sum(map(len, texts)) > _MAX_TEXT:
+                raise ProtocolError(f"the texts of {name} are longer than {_MAX_TEXT} characters together", name)
         for name, value, most in asked:
             if value is not None and most is not None and value > most:
                 raise ProtocolError(f"{name} asks for {value}; this server's limit is {most}", name)

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from paged_torchserve.models import find_model
 from paged_torchserve.opening import _source
+from paged_torchserve.server import _model_name
 from paged_torchserve.settings import Settings, read_settings
 
 from paged_core import ConfigError
@@ -267,3 +268,12 @@ def test_of_several_models_inside_one_must_be_named():
     with pytest.raises(ConfigError, match="say which"):
         find_model(files, files.__getitem__)
     assert find_model(files, files.__getitem__, "b").folder == "b"
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/etc/outside", "org/model", ""])
+def test_a_model_whose_name_would_leave_the_store_is_not_served(tmp_path, name):
+    folder = tmp_path / "odd"
+    (folder / "MAR-INF").mkdir(parents=True)
+    (folder / "MAR-INF" / "MANIFEST.json").write_text(json.dumps({"model": {"modelName": name}}))
+    with pytest.raises(ConfigError, match="make a name"):
+        _model_name(folder)

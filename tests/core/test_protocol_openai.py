@@ -94,6 +94,11 @@ def test_choices_are_numbered_over_prompts_and_samples(alphabet: Alphabet) -> No
     ]  # fmt: skip
 
 
+def test_stop_strings_of_any_length_are_not_taken(alphabet: Alphabet) -> None:
+    with pytest.raises(ProtocolError, match="the texts of stop are longer than 16384 characters together"):
+        complete(alphabet, stop="a" * 20_000)
+
+
 def test_a_stop_string_and_a_stop_token_are_told_apart(alphabet: Alphabet) -> None:
     (choice,) = complete(alphabet, stop=["DE", "x"], max_tokens=20)["choices"]
     assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("BC", "stop", "DE")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from paged_torchserve.archive import MANIFEST
 from paged_torchserve.java import find_java
 
 _POLL_S = 0.2
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LOGGING = Path(__file__).with_name("log4j2.xml")
 
 
@@ -67,6 +69,8 @@ class TorchServe:
         self.options = options or Options()
         self.workdir = workdir.resolve()
         self.models = dict(_model_name(path) for path in archives)
+        if len(self.models) < len(archives):
+            raise ConfigError("two archives bring a model of the same name; register the second one through the API")
         java = find_java(self.options.java)
         temp, store = self.workdir / "tmp", self.workdir / "model-store"
         for folder in (temp, store):
@@ -176,9 +180,12 @@ def _model_name(path: Path) -> tuple[str, Path]:
         else:
             with zipfile.ZipFile(path) as archive:
                 manifest = json.loads(archive.read(MANIFEST))
-        return str(manifest["model"]["modelName"]), path.resolve()
+        name = str(manifest["model"]["modelName"])
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path} is no TorchServe archive: {error!r}") from error
+    if not _NAME.fullmatch(name):  # it becomes a file's name in the model store
+        raise ConfigError(f"{path} calls its model {name!r}; letters, digits, '.', '_' and '-' make a name")
+    return name, path.resolve()
 
 
 def _suffix(archive: Path) -> str:
