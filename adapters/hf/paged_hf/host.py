@@ -57,6 +57,11 @@ class EngineHost:
         self._exiting = False
         self._thread: threading.Thread | None = None
 
+    @property
+    def num_open(self) -> int:
+        """Calls under way."""
+        return len(self._open)
+
     @contextmanager
     def caller(self) -> Iterator[None]:
         """Around whatever a caller's thread does for one generate() call."""
