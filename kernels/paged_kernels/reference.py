@@ -14,16 +14,47 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # what a scaled token's largest magnitude becomes
 
-def store_kv(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
+
+def store_kv(
+    k: Tensor,
+    v: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> None:
     """``k [T,K,D], v [T,K,Dv]`` into ``key_cache [blocks,K,bs,D], value_cache [blocks,K,bs,Dv]``.
 
-    ``slot_mapping i64 [T]`` holds block * bs + offset. Values are rounded to the caches' dtype.
+    ``slot_mapping i64 [T]`` holds block * bs + offset. Values are rounded to the caches' dtype. Caches of int8 or
+    float8_e4m3fn come with ``key_scales, value_scales f32 [blocks,K,bs]``, which are written too: see ``quantize``.
     """
     block_size = key_cache.shape[2]
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
-    key_cache[blocks, :, offsets] = k.to(key_cache.dtype)
-    value_cache[blocks, :, offsets] = v.to(value_cache.dtype)
+    for x, cache, scales in ((k, key_cache, key_scales), (v, value_cache, value_scales)):
+        if scales is None:
+            cache[blocks, :, offsets] = x.to(cache.dtype)
+        else:
+            codes, scale = quantize(x, cache.dtype)
+            # Bits, since not every device can index float8.
+            cache.view(torch.uint8)[blocks, :, offsets] = codes.view(torch.uint8)
+            scales[blocks, :, offsets] = scale
+
+
+def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``x [...,D] -> (codes [...,D] of int8 or float8_e4m3fn, scale f32 [...])``, so that x is about codes * scale.
+
+    The largest magnitude of each row becomes the largest number of ``dtype``, and the rest is rounded, half to even:
+    a row's codes depend on nothing but the row. A row of zeros has the scale 1. One that holds an infinity or a NaN
+    reads as NaN.
+    """
+    x = x.float()
+    scale = x.abs().amax(-1) / LARGEST[dtype]
+    scale = scale.where(scale != 0, 1.0)
+    codes = (x / scale[..., None]).clamp(-LARGEST[dtype], LARGEST[dtype]).nan_to_num(0.0)
+    return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
 
 
 def copy_blocks(caches: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
@@ -45,6 +76,8 @@ def paged_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     key_bias: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of packed queries over the blocks of their own request.
 
@@ -53,8 +86,9 @@ def paged_attention(
     request's n stands at position ``seq_len - n + i`` and sees the keys at ``position - sliding_window < key <=
     position``. A sink is one more logit of its head: it takes a share of the softmax and gives no value. The bias of
     a head and a key's position is added to the score, after softcap (ALiBi, whose slope times the query's position
-    is the same for all keys); P is no less than any ``seq_len``. Slots past ``seq_len``, and blocks that lie wholly
-    before the first query's window, never reach the result.
+    is the same for all keys); P is no less than any ``seq_len``. ``key_scales, value_scales f32 [blocks,K,bs]`` are
+    what ``store_kv`` wrote for quantised caches. Slots past ``seq_len``, and blocks that lie wholly before the first
+    query's window, never reach the result. A request with ``seq_len`` 0 is padding: its rows are zeros.
     """
     num_heads, num_kv_heads = q.shape[1], key_cache.shape[1]
     out = q.new_empty(q.shape[0], num_heads, value_cache.shape[3])
@@ -62,12 +96,14 @@ def paged_attention(
     for r, seq_len in enumerate(seq_lens.tolist()):
         rows = slice(starts[r], starts[r + 1])
         num_queries = rows.stop - rows.start
-        if num_queries == 0:
+        if seq_len == 0:
+            out[rows] = 0
+        if num_queries == 0 or seq_len == 0:
             continue
         first_query = seq_len - num_queries
         first_key = 0 if sliding_window is None else max(0, first_query - sliding_window + 1)
-        keys = _tokens(key_cache, block_tables[r], first_key, seq_len)  # f32 [K, n, D]
-        values = _tokens(value_cache, block_tables[r], first_key, seq_len)  # f32 [K, n, Dv]
+        keys = _tokens(key_cache, key_scales, block_tables[r], first_key, seq_len)  # f32 [K, n, D]
+        values = _tokens(value_cache, value_scales, block_tables[r], first_key, seq_len)  # f32 [K, n, Dv]
         keys = keys.repeat_interleave(num_heads // num_kv_heads, 0)  # [H, n, D]
         values = values.repeat_interleave(num_heads // num_kv_heads, 0)  # [H, n, Dv]
 
@@ -117,11 +153,15 @@ def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
     return indices, maxima
 
 
-def _tokens(cache: Tensor, table: Tensor, start: int, stop: int) -> Tensor:
+def _tokens(cache: Tensor, scales: Tensor | None, table: Tensor, start: int, stop: int) -> Tensor:
     """Tokens start..stop of one request, as float32 ``[K, stop - start, D]``."""
     block_size = cache.shape[2]
     first, last = start // block_size, -(-stop // block_size)
-    blocks = cache[table[first:last].long()].float()  # [blocks, K, bs, D]
+    used = table[first:last].long()
+    if scales is None:
+        blocks = cache[used].float()  # [blocks, K, bs, D]
+    else:
+        blocks = cache.view(torch.uint8)[used].view(cache.dtype).float() * scales[used][..., None]
     tokens = blocks.transpose(0, 1).flatten(1, 2)  # [K, blocks * bs, D]
     offset = first * block_size
     return tokens[:, start - offset : stop - offset]
