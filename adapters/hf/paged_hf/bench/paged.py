@@ -17,13 +17,16 @@ Progress = Callable[[str, int, int], None]
 class Paged:
     """A fresh engine for each run, so that no run finds prefixes that another has cached. Building it isn't timed."""
 
-    def __init__(self, model: Any, config: EngineConfig, progress: Progress | None = None) -> None:
+    def __init__(
+        self, model: Any, config: EngineConfig, progress: Progress | None = None, plugins: Sequence[Any] = ()
+    ) -> None:
         self.model = model
         self.config = config
         self._progress = progress
+        self._plugins = plugins
 
     def run(self, requests: Sequence[BenchRequest], told: Told) -> Run:
-        engine = Engine(self.model, self.config, progress=self._progress)
+        engine = Engine(self.model, self.config, plugins=self._plugins, progress=self._progress)
         self._progress = None  # kernels are compiled once; later engines have nothing to tell
         try:
             _warm_up(engine, requests[0])

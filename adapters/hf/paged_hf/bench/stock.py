@@ -60,8 +60,8 @@ class HFStatic:
         n = batch[0].n
         clock = Clock([request.num_output for request in batch], n, told)
         output = self.model.generate(
-            input_ids,
-            attention_mask=mask,
+            input_ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
             max_new_tokens=max(request.num_output for request in batch),
             do_sample=n > 1,
             num_return_sequences=n,
