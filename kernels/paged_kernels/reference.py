@@ -35,6 +35,8 @@ def store_kv(
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
     for x, cache, scales in ((k, key_cache, key_scales), (v, value_cache, value_scales)):
         if scales is None:
+            if cache.dtype in LARGEST:
+                raise ValueError(f"a cache of {cache.dtype} needs key_scales and value_scales")
             cache[blocks, :, offsets] = x.to(cache.dtype)
         else:
             codes, scale = quantize(x, cache.dtype)
@@ -133,6 +135,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``x, residual [..., N], weight [N] -> (their sum, its norm) [..., N]``: the sum is rounded, then normed."""
+    total = residual + x
+    return total, rms_norm(total, weight, eps)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """``gate, up [..., N] -> silu(gate) * up [..., N]``, the silu rounded to gate's dtype before the product."""
+    return torch.nn.functional.silu(gate) * up
+
+
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate ``q [T,H,D], k [T,K,D]`` in place by ``cos, sin [T,rotary_dim]``: first half with second half, as
     Llama does it. Dimensions past rotary_dim stay as they are."""
@@ -144,6 +157,13 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         part.copy_(part * cos[:, None] + turned * sin[:, None])
 
 
+def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``rotary``, into new contiguous tensors."""
+    q, k = (x.clone(memory_format=torch.contiguous_format) for x in (q, k))
+    rotary(q, k, cos, sin)
+    return q, k
+
+
 def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
     """``logits [S,V] -> (index i64 [S], maximum f32 [S])``. Of equal maxima the first.
 
@@ -151,6 +171,12 @@ def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     maxima, indices = logits.float().max(-1)
     return indices, maxima
+
+
+def top_rows(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``scores f32 [S,V] -> (values f32 [S,k], ids i64 [S,k])`` by (value descending, id ascending). No NaNs."""
+    values, ids = scores.sort(-1, descending=True, stable=True)
+    return values[:, :k], ids[:, :k]
 
 
 def _tokens(cache: Tensor, scales: Tensor | None, table: Tensor, start: int, stop: int) -> Tensor:
