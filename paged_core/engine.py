@@ -405,4 +405,4 @@ def _empty_batch(spec: ModelSpec) -> Batch:
 
     none = torch.empty(0, dtype=torch.int64, device=spec.device)
     metadata = AttentionMetadata(none.int(), none.int(), none.int().view(0, 0), none, 0, 0)
-    return Batch(none, none, metadata, none, (), ())
+    return Batch(none, none, metadata, none, (), (), False)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from paged_core.execution.block_tables import BlockTables
+from paged_core.execution.staging import ship
 from paged_core.scheduling.request import Request
 from paged_core.scheduling.schedule import Schedule, ScheduledChunk
 
@@ -45,10 +46,11 @@ class Batch:
     sample_indices: Tensor  # int64 [S + P]  tokens whose logits are wanted: sampled rows, then prompt_rows'
     sample_requests: tuple[Request, ...]  # S rows, siblings of a fork side by side
     prompt_rows: tuple[PromptRows, ...]  # P positions together
+    decode: bool  # every request computes one token that it was given by a step before, and samples: T = R = S, P = 0
 
 
 class BatchBuilder:
-    """Builds batches. Keeps each request's block table as a tensor row from step to step, and appends to it.
+    """Builds batches: all integers of a step travel to the device in one copy.
 
     Args:
         block_size: slots in a block.
@@ -58,10 +60,7 @@ class BatchBuilder:
     def __init__(self, block_size: int, device: torch.device) -> None:
         self._block_size = block_size
         self._device = device
-        # On the host and in numpy: gathering a few rows is no work to wake a pool of threads for.
-        self._tables = np.zeros((0, 0), dtype=np.int32)
-        self._rows: dict[Request, _Row] = {}
-        self._spare: list[int] = []
+        self._tables = BlockTables(device)
 
     def build(self, schedule: Schedule) -> Batch:
         """The batch of a schedule that has at least one chunk."""
@@ -72,6 +71,7 @@ class BatchBuilder:
         sample_indices: list[int] = []
         sample_requests: list[Request] = []
         size = self._block_size
+        decode = True
         for request, start, num_tokens, samples in schedule.chunks:
             end = start + num_tokens
             table = request.block_table
@@ -83,9 +83,10 @@ class BatchBuilder:
                 token_ids += request.tokens[start:end]
                 positions += range(start, end)
                 slots += [table[p // size] * size + p % size for p in range(start, end)]
-            rows.append(self._row(request))
+            rows.append(self._tables.row(request))
             seq_lens.append(end)
             query_starts.append(len(token_ids))
+            decode = decode and start >= request.num_prompt and num_tokens == len(samples) == 1
             if samples:
                 sample_indices += [len(token_ids) - 1] * len(samples)
                 sample_requests += samples
@@ -93,65 +94,24 @@ class BatchBuilder:
         for index, chunk_rows in prompt_rows:
             first = query_starts[index] + chunk_rows.start - schedule.chunks[index].start
             sample_indices += range(first, first + chunk_rows.num)
+        places, blocks = self._tables.news()
+        longs = [(values, torch.int64) for values in (token_ids, positions, slots, sample_indices, places)]
+        ints = [(values, torch.int32) for values in (query_starts, seq_lens, rows, blocks)]
+        ids, at, slot_mapping, wanted, table_places, starts, lens, table_rows, table_blocks = ship(
+            [*longs, *ints], self._device
+        )
         max_seq_len = max(seq_lens)
-        tables = torch.from_numpy(self._tables[rows, : -(-max_seq_len // size)])  # int32 [R,B]
+        tables = self._tables.gather(table_places, table_blocks, table_rows, -(-max_seq_len // size))  # int32 [R,B]
+        max_query_len = max(chunk.num_tokens for chunk in schedule.chunks)
         return Batch(
-            self._long(token_ids),
-            self._long(positions),
-            AttentionMetadata(
-                torch.tensor(query_starts, dtype=torch.int32, device=self._device),
-                torch.tensor(seq_lens, dtype=torch.int32, device=self._device),
-                tables.to(self._device),
-                self._long(slots),
-                max(c.num_tokens for c in schedule.chunks),
-                max_seq_len,
-            ),
-            self._long(sample_indices),
+            ids,
+            at,
+            AttentionMetadata(starts, lens, tables, slot_mapping, max_query_len, max_seq_len),
+            wanted,
             tuple(sample_requests),
             tuple(chunk_rows for _, chunk_rows in prompt_rows),
+            decode,
         )
-
-    def _long(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
-
-    def _row(self, request: Request) -> int:
-        """The row of ``_tables`` that holds this request's block table, brought up to date."""
-        row = self._rows.get(request)
-        table = request.block_table
-        if row is None:
-            row = self._rows[request] = _Row(self._take_row())
-        if row.version != request.table_version:
-            row.version, row.length = request.table_version, 0
-        if row.length < len(table):
-            if len(table) > self._tables.shape[1]:
-                self._grow(self._tables.shape[0], max(2 * self._tables.shape[1], len(table), 16))
-            self._tables[row.index, row.length : len(table)] = table[row.length :]
-            row.length = len(table)
-        return row.index
-
-    def _take_row(self) -> int:
-        if not self._spare:
-            gone = [request for request in self._rows if not request.block_table]
-            self._spare = [self._rows.pop(request).index for request in gone]
-        if not self._spare:
-            num_rows = self._tables.shape[0]
-            self._grow(max(2 * num_rows, 16), self._tables.shape[1])
-            self._spare = list(range(num_rows, self._tables.shape[0]))
-        return self._spare.pop()
-
-    def _grow(self, num_rows: int, num_columns: int) -> None:
-        old = self._tables
-        self._tables = np.zeros((num_rows, num_columns), dtype=np.int32)
-        self._tables[: old.shape[0], : old.shape[1]] = old
-
-
-class _Row:
-    __slots__ = ("index", "length", "version")
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.version = -1
-        self.length = 0  # entries already written
 
 
 def _prompt_rows(chunks: Sequence[ScheduledChunk]) -> list[tuple[int, PromptRows]]:

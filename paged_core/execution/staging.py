@@ -1,0 +1,36 @@
+"""Integers of the host on their way to the device: one copy for all of a step's.
+
+Knows lists and tensors; knows nothing of what the integers mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Field = tuple[Sequence[int], torch.dtype]
+"""Values, and whether they arrive as int64 or int32."""
+
+
+def ship(fields: Sequence[Field], device: torch.device) -> list[Tensor]:
+    """Each field as a tensor ``[len(values)]`` on ``device``; together they take one copy, which nobody waits for.
+
+    The tensors are views of one piece of memory. On a CPU that is where the values were written: nothing is copied.
+    """
+    sizes = [len(values) if dtype is torch.int64 else -(-len(values) // 2) for values, dtype in fields]  # in words
+    # Pinned memory of torch's caching allocator: it isn't given out again before the copy has read it.
+    words = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
+    host, offset = words.numpy(), 0
+    for (values, dtype), size in zip(fields, sizes, strict=True):
+        part = host[offset : offset + size]
+        if dtype is torch.int32:
+            part = part.view("int32")[: len(values)]
+        part[:] = values
+        offset += size
+    parts = torch.split(words.to(device, non_blocking=True), sizes)
+    return [
+        part if dtype is torch.int64 else part.view(torch.int32)[: len(values)]
+        for part, (values, dtype) in zip(parts, fields, strict=True)
+    ]
