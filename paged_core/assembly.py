@@ -54,6 +54,11 @@ def create_backend(
         raise UnsupportedModel(
             f"no attention backend called {name!r} can run this model; loaded plugins: {describe(manager)}"
         )
+    if _cache_dtype(config, spec) in kv_cache.QUANTIZED and not getattr(backend, "reads_scales", False):
+        raise ConfigError(
+            f"attention backend {backend.name!r} does not read the scales of a K/V cache in {config.kv_cache_dtype}; "
+            "leave kv_cache_dtype out, or set attention_backend to one that does (reference runs every model)"
+        )
     if hasattr(backend, "warm_up"):
         backend.warm_up(progress or _show)
     return backend  # type: ignore[no-any-return]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from paged_core.errors import ConfigError
 
+KV_CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")  # the last two with scales
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -21,7 +23,7 @@ class EngineConfig:
     num_blocks: int | None = None  # blocks in the cache; None: as many as kv_cache_bytes holds
     kv_cache_bytes: int | None = None  # None: a quarter of the device's free memory, at most 4 GiB
     kv_cache_slab_bytes: int | None = None  # memory that the cache takes at a time; None: all of it at once
-    kv_cache_dtype: str | None = None  # "float32", "bfloat16", "float16"; None: the model's
+    kv_cache_dtype: str | None = None  # one of KV_CACHE_DTYPES; None: the model's
     max_num_seqs: int | None = None  # requests running at once; None: half the tokens a step, at most 256
     max_num_batched_tokens: int | None = None  # tokens a step; None: 64 a thread (128 to 2048) on a CPU, 8192 on a GPU
     max_model_len: int | None = None  # tokens in a sequence; None: the model's limit
@@ -48,8 +50,8 @@ class EngineConfig:
         )
         if not 0 <= self.watermark < 1:
             raise ConfigError(f"watermark is {self.watermark}; it must be at least 0 and below 1")
-        if self.kv_cache_dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ConfigError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; use float32, bfloat16, float16 or None")
+        if self.kv_cache_dtype not in (None, *KV_CACHE_DTYPES):
+            raise ConfigError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; use {', '.join(KV_CACHE_DTYPES)} or None")
         budget = self.max_num_batched_tokens
         if budget is not None and self.max_num_seqs is not None and budget < self.max_num_seqs:
             raise ConfigError(

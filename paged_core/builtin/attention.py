@@ -52,6 +52,7 @@ class ReferenceBackend:
     """Attention in plain torch, on any device: the answer the others are held against."""
 
     name = "reference"
+    reads_scales = True
 
     def __init__(self, spec: ModelSpec) -> None:
         from paged_kernels import reference
@@ -76,7 +77,8 @@ class ReferenceBackend:
         meta, facts = self._metadata, self._layers[layer]
         assert meta is not None, "plan() comes before run()"
         keys, values = cache.keys[layer], cache.values[layer]
-        self._ops.store_kv(k, v, keys, values, meta.slot_mapping.to(keys.device))
+        scales = cache.scales(layer)
+        self._ops.store_kv(k, v, keys, values, meta.slot_mapping.to(keys.device), *scales)
         out: Tensor = self._ops.paged_attention(
             q,
             keys,
@@ -89,11 +91,12 @@ class ReferenceBackend:
             facts.softcap,
             sinks,
             key_bias,
+            *scales,
         )
         return out
 
     def copy_blocks(self, cache: KVCache, pairs: Sequence[tuple[int, int]]) -> None:
-        self._ops.copy_blocks((*cache.keys, *cache.values), pairs)
+        self._ops.copy_blocks(cache.tensors, pairs)
 
 
 class CpuBackend:
@@ -146,4 +149,4 @@ class CpuBackend:
         return out
 
     def copy_blocks(self, cache: KVCache, pairs: Sequence[tuple[int, int]]) -> None:
-        self._ops.copy_blocks((*cache.keys, *cache.values), pairs)
+        self._ops.copy_blocks(cache.tensors, pairs)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from paged_core.execution.model import ModelSpec
 
+QUANTIZED = (torch.int8, torch.float8_e4m3fn)  # cache dtypes that come with a scale for each token and kv head
+
 
 @dataclass(frozen=True)
 class KVCache:
@@ -24,21 +26,34 @@ class KVCache:
 
     The tensor objects stay the same for the cache's life. If ``max_blocks`` is set, their first axis and their
     addresses change between steps, as memory is taken and given back.
+
+    A quantised cache also has scales: a token's keys of one kv head are ``keys * key_scales``.
     """
 
     keys: tuple[Tensor, ...]  # L of [num_blocks + 1, K, block_size, D]
     values: tuple[Tensor, ...]  # L of [num_blocks + 1, K, block_size, Dv]
     block_size: int
     max_blocks: int | None = None  # usable blocks that it may grow to; None: it keeps the size that it was made with
+    key_scales: tuple[Tensor, ...] = ()  # L of f32 [num_blocks + 1, K, block_size] if quantised, else none
+    value_scales: tuple[Tensor, ...] = ()  # the same
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that a block consists of: tensors ``[num_blocks + 1, ...]``."""
+        return (*self.keys, *self.values, *self.key_scales, *self.value_scales)
 
     @property
     def num_blocks(self) -> int:
         """Usable blocks that have memory."""
-        return self.values[-1].shape[0] - 1  # the last tensor to grow: all of them have as many
+        return self.tensors[-1].shape[0] - 1  # the last tensor to grow: all of them have as many
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    def scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """A layer's scales of keys and of values; Nones if the cache is not quantised."""
+        return (self.key_scales[layer], self.value_scales[layer]) if self.key_scales else (None, None)
 
     def grow(self, num_blocks: int) -> None:
         """Have at least ``num_blocks`` usable blocks. What the blocks hold stays.
@@ -48,32 +63,37 @@ class KVCache:
         if self.max_blocks is None or num_blocks <= self.num_blocks:
             return
         assert num_blocks <= self.max_blocks, "the pool never hands out more"
-        for tensor in (*self.keys, *self.values):
+        for tensor in self.tensors:
             tensor.resize_(num_blocks + 1, *tensor.shape[1:])
 
     def release(self) -> None:
         """Give all memory back, if the cache can grow again. What the blocks held is lost."""
         if self.max_blocks is not None:
-            for tensor in (*self.keys, *self.values):
+            for tensor in self.tensors:
                 fresh = _room(self.max_blocks, 0, tensor.shape[1:], tensor.dtype, tensor.device)
                 tensor.set_(fresh.untyped_storage(), 0, fresh.shape, fresh.stride())
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def read(self, block_table: Sequence[int], num_tokens: int) -> list[tuple[Tensor, Tensor]]:
-        """Copies of each layer's ``(k [K, num_tokens, D], v [K, num_tokens, Dv])``; zeros where the table holds the
-        null block."""
+        """Copies of each layer's ``(k [K, num_tokens, D], v [K, num_tokens, Dv])``, as float32 if the cache is
+        quantised; zeros where the table holds the null block."""
         blocks = torch.tensor(block_table[: -(-num_tokens // self.block_size)], dtype=torch.int64)
-        return [
-            (_gather(k, blocks, num_tokens), _gather(v, blocks, num_tokens))
-            for k, v in zip(self.keys, self.values, strict=True)
-        ]
+        found = []
+        for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
+            key_scales, value_scales = self.scales(layer)
+            found.append((_gather(k, key_scales, blocks, num_tokens), _gather(v, value_scales, blocks, num_tokens)))
+        return found
 
 
 def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
     """Bytes that one block takes in all layers together."""
-    floats = sum(layer.num_kv_heads * (layer.head_dim + layer.value_head_dim) for layer in spec.layers)
-    return floats * block_size * dtype.itemsize
+    scale_bytes = torch.float32.itemsize if dtype in QUANTIZED else 0
+    token_bytes = sum(
+        layer.num_kv_heads * ((layer.head_dim + layer.value_head_dim) * dtype.itemsize + 2 * scale_bytes)
+        for layer in spec.layers
+    )
+    return token_bytes * block_size
 
 
 def allocate(
@@ -85,12 +105,15 @@ def allocate(
     Uninitialised: no slot is read before it was written, and on a CPU pages that are never used cost nothing.
     """
     most = max(num_blocks, max_blocks or 0)
-    keys, values = [], []
+    keys, values, scales = [], [], []
     for layer in spec.layers:
         shape = (layer.num_kv_heads, block_size)
         keys.append(_room(most, num_blocks, (*shape, layer.head_dim), dtype, layer.device))
         values.append(_room(most, num_blocks, (*shape, layer.value_head_dim), dtype, layer.device))
-    return KVCache(tuple(keys), tuple(values), block_size, most)
+        if dtype in QUANTIZED:
+            scales.append([_room(most, num_blocks, shape, torch.float32, layer.device) for _ in range(2)])
+    key_scales, value_scales = tuple(zip(*scales, strict=True)) or ((), ())
+    return KVCache(tuple(keys), tuple(values), block_size, most, key_scales, value_scales)
 
 
 def free_memory(device: torch.device) -> int:
@@ -108,10 +131,12 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
-def _gather(cache: Tensor, blocks: Tensor, num_tokens: int) -> Tensor:
+def _gather(cache: Tensor, scales: Tensor | None, blocks: Tensor, num_tokens: int) -> Tensor:
     """``cache [num_blocks + 1, K, block_size, D], blocks i64 [B] -> [K, num_tokens, D]``."""
     blocks = blocks.to(cache.device)
     found = cache[blocks]  # [B, K, block_size, D]
+    if scales is not None:
+        found = found.float() * scales[blocks][..., None]
     found[blocks == 0] = 0
     return found.transpose(0, 1).flatten(1, 2)[:, :num_tokens].contiguous()
 

@@ -104,7 +104,11 @@ class EmbeddingModel(Protocol):
 
 
 class AttentionBackend(Protocol):
-    """Attention over paged K/V. Planned once a step, run once a layer."""
+    """Attention over paged K/V. Planned once a step, run once a layer.
+
+    One that stores and reads quantised caches with their scales says ``reads_scales = True``; others aren't given
+    such a cache.
+    """
 
     name: str
 
