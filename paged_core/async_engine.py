@@ -74,6 +74,7 @@ class AsyncEngine:
         self._ids: set[str] = set()  # of requests that have not ended
         self._numbers = itertools.count()
         self._running: dict[str, _Submit] = {}  # the stepping thread's own
+        self._began: float | None = None  # when it took up what it is at; None: it waits for something to do
         _OPEN.add(self)
 
     @property
@@ -84,6 +85,13 @@ class AsyncEngine:
     def alive(self) -> bool:
         """Whether it takes requests: it has not failed and isn't closed."""
         return self._dead is None and not self._closed
+
+    @property
+    def busy_s(self) -> float:
+        """How long the stepping thread has been at its present step or command; 0 while it has nothing to do. A step
+        that never ends shows here."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     def submit(self, prompt: Any, params: SamplingParams | None = None, request_id: str | None = None) -> Stream:
         """Queue a prompt (a string, token ids or chat messages). Callable from any thread and inside event loops; the
@@ -123,8 +131,12 @@ class AsyncEngine:
             self._commands.put(_Look(function, answer))
         return answer
 
-    def close(self) -> None:
-        """Abort what runs (every stream gets its final delta), end the thread, close the engine. May be repeated."""
+    def close(self, timeout: float | None = None) -> None:
+        """Abort what runs (every stream gets its final delta), end the thread, close the engine. May be repeated.
+
+        Raises:
+            TimeoutError: the step under way did not end in ``timeout`` seconds; the rest follows when it does.
+        """
         with self._lock:
             first, self._closed = not self._closed, True
             thread = self._thread
@@ -134,7 +146,9 @@ class AsyncEngine:
             if first:
                 self.engine.close()
         elif thread is not threading.current_thread():
-            thread.join()
+            thread.join(timeout)
+            if thread.is_alive():
+                raise TimeoutError(f"the engine's step has not ended in {timeout:g} s")
 
     def __enter__(self) -> AsyncEngine:
         return self
@@ -168,6 +182,7 @@ class AsyncEngine:
         try:
             while self._obey():
                 if self.engine.has_work:
+                    self._began = time.monotonic()
                     self._deliver(self.engine.step())
             self._abort_all()
             self.engine.close()
@@ -177,7 +192,9 @@ class AsyncEngine:
     def _obey(self) -> bool:
         """Carry out the commands that have come; when there is nothing else to do, wait for one. False: close."""
         while not self._commands.empty() or not self.engine.has_work:
+            self._began = None
             command = self._commands.get()
+            self._began = time.monotonic()
             if isinstance(command, _Close):
                 return False
             if isinstance(command, _Cancel):
