@@ -175,7 +175,7 @@ def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def top_rows(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """``scores f32 [S,V] -> (values f32 [S,k], ids i64 [S,k])`` by (value descending, id ascending). No NaNs."""
-    values, ids = scores.sort(-1, descending=True, stable=True)
+    values, ids = scores.sort(dim=-1, descending=True, stable=True)
     return values[:, :k], ids[:, :k]
 
 
