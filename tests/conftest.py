@@ -1,5 +1,12 @@
-"""One thread for the tests' small tensors: two threads that wait for each other on a busy machine take far longer."""
+"""One thread for the tests' small tensors: two threads that wait for each other on a busy machine take far longer.
+
+Where there is no GPU, Triton's kernels are interpreted. Triton asks for that when it is imported, so it is said here.
+"""
+
+import os
 
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
