@@ -12,8 +12,10 @@ import torch
 from paged_core.config import EngineConfig
 from paged_core.errors import ConfigError, PluginError, UnsupportedModel
 from paged_core.execution import kv_cache
+from paged_core.execution.graphs import CudaRecorder, DecodeGraphs, Record
 from paged_core.execution.kv_cache import KVCache
 from paged_core.execution.model import AcceleratedModel, AttentionBackend, ModelSpec, PagedModel, TokenSelector
+from paged_core.execution.model_runner import ModelRunner
 from paged_core.plugins import Plugins, describe
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.schedule import Limits
@@ -21,6 +23,9 @@ from paged_core.scheduling.scheduler import Scheduler
 
 Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``, called while an engine is being built."""
+
+RECORDERS: dict[str, Callable[[torch.device], Record]] = {"cuda": CudaRecorder}
+"""By type of device: what makes a graph of a decode step."""
 
 
 def load_model(manager: Plugins, model: Any, device: str | None, dtype: str | None) -> PagedModel:
@@ -100,6 +105,34 @@ def create_cache(manager: Plugins, spec: ModelSpec, config: EngineConfig) -> KVC
         return cache  # type: ignore[no-any-return]
     dtype = _cache_dtype(config, spec)
     return kv_cache.allocate(spec, _slab(spec, config), config.block_size, dtype, max_blocks=config.num_blocks)
+
+
+def create_runner(
+    manager: Plugins, model: PagedModel, backend: AttentionBackend, config: EngineConfig, progress: Progress | None
+) -> ModelRunner:
+    """The runner on its K/V cache, its graphs captured."""
+    cache = create_cache(manager, model.spec, config)
+    runner = ModelRunner(model, backend, cache, create_graphs(model.spec, config, backend))
+    runner.warm_up(progress or _show)
+    return runner
+
+
+def create_graphs(spec: ModelSpec, config: EngineConfig, backend: AttentionBackend) -> DecodeGraphs | None:
+    """Graphs of decode steps, if the config wants them, or leaves it to us and they can be."""
+    obstacle = None
+    if spec.device.type not in RECORDERS:
+        obstacle = f"the model is on {spec.device}, not on a CUDA device"
+    elif any(layer.device != spec.device for layer in spec.layers):
+        obstacle = "the model's layers are on several devices"
+    elif not getattr(backend, "capturable", False):
+        obstacle = f"attention backend {backend.name!r} can't be captured"
+    if config.cuda_graphs and obstacle:
+        raise ConfigError(f"cuda_graphs is True, but {obstacle}; leave it out, and they are used where they can be")
+    if obstacle or config.cuda_graphs is False:
+        return None
+    assert config.max_num_seqs and config.max_model_len and config.block_size, "see resolve"
+    sizes = (config.max_num_seqs, config.max_model_len, config.block_size)
+    return DecodeGraphs(*sizes, spec.device, lambda: RECORDERS[spec.device.type](spec.device))
 
 
 def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:

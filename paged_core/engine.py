@@ -23,7 +23,6 @@ from paged_core.errors import EngineDeadError
 from paged_core.execution.batch import Batch, BatchBuilder
 from paged_core.execution.beam_search import BeamSearch
 from paged_core.execution.model import AcceleratedModel, EmbeddingModel, ModelSpec, TokenSelector
-from paged_core.execution.model_runner import ModelRunner
 from paged_core.plugins import load_plugins
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.request import (
@@ -82,7 +81,8 @@ class Engine:
         assembly.accelerate(self._manager, self._model, config)
         self._scheduler = assembly.create_scheduler(self._manager, self.spec, config)
         self._pool = self._scheduler.pool
-        self._runner = ModelRunner(self._model, self._backend, assembly.create_cache(self._manager, self.spec, config))
+        self._runner = assembly.create_runner(self._manager, self._model, self._backend, config, progress)
+        self._num_compiles = self._runner.num_compiles
         self._builder = BatchBuilder(self._block_size, self.spec.device)
         self._seeds = random.Random(self.config.seed)
         self._requests: dict[str, list[Request]] = {}  # by id: the rows that have not ended
@@ -242,7 +242,7 @@ class Engine:
             if chunk.request.finished:
                 continue
             try:
-                self._runner.run(self._builder.build(Schedule([chunk], (), ())))
+                self._runner.run(self._builder.build(Schedule([chunk], (), ())), eager=True)
                 sound.append(chunk)
             except Exception as own_error:
                 message = f"the model failed on this request: {own_error!r}"
@@ -252,7 +252,7 @@ class Engine:
             return remaining, _empty_batch(self.spec), torch.empty(0, self.spec.vocab_size)
         batch = self._builder.build(remaining)
         try:
-            return remaining, batch, self._runner.run(batch)
+            return remaining, batch, self._runner.run(batch, eager=True)
         except Exception:  # sound alone, failing together: nobody's fault that we could tell
             self._dead = f"the model fails on batches: {error!r}"
             raise EngineDeadError(self._dead) from error
@@ -319,6 +319,7 @@ class Engine:
             total_preemptions=scheduler.num_preemptions,
             total_prefix_queries=scheduler.num_prefix_queries,
             total_prefix_hits=scheduler.num_prefix_hits,
+            total_late_compiles=self._runner.num_compiles - self._num_compiles,
         )
         self._observe("on_step_finished", stats=self.last_stats)
 
@@ -384,6 +385,7 @@ class Engine:
         if isinstance(self._model, AcceleratedModel) and not (self._refreshed and self._requests):
             if self._model.refresh():
                 self._scheduler.forget_cached()
+                self._runner.drop_graphs()
             self._refreshed = True
 
 

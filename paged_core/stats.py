@@ -23,6 +23,7 @@ class StepStats(NamedTuple):
     total_preemptions: int
     total_prefix_queries: int  # prompt tokens looked up in the prefix cache
     total_prefix_hits: int  # and found there
+    total_late_compiles: int = 0  # graphs captured and kernels compiled since the engine was built: a step waited
 
     @property
     def kv_cache_usage(self) -> float:

@@ -107,7 +107,9 @@ class AttentionBackend(Protocol):
     """Attention over paged K/V. Planned once a step, run once a layer.
 
     One that stores and reads quantised caches with their scales says ``reads_scales = True``; others aren't given
-    such a cache.
+    such a cache. One whose ``plan`` and ``run`` never wait for the device says ``capturable = True``: decode steps are
+    then replayed as CUDA graphs, where a row of padding has a ``seq_lens`` of 0 and ``max_seq_len`` is a bound. One
+    that compiles kernels may count them in ``num_compiles``.
     """
 
     name: str

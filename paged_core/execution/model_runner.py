@@ -2,36 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from paged_core.execution.batch import Batch
+from paged_core.execution.graphs import DecodeGraphs
 from paged_core.execution.kv_cache import KVCache
 from paged_core.execution.model import AttentionBackend, PagedModel
 from paged_core.scheduling.schedule import BlockMove
 
 
 class ModelRunner:
-    """Runs batches of one model on one K/V cache."""
+    """Runs batches of one model on one K/V cache. ``graphs``: decode batches are replayed through them."""
 
-    def __init__(self, model: PagedModel, backend: AttentionBackend, cache: KVCache) -> None:
+    def __init__(
+        self, model: PagedModel, backend: AttentionBackend, cache: KVCache, graphs: DecodeGraphs | None = None
+    ) -> None:
         self._model = model
         self._backend = backend
         self._cache = cache
+        self._graphs = graphs
 
     @property
     def cache(self) -> KVCache:
         return self._cache
 
+    @property
+    def num_compiles(self) -> int:
+        """Graphs captured and kernels compiled so far."""
+        captures = self._graphs.num_captures if self._graphs is not None else 0
+        return captures + int(getattr(self._backend, "num_compiles", 0))
+
+    @torch.inference_mode()
+    def warm_up(self, progress: Callable[[str, int, int], None]) -> None:
+        """Capture every graph now. Not on a cache that will grow: its addresses will change, and graphs hold them."""
+        if self._graphs is not None and self._cache.num_blocks == (self._cache.max_blocks or self._cache.num_blocks):
+            self._graphs.warm_up(self._forward, progress)
+
     def grow(self, num_blocks: int) -> None:
         """Have memory for as many blocks as the pool hands out. Once per schedule, before its moves."""
-        self._cache.grow(num_blocks)
+        if num_blocks > self._cache.num_blocks:
+            self._cache.grow(num_blocks)
+            self.drop_graphs()
 
     def release(self) -> None:
         """Give the cache's memory back. No block may be in use."""
+        self.drop_graphs()
         self._cache.release()
+
+    def drop_graphs(self) -> None:
+        """What graphs were captured from has changed or moved: weights, modules, the cache."""
+        if self._graphs is not None:
+            self._graphs.drop()
 
     def move_blocks(self, moves: Sequence[BlockMove]) -> None:
         """Carry out a schedule's block moves, in order. Once per schedule, before its batch runs."""
@@ -39,8 +63,18 @@ class ModelRunner:
             self._backend.copy_blocks(self._cache, [(move.source, move.target) for move in moves])
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> Tensor:
-        """Logits ``[S + P, vocab]`` of the batch's sample_indices. May be repeated: K/V slots are just rewritten."""
+    def run(self, batch: Batch, *, eager: bool = False) -> Tensor:
+        """Logits ``[S + P, vocab]`` of the batch's sample_indices; ``eager``: through no graph. May be repeated: K/V
+        slots are just rewritten."""
+        if self._graphs is not None and batch.decode and not eager:
+            logits = self._graphs.run(batch, self._forward)
+            if logits is not None:
+                # A request's own selector may keep them beyond the next step.
+                kept = any(request.selector is not None for request in batch.sample_requests)
+                return logits.clone() if kept else logits
+        return self._forward(batch)
+
+    def _forward(self, batch: Batch) -> Tensor:
         self._backend.plan(batch.attention)
         return self._model.forward(batch.token_ids, batch.positions, self._attend, batch.sample_indices)
 

@@ -1,0 +1,164 @@
+"""Decode steps as CUDA graphs: what the host says once is replayed for every step of the same shape.
+
+A graph reads and writes fixed memory. So each is captured for a number of rows and a longest sequence, over static
+inputs; a step is copied into the inputs of the smallest graph that holds it, and rows to spare are padding: token 0 at
+position 0, no keys, its K/V into the null block. This file knows batches. It knows neither models nor kernels.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from paged_core.execution.batch import AttentionMetadata, Batch
+
+Record = Callable[[Callable[[], None]], Callable[[], None]]
+"""Runs some work on the device and captures it; what it returns does the same again, on the same memory."""
+Forward = Callable[[Batch], Tensor]
+
+_log = logging.getLogger("paged_core")
+
+
+class DecodeGraphs:
+    """The graphs of one model on one cache.
+
+    Args:
+        max_rows: rows of the largest step.
+        max_seq_len: tokens of the longest sequence.
+        block_size: slots in a block.
+        device: where the model wants its tensors.
+        recorder: makes a Record; graphs of one Record share memory.
+    """
+
+    def __init__(
+        self, max_rows: int, max_seq_len: int, block_size: int, device: torch.device, recorder: Callable[[], Record]
+    ) -> None:
+        self.num_captures = 0
+        self._sizes = row_classes(max_rows)
+        self._lengths = length_classes(max_seq_len)
+        self._recorder = recorder
+        self._record: Record | None = recorder()  # None: the model can't be captured
+        self._replays: dict[tuple[int, int], Callable[[], None]] = {}  # (rows, longest sequence) -> its graph
+        rows = self._sizes[-1]
+        self._inputs = torch.zeros(3, rows, dtype=torch.int64, device=device)
+        self._ids, self._positions, self._slots = self._inputs.unbind()
+        self._seq_lens = torch.zeros(rows, dtype=torch.int32, device=device)
+        self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self._indices = torch.arange(rows, device=device)
+        self._tables = {
+            length: torch.zeros(rows, -(-length // block_size), dtype=torch.int32, device=device)
+            for length in self._lengths
+        }
+        self._logits: Tensor | None = None  # [rows, vocab], of whichever graph ran last
+
+    def warm_up(self, forward: Forward, progress: Callable[[str, int, int], None]) -> None:
+        """Capture all of them, the largest first: the others then fit into its memory."""
+        keys = [(size, length) for size in reversed(self._sizes) for length in reversed(self._lengths)]
+        self._pad(0)
+        for done, key in enumerate(keys):
+            progress("capturing decode steps", done, len(keys))
+            self._capture(key, forward)
+        progress("capturing decode steps", len(keys), len(keys))
+
+    def run(self, batch: Batch, forward: Forward) -> Tensor | None:
+        """Logits ``[S, vocab]`` of a decode batch, which the next run overwrites. None: it can't be captured."""
+        num, longest = len(batch.sample_requests), batch.attention.max_seq_len
+        key = self._sizes[bisect_left(self._sizes, num)], self._lengths[bisect_left(self._lengths, longest)]
+        if self._record is None:
+            return None
+        self._fill(batch, num, self._tables[key[1]])
+        if key not in self._replays:
+            self._capture(key, forward)
+        if self._record is None or self._logits is None:
+            return None
+        self._replays[key]()
+        return self._logits[:num]
+
+    def drop(self) -> None:
+        """Forget all graphs: weights, modules or the cache have moved. They are captured anew when they are needed."""
+        if self._record is not None:
+            self._replays.clear()
+            self._record = self._recorder()
+
+    def _capture(self, key: tuple[int, int], forward: Forward) -> None:
+        if self._record is None:
+            return
+        static = self._static(*key)
+
+        def work() -> None:
+            logits = forward(static)
+            if self._logits is None:
+                self._logits = logits.new_empty(len(self._indices), logits.shape[1])
+            # Into memory that all share: else each graph would keep logits of its own.
+            self._logits[: len(logits)].copy_(logits)
+
+        try:
+            self._replays[key] = self._record(work)
+            self.num_captures += 1
+        except Exception as error:  # a forward that waits for the device, for instance
+            _log.warning("decode steps run without CUDA graphs, for this model can't be captured: %s", error)
+            self._record = None
+            self._replays.clear()
+
+    def _static(self, size: int, length: int) -> Batch:
+        tables, slots = self._tables[length][:size], self._slots[:size]
+        attention = AttentionMetadata(self._starts[: size + 1], self._seq_lens[:size], tables, slots, 1, length)
+        return Batch(self._ids[:size], self._positions[:size], attention, self._indices[:size], (), (), True)
+
+    def _fill(self, batch: Batch, num: int, tables: Tensor) -> None:
+        meta = batch.attention
+        self._ids[:num].copy_(batch.token_ids)
+        self._positions[:num].copy_(batch.positions)
+        self._slots[:num].copy_(meta.slot_mapping)
+        self._seq_lens[:num].copy_(meta.seq_lens)
+        tables[:num, : meta.block_tables.shape[1]].copy_(meta.block_tables)
+        self._pad(num)
+
+    def _pad(self, num: int) -> None:
+        """Make padding of all rows from ``num`` on. Else they would write over what earlier steps have stored."""
+        self._inputs[:, num:].zero_()
+        self._seq_lens[num:].zero_()
+
+
+class CudaRecorder:
+    """Captures CUDA graphs into one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        with torch.cuda.device(self._device):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                work()  # what is made once (workspaces, compiled kernels) is made now
+            torch.cuda.current_stream().wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads of this process may go on using the device meanwhile.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                work()
+        return graph.replay
+
+
+def row_classes(most: int) -> list[int]:
+    """1, 2, 4, 8, 16, 24, ... up to ``most``: at most a quarter of a large step is padding."""
+    sizes, size = [], 1
+    while size < most:
+        sizes.append(size)
+        size = 2 * size if size < 8 else size + max(8, 1 << (size.bit_length() - 3))
+    return [*sizes, most]
+
+
+def length_classes(most: int) -> list[int]:
+    """1,024, 4,096, ... up to ``most``: a launch's grid covers the longest, and empty programs take time too."""
+    lengths, length = [], 1024
+    while length < most:
+        lengths.append(length)
+        length *= 4
+    return [*lengths, most]
