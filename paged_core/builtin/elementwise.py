@@ -1,6 +1,7 @@
 """Forwards for what stands between the products: norms, and attention modules that rotate their queries and keys.
 
-This file knows torch modules and functions by what they compute, tried on random numbers. It never writes to one.
+This file knows torch modules and functions by what they compute, tried on random numbers. It never writes to one. How a
+norm or a rotation is known is the same on every device; the forwards of norms here are a CPU's.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import copy
 import inspect
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +19,13 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from paged_core.execution.model import ModuleForward
 
+Rotated = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""``q [T,H,D], k [T,K,D], cos [T,D], sin [T,D] -> (q, k)``, into new tensors."""
+
 _ROWS = 5
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # of the largest value, for sums in another order
-_CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # where only the last bit may differ
+_DTYPES = (torch.float32, torch.bfloat16)  # that the CPU's kernels know
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest value, for other orders
+CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # where only the last bit may differ
 _ROTATES = "apply_rotary_pos_emb"  # (q [B,H,T,D], k [B,K,T,D], cos [B,T,D], sin [B,T,D]) -> (q, k)
 
 
@@ -54,29 +59,38 @@ def _is_rms_norm(module: nn.Module) -> bool:
         and type(weight) in (Tensor, nn.Parameter)
         and weight is not None
         and weight.ndim == 1
-        and weight.dtype in _TOLERANCE
-        and _eps(module) is not None
+        and eps_of(module) is not None
         and len(inspect.signature(type(module).forward).parameters) == 2
     )
 
 
-def _eps(module: nn.Module) -> float | None:
+def eps_of(module: nn.Module) -> float | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     return eps if isinstance(eps, float) else None
 
 
-def norm_forward(module: nn.Module) -> ModuleForward | None:
-    """Tried on a copy with weights of its own: those of the module may not tell one formula from another."""
+def norm_trial(module: nn.Module, dtypes: Sequence[torch.dtype]) -> tuple[nn.Module, Tensor] | None:
+    """A copy of what looks like an RMS norm, and rows to try it on. The copy has weights of its own: those of the
+    module may not tell one formula from another."""
     if not _is_rms_norm(module):
         return None
     weight, generator = module._parameters["weight"], torch.Generator().manual_seed(0)
     assert weight is not None
+    if weight.dtype not in dtypes:
+        return None
     twin = copy.copy(module)
-    drawn = torch.rand(weight.shape, generator=generator).to(weight.dtype)
-    twin.__dict__["_parameters"] = {"weight": drawn}
-    x = torch.randn(1, _ROWS, len(weight), generator=generator).to(weight.dtype)
-    for plus_one in (False, True) if weight.dtype is torch.float32 else (False,):
-        if alike(_RMSNorm(twin, plus_one)(x), stock(twin, x), _CLOSE):
+    twin.__dict__["_parameters"] = {"weight": torch.rand(weight.shape, generator=generator).to(weight)}
+    return twin, torch.randn(1, _ROWS, len(weight), generator=generator).to(weight)
+
+
+def norm_forward(module: nn.Module) -> ModuleForward | None:
+    """For a norm on the CPU."""
+    trial = norm_trial(module, _DTYPES)
+    if trial is None:
+        return None
+    twin, x = trial
+    for plus_one in (False, True) if x.dtype is torch.float32 else (False,):
+        if alike(_RMSNorm(twin, plus_one)(x), stock(twin, x), CLOSE):
             return _RMSNorm(module, plus_one)
     return None
 
@@ -88,7 +102,7 @@ class _RMSNorm:
         from paged_kernels.cpu.elementwise import rms_norm
 
         self._kernel, self._module, self._owner = rms_norm, weakref.ref(module), module._parameters
-        self._eps, self._plus_one = _eps(module), plus_one
+        self._eps, self._plus_one = eps_of(module), plus_one
         self._take()
 
     def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
@@ -103,7 +117,7 @@ class _RMSNorm:
 
     def stale(self) -> bool:
         module = self._module()
-        return module is None or _eps(module) != self._eps or bool(self._watch.stale([self._owner.get("weight")]))
+        return module is None or eps_of(module) != self._eps or bool(self._watch.stale([self._owner.get("weight")]))
 
     def _take(self) -> None:
         from paged_kernels.cpu.linear import WatchedTensors
@@ -117,13 +131,27 @@ class _RMSNorm:
 # ---- rotary ----------------------------------------------------------------------------------------------------
 
 
-def rotary_forward(module: nn.Module) -> ModuleForward | None:
-    """For a module whose forward calls apply_rotary_pos_emb: the same forward, calling ours instead."""
+def rotary_forward(
+    module: nn.Module, rotated: Rotated, device: torch.device, dtypes: Sequence[torch.dtype] = _DTYPES
+) -> ModuleForward | None:
+    """For a module whose forward calls apply_rotary_pos_emb: the same forward, calling ``rotated`` instead, which takes
+    tensors of ``dtypes`` on devices of this type."""
     forward = type(module).forward
     if not isinstance(forward, types.FunctionType) or _ROTATES not in forward.__code__.co_names:
         return None
     theirs = forward.__globals__.get(_ROTATES)
-    return _Rotating(module, forward, theirs) if callable(theirs) and _rotates_as_llama(theirs) else None
+    if not callable(theirs):
+        return None
+    ours = _rotation(theirs, rotated, device.type, dtypes)
+    return _Rotating(module, forward, theirs, ours) if _rotates_as_llama(theirs, ours, device, dtypes) else None
+
+
+def rotated_on_cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    from paged_kernels.cpu.elementwise import rotary
+
+    q, k = (x.clone(memory_format=torch.contiguous_format) for x in (q, k))
+    rotary(q, k, cos, sin)
+    return q, k
 
 
 class _Rotating:
@@ -132,8 +160,10 @@ class _Rotating:
 
     calls_children = True
 
-    def __init__(self, module: nn.Module, forward: types.FunctionType, theirs: Callable[..., Any]) -> None:
-        scope = {**forward.__globals__, _ROTATES: _rotation(theirs)}
+    def __init__(
+        self, module: nn.Module, forward: types.FunctionType, theirs: Callable[..., Any], ours: Callable[..., Any]
+    ) -> None:
+        scope = {**forward.__globals__, _ROTATES: ours}
         self._run = types.FunctionType(
             forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__
         )
@@ -153,14 +183,14 @@ class _Rotating:
         )
 
 
-def _rotation(theirs: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
-    from paged_kernels.cpu.elementwise import rotary
-
+def _rotation(
+    theirs: Callable[..., Any], rotated: Rotated, device_type: str, dtypes: Sequence[torch.dtype]
+) -> Callable[..., Any]:
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Any:
-        if rest or named or not _can_rotate(q, k, cos, sin):
+        known = q.dtype in dtypes and q.device.type == device_type
+        if rest or named or not known or not _can_rotate(q, k, cos, sin):
             return theirs(q, k, cos, sin, *rest, **named)
-        q, k = (x[0].transpose(0, 1).clone(memory_format=torch.contiguous_format) for x in (q, k))  # [T,H,D]
-        rotary(q, k, cos[0], sin[0])
+        q, k = rotated(q[0].transpose(0, 1), k[0].transpose(0, 1), cos[0], sin[0])  # [T,H,D], [T,K,D]
         return q.transpose(0, 1)[None], k.transpose(0, 1)[None]
 
     return rotate
@@ -173,21 +203,20 @@ def _can_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
         and q.shape[0] == k.shape[0] == cos.shape[0] == 1
         and q.shape[2:] == k.shape[2:] == cos.shape[1:] == sin.shape[1:]
         and q.dtype is k.dtype is cos.dtype is sin.dtype
-        and q.dtype in _TOLERANCE
-        and q.device.type == "cpu"
     )
 
 
-def _rotates_as_llama(theirs: Callable[..., Any]) -> bool:
+def _rotates_as_llama(
+    theirs: Callable[..., Any], ours: Callable[..., Any], device: torch.device, dtypes: Sequence[torch.dtype]
+) -> bool:
     generator = torch.Generator().manual_seed(0)
-    for dtype in _TOLERANCE:
-        q, k = (torch.randn(1, heads, _ROWS, 32, generator=generator).to(dtype) for heads in (4, 2))
-        cos, sin = (torch.randn(1, _ROWS, 32, generator=generator).to(dtype) for _ in range(2))
+    for dtype in dtypes:
+        q, k = (torch.randn(1, heads, _ROWS, 32, generator=generator).to(device, dtype) for heads in (4, 2))
+        cos, sin = (torch.randn(1, _ROWS, 32, generator=generator).to(device, dtype) for _ in range(2))
         try:
             pair = theirs(q.clone(), k.clone(), cos, sin)
         except Exception:  # another signature, or another layout
             return False
-        ours = _rotation(theirs)(q, k, cos, sin)
-        if len(pair) != 2 or not all(alike(a, b, _CLOSE) for a, b in zip(ours, pair, strict=True)):
+        if len(pair) != 2 or not all(alike(a, b, CLOSE) for a, b in zip(ours(q, k, cos, sin), pair, strict=True)):
             return False
     return True

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from paged_core.builtin.decoder_layer import decoder_layer_forward, is_decoder_layer
-from paged_core.builtin.elementwise import alike, norm_forward, rotary_forward, stock
+from paged_core.builtin.elementwise import alike, norm_forward, rotary_forward, rotated_on_cpu, stock
 from paged_core.builtin.packed import Layers, packable
 from paged_core.hookspecs import hookimpl
 
@@ -47,7 +47,7 @@ def create_module_forward(module: nn.Module, device: torch.device) -> ModuleForw
         children = [module._modules.get(name) for name in names]
         if all(_is_linear(child) for child in children):
             _remember([child for child in children if child is not None])
-    return norm_forward(module) or rotary_forward(module)
+    return norm_forward(module) or rotary_forward(module, rotated_on_cpu, device)
 
 
 def _decoder_layer(module: nn.Module) -> ModuleForward | None:
