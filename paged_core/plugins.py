@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 BUILTIN = (
     "paged_core.builtin.attention",
     "paged_core.builtin.forwards",
+    "paged_core.builtin.gpu_forwards",
     "paged_core.builtin.sampler",
     "paged_core.builtin.scheduling",
 )

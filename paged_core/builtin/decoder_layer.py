@@ -46,7 +46,7 @@ def decoder_layer_forward(module: nn.Module) -> ModuleForward | None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, _ROWS, weight.shape[1], generator=generator)
     angles = torch.rand(1, _ROWS, dim // 2, generator=generator).repeat(1, 1, 2)
-    given = {"position_embeddings": (angles.cos(), angles.sin()), "attend": _mixing_attend}
+    given = {"position_embeddings": (angles.cos(), angles.sin()), "attend": mixing_attend}
     try:
         with torch.no_grad():
             return ours if alike(ours(x, **given), type(module).forward(module, x, **given)) else None
@@ -54,7 +54,7 @@ def decoder_layer_forward(module: nn.Module) -> ModuleForward | None:
         return None
 
 
-def _mixing_attend(
+def mixing_attend(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, key_bias: Tensor | None = None
 ) -> Tensor:
     """Some function of all three that tells heads and tokens apart."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from paged_core.builtin.gpu_forwards import triton_works
 from paged_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def create_sampler(spec: ModelSpec) -> Sampler:
-    """Vectorised, honouring all of SamplingParams; on a CPU with an argmax that reads the logits once."""
+    """Vectorised, honouring all of SamplingParams; with kernels that read the logits once, where there are any."""
     from paged_core.execution.sampler import Sampler
 
     if spec.device.type == "cpu":
@@ -22,4 +23,8 @@ def create_sampler(spec: ModelSpec) -> Sampler:
         except ImportError:  # no numba
             return Sampler()
         return Sampler(argmax_rows)
+    if triton_works(spec.device):
+        from paged_kernels.triton import sampling
+
+        return Sampler(sampling.argmax_rows, sampling.top_rows)
     return Sampler()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from paged_core.execution.logits import RowEdits, edit_rows
-from paged_core.execution.sampling_draw import ArgmaxRows, argmax_rows, draw_rows
+from paged_core.execution.sampling_draw import ArgmaxRows, TopRows, argmax_rows, draw_rows, top_rows
 from paged_core.execution.sampling_logprobs import top_logprobs
 from paged_core.scheduling.request import Logprob, Request, Selection
 
@@ -33,11 +33,13 @@ class Sampler:
     """Chooses the next token of every row. State belongs to requests, never to batch positions.
 
     ``argmax``: ``logits [S,V] of any float dtype -> (id i64 [S], largest float [S])``, where the lowest id wins among
-    equals and NaN wins over everything.
+    equals and NaN wins over everything. ``top``: ``scores float32 [S,V], k -> (values [S,k], ids i64 [S,k])`` by value
+    descending, then id ascending.
     """
 
-    def __init__(self, argmax: ArgmaxRows = argmax_rows) -> None:
+    def __init__(self, argmax: ArgmaxRows = argmax_rows, top: TopRows = top_rows) -> None:
         self._argmax = argmax
+        self._top = top
         self._edits: WeakKeyDictionary[Request, RowEdits] = WeakKeyDictionary()
 
     @torch.inference_mode()
@@ -63,7 +65,7 @@ class Sampler:
 
         drawn = [row for row in drawn if row not in errors]
         if drawn:
-            chosen = draw_rows(scores, largest, drawn, [requests[row] for row in drawn])
+            chosen = draw_rows(scores, largest, drawn, [requests[row] for row in drawn], self._top)
             for row, token in zip(drawn, chosen, strict=True):
                 token_ids[row] = token
         logprobs = None

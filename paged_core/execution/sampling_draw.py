@@ -22,6 +22,7 @@ from torch import Tensor
 from paged_core.scheduling.request import Request
 
 ArgmaxRows = Callable[[Tensor], tuple[Tensor, Tensor]]
+TopRows = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 _CHUNK = 128  # ids in a chunk when one chunk is looked at
 _TOP_CHUNK = 64  # ids in a chunk when k chunks are
@@ -66,7 +67,9 @@ def uniform(request: Request) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def draw_rows(scores: Tensor, largest: Tensor, rows: Sequence[int], requests: Sequence[Request]) -> list[int]:
+def draw_rows(
+    scores: Tensor, largest: Tensor, rows: Sequence[int], requests: Sequence[Request], top: TopRows = top_rows
+) -> list[int]:
     """A token for each of ``rows`` of ``scores float32 [S,V]``, which may be overwritten.
 
     ``largest [S]`` holds each row's maximum, finite in these rows; ``requests[i]`` belongs to ``rows[i]``. Rows are
@@ -79,7 +82,7 @@ def draw_rows(scores: Tensor, largest: Tensor, rows: Sequence[int], requests: Se
     for (way, _), places in alike.items():
         mine = [rows[place] for place in places]
         x, peak = (scores, largest) if len(mine) == scores.shape[0] else (scores[mine], largest[mine])
-        batch = _Rows(x, peak, [requests[place] for place in places])
+        batch = _Rows(x, peak, [requests[place] for place in places], top)
         for place, token in zip(places, _DRAWS[way](batch).tolist(), strict=True):
             tokens[place] = token
     return tokens
@@ -88,7 +91,8 @@ def draw_rows(scores: Tensor, largest: Tensor, rows: Sequence[int], requests: Se
 class _Rows:
     """Rows to draw, and their parameters as columns."""
 
-    def __init__(self, scores: Tensor, largest: Tensor, requests: Sequence[Request]) -> None:
+    def __init__(self, scores: Tensor, largest: Tensor, requests: Sequence[Request], top: TopRows = top_rows) -> None:
+        self.top = top
         self.scores = scores  # float32 [R,V]
         self.largest = largest.float()[:, None]  # [R,1]
         table = [(1 / max(r.params.temperature, 1e-20), r.params.min_p, r.params.top_p, uniform(r)) for r in requests]
@@ -123,7 +127,7 @@ def _way(request: Request, num_ids: int) -> tuple[str, int]:
 
 def _draw_top_k(batch: _Rows) -> Tensor:
     k = max(batch.top_k)
-    values, ids = top_rows(batch.scores, k)
+    values, ids = batch.top(batch.scores, k)
     weights = ((values - batch.largest).double() * batch.inverse_temperature).exp()  # [R,k]
     weights[weights < batch.min_p] = 0
     weights[torch.arange(k, device=ids.device) >= torch.tensor(batch.top_k, device=ids.device)[:, None]] = 0
@@ -134,7 +138,7 @@ def _draw_top_k(batch: _Rows) -> Tensor:
 def _draw_top_p(batch: _Rows) -> Tensor:
     weights = batch.weights()
     mass = batch.top_p * _sums(weights)[:, -1:]  # [R,1]
-    values, ids = top_rows(weights, min(_NUCLEUS, weights.shape[1]))
+    values, ids = batch.top(weights, min(_NUCLEUS, weights.shape[1]))
     sums = values.double().cumsum(1)
     tokens = ids.gather(1, _draw_sorted(sums, mass, batch.uniform))[:, 0]
     wide = (sums[:, -1:] < mass)[:, 0].nonzero()[:, 0]  # rows whose nucleus has more tokens than that
