@@ -11,6 +11,7 @@ from typing import Any
 import httpx2
 from alphabet_model import AlphabetModel
 from paged_openai.app import AppOptions, create_app
+from paged_openai.connection import ConnectionLimits
 from paged_openai.server import Server
 from paged_openai.service import Service
 from toy_tokenizers import CharacterTokenizer
@@ -65,6 +66,8 @@ def alphabet_server(
     max_queue: int = 100,
     timeout_s: float | None = None,
     shutdown_timeout_s: float = 5.0,
+    connections: ConnectionLimits | None = None,
+    service_options: dict[str, Any] | None = None,
     **tls: Any,
 ) -> Iterator[Running]:
     metrics = PrometheusMetrics("alphabet")
@@ -72,9 +75,12 @@ def alphabet_server(
     with AsyncEngine(
         Engine(model or AlphabetModel(), config, plugins=[metrics]), tokenizer=tokenizer or CharacterTokenizer()
     ) as engine:
-        service = Service(engine, ServedModel(engine, ["alphabet"], limits), max_queue=max_queue, timeout_s=timeout_s)
+        served = ServedModel(engine, ["alphabet"], limits)
+        service = Service(engine, served, max_queue=max_queue, timeout_s=timeout_s, **(service_options or {}))
         app = create_app(service, metrics, options)
-        server = Server(app, service, port=0, shutdown_timeout_s=shutdown_timeout_s, **tls)
+        server = Server(
+            app, service, port=0, shutdown_timeout_s=shutdown_timeout_s, limits=connections, **tls
+        )  # fmt: skip
         running = Running(engine, service, server)
         running.start()
         try:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from alphabet_model import Gate
 
 from paged_core import Engine, EngineConfig, SamplingParams
 
@@ -123,6 +124,15 @@ def small_engine(model: Any, **config: Any) -> Engine:
     settings = {"block_size": 4, "num_blocks": 96, "max_num_seqs": 4, "max_num_batched_tokens": 11,
                 "attention_backend": "reference", **config}  # fmt: skip
     return Engine(model, EngineConfig(**settings))
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    """Open; and open again when the test ends, so that no server waits for it."""
+    gate = Gate()
+    gate.open()
+    yield gate
+    gate.open()
 
 
 @pytest.fixture(scope="session")

@@ -35,14 +35,6 @@ def browser(shared_browser: Browser) -> Iterator[Browser]:
     assert shared_browser.complaints == []
 
 
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    gate = Gate()
-    gate.open()
-    yield gate
-    gate.open()
-
-
 def visit(browser: Browser, server: Running) -> None:
     browser.open(server.url + "/")
     browser.until(CONNECTED)

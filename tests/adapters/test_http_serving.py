@@ -25,18 +25,11 @@ from paged_openai.app import AppOptions
 from paged_openai.commands import add_options, engine_config, main, request_limits, serve
 from paged_openai.keys import read_keys
 from paged_openai.logs import JSONLines
+from paged_openai.responses import _json_pieces, json_bytes, large_json_bytes
 
 from paged_core import ConfigError, EngineConfig, RequestLimits
 
 LONG = {"prompt": "!", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    gate = Gate()
-    gate.open()
-    yield gate
-    gate.open()
 
 
 def events(text: str) -> list[Any]:
@@ -307,6 +300,43 @@ def test_pages_may_call_only_from_origins_that_were_named(guarded: Running) -> N
         assert "access-control-allow-origin" not in plain.headers
 
 
+OWN = "http://{host}"
+CALLERS = [
+    ({"Origin": OWN}, 200),
+    ({"Origin": "https://named.example"}, 200),
+    ({"Origin": "https://named.example", "Sec-Fetch-Site": "cross-site"}, 200),
+    ({"Origin": "https://public.example", "Sec-Fetch-Site": "same-origin"}, 200),  # a proxy calls us by another name
+    ({"Origin": "https://evil.example"}, 403),
+    ({"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}, 403),
+    ({"Origin": "http://127.0.0.1:1"}, 403),
+    ({"Origin": "null"}, 403),
+    ({"Origin": OWN, "Sec-Fetch-Site": "same-site"}, 403),
+    ({}, 200),  # no browser
+]
+
+
+def test_without_keys_only_pages_of_known_origins_may_have_a_browser_call() -> None:
+    steps: list[object] = []
+    options = AppOptions(cors_origins=("https://named.example",))
+    with alphabet_server(AlphabetModel(steps.append), options=options) as server, server.client() as client:
+        for headers, status in CALLERS:
+            headers = {name: value.format(host=f"127.0.0.1:{server.port}") for name, value in headers.items()}
+            for path in ("/v1/completions", "/generate", "/tokenize"):
+                plain = {"content-type": "text/plain", **headers}  # browsers ask nobody before they send this
+                content = b'{"prompt": "A"}' if path == "/v1/completions" else b'{"inputs": "A"}'
+                steps.clear()
+                answer = client.post(path, content=content, headers=plain)
+                assert answer.status_code == status, (headers, path)
+                assert bool(steps) == (status == 200 and path != "/tokenize")
+                assert status == 200 or "--cors-origin" in answer.text
+            assert client.get("/v1/models", headers=headers).status_code == 200, "the browser hides the answer"
+
+
+def test_with_keys_the_key_decides(friend: httpx2.Client) -> None:
+    foreign = {"Origin": "app://desktop"}
+    assert friend.post("/generate", json={"inputs": "A"}, headers=foreign).status_code == 200
+
+
 # ---- what is logged ----------------------------------------------------------------------------------------------
 
 
@@ -391,7 +421,7 @@ def test_health_tells_a_dead_engine_and_ready_a_server_that_takes_no_more() -> N
         server.service.draining = False
         server.engine.close()
         assert (client.get("/health").status_code, client.get("/ready").status_code) == (503, 503)
-        assert client.post("/v1/completions", json={"prompt": "A"}).status_code == 500
+        assert client.post("/v1/completions", json={"prompt": "A"}).status_code == 503
 
 
 # ---- options -----------------------------------------------------------------------------------------------------
@@ -408,6 +438,17 @@ def test_options_become_configuration() -> None:
     for wrong in (["--max-n", "0"], ["--body-timeout", "-1"], ["--max-queue", "-1"], ["--request-timeout", "nan"]):
         with pytest.raises(SystemExit):
             parser.parse_args(wrong)
+
+
+def test_large_answers_are_the_same_json_in_small_pieces() -> None:
+    values: list[Any] = [
+        {}, [], [[]], {"a": {}}, [{}], None, "ä\n\"", 1.5, [1, "a", None], {"a": 1, "b": [1, {"c": [True]}], "d": {3: {}}},
+        list(range(1000)), [{"n": i, "of": [i] * 300} for i in range(300)], {"all": [{"p": [None, *[{7: 1}] * 600]}]},
+    ]  # fmt: skip
+    for value in values:
+        assert json.loads(large_json_bytes(value)) == json.loads(json.dumps(value))
+    assert large_json_bytes(values[9]) == json_bytes(values[9])
+    assert max(map(len, _json_pieces([["x" * 10] * 100] * 10_000))) < 3000
 
 
 def test_tls_is_spoken_with_a_certificate() -> None:

@@ -35,6 +35,7 @@ from paged_core import (
 from paged_openai.keys import KeyCheck
 from paged_openai.logs import RequestLog
 from paged_openai.openapi import openapi
+from paged_openai.origins import OriginCheck
 from paged_openai.page import Page
 from paged_openai.responses import (
     OPENAI,
@@ -44,10 +45,13 @@ from paged_openai.responses import (
     Form,
     error_note,
     error_response,
+    form_of,
     json_response,
+    large_json_bytes,
 )
 from paged_openai.service import Service
 from paged_openai.tracing import Traces
+from paged_openai.unread import CloseUnread
 
 _Endpoint = Callable[[Request], Awaitable[Response]]
 _MakeCall = Callable[[Any, ServedModel, str], Call]
@@ -59,7 +63,7 @@ class AppOptions:
 
     api_keys: tuple[str, ...] = ()  # none: everybody is let in
     cors_origins: tuple[str, ...] = ()
-    max_body_bytes: int = 8 * 2**20
+    max_body_bytes: int = 2 * 2**20
     body_timeout_s: float = 30.0
     tgi_chat_stream: bool = False  # stream chats as TGI's clients read them, and not as OpenAI's do
     log_prompts: bool = False
@@ -75,12 +79,14 @@ def create_app(service: Service, metrics: PrometheusMetrics | None, options: App
     chat_form = OPENAI
     if options.tgi_chat_stream:
         chat, chat_form = partial(ChatCall, whole_deltas=True), OPENAI_WITHOUT_DONE
-    middleware = [Middleware(RequestLog)]
+    middleware = [Middleware(CloseUnread), Middleware(RequestLog)]
     if options.cors_origins:
         origins = list(options.cors_origins)
         middleware.append(Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]))
     if options.api_keys:
         middleware.append(Middleware(KeyCheck, keys=options.api_keys))
+    else:
+        middleware.append(Middleware(OriginCheck, origins=options.cors_origins))
     return Starlette(
         routes=[
             Route("/v1/completions", routes.call(CompletionCall, OPENAI), methods=["POST"]),
@@ -118,16 +124,20 @@ class _Routes:
         self._document: dict[str, Any] | None = None
 
     def call(self, make: _MakeCall, form: Form) -> _Endpoint:
-        """The endpoint of a generating route. Prompts are tokenised in a thread of their own."""
+        """The endpoint of a generating route. Bodies are parsed and prompts tokenised in threads of their own."""
 
         async def endpoint(request: Request) -> Response:
             notes = request.scope["notes"]
-            try:
-                self._service.check_room()
-                body = parse_json(await self._body(request))
+
+            def read(raw: bytes) -> Call:
+                body = parse_json(raw)
                 if self._options.log_prompts:
                     notes["body"] = body
-                call = await run_in_threadpool(make, body, self._served, request.scope["request_id"])
+                return make(body, self._served, request.scope["request_id"])
+
+            try:
+                with self._service.arrival() as count:
+                    call = await self._service.read(read, await self._body(request, count))
             except Exception as error:
                 notes["error"] = error_note(error)
                 return error_response(form, error)
@@ -136,11 +146,15 @@ class _Routes:
         return endpoint
 
     async def tokenize(self, request: Request) -> Response:
+        def answer(raw: bytes) -> bytes:
+            return large_json_bytes(tokenize(parse_json(raw), self._served))
+
         try:
-            body = parse_json(await self._body(request))
-            return json_response(await run_in_threadpool(tokenize, body, self._served))
+            with self._service.arrival() as count:
+                body = await self._service.read(answer, await self._body(request, count))
         except Exception as error:
             return error_response(TGI, error)
+        return Response(body, media_type="application/json")
 
     async def models(self, request: Request) -> Response:
         return json_response({"object": "list", "data": [self._card(name) for name in self._served.names]})
@@ -163,8 +177,8 @@ class _Routes:
             "max_concurrent_requests": self._service.max_open,
             "max_best_of": limits.max_n,
             "max_stop_sequences": limits.max_stop,
-            "max_input_tokens": limits.max_prompt_tokens or self._served.max_model_len - 1,
-            "max_input_length": limits.max_prompt_tokens or self._served.max_model_len - 1,
+            "max_input_tokens": self._served.max_prompt_tokens,
+            "max_input_length": self._served.max_prompt_tokens,
             "max_total_tokens": self._served.max_model_len,
             "router": "paged-core",
             "version": __version__,
@@ -182,11 +196,11 @@ class _Routes:
 
     async def health(self, request: Request) -> Response:
         """Whether the process does its work: if not, restart it."""
-        return self._status(self._service.engine.alive, "the engine has failed")
+        return self._status(self._service.trouble)
 
     async def ready(self, request: Request) -> Response:
         """Whether it takes calls: if not, send them elsewhere."""
-        return self._status(self._service.ready, "the server takes no more calls")
+        return self._status(None if self._service.ready else "the server takes no more calls")
 
     async def metrics(self, request: Request) -> Response:
         if self._metrics is None:
@@ -194,8 +208,8 @@ class _Routes:
         body, content_type = self._metrics.render()
         return Response(body, headers={"content-type": content_type})
 
-    def _status(self, good: bool, bad: str) -> Response:
-        return Response(status_code=200) if good else error_response(TGI, CallError(Failure.UNAVAILABLE, bad))
+    def _status(self, bad: str | None) -> Response:
+        return Response(status_code=200) if bad is None else error_response(TGI, CallError(Failure.UNAVAILABLE, bad))
 
     def _card(self, name: str) -> dict[str, Any]:
         return {
@@ -207,21 +221,22 @@ class _Routes:
             "max_model_len": self._served.max_model_len,
         }
 
-    async def _body(self, request: Request) -> bytes:
-        """Raises CallError for a body that is too large or comes too slowly."""
+    async def _body(self, request: Request, count: Callable[[int], None]) -> bytes:
+        """Raises CallError for a body that is too large or comes too slowly. ``count`` is told of its bytes."""
         limit, timeout_s = self._options.max_body_bytes, self._options.body_timeout_s
         try:
-            return await asyncio.wait_for(_read(request, limit), timeout_s)
+            return await asyncio.wait_for(_read(request, limit, count), timeout_s)
         except asyncio.TimeoutError:
             raise CallError(Failure.TOO_SLOW, f"the body did not come in {timeout_s:g} s") from None
         except ClientDisconnect:
             raise CallError(Failure.CUT, "the client left") from None
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def _read(request: Request, limit: int, count: Callable[[int], None]) -> bytes:
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
+        count(len(part))
         if size > limit:
             raise CallError(Failure.TOO_LARGE, f"the body has more than {limit} bytes")
         parts.append(part)
@@ -234,7 +249,7 @@ def _tgi(stream: bool | None) -> _MakeCall:
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    form = OPENAI if request.url.path.startswith("/v1") else TGI
+    form = form_of(request.url.path)
     if error.status_code == 405:
         response = error_response(
             form, CallError(Failure.NOT_ALLOWED, f"{request.method} is not for {request.url.path}")

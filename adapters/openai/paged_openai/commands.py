@@ -69,9 +69,12 @@ def _add_limits(group: Any) -> None:
     for name in ("max_n", "max_prompts", "max_stop", "max_logprobs"):
         default = getattr(limits, name)
         add(f"--{name.replace('_', '-')}", type=_count, metavar="N", default=default, help="default: %(default)s")
-    add("--max-body-bytes", type=_count, metavar="N", default=8 * 2**20, help="default: %(default)s")
+    add("--max-body-bytes", type=_count, metavar="N", default=2 * 2**20, help="default: %(default)s")
+    add("--max-connections", type=_count, metavar="N", default=4096, help="default: %(default)s")
     add("--body-timeout", type=_seconds, default=30.0, metavar="S", help="for a body to come (default: %(default)s)")
     add("--request-timeout", type=_seconds, metavar="S", help="for a whole request (default: none)")
+    add("--step-timeout", type=_seconds, default=300.0, metavar="S",
+        help="for a step of the engine, after which /health says that it is stuck (default: %(default)s)")  # fmt: skip
     add("--shutdown-timeout", type=_seconds, default=30.0, metavar="S",
         help="for running requests to end after SIGTERM (default: %(default)s)")  # fmt: skip
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+import anyio
 
 from paged_core import AsyncEngine, Call, CallError, Failure, GenerationOutput, Stream, StreamDelta
 
@@ -22,6 +25,7 @@ class Exchange:
         self.call = call
         self.results: list[GenerationOutput] = []  # one a prompt, when all have ended
         self._cut: CallError | None = None
+        self._scope = anyio.CancelScope()
         self._streams: list[Stream] = []
         try:
             for prompt in call.prompts:
@@ -31,42 +35,52 @@ class Exchange:
             raise
 
     def cut(self, error: CallError) -> None:
-        """End it early: whoever waits for it gets ``error``."""
+        """End it early: who is inside ``until_cut`` gets ``error``, whatever it waits for."""
         self._cut = self._cut or error
         self.close()
+        self._scope.cancel()
+
+    @contextmanager
+    def until_cut(self) -> Iterator[None]:
+        """A block that a cut ends at once. It doesn't ask the engine, whose step may never end. To be entered once.
+
+        Raises:
+            CallError: it was cut.
+        """
+        with self._scope:
+            yield
+        if self._scope.cancelled_caught:
+            assert self._cut is not None
+            raise self._cut
 
     def close(self) -> None:
         """Cancel what still runs."""
         for stream in self._streams:
             stream.cancel()
 
-    async def answer(self) -> Any:
-        """The body of a call that isn't streamed.
+    async def finish(self) -> Sequence[GenerationOutput]:
+        """The results, when all have ended.
 
         Raises:
             CallError: it was cut, or the engine could not finish it.
             InvalidRequestError: the engine refused it.
         """
-        await self._finish()
-        return self.call.answer(self.results)
+        self.results = list(await asyncio.gather(*[stream.aresult() for stream in self._streams]))
+        for result in self.results:
+            for output in result.outputs:
+                self._check(output.finish_reason, result.error)
+        return self.results
 
     async def chunks(self) -> AsyncIterator[list[dict[str, Any]]]:
         """The chunks of a streamed call, several at a time. The first come with the first news of the engine, so that
-        what it refuses is told before anything was sent. Raises as ``answer``."""
+        what it refuses is told before anything was sent. Raises as ``finish``."""
         chunks = self.call.first_chunks()
         async for number, delta in _merge(self._streams):
             self._check(delta.finish_reason, delta.error)
             yield chunks + self.call.chunks(number, delta)
             chunks = []
-        await self._finish()
-        if last := self.call.last_chunks(self.results):
+        if last := self.call.last_chunks(await self.finish()):
             yield last
-
-    async def _finish(self) -> None:
-        self.results = list(await asyncio.gather(*[stream.aresult() for stream in self._streams]))
-        for result in self.results:
-            for output in result.outputs:
-                self._check(output.finish_reason, result.error)
 
     def _check(self, finish_reason: str | None, error: str | None) -> None:
         if finish_reason == "abort":

@@ -10,7 +10,7 @@ from pathlib import Path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from paged_core import CallError, ConfigError, Failure
-from paged_openai.responses import OPENAI, TGI, error_response
+from paged_openai.responses import error_response, form_of
 
 _OPEN_TO_ALL = frozenset({"/health", "/ready", "/metrics"})  # for probes and scrapers: no prompts, no texts
 
@@ -25,9 +25,8 @@ class KeyCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or _open_to_all(scope) or self._knows(scope):
             return await self._app(scope, receive, send)
-        form = OPENAI if scope["path"].startswith("/v1") else TGI
         refused = CallError(Failure.UNAUTHORIZED, "give one of this server's API keys as Authorization: Bearer KEY")
-        return await error_response(form, refused)(scope, receive, send)
+        return await error_response(form_of(scope["path"]), refused)(scope, receive, send)
 
     def _knows(self, scope: Scope) -> bool:
         """Takes the same time whatever the key: all are compared, as digests of one length."""

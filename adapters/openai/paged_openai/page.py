@@ -24,6 +24,7 @@ from paged_openai.responses import TGI, error_response, json_bytes
 from paged_openai.service import Service
 
 MAX_CELLS = 2048  # of the block map, however many blocks there are
+_PATIENCE_S = 10.0  # with an engine whose step doesn't end
 _FRESH_S = 0.25  # as long, one look at the engine is good for all who ask
 
 
@@ -52,9 +53,11 @@ class Page:
         if self._looking is None or (self._looking.done() and now - self._looked_at > _FRESH_S):
             self._looking, self._looked_at = asyncio.ensure_future(self._look()), now
         try:
-            body = await asyncio.shield(self._looking)
+            body = await asyncio.wait_for(asyncio.shield(self._looking), _PATIENCE_S)
         except EngineDeadError as error:
             return error_response(TGI, CallError(Failure.UNAVAILABLE, str(error)))
+        except asyncio.TimeoutError:
+            return error_response(TGI, CallError(Failure.UNAVAILABLE, "the engine is busy with a long step"))
         return Response(body, headers={"cache-control": "no-store"}, media_type="application/json")
 
     async def _look(self) -> bytes:

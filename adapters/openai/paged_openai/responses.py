@@ -6,9 +6,10 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -22,6 +23,7 @@ _log = logging.getLogger("paged_openai")
 
 _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
            (b"x-accel-buffering", b"no")]  # fmt: skip
+_PIECE = 256  # entries of a list that are encoded at once
 
 
 class Form(NamedTuple):
@@ -36,12 +38,22 @@ OPENAI_WITHOUT_DONE = Form(openai_error, b"")  # for clients that read every eve
 TGI = Form(tgi_error, b"")
 
 
+def form_of(path: str) -> Form:
+    """The one that clients of this path expect."""
+    return OPENAI if path.startswith("/v1") else TGI
+
+
 def json_bytes(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return _dumps(value).encode()
+
+
+def large_json_bytes(value: Any) -> bytes:
+    """The same, a little at a time: no other thread runs while the encoder is at a large value."""
+    return "".join(_json_pieces(value)).encode()
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(json_bytes(value), status, dict(headers or {}), media_type="application/json")
+    return _json(json_bytes(value), status, headers)
 
 
 def error_response(form: Form, error: Exception) -> Response:
@@ -90,8 +102,10 @@ class CallResponse(Response):
                     if self._call.stream:
                         await self._send_events(exchange, scope, receive, send)
                     else:
-                        answer = json_response(await exchange.answer())
-                        await answer(scope, receive, send)
+                        with exchange.until_cut():
+                            results = await exchange.finish()
+                            body = await run_in_threadpool(lambda: large_json_bytes(self._call.answer(results)))
+                        await _json(body)(scope, receive, send)
                 finally:
                     watcher.cancel()
                     self._note(exchange.results)
@@ -103,11 +117,12 @@ class CallResponse(Response):
         """Raises only while nothing has been sent; later errors are events themselves."""
         started = False
         try:
-            async for chunks in exchange.chunks():
-                if not started:
-                    await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
-                    started = True
-                await _send_body(send, b"".join([_event(chunk) for chunk in chunks]), more=True)
+            with exchange.until_cut():
+                async for chunks in exchange.chunks():
+                    if not started:
+                        await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
+                        started = True
+                    await _send_body(send, b"".join([_event(chunk) for chunk in chunks]), more=True)
         except Exception as error:
             if not started:
                 raise
@@ -122,6 +137,35 @@ class CallResponse(Response):
             self._notes["prompt_tokens"] = sum(len(result.prompt_token_ids) for result in results)
             self._notes["output_tokens"] = sum(len(output.token_ids) for output in outputs)
             self._notes["finish_reasons"] = sorted({output.finish_reason for output in outputs})
+
+
+def _json(body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(body, status, dict(headers or {}), media_type="application/json")
+
+
+def _json_pieces(value: Any) -> Iterator[str]:
+    if isinstance(value, dict) and any(isinstance(each, dict | list) for each in value.values()):
+        for number, (name, each) in enumerate(value.items()):
+            yield f"{',' if number else '{'}{_dumps(str(name))}:"
+            yield from _json_pieces(each)
+        yield "}"
+    elif isinstance(value, list) and value:
+        for start in range(0, len(value), _PIECE):
+            yield "," if start else "["
+            piece = value[start : start + _PIECE]
+            if any(isinstance(each, dict | list) for each in piece):
+                for number, each in enumerate(piece):
+                    yield "," if number else ""
+                    yield from _json_pieces(each)
+            else:
+                yield _dumps(piece)[1:-1]
+        yield "]"
+    else:
+        yield _dumps(value)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 async def _until_disconnect(receive: Receive, left: Callable[[], None]) -> None:

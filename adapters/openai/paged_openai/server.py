@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from paged_openai.connection import Connection, ConnectionLimits
 from paged_openai.service import Service
 
 _UNREAD_S = 5.0  # given to clients that are slow to read the last events
@@ -18,10 +20,20 @@ class Server(uvicorn.Server):
     """On SIGTERM or SIGINT: stops accepting, lets calls run for ``shutdown_timeout_s``, cuts the rest with a last
     event, and returns. A second signal ends it at once."""
 
-    def __init__(self, app: ASGIApp, service: Service, *, shutdown_timeout_s: float = 30.0, **config: Any) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        service: Service,
+        *,
+        shutdown_timeout_s: float = 30.0,
+        limits: ConnectionLimits | None = None,
+        **config: Any,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
+                http=partial(Connection, limits=limits or ConnectionLimits()),  # type: ignore[arg-type]
+                ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
+from typing import TypeVar
+
+from anyio import CapacityLimiter, to_thread
 
 from paged_core import AsyncEngine, Call, CallError, Failure, ProtocolError, ServedModel
 from paged_openai.exchange import Exchange
+
+_T = TypeVar("_T")
+_NUM_READERS = 4  # tokenising is one at a time in any case
 
 
 class Service:
@@ -15,16 +22,26 @@ class Service:
 
     Args:
         max_queue: sequences that may wait beside those that the engine runs at once.
+        max_unread_bytes: of the bodies that have come and aren't calls yet, all together.
         timeout_s: the longest that one call may take; None: no limit.
+        step_timeout_s: an engine whose step takes longer is taken for stuck.
     """
 
     def __init__(
-        self, engine: AsyncEngine, served: ServedModel, *, max_queue: int = 1000, timeout_s: float | None = None
+        self,
+        engine: AsyncEngine,
+        served: ServedModel,
+        *,
+        max_queue: int = 1000,
+        max_unread_bytes: int = 64 * 2**20,
+        timeout_s: float | None = None,
+        step_timeout_s: float = 300.0,
     ) -> None:
         self.engine = engine
         self.served = served
         self.draining = False
-        self._timeout_s = timeout_s
+        self._timeout_s, self._step_timeout_s = timeout_s, step_timeout_s
+        self._max_unread_bytes, self._num_unread_bytes = max_unread_bytes, 0
         self._open: set[Exchange] = set()
         self._num_open = 0  # sequences
         max_num_seqs = engine.engine.config.max_num_seqs
@@ -32,18 +49,62 @@ class Service:
         self.max_open = max_num_seqs + max_queue
 
     @property
+    def trouble(self) -> str | None:
+        """What is wrong with the engine, if anything is."""
+        if not self.engine.alive:
+            return "the engine has failed"
+        if self.engine.busy_s > self._step_timeout_s:
+            return f"the engine's step has not ended in {self._step_timeout_s:g} s"
+        return None
+
+    @property
     def ready(self) -> bool:
-        return self.engine.alive and not self.draining
+        return self.trouble is None and not self.draining
 
     def check_room(self, num_sequences: int = 1) -> None:
         """Raises CallError if so many can't be taken in now."""
         if self.draining:
             raise CallError(Failure.UNAVAILABLE, "the server is shutting down")
+        if self.engine.alive and self.trouble is not None:  # of one that has failed, submit tells more
+            raise CallError(Failure.UNAVAILABLE, self.trouble)
         if num_sequences > self.max_open:
             told = f"{num_sequences} sequences were asked for at once; this server holds {self.max_open} at most"
             raise ProtocolError(told, "n")
         if self._num_open + num_sequences > self.max_open:
             raise CallError(Failure.OVERLOADED, "the queue is full; try again soon")
+
+    @contextmanager
+    def arrival(self) -> Iterator[Callable[[int], None]]:
+        """A request that isn't a call yet: it counts as one sequence for as long as the block lasts. What this yields
+        is told of the body's bytes as they come, and raises CallError if too many are there already.
+
+        Raises:
+            CallError: there is no room for it.
+        """
+        self.check_room()
+        num_bytes = 0
+
+        def count(more: int) -> None:
+            nonlocal num_bytes
+            if self._num_unread_bytes + more > self._max_unread_bytes:
+                raise CallError(Failure.OVERLOADED, "too many large bodies at once; try again soon")
+            num_bytes += more
+            self._num_unread_bytes += more
+
+        self._num_open += 1
+        try:
+            yield count
+        finally:
+            self._num_open -= 1
+            self._num_unread_bytes -= num_bytes
+
+    async def read(self, function: Callable[..., _T], *args: object) -> _T:
+        """``function(*args)``, which reads a body, in one of a few threads: it must not hold up the others' streams."""
+        return await to_thread.run_sync(function, *args, limiter=self._readers)
+
+    @cached_property
+    def _readers(self) -> CapacityLimiter:
+        return CapacityLimiter(_NUM_READERS)
 
     @contextmanager
     def exchange(self, call: Call) -> Iterator[Exchange]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import ssl
 import sys
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Any
 
 from paged_core import AsyncEngine, ConfigError, Engine, EngineConfig, PrometheusMetrics, RequestLimits, ServedModel
 from paged_openai.app import AppOptions, create_app
+from paged_openai.connection import ConnectionLimits
 from paged_openai.keys import read_keys
 from paged_openai.logs import log_to_stderr
 from paged_openai.server import Server
@@ -19,6 +21,8 @@ from paged_openai.service import Service
 from paged_openai.tracing import open_traces
 
 _log = logging.getLogger("paged_openai")
+_LAST_STEP_S = 5.0  # for the step under way when all is over
+_BODIES_AT_ONCE = 32  # of the largest size
 
 
 def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits) -> int:
@@ -27,24 +31,42 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
     log_to_stderr(args.log_level)
     allow_many_connections()
     names = args.served_model_name or [str(args.model)]
+    options = replace(options, traces=open_traces(names[0]))
     metrics = PrometheusMetrics(names[0])
     engine = Engine(args.model, config, plugins=[metrics], device=args.device, dtype=args.dtype)
-    with AsyncEngine(engine) as served_engine:
+    served_engine = AsyncEngine(engine)
+    try:
         served = ServedModel(served_engine, names, limits, model_defaults=args.generation_config == "auto")
-        service = Service(served_engine, served, max_queue=args.max_queue, timeout_s=args.request_timeout)
-        traces = open_traces(names[0])
-        app = create_app(service, metrics, replace(options, traces=traces))
-        server = Server(app, service, host=args.host, port=args.port, shutdown_timeout_s=args.shutdown_timeout, **tls)
+        service = Service(
+            served_engine, served,
+            max_queue=args.max_queue, max_unread_bytes=_BODIES_AT_ONCE * args.max_body_bytes,
+            timeout_s=args.request_timeout, step_timeout_s=args.step_timeout,
+        )  # fmt: skip
+        server = Server(
+            create_app(service, metrics, options), service,
+            shutdown_timeout_s=args.shutdown_timeout, limits=ConnectionLimits(max_connections=args.max_connections),
+            host=args.host, port=args.port, **tls,
+        )  # fmt: skip
         facts = {"model": names[0], "host": args.host, "port": args.port, "sampling_defaults": dict(served.defaults)}
         _log.info("serving", extra={"fields": facts})
-        try:
-            server.run()
-        except SystemExit:  # uvicorn's way of saying that the port can't be had; it has logged why
-            return 1
-        finally:
-            if traces is not None:
-                traces.close()
+        server.run()
+    except SystemExit:  # uvicorn's way of saying that the port can't be had; it has logged why
+        return 1
+    finally:
+        if options.traces is not None:
+            options.traces.close()
+        _close(served_engine)
     return 0
+
+
+def _close(engine: AsyncEngine) -> None:
+    """Python can't end under a thread that is inside a step: if that doesn't end, the process goes without it."""
+    try:
+        engine.close(_LAST_STEP_S)
+    except TimeoutError as error:
+        _log.error("leaving a stuck engine: %s", error)
+        logging.shutdown()
+        os._exit(1)
 
 
 def _app_options(args: argparse.Namespace) -> AppOptions:

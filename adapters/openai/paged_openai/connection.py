@@ -1,0 +1,171 @@
+"""One client's connection: what it may send ahead, how long it may take, how much of its head is heard. No routes.
+
+uvicorn speaks HTTP here; this adds the bounds that it has none for. A client that breaks one is told so and heard no
+more; an answer that is under way then ends the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+_log = logging.getLogger("paged_openai")
+_PART = 4096  # bytes that are parsed before it is seen what they were
+_LINGER_S = 1.0  # in which a refused client may read why: a socket closed over unread bytes takes the answer along
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """What one client may cost before it is a request."""
+
+    max_connections: int = 4096
+    max_head_bytes: int = 64 * 2**10  # request line and headers
+    head_timeout_s: float = 10.0  # for them to come
+    write_timeout_s: float = 60.0  # in which a client reads nothing of what waits for it
+    max_ahead_bytes: int = 64 * 2**10  # of requests that come before the one in front of them is answered
+
+
+class Connection(HttpToolsProtocol):
+    """What came of an unanswered request's successors stays unparsed, and reading goes on: a client that leaves is
+    noticed, whatever it has sent ahead."""
+
+    def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limits = limits
+        self._unanswered: list[RequestResponseCycle] = []  # in the order they came; the first is under way
+        self._ahead = bytearray()
+        self._deaf = False
+        self._in_head = True  # or between two requests
+        self._num_head_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    # ---- the connection ------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=1)  # "paused" is then: the client has not read all yet
+        if len(self.connections) > self._limits.max_connections:
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE)
+        else:
+            self._time_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._head_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+        self.pipeline.clear()
+        self._ahead.clear()
+        for cycle in self._unanswered:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        super().connection_lost(exc)
+
+    # ---- what comes ----------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            return
+        self._ahead += data
+        self._parse()
+        if len(self._ahead) > self._limits.max_ahead_bytes:
+            self._hear_no_more()
+        if self.pipeline:
+            self.flow.resume_reading()
+
+    def _parse(self) -> None:
+        while self._ahead and not self.pipeline and not self._deaf and not self.transport.is_closing():
+            part = bytes(self._ahead[:_PART])
+            del self._ahead[:_PART]
+            if self._in_head:
+                self._num_head_bytes += len(part)
+                self._time_head()
+            super().data_received(part)
+            if self._in_head and self._num_head_bytes > self._limits.max_head_bytes:
+                self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._num_head_bytes = False, 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+        super().on_headers_complete()
+        self._unanswered = [*self._open_cycles(), self.cycle]
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._in_head = True
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._ahead:
+            self.data_received(b"")
+
+    def _time_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self._limits.head_timeout_s, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        if self._num_head_bytes or self._open_cycles():
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT)
+        else:
+            self.transport.close()  # nothing was asked
+
+    # ---- clients that are heard no more --------------------------------------------------------------------------
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(HTTPStatus.BAD_REQUEST)
+
+    def shutdown(self) -> None:
+        self._hear_no_more()
+        super().shutdown()
+
+    def _refuse(self, status: HTTPStatus) -> None:
+        self._hear_no_more()
+        if self._open_cycles() or self.transport.is_closing():
+            return
+        text = f"{status.phrase}\n".encode()
+        head = f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: text/plain\r\nConnection: close\r\n"
+        head += "Retry-After: 1\r\n" if status is HTTPStatus.SERVICE_UNAVAILABLE else ""
+        self.transport.write(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(_LINGER_S, self.transport.close)
+
+    def _hear_no_more(self) -> None:
+        """Answer what is under way, and close."""
+        self._deaf = True
+        self._ahead.clear()
+        for cycle in self._open_cycles()[:1]:
+            cycle.keep_alive = False
+
+    def _open_cycles(self) -> list[RequestResponseCycle]:
+        return [cycle for cycle in self._unanswered if not cycle.response_complete]
+
+    # ---- clients that don't read ---------------------------------------------------------------------------------
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._time_writing()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _time_writing(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(self._limits.write_timeout_s, self._see_progress, left)
+
+    def _see_progress(self, left: int) -> None:
+        if self.transport.get_write_buffer_size() < left:
+            self._time_writing()
+        else:
+            _log.warning("a client read nothing for %g s; its connection was closed", self._limits.write_timeout_s)
+            self.transport.abort()

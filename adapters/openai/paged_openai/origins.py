@@ -1,0 +1,36 @@
+"""Web pages of other origins: where no key is asked for, they must not have a visitor's browser call a local server.
+
+Browsers hide such an answer from the page, but carry the call out. Other clients send no Origin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from paged_core import CallError, Failure
+from paged_openai.responses import error_response, form_of
+
+
+class OriginCheck:
+    """ASGI middleware: calls from pages are taken from our own page, and from the origins that were named."""
+
+    def __init__(self, app: ASGIApp, origins: Iterable[str]) -> None:
+        self._app = app
+        self._origins = frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or self._is_welcome(Headers(scope=scope)):
+            return await self._app(scope, receive, send)
+        told = "pages of other origins may not call this server; --cors-origin names those that may"
+        return await error_response(form_of(scope["path"]), CallError(Failure.FORBIDDEN, told))(scope, receive, send)
+
+    def _is_welcome(self, headers: Headers) -> bool:
+        origin = headers.get("origin")
+        if origin is None or origin in self._origins or "*" in self._origins:
+            return True
+        site = headers.get("sec-fetch-site")  # tells it behind a proxy too, which may call us by another name
+        return site == "same-origin" if site is not None else urlsplit(origin).netloc == headers.get("host")
