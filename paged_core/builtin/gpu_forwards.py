@@ -42,8 +42,8 @@ def triton_works(device: torch.device) -> bool:
         return False
     from paged_kernels.triton.elementwise import silu_mul
 
-    x = torch.ones(1, 1, device=device)
     try:
+        x = torch.ones(1, 1, device=device)
         return bool(silu_mul(x, x).isfinite().all())
     except Exception as error:
         _log.warning("Triton can't be used on %s, so modules and the sampler run as torch has them: %s", device, error)
@@ -204,7 +204,8 @@ def _layer_forward(module: nn.Module) -> _DecoderLayer | None:
     forward, x = _DecoderLayer(module), _rows_for(weight, len(weight))
     dim: int = module.get_submodule("self_attn").head_dim  # type: ignore[assignment]
     angles = torch.rand(1, _ROWS, dim // 2, generator=torch.Generator().manual_seed(0)).repeat(1, 1, 2)
-    given = {"position_embeddings": (angles.cos().to(x), angles.sin().to(x)), "attend": mixing_attend}
+    rotation = (angles.cos().to(x), angles.sin().to(x))
+    given = {"position_embeddings": rotation, "attention_mask": None, "attend": mixing_attend}
     try:
         with torch.no_grad():
             return forward if alike(forward(x, **given), type(module).forward(module, x, **given), CLOSE) else None
