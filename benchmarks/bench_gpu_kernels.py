@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import triton
 from paged_kernels import reference
-from paged_kernels.triton import elementwise, launch
+from paged_kernels.triton import elementwise, launch, sampling
 from torch import Tensor
 from torch.nn import functional
 
@@ -153,7 +153,8 @@ def helpers(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str,
             "silu_mul": (x, gate),
             "argmax_rows": (logits,),
         }.items():
-            rivals = {"ours": _bound(elementwise, what, args), "torch": _bound(reference, what, args)}
+            ours = sampling if what == "argmax_rows" else elementwise
+            rivals = {"ours": _bound(ours, what, args), "torch": _bound(reference, what, args)}
             seconds = race(rivals, options.repeats, options.device)
             yield {"": what, "rows": len(args[0]), **{f"{name} us": 1e6 * taken for name, taken in seconds.items()}}
 
