@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import paged_torchserve.handler
 import pytest
 from alphabet_model import AlphabetModel
-from paged_torchserve import metrics
+from paged_torchserve import bodies, metrics
 from toy_tokenizers import CharacterTokenizer
 
 from paged_core import AsyncEngine, Engine, EngineConfig
@@ -53,7 +54,8 @@ class Worker:
 
         monkeypatch.setattr(paged_torchserve.handler, "open_engine", open_alphabet)
         section = {"num_blocks": 128, "attention_backend": "reference", **settings}
-        config = {"continuousBatching": True, "paged": section}
+        frontend = {name: section.pop(name) for name in ("responseTimeout",) if name in section}
+        config = {"continuousBatching": True, **frontend, "paged": section}
         self.cache = FakeCache()
         self.context = Context("m", "/nowhere", None, 8, None, "0.12.0", True, self.cache, config)
         self.handler = paged_torchserve.handler.PagedHandler()
@@ -62,8 +64,11 @@ class Worker:
         self.waiting: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
         self.replies: dict[str, Reply] = {}
 
-    def post(self, name: str, parts: dict[str, Any], url_path: str | None = None) -> None:
-        self.waiting[name] = (parts, {} if url_path is None else {"url_path": url_path})
+    def post(
+        self, name: str, parts: dict[str, Any], url_path: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        path = {} if url_path is None else {"url_path": url_path}
+        self.waiting[name] = (parts, {**(headers or {}), **path})
         self.replies[name] = Reply()
 
     def leave(self, name: str) -> None:
@@ -255,9 +260,9 @@ def test_a_request_that_asks_the_impossible_is_told_so_and_others_go_on(worker, 
 
 
 def test_what_only_the_engine_can_refuse_has_a_status_of_its_own_too(worker):
-    reply = worker(num_blocks=8, block_size=4).ask({"body": {"prompt": "a" * 60, "max_new_tokens": 90}})
-    assert reply.status == 422
-    assert "blocks" in reply.json["error"]
+    reply = worker(max_num_seqs=4).ask({"body": {"prompt": "abc", "n": 9}}, "v1/completions")
+    assert reply.status == 400
+    assert "sequences" in reply.json["error"]["message"]
 
 
 def test_an_answer_longer_than_a_message_comes_in_pieces(worker):
@@ -315,10 +320,154 @@ def test_an_engine_that_fails_tells_all_who_wait_and_ends_the_worker(worker, mon
     logging.disable(logging.CRITICAL)
     try:
         reply = serving.ask({"body": {"prompt": "abc", "max_tokens": 3}}, "v1/completions")
-        assert reply.status == 500
+        assert reply.status == 503
+        assert given_up == []  # the reply is still on its way to TorchServe
         until(lambda: given_up == [1])
     finally:
         logging.disable(logging.NOTSET)
+
+
+def test_a_step_that_never_ends_is_told_to_all_who_wait_and_ends_the_worker(worker):
+    release, held = threading.Event(), threading.Event()
+
+    def hang(token_ids: Any) -> None:
+        if len(token_ids) < 3:  # beyond the prompts
+            held.set()
+            release.wait(30)
+
+    serving = worker(AlphabetModel(hang), responseTimeout=1)
+    given_up: list[int] = []
+    serving.handler._watch._give_up = given_up.append
+    logging.disable(logging.CRITICAL)
+    try:
+        serving.post("plain", {"body": {"prompt": "abc", "max_new_tokens": 9}})
+        serving.post("streamed", {"body": {"prompt": "abc", "stream": True}}, "v1/completions")
+        serving.step()
+        assert held.wait(10)
+        serving.run()
+        assert "stopped" in json.loads(serving.replies["plain"].text)["error"]
+        *_, error, done = serving.replies["streamed"].events
+        assert ("stopped" in error["error"]["message"], done) == (True, "[DONE]")
+        assert serving.ask({"body": "abc"}).status == 503
+        until(lambda: given_up == [1])
+    finally:
+        release.set()
+        logging.disable(logging.NOTSET)
+
+
+def test_a_watch_goes_on_when_metrics_cant_be_told(worker):
+    serving = worker(slow(0.05), heartbeat_s=0.2)
+    logging.disable(logging.CRITICAL)
+    try:
+        serving.handler._watch._flush = lambda: 1 / 0
+        serving.post("gone", {"body": {"prompt": "!", "max_new_tokens": 90}})
+        serving.step()
+        time.sleep(0.3)
+        until(lambda: not serving.engine.has_work, 2.0)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def test_nothing_is_dropped_while_torchserve_is_asking(worker):
+    serving = worker(slow(0.01))
+    desk = serving.handler._desk
+    serving.post("r", {"body": {"prompt": "!", "max_new_tokens": 40}})
+    serving.step()
+    with desk._in_step:  # as while a call is under way
+        assert desk.silence_s == 0.0
+        desk.drop_if_silent(-1.0)
+    serving.run()
+    assert len(serving.replies["r"].text) == 41
+
+
+# ---- what must never fail the others ---------------------------------------------------------------------------
+
+LONE = "\ud800"  # half a surrogate pair, which TorchServe's JSON lets pass
+
+
+@pytest.mark.parametrize(
+    ("body", "route"),
+    [
+        ({"prompt": f"a{LONE}"}, None),
+        ({"prompt": "a", LONE: 1}, None),
+        ([f"a{LONE}", "b"], None),
+        ({"inputs": "a", "parameters": {"stop": [LONE]}}, "generate"),
+        ({"prompt": "a", "model": LONE}, "v1/completions"),
+        ({"messages": [{"role": "user", "content": LONE}]}, "v1/chat/completions"),
+        ({"prompt": "a"}, f"nothing/{LONE}"),
+    ],
+)
+def test_text_that_is_no_unicode_is_refused_and_others_go_on(worker, body, route):
+    serving = worker()
+    serving.post("good", {"body": {"prompt": "!", "max_new_tokens": 40}})
+    serving.post("bad", {"body": body}, route)
+    serving.run()
+    assert serving.replies["bad"].status in (400, 404, 422)
+    assert serving.replies["bad"].json["error"]
+    assert serving.replies["good"].text == "".join(map(chr, range(33, 74)))
+
+
+def test_an_error_that_cant_be_told_ends_the_reply_all_the_same(worker, monkeypatch):
+    def broken(error: Exception) -> Any:
+        raise RuntimeError("no words")
+
+    serving = worker()
+    monkeypatch.setattr(bodies, "TEXT", bodies.TEXT._replace(error=broken))
+    logging.disable(logging.CRITICAL)
+    try:
+        reply = serving.ask({"body": ""})
+    finally:
+        logging.disable(logging.NOTSET)
+    assert reply.status == 500
+    assert "log" in reply.json["error"]
+
+
+def test_an_error_late_in_streamed_plain_text_is_a_last_line_of_json(worker):
+    serving = worker(slow(0.05), heartbeat_s=0.2)
+    serving.post("r", {"body": {"prompt": "abc", "stream": True, "max_new_tokens": 20}})
+    while not any(body for body, _ in serving.replies["r"].messages):
+        serving.step()
+    until(lambda: not serving.engine.has_work)
+    serving.run()
+    *text, last, rest = serving.replies["r"].text.split("\n")
+    assert "".join(text).startswith("abc")
+    assert "cut off" in json.loads(last)["error"]
+    assert rest == ""
+
+
+def test_a_request_that_another_worker_had_begun_is_ended_with_an_error(worker):
+    """The frontend hands the requests of a worker that was scaled away to the next one, without their bodies."""
+    serving = worker()
+    serving.post("plain", {}, headers={"content-length": "24"})
+    serving.post("events", {}, "v1/completions", headers={"Content-Length": "24"})
+    serving.run()
+    ends = [end for _, end in serving.replies["plain"].messages]
+    assert ends == [False, True]  # "the whole" would leave a client without an end
+    assert "ask again" in json.loads(serving.replies["plain"].text)["error"]
+    assert b'data: {"error"' in serving.replies["events"].messages[0][0]
+
+
+def test_a_long_list_of_prompts_is_read_beside_the_others(worker, monkeypatch):
+    serving = worker(slow(0.01))
+    release = threading.Event()
+    encode = CharacterTokenizer.encode
+
+    def hold(self: Any, text: str, *args: Any, **kwargs: Any) -> Any:
+        if text == "held":
+            assert release.wait(30)
+        return encode(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(CharacterTokenizer, "encode", hold)
+    serving.post("good", {"body": {"prompt": "!", "max_new_tokens": 40}})
+    serving.step()
+    serving.post("long", {"body": ["held"] * 3})
+    while "good" in serving.waiting:
+        serving.step()
+    release.set()
+    serving.run()
+    assert len(serving.replies["good"].text) == 41
+    assert len(json.loads(serving.replies["long"].text)) == 3
+    assert serving.ask({"body": ["a"] * 257}).status == 422
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------
@@ -361,6 +510,8 @@ def test_settings_of_an_engine_are_checked_by_name_and_type():
     assert read_settings({"paged": {"max_num_seqs": 4, "watermark": 0}}).engine == EngineConfig(
         max_num_seqs=4, watermark=0.0
     )
-    for section in ({"max_num_seq": 4}, {"max_num_seqs": "4"}, {"dtype": 16}, [1], {"num_blocks": 0}):
+    nan = float("nan")
+    for section in ({"max_num_seq": 4}, {"max_num_seqs": "4"}, {"dtype": 16}, [1], {"num_blocks": 0},
+                    {"max_reply_bytes": 0}, {"heartbeat_s": 0}, {"heartbeat_s": nan}, {"max_new_tokens": 0}):  # fmt: skip
         with pytest.raises(ConfigError):
             read_settings({"paged": section})

@@ -43,6 +43,7 @@ class Form(NamedTuple):
     stream_type: str
     answer: Callable[[Any], bytes]
     event: Callable[[Any], bytes]
+    late_error: Callable[[bytes], bytes]  # an error, in JSON already, after events
     last_event: bytes
 
 
@@ -58,19 +59,34 @@ class Request(NamedTuple):
         """What follows the model's version in the URL."""
         return str(self.headers.get("url_path") or "").strip("/")
 
+    @property
+    def is_orphan(self) -> bool:
+        """Whether another worker, gone since, has been given the body: the frontend hands it over only once."""
+        lengths = [value for name, value in self.headers.items() if name.lower() == "content-length"]
+        return not self.parts and lengths not in ([], ["0"])
+
 
 def json_bytes(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    """Whatever ``value`` holds: half a surrogate pair, quoted from a request, is written as JSON's escape of it."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
 
 
 def event_bytes(value: Any) -> bytes:
-    return b"data: " + json_bytes(value) + b"\n\n"
+    return _as_event(json_bytes(value))
 
 
-OPENAI = Form(openai_error, JSON, EVENTS, json_bytes, event_bytes, b"data: [DONE]\n\n")
-TGI = Form(tgi_error, JSON, EVENTS, json_bytes, event_bytes, b"")
-TEXT = Form(tgi_error, PLAIN, PLAIN, str.encode, str.encode, b"")
-TEXTS = Form(tgi_error, JSON, PLAIN, json_bytes, str.encode, b"")
+def _as_event(told: bytes) -> bytes:
+    return b"data: " + told + b"\n\n"
+
+
+def _as_line(told: bytes) -> bytes:
+    return b"\n" + told + b"\n"
+
+
+OPENAI = Form(openai_error, JSON, EVENTS, json_bytes, event_bytes, _as_event, b"data: [DONE]\n\n")
+TGI = Form(tgi_error, JSON, EVENTS, json_bytes, event_bytes, _as_event, b"")
+TEXT = Form(tgi_error, PLAIN, PLAIN, str.encode, str.encode, _as_line, b"")
+TEXTS = Form(tgi_error, JSON, PLAIN, json_bytes, str.encode, _as_line, b"")
 
 _ROUTES: Mapping[str, tuple[_MakeCall, Form]] = {
     "v1/completions": (CompletionCall, OPENAI),
@@ -82,7 +98,9 @@ _ROUTES: Mapping[str, tuple[_MakeCall, Form]] = {
 
 def error_form(request: Request) -> Form:
     """The Form for what is wrong with ``request`` before it has been read."""
-    return OPENAI if request.route.startswith("v1") else TGI
+    if request.route.startswith("v1"):
+        return OPENAI
+    return TGI if request.route else TEXT
 
 
 def read_call(request: Request, served: ServedModel, settings: Settings) -> tuple[Call, Form]:
@@ -90,6 +108,9 @@ def read_call(request: Request, served: ServedModel, settings: Settings) -> tupl
     Raises:
         CallError, ProtocolError: it can't be served.
     """
+    if request.is_orphan:
+        raise CallError(Failure.CUT, "the worker that had begun to answer was stopped; ask again")
+    _check_unicode(request.parts)
     if request.headers.get("explain") == "True":
         raise CallError(Failure.NOT_FOUND, "texts have no explanations here; use /predictions")
     if not request.route:
@@ -108,6 +129,9 @@ class PlainCall:
     def __init__(
         self, prompts: Sequence[str], parameters: Mapping[str, Any], stream: bool, served: ServedModel
     ) -> None:
+        most = served.limits.max_prompts
+        if len(prompts) > most:
+            raise ProtocolError(f"there are {len(prompts)} prompts; the limit is {most} in one request", "prompt")
         for name in _NO_DETAILS:
             if parameters.get(name):
                 raise ProtocolError(f"{name} needs an answer in JSON; send {{inputs, parameters}}", name)
@@ -158,6 +182,16 @@ def _read_plain(parts: Parts, served: ServedModel, settings: Settings) -> tuple[
     if isinstance(prompts, str):
         return _OneText([prompts], parameters, stream, served), TEXT
     return PlainCall(prompts, parameters, stream, served), TEXTS
+
+
+def _check_unicode(parts: Parts) -> None:
+    """TorchServe decodes JSON itself, and lets halves of surrogate pairs pass, which no tokenizer takes."""
+    for name, value in parts.items():
+        if not isinstance(value, bytes | bytearray):
+            try:
+                json.dumps([name, value], ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise ProtocolError(f"the body isn't Unicode: {error.reason}", "body") from None
 
 
 def _take_prompts(fields: dict[str, Any]) -> str | list[str]:

@@ -1,6 +1,6 @@
 """Desk: all requests under way, between TorchServe's steps and the engine's.
 
-TorchServe calls once a step with the requests it holds. The desk submits what is new, drops what is no longer listed
+TorchServe calls once a step with the requests it holds. The desk takes in what is new, drops what is no longer listed
 (those clients have left), waits a moment for news, and hands it out. Its event loop runs only inside such a call; what
 the engine says between two calls waits in the streams. It knows no TorchServe.
 """
@@ -8,21 +8,21 @@ the engine says between two calls waits in the streams. It knows no TorchServe.
 from __future__ import annotations
 
 import asyncio
-import logging
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
-from paged_core import AsyncEngine, CallError, InvalidRequestError, ServedModel, hookimpl
-from paged_torchserve.bodies import JSON, Request, error_form, read_call
-from paged_torchserve.exchange import Exchange, refuse
+from paged_core import AsyncEngine, Call, ServedModel, hookimpl
+from paged_torchserve.bodies import Form, Request, error_form, read_call
+from paged_torchserve.exchange import Exchange
 from paged_torchserve.replies import MESSAGE_BYTES, Message, Reply
 from paged_torchserve.settings import Settings
 
 _WAIT_S = 0.05  # for news; a client that leaves is noticed after as long
-_ADMISSION_S = 5.0  # for the engine to take a request in or refuse it: it does so between two of its steps
-_log = logging.getLogger("paged_torchserve")
+_ADMISSION_S = 1.0  # for a request to be read, and taken in by the engine between two of its steps
 
 
 class Admissions:
@@ -38,47 +38,59 @@ class Admissions:
 
 
 class Desk:
-    """Belongs to the thread that calls ``step``; ``drop_all`` may be called by others."""
+    """``step`` and ``close`` belong to one thread. The rest may be called by others."""
 
     def __init__(self, engine: AsyncEngine, served: ServedModel, settings: Settings, admissions: Admissions) -> None:
-        self.last_call = time.monotonic()
-        self.in_step = False
         self._engine, self._served, self._settings = engine, served, settings
         self._max_bytes = min(MESSAGE_BYTES, settings.max_reply_bytes)
         self._loop = asyncio.new_event_loop()
         self._news = asyncio.Event()
-        self._open: dict[str, Exchange | Reply] = {}  # a Reply: refused before it got to the engine
+        self._open: dict[str, Exchange] = {}
+        self._failure: Exception | None = None
+        self._in_step = threading.Lock()
+        self._last_call = time.monotonic()
         admissions.desk = self
 
     @property
     def is_empty(self) -> bool:
         return not self._open
 
+    @property
+    def silence_s(self) -> float:
+        """How long TorchServe has not called; 0 during a call."""
+        return 0.0 if self._in_step.locked() else time.monotonic() - self._last_call
+
     def step(self, requests: Sequence[Request]) -> list[Message]:
         """One message for each of ``requests``, in their order."""
-        self.in_step = True
-        self.last_call = time.monotonic()  # before anything is open: see Watch
-        try:
-            return self._loop.run_until_complete(self._step(requests))
-        finally:
-            self.last_call = time.monotonic()
-            self.in_step = False
+        with self._in_step:
+            try:
+                return self._loop.run_until_complete(self._step(requests))
+            finally:
+                self._last_call = time.monotonic()
 
-    def drop_all(self) -> None:
-        """Free what the requests hold: nobody asks for their news."""
-        for exchange in list(self._open.values()):
-            if isinstance(exchange, Exchange):
-                exchange.cancel()
+    def drop_if_silent(self, limit_s: float) -> None:
+        """Free what the requests hold, if nobody has asked for their news for longer than that."""
+        if not self._in_step.acquire(blocking=False):
+            return
+        try:
+            if time.monotonic() - self._last_call > limit_s:
+                for exchange in self._open.values():
+                    exchange.cancel()
+        finally:
+            self._in_step.release()
+
+    def refuse_all_soon(self, error: Exception) -> None:
+        """From the next step on: those under way, and all that come."""
+        self._call_soon(self._refuse_all, error)
 
     def admitted_soon(self, request_id: str) -> None:
         """Called by the engine's thread."""
-        with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._admitted, request_id)
+        self._call_soon(self._admitted, request_id)
 
     def close(self) -> None:
         for request_id in list(self._open):
             self._forget(request_id)
-        self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
         self._loop.close()
 
     async def _step(self, requests: Sequence[Request]) -> list[Message]:
@@ -88,24 +100,22 @@ class Desk:
             if request.id not in self._open:
                 self._open[request.id] = self._begin(request)
         await self._wait_for_news()
-        messages = [_reply(self._open[request.id]).take() for request in requests]
+        messages = [self._open[request.id].reply.take() for request in requests]
         for request, message in zip(requests, messages, strict=True):
             if message.end is not False:
                 self._forget(request.id)
         return messages
 
-    def _begin(self, request: Request) -> Exchange | Reply:
+    def _begin(self, request: Request) -> Exchange:
         form = error_form(request)
-        try:
-            call, form = read_call(request, self._served, self._settings)
-            reply = Reply(form.stream_type if call.stream else form.content_type, self._max_bytes)
-            return Exchange(call, form, self._engine, reply, self._news.set)
-        except Exception as error:  # one request's failure is never another's
-            if not isinstance(error, CallError | InvalidRequestError):
-                _log.error("a request could not be taken in", exc_info=error)
-            reply = Reply(JSON, self._max_bytes)
-            refuse(reply, form, error)
-            return reply
+        reply = Reply(form.content_type, self._max_bytes, begun=request.is_orphan)
+        exchange = Exchange(partial(self._read, request), form, self._engine, reply, self._news.set)
+        if self._failure is not None:
+            exchange.fail(self._failure)
+        return exchange
+
+    def _read(self, request: Request) -> tuple[Call, Form]:
+        return read_call(request, self._served, self._settings)
 
     async def _wait_for_news(self) -> None:
         began = time.monotonic()
@@ -119,23 +129,26 @@ class Desk:
 
     @property
     def _has_news(self) -> bool:
-        return any(_reply(each).has_news for each in self._open.values())
+        return any(each.reply.has_news for each in self._open.values())
 
     @property
     def _settled(self) -> bool:
-        return all(not isinstance(each, Exchange) or each.settled for each in self._open.values())
+        return all(each.settled for each in self._open.values())
 
     def _admitted(self, request_id: str) -> None:
         for each in self._open.values():
-            if isinstance(each, Exchange):
-                each.admitted(request_id)
+            each.admitted(request_id)
+        self._news.set()
+
+    def _refuse_all(self, error: Exception) -> None:
+        self._failure = error
+        for each in self._open.values():
+            each.fail(error)
         self._news.set()
 
     def _forget(self, request_id: str) -> None:
-        gone = self._open.pop(request_id)
-        if isinstance(gone, Exchange):
-            gone.close()
+        self._open.pop(request_id).close()
 
-
-def _reply(each: Exchange | Reply) -> Reply:
-    return each.reply if isinstance(each, Exchange) else each
+    def _call_soon(self, function: Any, argument: Any) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(function, argument)

@@ -1,4 +1,5 @@
-"""Exchange: one request under way in the engine. Belongs to the event loop that the desk runs."""
+"""Exchange: one request, from its body to the last message of its reply. Belongs to the event loop that the desk
+runs."""
 
 from __future__ import annotations
 
@@ -14,92 +15,123 @@ _log = logging.getLogger("paged_torchserve")
 
 
 class Exchange:
-    """Submits all prompts of ``call``; what comes of them goes into ``reply``. ``on_news`` is called then.
+    """Reads a request, submits its prompts; what comes of them goes into ``reply``. ``on_news`` is called then.
 
-    Raises:
-        EngineDeadError, InvalidRequestError: it can't be submitted.
+    ``read`` is called in a thread: prompts are tokenised there, and a long list of them holds up no one else.
+    ``form`` is the one for what is wrong before it has been read.
     """
 
-    def __init__(self, call: Call, form: Form, engine: AsyncEngine, reply: Reply, on_news: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        read: Callable[[], tuple[Call, Form]],
+        form: Form,
+        engine: AsyncEngine,
+        reply: Reply,
+        on_news: Callable[[], None],
+    ) -> None:
         self.reply = reply
-        self._call, self._form, self._on_news = call, form, on_news
+        self._form, self._engine, self._on_news = form, engine, on_news
         self._streams: list[Stream] = []
-        self._opened = False
-        try:
-            for prompt in call.prompts:
-                self._streams.append(engine.submit(prompt, call.params))
-        except BaseException:
-            self.cancel()
-            raise
-        self._not_admitted = {stream.request_id for stream in self._streams}
-        self._task = asyncio.ensure_future(self._run())
+        self._streamed = reply.begun  # as far as anyone knows
+        self._cancelled = False
+        self._not_admitted: set[str] | None = None  # None: not submitted yet
+        self._task = asyncio.ensure_future(self._run(read))
 
     @property
     def settled(self) -> bool:
         """Whether the engine has taken it in, or it has ended: a refusal has a status of its own only as long as
         nothing was sent."""
-        return not self._not_admitted or self.reply.has_news
+        return self._not_admitted == set() or self.reply.has_news
 
     def admitted(self, request_id: str) -> None:
-        self._not_admitted.discard(request_id)
+        if self._not_admitted:
+            self._not_admitted.discard(request_id)
 
     def cancel(self) -> None:
         """End it soon: the client hears an error, if it still listens. Callable from any thread."""
+        self._cancelled = True
         for stream in self._streams:
             stream.cancel()
+
+    def fail(self, error: Exception) -> None:
+        """End it now, whatever becomes of it in the engine."""
+        if not self.reply.ended:
+            self._refuse(error)
+        self.close()
 
     def close(self) -> None:
         """Nobody listens any more."""
         self.cancel()
         self._task.cancel()
 
-    async def _run(self) -> None:
+    async def _run(self, read: Callable[[], tuple[Call, Form]]) -> None:
         try:
-            if self._call.stream:
-                await asyncio.gather(*[self._pump(number, stream) for number, stream in enumerate(self._streams)])
-            results = await asyncio.gather(*[stream.aresult() for stream in self._streams])
-            self._finish(results)
+            call, self._form = await asyncio.to_thread(read)
+            self._streamed = call.stream
+            self.reply.content_type = self._form.stream_type if call.stream else self._form.content_type
+            self._submit(call)
+            if call.stream:
+                await self._pump_all(call)
+            self._finish(call, [await stream.aresult() for stream in self._streams])
         except Exception as error:
             self.cancel()
             if not isinstance(error, CallError | InvalidRequestError):
                 _log.error("a request failed", exc_info=error)
-            refuse(self.reply, self._form, error, as_event=self._call.stream)
+            self._refuse(error)
         self._on_news()
 
-    async def _pump(self, number: int, stream: Stream) -> None:
-        async for delta in stream:
-            _check(delta.finish_reason, delta.error)
-            chunks = self._call.chunks(number, delta)
-            if not self._opened:
-                chunks = self._call.first_chunks() + chunks
-                self._opened = True
-            for chunk in chunks:
-                self.reply.say(self._form.event(chunk))
-            self._on_news()
+    def _submit(self, call: Call) -> None:
+        for prompt in call.prompts:
+            self._streams.append(self._engine.submit(prompt, call.params))
+        self._not_admitted = {stream.request_id for stream in self._streams}
+        if self._cancelled:  # while it was read
+            self.cancel()
 
-    def _finish(self, results: list[GenerationOutput]) -> None:
+    async def _pump_all(self, call: Call) -> None:
+        opening = call.first_chunks()
+
+        async def pump(number: int, stream: Stream) -> None:
+            async for delta in stream:
+                _check(delta.finish_reason, delta.error)
+                for chunk in [*opening, *call.chunks(number, delta)]:
+                    self.reply.say(self._form.event(chunk))
+                opening.clear()
+                self._on_news()
+
+        pumps = [asyncio.ensure_future(pump(number, stream)) for number, stream in enumerate(self._streams)]
+        try:
+            await asyncio.gather(*pumps)
+        finally:
+            for each in pumps:  # those beside one that failed
+                each.cancel()
+
+    def _finish(self, call: Call, results: list[GenerationOutput]) -> None:
         for result in results:
             for output in result.outputs:
                 _check(output.finish_reason, result.error)
-        if self._call.stream:
-            for chunk in self._call.last_chunks(results):
+        if call.stream:
+            for chunk in call.last_chunks(results):
                 self.reply.say(self._form.event(chunk))
             self.reply.say(self._form.last_event)
         else:
-            self.reply.say(self._form.answer(self._call.answer(results)))
+            self.reply.say(self._form.answer(call.answer(results)))
         self.reply.end()
 
-
-def refuse(reply: Reply, form: Form, error: Exception, *, as_event: bool = False) -> None:
-    """Tell the client of ``error``: with its status, or, when the reply has begun, as the rest of it."""
-    status, body = form.error(error)
-    if not reply.started:
-        reply.refuse(status, json_bytes(body), JSON)
-        return
-    reply.say(b"data: " + json_bytes(body) + b"\n\n" if as_event else json_bytes(body))
-    if as_event:
-        reply.say(form.last_event)
-    reply.end()
+    def _refuse(self, error: Exception) -> None:
+        """Tell the client of ``error``: with its status, or, when the reply has begun, as the rest of it."""
+        try:
+            status, body = self._form.error(error)
+            told = json_bytes(body)
+        except Exception as failure:  # a reply that never ends would be worse
+            _log.error("an error could not be told", exc_info=failure)
+            status, told = 500, b'{"error": "the server failed; its log says more"}'
+        if not self.reply.started:
+            self.reply.refuse(status, told, JSON)
+        elif self._streamed:
+            self.reply.say(self._form.late_error(told) + self._form.last_event)
+        else:
+            self.reply.say(told)
+        self.reply.end()
 
 
 def _check(finish_reason: str | None, error: str | None) -> None:

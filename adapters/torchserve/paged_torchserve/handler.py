@@ -19,6 +19,8 @@ from paged_torchserve.replies import Message
 from paged_torchserve.settings import read_settings
 from paged_torchserve.watch import Watch
 
+_RESPONSE_TIMEOUT_S = 120.0  # TorchServe's default
+
 
 class PagedHandler:
     """One model, for as long as its worker lives."""
@@ -34,7 +36,8 @@ class PagedHandler:
         self._engine = open_engine(Path(place["model_dir"]), place.get("gpu_id"), settings, plugins)
         served = ServedModel(self._engine, [context.model_name])
         self._desk = Desk(self._engine, served, settings, admissions)
-        self._watch = Watch(self._engine, self._desk, metrics.flush, settings.heartbeat_s)
+        max_step_s = float(config.get("responseTimeout") or _RESPONSE_TIMEOUT_S)
+        self._watch = Watch(self._engine, self._desk, metrics.flush, settings.heartbeat_s, max_step_s)
         logging.getLogger("paged_torchserve").info("%s is ready", context.model_name)
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:

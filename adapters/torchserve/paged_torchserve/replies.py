@@ -21,43 +21,50 @@ class Message(NamedTuple):
 
 
 class Reply:
-    """Filled by ``say`` and ``end``; ``take`` is called once a step."""
+    """Filled by ``say`` and ``end``; ``take`` is called once a step.
 
-    def __init__(self, content_type: str, max_bytes: int = MESSAGE_BYTES) -> None:
+    ``begun``: the frontend has sent a beginning that came from another worker. A message that said "this is the whole"
+    would never end that answer.
+    """
+
+    def __init__(self, content_type: str, max_bytes: int = MESSAGE_BYTES, *, begun: bool = False) -> None:
+        self.begun = begun
+        self.content_type = content_type  # may be changed until it has started
         self._status = 200
-        self._content_type = content_type
         self._max_bytes = max_bytes
         self._unsent = bytearray()
         self._started = False
-        self._ended = False
+        self.ended = False
 
     @property
     def started(self) -> bool:
         """Whether status and content type have gone out, or text that needs them."""
-        return self._started or bool(self._unsent)
+        return self.begun or self._started or bool(self._unsent)
 
     @property
     def has_news(self) -> bool:
-        return self._ended or bool(self._unsent)
+        return self.ended or bool(self._unsent)
 
     def say(self, body: bytes) -> None:
-        self._unsent += body
+        """More text. After the end nothing is added."""
+        if not self.ended:
+            self._unsent += body
 
     def end(self) -> None:
-        self._ended = True
+        self.ended = True
 
     def refuse(self, status: int, body: bytes, content_type: str) -> None:
         """The whole reply is an error. Only before it has started."""
         assert not self.started
-        self._status, self._content_type = status, content_type
+        self._status, self.content_type = status, content_type
         self.say(body)
         self.end()
 
     def take(self) -> Message:
         body = bytes(self._unsent[: self._max_bytes])
         del self._unsent[: self._max_bytes]
-        end: bool | None = self._ended and not self._unsent
+        end: bool | None = self.ended and not self._unsent
         if end and not self._started:
-            end = None
+            end = False if self.begun else None
         self._started = True
-        return Message(body, end, self._status, self._content_type)
+        return Message(body, end, self._status, self.content_type)

@@ -26,6 +26,8 @@ _FRONTEND: Mapping[str, type] = {  # what TorchServe reads itself, as far as it 
     "maxRetryTimeoutInSec": int,
 }
 
+_LEAST: Mapping[str, float] = {"max_new_tokens": 1, "max_reply_bytes": 1, "heartbeat_s": 0.1}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -61,7 +63,12 @@ def read_settings(config: Mapping[str, Any] | None) -> Settings:
             own[name] = _typed(name, value, _OWN_TYPES[name])
         else:
             raise ConfigError(f"{SECTION}.{name} is no setting; there are {', '.join(known_keys())}")
-    return Settings(**own, engine=EngineConfig(**engine))
+    settings = Settings(**own, engine=EngineConfig(**engine))
+    for name, least in _LEAST.items():
+        value = getattr(settings, name)
+        if not value >= least:
+            raise ConfigError(f"{SECTION}.{name} is {value}; it must be at least {least}")
+    return settings
 
 
 def known_keys() -> list[str]:

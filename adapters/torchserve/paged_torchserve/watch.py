@@ -1,4 +1,4 @@
-"""Watch: a thread that looks after a worker while TorchServe is silent."""
+"""Watch: a thread that looks after a worker while TorchServe is silent, or the engine."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import threading
 import time
 from collections.abc import Callable
 
-from paged_core import AsyncEngine
+from paged_core import AsyncEngine, EngineDeadError
 from paged_torchserve.desk import Desk
 
+_QUIET_S = 0.5  # without a call and without a request: the last reply has been sent
+_PARTING_S = 10.0  # at most, for all clients to be told that the engine has failed
 _log = logging.getLogger("paged_torchserve")
 
 
 class Watch:
     """Frees what requests hold when TorchServe stops asking for their news (the last client has left: there is no other
-    sign of it), flushes metrics, and ends the process when the engine has failed and all have been told: TorchServe
-    then starts another.
+    sign of it), and flushes metrics. When the engine has failed, or one of its steps takes longer than
+    ``max_step_s``, all clients are told, and then the process ends: TorchServe starts another.
     """
 
     def __init__(
@@ -26,11 +28,13 @@ class Watch:
         desk: Desk,
         flush: Callable[[], None],
         heartbeat_s: float,
+        max_step_s: float,
         give_up: Callable[[int], None] = os._exit,
     ) -> None:
         self._engine, self._desk, self._flush, self._give_up = engine, desk, flush, give_up
-        self._heartbeat_s = heartbeat_s
+        self._heartbeat_s, self._max_step_s = heartbeat_s, max_step_s
         self._ended = threading.Event()
+        self._failed_at: float | None = None
         self._thread = threading.Thread(target=self._run, name="paged-watch", daemon=True)
         self._thread.start()
 
@@ -40,13 +44,30 @@ class Watch:
 
     def _run(self) -> None:
         while not self._ended.wait(min(1.0, self._heartbeat_s / 2)):
-            # In this order: a step that begins meanwhile is seen as open, or has set last_call before.
-            waits = not self._desk.in_step and not self._desk.is_empty
-            silent = time.monotonic() - self._desk.last_call > self._heartbeat_s
-            if waits and silent:
-                self._desk.drop_all()
-            if not self._engine.alive and (self._desk.is_empty or silent):
-                _log.error("the engine has failed; this worker ends")
+            for look in (self._look, self._flush):
+                try:
+                    look()
+                except Exception:  # who watches must go on
+                    _log.exception("the watch could not do all of its work")
+
+    def _look(self) -> None:
+        if self._failed_at is not None:
+            told = self._desk.is_empty and self._desk.silence_s > _QUIET_S
+            if told or time.monotonic() - self._failed_at > _PARTING_S:
                 self._give_up(1)
-                return
-            self._flush()
+                self._ended.set()
+            return
+        failure = self._failure()
+        if failure is not None:
+            _log.error("%s; this worker ends", failure)
+            self._failed_at = time.monotonic()
+            self._desk.refuse_all_soon(EngineDeadError(failure))
+        self._desk.drop_if_silent(self._heartbeat_s)
+
+    def _failure(self) -> str | None:
+        if not self._engine.alive:
+            return "the engine has failed"
+        busy_s = self._engine.busy_s
+        if busy_s > self._max_step_s:
+            return f"a step of the engine has not ended in {busy_s:.0f} s (responseTimeout is {self._max_step_s:g})"
+        return None
