@@ -10,10 +10,12 @@ from paged_core.scheduling.request import InvalidRequestError, Request, Sampling
 def check_prompt(prompt: Sequence[int], vocab_size: int, knows: Callable[[int], bool] | None = None) -> None:
     """Raises InvalidRequestError if it is empty or holds ids that the model does not know."""
     if not len(prompt):
-        raise InvalidRequestError("the prompt is empty; give at least one token (for example the model's bos token)")
+        told = "the prompt is empty; give at least one token (for example the model's bos token)"
+        raise InvalidRequestError(told, "prompt")
     for token in prompt:
         if not isinstance(token, int) or not (0 <= token < vocab_size or (knows is not None and knows(token))):
-            raise InvalidRequestError(f"the prompt holds token id {token!r}; ids go from 0 to {vocab_size - 1}")
+            told = f"the prompt holds token id {token!r}; ids go from 0 to {vocab_size - 1}"
+            raise InvalidRequestError(told, "prompt")
 
 
 def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
@@ -27,7 +29,7 @@ def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
     for name, tokens in named.items():
         for token in tokens:
             if not isinstance(token, int) or not 0 <= token < vocab_size:
-                raise InvalidRequestError(f"{name} holds token id {token!r}; ids go from 0 to {vocab_size - 1}")
+                raise InvalidRequestError(f"{name} holds token id {token!r}; ids go from 0 to {vocab_size - 1}", name)
 
 
 def check_resumed(requests: Sequence[Request], token_ids: Sequence[int], vocab_size: int) -> None:

@@ -13,7 +13,7 @@ from paged_core.detokenizer import Detokenizer
 from paged_core.execution.beam_search import ranked
 from paged_core.outputs import CompletionOutput, GenerationOutput, RequestMetrics, StreamDelta, TokenLogprobs
 from paged_core.scheduling.request import FinishReason, Logprob, RequestOutput, SamplingParams
-from paged_core.text import Prompt, StopStringChecker, StopStrings, TextCodec
+from paged_core.text import Prompt, StopStringChecker, StopStrings, TextCodec, stop_strings
 
 if TYPE_CHECKING:
     from paged_core.engine import Engine
@@ -127,7 +127,7 @@ class Generation:
         self._finish: float | None = None
         self._num_cached_tokens = 0
         self._prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
-        stops = StopStrings(params.stop) if params.stop else None
+        stops = stop_strings(params.stop) if params.stop else None
         self._rows = [
             TextRow(index, codec.detokenizer(params.skip_special_tokens), stops, params) for index in range(params.n)
         ]

@@ -169,7 +169,7 @@ class PrometheusMetrics:
     def _advance(self, request: Request, times: _Times, began: float, now: float) -> None:
         """What the step from ``began`` to ``now`` meant for one request."""
         if times.started is None:
-            if request.status is RequestStatus.WAITING:
+            if _waits(request):
                 return
             times.started = max(began, times.arrival)
             waited = times.started - times.arrival
@@ -202,3 +202,10 @@ class PrometheusMetrics:
         metrics["vllm:kv_cache_usage_perc"].set(usage)
         metrics["paged:kv_cache_waste_perc"].set(waste)
         metrics["paged:kv_blocks_shared"].set(shared)
+
+
+def _waits(request: Request) -> bool:
+    """Whether nothing of it was computed yet. A sample that will fork starts with the one that computes its prompt."""
+    if request.status is RequestStatus.UNBORN:
+        return all(row.status is not RequestStatus.RUNNING for row in request.group.members)
+    return request.status is RequestStatus.WAITING

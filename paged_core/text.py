@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import re
 import threading
+import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -200,6 +201,18 @@ class StopStrings:
                 self._fallback[child] = self.step(self._fallback[state], character)
                 self.match[child] = self.match[child] or self.match[self._fallback[child]]
                 queue.append(child)
+
+
+def stop_strings(strings: Sequence[str]) -> StopStrings:
+    """The automaton for ``strings``; the same one for all who have use for it at a time, the prompts of a request."""
+    key = tuple(strings)
+    found = _STOP_STRINGS.get(key)
+    if found is None:
+        found = _STOP_STRINGS[key] = StopStrings(key)
+    return found
+
+
+_STOP_STRINGS: weakref.WeakValueDictionary[tuple[str, ...], StopStrings] = weakref.WeakValueDictionary()
 
 
 class StopStringChecker:

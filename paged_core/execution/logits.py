@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paged_core.scheduling.request import Request
+from paged_core.scheduling.request import InvalidRequestError, Request
 
 Work = Sequence[tuple[int, Request, "RowEdits"]]  # (row of scores, its request, its edits)
 _NINF = float("-inf")
@@ -182,7 +182,8 @@ def _run_processors(scores: Tensor, work: Work) -> dict[int, str]:
             try:
                 scores[row] = _processed(scores[row : row + 1], request, edits.processors)
             except Exception as error:  # the caller's code: whatever it raises ends its own request only
-                errors[row] = str(error) if isinstance(error, _BadScores) else f"{type(error).__name__}: {error}"
+                told = isinstance(error, (_BadScores, InvalidRequestError))
+                errors[row] = str(error) if told else f"{type(error).__name__}: {error}"
     return errors
 
 
@@ -202,6 +203,8 @@ def _processed(scores: Tensor, request: Request, processors: Sequence[Any]) -> T
             name = getattr(processor, "__name__", type(processor).__name__)
             try:
                 current = processor(input_ids, current)
+            except InvalidRequestError:  # it says itself what is wrong with the request
+                raise
             except Exception as error:
                 raise _BadScores(f"logits processor {name} raised {type(error).__name__}: {error}") from error
             _check(name, current, scores.shape)

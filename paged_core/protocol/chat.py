@@ -16,6 +16,7 @@ from paged_core.text import Prompt
 
 _OURS = ("tokenize", "chat_template", "add_generation_prompt", "continue_final_message", "tools", "documents")
 _RETURNS = ("return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length")
+_PART = {"type", "text", "cache_control"}  # of a text part; the last is a hint that changes no answer
 _CONTENT = {
     "anyOf": [
         {"type": "string"},
@@ -39,22 +40,33 @@ class ChatCall:
     def __init__(self, body: Any, served: ServedModel, request_id: str, *, whole_deltas: bool = False) -> None:
         fields = fields_of(body)
         _refuse(fields)
-        render, truncate = _Rendering(fields), truncation(fields)
+        render, truncate = _Rendering(fields, served), truncation(fields)
         self._num_top = _num_top(fields)
         self._num_prompt_top = fields.integer("prompt_logprobs")
-        limit = fields.integer("max_tokens", served.default_max_tokens(None), low=1)
-        self.options = read_options(
+        limit = fields.integer("max_tokens", low=1)
+        own_limit = fields.integer("max_completion_tokens", limit, low=1)
+        named = {"logprobs": "top_logprobs" if self._num_top else "logprobs", "prompt": "messages"}
+        if limit is None:
+            named["max_tokens"] = "max_completion_tokens"
+        self.options = options = read_options(
             fields,
             served,
-            max_tokens=fields.integer("max_completion_tokens", limit, low=1),
+            max_tokens=served.default_max_tokens(None) if own_limit is None else own_limit,
             num_top=self._num_top,
             prompt_logprobs=self._num_prompt_top,
+            named=named,
         )
         fields.finish()
         self.prompts = [served.finish_prompt("messages", render.prompt(served), truncate)]
-        self.params, self.stream = self.options.params, self.options.stream
-        if self.options.structure is not None:
-            self.params = served.structured(self.params, self.prompts, self.options.structure)
+        tells_prompt = options.return_token_ids or self._num_prompt_top is not None
+        self.params = served.finish_params(
+            options.params,
+            self.prompts,
+            options.structure,
+            copies=1 if tells_prompt else 0,
+            named={**options.named, "echo": "return_token_ids"},
+        )
+        self.stream = options.stream
         self._served = served
         self._every_delta = {"role": "assistant", "content": "", "tool_calls": None} if whole_deltas else {}
         self._head = {
@@ -129,8 +141,9 @@ class ChatCall:
 class _Rendering:
     """The messages, and how they become one text."""
 
-    def __init__(self, fields: Fields) -> None:
-        self._messages = _messages(fields)
+    def __init__(self, fields: Fields, served: ServedModel) -> None:
+        # Each message takes a token at least.
+        self._messages = [_message(each) for each in fields.objects("messages", served.max_model_len)]
         self._add_special_tokens = fields.flag("add_special_tokens")
         self._options: dict[str, Any] = dict(_template_options(fields))
         if not fields.flag("add_generation_prompt", True):
@@ -144,10 +157,6 @@ class _Rendering:
         except InvalidRequestError as error:
             raise ProtocolError(str(error), "messages") from error
         return served.encode(text, add_special_tokens=self._add_special_tokens)
-
-
-def _messages(fields: Fields) -> list[dict[str, str]]:
-    return [_message(each) for each in fields.objects("messages")]
 
 
 def _message(fields: Fields) -> dict[str, str]:
@@ -176,7 +185,7 @@ def _content(fields: Fields) -> str:
     parts = []
     for part in content:
         text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
-        if not isinstance(text, str):
+        if not isinstance(text, str) or not part.keys() <= _PART:
             raise told
         parts.append(text)
     return "\n".join(parts)

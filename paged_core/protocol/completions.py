@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from paged_core.outputs import CompletionOutput, GenerationOutput, StreamDelta, TokenLogprobs
 from paged_core.protocol.fields import fields_of
+from paged_core.protocol.offsets import Placed, prompt_offsets
 from paged_core.protocol.openai_fields import read_options, truncation
 from paged_core.protocol.served import PROMPT, ServedModel
 from paged_core.protocol.usage import Usage, best
@@ -36,15 +37,31 @@ class CompletionCall:
         self._num_prompt_top = of_prompt = fields.integer("prompt_logprobs")
         if self._echo and num_top is not None:
             of_prompt = max(num_top, of_prompt or 0)
-        self.options = read_options(
-            fields, served, max_tokens=max_tokens or 1, num_top=num_top, prompt_logprobs=of_prompt
+        self.options = options = read_options(
+            fields,
+            served,
+            max_tokens=max_tokens or 1,
+            num_top=num_top,
+            prompt_logprobs=of_prompt,
+            named={"prompt_logprobs": "logprobs"} if self._num_prompt_top is None else {},  # asked for by echo
         )
         fields.finish()
         self.prompts = served.prompts("prompt", raw, add_special_tokens, truncate)
-        self.params, self.stream = self.options.params, self.options.stream
-        if self.options.structure is not None:
-            self.params = served.structured(self.params, self.prompts, self.options.structure)
+        tells_prompt = self._echo or options.return_token_ids or of_prompt is not None
+        self.params = served.finish_params(
+            options.params,
+            self.prompts,
+            options.structure,
+            copies=options.num_choices if tells_prompt else 0,
+            named=options.named if self._echo else {**options.named, "echo": "return_token_ids"},
+        )
+        self.stream = options.stream
         self._served = served
+        self._echoes = [self._text_of(prompt) if self._echo else "" for prompt in self.prompts]
+        self._echo_offsets = [
+            prompt_offsets(prompt, text, served.tokens, served.codec) if self._echo and num_top is not None else []
+            for prompt, text in zip(self.prompts, self._echoes, strict=True)
+        ]
         self._only_echo = max_tokens == 0  # the engine's one token is left out
         self._head = {
             "id": f"cmpl-{request_id}",
@@ -53,7 +70,7 @@ class CompletionCall:
             "model": self.options.model,
         }
         self._usage = Usage(self.prompts)
-        self._sent: dict[int, int] = {}  # choice -> characters
+        self._placed: dict[int, Placed] = {}  # by choice, once something of it was told
         self._prompt_logprobs: dict[int, Sequence[TokenLogprobs | None]] = {}  # by prompt
 
     def first_chunks(self) -> list[dict[str, Any]]:
@@ -92,25 +109,37 @@ class CompletionCall:
 
     def _choice(self, number: int, index: int, news: StreamDelta | CompletionOutput) -> dict[str, Any]:
         """A choice, or a piece of one; with its first piece goes what is told of the prompt."""
-        prompt, sent = self.prompts[number], self._sent.get(index, 0)
-        first = index not in self._sent
-        text, token_ids = news.text, list(news.token_ids)
-        entries: list[TokenLogprobs | None] = list(news.logprobs or ())
-        of_prompt = self._prompt_logprobs.get(number, ()) if first else ()
-        if first and self._echo:
-            text = self._text_of(prompt) + text
-            token_ids, entries = [*prompt.token_ids, *token_ids], [*of_prompt, *entries]
-        self._sent[index] = sent + len(text)
+        first = index not in self._placed
+        if first:
+            self._placed[index] = Placed(self._served.codec, self.params.skip_special_tokens)
+            self._placed[index].echo(self._echoes[number])
+        text = self._echoes[number] + news.text if first else news.text
         choice: dict[str, Any] = {"index": index, "text": text, "logprobs": None}
+        token_ids, of_prompt = list(news.token_ids), self._prompt_logprobs.get(number, ()) if first else ()
         if self._num_top is not None:
-            choice["logprobs"] = self._served.tokens.completion_logprobs(token_ids, entries, sent, self._num_top)
+            told = self._placed[index].push(
+                news.text, token_ids, news.logprobs or (), ended=news.finish_reason is not None
+            )
+            token_ids = [token for token, _, _ in told]
+            choice["logprobs"] = self._logprobs(number if first else None, told, self._num_top)
         choice["finish_reason"], choice["stop_reason"] = news.finish_reason, news.stop_reason
         if first and self._num_prompt_top is not None:
             choice["prompt_logprobs"] = self._served.tokens.prompt_logprobs(of_prompt, self._num_prompt_top)
         if self.options.return_token_ids:
-            choice["token_ids"] = list(news.token_ids)
-            choice["prompt_token_ids"] = prompt.token_ids if first else None
+            choice["token_ids"] = token_ids
+            choice["prompt_token_ids"] = self.prompts[number].token_ids if first else None
         return choice
+
+    def _logprobs(self, echoed: int | None, told: Sequence[tuple[int, TokenLogprobs, int]], num_top: int) -> Any:
+        """Of these tokens, with those of the prompt ``echoed`` before them."""
+        token_ids = [token for token, _, _ in told]
+        entries: list[TokenLogprobs | None] = [entry for _, entry, _ in told]
+        offsets = [place for _, _, place in told]
+        if echoed is not None and self._echo:
+            token_ids = [*self.prompts[echoed].token_ids, *token_ids]
+            entries = [*self._prompt_logprobs.get(echoed, ()), *entries]
+            offsets = [*self._echo_offsets[echoed], *offsets]
+        return self._served.tokens.completion_logprobs(token_ids, entries, offsets, num_top)
 
     def _text_of(self, prompt: Prompt) -> str:
         return prompt.text if prompt.text is not None else self._served.codec.decode(prompt.token_ids)

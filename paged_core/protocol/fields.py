@@ -7,6 +7,7 @@ its mistakes, and TorchServe's environment (the other user of this room) should 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,27 +15,30 @@ from paged_core.scheduling.request import InvalidRequestError
 
 ANYTHING: Mapping[str, Any] = {}
 HUGE = 1e300  # JSON's integers have no bound, floats have
+_MAX_DEPTH = 100  # objects and lists in each other: more than any schema needs, less than any reader's stack takes
+_SHOWN = 60  # characters of a wrong value, or of its name, that an error repeats
 
 
 class ProtocolError(InvalidRequestError):
-    """A request that is refused. ``param`` is the field at fault; ``status`` the HTTP status, where one is decided."""
+    """A body that is refused. ``param`` is the field at fault; ``status`` the HTTP status, where one is decided."""
 
     def __init__(self, message: str, param: str | None = None, *, status: int = 400, code: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
+        super().__init__(message, param)
         self.status = status
         self.code = code
 
 
 def parse_json(raw: bytes) -> Any:
-    """The value of a body. Strict: no NaN, no halves of surrogate pairs, no depth that exhausts the stack.
+    """The value of a body. Strict: no NaN, no halves of surrogate pairs, no field twice, no depth beyond reason.
 
     Raises:
         ProtocolError: it isn't JSON.
     """
     try:
         text = raw.decode()
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
+        if text.count("[") + text.count("{") > _MAX_DEPTH:
+            _check_depth(value)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -87,8 +91,8 @@ class Fields:
             raise self.error(name, f"is {_shown(value)}; it must be a string")
         return value
 
-    def texts(self, name: str) -> list[str]:
-        """Strings; a lone one counts as a list of it."""
+    def texts(self, name: str, least: int = 0) -> list[str]:
+        """Strings, ``least`` or more if there is the field; a lone one counts as a list of it."""
         value = self.any(name)
         if value is None:
             return []
@@ -96,6 +100,8 @@ class Fields:
             value = [value]
         if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
             raise self.error(name, "must be a string or a list of strings, none of them empty")
+        if len(value) < least:
+            raise self.error(name, "is an empty list; leave it out, or give a string")
         return value
 
     def integers(self, name: str) -> list[int] | None:
@@ -110,11 +116,13 @@ class Fields:
         """A field that is an object itself; empty if left out."""
         return Fields(self._values.pop(name, {}), self._where + name)
 
-    def objects(self, name: str) -> list[Fields]:
+    def objects(self, name: str, most: int) -> list[Fields]:
         """A field that is a list of objects, at least one."""
         value = self.any(name)
         if not isinstance(value, list) or not value:
             raise self.error(name, "must be a list of at least one object")
+        if len(value) > most:
+            raise self.error(name, f"holds {len(value)} objects; at most {most} can be served")
         return [Fields(each, f"{self.path(name)}[{place}]") for place, each in enumerate(value)]
 
     def only(self, name: str, neutral: Sequence[Any], why: str) -> None:
@@ -131,7 +139,7 @@ class Fields:
     def finish(self) -> None:
         """Raises ProtocolError for a field that nobody has read: a wish is never left out silently."""
         for name in self._values:
-            raise self.error(name, "is not a field that this server knows")
+            raise self.error(shortened(name), "is not a field that this server knows")
 
     def error(self, name: str, why: str) -> ProtocolError:
         return ProtocolError(f"{self.path(name)} {why}", self.path(name))
@@ -150,15 +158,38 @@ def is_integers(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, int) and not isinstance(each, bool) for each in value)
 
 
+def shortened(text: str, most: int = _SHOWN) -> str:
+    """The beginning of what a client sent, for an error that quotes it."""
+    return text if len(text) <= most else text[:most] + "..."
+
+
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:60] + "..."
+    return shortened(json.dumps(value))
 
 
 def _between(low: float, high: float) -> str:
     if high == HUGE:
         return "" if low == -HUGE else f" of at least {low:g}"
     return f" from {low:g} to {high:g}"
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of a field that stands there twice, one wish would be left out silently."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{_shown(name)} stands twice in one object")  # escaped: it may hold half a pair
+    return found
+
+
+def _check_depth(value: Any) -> None:
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(_MAX_DEPTH):
+        inside = [each.values() if isinstance(each, dict) else each for each in level]
+        level = [each for values in inside for each in values if isinstance(each, (dict, list))]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")
 
 
 def _no_constant(name: str) -> None:

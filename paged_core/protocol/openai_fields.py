@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from paged_core.protocol.fields import Fields, ProtocolError
-from paged_core.protocol.served import ServedModel, sampling_params
+from paged_core.protocol.served import Names, ServedModel, sampling_params
 from paged_core.protocol.structured import Structure, openai_structure
 from paged_core.scheduling.request import SamplingParams
 
 _LABELS = ("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 
+_MAX_SALT = 1024  # characters: it goes into the digest of every prompt
 _BIAS = {
     "type": "object",
     "propertyNames": {"pattern": "^[0-9]{1,9}$"},
@@ -32,12 +33,20 @@ class Options:
     usage_in_every_chunk: bool
     return_token_ids: bool
     structure: Structure | None
+    named: Names
 
 
 def read_options(
-    fields: Fields, served: ServedModel, *, max_tokens: int | None, num_top: int | None, prompt_logprobs: int | None
+    fields: Fields,
+    served: ServedModel,
+    *,
+    max_tokens: int | None,
+    num_top: int | None,
+    prompt_logprobs: int | None,
+    named: Names,
 ) -> Options:
-    """All fields that both routes have; they read those that they spell or mean differently themselves."""
+    """All fields that both routes have; they read those that they spell or mean differently themselves, and say what
+    those are ``named``."""
     fields.ignore(*_LABELS)
     _refuse(fields)
     model = served.check_name(fields.text("model"))
@@ -62,7 +71,8 @@ def read_options(
         use_beam_search=beams,
         **_sampling(fields, served, {} if beams else served.defaults),
     )
-    served.check_limits(params)
+    named = named if best_of == n else {"n": "best_of", **named}
+    served.check_limits(params, named)
     return Options(
         model=model,
         params=params,
@@ -72,6 +82,7 @@ def read_options(
         usage_in_every_chunk=every,
         return_token_ids=fields.flag("return_token_ids"),
         structure=structure,
+        named=named,
     )
 
 
@@ -93,12 +104,12 @@ def _sampling(fields: Fields, served: ServedModel, defaults: Mapping[str, float]
         "presence_penalty": fields.number("presence_penalty", 0.0, low=-2, high=2),
         "frequency_penalty": fields.number("frequency_penalty", 0.0, low=-2, high=2),
         "seed": fields.integer("seed", low=-(2**63), high=2**64 - 1),
-        "logit_bias": _logit_bias(fields),
+        "logit_bias": _logit_bias(fields, served),
         "bad_words": fields.texts("bad_words"),
-        "allowed_token_ids": fields.integers("allowed_token_ids"),
+        "allowed_token_ids": served.token_ids(fields, "allowed_token_ids"),
         "min_tokens": fields.integer("min_tokens", 0),
         "stop": fields.texts("stop"),
-        "stop_token_ids": fields.integers("stop_token_ids") or (),
+        "stop_token_ids": served.token_ids(fields, "stop_token_ids") or (),
         "include_stop_str_in_output": fields.flag("include_stop_str_in_output"),
         "ignore_eos": fields.flag("ignore_eos"),
         "skip_special_tokens": fields.flag("skip_special_tokens", True),
@@ -126,20 +137,23 @@ def _stream_options(fields: Fields, stream: bool) -> tuple[bool, bool]:
     return include_usage, include_usage and every
 
 
-def _logit_bias(fields: Fields) -> dict[int, float] | None:
+def _logit_bias(fields: Fields, served: ServedModel) -> dict[int, float] | None:
     bias = fields.any("logit_bias", _BIAS)
     if bias is None:
         return None
     told = fields.error("logit_bias", "must be an object of token ids, each with a number from -100 to 100")
     if not isinstance(bias, dict):
         raise told
-    found = {}
+    found: dict[int, float] = {}
     for token, value in bias.items():
         if not token.isascii() or not token.isdigit() or len(token) > 9:
             raise told
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not -100 <= value <= 100:
             raise told
         found[int(token)] = float(value)
+    if len(found) < len(bias):
+        raise fields.error("logit_bias", "names one token twice")
+    served.check_ids("logit_bias", found)
     return found
 
 
@@ -152,6 +166,7 @@ def _priority(fields: Fields, served: ServedModel) -> int:
 
 def _cache_salt(fields: Fields) -> str | None:
     salt = fields.text("cache_salt")
-    if salt == "":
-        raise fields.error("cache_salt", "is empty; leave it out, or give a string that only you know")
+    if salt is not None and not 0 < len(salt) <= _MAX_SALT:
+        told = f"has {len(salt)} characters; leave it out, or give 1 to {_MAX_SALT} that only you know"
+        raise fields.error("cache_salt", told)
     return salt

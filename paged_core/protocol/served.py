@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from paged_core.errors import PluginError
-from paged_core.protocol.fields import ProtocolError, is_integers
+from paged_core.protocol.fields import Fields, ProtocolError, is_integers, shortened
+from paged_core.protocol.sizes import check_sizes
 from paged_core.protocol.structured import Structure
 from paged_core.protocol.tokens import TokenTexts
 from paged_core.scheduling.request import InvalidRequestError, SamplingParams
-from paged_core.text import Prompt, TextCodec, encode_prompt
+from paged_core.text import Prompt, TextCodec, encode_prompt, prepare_params
 
 if TYPE_CHECKING:
     from paged_core.async_engine import AsyncEngine
@@ -26,6 +27,7 @@ PROMPT = {
     ]
 }
 _MAX_TEXT = 16_384  # characters of a request's stop strings together: each takes memory of its own
+Names = Mapping[str, str]  # a field of SamplingParams -> what the protocol at hand calls it, where that differs
 _ANY_MODEL = ("tgi", "dummy")  # what TGI's clients call it where they weren't told a name
 
 
@@ -39,6 +41,7 @@ class RequestLimits:
     max_prompts: int = 256  # in one request
     max_stop: int = 16  # stop strings and bad words
     max_logprobs: int = 20
+    max_values: int = 3_000_000  # log-probabilities, or token ids, that its fields may come to together
 
 
 class ServedModel:
@@ -63,6 +66,7 @@ class ServedModel:
         self.tokens = TokenTexts(engine.codec)
         self.max_model_len: int = config.max_model_len
         self.defaults: Mapping[str, float] = spec.sampling_defaults if model_defaults else {}
+        self.max_prompt_tokens = _max_prompt_tokens(engine, self.limits)
         self._vocab_size, self._eos_token_ids = spec.vocab_size, spec.eos_token_ids
         self.has_priorities = config.scheduling_policy == "priority"
 
@@ -75,7 +79,7 @@ class ServedModel:
         if asked is None or asked in _ANY_MODEL:
             return self.names[0]
         if asked not in self.names:
-            told = f"the model {asked!r} is not served here; there is {', '.join(self.names)}"
+            told = f"the model {shortened(asked)!r} is not served here; there is {', '.join(self.names)}"
             raise ProtocolError(told, "model", status=404, code="model_not_found")
         return asked
 
@@ -83,22 +87,24 @@ class ServedModel:
         return Prompt(text, self.codec.encode(text, add_special_tokens))
 
     def finish_prompt(self, name: str, prompt: Prompt, truncate: int | None) -> Prompt:
-        """The prompt cut to its last ``truncate`` tokens (-1: to what the model can take), and checked."""
+        """The prompt cut to its last ``truncate`` tokens (-1: to what can be served), and checked."""
         ids = prompt.token_ids
         if truncate is not None:
-            most = self.max_model_len - 1 if truncate == -1 else truncate
+            most = self.max_prompt_tokens if truncate == -1 else truncate
             if len(ids) > most:
                 ids = ids[-most:]
                 prompt = Prompt(self.codec.decode(ids) if prompt.text is not None else None, ids)
-        limit = self.limits.max_prompt_tokens
-        limit = self.max_model_len - 1 if limit is None else min(limit, self.max_model_len - 1)
-        if len(ids) > limit:
-            told = f"{name} has {len(ids)} tokens; at most {limit} can be served (the model's length is "
-            raise ProtocolError(f"{told}{self.max_model_len})", name, code="context_length_exceeded")
+        self.check_length(name, len(ids))
         try:
             return encode_prompt(self.codec, prompt)
         except InvalidRequestError as error:
             raise ProtocolError(str(error), name) from error
+
+    def check_length(self, name: str, num_tokens: int) -> None:
+        """Raises ProtocolError for a prompt that is too long."""
+        if num_tokens > self.max_prompt_tokens:
+            told = f"{name} has {num_tokens} tokens; at most {self.max_prompt_tokens} can be served (the model's length"
+            raise ProtocolError(f"{told} is {self.max_model_len})", name, code="context_length_exceeded")
 
     def prompts(self, name: str, value: Any, add_special_tokens: bool, truncate: int | None) -> list[Prompt]:
         """OpenAI's four forms: a string, strings, token ids, lists of token ids."""
@@ -110,25 +116,57 @@ class ServedModel:
             if isinstance(each, str):
                 prompt = self.encode(each, add_special_tokens=add_special_tokens)
             elif is_integers(each):
+                self.check_ids(name, each)
                 prompt = Prompt(None, each)
             else:
                 raise ProtocolError(f"{name} must be a string, token ids, or a list of these", name)
             found.append(self.finish_prompt(name, prompt, truncate))
         return found
 
-    def structured(self, params: SamplingParams, prompts: Sequence[Prompt], structure: Structure) -> SamplingParams:
-        """``params`` for answers that follow ``structure``.
+    def token_ids(self, fields: Fields, name: str) -> list[int] | None:
+        """A field of token ids, each told once."""
+        ids = fields.integers(name)
+        if ids is None:
+            return None
+        self.check_ids(fields.path(name), ids)
+        return list(dict.fromkeys(ids))
+
+    def check_ids(self, name: str, ids: Collection[int]) -> None:
+        """Raises ProtocolError for ids outside the vocabulary."""
+        for token in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= token < self._vocab_size:
+                told = f"{name} holds token id {token}; ids go from 0 to {self._vocab_size - 1}"
+                raise ProtocolError(told, name)
+
+    def finish_params(
+        self,
+        params: SamplingParams,
+        prompts: Sequence[Prompt],
+        structure: Structure | None,
+        *,
+        copies: int,
+        named: Names,
+    ) -> SamplingParams:
+        """``params`` with all that takes time done: bad words are token ids, a structure is a processor.
+
+        ``copies``: how often the answer tells of each prompt's tokens.
 
         Raises:
-            ProtocolError: it isn't a structure that can be followed.
+            ProtocolError: the structure can't be followed, or all together come to more than the limit.
         """
+        params = prepare_params(self.codec, params)
+        check_sizes(params, prompts, self.max_model_len, self.limits.max_values, copies=copies, named=named)
+        return params if structure is None else self._structured(params, prompts, structure)
+
+    def _structured(self, params: SamplingParams, prompts: Sequence[Prompt], structure: Structure) -> SamplingParams:
         name = structure.field
         if len(prompts) > 1:
             raise ProtocolError(f"{name} asks for structured output, which takes one prompt at a time", name)
         if params.ignore_eos:
             raise ProtocolError(f"{name} can't go with ignore_eos: a fulfilled structure ends with that token", name)
         try:
-            processor = self._grammars.processor(structure.kind, structure.value, len(prompts[0].token_ids))
+            num_prompt = len(prompts[0].token_ids)
+            processor = self._grammars.processor(structure.kind, structure.value, num_prompt, params.n)
         except (InvalidRequestError, PluginError) as error:
             raise ProtocolError(f"{name}: {error}", name) from error
         return replace(params, logits_processors=(processor,))
@@ -144,7 +182,7 @@ class ServedModel:
         limits = [limit for limit in (usual, self.limits.max_tokens) if limit is not None]
         return min(limits, default=None)
 
-    def check_limits(self, params: SamplingParams) -> None:
+    def check_limits(self, params: SamplingParams, named: Names) -> None:
         """Raises ProtocolError, naming the limit that is passed."""
         limits = self.limits
         asked: tuple[tuple[str, int | None, int | None], ...] = (
@@ -157,10 +195,22 @@ class ServedModel:
         )
         for name, texts in (("stop", params.stop), ("bad_words", params.bad_words)):
             if sum(map(len, texts)) > _MAX_TEXT:
-                raise ProtocolError(f"the texts of {name} are longer than {_MAX_TEXT} characters together", name)
+                told = f"the texts of {named.get(name, name)} are longer than {_MAX_TEXT} characters together"
+                raise ProtocolError(told, named.get(name, name))
         for name, value, most in asked:
             if value is not None and most is not None and value > most:
-                raise ProtocolError(f"{name} asks for {value}; this server's limit is {most}", name)
+                own = named.get(name, name)
+                raise ProtocolError(f"{own} asks for {value}; this server's limit is {most}", own)
+
+
+def _max_prompt_tokens(engine: AsyncEngine, limits: RequestLimits) -> int:
+    """What the limits, the model and the K/V cache take; beyond a sliding window nothing stays in the cache."""
+    config, layers = engine.engine.config, engine.engine.spec.layers
+    assert config.max_model_len and config.num_blocks and config.block_size, "a built engine knows them"
+    most = config.max_model_len - 1
+    if any(layer.sliding_window is None for layer in layers):
+        most = min(most, config.num_blocks * config.block_size)
+    return most if limits.max_prompt_tokens is None else min(most, limits.max_prompt_tokens)
 
 
 def sampling_params(**fields: Any) -> SamplingParams:

@@ -78,10 +78,10 @@ class Sketch(Fields):
         self._shapes[name] = {"type": "string"}
         return super().text(name)
 
-    def texts(self, name: str) -> list[str]:
+    def texts(self, name: str, least: int = 0) -> list[str]:
         text = {"type": "string", "minLength": 1}
-        self._shapes[name] = {"anyOf": [text, {"type": "array", "items": text}]}
-        return super().texts(name)
+        self._shapes[name] = {"anyOf": [text, {"type": "array", "items": text, "minItems": least}]}
+        return super().texts(name, least)
 
     def integers(self, name: str) -> list[int] | None:
         self._shapes[name] = {"type": "array", "items": {"type": "integer"}}
@@ -91,7 +91,7 @@ class Sketch(Fields):
         self._inner[name] = Sketch(self._values.pop(name, {}), self.path(name))
         return self._inner[name]
 
-    def objects(self, name: str) -> list[Fields]:
+    def objects(self, name: str, most: int) -> list[Fields]:
         (sample,) = self._values.pop(name)
         self._items[name] = Sketch(sample, self.path(name))
         return [self._items[name]]

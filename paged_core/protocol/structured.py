@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from paged_core.protocol.fields import Fields
+from paged_core.protocol.fields import Fields, shortened
 
 _OBJECT = {"type": "object"}
 _SCHEMA = {"type": ["object", "string"]}
+_SCHEMA_FIELDS = ("name", "description", "schema", "strict")  # of OpenAI's; schemas are always followed strictly
 _FORMAT = {
     "anyOf": [
         {"enum": ["text", "json_object"]},
@@ -52,7 +53,11 @@ def tgi_structure(fields: Fields) -> Structure | None:
 def _response_format(fields: Fields) -> Structure | None:
     form = fields.any("response_format", _FORMAT)
     kind = form.get("type") if isinstance(form, Mapping) else form
-    if kind is None or kind == "text":
+    known = ("type", "json_schema") if kind == "json_schema" else ("type",)
+    for name in form if isinstance(form, Mapping) else ():
+        if name not in known and form[name] is not None:
+            raise fields.error("response_format", f"may not hold {shortened(name)!r} beside this type")
+    if form is None or kind == "text":
         return None
     if kind == "json_object":
         return Structure("response_format", "json", _OBJECT)
@@ -60,6 +65,9 @@ def _response_format(fields: Fields) -> Structure | None:
     if not isinstance(schema, Mapping) or not isinstance(schema.get("schema"), Mapping):
         told = 'must be of type "text", "json_object", or "json_schema" with a json_schema.schema'
         raise fields.error("response_format", told)
+    for name in schema:
+        if name not in _SCHEMA_FIELDS:
+            raise fields.error("response_format", f"has a json_schema that may not hold {shortened(name)!r}")
     return Structure("response_format", "json", schema["schema"])
 
 
@@ -74,7 +82,7 @@ def _vllm(fields: Fields, prefix: str) -> list[Structure | None]:
 
 def _one(fields: Fields, name: str, kind: str) -> Structure | None:
     if kind == "choice":
-        choices = fields.texts(name)
+        choices = fields.texts(name, least=1)
         return Structure(fields.path(name), kind, choices) if choices else None
     value = fields.any(name, _SCHEMA if kind == "json" else {"type": "string"})
     if value is not None and not isinstance(value, (str, Mapping) if kind == "json" else str):

@@ -12,7 +12,7 @@ from typing import Any
 
 from paged_core.detokenizer import Detokenizer
 from paged_core.outputs import CompletionOutput, GenerationOutput, StreamDelta
-from paged_core.protocol.fields import Fields, ProtocolError, fields_of
+from paged_core.protocol.fields import Fields, fields_of
 from paged_core.protocol.served import ServedModel, sampling_params
 from paged_core.protocol.structured import tgi_structure
 from paged_core.protocol.tokens import finite
@@ -20,6 +20,14 @@ from paged_core.protocol.usage import best
 from paged_core.scheduling.request import Logprob, SamplingParams
 
 _MAX_NEW_TOKENS = 100  # TGI's default
+_NAMES = {
+    "n": "parameters.best_of",
+    "max_tokens": "parameters.max_new_tokens",
+    "stop": "parameters.stop",
+    "logprobs": "parameters.top_n_tokens",
+    "prompt_logprobs": "parameters.decoder_input_details",
+    "prompt": "inputs",
+}
 
 
 class TGICall:
@@ -54,8 +62,9 @@ class TGICall:
         inner.finish()
         self._check(inner)
         self.prompts = [served.finish_prompt("inputs", served.encode(inputs), truncate)]
-        if structure is not None:
-            self.params = served.structured(self.params, self.prompts, structure)
+        copies = self.params.n if self._prefill or self._full_text else 0
+        named = {**_NAMES, "echo": "parameters.return_full_text"}
+        self.params = served.finish_params(self.params, self.prompts, structure, copies=copies, named=named)
         self._detokenizer = served.codec.detokenizer(skip_special_tokens=True)
         self._texts: list[str] = []
         self._num_tokens = 0
@@ -95,12 +104,7 @@ class TGICall:
         )
 
     def _check(self, fields: Fields) -> None:
-        try:
-            self._served.check_limits(self.params)
-        except ProtocolError as error:
-            named = {"n": "best_of", "max_tokens": "max_new_tokens", "logprobs": "top_n_tokens"}
-            own = named.get(error.param or "", error.param or "")
-            raise fields.error(own, str(error).split(" ", 1)[1]) from None
+        self._served.check_limits(self.params, _NAMES)
         if self.stream and self._prefill:
             raise fields.error("decoder_input_details", "can't be streamed")
         if self.stream and self.params.n > 1:

@@ -12,18 +12,22 @@ def tokenize(body: Any, served: ServedModel) -> Any:
     """The answer to ``body``.
 
     Raises:
-        ProtocolError: it holds no text, or a field that isn't known.
+        ProtocolError: it holds no text, or more than can be served, or a field that isn't known.
     """
     fields = fields_of(body)
     inputs, prompt = fields.text("inputs"), fields.text("prompt")
     add_special_tokens = fields.flag("add_special_tokens", True)
     served.check_name(fields.text("model"))
     fields.finish()
-    if inputs is not None:
-        return _with_places(served.encode(inputs, add_special_tokens=add_special_tokens).token_ids, served)
-    if prompt is None:
+    if inputs is not None and prompt is not None:
+        raise fields.error("prompt", "can't go with inputs: they are two names for the text")
+    text = prompt if inputs is None else inputs
+    if text is None:
         raise fields.error("inputs", "is missing")
-    ids = served.encode(prompt, add_special_tokens=add_special_tokens).token_ids
+    ids = served.encode(text, add_special_tokens=add_special_tokens).token_ids
+    served.check_length("prompt" if inputs is None else "inputs", len(ids))
+    if inputs is not None:
+        return _with_places(ids, served)
     return {"count": len(ids), "max_model_len": served.max_model_len, "tokens": ids}
 
 

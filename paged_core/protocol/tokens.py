@@ -48,15 +48,15 @@ class TokenTexts(dict[int, str]):
         return {"token": self[token], "logprob": finite(logprob), "bytes": list(self.bytes(token))}
 
     def completion_logprobs(
-        self, token_ids: Sequence[int], entries: Sequence[Mapping[int, Logprob] | None], offset: int, num_top: int
+        self,
+        token_ids: Sequence[int],
+        entries: Sequence[Mapping[int, Logprob] | None],
+        offsets: Sequence[int],
+        num_top: int,
     ) -> dict[str, Any]:
-        """``choices[].logprobs`` of completions; ``offset``: characters of the choice's text before these tokens."""
-        tokens, offsets = [self[token] for token in token_ids], []
-        for text in tokens:
-            offsets.append(offset)
-            offset += len(text)
+        """``choices[].logprobs`` of completions; ``offsets``: characters of the choice's text before each token."""
         return {
-            "tokens": tokens,
+            "tokens": [self[token] for token in token_ids],
             "token_logprobs": [
                 None if entry is None else finite(entry[token].logprob)
                 for token, entry in zip(token_ids, entries, strict=True)
@@ -65,7 +65,7 @@ class TokenTexts(dict[int, str]):
                 None if entry is None else {self[other]: finite(found.logprob) for other, found in _top(entry, num_top)}
                 for entry in entries
             ],
-            "text_offset": offsets,
+            "text_offset": list(offsets),
         }
 
     def prompt_logprobs(

@@ -22,18 +22,20 @@ def set_max_total(
     """Set each request's ``max_total``. ``at_once``: those of them that must be in the cache together.
 
     Raises:
-        InvalidRequestError: they can never fit; the message has the numbers.
+        InvalidRequestError: they can never fit; the message has the numbers, and ``param`` what is too much.
     """
     if len(requests) > limits.max_num_seqs:
         raise InvalidRequestError(
             f"{len(requests)} sequences were asked for at once, but max_num_seqs is {limits.max_num_seqs}; "
-            "ask for fewer, or raise it"
+            "ask for fewer, or raise it",
+            "n",
         )
     longest = max(request.num_prompt for request in requests)
     if longest >= limits.max_model_len:
         raise InvalidRequestError(
             f"the prompt has {longest} tokens; with one more to generate it exceeds max_model_len "
-            f"({limits.max_model_len})"
+            f"({limits.max_model_len})",
+            "prompt",
         )
     share = limits.max_model_len  # tokens that fit beside the others, for requests that set no max_tokens
     if limits.sliding_window is None:
@@ -48,5 +50,6 @@ def set_max_total(
     if needed > num_blocks:
         raise InvalidRequestError(
             f"the request may need {needed} K/V blocks but the cache has {num_blocks} "
-            f"({num_blocks * block_size} tokens); shorten the prompt, lower max_tokens, or raise kv_cache_bytes"
+            f"({num_blocks * block_size} tokens); shorten the prompt, lower max_tokens, or raise kv_cache_bytes",
+            "max_tokens" if any(request.params.max_tokens is not None for request in requests) else "prompt",
         )

@@ -17,7 +17,11 @@ LogitsProcessor = Callable[[Any, Any], Any]
 
 
 class InvalidRequestError(ValueError):
-    """The request itself is at fault; other requests are not touched."""
+    """The request itself is at fault; other requests are not touched. ``param``: what in it, where one thing is."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class RequestStatus(Enum):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from http_server import alphabet_server
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -28,6 +29,10 @@ def test_a_call_is_a_span_with_its_counts_in_the_clients_trace(stream: bool) -> 
         client.post("/v1/completions", json={**BODY, "stream": stream}, headers=headers).raise_for_status()
         assert client.post("/v1/completions", json={**BODY, "n": 500, "temperature": 1}).status_code == 400
         server.come_to_rest()
+    refused = exporter.get_finished_spans()[1]
+    assert refused.status.status_code is StatusCode.ERROR
+    assert refused.attributes is not None
+    assert (refused.attributes["error.type"], refused.attributes["paged_core.refused_field"]) == ("ProtocolError", "n")
     span = exporter.get_finished_spans()[0]
     assert span.name == "text_completion alphabet"
     assert span.attributes is not None
@@ -40,6 +45,19 @@ def test_a_call_is_a_span_with_its_counts_in_the_clients_trace(stream: bool) -> 
     assert span.status.status_code is StatusCode.UNSET
     assert "ABC" not in str(span.attributes)
     assert span.start_time < span.end_time
+
+
+def test_seeds_that_the_export_cannot_hold_are_left_out() -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    seeds = (2**63 - 1, 2**63, 2**64 - 1)
+    with alphabet_server(options=AppOptions(traces=Traces(provider, "alphabet"))) as server, server.client() as client:
+        for seed in seeds:
+            client.post("/v1/completions", json={**BODY, "seed": seed}).raise_for_status()
+        server.come_to_rest()
+    spans = exporter.get_finished_spans()
+    assert [(span.attributes or {}).get("gen_ai.request.seed") for span in spans] == [2**63 - 1, None, None]
+    encode_spans(spans)  # as they are sent
 
 
 def test_without_an_endpoint_nothing_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:

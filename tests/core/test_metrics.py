@@ -117,6 +117,18 @@ def test_waiting_is_queue_time_and_not_prefill(engine: Engine, metrics: Promethe
     assert found["vllm:request_queue_time_seconds_sum"] > found["vllm:request_prefill_time_seconds_sum"]
 
 
+def test_samples_that_have_not_forked_yet_wait_too(engine: Engine, metrics: PrometheusMetrics) -> None:
+    engine.add_request("first", [33], params(n=4, temperature=1))  # all seats
+    engine.add_request("second", [34], params(n=3, temperature=1))
+    engine.step()
+    assert scrape(metrics)["vllm:request_queue_time_seconds_count"] == 4
+    run(engine)
+    assert scrape(metrics)["vllm:request_queue_time_seconds_count"] == 7
+    families = text_string_to_metric_families(metrics.render()[0].decode())
+    queue = next(family for family in families if family.name == "vllm:request_queue_time_seconds")
+    assert queue.samples[-1].value > 0
+
+
 def test_prefix_hits_and_shared_blocks_are_counted(engine: Engine, metrics: PrometheusMetrics) -> None:
     prompt = list(range(33, 46))
     engine.add_request("a", prompt, params())

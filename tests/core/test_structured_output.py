@@ -11,7 +11,18 @@ from typing import Any
 import pytest
 from calls import Alphabet
 
-from paged_core import ChatCall, CompletionCall, ProtocolError, TGICall
+from paged_core import (
+    CallError,
+    ChatCall,
+    CompletionCall,
+    Failure,
+    ProtocolError,
+    SamplingParams,
+    TGICall,
+    openai_error,
+    tgi_error,
+)
+from paged_core.grammar import GrammarProcessor
 
 SCHEMA = {
     "type": "object",
@@ -90,9 +101,62 @@ def test_every_sample_follows_the_grammar_by_itself(alphabet: Alphabet) -> None:
 
 
 def test_states_that_fell_out_are_made_again(alphabet: Alphabet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paged_core.grammar._MAX_STATES", 2)
+    monkeypatch.setattr("paged_core.grammar._STATES_PER_ROW", 0.25)
     choices = complete(alphabet, n=8, temperature=40, seed=1, structured_outputs={"regex": "([a-z][0-9]){4}"})
     assert all(re.fullmatch("([a-z][0-9]){4}", choice["text"]) for choice in choices)
+
+
+def test_a_long_answer_keeps_no_more_of_its_grammar_than_a_short_one(
+    alphabet: Alphabet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[GrammarProcessor] = []
+    monkeypatch.setattr(
+        "paged_core.grammar.GrammarProcessor", lambda *args: made.append(GrammarProcessor(*args)) or made[-1]
+    )
+    choices = complete(alphabet, n=3, temperature=40, seed=1, max_tokens=100, guided_regex="([a-z][0-9]){60}")
+    assert all(re.fullmatch("([a-z][0-9])+", choice["text"]) for choice in choices)
+    (processor,) = made
+    assert len(processor._states) <= 6
+
+
+def test_thousands_of_choices_are_no_trouble(alphabet: Alphabet) -> None:
+    choices = [f"x{number}" for number in range(5000)]
+    (choice,) = complete(alphabet, guided_choice=choices, temperature=40, seed=3)
+    assert choice["text"] in choices
+
+
+@pytest.mark.parametrize(
+    "bans",
+    [
+        {"allowed_token_ids": [80]},
+        {"bad_words": ["a"]},
+        {"guided_regex": "a", "min_tokens": 5},
+        {"guided_regex": None, "allowed_token_ids": [65], "bad_words": ["a"]},
+    ],
+)
+def test_a_structure_and_bans_that_leave_nothing_are_that_requests_own_fault(
+    alphabet: Alphabet, bans: dict[str, Any]
+) -> None:
+    other = alphabet.engine.submit("A", SamplingParams(max_tokens=150, temperature=0, ignore_eos=True))
+    call = CompletionCall({"prompt": "A", "guided_regex": "aa", "max_tokens": 9, **bans}, alphabet.served, "1")
+    result = alphabet.engine.submit(call.prompts[0], call.params).result(30)
+    assert [output.finish_reason for output in result.outputs] == ["error"]
+    error = CallError(Failure.GENERATION, result.error or "")
+    status, body = openai_error(error)
+    assert (status, body["error"]["type"]) == (400, "invalid_request_error")
+    assert "no token is left" in body["error"]["message"]
+    assert tgi_error(error)[0] == 422
+    assert other.result(30).outputs[0].finish_reason == "length"
+
+
+def test_a_grammar_too_tangled_to_follow_is_refused_shortly(alphabet: Alphabet) -> None:
+    rules = " | ".join(f'"x{number}"' for number in range(3000))
+    call = CompletionCall({"prompt": "A", "guided_grammar": f"start: {rules}", "temperature": 40}, alphabet.served, "1")
+    result = alphabet.engine.submit(call.prompts[0], call.params).result(30)
+    status, body = openai_error(CallError(Failure.GENERATION, result.error or ""))
+    assert status == 400
+    assert "can't be followed" in body["error"]["message"]
+    assert len(body["error"]["message"]) < 500
 
 
 def test_a_preempted_row_finds_its_place_in_the_grammar_again() -> None:
@@ -134,6 +198,13 @@ def test_chats_and_tgis_route_follow_it_too(alphabet: Alphabet) -> None:
         ({"structured_outputs": {"regex": 3}}, "structured_outputs.regex"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
         ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"response_format": {}}, "response_format"),
+        ({"response_format": {"type": "json_object", "schema": {"const": 1}}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "shape": 1}}}, "response_format"),
+        ({"guided_regex": "(" * 5000 + ")" * 5000}, "guided_regex"),
+        ({"guided_regex": "a" * 300_000}, "guided_regex"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
         ({"guided_grammar": "start: nothing_there"}, "guided_grammar"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),

@@ -127,7 +127,7 @@ class _Routes:
         """The endpoint of a generating route. Bodies are parsed and prompts tokenised in threads of their own."""
 
         async def endpoint(request: Request) -> Response:
-            notes = request.scope["notes"]
+            notes, began = request.scope["notes"], time.perf_counter()
 
             def read(raw: bytes) -> Call:
                 body = parse_json(raw)
@@ -140,6 +140,9 @@ class _Routes:
                     call = await self._service.read(read, await self._body(request, count))
             except Exception as error:
                 notes["error"] = error_note(error)
+                if self._options.traces is not None:
+                    duration_s = time.perf_counter() - began
+                    self._options.traces.record(None, request.url.path, request.headers, (), error, duration_s)
                 return error_response(form, error)
             return CallResponse(self._service, call, form, notes, self._options.traces)
 

@@ -11,9 +11,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from paged_core import Call, GenerationOutput
+from paged_core import Call, GenerationOutput, InvalidRequestError
 
 _log = logging.getLogger("paged_openai")
+_LARGEST = 2**63 - 1  # that the export's integers can hold; seeds may be larger, and are left out then
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
@@ -29,10 +30,11 @@ class Traces:
         self._model = model
 
     def record(
-        self, call: Call, path: str, headers: Mapping[str, str], results: Sequence[GenerationOutput],
+        self, call: Call | None, path: str, headers: Mapping[str, str], results: Sequence[GenerationOutput],
         error: Exception | None, duration_s: float,
     ) -> None:  # fmt: skip
-        """A call that has ended now. ``traceparent`` among its headers makes the span a part of the client's trace."""
+        """A call that has ended now; None: its body was refused. ``traceparent`` among its headers makes the span a
+        part of the client's trace."""
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
         operation = "chat" if path.endswith("/chat/completions") else "text_completion"
@@ -46,6 +48,8 @@ class Traces:
         )
         if error is not None:
             span.set_attribute("error.type", type(error).__name__)
+            if isinstance(error, InvalidRequestError) and error.param is not None:
+                span.set_attribute("paged_core.refused_field", error.param)
             span.set_status(Status(StatusCode.ERROR))
         span.end(end_time=ended)
 
@@ -70,19 +74,19 @@ def open_traces(model: str) -> Traces | None:
     return Traces(provider, model)
 
 
-def _attributes(call: Call, model: str, results: Sequence[GenerationOutput]) -> dict[str, Any]:
-    params = call.params
-    attributes: dict[str, Any] = {
-        "gen_ai.provider.name": "paged_core",
-        "gen_ai.request.model": model,
-        "gen_ai.response.model": model,
-        "gen_ai.request.stream": call.stream,
-        "gen_ai.request.choice.count": params.n,
-        "gen_ai.request.temperature": params.temperature,
-        "gen_ai.request.top_p": params.top_p,
-        "gen_ai.request.max_tokens": params.max_tokens,
-        "gen_ai.request.seed": params.seed,
-    }
+def _attributes(call: Call | None, model: str, results: Sequence[GenerationOutput]) -> dict[str, Any]:
+    attributes: dict[str, Any] = {"gen_ai.provider.name": "paged_core", "gen_ai.request.model": model}
+    if call is not None:
+        params = call.params
+        attributes |= {
+            "gen_ai.response.model": model,
+            "gen_ai.request.stream": call.stream,
+            "gen_ai.request.choice.count": params.n,
+            "gen_ai.request.temperature": params.temperature,
+            "gen_ai.request.top_p": params.top_p,
+            "gen_ai.request.max_tokens": params.max_tokens,
+            "gen_ai.request.seed": params.seed if (params.seed or 0) <= _LARGEST else None,
+        }
     if results:
         outputs = [output for result in results for output in result.outputs]
         firsts = [result.metrics.time_to_first_token_s for result in results if result.metrics is not None]
