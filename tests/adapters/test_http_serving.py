@@ -442,12 +442,12 @@ def test_options_become_configuration() -> None:
 
 def test_large_answers_are_the_same_json_in_small_pieces() -> None:
     values: list[Any] = [
-        {}, [], [[]], {"a": {}}, [{}], None, "ä\n\"", 1.5, [1, "a", None], {"a": 1, "b": [1, {"c": [True]}], "d": {3: {}}},
+        {}, [], [[]], {"a": {}}, [{}], "ä\n\"", [1.5, "a", None], {"a": 1, "b": [1, {"c": [True]}]}, {"d": {3: {}}},
         list(range(1000)), [{"n": i, "of": [i] * 300} for i in range(300)], {"all": [{"p": [None, *[{7: 1}] * 600]}]},
     ]  # fmt: skip
     for value in values:
         assert json.loads(large_json_bytes(value)) == json.loads(json.dumps(value))
-    assert large_json_bytes(values[9]) == json_bytes(values[9])
+    assert large_json_bytes(values[8]) == json_bytes(values[8])
     assert max(map(len, _json_pieces([["x" * 10] * 100] * 10_000))) < 3000
 
 

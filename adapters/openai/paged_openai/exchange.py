@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import anyio
+from anyio import CancelScope, to_thread
 
 from paged_core import AsyncEngine, Call, CallError, Failure, GenerationOutput, Stream, StreamDelta
 
@@ -25,7 +25,7 @@ class Exchange:
         self.call = call
         self.results: list[GenerationOutput] = []  # one a prompt, when all have ended
         self._cut: CallError | None = None
-        self._scope = anyio.CancelScope()
+        self._scope = CancelScope()
         self._streams: list[Stream] = []
         try:
             for prompt in call.prompts:
@@ -77,7 +77,11 @@ class Exchange:
         chunks = self.call.first_chunks()
         async for number, delta in _merge(self._streams):
             self._check(delta.finish_reason, delta.error)
-            yield chunks + self.call.chunks(number, delta)
+            if delta.prompt_logprobs is None:
+                chunks += self.call.chunks(number, delta)
+            else:  # large: a thread's work, and not the event loop's
+                chunks += await to_thread.run_sync(self.call.chunks, number, delta)
+            yield chunks
             chunks = []
         if last := self.call.last_chunks(await self.finish()):
             yield last

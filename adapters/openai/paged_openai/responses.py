@@ -122,7 +122,11 @@ class CallResponse(Response):
                     if not started:
                         await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
                         started = True
-                    await _send_body(send, b"".join([_event(chunk) for chunk in chunks]), more=True)
+                    if self._call.params.prompt_logprobs is None:
+                        events = b"".join([_event(chunk) for chunk in chunks])
+                    else:
+                        events = await run_in_threadpool(_large_events, chunks)
+                    await _send_body(send, events, more=True)
         except Exception as error:
             if not started:
                 raise
@@ -180,6 +184,10 @@ async def _send_body(send: Send, body: bytes, *, more: bool) -> None:
 
 def _event(value: Any) -> bytes:
     return b"data: " + json_bytes(value) + b"\n\n"
+
+
+def _large_events(values: Sequence[Any]) -> bytes:
+    return b"".join([b"data: " + large_json_bytes(value) + b"\n\n" for value in values])
 
 
 def _told(form: Form, error: Exception) -> tuple[int, dict[str, Any]]:
