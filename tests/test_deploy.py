@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import configparser
+import json
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+from http_server import alphabet_server
 from paged_openai.commands import add_options
 
 if sys.version_info >= (3, 11):
@@ -51,6 +55,38 @@ def test_the_image_listens_where_it_says() -> None:
     assert f"EXPOSE {defaults()['port']}\n" in dockerfile()
     assert f"127.0.0.1:{defaults()['port']}/health" in dockerfile()
     assert 'ENTRYPOINT ["paged", "serve", "--host", "0.0.0.0"]' in dockerfile()
+
+
+def test_what_is_to_be_copied_lets_only_this_machine_in() -> None:
+    commands = [line for line in dockerfile().splitlines() if "docker run" in line]
+    published = [found for line in commands for found in re.findall(r"-p (\S+)", line)]
+    published += [port for service in compose()["services"].values() for port in service.get("ports", ())]
+    assert len(published) == 4
+    assert [port for port in published if not port.startswith("127.0.0.1:")] == []
+
+
+def test_every_image_has_a_version() -> None:
+    bases = [service["image"] for service in compose()["services"].values() if "image" in service]
+    bases += re.findall(r"(?m)BASE=(\S+)", dockerfile())
+    assert len(bases) == 4
+    assert [base for base in bases if not re.search(r":v?\d+\.\d+", base)] == []
+
+
+@pytest.mark.parametrize("certificate", [None, ROOT / "tests" / "adapters" / "loopback.pem"])
+def test_the_images_health_check_asks_where_it_is_told_to(certificate: Path | None) -> None:
+    (command,) = re.findall(r"(?m)^HEALTHCHECK .*CMD (\[.*\])$", dockerfile().replace("\\\n", ""))
+    program = [sys.executable, *json.loads(command)[1:]]
+
+    def status(port: int, scheme: str) -> int:
+        environment = {"HEALTH_URL": f"{scheme}://127.0.0.1:{port}/health", "NO_PROXY": "127.0.0.1"}
+        return subprocess.run(program, env=environment, capture_output=True, timeout=60).returncode
+
+    tls = {} if certificate is None else {"ssl_certfile": certificate}
+    with alphabet_server(**tls) as server:
+        assert status(server.port, "https" if tls else "http") == 0
+        server.engine.close()
+        assert status(server.port, "https" if tls else "http") != 0
+    assert f"ENV HEALTH_URL=http://127.0.0.1:{defaults()['port']}/health\n" in dockerfile()
 
 
 def test_the_unit_gives_requests_the_time_that_the_server_gives_them() -> None:
