@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 import yaml
 from paged_torchserve.models import find_model
-from paged_torchserve.opening import _source
+from paged_torchserve.opening import _source, open_engine
 from paged_torchserve.server import _model_name
 from paged_torchserve.settings import Settings, read_settings
 
@@ -229,13 +231,98 @@ def test_files_that_are_no_archives_are_refused(stock, model, tmp_path, capsys):
 
 def test_an_encrypted_archive_is_refused(stock, model, tmp_path, capsys):
     old = stock(model)
-    raw = bytearray(old.read_bytes())
-    at = 0
-    while (at := raw.find(b"PK\x01\x02", at)) >= 0:  # each entry's flags in the table of contents
-        raw[at + 8] |= 1
-        at += 4
-    old.write_bytes(raw)
+    encrypt(old)
     assert "encrypted" in refused(capsys, "swap", old, tmp_path / "new.mar")
+
+
+def encrypt(path: Path) -> None:
+    """As far as its entries' flags say."""
+    raw = bytearray(path.read_bytes())
+    for mark, flags in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):  # the table of contents, and each entry's own head
+        at = 0
+        while (at := raw.find(mark, at)) >= 0:
+            raw[at + flags] |= 1
+            at += 4
+    path.write_bytes(raw)
+
+
+def test_a_zip_inside_that_is_encrypted_or_broken_is_refused_by_swap_and_by_the_worker(stock, model, tmp_path, capsys):
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    inner = Path(shutil.make_archive(str(packed / "model"), "zip", model))
+    encrypt(inner)
+    assert "model.zip inside is encrypted" in refused(capsys, "swap", stock(packed), tmp_path / "new.mar")
+    with pytest.raises(ConfigError, match=r"model\.zip.*password"):
+        _source(packed, Settings(model="model.zip"))
+    inner.write_bytes(b"PK no more")
+    (tmp_path / "old.mar").unlink()
+    assert "can't be read" in refused(capsys, "swap", stock(packed), tmp_path / "new.mar")
+    with pytest.raises(ConfigError, match="can't be unpacked"):
+        _source(packed, Settings(model="model.zip"))
+    assert [path.name for path in packed.iterdir()] == ["model.zip"]
+
+
+def test_a_zip_inside_is_never_read_whole(stock, model, tmp_path, monkeypatch):
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    shutil.make_archive(str(packed / "model"), "zip", model)
+    old, new = stock(packed), tmp_path / "new.mar"
+    read_whole: list[str] = []
+    read = zipfile.ZipExtFile.read
+
+    def noted(self: Any, n: int | None = -1) -> bytes:
+        if n is None or n < 0:
+            read_whole.append(self.name)
+        return read(self, n)
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", noted)
+    assert swap(old, new) == 0
+    assert "config.json" in read_whole
+    assert "model.zip" not in read_whole
+
+
+def test_a_model_may_be_a_folder_of_the_machine_that_serves(model, tmp_path):
+    assert _source(tmp_path / "unpacked", Settings(model=str(model))) == str(model)
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="pickles"):
+        _source(tmp_path / "unpacked", Settings(model=str(model)))
+
+
+@pytest.mark.parametrize(("allow_pickle", "safe"), [(False, True), (True, None)])
+def test_pickles_of_a_hub_id_are_read_only_if_allowed(monkeypatch, tmp_path, allow_pickle, safe):
+    asked: dict[str, Any] = {}
+
+    def from_pretrained(source: str, **options: Any) -> Any:
+        asked.update(options, source=source)
+        raise OSError("no such model")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    settings = Settings(model="some/model", trust_remote_code=True, allow_pickle=allow_pickle)
+    with pytest.raises(OSError, match="no such model"):
+        open_engine(tmp_path, None, settings, [])
+    assert (asked["source"], asked["use_safetensors"]) == ("some/model", safe)
+    asked.clear()
+    with pytest.raises(ConfigError, match="no such model"):
+        open_engine(tmp_path, None, Settings(model="some/model"), [])
+    assert asked["use_safetensors"] is True
+
+
+def test_the_worker_runs_on_the_gpu_that_torchserve_gave_it_unless_the_settings_say_otherwise(monkeypatch, tmp_path):
+    asked: list[Any] = []
+
+    def load(source: str, **options: Any) -> Any:
+        asked.append((options.get("device_map"), options["dtype"]))
+        raise OSError
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    for gpu_id, device in [(None, None), (0, None), (3, None), (3, "cpu"), (None, "cuda:1"), (0, "auto")]:
+        with pytest.raises(ConfigError):
+            open_engine(tmp_path, gpu_id, Settings(model="some/model", device=device, dtype="bfloat16"), [])
+    assert [place for place, _ in asked] == [None, "cuda:0", "cuda:3", None, "cuda:1", "auto"]
+    assert {dtype for _, dtype in asked} == {torch.bfloat16}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="parallelType: custom"):
+        open_engine(tmp_path, 0, Settings(model="some/model"), [])
 
 
 @pytest.mark.parametrize(

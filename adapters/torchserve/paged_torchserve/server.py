@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from paged_torchserve.archive import MANIFEST
 from paged_torchserve.java import find_java
 
 _POLL_S = 0.2
+_METRICS_S = 1.2  # a little more than from one telling of metrics to the next
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LOGGING = Path(__file__).with_name("log4j2.xml")
 
@@ -100,6 +102,8 @@ class TorchServe:
         deadline = time.monotonic() + timeout_s
         for name in self.models:
             while not self._is_ready(name):
+                if f"Load model failed: {name}," in self.log.read_text(encoding="utf-8", errors="replace"):
+                    raise ServerError(f"{name} has not loaded; {self._last_words()}")  # it would be tried for minutes
                 if self._process.poll() is not None:
                     raise ServerError(f"TorchServe has ended; {self._last_words()}")
                 if time.monotonic() > deadline:
@@ -110,14 +114,25 @@ class TorchServe:
         """Until it ends by itself. Returns its exit status."""
         return self._process.wait()
 
+    def drain(self, timeout_s: float) -> None:
+        """Wait until our models' requests have been answered. TorchServe goes on taking new ones: there is no way to
+        tell it not to."""
+        deadline = time.monotonic() + timeout_s
+        num_idle = 0  # looks in a row; metrics are a second late
+        while num_idle < 2 and time.monotonic() < deadline:
+            num_idle = num_idle + 1 if self._num_open() == 0 else 0
+            time.sleep(_METRICS_S)
+
     def stop(self, timeout_s: float = 30.0) -> None:
         """End it and its workers. May be repeated."""
-        if self._process.poll() is None:
-            _signal_group(self._process.pid, signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout_s)
-        _signal_group(self._process.pid, signal.SIGKILL)  # what is left of it
-        self._process.wait()
+        try:
+            if self._process.poll() is None:
+                _signal_group(self._process.pid, signal.SIGTERM)
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(timeout_s)
+        finally:
+            _signal_group(self._process.pid, signal.SIGKILL)  # what is left of it
+            self._process.wait()
 
     def __enter__(self) -> TorchServe:
         return self
@@ -140,8 +155,19 @@ class TorchServe:
             return False
         return bool(workers) and all(worker["status"] == "READY" for worker in workers)
 
+    def _num_open(self) -> float:
+        """Requests that run or wait in our workers, as their metrics have it."""
+        addresses = self.options.addresses
+        try:
+            with _OPENER.open(f"{addresses.url(addresses.metrics)}/metrics", timeout=10) as answer:
+                told = answer.read().decode()
+        except (OSError, ValueError):
+            return 0
+        return sum(float(each) for each in re.findall(r"^paged_requests_(?:running|waiting){.*} (\S+)$", told, re.M))
+
     def _last_words(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = [line.partition(" MODEL_LOG - ")[2] or line for line in lines]
         told = [line for line in lines if "Error" in line or "error" in line][-5:] or lines[-5:]
         return "\n".join([f"its log is {self.log}:", *told])
 
@@ -156,16 +182,25 @@ def serve(args: argparse.Namespace, properties: Mapping[str, str]) -> int:
     workdir = args.workdir or Path(tempfile.mkdtemp(prefix="paged-torchserve-"))
     signal.signal(signal.SIGTERM, _interrupt)
     with TorchServe(args.archives, workdir, options) as server:
-        print(f"TorchServe is starting; its log is {server.log}", flush=True)
-        server.wait_until_ready(args.timeout)
-        for name in server.models:
-            print(f"ready: {addresses.url(addresses.inference)}/predictions/{name}", flush=True)
-        if args.token_auth:
-            print(f"keys: {server.workdir / 'key_file.json'}", flush=True)
         try:
-            return server.wait()
+            print(f"TorchServe is starting; its log is {server.log}", flush=True)
+            server.wait_until_ready(args.timeout)
+            for name in server.models:
+                print(f"ready: {addresses.url(addresses.inference)}/predictions/{name}", flush=True)
+            if args.token_auth:
+                print(f"keys: {server.workdir / 'key_file.json'}", flush=True)
+            status = server.wait()
+            print(f"TorchServe has ended by itself; its log is {server.log}", flush=True)
+            return status
         except KeyboardInterrupt:
-            return 0
+            print(f"stopping; answers under way have {args.grace:g} s to end", flush=True)
+        with suppress(KeyboardInterrupt):  # a second signal
+            server.drain(args.grace)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+    if args.workdir is None:
+        shutil.rmtree(workdir, ignore_errors=True)
+    return 0
 
 
 def _interrupt(number: int, frame: Any) -> None:
