@@ -20,9 +20,10 @@ from paged_core.assembly import Progress
 from paged_core.checks import check_prompt, check_resumed, check_token_ids
 from paged_core.config import EngineConfig
 from paged_core.errors import EngineDeadError
-from paged_core.execution.batch import Batch, BatchBuilder
+from paged_core.execution.batch import BatchBuilder, PromptRows
 from paged_core.execution.beam_search import BeamSearch
-from paged_core.execution.model import AcceleratedModel, EmbeddingModel, ModelSpec, TokenSelector
+from paged_core.execution.model import AcceleratedModel, EmbeddingModel, TokenSelector
+from paged_core.execution.parts import Computed, compute
 from paged_core.plugins import load_plugins
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.request import (
@@ -34,8 +35,8 @@ from paged_core.scheduling.request import (
     SamplingParams,
     Selection,
 )
-from paged_core.scheduling.schedule import Schedule
-from paged_core.selection import select_rows
+from paged_core.scheduling.schedule import Schedule, ScheduledChunk
+from paged_core.selection import OneByOne, select_rows
 from paged_core.stats import StepStats
 from paged_core.view import EngineView
 
@@ -83,6 +84,7 @@ class Engine:
         self._pool = self._scheduler.pool
         self._runner = assembly.create_runner(self._manager, self._model, self._backend, config, progress)
         self._num_compiles = self._runner.num_compiles
+        self._num_divided = 0
         self._builder = BatchBuilder(self._block_size, self.spec.device)
         self._seeds = random.Random(self.config.seed)
         self._requests: dict[str, list[Request]] = {}  # by id: the rows that have not ended
@@ -213,20 +215,33 @@ class Engine:
         schedule = self._scheduler.schedule()
         if not schedule.chunks:
             return self._tell([])
-        schedule, batch, logits = self._run(schedule)
-        selection = self._select(logits, batch)
+        schedule, computed = self._run(schedule)
+        selection = self._select(schedule, computed)
         outputs = self._scheduler.update(schedule, selection)
-        self._report(schedule, len(batch.sample_requests), time.perf_counter() - began)
+        self._report(schedule, len(computed.sample_requests), time.perf_counter() - began)
         return self._tell(outputs)
 
-    def _run(self, schedule: Schedule) -> tuple[Schedule, Batch, Tensor]:
+    def _run(self, schedule: Schedule) -> tuple[Schedule, Computed]:
         self._grow(self._pool.num_backed)
         self._runner.move_blocks(schedule.moves)
-        batch = self._builder.build(schedule)
         try:
-            return schedule, batch, self._runner.run(batch)
+            return schedule, self._compute(schedule.chunks)
+        except EngineDeadError:
+            raise
         except Exception as error:
             return self._run_without_culprits(schedule, error)
+
+    def _compute(self, chunks: Sequence[ScheduledChunk], *, eager: bool = False) -> Computed:
+        try:
+            computed = compute(self._builder, self._runner, chunks, eager=eager)
+        except torch.OutOfMemoryError as error:
+            self._dead = "no memory for a step of a single token; build one with a lower kv_cache_bytes"
+            raise EngineDeadError(self._dead) from error
+        if computed.num_fitting is not None:
+            self._num_divided += 1
+            self._scheduler.shrink(computed.num_fitting)
+            _log.warning("no memory for a step: computed in parts of at most %d tokens", computed.num_fitting)
+        return computed
 
     def _grow(self, num_blocks: int) -> None:
         try:
@@ -235,40 +250,51 @@ class Engine:
             self._dead = f"no memory for a K/V cache of {num_blocks} blocks; build one with a lower kv_cache_bytes"
             raise EngineDeadError(self._dead) from error
 
-    def _run_without_culprits(self, schedule: Schedule, error: Exception) -> tuple[Schedule, Batch, Tensor]:
+    def _run_without_culprits(self, schedule: Schedule, error: Exception) -> tuple[Schedule, Computed]:
         """The model raised: run each chunk alone, and end only the requests whose own chunk raises."""
         sound = []
         for chunk in schedule.chunks:
             if chunk.request.finished:
                 continue
             try:
-                self._runner.run(self._builder.build(Schedule([chunk], (), ())), eager=True)
+                self._compute([chunk], eager=True)
                 sound.append(chunk)
+            except EngineDeadError:
+                raise
             except Exception as own_error:
                 message = f"the model failed on this request: {own_error!r}"
                 self._untold += self._finish(chunk.request.group.members, FinishReason.ERROR, message)
         remaining = Schedule([chunk for chunk in sound if not chunk.request.finished], (), schedule.preempted)
         if not remaining.chunks:
-            return remaining, _empty_batch(self.spec), torch.empty(0, self.spec.vocab_size)
-        batch = self._builder.build(remaining)
+            return remaining, Computed(torch.empty(0, self.spec.vocab_size), (), ())
         try:
-            return remaining, batch, self._runner.run(batch, eager=True)
+            return remaining, self._compute(remaining.chunks, eager=True)
+        except EngineDeadError:
+            raise
         except Exception:  # sound alone, failing together: nobody's fault that we could tell
             self._dead = f"the model fails on batches: {error!r}"
             raise EngineDeadError(self._dead) from error
 
-    def _select(self, logits: Tensor, batch: Batch) -> Selection:
-        requests = batch.sample_requests
-        self._take_prompt_logprobs(logits[len(requests) :], batch)
-        return select_rows(logits[: len(requests)], requests, self._sampler)
+    def _select(self, schedule: Schedule, computed: Computed) -> Selection:
+        try:
+            return self._select_with(self._sampler, computed)
+        except torch.OutOfMemoryError:
+            pass
+        # Once more, with logits that nobody has written to and as little memory as can be.
+        return self._select_with(OneByOne(self._sampler), self._compute(schedule.chunks, eager=True))
 
-    def _take_prompt_logprobs(self, logits: Tensor, batch: Batch) -> None:
+    def _select_with(self, sampler: TokenSelector, computed: Computed) -> Selection:
+        requests = computed.sample_requests
+        self._take_prompt_logprobs(sampler, computed.logits[len(requests) :], computed.prompt_rows)
+        return select_rows(computed.logits[: len(requests)], requests, sampler)
+
+    def _take_prompt_logprobs(self, sampler: TokenSelector, logits: Tensor, prompt_rows: Sequence[PromptRows]) -> None:
         row = 0
-        for request, start, num in batch.prompt_rows:
+        for request, start, num in prompt_rows:
             known = self._prompt_logprobs[request]
             next_ids = request.tokens[start + 1 : start + 1 + num]
             wanted = request.params.prompt_logprobs or 0
-            known[start + 1 :] = self._sampler.prompt_logprobs(logits[row : row + num], next_ids, wanted)
+            known[start + 1 :] = sampler.prompt_logprobs(logits[row : row + num], next_ids, wanted)
             row += num
 
     def _tell(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
@@ -320,6 +346,7 @@ class Engine:
             total_prefix_queries=scheduler.num_prefix_queries,
             total_prefix_hits=scheduler.num_prefix_hits,
             total_late_compiles=self._runner.num_compiles - self._num_compiles,
+            total_steps_divided=self._num_divided,
         )
         self._observe("on_step_finished", stats=self.last_stats)
 
@@ -400,11 +427,3 @@ def _slots_wasted(running: Sequence[Request], pool: BlockPool, block_size: int) 
             seen.add(request.block_table[-1])
         wasted += empty
     return wasted
-
-
-def _empty_batch(spec: ModelSpec) -> Batch:
-    from paged_core.execution.batch import AttentionMetadata
-
-    none = torch.empty(0, dtype=torch.int64, device=spec.device)
-    metadata = AttentionMetadata(none.int(), none.int(), none.int().view(0, 0), none, 0, 0)
-    return Batch(none, none, metadata, none, (), (), False)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from paged_core.execution.model import TokenSelector
@@ -12,7 +13,11 @@ from paged_core.scheduling.request import FinishReason, Request, Selection
 
 
 def select_rows(logits: Tensor, requests: Sequence[Request], sampler: TokenSelector) -> Selection:
-    """Each selector gets its own rows; a selector that raises ends its own rows only."""
+    """Each selector gets its own rows; a selector that raises ends its own rows only.
+
+    Raises:
+        torch.OutOfMemoryError: ``sampler`` has no room for its rows. Some logits may be overwritten by then.
+    """
     if requests and all(request.selector is requests[0].selector for request in requests):
         return _select(requests[0].selector or sampler, logits, requests)
     rows_of: dict[int, list[int]] = {}
@@ -35,9 +40,31 @@ def select_rows(logits: Tensor, requests: Sequence[Request], sampler: TokenSelec
     return Selection(token_ids, logprobs, errors, parents, finished)
 
 
+class OneByOne:
+    """A selector's choice with the memory of a single row. For selectors whose rows don't depend on each other."""
+
+    def __init__(self, selector: TokenSelector) -> None:
+        self._selector = selector
+
+    def select(self, logits: Tensor, requests: Sequence[Request]) -> Selection:
+        parts = [self._selector.select(logits[row : row + 1], [request]) for row, request in enumerate(requests)]
+        return Selection(
+            [part.token_ids[0] for part in parts],
+            [part.logprobs[0] if part.logprobs else None for part in parts],
+            {row: part.errors[0] for row, part in enumerate(parts) if part.errors},
+        )
+
+    def prompt_logprobs(self, logits: Tensor, next_ids: Sequence[int], num: int) -> Iterable[dict[int, Any]]:
+        for row, next_id in enumerate(next_ids):
+            yield from self._selector.prompt_logprobs(logits[row : row + 1], [next_id], num)
+
+
 def _select(selector: TokenSelector, logits: Tensor, requests: Sequence[Request]) -> Selection:
     try:
         return selector.select(logits, requests)
     except Exception as error:
+        of_the_core = requests[0].selector is None and not isinstance(selector, OneByOne)
+        if of_the_core and isinstance(error, torch.OutOfMemoryError):
+            raise
         message = f"choosing the next token failed: {error!r}"
         return Selection([0] * len(requests), errors=dict.fromkeys(range(len(requests)), message))

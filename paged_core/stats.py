@@ -24,6 +24,7 @@ class StepStats(NamedTuple):
     total_prefix_queries: int  # prompt tokens looked up in the prefix cache
     total_prefix_hits: int  # and found there
     total_late_compiles: int = 0  # graphs captured and kernels compiled since the engine was built: a step waited
+    total_steps_divided: int = 0  # computed in parts, since memory had no room for them
 
     @property
     def kv_cache_usage(self) -> float:

@@ -38,6 +38,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # prompt tokens looked up in the prefix index
         self.num_prefix_hits = 0  # and found there
+        self._budget = limits.max_num_batched_tokens  # less while memory is short
         self._num_arrivals = 0
         self._unborn: dict[Request, list[Request]] = {}  # siblings that will fork from a request's prompt
         self._in_flight: dict[bytes, Request] = {}  # blocks being computed: who shares them waits for them
@@ -123,7 +124,8 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """Give out the step's token budget: running requests first, then as many waiting ones as fit."""
-        step = _Step(self.limits.max_num_batched_tokens)
+        step = _Step(self._budget)
+        self._budget = min(self._budget + self._budget // 256 + 1, self.limits.max_num_batched_tokens)
         self._schedule_running(step)
         while not step.chunks and not all(request.held for request in self.running):
             # Everyone yielded to a request that was preempted a moment ago: somebody must give way.
@@ -154,6 +156,11 @@ class Scheduler:
         if any(request.status is RequestStatus.FINISHED for request in rows):
             self._drop_finished()
         return outputs
+
+    def shrink(self, num_tokens: int) -> None:
+        """Memory had room for so many tokens and not for a whole step: give out no more, for a while; then a little
+        more each step. Each running request still gets a token."""
+        self._budget = max(min(num_tokens, self._budget), self.limits.max_num_seqs)
 
     def check(self) -> None:
         """Assert every invariant of requests and blocks; for tests."""

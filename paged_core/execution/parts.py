@@ -1,0 +1,100 @@
+"""A step that memory has no room for is computed in parts: fewer chunks, then shorter ones.
+
+Where the parts end is no decision about requests: all of the step's tokens are computed, and their logits are what
+they would have been. What later steps should do about it is the scheduler's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from paged_core.execution.batch import Batch, BatchBuilder, PromptRows
+from paged_core.execution.model_runner import ModelRunner
+from paged_core.scheduling.request import Request
+from paged_core.scheduling.schedule import Schedule, ScheduledChunk
+
+
+class Computed(NamedTuple):
+    """What came out of a step."""
+
+    logits: Tensor  # [S + P, vocab]  sampled rows, then prompt_rows'
+    sample_requests: tuple[Request, ...]  # S rows
+    prompt_rows: tuple[PromptRows, ...]  # P positions together
+    num_fitting: int | None = None  # tokens of the largest part that memory had room for; None: nothing was divided
+
+
+def compute(
+    builder: BatchBuilder, runner: ModelRunner, chunks: Sequence[ScheduledChunk], *, eager: bool = False
+) -> Computed:
+    """Run ``chunks``, at least one of them, whose blocks have memory. ``eager``: through no graph.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for a single token.
+    """
+    try:
+        return _whole(builder, runner, chunks, eager)
+    except torch.OutOfMemoryError:
+        pass
+    # Here, not in the handler: its traceback keeps what the step had made until then.
+    parts = _in_parts(builder, runner, chunks)
+    fitting = max(num_tokens for num_tokens, _ in parts)
+    results = [computed for _, computed in parts]
+    sampled = [computed.logits[: len(computed.sample_requests)] for computed in results]
+    of_prompts = [computed.logits[len(computed.sample_requests) :] for computed in results]
+    return Computed(
+        torch.cat([*sampled, *of_prompts]),
+        tuple(request for computed in results for request in computed.sample_requests),
+        tuple(rows for computed in results for rows in computed.prompt_rows),
+        fitting,
+    )
+
+
+def _in_parts(
+    builder: BatchBuilder, runner: ModelRunner, chunks: Sequence[ScheduledChunk]
+) -> list[tuple[int, Computed]]:
+    """(tokens, result) of each part."""
+    done: list[tuple[int, Computed]] = []
+    left = [*reversed(_halves(chunks))]  # parts to do, the next one last
+    while left:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what torch holds in sizes that nobody asks for now
+        part = left.pop()
+        try:
+            done.append((_num_tokens(part), _whole(builder, runner, part, eager=True)))
+        except torch.OutOfMemoryError:
+            left += reversed(_halves(part))
+    return done
+
+
+def _whole(builder: BatchBuilder, runner: ModelRunner, chunks: Sequence[ScheduledChunk], eager: bool) -> Computed:
+    batch: Batch = builder.build(Schedule(chunks, (), ()))
+    return Computed(runner.run(batch, eager=eager), batch.sample_requests, batch.prompt_rows)
+
+
+def _halves(chunks: Sequence[ScheduledChunk]) -> tuple[list[ScheduledChunk], list[ScheduledChunk]]:
+    """Two parts of as many tokens; the chunk in the middle is divided.
+
+    Raises:
+        torch.OutOfMemoryError: they are a single token.
+    """
+    room = _num_tokens(chunks) // 2  # in the first
+    if not room:
+        raise torch.OutOfMemoryError("no memory for a step of one token")
+    first: list[ScheduledChunk] = []
+    second: list[ScheduledChunk] = []
+    for request, start, num_tokens, samples in chunks:
+        here = min(num_tokens, room)
+        room -= here
+        if here:
+            first.append(ScheduledChunk(request, start, here, samples if here == num_tokens else ()))
+        if here < num_tokens:
+            second.append(ScheduledChunk(request, start + here, num_tokens - here, samples))
+    return first, second
+
+
+def _num_tokens(chunks: Sequence[ScheduledChunk]) -> int:
+    return sum(chunk.num_tokens for chunk in chunks)
