@@ -110,9 +110,12 @@ def test_a_long_answer_keeps_no_more_of_its_grammar_than_a_short_one(
     alphabet: Alphabet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[GrammarProcessor] = []
-    monkeypatch.setattr(
-        "paged_core.grammar.GrammarProcessor", lambda *args: made.append(GrammarProcessor(*args)) or made[-1]
-    )
+
+    def make(*args: Any) -> GrammarProcessor:
+        made.append(GrammarProcessor(*args))
+        return made[-1]
+
+    monkeypatch.setattr("paged_core.grammar.GrammarProcessor", make)
     choices = complete(alphabet, n=3, temperature=40, seed=1, max_tokens=100, guided_regex="([a-z][0-9]){60}")
     assert all(re.fullmatch("([a-z][0-9])+", choice["text"]) for choice in choices)
     (processor,) = made
