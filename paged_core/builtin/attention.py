@@ -35,9 +35,7 @@ def create_attention_backend(name: str, spec: ModelSpec, config: EngineConfig) -
     except ImportError:
         return None
     cache_dtype = getattr(torch, config.kv_cache_dtype) if config.kv_cache_dtype else spec.dtype
-    if not (launch.supports(spec.dtype) and launch.supports(cache_dtype)):
-        return None
-    return CpuBackend(spec)
+    return CpuBackend(spec, cache_dtype) if launch.supports(spec.dtype, cache_dtype) else None
 
 
 @hookimpl(trylast=True, specname="create_attention_backend")
@@ -103,13 +101,14 @@ class CpuBackend:
     """Store and attention in one launch a layer, on torch's own threads."""
 
     name = "cpu"
+    reads_scales = True
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, cache_dtype: torch.dtype) -> None:
         from paged_kernels.cpu import launch
 
         self._ops = launch
         self._layers = spec.layers
-        self._dtype = spec.dtype
+        self._dtype, self._cache_dtype = spec.dtype, cache_dtype
         self._plans: dict[tuple[int | None, ...], Any] = {}  # one for layers of one shape
         self._plan_of_layer = [self._plan_for(layer) for layer in spec.layers]
 
@@ -124,7 +123,7 @@ class CpuBackend:
         forwards and the sampler of this folder use. ``progress(what, done, total)``."""
         from paged_kernels.cpu import elementwise, product
 
-        self._ops.warm_up(progress)
+        self._ops.warm_up(progress, self._cache_dtype)
         elementwise.warm_up(progress)
         product.warm_up(self._dtype, progress)
 
@@ -144,7 +143,16 @@ class CpuBackend:
     ) -> Tensor:
         facts = self._layers[layer]
         out: Tensor = self._plan_of_layer[layer].run(
-            q, k, v, cache.keys[layer], cache.values[layer], facts.scale, facts.softcap, sinks, key_bias
+            q,
+            k,
+            v,
+            cache.keys[layer],
+            cache.values[layer],
+            facts.scale,
+            facts.softcap,
+            sinks,
+            key_bias,
+            *cache.scales(layer),
         )
         return out
 

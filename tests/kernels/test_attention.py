@@ -13,6 +13,7 @@ from paged_kernels.cpu import launch
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+CODED = [torch.int8, torch.float8_e4m3fn]  # caches with a scale for each token and kv head
 MIX = ([1, 17, 70, 700, 33, 300, 64, 1500], [1, 17, 1, 1, 5, 200, 64, 1])  # sequence lengths, queries
 
 
@@ -29,6 +30,8 @@ class Case:
     softcap: float | None = None
     sinks: Tensor | None = None
     key_bias: Tensor | None = None
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
 
     def run(self, attention) -> Tensor:
         return attention(*vars(self).values())
@@ -49,20 +52,25 @@ def make_case(
     sinks=False, cache_dtype=None, bias=False,
 ) -> Case:  # fmt: skip
     """Random tokens in blocks handed out in random order. All slots that hold no token are NaN, and blocks that lie
-    before the window are given back: their entries point to block 0, which is NaN too."""
+    before the window are given back: their entries point to block 0, which is NaN too. Where slots hold codes, their
+    scales are NaN."""
     g = torch.Generator().manual_seed(len(lens) + heads[0] + dims[0] + block_size)
     (num_heads, num_kv_heads), (dim, value_dim) = heads, dims
     needed = [-(-n // block_size) for n in lens]
     order = torch.randperm(sum(needed), generator=g).int() + 1
     tables = torch.zeros(len(lens), max(needed) + 2, dtype=torch.int32)
-    keys = torch.full((sum(needed) + 1, num_kv_heads, block_size, dim), torch.nan, dtype=cache_dtype or dtype)
-    values = torch.full((*keys.shape[:3], value_dim), torch.nan, dtype=cache_dtype or dtype)
+    slots_shape = (sum(needed) + 1, num_kv_heads, block_size)
+    coded = cache_dtype in CODED
+    keys, values = (
+        torch.full((*slots_shape, d), 7 if coded else torch.nan).to(cache_dtype or dtype) for d in (dim, value_dim)
+    )
+    scales = [torch.full(slots_shape, torch.nan) if coded else None for _ in range(2)]
     for r, (count, blocks) in enumerate(zip(lens, order.split(needed), strict=True)):
         tables[r, : len(blocks)] = blocks
         at = torch.arange(count)
         slots = blocks.long()[at // block_size] * block_size + at % block_size
         k, v = (torch.randn(count, num_kv_heads, d, generator=g).to(dtype) for d in (dim, value_dim))
-        reference.store_kv(k, v, keys, values, slots)
+        reference.store_kv(k, v, keys, values, slots, *scales)
         if window is not None:
             tables[r, : max(0, count - queries[r] - window + 1) // block_size] = 0
     return Case(
@@ -77,6 +85,7 @@ def make_case(
         softcap,
         torch.randn(num_heads, generator=g) if sinks else None,
         torch.randn(num_heads, max(lens), generator=g) - torch.arange(max(lens)) / 9 if bias else None,
+        *scales,
     )
 
 
@@ -113,20 +122,50 @@ def test_decode_rows_and_chunks_of_one_step_equal_the_reference(shape, facts, dt
     assert_equals_reference(make_case(*MIX, *shape, dtype=dtype, **facts))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cache_dtype", CODED, ids=str)
+@pytest.mark.parametrize("facts", [FACTS["plain"], FACTS["all"]], ids=["plain", "all"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_decode_rows_and_chunks_over_caches_of_codes_equal_the_reference(shape, facts, cache_dtype, dtype):
+    assert_equals_reference(make_case(*MIX, *shape, dtype=dtype, cache_dtype=cache_dtype, **facts))
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8], ids=str)
 @pytest.mark.parametrize("block_size", [8, 24, 32, 128])
-def test_any_block_size_equals_the_reference(block_size):
-    assert_equals_reference(make_case(*MIX, block_size=block_size, window=50))
-    assert_equals_reference(make_case(*MIX, block_size=block_size))
+def test_any_block_size_equals_the_reference(block_size, cache_dtype):
+    assert_equals_reference(make_case(*MIX, block_size=block_size, window=50, cache_dtype=cache_dtype))
+    assert_equals_reference(make_case(*MIX, block_size=block_size, cache_dtype=cache_dtype))
 
 
-def test_contexts_that_are_cut_into_stretches_equal_the_reference():
-    assert_equals_reference(make_case([5000, 4096, 4097], [1, 1, 1]))
-    assert_equals_reference(make_case([5000, 3000], [90, 7], sinks=True))
-    assert_equals_reference(make_case([5000, 3000, 700], [90, 1, 1], bias=True))
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8], ids=str)
+def test_contexts_that_are_cut_into_stretches_equal_the_reference(cache_dtype):
+    assert_equals_reference(make_case([5000, 4096, 4097], [1, 1, 1], cache_dtype=cache_dtype))
+    assert_equals_reference(make_case([5000, 3000], [90, 7], sinks=True, cache_dtype=cache_dtype))
+    assert_equals_reference(make_case([5000, 3000, 700], [90, 1, 1], bias=True, cache_dtype=cache_dtype))
 
 
 def test_a_cache_may_be_narrower_than_the_queries():
     assert_equals_reference(make_case(*MIX, cache_dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("cache_dtype", CODED, ids=str)
+def test_a_cache_of_codes_without_its_scales_is_refused(cache_dtype):
+    case = make_case([20, 30], [1, 1], cache_dtype=cache_dtype)
+    case.key_scales = case.value_scales = None
+    with pytest.raises(ValueError, match="needs key_scales and value_scales"):
+        case.run(launch.paged_attention)
+    with pytest.raises(ValueError, match="needs key_scales and value_scales"):
+        launch.store_kv(torch.randn(1, 3, 64), torch.randn(1, 3, 64), case.keys, case.values, torch.tensor([3]))
+
+
+def test_every_float8_code_reads_as_torch_reads_it():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    finite = codes.float().isfinite()
+    values = torch.where(finite, codes.float(), 0.0).to(codes.dtype).view(1, 1, 1, 256)  # one block of one slot
+    keys, scales = torch.zeros(1, 1, 1, 16).to(codes.dtype), torch.ones(1, 1, 1)
+    starts, lens, table = (torch.tensor(x, dtype=torch.int32) for x in ([0, 1], [1], [[0]]))
+    case = Case(torch.randn(1, 1, 16), keys, values, starts, lens, table, 1.0, key_scales=scales, value_scales=scales)
+    assert torch.equal(case.run(launch.paged_attention)[0, 0][finite], codes.float()[finite])
 
 
 def test_queries_may_be_views_with_any_stride_between_heads_and_tokens():
@@ -159,10 +198,12 @@ def test_a_request_without_queries_is_passed_over():
     assert_equals_reference(case)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_a_decode_row_alone_equals_the_same_row_in_a_batch_bit_for_bit(dtype):
     lens = [1, 16, 170, 255, 257, 1000, 3000]
-    case = make_case(lens, [1] * len(lens), dtype=dtype)
+    case = make_case(
+        lens, [1] * len(lens), dtype=dtype if dtype.is_floating_point else torch.float32, cache_dtype=dtype
+    )
     together = case.run(launch.paged_attention)
     for r in range(len(lens)):
         assert torch.equal(case.row(r).run(launch.paged_attention), together[r : r + 1])
@@ -199,16 +240,17 @@ def test_scores_far_apart_do_not_overflow():
     torch.testing.assert_close(case.run(launch.paged_attention), expected, rtol=0, atol=1e-2)
 
 
-def test_offsets_into_a_cache_of_more_than_four_gigabytes_are_right():
-    blocks = (1 << 32) // (16 * 16 * 4) + 10  # of 16 slots x 16 floats; untouched memory costs nothing
-    keys = torch.empty(blocks, 1, 16, 16)
-    values = torch.empty(blocks, 1, 16, 16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_offsets_into_a_cache_of_more_than_four_gigabytes_are_right(dtype):
+    blocks = (1 << 32) // (16 * 16 * dtype.itemsize) + 10  # of 16 slots x 16 numbers; untouched memory costs nothing
+    keys, values = torch.empty(blocks, 1, 16, 16, dtype=dtype), torch.empty(blocks, 1, 16, 16, dtype=dtype)
+    scales = [torch.empty(blocks, 1, 16) if dtype in CODED else None for _ in range(2)]
     k, v = torch.randn(3, 1, 16), torch.randn(3, 1, 16)
     slots = torch.arange(3) + (blocks - 1) * 16
-    launch.store_kv(k, v, keys, values, slots)
+    launch.store_kv(k, v, keys, values, slots, *scales)
     table = torch.tensor([[blocks - 1]], dtype=torch.int32)
     one, three = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
-    case = Case(torch.randn(1, 2, 16), keys, values, one, three, table, 0.25)
+    case = Case(torch.randn(1, 2, 16), keys, values, one, three, table, 0.25, None, None, None, None, *scales)
     assert_equals_reference(case)
 
 
@@ -226,17 +268,42 @@ def test_stored_tokens_are_in_their_slots_and_nothing_else_has_changed(dtype, ca
     assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True))
 
 
-def test_one_launch_stores_and_then_attends_to_what_it_stored():
-    case = make_case([70, 40, 33], [1, 40, 5])
+@pytest.mark.parametrize("cache_dtype", CODED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stored_codes_and_scales_are_those_of_the_reference_bit_for_bit(dtype, cache_dtype):
+    g = torch.Generator().manual_seed(1)
+    sizes = 10.0 ** torch.randint(-30, 30, (50, 5, 1), generator=g)
+    packed = (torch.randn(50, 5, 40, generator=g) * sizes).to(dtype)
+    packed[3], packed[4, 1], packed[5, 3] = 0, torch.nan, 1e-41
+    packed[6, 0, 7], packed[7, 2, 33] = torch.inf, torch.nan
+    packed[8] = torch.linspace(-0.02, 0.02, 40).to(dtype)  # codes of float8 with few bits, next to a large one
+    packed[8, :, 0] = 1
+    k, v = packed[:, :2], packed[:, 2:4, :20]  # views, as a packed projection gives them
+    slots = torch.randperm(30 * 8, generator=g)[:50]
+    caches = [torch.randint(0, 90, (30, 2, 8, d), generator=g).to(cache_dtype) for d in (40, 20)]
+    caches += [torch.randn(30, 2, 8, generator=g) for _ in range(2)]
+    expected = [c.clone() for c in caches]
+    reference.store_kv(k, v, *expected[:2], slots, *expected[2:])
+    launch.store_kv(k, v, *caches[:2], slots, *caches[2:])
+    for got, wanted in zip(caches[:2], expected[:2], strict=True):
+        assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
+    for got, wanted in zip(caches[2:], expected[2:], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, *CODED], ids=str)
+def test_one_launch_stores_and_then_attends_to_what_it_stored(cache_dtype):
+    case = make_case([70, 40, 33], [1, 40, 5], cache_dtype=cache_dtype)
+    scales = case.key_scales, case.value_scales
     r = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 40, 5]))
     at = torch.cat([torch.arange(69, 70), torch.arange(40), torch.arange(28, 33)])
     slots = case.block_tables[r, at // 16].long() * 16 + at % 16
     k, v = torch.randn(46, 3, 64), torch.randn(46, 3, 64)
     plan = launch.AttentionPlan(9, 3, 64, 64)
     plan.plan(case.query_starts, case.seq_lens, case.block_tables, slots)
-    got = plan.run(case.q, k, v, case.keys, case.values, case.scale)
-    again = plan.run(case.q, k, v, case.keys, case.values, case.scale)
-    reference.store_kv(k, v, case.keys, case.values, slots)
+    got = plan.run(case.q, k, v, case.keys, case.values, case.scale, None, None, None, *scales)
+    again = plan.run(case.q, k, v, case.keys, case.values, case.scale, None, None, None, *scales)
+    reference.store_kv(k, v, case.keys, case.values, slots, *scales)
     torch.testing.assert_close(got, case.run(reference.paged_attention), rtol=0, atol=1e-5)
     assert torch.equal(got, again)
 

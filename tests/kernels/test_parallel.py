@@ -41,6 +41,19 @@ def test_warming_up_tells_its_progress_and_leaves_nothing_to_compile():
     assert launch.kernels.store_and_attend.is_compiled
 
 
+def test_kernels_for_codes_are_compiled_only_for_who_has_them():
+    script = (
+        "import torch\n"
+        "from paged_kernels.cpu import launch\n"
+        "all = (launch.kernels.store_and_attend, launch.kernels.store_and_attend_codes)\n"
+        "for dtype in (torch.bfloat16, torch.int8):\n"
+        "    launch.warm_up(cache_dtype=dtype)\n"
+        "    print([each.is_compiled for each in all])"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.split("\n")[:2] == ["[True, False]", "[True, True]"]
+
+
 def test_a_second_process_loads_kernels_from_disk(tmp_path):
     script = (
         "from paged_kernels.cpu import attention, parallel\n"

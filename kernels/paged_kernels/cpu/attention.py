@@ -1,7 +1,7 @@
 """Store and attention over paged K/V for the host's cores, as one kernel.
 
-The kernel gets one address, of an array of int64 laid out by the names below. Its threads first store this step's K
-and V between them, then share out the items of attention. An item is one tile of query rows (query x head of one kv
+The kernel gets one address, of an array laid out in arguments.py. Its threads first store this step's K and V
+between them, then share out the items of attention. An item is one tile of query rows (query x head of one kv
 head's group) against one stretch of keys; ``plan_items`` writes the list.
 
 Two ways to compute an item. A decode row holds the group's few heads: vectors run along the head dim, so each key is
@@ -12,11 +12,68 @@ a tile adds the stretches up in their order. Scores are kept in base 2. All arit
 
 from __future__ import annotations
 
-import struct
-
 from numba import float32, int64
 
+from paged_kernels.cpu.arguments import (
+    AT_KEYS,
+    AT_OUT,
+    AT_Q,
+    AT_ROWS,
+    AT_SCORES,
+    AT_VALUES,
+    BIAS_STRIDE,
+    COUNTER,
+    COUNTERS,
+    DTYPE,
+    FIRST_ROW,
+    GROUP,
+    HEAD_DIM,
+    ITEM_SIZE,
+    ITEMS,
+    KEY_BIAS,
+    KEY_SCALES,
+    KEY_START,
+    KEY_STOP,
+    KEYS,
+    NEXT_ITEM,
+    NUM_COUNTERS,
+    NUM_ITEMS,
+    NUM_KV_HEADS,
+    NUM_PARTIALS,
+    NUM_REQUESTS,
+    NUM_ROWS,
+    NUM_SPLITS,
+    OUT,
+    PARTIAL,
+    PARTIALS,
+    Q_HEAD,
+    Q_TOKEN,
+    QUERY_STARTS,
+    REQUEST,
+    SCALE,
+    SCRATCH,
+    SCRATCH_STRIDE,
+    SEQ_LENS,
+    SINKS,
+    SOFTCAP,
+    SPLIT,
+    TICKET,
+    VALUE_DIM,
+    VALUE_SCALES,
+    VALUES,
+    WINDOW,
+    Q,
+)
 from paged_kernels.cpu.parallel import kernel
+from paged_kernels.cpu.rows import (
+    CODES,
+    call_for,
+    copy,
+    find_rows,
+    padded,
+    store_all,
+    widen,
+)
 from paged_kernels.cpu.vectors import (
     F32,
     LANES,
@@ -31,11 +88,8 @@ from paged_kernels.cpu.vectors import (
     load_f32,
     load_i32,
     load_i64,
-    load_shared,
     make_mix,
     make_outer,
-    prefetch,
-    store_bf16,
     store_f32,
     store_i64,
     vadd,
@@ -43,13 +97,11 @@ from paged_kernels.cpu.vectors import (
     vfirst,
     vfma,
     vload,
-    vload_bf16,
     vmax,
     vmul,
     vselect_less,
     vsplat,
     vstore,
-    vstore_bf16,
     vsub,
     vtanh,
 )
@@ -58,36 +110,6 @@ TILE = 64  # keys at a time
 ROWS = 4 * LANES  # query rows of a chunk's tile
 DECODE_SPLIT = 256  # keys of a stretch for one query
 CHUNK_SPLIT = 2048  # keys of a stretch for a chunk of queries
-STORE_TOKENS = 16  # tokens stored by one grab of work
-
-# The kernel's array. Counters first, each in a cache line of its own; what changes from layer to layer next.
-NEXT_STORE, NUM_STORED, NEXT_ITEM, TICKET = 0, 8, 16, 24
-(
-    Q, Q_TOKEN, Q_HEAD,  # address; strides in elements
-    K, K_TOKEN, K_HEAD,
-    V, V_TOKEN, V_HEAD,
-    OUT,  # [T, H, Dv]
-    KEYS, VALUES,  # the caches
-    SINKS,  # f32 [H], or 0
-    KEY_BIAS, BIAS_STRIDE,  # f32 [H, positions], or 0
-    DTYPE, CACHE_DTYPE,  # of q, k, v, out; of the caches
-    BLOCK_SIZE,
-    NUM_TOKENS,  # to store
-    SCALE, SOFTCAP,  # float32 in the lower half; softcap 0 if none
-    NUM_REQUESTS, SLOTS, QUERY_STARTS, SEQ_LENS, TABLES, TABLE_STRIDE,
-    NUM_KV_HEADS, GROUP, HEAD_DIM, VALUE_DIM,
-    WINDOW,  # keys a query sees, itself among them; larger than any context if all
-    ITEMS, NUM_ITEMS,
-    PARTIALS, NUM_PARTIALS,  # f32 rows of (maximum, sum, Dv values) of unfinished tiles
-    COUNTERS, NUM_COUNTERS,  # int64: stretches finished of a tile
-    SCRATCH, SCRATCH_STRIDE,  # bytes of each thread, parted as follows
-    AT_Q, AT_SCORES, AT_OUT, AT_KEYS, AT_VALUES, AT_ROWS,
-    NUM_ARGS,
-) = range(32, 32 + 47)  # fmt: skip
-EACH_LAYER = struct.Struct("256x19qf4xf4x")  # the counters at zero, then Q to SOFTCAP
-
-# An item: eight int64.
-REQUEST, FIRST_ROW, NUM_ROWS, KEY_START, KEY_STOP, SPLIT, NUM_SPLITS, PARTIAL, COUNTER, ITEM_SIZE = range(10)
 
 # AT_ROWS: vectors of one float for each row, then two tables of addresses.
 _M, _L, _ALPHA, _LOW, _HIGH = range(5)
@@ -151,177 +173,51 @@ def plan_items(args):  # type: ignore[no-untyped-def]
     store_i64(args, NUM_COUNTERS, num_counters)
 
 
-@kernel
-def store_and_attend(args):  # type: ignore[no-untyped-def]
-    """Store this step's K and V, then compute every item."""
-    _store_all(args)
-    items = load_i64(args, ITEMS)
-    num_items = load_i64(args, NUM_ITEMS)
-    if num_items == 0:
-        return
-    num_kv_heads = load_i64(args, NUM_KV_HEADS)
-    group = load_i64(args, GROUP)
-    scratch = load_i64(args, SCRATCH) + fetch_add(args + 8 * TICKET, 1) * load_i64(args, SCRATCH_STRIDE)
-    n, then = fetch_add(args + 8 * NEXT_ITEM, 1), int64(0)
-    while n < num_items * num_kv_heads:
-        then = fetch_add(args + 8 * NEXT_ITEM, 1)  # taken early, so that its first keys can be called for
-        item = items + 8 * ITEM_SIZE * (n // num_kv_heads)
-        head = n % num_kv_heads
-        starts = load_i64(args, QUERY_STARTS)
-        request = load_i64(item, REQUEST)
-        num_queries = load_i32(starts, request + 1) - load_i32(starts, request)
-        if num_queries > 1 or group > LANES // 2:
-            _chunk(args, item, head, scratch)
-        else:
-            next_item, next_head = item, head
-            if then < num_items * num_kv_heads:
-                next_item, next_head = items + 8 * ITEM_SIZE * (then // num_kv_heads), then % num_kv_heads
-            _decode(args, item, head, scratch, next_item, next_head)
-        _finish(args, item, head, scratch)
-        n = then
-
-
-@kernel
-def store(args):  # type: ignore[no-untyped-def]
-    """Store this step's K and V."""
-    _store_all(args)
-
-
-# ---- storing ---------------------------------------------------------------------------------------------------
-
-
-@inline
-def _store_all(args):  # type: ignore[no-untyped-def]
-    """Take batches of tokens until none are left, then wait for those that other threads have taken."""
-    num_tokens = load_i64(args, NUM_TOKENS)
-    num_batches = (num_tokens + STORE_TOKENS - 1) // STORE_TOKENS
-    while True:
-        batch = fetch_add(args + 8 * NEXT_STORE, 1)
-        if batch >= num_batches:
-            break
-        for token in range(batch * STORE_TOKENS, min(num_tokens, (batch + 1) * STORE_TOKENS)):
-            _store_token(args, token)
-        fetch_add(args + 8 * NUM_STORED, 1)
-    while load_shared(args + 8 * NUM_STORED) < num_batches:
-        pass
-
-
-@inline
-def _store_token(args, token):  # type: ignore[no-untyped-def]
-    slot = load_i64(load_i64(args, SLOTS), token)
-    block_size, num_kv_heads = load_i64(args, BLOCK_SIZE), load_i64(args, NUM_KV_HEADS)
-    block = slot // block_size
-    offset = slot - block * block_size
-    dtype, cache_dtype = load_i64(args, DTYPE), load_i64(args, CACHE_DTYPE)
-    size, cache_size = (4 if dtype == F32 else 2), (4 if cache_dtype == F32 else 2)
-    for head in range(num_kv_heads):
-        row = (block * num_kv_heads + head) * block_size + offset
-        source = load_i64(args, K) + (token * load_i64(args, K_TOKEN) + head * load_i64(args, K_HEAD)) * size
-        dim = load_i64(args, HEAD_DIM)
-        _copy(source, dtype, load_i64(args, KEYS) + row * dim * cache_size, cache_dtype, dim)
-        source = load_i64(args, V) + (token * load_i64(args, V_TOKEN) + head * load_i64(args, V_HEAD)) * size
-        dim = load_i64(args, VALUE_DIM)
-        _copy(source, dtype, load_i64(args, VALUES) + row * dim * cache_size, cache_dtype, dim)
-
-
-@inline
-def _copy(source, dtype, target, target_dtype, count):  # type: ignore[no-untyped-def]
-    """``count`` numbers from one place to another, converted."""
-    whole = count // LANES * LANES
-    for i in range(0, whole, LANES):
-        x = vload(source, i) if dtype == F32 else vload_bf16(source, i)
-        if target_dtype == F32:
-            vstore(target, i, x)
-        else:
-            vstore_bf16(target, i, x)
-    for i in range(whole, count):
-        y = load_f32(source, i) if dtype == F32 else load_bf16(source, i)
-        if target_dtype == F32:
-            store_f32(target, i, y)
-        else:
-            store_bf16(target, i, y)
-
-
-# ---- finding keys and values ----------------------------------------------------------------------------------
-
-
-@inline
-def _find_rows(args, item, head, cache, dim, start, count, rows, staging):  # type: ignore[no-untyped-def]
-    """Put the addresses of keys (or values) start..start+count into the table ``rows``, and fill it up to a multiple
-    of LANES with the last one. Rows the products can't read as they lie are first copied to ``staging``, as
-    float32 and padded with zeros."""
-    num_kv_heads, block_size = load_i64(args, NUM_KV_HEADS), load_i64(args, BLOCK_SIZE)
-    dtype = load_i64(args, CACHE_DTYPE)
-    row_bytes = dim * (4 if dtype == F32 else 2)
-    table = load_i64(args, TABLES) + 4 * load_i64(item, REQUEST) * load_i64(args, TABLE_STRIDE)
-    block = start // block_size
-    offset = start - block * block_size
-    i = 0
-    while i < count:
-        address = cache + ((load_i32(table, block) * num_kv_heads + head) * block_size + offset) * row_bytes
-        stop = min(count, i + block_size - offset)
-        while i < stop:
-            store_i64(rows, i, address)
-            address += row_bytes
-            i += 1
-        block += 1
-        offset = 0
-    if dtype != F32 or dim % LANES != 0:
-        padded = _padded(dim)
-        for i in range(count):
-            source, target = load_i64(rows, i), staging + 4 * i * padded
-            if dim == padded:
-                for d in range(0, dim, LANES):
-                    vstore(target, d, vload_bf16(source, d))
+def _make_store_and_attend(codes):  # type: ignore[no-untyped-def]
+    @kernel
+    def store_and_attend(args):  # type: ignore[no-untyped-def]
+        """Store this step's K and V, then compute every item."""
+        store_all(args, codes)
+        items = load_i64(args, ITEMS)
+        num_items = load_i64(args, NUM_ITEMS)
+        if num_items == 0:
+            return
+        num_kv_heads = load_i64(args, NUM_KV_HEADS)
+        group = load_i64(args, GROUP)
+        scratch = load_i64(args, SCRATCH) + fetch_add(args + 8 * TICKET, 1) * load_i64(args, SCRATCH_STRIDE)
+        n, then = fetch_add(args + 8 * NEXT_ITEM, 1), int64(0)
+        while n < num_items * num_kv_heads:
+            then = fetch_add(args + 8 * NEXT_ITEM, 1)  # taken early, so that its first keys can be called for
+            item = items + 8 * ITEM_SIZE * (n // num_kv_heads)
+            head = n % num_kv_heads
+            starts = load_i64(args, QUERY_STARTS)
+            request = load_i64(item, REQUEST)
+            num_queries = load_i32(starts, request + 1) - load_i32(starts, request)
+            if num_queries > 1 or group > LANES // 2:
+                _chunk(args, item, head, scratch, codes)
             else:
-                _widen(source, dtype, target, dim, padded)
-            store_i64(rows, i, target)
-    last = load_i64(rows, count - 1)
-    for i in range(count, _padded(count)):
-        store_i64(rows, i, last)
+                next_item, next_head = item, head
+                if then < num_items * num_kv_heads:
+                    next_item, next_head = items + 8 * ITEM_SIZE * (then // num_kv_heads), then % num_kv_heads
+                _decode(args, item, head, scratch, next_item, next_head, codes)
+            _finish(args, item, head, scratch)
+            n = then
+
+    return store_and_attend
 
 
-@inline
-def _call_for(args, item, head, start, stop):  # type: ignore[no-untyped-def]
-    """Ask memory for keys and values start..stop, which are needed soon: blocks lie apart, so the hardware's own
-    prefetching starts anew with each."""
-    num_kv_heads, block_size = load_i64(args, NUM_KV_HEADS), load_i64(args, BLOCK_SIZE)
-    size = 4 if load_i64(args, CACHE_DTYPE) == F32 else 2
-    key_bytes, value_bytes = load_i64(args, HEAD_DIM) * size, load_i64(args, VALUE_DIM) * size
-    table = load_i64(args, TABLES) + 4 * load_i64(item, REQUEST) * load_i64(args, TABLE_STRIDE)
-    while start < stop:
-        block = start // block_size
-        count = min(stop, (block + 1) * block_size) - start
-        row = (load_i32(table, block) * num_kv_heads + head) * block_size + start - block * block_size
-        _call_run(load_i64(args, KEYS) + row * key_bytes, count * key_bytes)
-        _call_run(load_i64(args, VALUES) + row * value_bytes, count * value_bytes)
-        start += count
+def _make_store(codes):  # type: ignore[no-untyped-def]
+    @kernel
+    def store(args):  # type: ignore[no-untyped-def]
+        """Store this step's K and V."""
+        store_all(args, codes)
+
+    return store
 
 
-@inline
-def _call_run(address, num_bytes):  # type: ignore[no-untyped-def]
-    for i in range(0, num_bytes, 64):
-        prefetch(address, i)
-
-
-@inline
-def _widen(source, dtype, target, count, padded):  # type: ignore[no-untyped-def]
-    whole = count // LANES * LANES
-    if dtype == F32:
-        for i in range(0, whole, LANES):
-            vstore(target, i, vload(source, i))
-    else:
-        for i in range(0, whole, LANES):
-            vstore(target, i, vload_bf16(source, i))
-    for i in range(whole, count):
-        store_f32(target, i, load_f32(source, i) if dtype == F32 else load_bf16(source, i))
-    for i in range(count, padded):
-        store_f32(target, i, float32(0.0))
-
-
-@inline
-def _padded(count):  # type: ignore[no-untyped-def]
-    return (count + LANES - 1) // LANES * LANES
+# For caches of floats, and for caches of codes (see rows.CODES): each is compiled when it is first used.
+store, store_codes = _make_store(None), _make_store(CODES)
+store_and_attend, store_and_attend_codes = _make_store_and_attend(None), _make_store_and_attend(CODES)
 
 
 @inline
@@ -352,10 +248,10 @@ def _bias_of(args, head):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _decode(args, item, head, scratch, next_item, next_head):  # type: ignore[no-untyped-def]
+def _decode(args, item, head, scratch, next_item, next_head, codes):  # type: ignore[no-untyped-def]
     num_rows = load_i64(item, NUM_ROWS)
     dim, value_dim = load_i64(args, HEAD_DIM), load_i64(args, VALUE_DIM)
-    padded, value_padded = _padded(dim), _padded(value_dim)
+    width, value_width = padded(dim), padded(value_dim)
     dtype = load_i64(args, DTYPE)
     softcap = load_f32(args, 2 * SOFTCAP)
     queries, scores = scratch + load_i64(args, AT_Q), scratch + load_i64(args, AT_SCORES)
@@ -366,31 +262,36 @@ def _decode(args, item, head, scratch, next_item, next_head):  # type: ignore[no
     bias, bias_stride = _bias_of(args, head), load_i64(args, BIAS_STRIDE)
     changes = softcap != 0.0 or bias != 0
     for row in range(num_rows):
-        query = queries + 4 * row * padded
-        _widen(_query(args, item, head, row), dtype, query, dim, padded)
-        for i in range(0, padded, LANES):
+        query = queries + 4 * row * width
+        widen(_query(args, item, head, row), dtype, query, dim, width)
+        for i in range(0, width, LANES):
             vstore(query, i, vmul(vload(query, i), scale))
         store_f32(state, _M * ROWS + row, LOWEST)
         store_f32(state, _L * ROWS + row, float32(0.0))
-        for i in range(0, value_padded, LANES):
-            vstore(out + 4 * row * value_padded, i, vsplat(float32(0.0)))
+        for i in range(0, value_width, LANES):
+            vstore(out + 4 * row * value_width, i, vsplat(float32(0.0)))
     stop = load_i64(item, KEY_STOP)
     for start in range(load_i64(item, KEY_START), stop, TILE):
         count = min(TILE, stop - start)
         keys, values = scratch + load_i64(args, AT_KEYS), scratch + load_i64(args, AT_VALUES)
-        _find_rows(args, item, head, load_i64(args, KEYS), dim, start, count, key_rows, keys)
-        _find_rows(args, item, head, load_i64(args, VALUES), value_dim, start, count, value_rows, values)
+        find_rows(
+            args, item, head, load_i64(args, KEYS), load_i64(args, KEY_SCALES), dim, start, count, key_rows, keys, codes
+        )
+        find_rows(
+            args, item, head, load_i64(args, VALUES), load_i64(args, VALUE_SCALES), value_dim, start, count,
+            value_rows, values, codes,
+        )  # fmt: skip
         ahead, ahead_head, ahead_start, ahead_stop = item, head, start + TILE, stop
         if start + TILE >= stop:
             ahead, ahead_head = next_item, next_head
             ahead_start, ahead_stop = load_i64(next_item, KEY_START), load_i64(next_item, KEY_STOP)
         for row in range(num_rows):
-            query, line = queries + 4 * row * padded, scores + 4 * row * TILE
+            query, line = queries + 4 * row * width, scores + 4 * row * TILE
             top = vsplat(LOWEST)
             for i in range(0, count, LANES):
                 if row == 0:
-                    _call_for(args, ahead, ahead_head, ahead_start + i, min(ahead_stop, ahead_start + i + LANES))
-                s = dots(key_rows + 8 * i, query, padded // LANES)
+                    call_for(args, ahead, ahead_head, ahead_start + i, min(ahead_stop, ahead_start + i + LANES), codes)
+                s = dots(key_rows + 8 * i, query, width // LANES)
                 if changes:
                     if softcap != 0.0:
                         s = _cap(s, softcap)
@@ -415,7 +316,7 @@ def _decode(args, item, head, scratch, next_item, next_head):  # type: ignore[no
         while row < num_rows:
             height = min(4, num_rows - row)
             _mix(
-                height, scores + 4 * row * TILE, TILE, 1, value_rows, out + 4 * row * value_padded, value_padded,
+                height, scores + 4 * row * TILE, TILE, 1, value_rows, out + 4 * row * value_width, value_width,
                 state + 4 * (_ALPHA * ROWS + row), count,
             )  # fmt: skip
             row += height
@@ -463,10 +364,10 @@ def _mix(height, p, p_row, p_key, rows, out, width, alphas, count):  # type: ign
 
 
 @inline
-def _chunk(args, item, head, scratch):  # type: ignore[no-untyped-def]
+def _chunk(args, item, head, scratch, codes):  # type: ignore[no-untyped-def]
     num_rows = load_i64(item, NUM_ROWS)
     dim, value_dim = load_i64(args, HEAD_DIM), load_i64(args, VALUE_DIM)
-    value_padded = _padded(value_dim)
+    value_width = padded(value_dim)
     softcap = load_f32(args, 2 * SOFTCAP)
     queries, scores = scratch + load_i64(args, AT_Q), scratch + load_i64(args, AT_SCORES)
     out, state = scratch + load_i64(args, AT_OUT), scratch + load_i64(args, AT_ROWS)
@@ -474,7 +375,7 @@ def _chunk(args, item, head, scratch):  # type: ignore[no-untyped-def]
     value_rows = key_rows + 8 * TILE
     columns = (num_rows + LANES - 1) // LANES
     _take_queries(args, item, head, queries, state, columns)
-    for i in range(0, (num_rows + 3) // 4 * 4 * value_padded, LANES):
+    for i in range(0, (num_rows + 3) // 4 * 4 * value_width, LANES):
         vstore(out, i, vsplat(float32(0.0)))
     bias = _bias_of(args, head)
     first_high, last_low = load_f32(state, _HIGH * ROWS), load_f32(state, _LOW * ROWS + num_rows - 1)
@@ -482,8 +383,13 @@ def _chunk(args, item, head, scratch):  # type: ignore[no-untyped-def]
     for start in range(load_i64(item, KEY_START), stop, TILE):
         count = min(TILE, stop - start)
         keys, values = scratch + load_i64(args, AT_KEYS), scratch + load_i64(args, AT_VALUES)
-        _find_rows(args, item, head, load_i64(args, KEYS), dim, start, count, key_rows, keys)
-        _find_rows(args, item, head, load_i64(args, VALUES), value_dim, start, count, value_rows, values)
+        find_rows(
+            args, item, head, load_i64(args, KEYS), load_i64(args, KEY_SCALES), dim, start, count, key_rows, keys, codes
+        )
+        find_rows(
+            args, item, head, load_i64(args, VALUES), load_i64(args, VALUE_SCALES), value_dim, start, count,
+            value_rows, values, codes,
+        )  # fmt: skip
         _scores(key_rows, queries, scores, columns, dim, count)
         masked = float32(start + count) > first_high or float32(start) < last_low
         for column in range(columns):
@@ -496,7 +402,7 @@ def _chunk(args, item, head, scratch):  # type: ignore[no-untyped-def]
             _softmax(line, state + 4 * column * LANES, start, count, masked)
         for row in range(0, num_rows, 4):
             _mix(
-                4, scores + 4 * row, 1, ROWS, value_rows, out + 4 * row * value_padded, value_padded,
+                4, scores + 4 * row, 1, ROWS, value_rows, out + 4 * row * value_width, value_width,
                 state + 4 * (_ALPHA * ROWS + row), count,
             )  # fmt: skip
 
@@ -603,7 +509,7 @@ def _softmax(scores, state, start, count, masked):  # type: ignore[no-untyped-de
 def _finish(args, item, head, scratch):  # type: ignore[no-untyped-def]
     """Write the tile's rows; or keep them as partial, and write the tile if this was its last stretch to end."""
     num_rows, num_splits = load_i64(item, NUM_ROWS), load_i64(item, NUM_SPLITS)
-    width = _padded(load_i64(args, VALUE_DIM))
+    width = padded(load_i64(args, VALUE_DIM))
     out, state = scratch + load_i64(args, AT_OUT), scratch + load_i64(args, AT_ROWS)
     if num_splits == 1:
         for row in range(num_rows):
@@ -656,4 +562,4 @@ def _write(args, item, head, row, m, total, values):  # type: ignore[no-untyped-
     token = load_i32(load_i64(args, QUERY_STARTS), load_i64(item, REQUEST)) + query // group
     index = (token * load_i64(args, NUM_KV_HEADS) * group + query_head) * dim
     dtype = load_i64(args, DTYPE)
-    _copy(values, F32, load_i64(args, OUT) + index * (4 if dtype == F32 else 2), dtype, dim)
+    copy(values, F32, load_i64(args, OUT) + index * (4 if dtype == F32 else 2), dtype, dim)

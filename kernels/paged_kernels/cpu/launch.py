@@ -11,17 +11,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from paged_kernels.cpu import arguments, codes
 from paged_kernels.cpu import attention as kernels
-from paged_kernels.cpu.attention import LANES, ROWS, TILE
-from paged_kernels.cpu.vectors import BF16, F32
+from paged_kernels.cpu.attention import ROWS, TILE
+from paged_kernels.cpu.vectors import BF16, F32, LANES
 
-_CODES = {torch.float32: F32, torch.bfloat16: BF16}
+_FLOATS = {torch.float32: F32, torch.bfloat16: BF16}
+_CODES = {torch.int8: codes.INT8, torch.float8_e4m3fn: codes.FP8}
 _EVERYTHING = 1 << 40  # a window wider than any context
 
 
-def supports(dtype: torch.dtype) -> bool:
-    """Whether queries and caches of this dtype can be run."""
-    return dtype in _CODES
+def supports(dtype: torch.dtype, cache_dtype: torch.dtype) -> bool:
+    """Whether queries and caches of these dtypes can be run."""
+    return dtype in _FLOATS and (cache_dtype in _FLOATS or cache_dtype in _CODES)
 
 
 class AttentionPlan:
@@ -38,7 +40,7 @@ class AttentionPlan:
         value_head_dim: int,
         sliding_window: int | None = None,
     ) -> None:
-        self._args = torch.zeros(kernels.NUM_ARGS, dtype=torch.int64)
+        self._args = torch.zeros(arguments.NUM_ARGS, dtype=torch.int64)
         self._address = self._args.data_ptr()
         self._set = memoryview(self._args.numpy())
         self._bytes = self._set.cast("B")
@@ -49,23 +51,23 @@ class AttentionPlan:
         self._num_stores = 0
         self._num_threads = 1
         given = self._set
-        given[kernels.NUM_KV_HEADS] = num_kv_heads
-        given[kernels.GROUP] = self._group
-        given[kernels.HEAD_DIM] = head_dim
-        given[kernels.VALUE_DIM] = value_head_dim
-        given[kernels.WINDOW] = _EVERYTHING if sliding_window is None else sliding_window
+        given[arguments.NUM_KV_HEADS] = num_kv_heads
+        given[arguments.GROUP] = self._group
+        given[arguments.HEAD_DIM] = head_dim
+        given[arguments.VALUE_DIM] = value_head_dim
+        given[arguments.WINDOW] = _EVERYTHING if sliding_window is None else sliding_window
         self._scratch_bytes = self._part_scratch(head_dim, value_head_dim)
 
     def _part_scratch(self, head_dim: int, value_head_dim: int) -> int:
         dim, value_dim = _padded(head_dim), _padded(value_head_dim)
         at = 0
         for name, num_bytes in (
-            (kernels.AT_Q, 4 * ROWS * dim),
-            (kernels.AT_SCORES, 4 * ROWS * TILE),
-            (kernels.AT_OUT, 4 * ROWS * value_dim),
-            (kernels.AT_KEYS, 4 * TILE * dim),
-            (kernels.AT_VALUES, 4 * TILE * value_dim),
-            (kernels.AT_ROWS, 4 * 5 * ROWS + 2 * 8 * TILE),
+            (arguments.AT_Q, 4 * ROWS * dim),
+            (arguments.AT_SCORES, 4 * ROWS * TILE),
+            (arguments.AT_OUT, 4 * ROWS * value_dim),
+            (arguments.AT_KEYS, 4 * TILE * dim),
+            (arguments.AT_VALUES, 4 * TILE * value_dim),
+            (arguments.AT_ROWS, 4 * 5 * ROWS + 2 * 8 * TILE),
         ):
             self._set[name] = at
             at += -(-num_bytes // 64) * 64
@@ -81,20 +83,20 @@ class AttentionPlan:
         self._num_stores = slot_mapping.shape[0]
         self._num_threads = torch.get_num_threads()
         given = self._set
-        given[kernels.NUM_REQUESTS] = seq_lens.shape[0]
-        given[kernels.SLOTS] = slot_mapping.data_ptr()
-        given[kernels.QUERY_STARTS] = query_starts.data_ptr()
-        given[kernels.SEQ_LENS] = seq_lens.data_ptr()
-        given[kernels.TABLES] = block_tables.data_ptr()
-        given[kernels.TABLE_STRIDE] = block_tables.stride(0)
-        given[kernels.ITEMS] = 0
+        given[arguments.NUM_REQUESTS] = seq_lens.shape[0]
+        given[arguments.SLOTS] = slot_mapping.data_ptr()
+        given[arguments.QUERY_STARTS] = query_starts.data_ptr()
+        given[arguments.SEQ_LENS] = seq_lens.data_ptr()
+        given[arguments.TABLES] = block_tables.data_ptr()
+        given[arguments.TABLE_STRIDE] = block_tables.stride(0)
+        given[arguments.ITEMS] = 0
         kernels.plan_items(self._address, 1)
-        row_bytes = 4 * (LANES + _padded(given[kernels.VALUE_DIM]))
-        self._reserve(kernels.COUNTERS, 8 * given[kernels.NUM_COUNTERS])
-        self._reserve(kernels.PARTIALS, row_bytes * given[kernels.NUM_PARTIALS])
-        self._reserve(kernels.ITEMS, 8 * kernels.ITEM_SIZE * given[kernels.NUM_ITEMS])
-        self._reserve(kernels.SCRATCH, self._scratch_bytes * self._num_threads)
-        given[kernels.SCRATCH_STRIDE] = self._scratch_bytes
+        row_bytes = 4 * (LANES + _padded(given[arguments.VALUE_DIM]))
+        self._reserve(arguments.COUNTERS, 8 * given[arguments.NUM_COUNTERS])
+        self._reserve(arguments.PARTIALS, row_bytes * given[arguments.NUM_PARTIALS])
+        self._reserve(arguments.ITEMS, 8 * arguments.ITEM_SIZE * given[arguments.NUM_ITEMS])
+        self._reserve(arguments.SCRATCH, self._scratch_bytes * self._num_threads)
+        given[arguments.SCRATCH_STRIDE] = self._scratch_bytes
         kernels.plan_items(self._address, 1)
 
     def _reserve(self, name: int, num_bytes: int) -> None:
@@ -116,12 +118,16 @@ class AttentionPlan:
         softcap: float | None = None,
         sinks: Tensor | None = None,
         key_bias: Tensor | None = None,
+        key_scales: Tensor | None = None,
+        value_scales: Tensor | None = None,
     ) -> Tensor:
         """Store ``k [T,K,D], v [T,K,Dv]`` (if given) at the planned slots, then attend: ``q [T,H,D] -> [T,H,Dv]``.
 
         ``key_bias f32 [H,P]`` is used as it lies if P is ``LANES`` more than the longest sequence, else copied.
+        ``key_scales, value_scales f32 [blocks,K,bs]`` come with caches of int8 or float8_e4m3fn.
         """
         dtype = q.dtype
+        cache_code = _cache_code(key_cache, key_scales)
         out = torch.empty((q.shape[0], *self._out_shape), dtype=dtype)
         num_stores = self._num_stores
         if k is None or v is None:
@@ -134,13 +140,14 @@ class AttentionPlan:
             sinks = sinks.detach().to(torch.float32).contiguous()
         if key_bias is not None:
             key_bias = self._with_room(key_bias)
-        kernels.EACH_LAYER.pack_into(
+        arguments.EACH_LAYER.pack_into(
             self._bytes, 0, q.data_ptr(), *q_strides, k.data_ptr(), *k_strides, v.data_ptr(), *v_strides,
-            out.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), 0 if sinks is None else sinks.data_ptr(),
-            0 if key_bias is None else key_bias.data_ptr(), 0 if key_bias is None else key_bias.stride(0),
-            _CODES[dtype], _CODES[key_cache.dtype], key_cache.shape[2], num_stores, scale, softcap or 0.0,
+            out.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), _address(key_scales), _address(value_scales),
+            _address(sinks), _address(key_bias), 0 if key_bias is None else key_bias.stride(0),
+            _FLOATS[dtype], cache_code, key_cache.shape[2], num_stores, scale, softcap or 0.0,
         )  # fmt: skip
-        kernels.store_and_attend(self._address, self._num_threads)
+        kernel = kernels.store_and_attend if key_scales is None else kernels.store_and_attend_codes
+        kernel(self._address, self._num_threads)
         return out
 
     def _with_room(self, key_bias: Tensor) -> Tensor:
@@ -156,12 +163,16 @@ class AttentionPlan:
         return key_bias if key_bias.stride(1) == 1 else key_bias.contiguous()
 
 
-def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
-    """Compile, or load from disk, every attention kernel. ``progress(what, done, total)``, before each and after all.
+def warm_up(progress: Callable[[str, int, int], None] | None = None, cache_dtype: torch.dtype = torch.float32) -> None:
+    """Compile, or load from disk, every attention kernel that caches of this dtype need. ``progress(what, done,
+    total)``, before each and after all.
 
-    They are the same for every model: shapes and dtypes are arguments.
+    They are the same for every model: shapes are arguments, and so are dtypes, but for those of codes.
     """
-    todo = (kernels.plan_items, kernels.store, kernels.store_and_attend)
+    if cache_dtype in _CODES:
+        todo = (kernels.plan_items, kernels.store_codes, kernels.store_and_attend_codes)
+    else:
+        todo = (kernels.plan_items, kernels.store, kernels.store_and_attend)
     for done, each in enumerate(todo):
         if progress is not None:
             progress(each.name, done, len(todo))
@@ -170,21 +181,31 @@ def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
         progress("attention kernels", len(todo), len(todo))
 
 
-def store_kv(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
-    """``k [T,K,D], v [T,K,Dv]`` into the caches at ``slot_mapping i64 [T]``, rounded to the caches' dtype."""
-    args = torch.zeros(kernels.NUM_ARGS, dtype=torch.int64)
+def store_kv(
+    k: Tensor,
+    v: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> None:
+    """``k [T,K,D], v [T,K,Dv]`` into the caches at ``slot_mapping i64 [T]``; see ``reference.store_kv``."""
+    cache_code = _cache_code(key_cache, key_scales)
+    args = torch.zeros(arguments.NUM_ARGS, dtype=torch.int64)
     given = memoryview(args.numpy())
     slot_mapping = slot_mapping.contiguous()
     (k, *k_strides), (v, *v_strides) = _side_by_side(k), _side_by_side(v.to(k.dtype))
-    kernels.EACH_LAYER.pack_into(
+    arguments.EACH_LAYER.pack_into(
         given.cast("B"), 0, 0, 0, 0, k.data_ptr(), *k_strides, v.data_ptr(), *v_strides, 0,
-        key_cache.data_ptr(), value_cache.data_ptr(), 0, 0, 0, _CODES[k.dtype], _CODES[key_cache.dtype],
-        key_cache.shape[2], slot_mapping.shape[0], 0.0, 0.0,
+        key_cache.data_ptr(), value_cache.data_ptr(), _address(key_scales), _address(value_scales), 0, 0, 0,
+        _FLOATS[k.dtype], cache_code, key_cache.shape[2], slot_mapping.shape[0], 0.0, 0.0,
     )  # fmt: skip
-    given[kernels.SLOTS] = slot_mapping.data_ptr()
-    given[kernels.NUM_KV_HEADS], given[kernels.HEAD_DIM] = key_cache.shape[1], key_cache.shape[3]
-    given[kernels.VALUE_DIM] = value_cache.shape[3]
-    kernels.store(args.data_ptr(), torch.get_num_threads())
+    given[arguments.SLOTS] = slot_mapping.data_ptr()
+    given[arguments.NUM_KV_HEADS], given[arguments.HEAD_DIM] = key_cache.shape[1], key_cache.shape[3]
+    given[arguments.VALUE_DIM] = value_cache.shape[3]
+    kernel = kernels.store if key_scales is None else kernels.store_codes
+    kernel(args.data_ptr(), torch.get_num_threads())
 
 
 def copy_blocks(caches: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
@@ -206,11 +227,26 @@ def paged_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     key_bias: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of packed queries over the blocks of their own request; see ``reference.paged_attention``."""
     plan = AttentionPlan(q.shape[1], key_cache.shape[1], q.shape[2], value_cache.shape[3], sliding_window)
     plan.plan(query_starts, seq_lens, block_tables, torch.empty(0, dtype=torch.int64))
-    return plan.run(q, None, None, key_cache, value_cache, scale, softcap, sinks, key_bias)
+    return plan.run(q, None, None, key_cache, value_cache, scale, softcap, sinks, key_bias, key_scales, value_scales)
+
+
+def _cache_code(cache: Tensor, scales: Tensor | None) -> int:
+    """The kernels' number for a cache's dtype."""
+    if scales is not None:
+        return _CODES[cache.dtype]
+    if cache.dtype in _CODES:
+        raise ValueError(f"a cache of {cache.dtype} needs key_scales and value_scales")
+    return _FLOATS[cache.dtype]
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _side_by_side(x: Tensor) -> tuple[Tensor, int, int]:

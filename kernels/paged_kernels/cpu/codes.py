@@ -1,0 +1,143 @@
+"""Words for numba kernels: int8 and float8 (e4m3) codes, one byte each, and the numbers they stand for.
+
+A code is a number divided by the scale of its row, rounded half to even; what a row is, and where scales are kept,
+is not known here. e4m3 is decoded and encoded with integers, since few processors know it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+from numba import types
+
+from paged_kernels.cpu.vectors import LANES, _at, _const, _define, _f32, _fold, _i32, _iconst, _ivec, _vec, vector
+
+INT8, FP8 = 2, 3  # dtype codes beside vectors' F32 and BF16
+
+_i8 = ir.IntType(8)
+_ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
+_LEAST = 2.0**-6  # e4m3's least normal number; steps of 2**-9 below it
+
+
+class _Width(NamedTuple):
+    """One number, or a vector of them: its LLVM types and constants."""
+
+    floats: Any
+    ints: Any
+    bytes: Any
+    number: Any
+    integer: Any
+
+
+_ONE = _Width(_f32, _i32, _i8, lambda x: ir.Constant(_f32, x), _i32)
+_MANY = _Width(_vec, _ivec, ir.VectorType(_i8, LANES), _const, _iconst)
+
+
+def _load(builder: Any, address: Any, index: Any, width: _Width) -> Any:
+    return builder.load(_at(builder, address, index, _i8, width.bytes), align=1)
+
+
+def _store(builder: Any, address: Any, index: Any, code: Any, width: _Width) -> None:
+    builder.store(builder.trunc(code, width.bytes), _at(builder, address, index, _i8, width.bytes), align=1)
+
+
+def _bounded(builder: Any, y: Any, largest: float, width: _Width) -> Any:
+    """y between -largest and largest; 0 for NaN."""
+    low, high = width.number(-largest), width.number(largest)
+    y = builder.select(builder.fcmp_unordered("uno", y, y), width.number(0.0), y)
+    y = builder.select(builder.fcmp_ordered("olt", y, low), low, y)
+    return builder.select(builder.fcmp_ordered("olt", high, y), high, y)
+
+
+def _from_int8(builder: Any, code: Any, width: _Width) -> Any:
+    return builder.sitofp(builder.sext(code, width.ints), width.floats)
+
+
+def _to_int8(builder: Any, y: Any, width: _Width) -> Any:
+    y = _bounded(builder, y, 127.0, width)
+    return builder.bitcast(builder.fadd(y, width.number(_ROUND)), width.ints)
+
+
+def _from_fp8(builder: Any, code: Any, width: _Width) -> Any:
+    """Exponent and mantissa are moved to where float32 has them; below the least normal, a leading one is lent."""
+    n, code = width.integer, builder.zext(code, width.ints)
+    size = builder.and_(code, n(0x7F))
+    shifted = builder.shl(size, n(20))
+    normal = builder.add(shifted, n(120 << 23))
+    lent = builder.bitcast(builder.add(shifted, n(121 << 23)), width.floats)
+    small = builder.bitcast(builder.fsub(lent, width.number(_LEAST)), width.ints)
+    bits = builder.select(builder.icmp_unsigned("<", size, n(8)), small, normal)
+    sign = builder.shl(builder.and_(code, n(0x80)), n(24))
+    return builder.bitcast(builder.or_(bits, sign), width.floats)
+
+
+def _to_fp8(builder: Any, y: Any, width: _Width) -> Any:
+    n = width.integer
+    bits = builder.bitcast(_bounded(builder, y, 448.0, width), width.ints)
+    size = builder.and_(bits, n(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(size, n(20)), n(1))
+    rounded = builder.lshr(builder.add(size, builder.add(odd, n(0x7FFFF))), n(20))
+    normal = builder.sub(rounded, n(120 << 3))
+    lifted = builder.fadd(builder.bitcast(size, width.floats), width.number(2.0**14))  # whose last bit is 2**-9
+    small = builder.sub(builder.bitcast(lifted, width.ints), n(141 << 23))
+    code = builder.select(builder.icmp_unsigned("<", size, n(121 << 23)), small, normal)
+    return builder.or_(code, builder.lshr(builder.and_(bits, n(-0x80000000)), n(24)))
+
+
+@_define(types.float32, types.int64, types.int64)
+def load_int8(builder: Any, address: Any, index: Any) -> Any:
+    return _from_int8(builder, _load(builder, address, index, _ONE), _ONE)
+
+
+@_define(vector, types.int64, types.int64)
+def vload_int8(builder: Any, address: Any, index: Any) -> Any:
+    return _from_int8(builder, _load(builder, address, index, _MANY), _MANY)
+
+
+@_define(types.float32, types.int64, types.int64)
+def load_fp8(builder: Any, address: Any, index: Any) -> Any:
+    return _from_fp8(builder, _load(builder, address, index, _ONE), _ONE)
+
+
+@_define(vector, types.int64, types.int64)
+def vload_fp8(builder: Any, address: Any, index: Any) -> Any:
+    return _from_fp8(builder, _load(builder, address, index, _MANY), _MANY)
+
+
+@_define(types.void, types.int64, types.int64, types.float32)
+def store_int8(builder: Any, address: Any, index: Any, value: Any) -> None:
+    _store(builder, address, index, _to_int8(builder, value, _ONE), _ONE)
+
+
+@_define(types.void, types.int64, types.int64, vector)
+def vstore_int8(builder: Any, address: Any, index: Any, value: Any) -> None:
+    _store(builder, address, index, _to_int8(builder, value, _MANY), _MANY)
+
+
+@_define(types.void, types.int64, types.int64, types.float32)
+def store_fp8(builder: Any, address: Any, index: Any, value: Any) -> None:
+    _store(builder, address, index, _to_fp8(builder, value, _ONE), _ONE)
+
+
+@_define(types.void, types.int64, types.int64, vector)
+def vstore_fp8(builder: Any, address: Any, index: Any, value: Any) -> None:
+    _store(builder, address, index, _to_fp8(builder, value, _MANY), _MANY)
+
+
+def _larger(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.icmp_unsigned("<", a, b), b, a)
+
+
+@_define(vector, vector, vector)
+def vlarger(builder: Any, a: Any, b: Any) -> Any:
+    """Lane by lane the magnitude of b, or ``a`` if that is larger; a NaN is larger than any number."""
+    size = builder.and_(builder.bitcast(b, _ivec), _iconst(0x7FFFFFFF))
+    return builder.bitcast(_larger(builder, builder.bitcast(a, _ivec), size), _vec)
+
+
+@_define(types.float32, vector)
+def hlargest(builder: Any, a: Any) -> Any:
+    """The largest lane of magnitudes; a NaN if there is one."""
+    bits = _fold(builder, builder.bitcast(a, _ivec), lambda x, y: _larger(builder, x, y))
+    return builder.bitcast(bits, _f32)

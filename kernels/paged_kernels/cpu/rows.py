@@ -1,0 +1,278 @@
+"""Storing rows and finding them again: a row is one token's keys, or values, of one kv head.
+
+Each of the two is done in two ways: for caches of float32 and bfloat16, and for caches of int8 and float8 codes with
+a scale for each row, ``f32 [blocks, K, bs]``. A kernel is compiled for one of them: it passes None, or CODES.
+"""
+
+from __future__ import annotations
+
+from numba import float32
+
+from paged_kernels.cpu.arguments import (
+    BLOCK_SIZE,
+    CACHE_DTYPE,
+    DTYPE,
+    HEAD_DIM,
+    K_HEAD,
+    K_TOKEN,
+    KEY_SCALES,
+    KEYS,
+    NEXT_STORE,
+    NUM_KV_HEADS,
+    NUM_STORED,
+    NUM_TOKENS,
+    REQUEST,
+    SLOTS,
+    TABLE_STRIDE,
+    TABLES,
+    V_HEAD,
+    V_TOKEN,
+    VALUE_DIM,
+    VALUE_SCALES,
+    VALUES,
+    K,
+    V,
+)
+from paged_kernels.cpu.codes import (
+    INT8,
+    hlargest,
+    load_fp8,
+    load_int8,
+    store_fp8,
+    store_int8,
+    vlarger,
+    vload_fp8,
+    vload_int8,
+    vstore_fp8,
+    vstore_int8,
+)
+from paged_kernels.cpu.vectors import (
+    BF16,
+    F32,
+    LANES,
+    fetch_add,
+    inline,
+    load_bf16,
+    load_f32,
+    load_i32,
+    load_i64,
+    load_shared,
+    prefetch,
+    store_bf16,
+    store_f32,
+    store_i64,
+    vdiv,
+    vload,
+    vload_bf16,
+    vmul,
+    vsplat,
+    vstore,
+    vstore_bf16,
+)
+
+CODES = 1  # in place of None, by whose type numba compiles only the half that is meant
+STORE_TOKENS = 16  # tokens stored by one grab of work
+
+
+@inline
+def padded(count):  # type: ignore[no-untyped-def]
+    return (count + LANES - 1) // LANES * LANES
+
+
+@inline
+def size_of(dtype):  # type: ignore[no-untyped-def]
+    return 4 if dtype == F32 else 2 if dtype == BF16 else 1
+
+
+# ---- storing ---------------------------------------------------------------------------------------------------
+
+
+@inline
+def store_all(args, codes):  # type: ignore[no-untyped-def]
+    """Take batches of tokens until none are left, then wait for those that other threads have taken."""
+    num_tokens = load_i64(args, NUM_TOKENS)
+    num_batches = (num_tokens + STORE_TOKENS - 1) // STORE_TOKENS
+    while True:
+        batch = fetch_add(args + 8 * NEXT_STORE, 1)
+        if batch >= num_batches:
+            break
+        for token in range(batch * STORE_TOKENS, min(num_tokens, (batch + 1) * STORE_TOKENS)):
+            _store_token(args, token, codes)
+        fetch_add(args + 8 * NUM_STORED, 1)
+    while load_shared(args + 8 * NUM_STORED) < num_batches:
+        pass
+
+
+@inline
+def _store_token(args, token, codes):  # type: ignore[no-untyped-def]
+    slot = load_i64(load_i64(args, SLOTS), token)
+    block_size, num_kv_heads = load_i64(args, BLOCK_SIZE), load_i64(args, NUM_KV_HEADS)
+    block = slot // block_size
+    offset = slot - block * block_size
+    size = size_of(load_i64(args, DTYPE))
+    keys, key_scales, dim = load_i64(args, KEYS), load_i64(args, KEY_SCALES), load_i64(args, HEAD_DIM)
+    values, value_scales, value_dim = load_i64(args, VALUES), load_i64(args, VALUE_SCALES), load_i64(args, VALUE_DIM)
+    for head in range(num_kv_heads):
+        row = (block * num_kv_heads + head) * block_size + offset
+        source = load_i64(args, K) + (token * load_i64(args, K_TOKEN) + head * load_i64(args, K_HEAD)) * size
+        _write(args, source, keys, key_scales, row, dim, codes)
+        source = load_i64(args, V) + (token * load_i64(args, V_TOKEN) + head * load_i64(args, V_HEAD)) * size
+        _write(args, source, values, value_scales, row, value_dim, codes)
+
+
+@inline
+def _write(args, source, cache, scales, row, dim, codes):  # type: ignore[no-untyped-def]
+    dtype, cache_dtype = load_i64(args, DTYPE), load_i64(args, CACHE_DTYPE)
+    if codes is None:
+        copy(source, dtype, cache + row * dim * size_of(cache_dtype), cache_dtype, dim)
+    else:
+        scale = _to_codes(source, dtype, cache + row * dim, cache_dtype, dim)
+        store_f32(scales, row, scale)
+
+
+@inline
+def copy(source, dtype, target, target_dtype, count):  # type: ignore[no-untyped-def]
+    """``count`` floats from one place to another, converted."""
+    whole = count // LANES * LANES
+    for i in range(0, whole, LANES):
+        x = vload(source, i) if dtype == F32 else vload_bf16(source, i)
+        if target_dtype == F32:
+            vstore(target, i, x)
+        else:
+            vstore_bf16(target, i, x)
+    for i in range(whole, count):
+        y = load_f32(source, i) if dtype == F32 else load_bf16(source, i)
+        if target_dtype == F32:
+            store_f32(target, i, y)
+        else:
+            store_bf16(target, i, y)
+
+
+@inline
+def _to_codes(source, dtype, target, target_dtype, count):  # type: ignore[no-untyped-def]
+    """``count`` floats as codes, and their scale; as ``reference.quantize`` does it, bit for bit."""
+    whole = count // LANES * LANES
+    top = vsplat(float32(0.0))
+    for i in range(0, whole, LANES):
+        top = vlarger(top, vload(source, i) if dtype == F32 else vload_bf16(source, i))
+    for i in range(whole, count):
+        top = vlarger(top, vsplat(load_f32(source, i) if dtype == F32 else load_bf16(source, i)))
+    scale = hlargest(top) / float32(127.0 if target_dtype == INT8 else 448.0)
+    if scale == 0.0:
+        scale = float32(1.0)
+    for i in range(0, whole, LANES):
+        x = vdiv(vload(source, i) if dtype == F32 else vload_bf16(source, i), vsplat(scale))
+        if target_dtype == INT8:
+            vstore_int8(target, i, x)
+        else:
+            vstore_fp8(target, i, x)
+    for i in range(whole, count):
+        y = (load_f32(source, i) if dtype == F32 else load_bf16(source, i)) / scale
+        if target_dtype == INT8:
+            store_int8(target, i, y)
+        else:
+            store_fp8(target, i, y)
+    return scale
+
+
+# ---- finding ---------------------------------------------------------------------------------------------------
+
+
+@inline
+def find_rows(args, item, head, cache, scales, dim, start, count, rows, staging, codes):  # type: ignore[no-untyped-def]
+    """Put the addresses of keys (or values) start..start+count into the table ``rows``, and fill it up to a multiple
+    of LANES with the last one. Rows the products can't read as they lie are first copied to ``staging``, as
+    float32 and padded with zeros."""
+    num_kv_heads, block_size = load_i64(args, NUM_KV_HEADS), load_i64(args, BLOCK_SIZE)
+    dtype, width = load_i64(args, CACHE_DTYPE), padded(dim)
+    row_bytes = dim * size_of(dtype)
+    table = load_i64(args, TABLES) + 4 * load_i64(item, REQUEST) * load_i64(args, TABLE_STRIDE)
+    block = start // block_size
+    offset = start - block * block_size
+    i = 0
+    while i < count:
+        row = (load_i32(table, block) * num_kv_heads + head) * block_size + offset
+        address = cache + row * row_bytes
+        stop = min(count, i + block_size - offset)
+        while i < stop:
+            if codes is None:
+                store_i64(rows, i, address)
+            else:
+                target = staging + 4 * i * width
+                _from_codes(address, dtype, load_f32(scales, row), target, dim, width)
+                store_i64(rows, i, target)
+                row += 1
+            address += row_bytes
+            i += 1
+        block += 1
+        offset = 0
+    if codes is None and (dtype != F32 or dim != width):
+        for i in range(count):
+            source, target = load_i64(rows, i), staging + 4 * i * width
+            if dim == width:
+                for d in range(0, dim, LANES):
+                    vstore(target, d, vload_bf16(source, d))
+            else:
+                widen(source, dtype, target, dim, width)
+            store_i64(rows, i, target)
+    last = load_i64(rows, count - 1)
+    for i in range(count, padded(count)):
+        store_i64(rows, i, last)
+
+
+@inline
+def widen(source, dtype, target, count, width):  # type: ignore[no-untyped-def]
+    """``count`` floats as float32, then zeros up to ``width``."""
+    whole = count // LANES * LANES
+    if dtype == F32:
+        for i in range(0, whole, LANES):
+            vstore(target, i, vload(source, i))
+    else:
+        for i in range(0, whole, LANES):
+            vstore(target, i, vload_bf16(source, i))
+    for i in range(whole, count):
+        store_f32(target, i, load_f32(source, i) if dtype == F32 else load_bf16(source, i))
+    for i in range(count, width):
+        store_f32(target, i, float32(0.0))
+
+
+@inline
+def _from_codes(source, dtype, scale, target, count, width):  # type: ignore[no-untyped-def]
+    """``count`` codes times their scale as float32, then zeros up to ``width``."""
+    whole, scales = count // LANES * LANES, vsplat(scale)
+    if dtype == INT8:
+        for i in range(0, whole, LANES):
+            vstore(target, i, vmul(vload_int8(source, i), scales))
+    else:
+        for i in range(0, whole, LANES):
+            vstore(target, i, vmul(vload_fp8(source, i), scales))
+    for i in range(whole, count):
+        store_f32(target, i, (load_int8(source, i) if dtype == INT8 else load_fp8(source, i)) * scale)
+    for i in range(count, width):
+        store_f32(target, i, float32(0.0))
+
+
+@inline
+def call_for(args, item, head, start, stop, codes):  # type: ignore[no-untyped-def]
+    """Ask memory for keys and values start..stop, which are needed soon: blocks lie apart, so the hardware's own
+    prefetching starts anew with each."""
+    num_kv_heads, block_size = load_i64(args, NUM_KV_HEADS), load_i64(args, BLOCK_SIZE)
+    size = size_of(load_i64(args, CACHE_DTYPE))
+    key_bytes, value_bytes = load_i64(args, HEAD_DIM) * size, load_i64(args, VALUE_DIM) * size
+    table = load_i64(args, TABLES) + 4 * load_i64(item, REQUEST) * load_i64(args, TABLE_STRIDE)
+    while start < stop:
+        block = start // block_size
+        count = min(stop, (block + 1) * block_size) - start
+        row = (load_i32(table, block) * num_kv_heads + head) * block_size + start - block * block_size
+        _call_run(load_i64(args, KEYS) + row * key_bytes, count * key_bytes)
+        _call_run(load_i64(args, VALUES) + row * value_bytes, count * value_bytes)
+        if codes is not None:
+            _call_run(load_i64(args, KEY_SCALES) + row * 4, count * 4)
+            _call_run(load_i64(args, VALUE_SCALES) + row * 4, count * 4)
+        start += count
+
+
+@inline
+def _call_run(address, num_bytes):  # type: ignore[no-untyped-def]
+    for i in range(0, num_bytes, 64):
+        prefetch(address, i)
