@@ -1,0 +1,143 @@
+"""Causal attention of chunks of queries over the blocks of their request, which hold the chunk's own K/V already.
+
+A tile's rows are queries times the query heads of one kv head, so that they share the keys that they all read. Rows
+with a single query are decode's.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from paged_kernels.triton.attention import (
+    CHANGING,
+    HIDDEN,
+    LISTS,
+    LOG2E,
+    block_ids,
+    load_scales,
+    load_tokens,
+    scaled_scores,
+)
+
+
+@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=LISTS)
+def prefill_kernel(
+    q,  # [T, H, DIM]
+    key_cache,  # [blocks, K, BLOCK_SIZE, DIM]
+    value_cache,  # [blocks, K, BLOCK_SIZE, VALUE_DIM]
+    key_scales,  # f32 [blocks, K, BLOCK_SIZE], or None
+    value_scales,
+    key_bias,  # f32 [H, P], or None
+    sinks,  # [H], or None
+    out,  # [T, H, VALUE_DIM]
+    item_rows,  # i32 [items]
+    item_starts,  # i32 [R+1]
+    query_starts,  # i32 [R+1]
+    seq_lens,  # i32 [R]
+    block_tables,  # i32 [R, B]
+    num_requests,
+    num_heads,
+    q_token_stride,
+    q_head_stride,
+    key_block_stride,
+    value_block_stride,
+    scale_block_stride,
+    table_stride,
+    bias_stride,
+    window,  # or None
+    scale,
+    softcap,  # or None
+    GROUP: tl.constexpr,  # query heads of a kv head
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DTYPE: tl.constexpr,  # of queries, keys and their product's factors
+    VALUE_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    item = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    if item >= tl.load(item_starts + num_requests):
+        return
+    row = tl.load(item_rows + item)
+    first_token = tl.load(query_starts + row).to(tl.int64)
+    num_queries = tl.load(query_starts + row + 1) - first_token.to(tl.int32)
+    seq_len = tl.load(seq_lens + row)
+    table = block_tables + row.to(tl.int64) * table_stride
+
+    # The tiles with the last queries see the most keys. They come first, so that none of them ends long after all.
+    first_row = (tl.load(item_starts + row + 1) - 1 - item) * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    query = rows // GROUP
+    heads = kv_head * GROUP + rows % GROUP
+    is_row = query < num_queries
+    query_positions = seq_len - num_queries + query
+    first_position = seq_len - num_queries + first_row // GROUP
+    last_position = tl.minimum(seq_len - num_queries + (first_row + BLOCK_M - 1) // GROUP, seq_len - 1)
+
+    d = tl.arange(0, DIM_PAD)
+    dv = tl.arange(0, VALUE_PAD)
+    q_at = q + (first_token + query)[:, None] * q_token_stride + heads[:, None] * q_head_stride + d[None, :]
+    queries = tl.load(q_at, mask=is_row[:, None] & (d < DIM)[None, :], other=0.0).to(DTYPE)  # [BLOCK_M, DIM_PAD]
+    if sinks is None:
+        top = tl.full([BLOCK_M], HIDDEN, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+    else:
+        top = tl.load(sinks + heads, mask=is_row, other=0.0).to(tl.float32) * LOG2E
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
+    sums = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
+
+    # keys   start ....... all_see ....... stop
+    #         every row sees    which row sees
+    #         all of them       which is asked
+    stop = last_position + 1
+    if window is None:
+        start = 0
+        all_see = tl.maximum(first_position + 1, 0) // BLOCK_N * BLOCK_N
+    else:
+        start = tl.maximum(first_position + 1 - window, 0)
+        all_see = start
+    FIRST_PART: tl.constexpr = 0 if window is None else 1
+    for part in tl.static_range(FIRST_PART, 2):
+        for first in range(start if part == 0 else all_see, all_see if part == 0 else stop, BLOCK_N):
+            positions = first + tl.arange(0, BLOCK_N)
+            mask = None if part == 0 else positions < stop
+            blocks = block_ids(table, positions, mask, BLOCK_SIZE)
+            keys = load_tokens(
+                key_cache, key_block_stride, blocks, kv_head, positions, mask, DIM, DIM_PAD, BLOCK_SIZE, DTYPE
+            )
+            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            if key_scales is not None:
+                factors = load_scales(key_scales, scale_block_stride, blocks, kv_head, positions, mask, BLOCK_SIZE)
+                scores *= factors[None, :]
+            scores = scaled_scores(scores, scale, softcap)
+            if key_bias is not None:
+                bias_at = key_bias + heads[:, None] * bias_stride + positions[None, :]
+                scores += tl.load(bias_at, mask=is_row[:, None] & (positions < stop)[None, :], other=0.0) * LOG2E
+            if part == 1:
+                visible = positions[None, :] <= tl.minimum(query_positions, last_position)[:, None]
+                if window is not None:
+                    visible &= positions[None, :] > (query_positions - window)[:, None]
+                scores = tl.where(visible, scores, HIDDEN)
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            shrink = tl.exp2(top - new_top)
+            probs = tl.exp2(scores - new_top[:, None])
+            total = total * shrink + tl.sum(probs, 1)
+            if value_scales is not None:
+                factors = load_scales(value_scales, scale_block_stride, blocks, kv_head, positions, mask, BLOCK_SIZE)
+                probs *= factors[None, :]
+            values = load_tokens(
+                value_cache, value_block_stride, blocks, kv_head, positions, mask, VALUE_DIM, VALUE_PAD, BLOCK_SIZE,
+                VALUE_DTYPE,
+            )  # fmt: skip
+            sums = tl.dot(probs.to(VALUE_DTYPE), values, sums * shrink[:, None], input_precision=PRECISION)
+            top = new_top
+
+    sums *= (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]  # a request without keys gets zeros
+    out_at = out + ((first_token + query)[:, None] * num_heads + heads[:, None]) * VALUE_DIM + dv[None, :]
+    tl.store(out_at, sums.to(out.dtype.element_ty), mask=is_row[:, None] & (dv < VALUE_DIM)[None, :])

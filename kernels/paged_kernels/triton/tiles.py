@@ -1,0 +1,110 @@
+"""How much of the work one program does, with how many warps and stages: by head dims, dtype and card. No kernel here.
+
+A tile is a dict: constexprs and compiler options, as a launch takes them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from paged_kernels.triton.variants import FUSION
+
+Tile = dict[str, Any]
+
+MAX_PROGRAMS = 8192  # of a decode launch; they share the items where there are more
+LIST_TILE: Tile = {"BLOCK": 256, "num_warps": 4, **FUSION}
+COPY_TILE: Tile = {"NUM_WORDS": 1024, "num_warps": 4, **FUSION}
+# The shortest split fills a card's memory pipes, and 32 of them fill the card with any number of kv heads.
+SPLITS: Tile = {"SPLIT": 512, "MAX_SPLITS": 32}
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@cache
+def card_of(device: torch.device) -> str:
+    """``sm_80`` (and what is older or smaller), ``sm_90`` (and later) or ``hip``."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip is not None:
+        return "hip"
+    return "sm_90" if torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
+
+
+def dims(head_dim: int, value_head_dim: int) -> Tile:
+    """The head dims, and the powers of two that hold them: a product of matrices takes no less than 16."""
+    pads = (max(16, triton.next_power_of_2(dim)) for dim in (head_dim, value_head_dim))
+    return {"DIM": head_dim, "VALUE_DIM": value_head_dim, **dict(zip(("DIM_PAD", "VALUE_PAD"), pads, strict=True))}
+
+
+def products(dtype: torch.dtype, cache_dtype: torch.dtype) -> Tile:
+    """What queries and keys are multiplied as, then probabilities and values. Sums are float32 everywhere."""
+    quantised = cache_dtype in (torch.int8, torch.float8_e4m3fn)
+    if interpreted():  # it can't compute with bfloat16
+        return {"DTYPE": tl.float32, "VALUE_DTYPE": tl.float32, "PRECISION": "ieee"}
+    if dtype is torch.float32 or (cache_dtype is not dtype and not quantised):
+        # Codes of a quantised cache have no more digits than tf32, and the query's others are less than their error.
+        return {"DTYPE": tl.float32, "VALUE_DTYPE": tl.float32, "PRECISION": "tf32" if quantised else "ieee"}
+    own = tl.bfloat16 if dtype is torch.bfloat16 else tl.float16
+    # A probability times a value's scale may be less than any float16.
+    return {"DTYPE": own, "VALUE_DTYPE": tl.bfloat16 if quantised else own, "PRECISION": "ieee"}
+
+
+def decode(group: int, head_dim: int, value_head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, card: str
+) -> Tile:  # fmt: skip
+    """For ``decode.split_kernel``: keys and values of 32 KiB at a time, once more as they travel."""
+    sizes, types = dims(head_dim, value_head_dim), products(dtype, cache_dtype)
+    num_bytes = max(cache_dtype.itemsize, 2) * (sizes["DIM_PAD"] + sizes["VALUE_PAD"])
+    keys = min(max(_power_below((32 << 10) // num_bytes), 16), 128)
+    if types["DTYPE"] is tl.float32 and not interpreted():
+        keys = min(keys, 32)
+    rows = min(max(16, triton.next_power_of_2(group)), 64 if sizes["VALUE_PAD"] <= 128 else 16)
+    options = {"num_warps": 4, "num_stages": 2 if card == "hip" else 3}
+    return {"BLOCK_H": rows, "BLOCK_N": keys, "GROUP": group, **sizes, **types, **SPLITS, **options, **FUSION}
+
+
+def combine(head_dim: int, value_head_dim: int) -> Tile:
+    """For ``decode.combine_kernel``."""
+    sizes = dims(head_dim, value_head_dim)
+    sizes = {name: sizes[name] for name in ("VALUE_DIM", "VALUE_PAD")}
+    return {"MAX_SPLITS": SPLITS["MAX_SPLITS"], "STEP": 8, **sizes, "num_warps": 4, **FUSION}
+
+
+def prefill(group: int, head_dim: int, value_head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, card: str
+) -> Tile:  # fmt: skip
+    """For ``prefill.prefill_kernel``."""
+    sizes, types = dims(head_dim, value_head_dim), products(dtype, cache_dtype)
+    widest = max(sizes["DIM_PAD"], sizes["VALUE_PAD"])
+    if types["DTYPE"] is tl.float32 and not interpreted():
+        rows, keys, warps = (32, 32, 4) if widest <= 128 else (16, 16, 4)
+    else:
+        rows, keys, warps = next(tile for limit, tile in _PREFILL[card] if widest <= limit)
+    options = {"num_warps": warps, "num_stages": 2 if card == "hip" else 3}
+    return {"BLOCK_M": rows, "BLOCK_N": keys, "GROUP": group, **sizes, **types, **options, **FUSION}
+
+
+# The widest head dim, padded, and for it: rows, keys, warps.
+_PREFILL = {
+    "sm_90": ((128, (128, 64, 8)), (256, (128, 32, 8)), (1024, (64, 16, 8))),
+    "sm_80": ((64, (128, 64, 8)), (128, (64, 64, 8)), (256, (64, 32, 8)), (1024, (32, 16, 8))),
+    "hip": ((64, (128, 64, 8)), (128, (128, 32, 4)), (256, (64, 32, 8)), (1024, (32, 16, 8))),
+}
+
+
+def store(num_kv_heads: int, head_dim: int, value_head_dim: int) -> Tile:
+    """For ``store.store_kernel``: up to 4,096 numbers at a time."""
+    sizes = dims(head_dim, value_head_dim)
+    widest = max(sizes["DIM_PAD"], sizes["VALUE_PAD"])
+    heads = min(triton.next_power_of_2(num_kv_heads), max(4096 // widest, 1))
+    return {"HEADS": heads, **sizes, "num_warps": 4, **FUSION}
+
+
+def _power_below(number: int) -> int:
+    return 1 << (number.bit_length() - 1) if number else 1
