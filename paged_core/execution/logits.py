@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paged_core.execution.staging import upload
 from paged_core.scheduling.request import InvalidRequestError, Request
 
 Work = Sequence[tuple[int, Request, "RowEdits"]]  # (row of scores, its request, its edits)
@@ -137,7 +138,7 @@ def _keep_allowed(scores: Tensor, work: Work) -> None:
     if pairs:
         at = _at(pairs, scores.device)
         kept = scores[at]
-        scores[[row for row, _ in pairs]] = _NINF
+        scores[upload(torch.tensor([row for row, _ in pairs]), scores.device)] = _NINF
         scores[at] = kept
 
 
@@ -149,14 +150,15 @@ def _forbid(scores: Tensor, work: Work) -> None:
         rows += [row] * len(forbidden)
         ids += forbidden
     if ids:
-        scores[torch.tensor(rows, device=scores.device), torch.tensor(ids, device=scores.device)] = _NINF
+        at = upload(torch.tensor([rows, ids]), scores.device)
+        scores[at[0], at[1]] = _NINF
 
 
 def _add_bias(scores: Tensor, work: Work) -> None:
     biased = [(row, edits) for row, _, edits in work if edits.bias_ids is not None]
     if biased:
         at = _at([(row, edits.bias_ids) for row, edits in biased if edits.bias_ids is not None], scores.device)
-        scores[at] += torch.cat([edits.bias for _, edits in biased]).to(scores.device)
+        scores[at] += upload(torch.cat([edits.bias for _, edits in biased]), scores.device)
 
 
 def _penalise(scores: Tensor, work: Work) -> None:
@@ -166,10 +168,10 @@ def _penalise(scores: Tensor, work: Work) -> None:
         return
     device = scores.device
     at = _at([(row, ids) for row, _, (ids, _) in found], device)
-    counts = torch.cat([counts for _, _, (_, counts) in found]).to(device)
+    counts = upload(torch.cat([counts for _, _, (_, counts) in found]), device)
     lengths = torch.tensor([len(ids) for _, _, (ids, _) in found])
     factors = torch.tensor([(edits.repetition, edits.frequency, edits.presence) for _, edits, _ in found])
-    repetition, frequency, presence = factors.repeat_interleave(lengths, dim=0).to(device).unbind(1)
+    repetition, frequency, presence = upload(factors.repeat_interleave(lengths, dim=0), device).unbind(1)
     values = scores[at]
     values = torch.where(values > 0, values / repetition, values * repetition)
     scores[at] = values - frequency * counts - presence * (counts > 0)
@@ -231,7 +233,8 @@ def _at(pairs: Sequence[tuple[int, Tensor]], device: torch.device) -> tuple[Tens
     """(row, its ids) many times -> the (row, id) index of every element, int64 [N] each."""
     lengths = torch.tensor([len(ids) for _, ids in pairs])
     rows = torch.tensor([row for row, _ in pairs]).repeat_interleave(lengths)
-    return rows.to(device), torch.cat([ids for _, ids in pairs]).to(device)
+    at = upload(torch.stack((rows, torch.cat([ids for _, ids in pairs]))), device)
+    return at[0], at[1]
 
 
 def _ids(name: str, ids: Iterable[int] | None, vocab_size: int) -> Tensor | None:

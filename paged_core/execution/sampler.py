@@ -26,6 +26,7 @@ from torch import Tensor
 from paged_core.execution.logits import RowEdits, edit_rows
 from paged_core.execution.sampling_draw import ArgmaxRows, TopRows, argmax_rows, draw_rows, top_rows
 from paged_core.execution.sampling_logprobs import top_logprobs
+from paged_core.execution.staging import take_rows
 from paged_core.scheduling.request import Logprob, Request, Selection
 
 
@@ -52,13 +53,14 @@ class Sampler:
         drawn = [row for row, request in enumerate(requests) if not request.params.greedy]
         asked = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
 
-        raw = torch.log_softmax(_rows(logits, asked).float(), -1) if asked else None  # [len(asked),V]
+        raw = torch.log_softmax(take_rows(logits, asked).float(), -1) if asked else None  # [len(asked),V]
         scores = logits.float() if work or drawn else logits
         if work:
             errors.update(edit_rows(scores, [item for item in work if item[0] not in errors]))
 
         argmax, largest = self._argmax(scores)
-        token_ids, peaks = argmax.tolist(), largest.tolist()
+        found, peaks = torch.stack((argmax.double(), largest.double())).tolist()  # fetched at once
+        token_ids = [int(token) for token in found]
         for row, peak in enumerate(peaks):
             if not math.isfinite(peak):
                 errors.setdefault(row, _what_is_wrong(peak, edits[row] is not None))
@@ -112,8 +114,3 @@ def _what_is_wrong(peak: float, edited: bool) -> str:
     if edited:
         return "no token is left to choose: the request's constraints together forbid the whole vocabulary"
     return "the model's logits are -inf for every token"
-
-
-def _rows(x: Tensor, rows: list[int]) -> Tensor:
-    """Those rows of x: x itself if they are all of it."""
-    return x if len(rows) == x.shape[0] else x[rows]

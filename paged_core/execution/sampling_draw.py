@@ -19,6 +19,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from paged_core.execution.staging import take_rows, upload
 from paged_core.scheduling.request import Request
 
 ArgmaxRows = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -78,13 +79,15 @@ def draw_rows(
     alike: dict[tuple[str, int], list[int]] = {}  # way of cutting -> places in rows
     for place, request in enumerate(requests):
         alike.setdefault(_way(request, scores.shape[1]), []).append(place)
-    tokens = [0] * len(rows)
+    drawn, order = [], []
     for (way, _), places in alike.items():
         mine = [rows[place] for place in places]
-        x, peak = (scores, largest) if len(mine) == scores.shape[0] else (scores[mine], largest[mine])
-        batch = _Rows(x, peak, [requests[place] for place in places], top)
-        for place, token in zip(places, _DRAWS[way](batch).tolist(), strict=True):
-            tokens[place] = token
+        batch = _Rows(take_rows(scores, mine), take_rows(largest, mine), [requests[place] for place in places], top)
+        drawn.append(_DRAWS[way](batch))
+        order += places
+    tokens = [0] * len(rows)
+    for place, token in zip(order, torch.cat(drawn).tolist(), strict=True):  # fetched at once
+        tokens[place] = token
     return tokens
 
 
@@ -95,10 +98,13 @@ class _Rows:
         self.top = top
         self.scores = scores  # float32 [R,V]
         self.largest = largest.float()[:, None]  # [R,1]
-        table = [(1 / max(r.params.temperature, 1e-20), r.params.min_p, r.params.top_p, uniform(r)) for r in requests]
-        columns = torch.tensor(table, dtype=torch.float64, device=scores.device).unsqueeze(2).unbind(1)
-        self.inverse_temperature, self.min_p, self.top_p, self.uniform = columns  # float64 [R,1] each
-        self.top_k = [r.params.top_k for r in requests]
+        table = [
+            (1 / max(r.params.temperature, 1e-20), r.params.min_p, r.params.top_p, r.params.top_k, uniform(r))
+            for r in requests
+        ]
+        columns = upload(torch.tensor(table, dtype=torch.float64), scores.device).unsqueeze(2).unbind(1)
+        self.inverse_temperature, self.min_p, self.top_p, self.top_k, self.uniform = columns  # float64 [R,1] each
+        self.largest_k = max(r.params.top_k for r in requests)
         self.any_min_p = any(r.params.min_p > 0 for r in requests)
 
     def weights(self) -> Tensor:
@@ -126,11 +132,11 @@ def _way(request: Request, num_ids: int) -> tuple[str, int]:
 
 
 def _draw_top_k(batch: _Rows) -> Tensor:
-    k = max(batch.top_k)
+    k = batch.largest_k
     values, ids = batch.top(batch.scores, k)
     weights = ((values - batch.largest).double() * batch.inverse_temperature).exp()  # [R,k]
-    weights[weights < batch.min_p] = 0
-    weights[torch.arange(k, device=ids.device) >= torch.tensor(batch.top_k, device=ids.device)[:, None]] = 0
+    weights.masked_fill_(weights < batch.min_p, 0)
+    weights.masked_fill_(torch.arange(k, device=ids.device) >= batch.top_k, 0)
     sums = weights.cumsum(1)
     return ids.gather(1, _draw_sorted(sums, batch.top_p * sums[:, -1:], batch.uniform))[:, 0]
 

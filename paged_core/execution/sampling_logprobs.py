@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from paged_core.execution.sampling_draw import top_rows
+from paged_core.execution.staging import take_rows, upload
 from paged_core.scheduling.request import Logprob
 
 
@@ -16,19 +17,21 @@ def top_logprobs(logprobs: Tensor, chosen: Sequence[int], nums: Sequence[int]) -
 
     A rank is 1 plus the number of tokens that are likelier: equals share one.
     """
-    ids = torch.tensor(chosen, dtype=torch.int64, device=logprobs.device)[:, None]
+    ids = upload(torch.tensor(chosen, dtype=torch.int64), logprobs.device)[:, None]
     values = logprobs.gather(1, ids)  # [N,1]
     most = min(max(nums, default=0), logprobs.shape[1])
     top_values, top_ids = top_rows(logprobs, most) if most else (logprobs[:, :0], ids[:, :0])
+    fetched = torch.cat([top_ids.double(), top_values.double(), values.double()], 1).tolist()  # all at once
     likeliest = [
-        _ranked(row_ids[:num], row_values[:num])
-        for row_ids, row_values, num in zip(top_ids.tolist(), top_values.tolist(), nums, strict=True)
+        _ranked([int(token) for token in row[:num]], row[most : most + num])
+        for row, num in zip(fetched, (min(num, most) for num in nums), strict=True)
     ]
     # Counting reads the whole vocabulary: only for chosen tokens that are not among the likeliest.
     unranked = [row for row, token in enumerate(chosen) if token not in likeliest[row]]
-    above = (_rows(logprobs, unranked) > _rows(values, unranked)).sum(1, dtype=torch.int32).tolist()
-    for row, count in zip(unranked, above, strict=True):
-        likeliest[row][chosen[row]] = Logprob(values[row].item(), count + 1)
+    if unranked:
+        above = (take_rows(logprobs, unranked) > take_rows(values, unranked)).sum(1, dtype=torch.int32).tolist()
+        for row, count in zip(unranked, above, strict=True):
+            likeliest[row][chosen[row]] = Logprob(fetched[row][-1], count + 1)
     return [{token: found[token], **found} for token, found in zip(chosen, likeliest, strict=True)]
 
 
@@ -41,7 +44,3 @@ def _ranked(ids: list[int], values: list[float]) -> dict[int, Logprob]:
             rank, previous = place, value
         ranked[id] = Logprob(value, rank)
     return ranked
-
-
-def _rows(x: Tensor, rows: list[int]) -> Tensor:
-    return x if len(rows) == x.shape[0] else x[rows]

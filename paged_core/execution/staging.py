@@ -1,6 +1,6 @@
-"""Integers of the host on their way to the device: one copy for all of a step's.
+"""Numbers of the host on their way to the device: one copy for all integers of a step; copies that nobody waits for.
 
-Knows lists and tensors; knows nothing of what the integers mean.
+Knows lists and tensors; knows nothing of what the numbers mean.
 """
 
 from __future__ import annotations
@@ -34,3 +34,13 @@ def ship(fields: Sequence[Field], device: torch.device) -> list[Tensor]:
         part if dtype is torch.int64 else part.view(torch.int32)[: len(values)]
         for part, (values, dtype) in zip(parts, fields, strict=True)
     ]
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """``values``, which are on the host, on ``device``. Nobody waits for the copy."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
+def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """Those rows of ``x [R, ...]``: x itself if they are all of it."""
+    return x if len(rows) == x.shape[0] else x[upload(torch.tensor(rows, dtype=torch.int64), x.device)]

@@ -1,0 +1,47 @@
+"""How often choosing tokens has the host wait for the device: each fetch drains all work that is under way."""
+
+import pytest
+import torch
+
+from paged_core import SamplingParams
+from paged_core.execution.sampler import Sampler
+from paged_core.scheduling.request import Request
+
+PLAIN = [SamplingParams(temperature=0)]
+EDITED = [
+    SamplingParams(temperature=0, logit_bias={3: 2.0}, repetition_penalty=1.2, min_tokens=3, stop_token_ids=[4]),
+    SamplingParams(temperature=0, allowed_token_ids=[1, 2, 3], presence_penalty=0.5),
+]
+DRAWN = [SamplingParams(), SamplingParams(top_k=5), SamplingParams(top_k=700, min_p=0.1), SamplingParams(temperature=0)]
+
+
+@pytest.mark.parametrize(
+    ("params", "waits"),
+    [
+        (PLAIN, 1),
+        (EDITED, 1),
+        (DRAWN, 2),  # the largest scores, then what was drawn from them
+        ([*DRAWN, SamplingParams(top_p=0.05)], 3),  # whether a nucleus is wide
+        ([SamplingParams(temperature=0, logprobs=3), *PLAIN], 2),  # the chosen token is among the likeliest
+        ([SamplingParams(temperature=0, logprobs=0), *PLAIN], 3),  # its rank is counted
+    ],
+    ids=["greedy", "edited", "drawn", "nucleus", "logprobs", "rank"],
+)
+def test_a_batch_is_fetched_at_once_however_many_rows_it_has(params, waits, monkeypatch):
+    params = [each for each in params for _ in range(6)]
+    requests = [Request(str(i), [5, 6, i], each, seed=i) for i, each in enumerate(params)]
+    logits = torch.randn(len(requests), 2000, generator=torch.Generator().manual_seed(1))
+    sampler = Sampler()
+    waited = []
+    for name in ("tolist", "item", "nonzero", "__bool__", "__int__", "__float__"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args, _original=original, _name=name, **kwargs):
+            waited.append(_name)
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    selection = sampler.select(logits, requests)
+    monkeypatch.undo()
+    assert not selection.errors
+    assert len(waited) == waits, waited
