@@ -143,7 +143,9 @@ def rotary_forward(
     if not callable(theirs):
         return None
     ours = _rotation(theirs, rotated, device.type, dtypes)
-    return _Rotating(module, forward, theirs, ours) if _rotates_as_llama(theirs, ours, device, dtypes) else None
+    dim = getattr(module, "head_dim", None)
+    dim = dim if isinstance(dim, int) and dim % 2 == 0 else 32
+    return _Rotating(module, forward, theirs, ours) if _rotates_as_llama(theirs, ours, device, dtypes, dim) else None
 
 
 def rotated_on_cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,12 +209,12 @@ def _can_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 
 def _rotates_as_llama(
-    theirs: Callable[..., Any], ours: Callable[..., Any], device: torch.device, dtypes: Sequence[torch.dtype]
+    theirs: Callable[..., Any], ours: Callable[..., Any], device: torch.device, dtypes: Sequence[torch.dtype], dim: int
 ) -> bool:
     generator = torch.Generator().manual_seed(0)
     for dtype in dtypes:
-        q, k = (torch.randn(1, heads, _ROWS, 32, generator=generator).to(device, dtype) for heads in (4, 2))
-        cos, sin = (torch.randn(1, _ROWS, 32, generator=generator).to(device, dtype) for _ in range(2))
+        q, k = (torch.randn(1, heads, _ROWS, dim, generator=generator).to(device, dtype) for heads in (4, 2))
+        cos, sin = (torch.randn(1, _ROWS, dim, generator=generator).to(device, dtype) for _ in range(2))
         try:
             pair = theirs(q.clone(), k.clone(), cos, sin)
         except Exception:  # another signature, or another layout

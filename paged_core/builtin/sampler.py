@@ -17,14 +17,15 @@ def create_sampler(spec: ModelSpec) -> Sampler:
     """Vectorised, honouring all of SamplingParams; with kernels that read the logits once, where there are any."""
     from paged_core.execution.sampler import Sampler
 
+    if triton_works(spec.device):
+        from paged_kernels.triton import sampling
+
+        sampling.warm_up(spec.vocab_size, spec.dtype, spec.device)
+        return Sampler(sampling.argmax_rows, sampling.top_rows)
     if spec.device.type == "cpu":
         try:
             from paged_kernels.cpu.elementwise import argmax_rows
         except ImportError:  # no numba
             return Sampler()
         return Sampler(argmax_rows)
-    if triton_works(spec.device):
-        from paged_kernels.triton import sampling
-
-        return Sampler(sampling.argmax_rows, sampling.top_rows)
     return Sampler()

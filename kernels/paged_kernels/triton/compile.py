@@ -38,14 +38,15 @@ class Card(NamedTuple):
     """What a program may use on a card."""
 
     target: GPUTarget
+    tiles: str  # what ``tiles`` calls it
     max_registers: int  # a thread
     max_shared_bytes: int  # a program
 
 
 CARDS = {
-    "sm_80": Card(GPUTarget("cuda", 80, 32), 255, 163 << 10),
-    "sm_90": Card(GPUTarget("cuda", 90, 32), 255, 227 << 10),
-    "gfx942": Card(GPUTarget("hip", "gfx942", 64), 512, 64 << 10),  # half of them accumulators of matrix products
+    "sm_80": Card(GPUTarget("cuda", 80, 32), "sm_80", 255, 163 << 10),
+    "sm_90": Card(GPUTarget("cuda", 90, 32), "sm_90", 255, 227 << 10),
+    "gfx942": Card(GPUTarget("hip", "gfx942", 64), "hip", 512, 64 << 10),  # half of the registers are for products
 }
 
 
@@ -82,16 +83,16 @@ def jobs(targets: Sequence[str], every: bool = False) -> list[Job]:
         Job(name, every, index, target)
         for name in names
         if name != __name__ and not name.endswith(".compile")
-        for index in range(len(variants_of(name, every)))
         for target in targets
+        for index in range(len(variants_of(name, target, every)))
     ]
 
 
-def variants_of(module: str, every: bool) -> list[Variant]:
-    """What a module's launchers ask for; with ``every``, also what they may ask for."""
-    found = importlib.import_module(module)
+def variants_of(module: str, target: str, every: bool) -> list[Variant]:
+    """What a module's launchers ask for on a card; with ``every``, also what they may ask for."""
+    found, card = importlib.import_module(module), CARDS[target].tiles
     sources = ("variants", "more_variants") if every else ("variants",)
-    return [Variant(*variant) for name in sources for variant in getattr(found, name, tuple)()]
+    return [variant for name in sources if hasattr(found, name) for variant in getattr(found, name)(card)]
 
 
 # ---- compiling -------------------------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ def variants_of(module: str, every: bool) -> list[Variant]:
 
 def run(job: Job) -> Compiled:
     """Compile one variant, or take it from Triton's cache."""
-    variant = variants_of(job.module, job.every)[job.index]
+    variant = variants_of(job.module, job.target, job.every)[job.index]
     return compile_variant(variant, job.target)
 
 

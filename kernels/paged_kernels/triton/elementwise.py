@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from paged_kernels import reference
-from paged_kernels.triton.variants import FUSION, NAMES, Variant, Variants
+from paged_kernels.triton.variants import FUSION, NAMES, Variant, Variants, row_stride
 
 _MAX_WIDTH = 1 << 15  # a row is held by one program
 _SILU_COLUMNS = 1024
@@ -132,7 +132,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if len(rows):
         with torch.cuda.device_of(x):
-            _rms_norm[(len(rows),)](rows, rows.stride(0), weight, out, width, eps, **_row_tile(width))
+            _rms_norm[(len(rows),)](rows, row_stride(rows), weight, out, width, eps, **_row_tile(width))
     return out
 
 
@@ -146,8 +146,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     if len(rows):
         with torch.cuda.device_of(x):
             _add_rms_norm[(len(rows),)](
-                rows, rows.stride(0), residuals, residuals.stride(0), weight, total, out, width, eps, **_row_tile(width)
-            )
+                rows, row_stride(rows), residuals, row_stride(residuals), weight, total, out, width, eps,
+                **_row_tile(width),
+            )  # fmt: skip
     return total, out
 
 
@@ -161,7 +162,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     if out.numel():
         grid = (num_rows, triton.cdiv(width, _SILU_COLUMNS))
         with torch.cuda.device_of(gate):
-            _silu_mul[grid](gates, gates.stride(0), ups, ups.stride(0), out, width, **_SILU_TILE)
+            _silu_mul[grid](gates, row_stride(gates), ups, row_stride(ups), out, width, **_SILU_TILE)
     return out
 
 
@@ -192,9 +193,8 @@ def _launch_rotary(q: Tensor, q_out: Tensor, k: Tensor, k_out: Tensor, cos: Tens
     grid = (len(q), triton.cdiv(num_heads, _HEADS) + triton.cdiv(num_kv_heads, _HEADS))
     with torch.cuda.device_of(q):
         _rotary[grid](
-            q, q.stride(0), q.stride(1), q_out, q_out.stride(0), q_out.stride(1),
-            k, k.stride(0), k.stride(1), k_out, k_out.stride(0), k_out.stride(1),
-            cos, cos.stride(0), sin, sin.stride(0), num_heads, num_kv_heads, half, **_rotary_tile(half),
+            q, *_strides(q), q_out, *_strides(q_out), k, *_strides(k), k_out, *_strides(k_out),
+            cos, row_stride(cos), sin, row_stride(sin), num_heads, num_kv_heads, half, **_rotary_tile(half),
         )  # fmt: skip
 
 
@@ -202,6 +202,13 @@ def _rows(x: Tensor) -> Tensor:
     """``[..., N]`` as ``[rows, N]``, each row's numbers side by side."""
     x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _strides(x: Tensor) -> tuple[int, int]:
+    """From token to token and from head to head, as ``row_stride``."""
+    num_tokens, num_heads, dim = x.shape
+    head = x.stride(1) if num_heads > 1 else dim
+    return (x.stride(0) if num_tokens > 1 else num_heads * head), head
 
 
 def _fits(rows: Tensor, *others: Tensor) -> bool:
@@ -241,12 +248,12 @@ def _rotary_tile(half: int) -> dict[str, int]:
 # ---- what launchers ask the compiler for -----------------------------------------------------------------------
 
 
-def variants() -> Variants:
+def variants(card: str) -> Variants:
     """bfloat16 at the sizes of common models."""
     yield from _variants_of("bf16", widths=(128, 4096), halves=(64,))
 
 
-def more_variants() -> Variants:
+def more_variants(card: str) -> Variants:
     """Every dtype, and the widths at which the number of warps changes."""
     for name in NAMES.values():
         yield from _variants_of(name, widths=(64, 256, 2048, 8192, _MAX_WIDTH), halves=(16, 32, 40, 64, 128))

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from paged_kernels import reference
-from paged_kernels.triton.variants import FUSION, NAMES, Variant, Variants
+from paged_kernels.triton.variants import FUSION, NAMES, Variant, Variants, row_stride
 
 _PART = 4096  # ids that one program of argmax looks at
 _CHUNK = 64  # ids of which the largest is found first when k are wanted
@@ -92,9 +92,9 @@ def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
     keys = torch.empty(num_rows, num_parts, dtype=torch.int64, device=device)
     if num_rows:
         with torch.cuda.device_of(logits):
-            _argmax_parts[(num_rows, num_parts)](logits, logits.stride(0), keys, width, **_PARTS_TILE)
+            _argmax_parts[(num_rows, num_parts)](logits, row_stride(logits), keys, width, **_PARTS_TILE)
             _argmax_combine[(num_rows,)](
-                logits, logits.stride(0), keys, num_parts, indices, maxima, **_combine_tile(num_parts)
+                logits, row_stride(logits), keys, num_parts, indices, maxima, **_combine_tile(num_parts)
             )
     return indices, maxima
 
@@ -112,15 +112,22 @@ def top_rows(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if num_rows:
         grid = (num_rows, triton.cdiv(num_chunks, _CHUNKS))
         with torch.cuda.device_of(scores):
-            _chunk_peaks[grid](scores, scores.stride(0), chosen, num_chunks, width, **_PEAKS_TILE)
+            _chunk_peaks[grid](scores, row_stride(scores), chosen, num_chunks, width, **_PEAKS_TILE)
     if k < num_chunks:
         chosen = chosen.topk(k).values  # i64 [S,k]
     keys = torch.empty(num_rows, chosen.shape[1] * _CHUNK, dtype=torch.int64, device=device)
     if num_rows and k:
         with torch.cuda.device_of(scores):
-            _chunk_keys[chosen.shape](scores, scores.stride(0), chosen, keys, width, **_CHUNK_TILE)
+            _chunk_keys[chosen.shape](scores, row_stride(scores), chosen, keys, width, **_CHUNK_TILE)
     ids = _LOW31 - (keys.topk(k).values & _LOW31)
     return scores.gather(1, ids), ids
+
+
+def warm_up(width: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile, or load from disk, what rows of this kind will need."""
+    for each in {dtype, torch.float32}:  # float32 once anything has been changed in them
+        argmax_rows(torch.zeros(2, width, dtype=each, device=device))
+    top_rows(torch.zeros(2, width, device=device), 1)
 
 
 def _fits(rows: Tensor) -> bool:
@@ -141,13 +148,13 @@ def _combine_tile(num_parts: int) -> dict[str, int]:
 # ---- what launchers ask the compiler for -----------------------------------------------------------------------
 
 
-def variants() -> Variants:
+def variants(card: str) -> Variants:
     """bfloat16 logits for argmax, float32 scores for the largest k: what the sampler brings."""
     yield from _argmax_variants("bf16", (32,))
     yield from _top_variants("fp32")
 
 
-def more_variants() -> Variants:
+def more_variants(card: str) -> Variants:
     """Every dtype, and vocabularies from small to huge."""
     for name in NAMES.values():
         yield from _argmax_variants(name, (1, 8, 64))

@@ -1,6 +1,7 @@
 """How a module of kernels says what its launchers ask Triton's compiler for, so that it can be tried without a GPU.
 
-A module offers ``variants()``, what launchers ask for in practice, and may offer ``more_variants()``, the rest.
+A module offers ``variants(card)``, what launchers ask for in practice, and may offer ``more_variants(card)``, the
+rest. A card is ``sm_80``, ``sm_90`` or ``hip``, as ``tiles.card_of`` says it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}  # as signatures have them
 FUSION = {"enable_fp_fusion": True}  # to be said at each launch: Triton 3.9 warns of it, 3.10 has another default
@@ -31,3 +33,8 @@ class Variant(NamedTuple):
 
 
 Variants = Iterator[Variant]
+
+
+def row_stride(rows: Tensor) -> int:
+    """From row to row of ``[R,N]``. Of a single row torch may say anything, and each kind of stride is compiled for."""
+    return rows.stride(0) if len(rows) > 1 else rows.shape[1]
