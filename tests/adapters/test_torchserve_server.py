@@ -225,6 +225,8 @@ def test_the_impossible_is_refused_with_a_status_and_the_running_go_on(running, 
             ({"content": b"\xff", "headers": {"content-type": "text/plain"}}, 422),
             ({"json": {"prompt": "a", "num_beams": 3}}, 422),
             ({"json": {"prompt": 7}}, 422),
+            ({"content": b'{"prompt": "\\ud800"}', "headers": {"content-type": "application/json"}}, 422),
+            ({"content": b'{"\\ud800": 1}', "headers": {"content-type": "application/json"}}, 422),
         ]:
             assert running.post("tiny", **what).status_code == status, what
         assert running.post("tiny/1.0/v1/nothing", json={}).status_code == 404
@@ -301,6 +303,34 @@ def test_a_killed_worker_is_replaced_and_its_clients_hear_of_it(running, stock):
     assert running.post("tiny", json={"prompt": "Hello", "max_new_tokens": 9}).text == stock("Hello", 9)
 
 
+def test_clients_of_a_worker_that_is_scaled_away_hear_of_it_when_there_is_another(running, stock):
+    """TorchServe closes connections, or keeps requests for the next worker: their bodies it hands over only once."""
+    heard: list[str] = []
+    started = threading.Semaphore(0)
+
+    def read(path: str, body: Any) -> None:
+        try:
+            with running.streaming(path, body) as pieces:
+                started.release()
+                heard.append(b"".join(pieces).decode()[-200:])
+        except httpx2.TransportError:
+            heard.append("ask again")
+
+    asked = [("tiny", LONG), ("tiny/1.0/v1/completions", {"prompt": "a", "max_tokens": 1900, "stream": True})]
+    threads = [threading.Thread(target=read, args=each) for each in asked]
+    for thread in threads:
+        thread.start()
+    for _ in threads:
+        assert started.acquire(timeout=30)
+    for count in ("0", "1"):
+        scale = {"min_worker": count, "max_worker": count, "synchronous": "true"}
+        assert running.client.put(f"{running.management}/models/tiny", params=scale, timeout=READY_S).status_code == 200
+    for thread in threads:
+        thread.join(30)
+    assert ["ask again" in each for each in heard] == [True, True]
+    assert running.post("tiny", json={"prompt": "Hello", "max_new_tokens": 9}).text == stock("Hello", 9)
+
+
 # ---- models come and go ----------------------------------------------------------------------------------------
 
 
@@ -341,8 +371,10 @@ def test_the_command_serves_an_archives_folder_asks_for_tokens_and_leaves_no_pro
     at = free_ports()
     command = [sys.executable, "-m", "paged_core", "torchserve", "serve", tmp_path / "unpacked", "--token-auth",
                "--port", str(at.inference), "--management-port", str(at.management), "--metrics-port", str(at.metrics),
-               "--grpc-port", str(at.grpc), "--workdir", tmp_path / "work"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+               "--grpc-port", str(at.grpc)]  # fmt: skip
+    temp = tmp_path / "temporary"
+    temp.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temp)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout is not None
@@ -352,13 +384,22 @@ def test_the_command_serves_an_archives_folder_asks_for_tokens_and_leaves_no_pro
             key = json.loads(Path(lines[2].removeprefix("keys: ").strip()).read_text())["inference"]["key"]
             body = {"prompt": "Hello", "max_new_tokens": 9}
             assert httpx2.post(url, json=body, trust_env=False).status_code == 400
-            allowed = httpx2.post(url, json=body, headers={"Authorization": f"Bearer {key}"}, trust_env=False)
-            assert allowed.text == stock("Hello", 9)
+            headers = {"Authorization": f"Bearer {key}"}
+            assert httpx2.post(url, json=body, headers=headers, trust_env=False).text == stock("Hello", 9)
+            late = {"prompt": "Hello", "max_new_tokens": 300, "stream": True}
+            with httpx2.stream("POST", url, json=late, headers=headers, timeout=60, trust_env=False) as response:
+                pieces = response.iter_bytes()
+                said = next(pieces)
+                process.terminate()  # answers under way are finished
+                assert (said + b"".join(pieces)).decode() == stock("Hello", 300)
         finally:
-            process.terminate()
+            process.terminate()  # the second time at once
         assert process.wait(60) == 0
-    work = str(tmp_path / "work")
-    until(lambda: not any(work in " ".join(each.info["cmdline"] or ()) for each in psutil.process_iter(["cmdline"])))
+    assert list(temp.glob("paged-torchserve-*")) == []
+    temporary = str(temp)
+    until(
+        lambda: not any(temporary in " ".join(each.info["cmdline"] or ()) for each in psutil.process_iter(["cmdline"]))
+    )
 
 
 def test_a_model_that_does_not_load_is_told_with_the_log(tmp_path):
@@ -366,5 +407,5 @@ def test_a_model_that_does_not_load_is_told_with_the_log(tmp_path):
     missing = tmp_path / "nothing-here"
     assert main(["torchserve", "archive", "no/model", str(archive), "--set", f"model={missing}"]) == 0
     server = TorchServe([archive], tmp_path / "work", Options(free_ports()))
-    with server, pytest.raises(ServerError, match=r"torchserve\.log"):
-        server.wait_until_ready(6)
+    with server, pytest.raises(ServerError, match=r"torchserve\.log(.|\n)*nothing-here"):
+        server.wait_until_ready(READY_S)  # it is told as soon as it is known

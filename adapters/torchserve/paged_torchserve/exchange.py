@@ -39,9 +39,9 @@ class Exchange:
 
     @property
     def settled(self) -> bool:
-        """Whether the engine has taken it in, or it has ended: a refusal has a status of its own only as long as
-        nothing was sent."""
-        return self._not_admitted == set() or self.reply.has_news
+        """Whether nobody need wait for it: the engine has taken it in, or it has ended; or it has had its first
+        message, so that a refusal can't have a status of its own any more."""
+        return self._not_admitted == set() or self.reply.ended or self.reply.started
 
     def admitted(self, request_id: str) -> None:
         if self._not_admitted:
