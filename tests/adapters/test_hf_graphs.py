@@ -1,0 +1,63 @@
+"""transformers models under graphs: their forwards are captured as they are, on whatever device the tests have."""
+
+import logging
+
+import pytest
+import torch
+from graph_stand_in import CapturablePlugin, OpRecorder
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from paged_core import Engine, EngineConfig, SamplingParams, assembly
+
+SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
+MODELS = {
+    "llama": SIZES,
+    "qwen3": SIZES | {"head_dim": 16},
+    "gemma2": SIZES | {"head_dim": 16, "sliding_window": 8},
+    "gpt2": {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "mixtral": SIZES | {"num_local_experts": 4},
+}
+
+
+def make_model(name):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**MODELS[name])).eval()
+
+
+def tokens(model, **config):
+    sizes = {"block_size": 4, "num_blocks": 200, "max_num_seqs": 5, "max_num_batched_tokens": 32, "max_model_len": 100}
+    # The CPU's own forwards are no operations of torch: the recorder would not see them.
+    config = EngineConfig(**sizes, **config, fast_forwards=False)
+    engine = Engine(model, config, plugins=[CapturablePlugin()])
+    for i in range(5):
+        engine.add_request(str(i), [i, 2, 3 + i] * (1 + i), SamplingParams(temperature=0, max_tokens=4 + 3 * i))
+    found = {}
+    while engine.has_work:
+        for output in engine.step():
+            assert output.error is None
+            found.setdefault(output.request.id, []).extend(output.token_ids)
+    return found, engine
+
+
+@pytest.mark.parametrize("name", [*MODELS])
+def test_a_models_decode_steps_are_captured_and_replayed_with_the_same_tokens(name, monkeypatch):
+    monkeypatch.setitem(assembly.RECORDERS, "cpu", OpRecorder)
+    model = make_model(name)
+    plain, _ = tokens(model, cuda_graphs=False)
+    replayed, engine = tokens(model, cuda_graphs=True)
+    assert replayed == plain
+    assert engine._runner._graphs._replays
+    assert engine.last_stats.total_late_compiles == 0
+
+
+def test_frequencies_that_follow_the_longest_request_are_not_captured_and_the_tokens_stay_right(monkeypatch, caplog):
+    monkeypatch.setitem(assembly.RECORDERS, "cpu", OpRecorder)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**SIZES, rope_parameters=rope)).eval()
+    plain, _ = tokens(model, cuda_graphs=False)
+    with caplog.at_level(logging.WARNING, "paged_core"):
+        eager, engine = tokens(model, cuda_graphs=True)
+    assert eager == plain
+    assert "without CUDA graphs" in caplog.text
+    assert engine._runner._graphs.num_captures == 0
