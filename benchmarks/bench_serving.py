@@ -130,8 +130,11 @@ def _max_open(answers: Sequence[Answer]) -> int:
 @contextmanager
 def _targets(args: argparse.Namespace) -> Iterator[dict[str, Target]]:
     if args.url:
-        urls = [args.url, *([args.compare_url] if args.compare_url else [])]
-        yield {url: _endpoint(args, url, args.model) for url in urls}
+        targets = {args.url: _endpoint(args, args.url, args.model)}
+        if args.compare_url:
+            name = f"{args.compare_url} again" if args.compare_url == args.url else args.compare_url
+            targets[name] = _endpoint(args, args.compare_url, args.model)
+        yield targets
         return
     from paged_core import AsyncEngine, EngineConfig
 
@@ -257,6 +260,10 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.url) == bool(args.in_process):
         parser.error("give --url or --in-process")
+    if args.compare_url and not args.url:
+        parser.error("--compare-url goes with --url")
+    if args.trace and not args.trace.is_file():
+        parser.error(f"{args.trace} isn't a file")
     return args
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,41 @@ def test_errors_are_counted_and_told(bench: Any) -> None:
     assert row["num_errors"] == 3
     assert row["goodput_per_s"] == 0
     assert "404" in next(iter(row["errors"]))
+
+
+def test_a_trace_is_replayed_against_two_servers_and_their_texts_compared(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:15:46.6805900,37,12\n2023-11-16 18:15:50.9951690,4,20\n2023-11-16 18:15:51.2225670,9,8\n"
+    )
+    with alphabet_server() as server:
+        for other in (server.url.replace("127.0.0.1", "localhost"), server.url):
+            given = ["--url", server.url, "--compare-url", other, "--backend", "tgi", "--trace", str(trace),
+                     "--time-scale", "0.01", "--max-prompt-tokens", "20",
+                     "--json", str(tmp_path / "found.json")]  # fmt: skip
+            monkeypatch.setattr("sys.argv", ["bench_serving.py", *given])
+            assert bench.main() == 0
+            assert "3 of 3 texts are the same" in capsys.readouterr().out
+            found = json.loads((tmp_path / "found.json").read_text())
+            assert [row["num_requests"] for rows in found["systems"].values() for row in rows] == [3, 3]
+            assert "trace trace.csv" in found["workload"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--url", "http://x", "--trace", "missing.csv"], "missing.csv isn't a file"),
+        (["--in-process", "smollm2", "--compare-url", "http://x"], "--compare-url goes with --url"),
+        ([], "give --url or --in-process"),
+    ],
+)
+def test_options_that_can_mean_nothing_are_refused(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: list[str], told: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench_serving.py", *given])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert told in capsys.readouterr().err

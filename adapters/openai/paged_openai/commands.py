@@ -52,10 +52,10 @@ def _add_engine(group: Any) -> None:
     add("--device", help="default: a GPU if there is one")
     add("--max-model-len", type=_count, metavar="N", help="tokens of a sequence, prompt and output")
     add("--kv-bytes", type=_count, metavar="N", dest="kv_cache_bytes", help="memory for keys and values")
-    add("--block-size", type=_count, metavar="N")
+    add("--block-size", type=_count, metavar="N", help="tokens of a block of them")
     add("--max-num-seqs", type=_count, metavar="N", help="sequences computed at once")
     add("--max-num-batched-tokens", type=_count, metavar="N", help="tokens computed in a step")
-    add("--attention-backend", metavar="NAME")
+    add("--attention-backend", metavar="NAME", help="default: the fastest that can run the model")
     add("--scheduling-policy", metavar="NAME", help="fcfs (default) or priority")
     add("--no-prefix-caching", action="store_false", dest="prefix_caching", help="compute every prompt anew")
     add("--seed", type=int, help="for requests that bring none")
@@ -66,11 +66,13 @@ def _add_limits(group: Any) -> None:
     add("--max-queue", type=_whole, default=1000, metavar="N", help="sequences that may wait (default: %(default)s)")
     add("--max-prompt-tokens", type=_count, metavar="N", help="of one prompt (default: what the model takes)")
     add("--max-tokens", type=_count, metavar="N", help="of one answer (default: what the model gives)")
-    for name in ("max_n", "max_prompts", "max_stop", "max_logprobs"):
-        default = getattr(limits, name)
-        add(f"--{name.replace('_', '-')}", type=_count, metavar="N", default=default, help="default: %(default)s")
-    add("--max-body-bytes", type=_count, metavar="N", default=2 * 2**20, help="default: %(default)s")
-    add("--max-connections", type=_count, metavar="N", default=4096, help="default: %(default)s")
+    for name, of_what in (("max_n", "sequences of one prompt"), ("max_prompts", "of one request"),
+                          ("max_stop", "stop strings of one request"), ("max_logprobs", "of one token"),
+                          ):  # fmt: skip
+        told, default = f"{of_what} (default: %(default)s)", getattr(limits, name)
+        add(f"--{name.replace('_', '-')}", type=_count, metavar="N", default=default, help=told)
+    add("--max-body-bytes", type=_count, metavar="N", default=2 * 2**20, help="of one request (default: %(default)s)")
+    add("--max-connections", type=_count, metavar="N", default=4096, help="open at once (default: %(default)s)")
     add("--body-timeout", type=_seconds, default=30.0, metavar="S", help="for a body to come (default: %(default)s)")
     add("--request-timeout", type=_seconds, metavar="S", help="for a whole request (default: none)")
     add("--step-timeout", type=_seconds, default=300.0, metavar="S",
@@ -84,8 +86,8 @@ def _add_access(group: Any) -> None:
     add("--api-key", action="append", default=[], metavar="KEY", help="let in who gives it; may be repeated")
     add("--api-key-file", type=Path, metavar="FILE", help="keys that other users can't see in the process list")
     add("--cors-origin", action="append", default=[], metavar="URL", help="let pages of this origin call; repeatable")
-    add("--ssl-certfile", type=Path, metavar="FILE")
-    add("--ssl-keyfile", type=Path, metavar="FILE")
+    add("--ssl-certfile", type=Path, metavar="FILE", help="speak TLS, with this certificate")
+    add("--ssl-keyfile", type=Path, metavar="FILE", help="its key, if it isn't in the same file")
     add("--ssl-ca-certs", type=Path, metavar="FILE", help="ask clients for a certificate signed by these")
 
 
@@ -94,7 +96,7 @@ def _add_behaviour(group: Any) -> None:
     add("--tgi-chat-stream", action="store_true",
         help="stream chats as the text-generation client reads them (OpenAI's don't)")  # fmt: skip
     add("--no-page", action="store_false", dest="page", help="no page for browsers at /")
-    add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    add("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="default: %(default)s")
     add("--log-prompts", action="store_true", help="write requests' bodies to the log")
     add("--generation-config", default="auto", choices=("auto", "vllm"),
         help="what requests leave unsaid: as the model's generation_config.json says, or neutral")  # fmt: skip

@@ -33,6 +33,7 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
     names = args.served_model_name or [str(args.model)]
     options = replace(options, traces=open_traces(names[0]))
     metrics = PrometheusMetrics(names[0])
+    _log.info("loading", extra={"fields": {"model": str(args.model)}})
     engine = Engine(args.model, config, plugins=[metrics], device=args.device, dtype=args.dtype)
     served_engine = AsyncEngine(engine)
     try:
