@@ -50,12 +50,12 @@ def prompt_offsets(prompt: Prompt, text: str, tokens: TokenTexts, codec: TextCod
     detokenizer = codec.detokenizer(skip_special_tokens=True)
     offsets, place = [], 0
     for token in prompt.token_ids:
-        offsets.append(place)
         piece = detokenizer.push([token])
         if token in tokens.special:
-            place += len(tokens[token]) if text.startswith(tokens[token], place) else 0
-        elif piece:
-            # Tokenizers may take spaces away or change letters: look a little further, or count on.
-            found = text.find(piece, place, place + 2 * len(piece) + 8)
-            place = min(len(text), (found if found >= 0 else place) + len(piece))
+            piece = tokens[token] if text.startswith(tokens[token], place) else ""
+        # Tokenizers may leave out characters or change them: look a little further, or count on.
+        found = text.find(piece, place, place + 2 * len(piece) + 8)
+        place = found if found >= 0 else place
+        offsets.append(place)
+        place = min(len(text), place + len(piece))
     return offsets

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paged_core.detokenizer import ByteLevelDetokenizer, WindowDetokenizer
-from paged_core.text import TextCodec, encode_prompt
+from paged_core.protocol.offsets import prompt_offsets
+from paged_core.protocol.tokens import TokenTexts
+from paged_core.text import Prompt, TextCodec, encode_prompt
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +133,34 @@ def test_the_bytes_of_single_tokens_make_the_text(codec: TextCodec) -> None:
     ids = codec.encode(text, add_special_tokens=False)
     assert any(b"\xef\xbf\xbd" in codec.decode([token]).encode() for token in ids), "no token is half a character"
     assert b"".join(codec.token_bytes(token) for token in ids) == text.encode()
+
+
+PARTS = [
+    "Hello",
+    " world",
+    "<|im_end|>",
+    "\n\n",
+    "é",
+    "日本",
+    "👩\u200d👧",
+    "  ",
+    "'s",
+    " ,",
+    "\x1d",
+    "\r",
+]  # two are left out
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.lists(st.sampled_from(PARTS)).map("".join) | st.text(max_size=12))
+def test_each_token_of_a_prompt_stands_where_its_text_is(codec: TextCodec, text: str) -> None:
+    tokens = TokenTexts(codec)
+    ids = codec.encode(text)
+    offsets = prompt_offsets(Prompt(text, ids), text, tokens, codec)
+    assert offsets == sorted(offsets)
+    bytes_of = [tokens.bytes(token) for token in ids]
+    for number, place in enumerate(offsets):
+        if codec.decode(ids) == text:
+            assert place == len(b"".join(bytes_of[:number]).decode(errors="ignore"))
+        elif "\ufffd" not in codec.decode(ids) and all("\ufffd" not in tokens[token] for token in ids):
+            assert text.startswith(tokens[ids[number]], place)
