@@ -11,7 +11,7 @@ import torch
 
 from paged_core.config import EngineConfig
 from paged_core.errors import ConfigError, PluginError, UnsupportedModel
-from paged_core.execution import kv_cache
+from paged_core.execution import kv_cache, profile
 from paged_core.execution.graphs import CudaRecorder, DecodeGraphs, Record
 from paged_core.execution.kv_cache import KVCache
 from paged_core.execution.model import AcceleratedModel, AttentionBackend, ModelSpec, PagedModel, TokenSelector
@@ -82,18 +82,9 @@ def create_scheduler(manager: Plugins, spec: ModelSpec, config: EngineConfig) ->
     policy = manager.hook.create_scheduling_policy(name=name, config=config)
     if policy is None:
         raise PluginError(f"no scheduling policy is called {name!r}; loaded plugins: {describe(manager)}")
-    assert config.num_blocks and config.block_size and config.max_num_seqs, "see resolve"
-    assert config.max_num_batched_tokens and config.max_model_len, "see resolve"
-    windows = [layer.sliding_window for layer in spec.layers]
-    limits = Limits(
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=config.max_model_len,
-        watermark_blocks=int(config.watermark * config.num_blocks),
-        max_prompt_logprob_rows=config.max_prompt_logprob_rows,
-        sliding_window=None if None in windows else max(w for w in windows if w is not None),
-        enable_prefix_caching=config.enable_prefix_caching,
-    )
+    assert config.num_blocks and config.block_size, "see resolve and measure"
+    watermark = int(config.watermark * config.num_blocks)
+    limits = replace(_limits(spec, config), watermark_blocks=watermark)
     return Scheduler(BlockPool(config.num_blocks, config.block_size, _slab(spec, config)), policy, limits)
 
 
@@ -136,7 +127,7 @@ def create_graphs(spec: ModelSpec, config: EngineConfig, backend: AttentionBacke
 
 
 def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
-    """Fill in the sizes that were left to us."""
+    """Fill in the sizes that were left to us; but for num_blocks where that is to be measured."""
     on_cpu = spec.device.type == "cpu"
     max_model_len = min(config.max_model_len or spec.max_model_len, spec.max_model_len)
     # On a CPU a step's time grows with its tokens: few a step, so that a long prompt holds nobody up for long.
@@ -145,11 +136,10 @@ def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
     max_num_seqs = config.max_num_seqs or min(256, max(1, budget // 2))
     block_size = config.block_size or (8 if on_cpu else 16)
     num_blocks = config.num_blocks
-    if num_blocks is None:
+    if num_blocks is None and not _measured(config, spec):
         per_block = kv_cache.bytes_per_block(spec, block_size, _cache_dtype(config, spec))
         num_bytes = config.kv_cache_bytes or min(4 << 30, kv_cache.free_memory(spec.device) // 4)
-        most = max_num_seqs * -(-max_model_len // block_size)  # more could never be used
-        num_blocks = min(num_bytes // per_block, most)
+        num_blocks = min(num_bytes // per_block, _most_blocks(max_num_seqs, max_model_len, block_size))
         if num_blocks < 1:
             raise ConfigError(
                 f"kv_cache_bytes ({num_bytes}) holds no block: {block_size} tokens take {per_block} bytes"
@@ -161,6 +151,61 @@ def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         max_model_len=max_model_len,
+    )
+
+
+def measure(config: EngineConfig, model: PagedModel, backend: AttentionBackend, sampler: TokenSelector) -> EngineConfig:
+    """Fill in num_blocks, if a profiling step is to tell it: the devices' memory less all that isn't K/V."""
+    if config.num_blocks is not None:
+        return config
+    assert config.block_size and config.max_num_seqs and config.max_model_len, "see resolve"
+    assert config.gpu_memory_utilization, "see _measured"
+    spec, size, dtype, share = (
+        model.spec,
+        config.block_size,
+        _cache_dtype(config, model.spec),
+        config.gpu_memory_utilization,
+    )
+    try:
+        room = profile.bytes_left(model, backend, sampler, _limits(spec, config), size, dtype, share)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"no memory for a step of {config.max_num_batched_tokens} tokens; lower max_num_batched_tokens"
+        ) from error
+    num_blocks = profile.blocks_within(spec, room, size, dtype)
+    if num_blocks < 1:
+        left = ", ".join(f"{num_bytes} bytes on {device}" for device, num_bytes in room.items())
+        raise ConfigError(
+            f"gpu_memory_utilization ({share}) leaves no room for K/V beside the model and a step of "
+            f"{config.max_num_batched_tokens} tokens ({left}); raise it, or lower max_num_batched_tokens"
+        )
+    return replace(config, num_blocks=min(num_blocks, _most_blocks(config.max_num_seqs, config.max_model_len, size)))
+
+
+def _measured(config: EngineConfig, spec: ModelSpec) -> bool:
+    return (
+        config.gpu_memory_utilization is not None
+        and config.kv_cache_bytes is None
+        and all(layer.device.type in profile.GAUGES for layer in spec.layers)
+    )
+
+
+def _most_blocks(max_num_seqs: int, max_model_len: int, block_size: int) -> int:
+    """More could never be used."""
+    return max_num_seqs * -(-max_model_len // block_size)
+
+
+def _limits(spec: ModelSpec, config: EngineConfig) -> Limits:
+    assert config.max_num_seqs and config.max_num_batched_tokens and config.max_model_len, "see resolve"
+    windows = [layer.sliding_window for layer in spec.layers]
+    return Limits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=config.max_model_len,
+        watermark_blocks=0,
+        max_prompt_logprob_rows=config.max_prompt_logprob_rows,
+        sliding_window=None if None in windows else max(w for w in windows if w is not None),
+        enable_prefix_caching=config.enable_prefix_caching,
     )
 
 

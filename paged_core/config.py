@@ -22,6 +22,7 @@ class EngineConfig:
     block_size: int | None = None  # slots in a block; None: 8 on a CPU, where small ones cost nothing, 16 on a GPU
     num_blocks: int | None = None  # blocks in the cache; None: as many as kv_cache_bytes holds
     kv_cache_bytes: int | None = None  # None: a quarter of the device's free memory, at most 4 GiB
+    gpu_memory_utilization: float | None = None  # instead, on a GPU: share of it for model, largest step and K/V
     kv_cache_slab_bytes: int | None = None  # memory that the cache takes at a time; None: all of it at once
     kv_cache_dtype: str | None = None  # one of KV_CACHE_DTYPES; None: the model's
     max_num_seqs: int | None = None  # requests running at once; None: half the tokens a step, at most 256
@@ -51,6 +52,10 @@ class EngineConfig:
         )
         if not 0 <= self.watermark < 1:
             raise ConfigError(f"watermark is {self.watermark}; it must be at least 0 and below 1")
+        if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0 and at most 1"
+            )
         if self.kv_cache_dtype not in (None, *KV_CACHE_DTYPES):
             raise ConfigError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; use {', '.join(KV_CACHE_DTYPES)} or None")
         budget = self.max_num_batched_tokens

@@ -73,13 +73,14 @@ class Engine:
         self._model = assembly.load_model(self._manager, model, device, dtype)
         self.spec = self._model.spec
         self._knows = self._model.knows if isinstance(self._model, EmbeddingModel) else None
-        self.config = config = assembly.resolve(config or EngineConfig(), self.spec)
+        config = assembly.resolve(config or EngineConfig(), self.spec)
         assert config.block_size is not None, "see resolve"
         self._block_size = config.block_size
         self._tokenizer_source = model
         self._sampler = assembly.create_sampler(self._manager, self.spec, config)
         self._backend = assembly.create_backend(self._manager, self.spec, config, progress)
         assembly.accelerate(self._manager, self._model, config)
+        self.config = config = assembly.measure(config, self._model, self._backend, self._sampler)
         self._scheduler = assembly.create_scheduler(self._manager, self.spec, config)
         self._pool = self._scheduler.pool
         self._runner = assembly.create_runner(self._manager, self._model, self._backend, config, progress)

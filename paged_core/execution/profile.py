@@ -1,0 +1,123 @@
+"""How many blocks a device has room for beside the model and its largest step, found by running that step.
+
+Knows memory and tensors. What share of a device an engine may take is told by its config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from paged_core.execution import kv_cache
+from paged_core.execution.batch import BatchBuilder
+from paged_core.execution.model import AttentionBackend, ModelSpec, PagedModel, TokenSelector
+from paged_core.execution.model_runner import ModelRunner
+from paged_core.scheduling.request import Request, SamplingParams
+from paged_core.scheduling.schedule import Limits, Schedule, ScheduledChunk
+
+
+class Gauge(Protocol):
+    """The memory of one device, in bytes."""
+
+    def start(self) -> None:
+        """Forget the peak."""
+        ...
+
+    def total(self) -> int: ...
+
+    def used(self) -> int:
+        """By whomever, now. What torch holds and nobody uses doesn't count."""
+        ...
+
+    def peak(self) -> int:
+        """The most that tensors took since ``start``, beyond what they took then."""
+        ...
+
+
+class CudaGauge:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = 0
+
+    def start(self) -> None:
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._before = torch.cuda.memory_allocated(self._device)
+
+    def total(self) -> int:
+        return torch.cuda.mem_get_info(self._device)[1]
+
+    def used(self) -> int:
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free
+
+    def peak(self) -> int:
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.max_memory_allocated(self._device) - self._before
+
+
+GAUGES: dict[str, Callable[[torch.device], Gauge]] = {"cuda": CudaGauge}
+"""By type of device: what tells of its memory."""
+
+
+def bytes_left(
+    model: PagedModel,
+    backend: AttentionBackend,
+    sampler: TokenSelector,
+    limits: Limits,
+    block_size: int,
+    dtype: torch.dtype,
+    share: float,
+) -> dict[torch.device, int]:
+    """Bytes that K/V may take on each device that has layers, if the engine may bring it to ``share`` of its memory."""
+    devices = {layer.device for layer in model.spec.layers} | {model.spec.device}
+    gauges = {device: GAUGES[device.type](device) for device in devices}
+    cache = kv_cache.allocate(model.spec, 1, block_size, dtype)
+    runner, builder = ModelRunner(model, backend, cache), BatchBuilder(block_size, model.spec.device)
+    for gauge in gauges.values():
+        gauge.start()
+    for schedule in _largest_steps(limits, block_size):
+        batch = builder.build(schedule)
+        sampler.select(runner.run(batch, eager=True), batch.sample_requests)
+    peaks = {device: gauge.peak() for device, gauge in gauges.items()}
+    del cache, runner, builder, batch
+    return {
+        device: int(share * gauge.total()) - gauge.used() - peaks[device]
+        for device, gauge in gauges.items()
+        if any(layer.device == device for layer in model.spec.layers)
+    }
+
+
+def blocks_within(spec: ModelSpec, room: Mapping[torch.device, int], block_size: int, dtype: torch.dtype) -> int:
+    """Blocks that fit into ``room``, bytes on each device; each keeps the K/V of its own layers."""
+    return min(
+        num_bytes // kv_cache.bytes_per_block(_on(spec, device), block_size, dtype)
+        for device, num_bytes in room.items()
+    )
+
+
+def _on(spec: ModelSpec, device: torch.device) -> ModelSpec:
+    return replace(spec, layers=tuple(layer for layer in spec.layers if layer.device == device))
+
+
+def _largest_steps(limits: Limits, block_size: int) -> list[Schedule]:
+    """As many tokens as a step may have, shared by as many requests; then all of these at their full length. Their
+    K/V go to the null block and come from there."""
+    length, num = limits.max_model_len, limits.max_num_seqs
+    tokens, table = [0] * length, [0] * -(-length // block_size)
+    rows = []
+    for i in range(num):
+        row = Request(f"profile-{i}", (), SamplingParams(temperature=0.9, top_p=0.9))
+        row.tokens, row.block_table = tokens, table
+        rows.append(row)
+    sizes = [min(length, limits.max_num_batched_tokens // num)] * num
+    sizes[0] = min(length, sizes[0] + limits.max_num_batched_tokens - sum(sizes))
+    return [
+        Schedule([ScheduledChunk(row, 0, size, (row,)) for row, size in zip(rows, sizes, strict=True)], (), ()),
+        Schedule([ScheduledChunk(row, length - 1, 1, (row,)) for row in rows], (), ()),
+    ]
