@@ -186,7 +186,7 @@ class Step:
     ) -> None:
         num_heads, num_kv_heads, dim = heads
         self.shape = rows, context, queries, heads
-        self.device = device
+        self.dtype, self.device = dtype, device
         self.kv_bytes = 2 * rows * context * num_kv_heads * dim * dtype.itemsize
         self.num_layers = max(1, min(8, -(-_L2_BYTES // self.kv_bytes))) if device.type == "cuda" else 1
         blocks = -(-context // 16)
@@ -204,7 +204,7 @@ class Step:
         positions = torch.arange(context - queries, context, device=self.device).repeat(rows)
         owners = torch.arange(rows, device=self.device).repeat_interleave(queries)
         slots = self.tables[owners, positions // 16].long() * 16 + positions % 16
-        plan = launch.AttentionPlan(num_heads, num_kv_heads, dim, dim, None)
+        plan = launch.AttentionPlan(num_heads, num_kv_heads, dim, dim, None, torch.bfloat16, self.dtype)
         plan.plan(starts, lens, self.tables, slots, queries, context)
 
         def run() -> None:
