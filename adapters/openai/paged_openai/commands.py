@@ -10,9 +10,9 @@ from typing import Any
 
 from paged_core import ConfigError, EngineConfig, InvalidRequestError, PagedCoreError, RequestLimits
 
-_ENGINE = ("max_model_len", "kv_cache_bytes", "block_size", "max_num_seqs", "max_num_batched_tokens",
+_ENGINE = ("max_model_len", "kv_cache_bytes", "kv_cache_dtype", "block_size", "max_num_seqs", "max_num_batched_tokens",
            "attention_backend", "scheduling_policy", "seed")  # fmt: skip
-_LIMITS = ("max_prompt_tokens", "max_tokens", "max_n", "max_prompts", "max_stop", "max_logprobs")
+_LIMITS = ("max_prompt_tokens", "max_tokens", "max_n", "max_prompts", "max_stop", "max_logprobs", "max_values")
 
 
 def register(commands: Any) -> None:
@@ -52,6 +52,7 @@ def _add_engine(group: Any) -> None:
     add("--device", help="default: a GPU if there is one")
     add("--max-model-len", type=_count, metavar="N", help="tokens of a sequence, prompt and output")
     add("--kv-bytes", type=_count, metavar="N", dest="kv_cache_bytes", help="memory for keys and values")
+    add("--kv-cache-dtype", metavar="DTYPE", help="e.g. bfloat16, int8, float8_e4m3fn (default: the model's)")
     add("--block-size", type=_count, metavar="N", help="tokens of a block of them")
     add("--max-num-seqs", type=_count, metavar="N", help="sequences computed at once")
     add("--max-num-batched-tokens", type=_count, metavar="N", help="tokens computed in a step")
@@ -68,6 +69,7 @@ def _add_limits(group: Any) -> None:
     add("--max-tokens", type=_count, metavar="N", help="of one answer (default: what the model gives)")
     for name, of_what in (("max_n", "sequences of one prompt"), ("max_prompts", "of one request"),
                           ("max_stop", "stop strings of one request"), ("max_logprobs", "of one token"),
+                          ("max_values", "log-probabilities, or token ids, of one request"),
                           ):  # fmt: skip
         told, default = f"{of_what} (default: %(default)s)", getattr(limits, name)
         add(f"--{name.replace('_', '-')}", type=_count, metavar="N", default=default, help=told)
