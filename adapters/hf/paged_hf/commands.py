@@ -92,6 +92,9 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: as the model is stored)")
     engine.add_argument("--max-model-len", type=_count, metavar="N", help="tokens of a sequence, prompt and output")
     engine.add_argument("--kv-bytes", type=_count, metavar="N", help="memory for keys and values")
+    engine.add_argument(
+        "--kv-cache-dtype", metavar="DTYPE", help="e.g. bfloat16, int8, float8_e4m3fn (default: the model's)"
+    )
     engine.add_argument("--block-size", type=_count, metavar="N", help="slots in a block (default: 16)")
     engine.add_argument("--attention-backend", metavar="NAME", help="default: auto")
 
@@ -141,6 +144,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     said = {
         "max_model_len": args.max_model_len,
         "kv_cache_bytes": args.kv_bytes,
+        "kv_cache_dtype": args.kv_cache_dtype,
         "block_size": args.block_size,
         "attention_backend": args.attention_backend,
     }
