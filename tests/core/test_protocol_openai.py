@@ -465,3 +465,51 @@ def test_any_body_is_either_a_call_or_refused(alphabet: Alphabet, body: Any, kin
     except ProtocolError:
         return
     assert call.prompts
+
+
+# ---- streams come to what is told at once ------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    prompts=st.lists(st.text("ABCXYZ", min_size=1, max_size=9), min_size=1, max_size=3),
+    fields=st.fixed_dictionaries(
+        {},
+        optional={
+            "n": st.integers(1, 3),
+            "echo": st.booleans(),
+            "logprobs": st.integers(0, 3),
+            "prompt_logprobs": st.integers(0, 3),
+            "max_tokens": st.integers(1, 6),
+            "stop": st.sampled_from(["D", "EFG", ["ABC", "Z"]]),
+            "return_token_ids": st.booleans(),
+            "seed": st.integers(0, 9),
+        },
+    ),
+)
+def test_a_stream_comes_to_the_plain_answer(alphabet: Alphabet, prompts: list[str], fields: dict[str, Any]) -> None:
+    asked = {"prompt": prompts, "temperature": 14, "seed": 1, **fields}
+    plain, chunks = complete(alphabet, **asked), stream(alphabet, **asked, stream_options={"include_usage": True})
+    assert [choice["index"] for choice in plain["choices"]] == list(range(len(prompts) * fields.get("n", 1)))
+    for choice in plain["choices"]:
+        pieces = [each for chunk in chunks for each in chunk["choices"] if each["index"] == choice["index"]]
+        assert "".join(piece["text"] for piece in pieces) == choice["text"]
+        assert [piece["finish_reason"] for piece in pieces] == [None] * (len(pieces) - 1) + [choice["finish_reason"]]
+        assert pieces[-1]["stop_reason"] == choice["stop_reason"]
+        for name in ("prompt_logprobs", "prompt_token_ids"):
+            assert pieces[0].get(name) == choice.get(name)
+        if "logprobs" in fields:
+            for name, told in choice["logprobs"].items():
+                assert [each for piece in pieces for each in piece["logprobs"][name]] == told
+        if fields.get("return_token_ids"):
+            assert [token for piece in pieces for token in piece["token_ids"]] == choice["token_ids"]
+    assert [chunk.get("usage") for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    counts = ("prompt_tokens", "completion_tokens", "total_tokens")
+    assert all(chunks[-1]["usage"][name] == plain["usage"][name] for name in counts)
+
+
+def test_prompt_logprobs_of_a_chat_stream_come_with_its_first_news(alphabet: Alphabet) -> None:
+    plain = chat(alphabet, prompt_logprobs=1, n=2, temperature=1)
+    chunks = chat_stream(alphabet, prompt_logprobs=1, n=2, temperature=1)
+    told = [chunk["prompt_logprobs"] for chunk in chunks if "prompt_logprobs" in chunk]
+    assert told == [plain["prompt_logprobs"]]
