@@ -99,9 +99,13 @@ def variants_of(module: str, target: str, every: bool) -> list[Variant]:
 
 
 def run(job: Job) -> Compiled:
-    """Compile one variant, or take it from Triton's cache."""
+    """Compile one variant, or take it from Triton's cache. What doesn't compile is told as what breaks a limit is."""
     variant = variants_of(job.module, job.target, job.every)[job.index]
-    return compile_variant(variant, job.target)
+    try:
+        return compile_variant(variant, job.target)
+    except Exception as error:
+        why = f"it doesn't compile: {str(error).strip()}"
+        return Compiled(_name(variant), label(variant), job.target, 0, 0, 0, 0.0, (why,))
 
 
 def compile_variant(variant: Variant, target: str) -> Compiled:
@@ -116,9 +120,10 @@ def compile_variant(variant: Variant, target: str) -> Compiled:
         complaints.append(f"{shared_bytes} bytes of shared memory, {card.max_shared_bytes} are allowed")
     if spill_bytes and _head_dim(variant) < _SPILLS_FROM:
         complaints.append(f"{spill_bytes} bytes a thread are spilled")
-    name = variant.kernel.__name__.strip("_")
     seconds = round(time.perf_counter() - started, 2)
-    return Compiled(name, label(variant), target, registers, shared_bytes, spill_bytes, seconds, tuple(complaints))
+    return Compiled(
+        _name(variant), label(variant), target, registers, shared_bytes, spill_bytes, seconds, tuple(complaints)
+    )
 
 
 def _source(variant: Variant) -> ASTSource:
@@ -152,6 +157,10 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
     """(registers, bytes of local memory) of a thread, from the notes that the assembler leaves."""
     counts = {key: int(n) for key, n in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", assembly)}
     return counts["vgpr_count"], counts["private_segment_fixed_size"]
+
+
+def _name(variant: Variant) -> str:
+    return str(variant.kernel.__name__).strip("_")
 
 
 def label(variant: Variant) -> str:

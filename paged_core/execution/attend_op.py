@@ -1,0 +1,49 @@
+"""Attention as one operator of torch's, so that a model which torch compiles may call it.
+
+A compiler that looked into ``attend`` would find a step's plan in it, and would have to compile for each. The operator
+hides it: what the compiler sees is tensors in, a tensor of a known shape out, and two integers that never change, the
+layer's number and the engine's. K/V are written behind its back, into memory that no compiled graph ever sees.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from paged_core.execution.model import Attend
+
+_HANDLES = count(1)
+_UNDER_HANDLE: WeakValueDictionary[int, AttendOp] = WeakValueDictionary()
+
+
+class AttendOp:
+    """``attend``, called through the operator. It can be called as long as this object lives."""
+
+    def __init__(self, attend: Attend) -> None:
+        self.attend = attend
+        self._handle = next(_HANDLES)
+        _UNDER_HANDLE[self._handle] = self
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, key_bias: Tensor | None = None
+    ) -> Tensor:
+        """``q [T,H,D], k [T,K,D], v [T,K,Dv], sinks [H], key_bias f32 [H,P] -> [T,H,Dv]``"""
+        out: Tensor = torch.ops.paged_core.attend(q, k, v, sinks, key_bias, layer, self._handle)
+        return out
+
+
+@torch.library.custom_op("paged_core::attend", mutates_args=())
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_bias: Tensor | None, layer: int, handle: int
+) -> Tensor:
+    return _UNDER_HANDLE[handle].attend(layer, q, k, v, sinks, key_bias)
+
+
+@_attend.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_bias: Tensor | None, layer: int, handle: int
+) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
