@@ -159,12 +159,12 @@ def combine_kernel(
     is_value = dv < VALUE_DIM
     result = tl.zeros([VALUE_PAD], tl.float32)
     for start in range(0, num_splits, STEP):
-        i = start + tl.arange(0, STEP)
-        at = (first + i) * num_heads + head
-        logs = tl.load(partial_logs + at, mask=i < num_splits, other=HIDDEN)
-        inside = (i < num_splits)[:, None] & is_value[None, :]
+        taken = start + tl.arange(0, STEP)
+        at = (first + taken) * num_heads + head
+        log = tl.load(partial_logs + at, mask=taken < num_splits, other=HIDDEN)
+        inside = (taken < num_splits)[:, None] & is_value[None, :]
         part = tl.load(partials + at[:, None] * VALUE_DIM + dv[None, :], mask=inside, other=0.0)
-        result += tl.sum(part * tl.exp2(logs - top)[:, None], 0)
+        result += tl.sum(part * tl.exp2(log - top)[:, None], 0)
     tl.store(
         out + (token * num_heads + head) * VALUE_DIM + dv, (result / total).to(out.dtype.element_ty), mask=is_value
     )
