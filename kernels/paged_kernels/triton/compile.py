@@ -92,7 +92,8 @@ def variants_of(module: str, target: str, every: bool) -> list[Variant]:
     """What a module's launchers ask for on a card; with ``every``, also what they may ask for."""
     found, card = importlib.import_module(module), CARDS[target].tiles
     sources = ("variants", "more_variants") if every else ("variants",)
-    return [variant for name in sources if hasattr(found, name) for variant in getattr(found, name)(card)]
+    named = [variant for name in sources if hasattr(found, name) for variant in getattr(found, name)(card)]
+    return list({(_name(variant), label(variant)): variant for variant in named}.values())
 
 
 # ---- compiling -------------------------------------------------------------------------------------------------
@@ -164,11 +165,14 @@ def _name(variant: Variant) -> str:
 
 
 def label(variant: Variant) -> str:
-    """``bf16/u8 DIM=128 warps=4``: element types, sizes and options."""
-    types = dict.fromkeys(kind[1:].split(":")[0] for kind in variant.signature.values() if kind.startswith("*"))
+    """``bf16/u8 DIM=128 warps=4 without sinks``: element types, sizes and options, and what isn't given."""
+    given = (variant.signature[name] for name in variant.kernel.arg_names if name in variant.signature)
+    types = dict.fromkeys(kind[1:].split(":")[0] for kind in given if kind.startswith("*"))
     facts = {name: value for name, value in variant.constexprs.items() if value is not None}
     facts |= {name.removeprefix("num_"): value for name, value in variant.options.items() if name not in FUSION}
-    return " ".join(["/".join(types), *(f"{name}={value}" for name, value in facts.items())])
+    absent = ",".join(name for name, value in variant.constexprs.items() if value is None)
+    words = ["/".join(types), *(f"{name}={value}" for name, value in facts.items())]
+    return " ".join([*words, f"without {absent}"] if absent else words)
 
 
 def _head_dim(variant: Variant) -> int:
