@@ -30,9 +30,10 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens in a sequence; None: the model's limit
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"  # "fcfs", "priority", or a plugin's own
-    attention_backend: str = "auto"  # "auto", "cpu", "reference", or a plugin's own
+    attention_backend: str = "auto"  # "auto", "cpu", "triton", "reference", or a plugin's own
     watermark: float = 0.01  # share of the blocks kept free at admission
     cuda_graphs: bool | None = None  # replay decode steps as CUDA graphs; None: where device and backend can
+    lookahead: bool | None = None  # begin a step before the host knows the last one's tokens; None: on a GPU
     fast_forwards: bool = True  # let plugins stand in for submodules (packed linears, fused norms)
     seed: int | None = None  # of the requests that bring none; None: fresh each time
     max_prompt_logprob_rows: int = 256  # prompt positions whose logits are computed in one step

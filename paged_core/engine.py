@@ -24,6 +24,7 @@ from paged_core.execution.batch import BatchBuilder, PromptRows
 from paged_core.execution.beam_search import BeamSearch
 from paged_core.execution.model import AcceleratedModel, EmbeddingModel, TokenSelector
 from paged_core.execution.parts import Computed, compute
+from paged_core.lookahead import Launched, Lookahead
 from paged_core.plugins import load_plugins
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.request import (
@@ -87,6 +88,8 @@ class Engine:
         self._num_compiles = self._runner.num_compiles
         self._num_divided = 0
         self._builder = BatchBuilder(self._block_size, self.spec.device)
+        ahead = config.lookahead if config.lookahead is not None else self.spec.device.type == "cuda"
+        self._lookahead = Lookahead(self._scheduler, self._builder, self._runner, self._sampler, ahead)
         self._seeds = random.Random(self.config.seed)
         self._requests: dict[str, list[Request]] = {}  # by id: the rows that have not ended
         self._prompt_logprobs: dict[Request, list[Any]] = {}
@@ -213,14 +216,21 @@ class Engine:
         """Compute one batch. Returns what is new of each request it sampled, and the ends not told before."""
         began = time.perf_counter()
         self._refreshed = False
-        schedule = self._scheduler.schedule()
-        if not schedule.chunks:
+        now = self._lookahead.take() or self._launch(self._scheduler.schedule())
+        if not now.schedule.chunks:
             return self._tell([])
-        schedule, computed = self._run(schedule)
-        selection = self._select(schedule, computed)
-        outputs = self._scheduler.update(schedule, selection)
-        self._report(schedule, len(computed.sample_requests), time.perf_counter() - began)
+        self._lookahead.begin(now)
+        selection = self._select(now)
+        outputs = self._scheduler.update(now.schedule, selection)
+        self._report(now.schedule, len(now.computed.sample_requests), time.perf_counter() - began)
         return self._tell(outputs)
+
+    def _launch(self, schedule: Schedule) -> Launched:
+        if schedule.chunks:
+            schedule, computed = self._run(schedule)
+        else:
+            computed = Computed(torch.empty(0, self.spec.vocab_size), (), ())
+        return self._lookahead.launched(schedule, computed)
 
     def _run(self, schedule: Schedule) -> tuple[Schedule, Computed]:
         self._grow(self._pool.num_backed)
@@ -276,13 +286,15 @@ class Engine:
             self._dead = f"the model fails on batches: {error!r}"
             raise EngineDeadError(self._dead) from error
 
-    def _select(self, schedule: Schedule, computed: Computed) -> Selection:
+    def _select(self, now: Launched) -> Selection:
+        if now.chosen is not None:
+            return now.chosen.fetch()
         try:
-            return self._select_with(self._sampler, computed)
+            return self._select_with(self._sampler, now.computed)
         except torch.OutOfMemoryError:
             pass
         # Once more, with logits that nobody has written to and as little memory as can be.
-        return self._select_with(OneByOne(self._sampler), self._compute(schedule.chunks, eager=True))
+        return self._select_with(OneByOne(self._sampler), self._compute(now.schedule.chunks, eager=True))
 
     def _select_with(self, sampler: TokenSelector, computed: Computed) -> Selection:
         requests = computed.sample_requests

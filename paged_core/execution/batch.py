@@ -62,8 +62,9 @@ class BatchBuilder:
         self._device = device
         self._tables = BlockTables(device)
 
-    def build(self, schedule: Schedule) -> Batch:
-        """The batch of a schedule that has at least one chunk."""
+    def build(self, schedule: Schedule, known: Tensor | None = None) -> Batch:
+        """The batch of a schedule that has at least one chunk. ``known i64 [T]``: the token ids are on the device and
+        nowhere else yet; every chunk has one token."""
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -76,7 +77,7 @@ class BatchBuilder:
             end = start + num_tokens
             table = request.block_table
             if num_tokens == 1:
-                token_ids.append(request.tokens[start])
+                token_ids.append(request.tokens[start] if known is None else 0)
                 positions.append(start)
                 slots.append(table[start // size] * size + start % size)
             else:
@@ -104,7 +105,7 @@ class BatchBuilder:
         tables = self._tables.gather(table_places, table_blocks, table_rows, -(-max_seq_len // size))  # int32 [R,B]
         max_query_len = max(chunk.num_tokens for chunk in schedule.chunks)
         return Batch(
-            ids,
+            ids if known is None else known,
             at,
             AttentionMetadata(starts, lens, tables, slot_mapping, max_query_len, max_seq_len),
             wanted,

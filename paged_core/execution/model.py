@@ -139,6 +139,20 @@ class AttentionBackend(Protocol):
         ...
 
 
+class Chosen(Protocol):
+    """The next tokens of some rows, which the host may not know yet."""
+
+    token_ids: Tensor  # int64 [S]
+
+    def keep(self, rows: Sequence[int]) -> Chosen:
+        """Those rows only."""
+        ...
+
+    def fetch(self) -> Selection:
+        """Wait for them."""
+        ...
+
+
 class TokenSelector(Protocol):
     """Logits of some rows in, the next token of each out."""
 
@@ -149,4 +163,13 @@ class TokenSelector(Protocol):
 
     def prompt_logprobs(self, logits: Tensor, next_ids: Sequence[int], num: int) -> Iterable[dict[int, Any]]:
         """``logits [N, vocab]`` at N prompt positions -> Logprobs of the next token and the ``num`` best."""
+        ...
+
+
+@runtime_checkable
+class ForesightedSelector(Protocol):
+    """A TokenSelector that can choose without the host."""
+
+    def choose(self, logits: Tensor, requests: Sequence[Request]) -> Chosen | None:
+        """As ``select``, but nobody waits, and logits stay as they are. None: some row needs the host."""
         ...

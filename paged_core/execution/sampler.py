@@ -26,7 +26,7 @@ from torch import Tensor
 from paged_core.execution.logits import RowEdits, edit_rows
 from paged_core.execution.sampling_draw import ArgmaxRows, TopRows, argmax_rows, draw_rows, top_rows
 from paged_core.execution.sampling_logprobs import top_logprobs
-from paged_core.execution.staging import take_rows
+from paged_core.execution.staging import Download, take_rows
 from paged_core.scheduling.request import Logprob, Request, Selection
 
 
@@ -44,6 +44,19 @@ class Sampler:
         self._edits: WeakKeyDictionary[Request, RowEdits] = WeakKeyDictionary()
 
     @torch.inference_mode()
+    def choose(self, logits: Tensor, requests: Sequence[Request]) -> Greedy | None:
+        """``logits [S,V]`` stay as they are. None: not all rows are greedy, without edits and logprobs."""
+        for request in requests:
+            params = request.params
+            if request.selector is not None or not params.greedy or params.logprobs is not None:
+                return None
+            errors: dict[int, str] = {}
+            if self._edits_of(request, 0, logits.shape[1], errors) is not None or errors:
+                return None
+        token_ids, largest = self._argmax(logits.detach())
+        return Greedy(token_ids, _download(token_ids, largest), range(len(requests)))
+
+    @torch.inference_mode()
     def select(self, logits: Tensor, requests: Sequence[Request]) -> Selection:
         """``logits [S,V]``, row i for ``requests[i]``. float32 logits may be overwritten."""
         logits = logits.detach()
@@ -59,7 +72,7 @@ class Sampler:
             errors.update(edit_rows(scores, [item for item in work if item[0] not in errors]))
 
         argmax, largest = self._argmax(scores)
-        found, peaks = torch.stack((argmax.double(), largest.double())).tolist()  # fetched at once
+        found, peaks = _download(argmax, largest).wait()
         token_ids = [int(token) for token in found]
         for row, peak in enumerate(peaks):
             if not math.isfinite(peak):
@@ -92,6 +105,33 @@ class Sampler:
                 return None
             self._edits[request] = edits
         return edits if edits.any else None
+
+
+class Greedy:
+    """The likeliest tokens of plain rows: ``token_ids i64 [S]`` on the device. Those ``under_way`` to the host are of
+    more rows, perhaps: ``rows`` are the places of ours."""
+
+    def __init__(self, token_ids: Tensor, under_way: Download, rows: Sequence[int]) -> None:
+        self.token_ids = token_ids
+        self._under_way = under_way
+        self._rows = rows
+
+    def keep(self, rows: Sequence[int]) -> Greedy:
+        return Greedy(take_rows(self.token_ids, rows), self._under_way, [self._rows[row] for row in rows])
+
+    def fetch(self) -> Selection:
+        token_ids, peaks = self._under_way.wait()
+        errors = {
+            row: _what_is_wrong(peaks[place], False)
+            for row, place in enumerate(self._rows)
+            if not math.isfinite(peaks[place])
+        }
+        return Selection([int(token_ids[place]) for place in self._rows], None, errors or None)
+
+
+def _download(token_ids: Tensor, largest: Tensor) -> Download:
+    """Both at once: waiting for the device is what costs."""
+    return Download(torch.stack((token_ids.double(), largest.double())))
 
 
 def _logprobs_of(

@@ -1,4 +1,4 @@
-"""Numbers of the host on their way to the device: one copy for all integers of a step; copies that nobody waits for.
+"""Numbers between host and device: one copy for all integers of a step; copies that nobody waits for.
 
 Knows lists and tensors; knows nothing of what the numbers mean.
 """
@@ -6,6 +6,7 @@ Knows lists and tensors; knows nothing of what the numbers mean.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,25 @@ def ship(fields: Sequence[Field], device: torch.device) -> list[Tensor]:
 def upload(values: Tensor, device: torch.device) -> Tensor:
     """``values``, which are on the host, on ``device``. Nobody waits for the copy."""
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
+class Download:
+    """``values`` on their way to the host. What the device is told after this began doesn't hold them up."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+        self._arrived: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record(torch.cuda.current_stream(values.device))
+
+    def wait(self) -> list[Any]:
+        """Nested lists, as ``values.tolist()`` gives them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()
 
 
 def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:

@@ -136,6 +136,34 @@ class Scheduler:
             self._admit(step)
         return Schedule(step.chunks, step.moves, step.preempted)
 
+    def repeat(self, schedule: Schedule) -> Schedule | None:
+        """The step after ``schedule``, before anybody knows its tokens: one more for each request that can't have
+        reached its length. ``update`` comes after, without the requests that have ended by then.
+
+        None: it can't be told. Not all of them sample, others are to be served, or there are no blocks to spare.
+        """
+        if self.waiting and self._num_seats() < self.limits.max_num_seqs:
+            return None
+        if sum(not request.held for request in self.running) != len(schedule.chunks):
+            return None
+        chunks, without_block = [], []
+        for request, start, num_tokens, samples in schedule.chunks:
+            position = start + num_tokens
+            if samples != (request,) or request.group.lockstep:
+                return None
+            if position + 1 >= request.max_total:
+                continue
+            if position == len(request.block_table) * self.pool.block_size:
+                without_block.append(request)
+            elif not self._has_slot(request, position):
+                return None
+            chunks.append(ScheduledChunk(request, position, 1, samples))
+        if not chunks or self.pool.num_available < len(without_block):
+            return None
+        for request in without_block:
+            request.block_table.append(self.pool.allocate())
+        return Schedule(chunks, (), ())
+
     def update(self, schedule: Schedule, selection: Selection) -> list[RequestOutput]:
         """Take in what the step computed and what was selected; tell what is new of each sampled request."""
         rows: list[Request] = []
