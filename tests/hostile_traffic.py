@@ -33,8 +33,6 @@ from paged_core import EngineConfig, RequestLimits
 
 _CHECKS = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance",
            "allow_header_conformance")  # fmt: skip
-# A grammar and bans that leave no token: nobody can tell before the answer has come to that place.
-_CONTRADICTION = "every token is forbidden"
 _KEPT = 4  # fields beside the least in a thinned body
 _LEAST = {"prompt": "A", "messages": [{"role": "user", "content": "A"}], "inputs": "A"}
 
@@ -85,8 +83,7 @@ def schema_driven(server: Running, num_requests: int, draw_seed: int, progress: 
                 if mode is GenerationMode.POSITIVE and rng.random() < 0.7:
                     case.body = _thinned(case.body, rng)
                 response = case.call(base_url=server.url, session=session)
-                if _CONTRADICTION not in response.text:
-                    case.validate_response(response, checks=checks)
+                case.validate_response(response, checks=checks)
                 fits = fitting[case.operation.path].is_valid(case.body) if response.status_code == 200 else True
                 assert fits, ("the document forbids it, and yet it was taken", case.body)
                 statuses[response.status_code] += 1

@@ -32,7 +32,9 @@ class CompletionCall:
         raw, add_special_tokens = fields.any("prompt", PROMPT), fields.flag("add_special_tokens", True)
         truncate = truncation(fields)
         self._echo = fields.flag("echo")
-        max_tokens = fields.integer("max_tokens", served.default_max_tokens(_MAX_TOKENS), low=0 if self._echo else 1)
+        max_tokens = fields.integer("max_tokens", served.default_max_tokens(_MAX_TOKENS))
+        if max_tokens == 0 and not self._echo:
+            raise fields.error("max_tokens", "is 0; that needs echo: else there is nothing to answer")
         self._num_top = num_top = fields.integer("logprobs")
         self._num_prompt_top = of_prompt = fields.integer("prompt_logprobs")
         if self._echo and num_top is not None:

@@ -112,7 +112,8 @@ class Sketch(Fields):
 
 def _object(properties: Schema, required: Sequence[str]) -> Schema:
     told = {"required": list(required)} if required else {}
-    return {"type": "object", "additionalProperties": False, "properties": properties, **told}
+    # A field that nobody knows is refused, unless it is null: that counts as left out.
+    return {"type": "object", "additionalProperties": {"type": "null"}, "properties": properties, **told}
 
 
 def _or_null(shape: Schema) -> Schema:
