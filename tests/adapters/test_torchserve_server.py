@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -27,6 +28,7 @@ import tiny_folder
 import torch
 from paged_torchserve.server import Addresses, Options, ServerError, TorchServe
 
+from paged_core import ConfigError
 from paged_core.cli import main
 
 READY_S = 120
@@ -128,6 +130,13 @@ def stock() -> Any:
         return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
     return generate
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """One whose path leaves room for the sockets of TorchServe's workers."""
+    with tempfile.TemporaryDirectory(prefix="ts-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture
@@ -362,7 +371,7 @@ def test_metrics_are_those_of_the_engine_and_no_step_is_a_line_of_the_log(runnin
     assert len(lines) < tokens / 2
 
 
-def test_the_command_serves_an_archives_folder_asks_for_tokens_and_leaves_no_process_behind(tmp_path, stock):
+def test_the_command_serves_an_archives_folder_asks_for_tokens_and_leaves_nothing_behind(tmp_path, short_folder, stock):
     archive = tmp_path / "packed.mar"
     assert main(["torchserve", "archive", str(tiny_folder.save(tmp_path / "model")), str(archive), "--name", "tiny",
                  *ENGINE]) == 0  # fmt: skip
@@ -372,8 +381,7 @@ def test_the_command_serves_an_archives_folder_asks_for_tokens_and_leaves_no_pro
     command = [sys.executable, "-m", "paged_core", "torchserve", "serve", tmp_path / "unpacked", "--token-auth",
                "--port", str(at.inference), "--management-port", str(at.management), "--metrics-port", str(at.metrics),
                "--grpc-port", str(at.grpc)]  # fmt: skip
-    temp = tmp_path / "temporary"
-    temp.mkdir()
+    temp = short_folder
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temp)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -409,3 +417,10 @@ def test_a_model_that_does_not_load_is_told_with_the_log(tmp_path):
     server = TorchServe([archive], tmp_path / "work", Options(free_ports()))
     with server, pytest.raises(ServerError, match=r"torchserve\.log(.|\n)*nothing-here"):
         server.wait_until_ready(READY_S)  # it is told as soon as it is known
+
+
+def test_a_working_folder_with_too_long_a_path_is_refused(tmp_path):
+    archive = tmp_path / "none.mar"
+    assert main(["torchserve", "archive", "no/model", str(archive)]) == 0
+    with pytest.raises(ConfigError, match="too long"):
+        TorchServe([archive], tmp_path / ("long" * 25))

@@ -27,6 +27,7 @@ from paged_torchserve.java import find_java
 
 _POLL_S = 0.2
 _METRICS_S = 1.2  # a little more than from one telling of metrics to the next
+_SOCKET, _MAX_SOCKET_PATH = ".ts.sock.65535", 103  # in bytes; Linux takes 107, macOS 103
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LOGGING = Path(__file__).with_name("log4j2.xml")
 
@@ -75,6 +76,11 @@ class TorchServe:
             raise ConfigError("two archives bring a model of the same name; register the second one through the API")
         java = find_java(self.options.java)
         temp, store = self.workdir / "tmp", self.workdir / "model-store"
+        if len(os.fsencode(temp / _SOCKET)) > _MAX_SOCKET_PATH:
+            raise ConfigError(
+                f"the path of {self.workdir} is too long for the sockets of TorchServe's workers; give a shorter one "
+                "(--workdir, or TMPDIR)"
+            )
         for folder in (temp, store):
             folder.mkdir(parents=True, exist_ok=True)
         for link, target in self.models.items():
