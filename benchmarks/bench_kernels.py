@@ -1,7 +1,8 @@
 """The CPU's kernels by themselves: decode against the machine's own read speed and against SDPA, chunks against SDPA,
 helpers against torch. Seeded; rivals are timed in turn and each keeps its best time, so that noise hits all alike.
 
-Decode goes round more layers than the caches hold, as a model does, so its keys come from memory. SDPA is given
+Decode goes round more layers than the caches hold, as a model does, so its keys come from memory; once more with as
+many layers of int8 codes and their scales, which are a quarter or half of the bytes. SDPA is given
 contiguous K/V (which nobody who pages has), and with ``gather`` the K/V it must first collect from the blocks.
 """
 
@@ -39,6 +40,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     launch.warm_up()
+    launch.warm_up(cache_dtype=torch.int8)
     elementwise.warm_up()
     rows: list[dict[str, Any]] = []
     parts = {"memory": memory, "decode": decode, "chunks": chunks, "launch": launches, "helpers": helpers}
@@ -75,7 +77,8 @@ def _decode(num_rows: int, context: int, heads: tuple[int, int, int], block_size
             options: argparse.Namespace) -> Any:  # fmt: skip
     step = Step(num_rows, context, 1, heads, block_size, dtype)
     num_bytes = sum(t.numel() * t.element_size() for t in step.layers[0])
-    rivals: dict[str, Run] = {"paged": step.run_all, "gather + sdpa": step.gather_all, "sdpa": step.sdpa_all()}
+    rivals: dict[str, Run] = {"paged": step.run_all, "paged int8": step.codes_all(), "gather + sdpa": step.gather_all,
+                              "sdpa": step.sdpa_all()}  # fmt: skip
     best = race(rivals, options.repeats)
     per_layer = {name: seconds / len(step.layers) for name, seconds in best.items()}
     yield {
@@ -164,6 +167,19 @@ class Step:
     def run_all(self) -> None:
         for keys, values in self.layers:
             self.plan.run(self.q, self.k, self.k, keys, values, self.scale)
+
+    def codes_all(self) -> Run:
+        shape = self.layers[0][0].shape
+        layers = [
+            [*(torch.randint(-127, 128, shape, dtype=torch.int8) for _ in "kv"), *(torch.rand(shape[:3]) for _ in "kv")]
+            for _ in self.layers
+        ]
+
+        def run() -> None:
+            for keys, values, *scales in layers:
+                self.plan.run(self.q, self.k, self.k, keys, values, self.scale, None, None, None, *scales)
+
+        return run
 
     def gather(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """``[blocks,K,bs,D] -> [R,K,context,D]``, copied."""

@@ -105,15 +105,11 @@ def test_a_prompt_found_in_the_cache_goes_on_as_one_that_was_computed(backend, d
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_samples_that_part_in_the_middle_of_a_block_take_their_scales_along(backend, dtype):
-    def samples(**config):
-        engine = make_engine(attention_backend=backend, kv_cache_dtype=dtype, **config)
-        params = SamplingParams(temperature=1.5, max_tokens=12, ignore_eos=True, seed=3, n=3)
-        engine.add_request("a", list(range(30)), params)
-        return run(engine)
-
-    found = samples()
-    assert len({tuple(tokens) for tokens in found.values()}) == 3
-    assert samples(enable_prefix_caching=False, max_num_batched_tokens=8) == found
+    engine, prompt = make_engine(attention_backend=backend, kv_cache_dtype=dtype), list(range(30))
+    engine.add_request("a", prompt, greedy(12, n=3))
+    found = run(engine)
+    assert len(found) == 3
+    assert set(map(tuple, found.values())) == {tuple(Rounded(dtype).generate(prompt, 12))}
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------
