@@ -8,6 +8,7 @@ allocates depends on shapes alone, so all of them can be captured in a CUDA grap
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,6 +20,16 @@ _CODES = (torch.int8, torch.float8_e4m3fn)  # of quantised caches
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
+def num_compiles() -> int:
+    """Attention kernels compiled so far, for all devices of this process; interpreted ones count for nothing."""
+    kernels = (
+        attention.list_items_kernel, decode.split_kernel, decode.combine_kernel, prefill.prefill_kernel,
+        store.store_kernel, store.copy_kernel,
+    )  # fmt: skip
+    caches = (found for kernel in kernels for found in getattr(kernel, "device_caches", {}).values())
+    return sum(len(cache[0]) for cache in caches)
+
+
 def supports(dtype: torch.dtype, cache_dtype: torch.dtype) -> bool:
     """Whether queries of ``dtype`` and caches of ``cache_dtype`` can be run."""
     return dtype in _FLOATS and cache_dtype in (*_FLOATS, *_CODES)
@@ -26,7 +37,7 @@ def supports(dtype: torch.dtype, cache_dtype: torch.dtype) -> bool:
 
 def fits(head_dim: int, value_head_dim: int) -> bool:
     """Whether a head of this size fits into a GPU's registers and shared memory."""
-    return head_dim <= 256 and value_head_dim <= 256
+    return max(head_dim, value_head_dim) <= 256
 
 
 class AttentionPlan:
@@ -83,10 +94,12 @@ class AttentionPlan:
             of_all = num_tokens * self._group // self._prefill_tile["BLOCK_M"] + num_requests
             self._max_tiles = min(num_requests * tiles_of_longest, of_all)
             self._prefill_items = _items(self._max_tiles, num_requests, seq_lens.device)
-        attention.list_items_kernel[1,](
-            self._query_starts, self._seq_lens, *self._decode_items, *self._prefill_items, num_requests, self._window,
-            GROUP=self._group, BLOCK_M=self._prefill_tile["BLOCK_M"], **tiles.SPLITS, **tiles.LIST_TILE,
-        )  # fmt: skip
+        with _on(seq_lens.device):
+            attention.list_items_kernel[1,](
+                self._query_starts, self._seq_lens, *self._decode_items, *self._prefill_items, num_requests,
+                self._window, GROUP=self._group, BLOCK_M=self._prefill_tile["BLOCK_M"], **tiles.SPLITS,
+                **tiles.LIST_TILE,
+            )  # fmt: skip
 
     def run(
         self,
@@ -109,6 +122,8 @@ class AttentionPlan:
         if key_bias is not None:
             key_bias = key_bias.detach().to(torch.float32)
             key_bias = key_bias if key_bias.stride(1) == 1 else key_bias.contiguous()
+        if sinks is not None:
+            sinks = sinks.detach().to(torch.float32)
         q, *q_strides = _rows(q)
         out = torch.empty((q.shape[0], self._num_heads, self._dims[1]), dtype=q.dtype, device=q.device)
         cache_arguments = (key_cache, value_cache, key_scales, value_scales, key_bias)
@@ -122,13 +137,14 @@ class AttentionPlan:
         )
         facts = (self._window, float(scale), None if softcap is None else float(softcap))
         block_size = key_cache.shape[2]
-        if self._max_tiles:
-            prefill.prefill_kernel[self._max_tiles, self._num_kv_heads](
-                q, *cache_arguments, sinks, out, *self._prefill_items, *step, *strides, *facts,
-                BLOCK_SIZE=block_size, **self._prefill_tile,
-            )  # fmt: skip
-        if self._max_splits and not self._only_prefills(q.shape[0]):
-            self._decode(q, cache_arguments, (*step, *strides, *facts), sinks, out, block_size)
+        with _on(q.device):
+            if self._max_tiles:
+                prefill.prefill_kernel[self._max_tiles, self._num_kv_heads](
+                    q, *cache_arguments, sinks, out, *self._prefill_items, *step, *strides, *facts,
+                    BLOCK_SIZE=block_size, **self._prefill_tile,
+                )  # fmt: skip
+            if self._max_splits and not self._only_prefills(q.shape[0]):
+                self._decode(q, cache_arguments, (*step, *strides, *facts), sinks, out, block_size)
         return out
 
     def _only_prefills(self, num_tokens: int) -> bool:
@@ -168,11 +184,12 @@ def store_kv(
     (k, *k_strides), (v, *v_strides) = _rows(k), _rows(v)
     key_cache, value_cache = _bits(key_cache), _bits(value_cache)
     tile = tiles.store(num_kv_heads, dim, v.shape[2])
-    store.store_kernel[num_tokens, -(-num_kv_heads // tile["HEADS"])](
-        k, v, key_cache, value_cache, key_scales, value_scales, slot_mapping.contiguous(), num_kv_heads,
-        *k_strides, *v_strides, key_cache.stride(0), value_cache.stride(0),
-        None if key_scales is None else key_scales.stride(0), BLOCK_SIZE=key_cache.shape[2], **tile,
-    )  # fmt: skip
+    with _on(k.device):
+        store.store_kernel[num_tokens, -(-num_kv_heads // tile["HEADS"])](
+            k, v, key_cache, value_cache, key_scales, value_scales, slot_mapping.contiguous(), num_kv_heads,
+            *k_strides, *v_strides, key_cache.stride(0), value_cache.stride(0),
+            None if key_scales is None else key_scales.stride(0), BLOCK_SIZE=key_cache.shape[2], **tile,
+        )  # fmt: skip
 
 
 def copy_blocks(caches: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
@@ -196,7 +213,8 @@ def move_blocks(sources: Sequence[Tensor], targets: Sequence[Tensor], pairs: Seq
         num_words = max(block_bytes) // word
         grid = (len(pairs), len(mine), -(-num_words // tiles.COPY_TILE["NUM_WORDS"]))
         unit = torch.empty(0, dtype=_WORDS[word], device=device)
-        store.copy_kernel[grid](given[2 * len(pairs) :], given, unit, **tiles.COPY_TILE)
+        with _on(device):
+            store.copy_kernel[grid](given[2 * len(pairs) :], given, unit, **tiles.COPY_TILE)
 
 
 def paged_attention(
@@ -221,6 +239,11 @@ def paged_attention(
     no_slots = torch.empty(0, dtype=torch.int64, device=q.device)
     plan.plan(query_starts, seq_lens, block_tables, no_slots, q.shape[0], longest)
     return plan.run(q, None, None, key_cache, value_cache, scale, softcap, sinks, key_bias, key_scales, value_scales)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever the tensors say."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _items(count: int, num_requests: int, device: torch.device) -> tuple[Tensor, Tensor]:

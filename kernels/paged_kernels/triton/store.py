@@ -42,20 +42,22 @@ def store_kernel(
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     is_head = heads < num_kv_heads
     rows = heads * BLOCK_SIZE + offset  # [HEADS]  of the block
-    scale_at = block * scale_block_stride + rows
+    if key_scales is not None:
+        key_scales += block * scale_block_stride
+        value_scales += block * scale_block_stride
     _store_rows(
         k + token * k_token_stride, k_head_stride, key_cache + block * key_block_stride, key_scales, heads, rows,
-        scale_at, is_head, DIM, DIM_PAD,
+        is_head, DIM, DIM_PAD,
     )  # fmt: skip
     _store_rows(
         v + token * v_token_stride, v_head_stride, value_cache + block * value_block_stride, value_scales, heads, rows,
-        scale_at, is_head, VALUE_DIM, VALUE_PAD,
+        is_head, VALUE_DIM, VALUE_PAD,
     )  # fmt: skip
 
 
 @triton.jit
 def _store_rows(
-    source, head_stride, block, scales, heads, rows, scale_at, is_head, DIM: tl.constexpr, DIM_PAD: tl.constexpr
+    source, head_stride, block, scales, heads, rows, is_head, DIM: tl.constexpr, DIM_PAD: tl.constexpr
 ):  # fmt: skip
     d = tl.arange(0, DIM_PAD)
     mask = is_head[:, None] & (d < DIM)[None, :]
@@ -68,7 +70,7 @@ def _store_rows(
         LARGEST: tl.constexpr = 127.0 if IS_INT8 else 448.0
         scale, numbers = _scaled(x, LARGEST)
         codes = (numbers + ROUNDER - ROUNDER).to(tl.int8) if IS_INT8 else e4m3_bits(numbers)
-        tl.store(scales + scale_at, scale, mask=is_head)
+        tl.store(scales + rows, scale, mask=is_head)
         tl.store(at, codes, mask=mask)
 
 

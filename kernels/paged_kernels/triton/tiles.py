@@ -30,12 +30,12 @@ def interpreted() -> bool:
 
 @cache
 def card_of(device: torch.device) -> str:
-    """``sm_80`` (and what is older or smaller), ``sm_90`` (and later) or ``hip``."""
+    """``hip``, ``sm_90`` for NVIDIA's cards with as much shared memory as that, else ``sm_80``."""
     if device.type != "cuda":
         return "sm_90"
     if torch.version.hip is not None:
         return "hip"
-    return "sm_90" if torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
+    return "sm_90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm_80"
 
 
 def dims(head_dim: int, value_head_dim: int) -> Tile:
@@ -83,7 +83,7 @@ def prefill(group: int, head_dim: int, value_head_dim: int, dtype: torch.dtype, 
     sizes, types = dims(head_dim, value_head_dim), products(dtype, cache_dtype)
     widest = max(sizes["DIM_PAD"], sizes["VALUE_PAD"])
     if types["DTYPE"] is tl.float32 and not interpreted():
-        rows, keys, warps = (32, 32, 4) if widest <= 128 else (16, 16, 4)
+        rows, keys, warps = next(tile for limit, tile in _FLOAT32 if widest <= limit)
     else:
         rows, keys, warps = next(tile for limit, tile in _PREFILL[card] if widest <= limit)
     options = {"num_warps": warps, "num_stages": 2 if card == "hip" else 3}
@@ -91,10 +91,11 @@ def prefill(group: int, head_dim: int, value_head_dim: int, dtype: torch.dtype, 
 
 
 # The widest head dim, padded, and for it: rows, keys, warps.
+_FLOAT32 = ((64, (32, 32, 4)), (128, (32, 16, 4)), (256, (16, 16, 4)))
 _PREFILL = {
-    "sm_90": ((128, (128, 64, 8)), (256, (128, 32, 8)), (1024, (64, 16, 8))),
-    "sm_80": ((64, (128, 64, 8)), (128, (64, 64, 8)), (256, (64, 32, 8)), (1024, (32, 16, 8))),
-    "hip": ((64, (128, 64, 8)), (128, (128, 32, 4)), (256, (64, 32, 8)), (1024, (32, 16, 8))),
+    "sm_90": ((128, (128, 64, 8)), (256, (128, 32, 8))),
+    "sm_80": ((64, (128, 64, 8)), (128, (64, 64, 8)), (256, (64, 32, 8))),
+    "hip": ((128, (128, 32, 4)), (256, (64, 32, 8))),
 }
 
 

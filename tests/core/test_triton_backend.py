@@ -1,0 +1,92 @@
+"""The GPU's attention backend in an engine: the tokens of the reference, and what it leaves to others.
+
+Where there is no GPU, its kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from paged_kernels.triton import launch
+from tiny_model import TinyModel
+
+from paged_core import Engine, EngineConfig, SamplingParams, UnsupportedModel
+from paged_core.builtin.triton_attention import TritonBackend, create_attention_backend
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 20, 21, 22, 23, 24]]
+GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+CONFIG = EngineConfig(num_blocks=24, block_size=4, max_num_batched_tokens=8)
+
+
+def answers(model: TinyModel, **config) -> dict[str, list[int]]:
+    engine = Engine(model, replace(CONFIG, **config))
+    for i, prompt in enumerate(PROMPTS):
+        engine.add_request(str(i), prompt, replace(GREEDY, n=2) if i == 0 else GREEDY)
+    tokens: dict[str, list[int]] = {}
+    while engine.has_work:
+        for output in engine.step():
+            tokens.setdefault(f"{output.request.id}/{output.request.index}", []).extend(output.token_ids)
+    return tokens
+
+
+def asked(name: str, spec, **config):
+    return create_attention_backend(name, spec, replace(CONFIG, **config))
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_greedy_tokens_are_the_references(window):
+    """Chunks of prompts beside decode rows, and blocks that are copied before siblings write."""
+    expected = answers(TinyModel(window=window), attention_backend="reference")
+    assert answers(TinyModel(window=window), attention_backend="triton") == expected
+    assert len(expected) == 3 and all(len(tokens) == 3 for tokens in expected.values())
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_greedy_tokens_from_quantised_caches_are_the_references(dtype):
+    expected = answers(TinyModel(), attention_backend="reference", kv_cache_dtype=dtype)
+    assert answers(TinyModel(), attention_backend="triton", kv_cache_dtype=dtype) == expected
+
+
+def test_a_models_facts_reach_the_kernels(monkeypatch):
+    """Layers that differ: each gets its own."""
+    spec = TinyModel().spec
+    first = replace(spec.layers[0], softcap=3.0, has_sinks=True, has_key_bias=True)
+    backend = TritonBackend(replace(spec, layers=(first, replace(spec.layers[0], num_kv_heads=4))), torch.float32, 4)
+    seen = []
+    run = launch.AttentionPlan.run
+
+    def watch(plan, q, k, v, keys, values, scale, softcap, sinks, key_bias, *scales):
+        seen.append((keys.shape[1], softcap, sinks is not None, key_bias is not None))
+        return run(plan, q, k, v, keys, values, scale, softcap, sinks, key_bias, *scales)
+
+    monkeypatch.setattr(launch.AttentionPlan, "run", watch)
+    told = []
+    backend.warm_up(lambda what, done, total: told.append((done, total)))
+    assert set(seen) == {(2, 3.0, True, True), (4, None, False, False)}
+    assert told == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_models_on_the_cpu_are_left_to_others_unless_it_is_asked_for_by_name():
+    assert asked("auto", TinyModel().spec) is None
+    assert asked("reference", TinyModel().spec) is None
+
+
+def test_without_the_interpreter_the_cpu_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert asked("triton", TinyModel().spec) is None
+    with pytest.raises(UnsupportedModel, match="no attention backend called 'triton'"):
+        Engine(TinyModel(), replace(CONFIG, attention_backend="triton"))
+
+
+@pytest.mark.parametrize(
+    ("change", "config"),
+    [({"head_dim": 576}, {}), ({"value_head_dim": 512}, {}), ({"head_dim": 300}, {})],
+    ids=str,
+)
+def test_what_its_kernels_cannot_do_is_left_to_others(change, config):
+    spec = TinyModel().spec
+    other = replace(spec, layers=(spec.layers[0], replace(spec.layers[1], **change)))
+    assert asked("triton", spec) is not None or torch.cuda.is_available()
+    assert asked("triton", other, **config) is None

@@ -1,0 +1,349 @@
+"""The GPU's attention kernels against the reference: every launcher, over a grid of shapes.
+
+Through Triton's interpreter on small shapes; where there is a GPU, on it, and on real shapes too.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, fields, replace
+
+import pytest
+import torch
+from interpreter import round_as_gpus_do
+from paged_kernels import reference
+from paged_kernels.triton import launch, tiles
+from torch import Tensor
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# Sequence lengths and queries: a padded row, decode rows, chunks, a whole prompt, a row without queries.
+MIX = ([0, 1, 90, 40, 70, 20], [1, 1, 1, 7, 70, 0])
+SCALES = {torch.int8, torch.float8_e4m3fn}
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch):
+    if not ON_GPU:
+        round_as_gpus_do(monkeypatch)
+
+
+@dataclass
+class Case:
+    q: Tensor
+    keys: Tensor
+    values: Tensor
+    query_starts: Tensor
+    seq_lens: Tensor
+    block_tables: Tensor
+    scale: float
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    key_bias: Tensor | None = None
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+    def run(self, attention) -> Tensor:
+        return attention(*vars(self).values())
+
+    def on(self, device: torch.device) -> Case:
+        moved = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Case(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in moved.items()})
+
+    def row(self, request: int) -> Case:
+        """One request alone, in the same cache."""
+        start, stop = self.query_starts[request : request + 2].tolist()
+        return replace(
+            self,
+            q=self.q[start:stop],
+            query_starts=torch.tensor([0, stop - start], dtype=torch.int32, device=self.q.device),
+            seq_lens=self.seq_lens[request : request + 1],
+            block_tables=self.block_tables[request : request + 1],
+        )
+
+
+def make_case(
+    lens, queries, heads=(4, 2), dims=(64, 64), block_size=16, dtype=torch.float32, window=None, softcap=None,
+    sinks=False, cache_dtype=None, bias=False,
+) -> Case:  # fmt: skip
+    """Random tokens in blocks handed out in random order. Slots that hold no token are NaN (or have a NaN scale), and
+    blocks that lie before the window are given back: their entries point to block 0, which is NaN too."""
+    g = torch.Generator().manual_seed(len(lens) + heads[0] + dims[0] + block_size)
+    (num_heads, num_kv_heads), cache_dtype = heads, cache_dtype or dtype
+    needed = [-(-n // block_size) for n in lens]
+    order = torch.randperm(sum(needed), generator=g).int() + 1
+    tables = torch.zeros(len(lens), max(needed) + 2, dtype=torch.int32)
+    shape = (sum(needed) + 1, num_kv_heads, block_size)
+    scaled = cache_dtype in SCALES
+    caches = [torch.full((*shape, d), 0.0 if scaled else torch.nan).to(cache_dtype) for d in dims]
+    scales = [torch.full(shape, torch.nan) for _ in dims] if scaled else [None, None]
+    for r, (count, blocks) in enumerate(zip(lens, order.split(needed), strict=True)):
+        tables[r, : len(blocks)] = blocks
+        at = torch.arange(count)
+        slots = blocks.long()[at // block_size] * block_size + at % block_size
+        k, v = (torch.randn(count, num_kv_heads, d, generator=g).to(dtype) for d in dims)
+        reference.store_kv(k, v, *caches, slots, *scales)
+        if window is not None:
+            tables[r, : max(0, count - queries[r] - window + 1) // block_size] = 0
+    longest = max(lens)
+    return Case(
+        torch.randn(sum(queries), num_heads, dims[0], generator=g).to(dtype),
+        *caches,
+        torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32),
+        torch.tensor(lens, dtype=torch.int32),
+        tables,
+        dims[0] ** -0.5,
+        window,
+        softcap,
+        torch.randn(num_heads, generator=g) if sinks else None,
+        torch.randn(num_heads, longest, generator=g) - torch.arange(longest) / 9 if bias else None,
+        *scales,
+    ).on(DEVICE)
+
+
+def assert_equals_reference(case: Case) -> None:
+    expected, got = case.run(reference.paged_attention), case.run(launch.paged_attention)
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    tolerance = TOLERANCE[case.q.dtype]
+    if ON_GPU and case.key_scales is not None:
+        tolerance = max(tolerance, 3e-2)  # bfloat16 or tf32 stands for their digits
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
+
+
+SHAPES = {
+    "grouped": ((4, 2), (64, 64)),
+    "one query head a kv head": ((2, 2), (128, 128)),
+    "one kv head": ((8, 1), (96, 96)),
+    "seven a group": ((7, 1), (80, 80)),
+    "odd head dims": ((3, 1), (20, 100)),
+    "narrow values": ((2, 1), (192, 128)),
+    "wide heads": ((2, 1), (256, 256)),
+    "a hundred and twelve": ((2, 1), (112, 112)),
+}
+FACTS = {
+    "plain": {},
+    "short window": {"window": 7},
+    "window, softcap": {"window": 45, "softcap": 30.0},
+    "sinks": {"sinks": True},
+    "bias": {"bias": True},
+    "all": {"window": 40, "softcap": 5.0, "sinks": True, "bias": True},
+}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Every shape plain, every fact on one shape, every pair of dtypes: their product would take the interpreter an hour.
+GRID = [
+    *(pytest.param(shape, {}, torch.float32, None, id=name) for name, shape in SHAPES.items()),
+    *(pytest.param(SHAPES["grouped"], facts, torch.float32, None, id=name) for name, facts in FACTS.items() if facts),
+    *(
+        pytest.param(SHAPES["grouped"], FACTS["all"], dtype, cache, id=f"{dtype} queries, {cache} cache")
+        for dtype in DTYPES
+        for cache in (*DTYPES, *SCALES)
+    ),
+]
+
+
+@pytest.mark.parametrize(("shape", "facts", "dtype", "cache_dtype"), GRID)
+def test_decode_rows_and_chunks_of_one_step_equal_the_reference(shape, facts, dtype, cache_dtype):
+    assert launch.supports(dtype, cache_dtype or dtype)
+    assert_equals_reference(make_case(*MIX, *shape, dtype=dtype, cache_dtype=cache_dtype, **facts))
+
+
+@pytest.mark.parametrize("block_size", [8, 24, 64, 128])
+def test_any_block_size_equals_the_reference(block_size):
+    assert_equals_reference(make_case([150, 33], [1, 3], (2, 1), block_size=block_size, window=50))
+    assert_equals_reference(make_case([150, 33], [1, 3], (2, 1), block_size=block_size))
+
+
+def test_long_contexts_are_cut_into_splits_that_no_other_row_has_a_say_in():
+    lens = [511, 512, 1300, 1]
+    case = make_case(lens, [1] * 4, (2, 1), (16, 16), sinks=True)
+    assert_equals_reference(case)
+    together = case.run(launch.paged_attention)
+    for r in range(4):
+        assert torch.equal(case.row(r).run(launch.paged_attention), together[r : r + 1])
+
+
+def test_a_very_long_context_has_longer_splits_not_more(monkeypatch):
+    monkeypatch.setitem(tiles.SPLITS, "MAX_SPLITS", 4)
+    assert_equals_reference(make_case([4 * tiles.SPLITS["SPLIT"] + 700, 30], [1, 1], (1, 1), (16, 16)))
+
+
+def test_programs_take_several_items_each_where_there_are_many(monkeypatch):
+    monkeypatch.setattr(tiles, "MAX_PROGRAMS", 2)
+    assert_equals_reference(make_case([700, 30, 600, 5], [1] * 4, (2, 2), (16, 16)))
+
+
+def test_a_step_of_more_requests_than_are_listed_at_once(monkeypatch):
+    monkeypatch.setitem(tiles.LIST_TILE, "BLOCK", 4)
+    assert_equals_reference(make_case([9, 3, 8] * 3, [1, 2, 1] * 3, (1, 1), (16, 16)))
+
+
+def test_a_group_of_more_heads_than_a_tile_has_rows():
+    assert_equals_reference(make_case([40, 20], [1, 4], (71, 1), (16, 16)))
+    assert_equals_reference(make_case([40, 20], [1, 4], (150, 1), (16, 16)))
+
+
+def test_queries_may_be_views_with_any_stride_between_heads_and_tokens():
+    case = make_case([40, 30], [1, 9])
+    expected = case.run(launch.paged_attention)
+    case.q = case.q.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(case.run(launch.paged_attention), expected)
+
+
+@pytest.mark.parametrize("queries", [1, 6])
+def test_a_nan_query_spoils_its_own_rows_only(queries):
+    case = make_case([50, 60], [queries] * 2)
+    clean = case.run(launch.paged_attention)
+    case.q = case.q.clone()
+    case.q[queries, 2] = torch.nan  # the second request's first token, one head
+    spoilt = case.run(launch.paged_attention)
+    assert spoilt[queries, 2].isnan().all()
+    spoilt[queries, 2] = clean[queries, 2]
+    assert torch.equal(spoilt, clean)
+
+
+def test_scores_far_apart_do_not_overflow():
+    case = make_case([90, 40], [1, 40])
+    case.q = case.q * 1e4
+    torch.testing.assert_close(case.run(launch.paged_attention), case.run(reference.paged_attention), rtol=0, atol=1e-2)
+
+
+def test_heads_that_no_tile_holds_are_refused():
+    with pytest.raises(ValueError, match="576 and 512 are too large"):
+        launch.AttentionPlan(16, 1, 576, 512)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_offsets_into_a_cache_of_more_than_two_to_the_31_elements_are_right(queries):
+    blocks = (1 << 31) // (16 * 16) + 10  # of 16 slots x 16 numbers; untouched memory costs nothing on a CPU
+    keys, values = (torch.empty(blocks, 1, 16, 16, dtype=torch.float16, device=DEVICE) for _ in range(2))
+    k, v = (torch.randn(3, 1, 16, device=DEVICE).half() for _ in range(2))
+    slots = torch.arange(3, device=DEVICE) + (blocks - 1) * 16
+    launch.store_kv(k, v, keys, values, slots)
+    assert torch.equal(keys[-1, 0, :3], k[:, 0]) and torch.equal(values[-1, 0, :3], v[:, 0])
+    launch.copy_blocks([keys, values], [(blocks - 1, blocks - 3)])
+    assert torch.equal(keys[-3, 0, :3], k[:, 0]) and torch.equal(values[-3, 0, :3], v[:, 0])
+    starts = torch.tensor([0, queries], dtype=torch.int32)
+    q, table = torch.randn(queries, 2, 16).half(), torch.tensor([[blocks - 3]], dtype=torch.int32)
+    case = Case(q, keys, values, starts, torch.tensor([3], dtype=torch.int32), table, 0.25)
+    assert_equals_reference(case.on(DEVICE))
+
+
+@pytest.mark.parametrize("cache_dtype", [*DTYPES, *SCALES], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stored_tokens_are_in_their_slots_and_nothing_else_has_changed(dtype, cache_dtype):
+    g = torch.Generator().manual_seed(1)
+    packed = torch.randn(20, 5, 40, generator=g).mul(9).to(dtype).to(DEVICE)
+    packed[3] = 0
+    packed[5, :, ::2] *= 1e-3
+    k, v = packed[:, :2], packed[:, 2:4, :20]  # views, as a packed projection gives them
+    slots = torch.randperm(12 * 8, generator=g)[:20].to(DEVICE)
+    shape = (12, 2, 8)
+    expected = [torch.randn(*shape, d, generator=g).to(cache_dtype).to(DEVICE) for d in (40, 20)]
+    if cache_dtype in SCALES:
+        expected += [torch.rand(shape, generator=g).to(DEVICE) for _ in range(2)]
+    got = [x.clone() for x in expected]
+    reference.store_kv(k, v, *expected[:2], slots, *expected[2:])
+    launch.store_kv(k, v, *got[:2], slots, *got[2:])
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("cache_dtype", SCALES, ids=str)
+def test_a_row_that_holds_an_infinity_or_a_nan_reads_as_nan_and_no_other_does(cache_dtype):
+    k = torch.randn(4, 2, 16, device=DEVICE)
+    k[1, 0, 3], k[2, 1, 5] = torch.inf, torch.nan
+    caches = [torch.zeros(1, 2, 4, 16, device=DEVICE).to(cache_dtype) for _ in range(2)]
+    scales = [torch.zeros(1, 2, 4, device=DEVICE) for _ in range(2)]
+    launch.store_kv(k, k, *caches, torch.arange(4, device=DEVICE), *scales)
+    read = caches[0].float() * scales[0][..., None]
+    spoilt = torch.zeros(1, 2, 4, dtype=torch.bool, device=DEVICE)
+    spoilt[0, 0, 1] = spoilt[0, 1, 2] = True
+    assert torch.equal(read.isnan().all(-1), spoilt) and torch.equal(read.isnan().any(-1), spoilt)
+
+
+def test_every_e4m3_number_is_stored_as_itself_and_between_two_the_nearest():
+    bits = torch.arange(256, dtype=torch.uint8)
+    numbers = bits.view(torch.float8_e4m3fn).float()
+    numbers = numbers[numbers.isfinite() & (numbers >= 0)].sort().values  # [127], from 0 to 448
+    between = (numbers[1:] + numbers[:-1]) / 2
+    x = torch.cat([numbers, between, between * 1.001, between * 0.999])
+    x = torch.cat([x, x.new_zeros(-len(x) % 15)]).view(-1, 1, 15)
+    k = torch.cat([torch.cat([x, -x]), torch.full((2 * len(x), 1, 1), 448.0)], -1)  # so that each row's scale is 1
+    caches = [torch.zeros(8, 1, 16, 16, device=DEVICE).to(torch.float8_e4m3fn) for _ in range(2)]
+    scales = [torch.zeros(8, 1, 16, device=DEVICE) for _ in range(2)]
+    launch.store_kv(k.to(DEVICE), k.to(DEVICE), *caches, torch.arange(len(k), device=DEVICE), *scales)
+    got = caches[0].view(torch.uint8).view(-1, 16)[: len(k)].cpu()
+    assert torch.equal(got, k.to(torch.float8_e4m3fn).view(torch.uint8).view(-1, 16))
+
+
+def test_a_planned_run_stores_and_then_attends_to_what_it_stored():
+    case = make_case([70, 40, 33], [1, 40, 5])
+    r = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 40, 5]))
+    at = torch.cat([torch.arange(69, 70), torch.arange(40), torch.arange(28, 33)])
+    slots = case.block_tables[r, at // 16].long() * 16 + at.to(DEVICE) % 16
+    k, v = (torch.randn(46, 2, 64, device=DEVICE) for _ in range(2))
+    plan = launch.AttentionPlan(4, 2, 64, 64, dtype=torch.float32)
+    plan.plan(case.query_starts, case.seq_lens, case.block_tables, slots, 40, 70)
+    got = plan.run(case.q, k, v, case.keys, case.values, case.scale)
+    again = plan.run(case.q, k, v, case.keys, case.values, case.scale)
+    reference.store_kv(k, v, case.keys, case.values, slots)
+    torch.testing.assert_close(got, case.run(reference.paged_attention), rtol=0, atol=2e-5)
+    assert torch.equal(got, again)
+
+
+def test_blocks_are_copied_in_order():
+    shapes_and_dtypes = [((6, 2, 8, 16), torch.float32), ((6, 2, 8, 3), torch.int8), ((6, 2, 8), torch.float32)]
+    caches = [(torch.randn(shape) * 9).to(dtype).to(DEVICE) for shape, dtype in shapes_and_dtypes]
+    expected = [c.clone() for c in caches]
+    pairs = [(1, 2), (2, 3), (5, 1), (0, 3), (4, 0)]
+    reference.copy_blocks(expected, pairs)
+    launch.copy_blocks(caches, pairs)
+    assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True))
+
+
+def test_blocks_are_moved_to_a_staging_tensor_and_back():
+    caches = [torch.randn(6, 2, 8, d, device=DEVICE) for d in (16, 4)]
+    staging = [torch.zeros(2, 2, 8, d, device=DEVICE) for d in (16, 4)]
+    kept = [cache.clone() for cache in caches]
+    launch.move_blocks(caches, staging, [(5, 0), (3, 1)])
+    for cache in caches:
+        cache.zero_()
+    launch.move_blocks(staging, caches, [(0, 5), (1, 3)])
+    for cache, before in zip(caches, kept, strict=True):
+        assert torch.equal(cache[[5, 3]], before[[5, 3]])
+        assert not cache[[0, 1, 2, 4]].any()
+
+
+if ON_GPU:
+    LARGE = {
+        "decode": ([4096, 3000, 17, 20000], [1] * 4),
+        "prefill": ([2048, 1000], [2048, 1000]),
+        "mixed": ([5000, 1700, 900, 70], [1, 512, 900, 3]),
+    }
+
+    @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, *SCALES], ids=str)
+    @pytest.mark.parametrize("facts", [{}, {"window": 1000, "softcap": 30.0, "sinks": True, "bias": True}], ids=str)
+    @pytest.mark.parametrize("step", LARGE.values(), ids=LARGE)
+    def test_real_shapes_equal_the_reference(step, facts, cache_dtype):
+        assert_equals_reference(
+            make_case(*step, (32, 8), (128, 128), dtype=torch.bfloat16, cache_dtype=cache_dtype, **facts)
+        )
+
+    def test_a_captured_step_is_replayed_with_other_lengths():
+        case = make_case([300, 40, 900], [1, 1, 1], (8, 2), (128, 128), dtype=torch.bfloat16)
+        plan = launch.AttentionPlan(8, 2, 128, 128)
+        no_slots = torch.empty(0, dtype=torch.int64, device=DEVICE)
+
+        def step() -> Tensor:
+            plan.plan(case.query_starts, case.seq_lens, case.block_tables, no_slots, 1, 900)
+            return plan.run(case.q, None, None, case.keys, case.values, case.scale)
+
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
+        for lens in ([300, 40, 900], [0, 13, 700]):
+            case.seq_lens.copy_(torch.tensor(lens))
+            graph.replay()
+            torch.testing.assert_close(out, case.run(reference.paged_attention), rtol=0, atol=3e-2)
