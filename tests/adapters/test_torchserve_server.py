@@ -345,7 +345,7 @@ def test_clients_of_a_worker_that_is_scaled_away_hear_of_it_when_there_is_anothe
 
 def test_a_second_version_whose_archive_holds_the_handler_as_a_file_comes_and_goes(running, tmp_path, stock):
     model = tiny_folder.save(tmp_path / "model", seed=5)
-    config = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 4\nmaxBatchDelay: 0\ncontinuousBatching: true\n"
+    config = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 4\nmaxBatchDelay: 1\ncontinuousBatching: true\n"
     config += "paged:\n  attention_backend: reference\n  kv_cache_bytes: 3000000\n  return_full_text: false\n"
     handler = Path(paged_torchserve.handler.__file__)
     archive = stock_archive(tmp_path, "other", model, handler, config)

@@ -24,7 +24,8 @@ HANDLER = "paged_torchserve.handler"
 MANIFEST = "MAR-INF/MANIFEST.json"
 CONFIG = "model-config.yaml"
 _OTHER_FORMATS = (*PICKLES, ".h5", ".msgpack", ".onnx", ".ot")  # of the same weights
-_OURS = {"minWorkers": 1, "maxWorkers": 1, "maxBatchDelay": 0, "continuousBatching": True}
+# A delay of 0 lets TorchServe hand over only one new request a step; with 1 ms it hands over all that wait.
+_OURS = {"minWorkers": 1, "maxWorkers": 1, "maxBatchDelay": 1, "continuousBatching": True}
 _BATCH_SIZE = 64
 _NOT_WITH_US = ("asyncCommunication", "sequenceBatching", "useJobTicket", "torchrun", "pippy", "deepspeed", "tp",
                 "micro_batching")  # fmt: skip
