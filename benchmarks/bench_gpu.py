@@ -1,10 +1,10 @@
 """End to end on a GPU: LLaMA-shaped models with random bf16 weights, ours beside stock generate in static batches.
 
-    python benchmarks/bench_gpu.py [--models 7b,13b] [--requests 512] [--static 64,32] [--json PATH]
+    python benchmarks/bench_gpu.py [--models 7b,13b] [--requests 512] [--static 64] [--json PATH]
 
 512 requests with ShareGPT-like lengths (Kwon et al., 2023, figure 11: mean prompt 161 and mean output 338 tokens), all
-at once, greedy, end-of-sequence ignored. Stock gets one batch of each size, of every k-th request, so that its lengths
-are those of the whole; its best batch counts. A batch that runs out of memory doesn't fit, and is said to.
+at once, greedy, end-of-sequence ignored. Stock gets one batch, as large as its K/V fit at their longest, of every k-th
+request, so that its lengths are those of the whole; or, with --static, one of each size, of which the best counts.
 
 The floor of a decode step is the time in which the device copies as many bytes as the step must read: weights and K/V.
 """
@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="7b,13b", help=f"of {', '.join(SHAPES)} (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=512)
-    parser.add_argument("--static", default="64,32", help="sizes of stock's batches (default: %(default)s)")
+    parser.add_argument("--static", help="sizes of stock's batches (default: one, as large as fits)")
     parser.add_argument("--longest", type=int, default=_LONGEST, help="tokens of a prompt or an output at most")
     parser.add_argument("--kv-bytes", type=int, help="memory for our K/V (default: 0.85 of what the weights leave)")
     parser.add_argument("--kv-cache-dtype", help="of our K/V (default: the model's)")
@@ -107,7 +107,8 @@ def measure(name: str, options: argparse.Namespace, bandwidth: float) -> dict[st
     _forget()
     stock = HFStatic(model, 1)
     stock.run([BenchRequest(0, requests[0].prompt[:8], 8)], _nobody)  # its kernels are loaded
-    for size in map(int, options.static.split(",")):
+    sizes = map(int, options.static.split(",")) if options.static else [_largest_batch(model, options)]
+    for size in sizes:
         result["static"][size] = _stock(stock, size, requests, run)
     speeds = [static["tokens_per_s"] for static in result["static"].values() if "tokens_per_s" in static]
     result["times"] = ours.tokens_per_s / max(speeds) if speeds else None
@@ -172,8 +173,7 @@ class Steps:
         steps = [step for step in self._decodes if step[1] >= 0.9 * most]
         if not steps:
             return None
-        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2  # bf16
-        floors = [(weight_bytes + held * per_token) / bandwidth for _, _, held in steps]
+        floors = [(weight_bytes + held * _token_bytes(config)) / bandwidth for _, _, held in steps]
         return {
             "rows": most,
             "steps": len(steps),
@@ -218,10 +218,22 @@ def _lengths(num: int, mean: int, longest: int) -> list[int]:
 
 
 def _room(model: Any) -> int:
+    """Bytes that K/V may take: the rest is for activations."""
     if model.device.type != "cuda":
         return 64 << 20
     free, _ = torch.cuda.mem_get_info(model.device)
     return int(0.85 * free)
+
+
+def _largest_batch(model: Any, options: argparse.Namespace) -> int:
+    """Rows whose K/V fit when each has the longest prompt and the longest output; a multiple of 8 where it may."""
+    rows = min(options.requests, _room(model) // (2 * options.longest * _token_bytes(model.config)))
+    return max(1, rows // 8 * 8 or rows)
+
+
+def _token_bytes(config: Any) -> int:
+    """Of a token's K and V in all layers, in bf16."""
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2)
 
 
 def _num_bytes(model: Any) -> int:

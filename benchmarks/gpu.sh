@@ -17,10 +17,13 @@ part() {
     echo "$name: exit $? after $((SECONDS - began)) s"
 }
 
-part checks 100 "$python" -m pytest -q -p no:cacheprovider tests/kernels/test_triton_attention.py \
-    tests/kernels/test_triton_elementwise.py tests/core/test_gpu.py
-part kernels 120 "$python" benchmarks/bench_gpu_kernels.py --json "$results/gpu-kernels.json"
-part offline 290 "$python" benchmarks/bench_gpu.py --json "$results/gpu-offline.json"
+# Warnings of other versions are no failures; elsewhere they are errors.
+part checks 140 "$python" -m pytest -q -W ignore -p no:cacheprovider tests/kernels/test_triton_attention.py \
+    tests/kernels/test_triton_elementwise.py tests/kernels/test_triton_forwards.py tests/core/test_triton_backend.py \
+    tests/core/test_batch.py tests/core/test_graphs.py tests/core/test_lookahead.py tests/core/test_memory_profile.py \
+    tests/adapters/test_hf_gpu.py tests/adapters/test_hf_graphs.py tests/adapters/test_hf_device_map.py
+part kernels 110 "$python" benchmarks/bench_gpu_kernels.py --json "$results/gpu-kernels.json"
+part offline 270 "$python" benchmarks/bench_gpu.py --json "$results/gpu-offline.json"
 
 tail -n 4 "$results/checks.log"
 "$python" benchmarks/gpu_table.py "$results"
