@@ -26,7 +26,7 @@ class ConnectionLimits:
     max_connections: int = 4096
     max_head_bytes: int = 64 * 2**10  # request line and headers
     head_timeout_s: float = 10.0  # for them to come
-    write_timeout_s: float = 60.0  # in which a client reads nothing of what waits for it
+    write_timeout_s: float = 60.0  # in which a client reads nothing of what waits for it; over TLS, less than 48 KiB
     max_ahead_bytes: int = 64 * 2**10  # of requests that come before the one in front of them is answered
 
 
