@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         PagedModel,
         TokenSelector,
     )
+    from paged_core.execution.sampler import Likeliest
     from paged_core.llm import LLM
     from paged_core.metrics import PrometheusMetrics
     from paged_core.outputs import CompletionOutput, GenerationOutput, StreamDelta
@@ -76,6 +77,7 @@ _LAZY = {
     "KVCache": "execution.kv_cache",
     "LLM": "llm",
     "LayerSpec": "execution.model",
+    "Likeliest": "execution.sampler",
     "ModelSpec": "execution.model",
     "ModuleForward": "execution.model",
     "PagedModel": "execution.model",
@@ -118,6 +120,7 @@ __all__ = [
     "InvalidRequestError",
     "KVCache",
     "LayerSpec",
+    "Likeliest",
     "LogitsProcessor",
     "Logprob",
     "ModelSpec",

@@ -11,8 +11,6 @@ from __future__ import annotations
 import logging
 from typing import NamedTuple
 
-import torch
-
 from paged_core.execution.batch import BatchBuilder
 from paged_core.execution.model import Chosen, ForesightedSelector, TokenSelector
 from paged_core.execution.model_runner import ModelRunner
@@ -41,17 +39,21 @@ class Lookahead:
         self._scheduler = scheduler
         self._builder = builder
         self._runner = runner
-        self._sampler = sampler if enabled and isinstance(sampler, ForesightedSelector) else None
+        self._sampler = sampler
+        self._enabled = enabled
         self._next: Launched | None = None
 
     def launched(self, schedule: Schedule, computed: Computed) -> Launched:
         """A step, its tokens being chosen on the device if they can be."""
-        chosen = None
-        if self._sampler is not None and computed.sample_requests and not computed.prompt_rows:
-            try:
-                chosen = self._sampler.choose(computed.logits, computed.sample_requests)
-            except torch.OutOfMemoryError:
-                _log.debug("no memory to choose tokens ahead")
+        chosen, requests = None, computed.sample_requests
+        if self._enabled and requests and not computed.prompt_rows:
+            selector = requests[0].selector or self._sampler
+            alike = all((request.selector or self._sampler) is selector for request in requests)
+            if alike and isinstance(selector, ForesightedSelector):
+                try:
+                    chosen = selector.choose(computed.logits, requests)
+                except Exception:  # then they are chosen in their turn, where failing selectors are looked after
+                    _log.debug("tokens could not be chosen ahead", exc_info=True)
         return Launched(schedule, computed, chosen)
 
     def begin(self, now: Launched) -> None:

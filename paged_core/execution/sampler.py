@@ -48,7 +48,7 @@ class Sampler:
         """``logits [S,V]`` stay as they are. None: not all rows are greedy, without edits and logprobs."""
         for request in requests:
             params = request.params
-            if request.selector is not None or not params.greedy or params.logprobs is not None:
+            if not params.greedy or params.logprobs is not None:
                 return None
             errors: dict[int, str] = {}
             if self._edits_of(request, 0, logits.shape[1], errors) is not None or errors:
@@ -105,6 +105,17 @@ class Sampler:
                 return None
             self._edits[request] = edits
         return edits if edits.any else None
+
+
+class Likeliest:
+    """The likeliest token of each row and nothing more: for requests whose parameters are no matter."""
+
+    def choose(self, logits: Tensor, requests: Sequence[Request]) -> Greedy:
+        token_ids = logits.argmax(dim=-1)
+        return Greedy(token_ids, _download(token_ids, torch.zeros_like(token_ids)), range(len(requests)))
+
+    def select(self, logits: Tensor, requests: Sequence[Request]) -> Selection:
+        return self.choose(logits, requests).fetch()
 
 
 class Greedy:

@@ -154,9 +154,7 @@ class Scheduler:
             if position + 1 >= request.max_total:
                 continue
             if position == len(request.block_table) * self.pool.block_size:
-                without_block.append(request)
-            elif not self._has_slot(request, position):
-                return None
+                without_block.append(request)  # else its last block is its own: ``schedule`` writes to it
             chunks.append(ScheduledChunk(request, position, 1, samples))
         if not chunks or self.pool.num_available < len(without_block):
             return None

@@ -7,7 +7,7 @@ import torch
 from graph_stand_in import CapturablePlugin, OpRecorder
 from tiny_model import EOS, TinyModel
 
-from paged_core import Engine, EngineConfig, SamplingParams, assembly
+from paged_core import Engine, EngineConfig, Likeliest, SamplingParams, assembly
 from paged_core.execution.sampler import Greedy
 
 ROOMY = {"num_blocks": 400, "max_num_batched_tokens": 256}
@@ -221,3 +221,14 @@ def test_nobody_waits_before_the_tokens_are_needed(monkeypatch):
     engine.add_request("a", [1, 2], greedy(5))
     run(engine)
     assert order == ["compute", *["compute", "fetch"] * 4, "fetch"]
+
+
+def test_rows_of_one_selector_that_can_choose_without_the_host_are_run_ahead_and_mixed_ones_are_not():
+    likeliest = Likeliest()
+    for selectors, wanted in (((likeliest, likeliest), 14), ((likeliest, None), 5)):
+        engine = make_engine()
+        engine.add_request("a", [1, 2], greedy(9), selector=selectors[0])
+        engine.add_request("b", [4], greedy(15), selector=selectors[1])
+        tokens, _, ahead = run(engine)
+        assert tokens == {("a", 0): TinyModel().generate([1, 2], 9), ("b", 0): TinyModel().generate([4], 15)}
+        assert ahead == wanted

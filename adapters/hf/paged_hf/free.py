@@ -11,19 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paged_core import Engine, FinishReason, Request, RequestError, RequestOutput, SamplingParams, Selection
+from paged_core import Engine, FinishReason, Likeliest, Request, RequestError, RequestOutput, SamplingParams
 from paged_hf.calls import Call, NotStarted, check_length, check_tokens
 from paged_hf.host import EngineHost
 
-
-class _Likeliest:
-    """Stock's choice. The engine's own sampler would let plugins have a say, which stock's users haven't asked for."""
-
-    def select(self, logits: Tensor, requests: Sequence[Request]) -> Selection:
-        return Selection(logits.argmax(dim=-1).tolist())
-
-
-_LIKELIEST = _Likeliest()  # one for all calls, so that their rows are looked at together
+# Stock's choice. The engine's own sampler would let plugins have a say, which stock's users haven't asked for. One for
+# all calls, so that their rows are looked at together.
+_LIKELIEST = Likeliest()
 
 
 class FreeCall(Call):
