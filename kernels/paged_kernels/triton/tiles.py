@@ -23,6 +23,10 @@ COPY_TILE: Tile = {"NUM_WORDS": 1024, "num_warps": 4, **FUSION}
 SPLITS: Tile = {"SPLIT": 512, "MAX_SPLITS": 32}
 
 
+# Stages of a loop that loads block ids, then what the blocks hold, then computes: tiles of K/V on their way meanwhile.
+_ONE_AHEAD, _TWO_AHEAD = 3, 5
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU."""
     return bool(triton.knobs.runtime.interpret)
@@ -59,14 +63,14 @@ def products(dtype: torch.dtype, cache_dtype: torch.dtype) -> Tile:
 
 def decode(group: int, head_dim: int, value_head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, card: str
 ) -> Tile:  # fmt: skip
-    """For ``decode.split_kernel``: keys and values of 32 KiB at a time, once more as they travel."""
+    """For ``decode.split_kernel``: keys and values of 32 KiB at a time."""
     sizes, types = dims(head_dim, value_head_dim), products(dtype, cache_dtype)
     num_bytes = max(cache_dtype.itemsize, 2) * (sizes["DIM_PAD"] + sizes["VALUE_PAD"])
-    keys = min(max(_power_below((32 << 10) // num_bytes), 16), 128)
+    keys = min(max(_power_below((32 << 10) // num_bytes), 16), 128 if cache_dtype.itemsize > 1 else 64)
     if types["DTYPE"] is tl.float32 and not interpreted():
         keys = min(keys, 32)
     rows = min(max(16, triton.next_power_of_2(group)), 64 if sizes["VALUE_PAD"] <= 128 else 16)
-    options = {"num_warps": 4, "num_stages": 2 if card == "hip" else 3}
+    options = {"num_warps": 4, "num_stages": 2 if card == "hip" else _TWO_AHEAD}
     return {"BLOCK_H": rows, "BLOCK_N": keys, "GROUP": group, **sizes, **types, **SPLITS, **options, **FUSION}
 
 
@@ -82,11 +86,11 @@ def prefill(group: int, head_dim: int, value_head_dim: int, dtype: torch.dtype, 
     """For ``prefill.prefill_kernel``."""
     sizes, types = dims(head_dim, value_head_dim), products(dtype, cache_dtype)
     widest = max(sizes["DIM_PAD"], sizes["VALUE_PAD"])
-    if types["DTYPE"] is tl.float32 and not interpreted():
-        rows, keys, warps = next(tile for limit, tile in _FLOAT32 if widest <= limit)
-    else:
-        rows, keys, warps = next(tile for limit, tile in _PREFILL[card] if widest <= limit)
-    options = {"num_warps": warps, "num_stages": 2 if card == "hip" else 3}
+    wide = types["DTYPE"] is tl.float32 and not interpreted()
+    rows, keys, warps = next(tile for limit, tile in (_FLOAT32 if wide else _PREFILL[card]) if widest <= limit)
+    two_ahead = card == "sm_90" and widest <= 128 and not wide
+    stages = 2 if card == "hip" else _TWO_AHEAD if two_ahead else _ONE_AHEAD
+    options = {"num_warps": warps, "num_stages": stages}
     return {"BLOCK_M": rows, "BLOCK_N": keys, "GROUP": group, **sizes, **types, **options, **FUSION}
 
 
