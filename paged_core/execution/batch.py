@@ -65,6 +65,13 @@ class BatchBuilder:
     def build(self, schedule: Schedule, known: Tensor | None = None) -> Batch:
         """The batch of a schedule that has at least one chunk. ``known i64 [T]``: the token ids are on the device and
         nowhere else yet; every chunk has one token."""
+        try:
+            return self._build(schedule, known)
+        except Exception:
+            self._tables.forget()  # what should have been written may not have been
+            raise
+
+    def _build(self, schedule: Schedule, known: Tensor | None) -> Batch:
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []

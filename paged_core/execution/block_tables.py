@@ -63,6 +63,12 @@ class BlockTables:
             self._tables.view(-1).scatter_(0, places, blocks)
         return self._tables[:, :num_columns].index_select(0, rows)
 
+    def forget(self) -> None:
+        """Have every row written anew when it is asked for."""
+        self._rows.clear()
+        self._news = []
+        self._spare = list(range(self._tables.shape[0]))
+
     def _take_row(self) -> int:
         if not self._spare:
             gone = [request for request in self._rows if not request.block_table]

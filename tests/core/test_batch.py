@@ -126,3 +126,20 @@ def test_a_step_in_flight_is_not_overwritten_by_the_next(device):
     for _ in range(50):
         ship([([2] * 1000, torch.int64)], torch.device(device))
     assert first[0].eq(1).all()
+
+
+def test_a_batch_that_could_not_be_built_leaves_no_gaps_in_the_tables(monkeypatch):
+    def no_room(*args):
+        raise torch.OutOfMemoryError("no room")
+
+    builder = BatchBuilder(BLOCK, torch.device("cpu"))
+    builder._tables._in_numpy = False
+    for number, schedule in enumerate(steps(make_scheduler(), random.Random(5))):
+        if number % 3 == 1:
+            with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+                patched.setattr(builder._tables, "gather", no_room)
+                builder.build(schedule)
+        batch = builder.build(schedule)
+        for row, chunk in zip(batch.attention.block_tables.tolist(), schedule.chunks, strict=True):
+            num_blocks = -(-(chunk.start + chunk.num_tokens) // BLOCK)
+            assert row[:num_blocks] == chunk.request.block_table[:num_blocks]
