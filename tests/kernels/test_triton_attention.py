@@ -302,6 +302,14 @@ def test_blocks_are_copied_in_order():
     assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True))
 
 
+def test_pairs_of_one_launch_touch_no_block_that_another_of_them_writes(monkeypatch):
+    """A launch copies in any order, which the interpreter, in its one order, does not show."""
+    launches = []
+    monkeypatch.setattr(launch, "move_blocks", lambda sources, targets, pairs: launches.append(pairs))
+    launch.copy_blocks([], [(1, 2), (1, 3), (2, 4), (5, 1), (6, 1), (7, 8), (9, 7)])
+    assert launches == [[(1, 2), (1, 3)], [(2, 4), (5, 1)], [(6, 1), (7, 8)], [(9, 7)]]
+
+
 def test_blocks_are_moved_to_a_staging_tensor_and_back():
     caches = [torch.randn(6, 2, 8, d, device=DEVICE) for d in (16, 4)]
     staging = [torch.zeros(2, 2, 8, d, device=DEVICE) for d in (16, 4)]
