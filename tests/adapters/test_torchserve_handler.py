@@ -445,6 +445,7 @@ def test_a_request_that_another_worker_had_begun_is_ended_with_an_error(worker):
     assert ends == [False, True]  # "the whole" would leave a client without an end
     assert "ask again" in json.loads(serving.replies["plain"].text)["error"]
     assert b'data: {"error"' in serving.replies["events"].messages[0][0]
+    assert serving.replies["plain"].status == 500  # seen if there was no other worker, but a form without a field
 
 
 def test_a_long_list_of_prompts_is_read_beside_the_others(worker, monkeypatch):

@@ -109,7 +109,11 @@ def read_call(request: Request, served: ServedModel, settings: Settings) -> tupl
         CallError, ProtocolError: it can't be served.
     """
     if request.is_orphan:
-        raise CallError(Failure.CUT, "the worker that had begun to answer was stopped; ask again")
+        raise CallError(
+            Failure.CUT,
+            "there is nothing in the body that TorchServe could read (JSON needs the content type application/json); "
+            "or the worker that had begun to answer was stopped: ask again",
+        )
     _check_unicode(request.parts)
     if request.headers.get("explain") == "True":
         raise CallError(Failure.NOT_FOUND, "texts have no explanations here; use /predictions")

@@ -41,7 +41,7 @@ class Exchange:
     def settled(self) -> bool:
         """Whether nobody need wait for it: the engine has taken it in, or it has ended; or it has had its first
         message, so that a refusal can't have a status of its own any more."""
-        return self._not_admitted == set() or self.reply.ended or self.reply.started
+        return self._not_admitted == set() or self.reply.has_news or self.reply.sent
 
     def admitted(self, request_id: str) -> None:
         if self._not_admitted:
@@ -127,7 +127,10 @@ class Exchange:
             status, told = 500, b'{"error": "the server failed; its log says more"}'
         if not self.reply.started:
             self.reply.refuse(status, told, JSON)
-        elif self._streamed:
+            return
+        if self.reply.begun:
+            self.reply.status = status  # of use if it was nobody else's after all
+        if self._streamed:
             self.reply.say(self._form.late_error(told) + self._form.last_event)
         else:
             self.reply.say(told)

@@ -30,16 +30,16 @@ class Reply:
     def __init__(self, content_type: str, max_bytes: int = MESSAGE_BYTES, *, begun: bool = False) -> None:
         self.begun = begun
         self.content_type = content_type  # may be changed until it has started
-        self._status = 200
+        self.status = 200  # goes out with the first message
         self._max_bytes = max_bytes
         self._unsent = bytearray()
-        self._started = False
+        self.sent = False  # whether there has been a message
         self.ended = False
 
     @property
     def started(self) -> bool:
         """Whether status and content type have gone out, or text that needs them."""
-        return self.begun or self._started or bool(self._unsent)
+        return self.begun or self.sent or bool(self._unsent)
 
     @property
     def has_news(self) -> bool:
@@ -56,7 +56,7 @@ class Reply:
     def refuse(self, status: int, body: bytes, content_type: str) -> None:
         """The whole reply is an error. Only before it has started."""
         assert not self.started
-        self._status, self.content_type = status, content_type
+        self.status, self.content_type = status, content_type
         self.say(body)
         self.end()
 
@@ -64,7 +64,7 @@ class Reply:
         body = bytes(self._unsent[: self._max_bytes])
         del self._unsent[: self._max_bytes]
         end: bool | None = self.ended and not self._unsent
-        if end and not self._started:
+        if end and not self.sent:
             end = False if self.begun else None
-        self._started = True
-        return Message(body, end, self._status, self.content_type)
+        self.sent = True
+        return Message(body, end, self.status, self.content_type)
