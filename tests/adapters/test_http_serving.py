@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from paged_openai.keys import read_keys
 from paged_openai.logs import JSONLines
 from paged_openai.responses import _json_pieces, json_bytes, large_json_bytes
 
-from paged_core import ConfigError, EngineConfig, RequestLimits
+from paged_core import ConfigError, EngineConfig, RequestLimits, assembly
 
 LONG = {"prompt": "!", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
 
@@ -438,6 +439,21 @@ def test_options_become_configuration() -> None:
     for wrong in (["--max-n", "0"], ["--body-timeout", "-1"], ["--max-queue", "-1"], ["--request-timeout", "nan"]):
         with pytest.raises(SystemExit):
             parser.parse_args(wrong)
+
+
+def test_a_server_takes_most_of_its_gpu_and_a_size_that_was_said_goes_before_that() -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    config = engine_config(parser.parse_args([]))
+    assert (config.gpu_memory_utilization, config.cuda_graphs) == (0.9, None)
+    said = ["--gpu-memory-utilization", "0.5", "--no-cuda-graphs", "--kv-bytes", "1000000"]
+    config = engine_config(parser.parse_args(said))
+    assert (config.gpu_memory_utilization, config.cuda_graphs) == (0.5, False)
+    spec = AlphabetModel().spec  # on a CPU: the share means nothing there
+    sizes = [assembly.resolve(replace(config, gpu_memory_utilization=share), spec).num_blocks for share in (0.5, None)]
+    assert sizes[0] == sizes[1] is not None
+    with pytest.raises(ConfigError, match="gpu_memory_utilization"):
+        engine_config(parser.parse_args(["--gpu-memory-utilization", "90"]))
 
 
 def test_large_answers_are_the_same_json_in_small_pieces() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from paged_core import ConfigError, EngineConfig, InvalidRequestError, PagedCoreError, RequestLimits
 
 _ENGINE = ("max_model_len", "kv_cache_bytes", "kv_cache_dtype", "block_size", "max_num_seqs", "max_num_batched_tokens",
-           "attention_backend", "scheduling_policy", "seed")  # fmt: skip
+           "gpu_memory_utilization", "cuda_graphs", "attention_backend", "scheduling_policy", "seed")  # fmt: skip
 _LIMITS = ("max_prompt_tokens", "max_tokens", "max_n", "max_prompts", "max_stop", "max_logprobs", "max_values")
 
 
@@ -52,10 +52,13 @@ def _add_engine(group: Any) -> None:
     add("--device", help="default: a GPU if there is one")
     add("--max-model-len", type=_count, metavar="N", help="tokens of a sequence, prompt and output")
     add("--kv-bytes", type=_count, metavar="N", dest="kv_cache_bytes", help="memory for keys and values")
+    add("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE",
+        help="of a GPU's memory, unless --kv-bytes is said (default: %(default)s)")  # fmt: skip
     add("--kv-cache-dtype", metavar="DTYPE", help="e.g. bfloat16, int8, float8_e4m3fn (default: the model's)")
     add("--block-size", type=_count, metavar="N", help="tokens of a block of them")
     add("--max-num-seqs", type=_count, metavar="N", help="sequences computed at once")
     add("--max-num-batched-tokens", type=_count, metavar="N", help="tokens computed in a step")
+    add("--no-cuda-graphs", action="store_const", const=False, dest="cuda_graphs", help="launch each kernel of a step")
     add("--attention-backend", metavar="NAME", help="default: the fastest that can run the model")
     add("--scheduling-policy", metavar="NAME", help="fcfs (default) or priority")
     add("--no-prefix-caching", action="store_false", dest="prefix_caching", help="compute every prompt anew")
