@@ -33,6 +33,15 @@ _COUNTERS = {
     "vllm:prefix_cache_queries": "Prompt tokens looked up in the prefix cache",
     "vllm:prefix_cache_hits": "Prompt tokens found there",
     "vllm:num_preemptions": "Requests that had to give back their blocks",
+    "paged:late_compiles": "Graphs captured and kernels compiled while requests waited",
+    "paged:steps_divided": "Steps computed in parts, since memory had no room for them",
+}
+_TOTALS = {  # counters whose sums the engine keeps -> where StepStats has them
+    "vllm:prefix_cache_queries": "total_prefix_queries",
+    "vllm:prefix_cache_hits": "total_prefix_hits",
+    "vllm:num_preemptions": "total_preemptions",
+    "paged:late_compiles": "total_late_compiles",
+    "paged:steps_divided": "total_steps_divided",
 }
 _HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
     "vllm:time_to_first_token_seconds": ("From arrival to the first token", _SECONDS),
@@ -114,7 +123,7 @@ class PrometheusMetrics:
             },
         }
         self._open: dict[Request, _Times] = {}
-        self._totals = (0, 0, 0)
+        self._totals = dict.fromkeys(_TOTALS, 0)
 
     def render(self) -> tuple[bytes, str]:
         """(all metrics in Prometheus' text format, its content type). Callable from any thread."""
@@ -138,11 +147,10 @@ class PrometheusMetrics:
         metrics = self._metrics
         metrics["paged:kv_blocks_cached"].set(stats.num_blocks_cached)
         metrics["vllm:iteration_tokens_total"].observe(stats.num_tokens)
-        totals = (stats.total_prefix_queries, stats.total_prefix_hits, stats.total_preemptions)
-        names = ("vllm:prefix_cache_queries", "vllm:prefix_cache_hits", "vllm:num_preemptions")
-        for name, total, before in zip(names, totals, self._totals, strict=True):
-            metrics[name].inc(total - before)
-        self._totals = totals
+        for name, field in _TOTALS.items():
+            total = getattr(stats, field)
+            metrics[name].inc(total - self._totals[name])
+            self._totals[name] = total
 
     @hookimpl
     def on_request_finished(self, output: RequestOutput) -> None:

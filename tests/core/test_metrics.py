@@ -9,7 +9,7 @@ import pytest
 from alphabet_model import AlphabetModel
 from prometheus_client.parser import text_string_to_metric_families
 
-from paged_core import Engine, EngineConfig, PluginError, PrometheusMetrics, SamplingParams
+from paged_core import Engine, EngineConfig, PluginError, PrometheusMetrics, SamplingParams, StepStats
 
 VLLM = {
     "gauge": ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"],
@@ -140,6 +140,14 @@ def test_prefix_hits_and_shared_blocks_are_counted(engine: Engine, metrics: Prom
     assert found["vllm:prefix_cache_hits_total"] == 12
     assert found["vllm:prefix_cache_queries_total"] >= 26
     assert found["paged:kv_blocks_shared"] >= 3
+
+
+def test_late_compiles_and_divided_steps_are_counted_from_what_the_engine_has_seen(metrics: PrometheusMetrics) -> None:
+    stats = StepStats(*[0.1, 1, 0, 1, 1, 0, 4, 1, 0, 0, 0, 4, 0, 0, 0])
+    for late, divided in ((0, 0), (2, 1), (2, 4)):
+        metrics.on_step_finished(stats._replace(total_late_compiles=late, total_steps_divided=divided))
+        found = scrape(metrics)
+        assert (found["paged:late_compiles_total"], found["paged:steps_divided_total"]) == (late, divided)
 
 
 def test_without_the_client_library_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

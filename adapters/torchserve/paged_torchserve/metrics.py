@@ -16,6 +16,8 @@ _COUNTERS = {
     "vllm:prompt_tokens_total": "paged_prompt_tokens_total",
     "vllm:generation_tokens_total": "paged_generation_tokens_total",
     "vllm:num_preemptions_total": "paged_preemptions_total",
+    "paged:late_compiles_total": "paged_late_compiles_total",
+    "paged:steps_divided_total": "paged_steps_divided_total",
     "vllm:prefix_cache_queries_total": "paged_prefix_cache_queries_total",
     "vllm:prefix_cache_hits_total": "paged_prefix_cache_hits_total",
     "vllm:time_to_first_token_seconds_sum": "paged_time_to_first_token_seconds_sum",
