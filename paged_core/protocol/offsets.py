@@ -51,10 +51,12 @@ def prompt_offsets(prompt: Prompt, text: str, tokens: TokenTexts, codec: TextCod
     offsets, place = [], 0
     for token in prompt.token_ids:
         piece = detokenizer.push([token])
-        if token in tokens.special:
-            piece = tokens[token] if text.startswith(tokens[token], place) else ""
+        spelt = tokens[token] if token in tokens.special else piece
         # Tokenizers may leave out characters or change them: look a little further, or count on.
-        found = text.find(piece, place, place + 2 * len(piece) + 8)
+        found = text.find(spelt, place, place + 2 * len(spelt) + 8)
+        if token in tokens.special:  # one that was added may be spelt further on: then there is text between
+            is_next = found >= 0 and not codec.encode(text[place:found], add_special_tokens=False)
+            piece, found = (spelt, found) if is_next else ("", place)
         place = found if found >= 0 else place
         offsets.append(place)
         place = min(len(text), place + len(piece))
