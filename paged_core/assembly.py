@@ -11,10 +11,17 @@ import torch
 
 from paged_core.config import EngineConfig
 from paged_core.errors import ConfigError, PluginError, UnsupportedModel
-from paged_core.execution import kv_cache, profile
+from paged_core.execution import compiling, kv_cache, profile
 from paged_core.execution.graphs import CudaRecorder, DecodeGraphs, Record
 from paged_core.execution.kv_cache import KVCache
-from paged_core.execution.model import AcceleratedModel, AttentionBackend, ModelSpec, PagedModel, TokenSelector
+from paged_core.execution.model import (
+    AcceleratedModel,
+    AttentionBackend,
+    CompilableModel,
+    ModelSpec,
+    PagedModel,
+    TokenSelector,
+)
 from paged_core.execution.model_runner import ModelRunner
 from paged_core.plugins import Plugins, describe
 from paged_core.scheduling.block_pool import BlockPool
@@ -71,9 +78,29 @@ def create_backend(
 
 def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig) -> None:
     """Let plugins stand in for submodules, if the model lets them and the config wants it."""
-    if config.fast_forwards and isinstance(model, AcceleratedModel):
+    if config.fast_forwards and not config.compile_model and isinstance(model, AcceleratedModel):
         ask, device = manager.hook.create_module_forward, model.spec.device
         model.accelerate(lambda module: ask(module=module, device=device))
+
+
+def compile_model(
+    model: PagedModel, backend: AttentionBackend, config: EngineConfig, progress: Progress | None
+) -> None:
+    """Let torch compile the model if the config wants it, warmed up. What another engine had compiled is let go."""
+    if isinstance(model, CompilableModel) and (config.compile_model or model.compiled):
+        model.compile_forward(False)
+    if not config.compile_model:
+        return
+    if not isinstance(model, CompilableModel):
+        raise ConfigError(f"compile_model is True, but {_short(model)} can't be compiled; leave it out")
+    assert config.block_size, "see resolve"
+    dtype = _cache_dtype(config, model.spec)
+    moved = compiling.compile_and_compare(model, backend, config.block_size, dtype, progress or _show)
+    if not moved <= compiling.tolerance(model.spec.dtype):
+        model.compile_forward(False)
+        raise ConfigError(
+            f"compiled, the model gives other logits (off by {moved:.2g} of their deviation); leave compile_model out"
+        )
 
 
 def create_scheduler(manager: Plugins, spec: ModelSpec, config: EngineConfig) -> Scheduler:

@@ -35,6 +35,7 @@ class EngineConfig:
     cuda_graphs: bool | None = None  # replay decode steps as CUDA graphs; None: where device and backend can
     lookahead: bool | None = None  # begin a step before the host knows the last one's tokens; None: on a GPU
     fast_forwards: bool = True  # let plugins stand in for submodules (packed linears, fused norms)
+    compile_model: bool = False  # by torch.compile, in place of fast_forwards; not yet measured
     seed: int | None = None  # of the requests that bring none; None: fresh each time
     max_prompt_logprob_rows: int = 256  # prompt positions whose logits are computed in one step
 

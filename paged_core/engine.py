@@ -80,6 +80,7 @@ class Engine:
         self._tokenizer_source = model
         self._sampler = assembly.create_sampler(self._manager, self.spec, config)
         self._backend = assembly.create_backend(self._manager, self.spec, config, progress)
+        assembly.compile_model(self._model, self._backend, config, progress)
         assembly.accelerate(self._manager, self._model, config)
         self.config = config = assembly.measure(config, self._model, self._backend, self._sampler)
         self._scheduler = assembly.create_scheduler(self._manager, self.spec, config)

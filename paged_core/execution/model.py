@@ -95,6 +95,19 @@ class AcceleratedModel(Protocol):
 
 
 @runtime_checkable
+class CompilableModel(Protocol):
+    """A PagedModel that can run its modules through torch.compile. It is then called with an ``attend`` that a
+    compiled graph may call. What the compiler can't do, the model does without."""
+
+    @property
+    def compiled(self) -> bool: ...
+
+    def compile_forward(self, wanted: bool) -> None:
+        """Compile with the next call of ``forward``, or no longer. Faster forwards are then gone."""
+        ...
+
+
+@runtime_checkable
 class EmbeddingModel(Protocol):
     """A PagedModel that was given embeddings, and takes token ids beyond its vocabulary for them in prompts."""
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from paged_core.execution.attend_op import AttendOp
 from paged_core.execution.batch import Batch
 from paged_core.execution.graphs import DecodeGraphs
 from paged_core.execution.kv_cache import KVCache
-from paged_core.execution.model import AttentionBackend, PagedModel
+from paged_core.execution.model import Attend, AttentionBackend, CompilableModel, PagedModel
 from paged_core.scheduling.schedule import BlockMove
 
 
@@ -24,6 +26,9 @@ class ModelRunner:
         self._backend = backend
         self._cache = cache
         self._graphs = graphs
+        compiled = isinstance(model, CompilableModel) and model.compiled
+        attend: Attend = partial(_run_layer, backend, cache)  # a method of ours would keep the cache alive
+        self._attend = AttendOp(attend) if compiled else attend
 
     @property
     def cache(self) -> KVCache:
@@ -78,9 +83,17 @@ class ModelRunner:
         self._backend.plan(batch.attention)
         return self._model.forward(batch.token_ids, batch.positions, self._attend, batch.sample_indices)
 
-    def _attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, key_bias: Tensor | None = None
-    ) -> Tensor:
-        if key_bias is None:
-            return self._backend.run(layer, q, k, v, self._cache, sinks)
-        return self._backend.run(layer, q, k, v, self._cache, sinks, key_bias)
+
+def _run_layer(
+    backend: AttentionBackend,
+    cache: KVCache,
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
+) -> Tensor:
+    if key_bias is None:
+        return backend.run(layer, q, k, v, cache, sinks)
+    return backend.run(layer, q, k, v, cache, sinks, key_bias)

@@ -7,8 +7,10 @@ import torch
 import torch._dynamo.testing
 from paged_hf.attention import Step
 from paged_hf.model import HFPagedModel
+from tiny_model import TinyModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from paged_core import ConfigError, Engine, EngineConfig
 from paged_core.execution.attend_op import AttendOp
 
 
@@ -31,6 +33,11 @@ def test_the_operator_keeps_what_torch_asks_of_one():
     op = AttendOp(recording([]))
     torch.library.opcheck(torch.ops.paged_core.attend, (*qkv(), None, None, 1, op._handle), test_utils=(
         "test_schema", "test_faketensor"))  # fmt: skip
+
+
+def test_a_model_that_can_not_be_compiled_is_refused_by_name_of_the_choice():
+    with pytest.raises(ConfigError, match="TinyModel can't be compiled; leave it out"):
+        Engine(TinyModel(), EngineConfig(num_blocks=8, attention_backend="reference", compile_model=True))
 
 
 def test_each_engines_attention_is_its_own():

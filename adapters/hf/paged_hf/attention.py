@@ -32,6 +32,10 @@ class Step:
         self.layer = 0
         self.positions = positions  # i64 [T], for models whose forward doesn't take them
 
+    def rewind(self) -> None:
+        """The pass begins anew."""
+        self.layer = 0
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, key_bias: Tensor | None = None
     ) -> Tensor:

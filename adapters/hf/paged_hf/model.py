@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from paged_core import Attend, EngineDeadError, LayerSpec, ModelSpec, ModuleForward, UnsupportedModel
 from paged_hf.attention import UNDER_WAY, Step
+from paged_hf.compiled import CompiledRoot
 from paged_hf.embeds import Embeds, takes_embeds
 from paged_hf.probe import probe
 from paged_hf.rules import apply_rules
@@ -46,6 +47,7 @@ class HFPagedModel:
         self._name = name
         self._base: Any = _unwrapped(model)
         self._fast: dict[nn.Module, ModuleForward] = {}  # by twin
+        self._compiled: CompiledRoot | None = None
         self._spec: ModelSpec
         self._create: CreateForward | None = None
         self._embeds = Embeds()
@@ -91,17 +93,26 @@ class HFPagedModel:
         """``token_ids i64 [T], positions i64 [T], sample_indices i64 [S] -> logits [S, vocab]``"""
         step = Step(attend, positions)
         rows = sample_indices if sample_indices.numel() else sample_indices.new_zeros(1)  # some heads refuse no rows
-        logits = self._call(token_ids, positions, step, rows)
+        logits = self._call(token_ids, positions, step, rows, self._compiled)
         if step.layer != len(self._spec.layers):
             raise RuntimeError(f"attention was called {step.layer} times, not {len(self._spec.layers)}")
         return logits[: sample_indices.numel()]
 
+    @property
+    def compiled(self) -> bool:
+        return self._compiled is not None
+
+    def compile_forward(self, wanted: bool) -> None:
+        """Run the twin through torch.compile from the next call on, or no longer. Prompts that bring embeddings run
+        without."""
+        self._let_go()
+        self._create = None
+        self._compiled = CompiledRoot(self._shadow.root) if wanted else None
+
     def accelerate(self, create: CreateForward) -> int:
         """Let ``create`` stand in for modules of the twin, parents before children. Returns how many it took."""
         self._create = create
-        for twin in self._fast:  # another engine's, over the same model
-            twin.__dict__.pop("forward", None)
-        self._fast = {}
+        self._let_go()
         self._ask(self._shadow.root)
         return len(self._fast)
 
@@ -122,6 +133,12 @@ class HFPagedModel:
                 self._replace(twin)
         return changed
 
+    def _let_go(self) -> None:
+        """Forwards of another engine, over the same model."""
+        for twin in self._fast:
+            twin.__dict__.pop("forward", None)
+        self._fast = {}
+
     def _take_in_again(self) -> None:
         before = self._spec
         try:
@@ -134,6 +151,8 @@ class HFPagedModel:
             raise
         if self._create is not None:
             self.accelerate(self._create)
+        if self._compiled is not None:
+            self._compiled = CompiledRoot(self._shadow.root)
 
     def _take_in(self) -> None:
         self._shadow = Shadow(self._base)
@@ -168,7 +187,14 @@ class HFPagedModel:
         )
 
     @torch.no_grad()
-    def _call(self, token_ids: Tensor, positions: Tensor, step: Step | None, rows: Tensor | None = None) -> Tensor:
+    def _call(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        step: Step | None,
+        rows: Tensor | None = None,
+        compiled: CompiledRoot | None = None,
+    ) -> Tensor:
         """One forward pass of the twin: logits of ``rows``, or of all."""
         self._under_way[0] = step
         options: dict[str, Any] = {"attend": step} if step is not None and self._takes_kwargs else {}
@@ -178,10 +204,15 @@ class HFPagedModel:
             options["logits_to_keep"] = rows
         if self._embeds.among(token_ids):
             embedding = self._shadow.twin_of(self._base.get_input_embeddings())
+            compiled = None
             options["inputs_embeds"] = self._embeds.of(token_ids, embedding)[None]
         else:
             options["input_ids"] = token_ids[None]
-        output = self._shadow.root(attention_mask=None, use_cache=False, **options)
+        options |= {"attention_mask": None, "use_cache": False}
+        if compiled is not None and step is not None:
+            output = compiled(step.rewind, **options)
+        else:
+            output = self._shadow.root(**options)
         logits: Tensor = output.logits[0]
         return logits if rows is None or self._keeps_logits else logits[rows]
 

@@ -1,0 +1,68 @@
+"""A model through torch's compiler: warmed up while the engine is built, and held to what it answers without.
+
+A few small steps, whose shapes stand for all: one token, several of one request, several requests. Their K/V go to a
+cache that is thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from paged_core.execution import kv_cache
+from paged_core.execution.batch import BatchBuilder
+from paged_core.execution.model import AttentionBackend, CompilableModel, ModelSpec, PagedModel
+from paged_core.execution.model_runner import ModelRunner
+from paged_core.scheduling.request import Request, SamplingParams
+from paged_core.scheduling.schedule import Schedule, ScheduledChunk
+
+_STEPS = ((3, 2, 1), (1,), (4,))  # tokens of each request
+
+
+def compile_and_compare(
+    model: PagedModel,
+    backend: AttentionBackend,
+    block_size: int,
+    cache_dtype: torch.dtype,
+    progress: Callable[[str, int, int], None],
+) -> float:
+    """Compile ``model``. Returns how far its logits have moved, in their standard deviations."""
+    assert isinstance(model, CompilableModel), "see assembly"
+    expected = [_logits(model, backend, block_size, cache_dtype, step) for step in _STEPS]
+    model.compile_forward(True)
+    found = []
+    for done, step in enumerate(_STEPS):
+        progress("compiling the model", done, len(_STEPS))
+        found.append(_logits(model, backend, block_size, cache_dtype, step))
+    progress("compiling the model", len(_STEPS), len(_STEPS))
+    wanted, got = torch.cat(expected).float(), torch.cat(found).float()
+    return float((got - wanted).abs().mean() / wanted.std())
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """What rounding alone may come to."""
+    return max(1e-3, 8 * torch.finfo(dtype).eps)
+
+
+def _logits(
+    model: PagedModel, backend: AttentionBackend, block_size: int, cache_dtype: torch.dtype, sizes: tuple[int, ...]
+) -> Tensor:
+    schedule, num_blocks = _step(model.spec, sizes, block_size)
+    runner = ModelRunner(model, backend, kv_cache.allocate(model.spec, num_blocks, block_size, cache_dtype))
+    batch = BatchBuilder(block_size, model.spec.device).build(schedule)
+    return runner.run(batch, eager=True).clone()
+
+
+def _step(spec: ModelSpec, sizes: tuple[int, ...], block_size: int) -> tuple[Schedule, int]:
+    """A first chunk of as many tokens for each request, and how many blocks they take."""
+    chunks, num_blocks = [], 0
+    for index, size in enumerate(sizes):
+        row = Request(f"compile-{index}", (), SamplingParams(temperature=0))
+        row.tokens = [(7 * index + 3 * i + 1) % spec.vocab_size for i in range(size)]
+        needed = -(-size // block_size)
+        row.block_table = list(range(num_blocks + 1, num_blocks + 1 + needed))
+        num_blocks += needed
+        chunks.append(ScheduledChunk(row, 0, size, (row,)))
+    return Schedule(chunks, (), ()), num_blocks
