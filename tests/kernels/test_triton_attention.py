@@ -209,6 +209,15 @@ def test_scores_far_apart_do_not_overflow():
     torch.testing.assert_close(case.run(launch.paged_attention), case.run(reference.paged_attention), rtol=0, atol=1e-2)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in multiply")  # numpy's word for what GPUs do silently
+@pytest.mark.parametrize("hidden", [-torch.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("first", [0, 512])
+def test_a_bias_may_hide_all_keys_of_a_split(first, hidden):
+    case = make_case([600], [1], (2, 1), (16, 16), bias=True)
+    case.key_bias[:, first : first + 512] = hidden
+    assert_equals_reference(case)
+
+
 def test_heads_that_no_tile_holds_are_refused():
     with pytest.raises(ValueError, match="576 and 512 are too large"):
         launch.AttentionPlan(16, 1, 576, 512)

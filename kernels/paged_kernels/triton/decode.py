@@ -120,6 +120,7 @@ def split_kernel(
 
         at = (item * num_heads + heads).to(tl.int64)  # [BLOCK_H]
         inside = is_head[:, None] & (dv < VALUE_DIM)[None, :]
+        total = tl.where(total == 0.0, 1.0, total)  # a bias hides all of the item's keys: zeros, and a log of HIDDEN
         tl.store(partials + at[:, None] * VALUE_DIM + dv[None, :], out * (1.0 / total)[:, None], mask=inside)
         tl.store(partial_logs + at, top + tl.log2(total), mask=is_head)
 
