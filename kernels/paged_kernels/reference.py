@@ -53,7 +53,8 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     reads as NaN.
     """
     x = x.float()
-    scale = x.abs().amax(-1) / LARGEST[dtype]
+    scale = x.abs().amax(-1)
+    scale = scale / torch.full_like(scale, LARGEST[dtype])  # by a number, GPUs would multiply by its rounded inverse
     scale = scale.where(scale != 0, 1.0)
     codes = (x / scale[..., None]).clamp(-LARGEST[dtype], LARGEST[dtype]).nan_to_num(0.0)
     return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
