@@ -20,6 +20,7 @@ from paged_torchserve.settings import read_settings
 from paged_torchserve.watch import Watch
 
 _RESPONSE_TIMEOUT_S = 120.0  # TorchServe's default
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 class PagedHandler:
@@ -60,6 +61,5 @@ class PagedHandler:
 
 
 def _set_head(context: Any, index: int, message: Message) -> None:
-    phrase = HTTPStatus(message.status).phrase if message.status in set(HTTPStatus) else ""
-    context.set_response_status(message.status, phrase, index)
+    context.set_response_status(message.status, _PHRASES.get(message.status, ""), index)
     context.set_response_content_type(index, message.content_type)
