@@ -1,13 +1,19 @@
-"""Triton's interpreter as it has to be for tests: it cuts float32 off to bfloat16 where every GPU rounds."""
+"""Where tests of Triton's kernels run: on a GPU, or else on the CPU through Triton's interpreter, as it has to be for
+tests: by itself it cuts float32 off to bfloat16 where every GPU rounds."""
 
 from __future__ import annotations
 
 import numpy
 import torch
 
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda:0" if ON_GPU else "cpu")
+
 
 def round_as_gpus_do(monkeypatch):
-    """Until the test ends."""
+    """Until the test ends. A GPU does so itself."""
+    if ON_GPU:
+        return
     from triton.runtime import interpreter
 
     theirs = interpreter._convert_float

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from interpreter import DEVICE
 from paged_kernels.triton import launch
 from tiny_model import TinyModel
 
@@ -18,6 +19,17 @@ from paged_core.builtin.triton_attention import TritonBackend, create_attention_
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 20, 21, 22, 23, 24]]
 GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 CONFIG = EngineConfig(num_blocks=24, block_size=4, max_num_batched_tokens=8)
+
+
+def tiny(**facts) -> TinyModel:
+    """On the GPU where there is one."""
+    model = TinyModel(**facts)
+    for name in ("embed", "place", "unembed"):
+        setattr(model, name, getattr(model, name).to(DEVICE))
+    model.qkv, model.out = ([weight.to(DEVICE) for weight in weights] for weights in (model.qkv, model.out))
+    layers = tuple(replace(layer, device=DEVICE) for layer in model.spec.layers)
+    model.spec = replace(model.spec, layers=layers, device=DEVICE)
+    return model
 
 
 def answers(model: TinyModel, **config) -> dict[str, list[int]]:
@@ -38,20 +50,20 @@ def asked(name: str, spec, **config):
 @pytest.mark.parametrize("window", [None, 6])
 def test_greedy_tokens_are_the_references(window):
     """Chunks of prompts beside decode rows, and blocks that are copied before siblings write."""
-    expected = answers(TinyModel(window=window), attention_backend="reference")
-    assert answers(TinyModel(window=window), attention_backend="triton") == expected
+    expected = answers(tiny(window=window), attention_backend="reference")
+    assert answers(tiny(window=window), attention_backend="triton") == expected
     assert len(expected) == 3 and all(len(tokens) == 3 for tokens in expected.values())
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 def test_greedy_tokens_from_quantised_caches_are_the_references(dtype):
-    expected = answers(TinyModel(), attention_backend="reference", kv_cache_dtype=dtype)
-    assert answers(TinyModel(), attention_backend="triton", kv_cache_dtype=dtype) == expected
+    expected = answers(tiny(), attention_backend="reference", kv_cache_dtype=dtype)
+    assert answers(tiny(), attention_backend="triton", kv_cache_dtype=dtype) == expected
 
 
 def test_a_models_facts_reach_the_kernels(monkeypatch):
     """Layers that differ: each gets its own."""
-    spec = TinyModel().spec
+    spec = tiny().spec
     first = replace(spec.layers[0], softcap=3.0, has_sinks=True, has_key_bias=True)
     backend = TritonBackend(replace(spec, layers=(first, replace(spec.layers[0], num_kv_heads=4))), torch.float32, 4)
     seen = []
@@ -86,7 +98,7 @@ def test_without_the_interpreter_the_cpu_is_refused(monkeypatch):
     ids=str,
 )
 def test_what_its_kernels_cannot_do_is_left_to_others(change, config):
-    spec = TinyModel().spec
+    spec = tiny().spec
     other = replace(spec, layers=(spec.layers[0], replace(spec.layers[1], **change)))
-    assert asked("triton", spec) is not None or torch.cuda.is_available()
+    assert asked("triton", spec) is not None
     assert asked("triton", other, **config) is None

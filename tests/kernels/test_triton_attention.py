@@ -10,13 +10,11 @@ from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
-from interpreter import round_as_gpus_do
+from interpreter import DEVICE, ON_GPU, round_as_gpus_do
 from paged_kernels import reference
 from paged_kernels.triton import launch, tiles
 from torch import Tensor
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # Sequence lengths and queries: a padded row, decode rows, chunks, a whole prompt, a row without queries.
 MIX = ([0, 1, 90, 40, 70, 20], [1, 1, 1, 7, 70, 0])
@@ -25,8 +23,7 @@ SCALES = {torch.int8, torch.float8_e4m3fn}
 
 @pytest.fixture(autouse=True)
 def rounding(monkeypatch):
-    if not ON_GPU:
-        round_as_gpus_do(monkeypatch)
+    round_as_gpus_do(monkeypatch)
 
 
 @dataclass

@@ -1,10 +1,13 @@
-"""The GPU's elementwise helpers and what the sampler asks for, against the reference, through Triton's interpreter."""
+"""The GPU's elementwise helpers and what the sampler asks for, against the reference.
+
+Where there is no GPU, through Triton's interpreter.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import round_as_gpus_do
+from interpreter import DEVICE, ON_GPU, round_as_gpus_do
 from paged_kernels import reference
 from paged_kernels.triton import elementwise, sampling
 
@@ -13,17 +16,20 @@ widths = pytest.mark.parametrize("width", [1, 64, 100, 576, 5000])
 
 
 @pytest.fixture(autouse=True)
-def seed_and_rounding(monkeypatch):
+def seed_device_and_rounding(monkeypatch):
     torch.manual_seed(0)
     round_as_gpus_do(monkeypatch)
+    with DEVICE:  # whatever a test makes is made there
+        yield
 
 
 def assert_same(got, expected):
-    """To the bit in 16-bit types, but for a rare sum in another order that rounds to the next number."""
+    """To the bit in 16-bit types, but for a rare sum in another order that rounds to the next number. On a GPU powers
+    and roots are a float32's last digit off too, and a few more numbers near a tie round to their other side."""
     tolerance = 2e-6 if expected.dtype == torch.float32 else 2 * torch.finfo(expected.dtype).eps
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=2e-6)
     if expected.dtype != torch.float32:
-        assert (got != expected).sum() <= expected.numel() // 1000
+        assert (got != expected).sum() <= (expected.numel() // 200 + 3 if ON_GPU else expected.numel() // 1000)
 
 
 def draw(*shape, dtype):
