@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from paged_core.execution.batch import AttentionMetadata, Batch
+from paged_core.execution.waits import NoWaits
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]
-"""Runs some work on the device and captures it; what it returns does the same again, on the same memory."""
+"""Runs some work on the device and captures it; what it returns does the same again, on the same memory. Raises
+torch.AcceleratorError if the device has failed, torch.OutOfMemoryError, or else what keeps the work from a capture."""
 Forward = Callable[[Batch], Tensor]
 
 _log = logging.getLogger("paged_core")
@@ -43,6 +45,7 @@ class DecodeGraphs:
         self._recorder = recorder
         self._record: Record | None = recorder()  # None: the model can't be captured
         self._replays: dict[tuple[int, int], Callable[[], None]] = {}  # (rows, longest sequence) -> its graph
+        self._no_room: set[tuple[int, int]] = set()  # those that memory had no room for
         rows = self._sizes[-1]
         self._inputs = torch.zeros(3, rows, dtype=torch.int64, device=device)
         self._ids, self._positions, self._slots = self._inputs.unbind()
@@ -66,15 +69,11 @@ class DecodeGraphs:
 
     def run(self, batch: Batch, forward: Forward) -> Tensor | None:
         """Logits ``[S, vocab]`` of a decode batch, which the next run overwrites. None: it can't be captured."""
-        num, longest = len(batch.sample_requests), batch.attention.max_seq_len
-        key = self._sizes[bisect_left(self._sizes, num)], self._lengths[bisect_left(self._lengths, longest)]
-        if self._record is None:
+        num = len(batch.sample_requests)
+        key = self._captured(num, batch.attention.max_seq_len, forward)
+        if key is None or self._logits is None:
             return None
         self._fill(batch, num, self._tables[key[1]])
-        if key not in self._replays:
-            self._capture(key, forward)
-        if self._record is None or self._logits is None:
-            return None
         self._replays[key]()
         return self._logits[:num]
 
@@ -82,7 +81,19 @@ class DecodeGraphs:
         """Forget all graphs: weights, modules or the cache have moved. They are captured anew when they are needed."""
         if self._record is not None:
             self._replays.clear()
+            self._no_room.clear()
             self._record = self._recorder()
+
+    def _captured(self, num: int, longest: int, forward: Forward) -> tuple[int, int] | None:
+        """The smallest graph that holds so much, captured now if it was not. No memory for it: a larger one."""
+        sizes = self._sizes[bisect_left(self._sizes, num) :]
+        lengths = self._lengths[bisect_left(self._lengths, longest) :]
+        key = sizes[0], lengths[0]
+        if key not in self._replays and key not in self._no_room:
+            self._pad(0)
+            self._capture(key, forward)
+        there = ((size, length) for length in lengths for size in sizes)
+        return next((key for key in there if key in self._replays), None)
 
     def _capture(self, key: tuple[int, int], forward: Forward) -> None:
         if self._record is None:
@@ -99,6 +110,12 @@ class DecodeGraphs:
         try:
             self._replays[key] = self._record(work)
             self.num_captures += 1
+        except torch.AcceleratorError:
+            raise
+        except torch.OutOfMemoryError:
+            if not self._no_room:
+                _log.warning("no memory for more CUDA graphs: some decode steps run without, or through a larger one")
+            self._no_room.add(key)
         except Exception as error:  # a forward that waits for the device, for instance
             _log.warning("decode steps run without CUDA graphs, for this model can't be captured: %s", error)
             self._record = None
@@ -134,16 +151,28 @@ class CudaRecorder:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                work()  # what is made once (workspaces, compiled kernels) is made now
-            torch.cuda.current_stream().wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads of this process may go on using the device meanwhile.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                work()
+            before = torch.cuda.current_stream()
+            self._stream.wait_stream(before)
+            try:
+                with torch.cuda.stream(self._stream):  # around all: a capture that fails doesn't leave the stream
+                    self._run(work, graph)
+            except torch.AcceleratorError as error:
+                torch.cuda.synchronize()  # raises again what a device does not recover from
+                raise RuntimeError(str(error)) from error
+            finally:
+                before.wait_stream(self._stream)
         return graph.replay
+
+    def _run(self, work: Callable[[], None], graph: torch.cuda.CUDAGraph) -> None:
+        # What is made once (workspaces, compiled kernels) is made now; and what can't be captured is found now, for a
+        # capture that fails leaves torch's allocator and random numbers as if it went on.
+        with NoWaits(self._device.type):
+            work()
+        # Other threads of this process may go on using the device meanwhile.
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            work()
 
 
 def row_classes(most: int) -> list[int]:

@@ -266,3 +266,48 @@ def test_no_token_of_the_vocabulary_is_out_of_a_graphs_reach():
     engine = make_engine()
     engine.add_request("a", [VOCAB - 1, 0], greedy(5))
     assert run(engine)["a", 0] == TinyModel().generate([VOCAB - 1, 0], 5)
+
+
+class Scarce(OpRecorder):
+    """Has no memory for a capture while ``room`` is 0."""
+
+    room = 100
+
+    def __call__(self, work):
+        if Scarce.room == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        Scarce.room -= 1
+        return super().__call__(work)
+
+
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_a_step_without_memory_for_its_graph_takes_a_larger_one_or_none_and_the_others_stay(room, monkeypatch, caplog):
+    monkeypatch.setitem(assembly.RECORDERS, "cpu", lambda device: Scarce())
+    monkeypatch.setattr(Scarce, "room", room)
+    model = TinyModel()
+    with caplog.at_level(logging.WARNING, "paged_core"):
+        engine = make_engine(model)  # the largest is captured first
+    assert len(engine._runner._graphs._replays) == room
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["no memory for more CUDA graphs"]
+    calls = counting(model)
+    engine.add_request("a", [1, 2, 3], greedy(10))
+    assert run(engine)["a", 0] == TinyModel().generate([1, 2, 3], 10)
+    assert len(calls) == (1 if room else 10)
+    monkeypatch.setattr(Scarce, "room", 100)
+    assert engine.release_memory()  # and with it what was remembered of memory
+    engine.add_request("a", [1, 2, 3], greedy(10))
+    assert run(engine)["a", 0] == TinyModel().generate([1, 2, 3], 10)
+    assert set(engine._runner._graphs._replays) == {(1, 200)}
+
+
+def test_a_late_capture_without_memory_leaves_the_running_graphs_alone(monkeypatch):
+    monkeypatch.setitem(assembly.RECORDERS, "cpu", lambda device: Scarce())
+    engine = make_engine()
+    engine.release_memory()
+    engine.add_request("long", [1, 2, 3], greedy(20))
+    for _ in range(3):
+        engine.step()
+    monkeypatch.setattr(Scarce, "room", 0)
+    engine.add_request("b", [4, 5], greedy(5))
+    assert run(engine)["b", 0] == TinyModel().generate([4, 5], 5)
+    assert set(engine._runner._graphs._replays) == {(1, 200)}
