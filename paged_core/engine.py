@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -214,17 +215,31 @@ class Engine:
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch. Returns what is new of each request it sampled, and the ends not told before."""
+        """Compute one batch. Returns what is new of each request it sampled, and the ends not told before.
+
+        Raises:
+            EngineDeadError: the device or the model has failed for good, or has no memory for a single token.
+        """
         began = time.perf_counter()
         self._refreshed = False
-        now = self._lookahead.take() or self._launch(self._scheduler.schedule())
-        if not now.schedule.chunks:
-            return self._tell([])
-        self._lookahead.begin(now)
-        selection = self._select(now)
+        with self._device_looked_after():
+            now = self._lookahead.take() or self._launch(self._scheduler.schedule())
+            if not now.schedule.chunks:
+                return self._tell([])
+            self._lookahead.begin(now)
+            selection = self._select(now)
         outputs = self._scheduler.update(now.schedule, selection)
         self._report(now.schedule, len(now.computed.sample_requests), time.perf_counter() - began)
         return self._tell(outputs)
+
+    @contextmanager
+    def _device_looked_after(self) -> Iterator[None]:
+        """An error of the device is no request's: after most of them it computes nothing more in this process."""
+        try:
+            yield
+        except torch.AcceleratorError as error:
+            self._dead = f"its device has failed, which takes a new process: {error}"
+            raise EngineDeadError(self._dead) from error
 
     def _launch(self, schedule: Schedule) -> Launched:
         if schedule.chunks:
@@ -238,7 +253,7 @@ class Engine:
         self._runner.move_blocks(schedule.moves)
         try:
             return schedule, self._compute(schedule.chunks)
-        except EngineDeadError:
+        except (EngineDeadError, torch.AcceleratorError):
             raise
         except Exception as error:
             return self._run_without_culprits(schedule, error)
@@ -258,6 +273,8 @@ class Engine:
     def _grow(self, num_blocks: int) -> None:
         try:
             self._runner.grow(num_blocks)
+        except torch.AcceleratorError:
+            raise
         except RuntimeError as error:  # what torch raises when memory runs out
             self._dead = f"no memory for a K/V cache of {num_blocks} blocks; build one with a lower kv_cache_bytes"
             raise EngineDeadError(self._dead) from error
@@ -271,7 +288,7 @@ class Engine:
             try:
                 self._compute([chunk], eager=True)
                 sound.append(chunk)
-            except EngineDeadError:
+            except (EngineDeadError, torch.AcceleratorError):
                 raise
             except Exception as own_error:
                 message = f"the model failed on this request: {own_error!r}"
@@ -281,7 +298,7 @@ class Engine:
             return remaining, Computed(torch.empty(0, self.spec.vocab_size), (), ())
         try:
             return remaining, self._compute(remaining.chunks, eager=True)
-        except EngineDeadError:
+        except (EngineDeadError, torch.AcceleratorError):
             raise
         except Exception:  # sound alone, failing together: nobody's fault that we could tell
             self._dead = f"the model fails on batches: {error!r}"
@@ -424,7 +441,9 @@ class Engine:
     def _refresh(self) -> None:
         """The user may have changed the model since the last step: cached K/V would be another model's."""
         if isinstance(self._model, AcceleratedModel) and not (self._refreshed and self._requests):
-            if self._model.refresh():
+            with self._device_looked_after():
+                changed = self._model.refresh()
+            if changed:
                 self._scheduler.forget_cached()
                 self._runner.drop_graphs()
             self._refreshed = True

@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 from typing import NamedTuple
 
+import torch
+
 from paged_core.execution.batch import BatchBuilder
 from paged_core.execution.model import Chosen, ForesightedSelector, TokenSelector
 from paged_core.execution.model_runner import ModelRunner
@@ -52,6 +54,8 @@ class Lookahead:
             if alike and isinstance(selector, ForesightedSelector):
                 try:
                     chosen = selector.choose(computed.logits, requests)
+                except torch.AcceleratorError:
+                    raise
                 except Exception:  # then they are chosen in their turn, where failing selectors are looked after
                     _log.debug("tokens could not be chosen ahead", exc_info=True)
         return Launched(schedule, computed, chosen)
@@ -69,6 +73,8 @@ class Lookahead:
             self._runner.grow(self._scheduler.pool.num_backed)
             batch = self._builder.build(schedule, token_ids)
             computed = Computed(self._runner.run(batch), batch.sample_requests, ())
+        except torch.AcceleratorError:
+            raise
         except Exception:  # then it is computed in its turn, where failing steps are looked after
             _log.debug("a step could not be begun ahead", exc_info=True)
             return

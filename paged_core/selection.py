@@ -17,6 +17,7 @@ def select_rows(logits: Tensor, requests: Sequence[Request], sampler: TokenSelec
 
     Raises:
         torch.OutOfMemoryError: ``sampler`` has no room for its rows. Some logits may be overwritten by then.
+        torch.AcceleratorError: the device has failed.
     """
     if requests and all(request.selector is requests[0].selector for request in requests):
         return _select(requests[0].selector or sampler, logits, requests)
@@ -62,6 +63,8 @@ class OneByOne:
 def _select(selector: TokenSelector, logits: Tensor, requests: Sequence[Request]) -> Selection:
     try:
         return selector.select(logits, requests)
+    except torch.AcceleratorError:
+        raise
     except Exception as error:
         of_the_core = requests[0].selector is None and not isinstance(selector, OneByOne)
         if of_the_core and isinstance(error, torch.OutOfMemoryError):
