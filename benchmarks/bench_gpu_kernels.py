@@ -1,10 +1,11 @@
 """The Triton kernels by themselves on a GPU: each against the device's own copy speed and torch's best, in one run.
 
-    python benchmarks/bench_gpu_kernels.py [--only decode,prefill,store,helpers] [--json PATH]
+    python benchmarks/bench_gpu_kernels.py [--only decode,prefill,store,helpers,flex] [--json PATH]
 
-Each kernel is captured in a CUDA graph several times over (so that launching costs nothing), on layers that together
-are larger than the L2 cache; rivals are replayed in turn and the median of their replays counts. Torch's rivals get
-contiguous K/V, which nobody who pages has. Decode reads ``2 * sum(len) * K * D`` elements; its rate is set against a
+Ours is captured in a CUDA graph, on layers that together are larger than the L2 cache. Torch's rivals are not, since
+one that fails in a capture may spoil the next; the device is kept busy until all has been launched, so that launching
+costs nobody anything. All run in turn, and the median counts. Torch's rivals get contiguous K/V, which nobody who pages
+has. Decode reads ``2 * sum(len) * K * D`` elements; its rate is set against a
 copy of as many bytes read and written together.
 """
 
@@ -30,6 +31,8 @@ from torch.nn import functional
 _L2_BYTES = 256 << 20  # well beyond any device's
 Run = Callable[[], Any]
 Heads = tuple[int, int, int]  # query heads, kv heads, head dim
+_HEAD_START = 4_000_000  # cycles: about 2 ms, in which the host launches what is timed
+_RIVALS = ("sdpa", "flex", "torch")  # torch's, which may fail
 LLAMA_8B, LLAMA_7B, TINY = (32, 8, 128), (32, 32, 128), (4, 2, 64)
 
 
@@ -51,16 +54,20 @@ def main() -> None:
         for row in _PARTS[name](options, bandwidth):
             print("  " + "  ".join(f"{key} {_shown(value)}" for key, value in row.items()), flush=True)
             rows.append({"part": name, **row})
-    if options.json:
-        about = {
-            "device": device_name(options.device),
-            "copy_bytes_per_s": bandwidth,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "python": platform.python_version(),
-            "date": str(date.today()),
-        }
-        options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+            if options.json:  # after each row: a run cut short has what it measured
+                write(options.json, options.device, bandwidth, rows)
+
+
+def write(path: Path, device: torch.device, bandwidth: float, rows: list[dict[str, Any]]) -> None:
+    about = {
+        "device": device_name(device),
+        "copy_bytes_per_s": bandwidth,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "date": str(date.today()),
+    }
+    path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
 def decode(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, Any]]:
@@ -80,7 +87,7 @@ def decode(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, 
         step = Step(rows, context, 1, heads, cache_dtype, options.device)
         rivals = {"paged": step.paged()}
         if cache_dtype is torch.bfloat16:
-            rivals |= step.rivals()
+            rivals["sdpa"] = step.sdpa()
         seconds = race(rivals, options.repeats, options.device, step.num_layers)
         yield {
             "rows": rows,
@@ -106,7 +113,8 @@ def prefill(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str,
     for rows, context, queries, heads in cases:
         step = Step(rows, context, queries, heads, torch.bfloat16, options.device)
         rivals = {"paged": step.paged()}
-        rivals |= step.rivals() if queries == context else {}
+        if queries == context:
+            rivals["sdpa"] = step.sdpa()
         seconds = race(rivals, options.repeats, options.device, step.num_layers)
         pairs = rows * sum(range(context - queries + 1, context + 1))  # of a query and a key that it sees
         flop = 4 * pairs * heads[0] * heads[2]
@@ -159,11 +167,25 @@ def helpers(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str,
             yield {"": what, "rows": len(args[0]), **{f"{name} us": 1e6 * taken for name, taken in seconds.items()}}
 
 
+def flex(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, Any]]:
+    """Decode and prefill beside torch's flex_attention, which takes long to compile: last, and one case of each."""
+    heads = TINY if options.tiny else LLAMA_8B
+    for rows, context, queries in ((2, 40, 1), (2, 40, 40)) if options.tiny else ((64, 4096, 1), (8, 2048, 2048)):
+        step = Step(rows, context, queries, heads, torch.bfloat16, options.device)
+        rivals = {"paged": step.paged()}
+        if options.device.type == "cuda":
+            rivals["flex"] = step.flex()
+        seconds = race(rivals, options.repeats, options.device, step.num_layers)
+        taken = {f"{name} us": 1e6 * taken for name, taken in seconds.items()}
+        yield {"rows": rows, "context": context, "queries": queries, "heads": heads, **taken}
+
+
 _PARTS: dict[str, Callable[[argparse.Namespace, float], Iterator[dict[str, Any]]]] = {
     "decode": decode,
     "prefill": prefill,
     "store": store,
     "helpers": helpers,
+    "flex": flex,
 }
 
 
@@ -197,7 +219,7 @@ class Step:
         self.k, self.v = (torch.randn(rows * queries, num_kv_heads, dim, device=device).bfloat16() for _ in range(2))
 
     def paged(self) -> Run:
-        """All layers, the storing of the step's own K/V included."""
+        """All layers. Decode stores its token too; torch's rivals have all K/V already, and so has a prompt here."""
         rows, context, queries, (num_heads, num_kv_heads, dim) = self.shape
         starts = torch.arange(0, rows * queries + 1, queries, dtype=torch.int32, device=self.device)
         lens = torch.full((rows,), context, dtype=torch.int32, device=self.device)
@@ -206,36 +228,46 @@ class Step:
         slots = self.tables[owners, positions // 16].long() * 16 + positions % 16
         plan = launch.AttentionPlan(num_heads, num_kv_heads, dim, dim, None, torch.bfloat16, self.dtype)
         plan.plan(starts, lens, self.tables, slots, queries, context)
+        k, v = (self.k, self.v) if queries == 1 else (None, None)
 
         def run() -> None:
             for layer in self.layers:
-                plan.run(self.q, self.k, self.v, layer.keys, layer.values, dim**-0.5, None, None, None, *layer.scales)
+                plan.run(self.q, k, v, layer.keys, layer.values, dim**-0.5, None, None, None, *layer.scales)
 
         return run
 
-    def rivals(self) -> dict[str, Run]:
+    def sdpa(self) -> Run:
         """Torch's own, over contiguous K/V."""
+        q, layers = self._contiguous()
+        causal = self.shape[2] > 1
+
+        def run() -> None:
+            for k, v in layers:
+                functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+        return run
+
+    def flex(self) -> Run:
+        """Torch's compiled one, over contiguous K/V."""
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        _, context, queries, _ = self.shape
+        torch._dynamo.reset()  # it compiles a function for a few shapes only
+        compiled = torch.compile(flex_attention, dynamic=False)
+        mask = create_block_mask(_causal, None, None, queries, context, device=self.device) if queries > 1 else None
+        q, layers = self._contiguous()
+
+        def run() -> None:
+            for k, v in layers:
+                compiled(q, k, v, block_mask=mask, enable_gqa=True)
+
+        return run
+
+    def _contiguous(self) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """q [R,H,n,D], and each layer's K and V [R,K,context,D]."""
         rows, context, queries, (num_heads, num_kv_heads, dim) = self.shape
         q = self.q.view(rows, queries, num_heads, dim).transpose(1, 2)
-        kv = [_contiguous(rows, num_kv_heads, context, dim, self.device) for _ in self.layers]
-
-        def sdpa() -> None:
-            for k, v in kv:
-                functional.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, enable_gqa=True)
-
-        runs: dict[str, Run] = {"sdpa": sdpa}
-        if self.device.type == "cuda":
-            from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-            flex = torch.compile(flex_attention, dynamic=False)
-            mask = create_block_mask(_causal, None, None, queries, context, device=self.device) if queries > 1 else None
-
-            def run_flex() -> None:
-                for k, v in kv:
-                    flex(q, k, v, block_mask=mask, enable_gqa=True)
-
-            runs["flex"] = run_flex
-        return runs
+        return q, [_contiguous(rows, num_kv_heads, context, dim, self.device) for _ in self.layers]
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -252,22 +284,23 @@ def device_name(device: torch.device | str) -> str:
 
 
 def race(rivals: dict[str, Run], repeats: int, device: torch.device, per: int = 1) -> dict[str, float]:
-    """Median seconds of each, divided by ``per``; on a GPU as CUDA graphs. A rival that fails is left out, and said."""
-    replays, taken = {}, {}
+    """Median seconds of each, divided by ``per``. A rival that fails is left out, and said."""
+    ready: dict[str, Run] = {}
     for name, run in rivals.items():
+        if name not in _RIVALS:
+            ready[name] = _captured(run) if device.type == "cuda" else run
+            continue
         try:
-            replays[name] = _captured(run) if device.type == "cuda" else run
+            for _ in range(3):
+                run()
+            ready[name] = run
         except Exception as error:
-            if name in ("paged", "ours", "copy"):
-                raise
-            print(f"  ({name} failed: {str(error).splitlines()[0]})")
-    times: dict[str, list[float]] = {name: [] for name in replays}
+            print(f"  ({name} failed: {str(error).splitlines()[0] if str(error) else type(error).__name__})")
+    times: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(repeats):
-        for name, replay in replays.items():
-            times[name].append(_timed(replay, device))
-    for name, found in times.items():
-        taken[name] = median(found) / per
-    return taken
+        for name, run in ready.items():
+            times[name].append(_timed(run, device))
+    return {name: median(found) / per for name, found in times.items()}
 
 
 def _captured(run: Run) -> Run:
@@ -287,6 +320,7 @@ def _timed(run: Run, device: torch.device) -> float:
         run()
         return time.perf_counter() - began
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(_HEAD_START)
     start.record()
     run()
     end.record()

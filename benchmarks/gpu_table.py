@@ -10,8 +10,9 @@ from typing import Any
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    kernels, offline = _read(folder / "gpu-kernels.json"), _read(folder / "gpu-offline.json")
-    print(f"{(kernels or offline).get('device', 'nothing was measured')}")
+    kernels, *models = (_read(folder / f"gpu-{name}.json") for name in ("kernels", "offline-7b", "offline-13b"))
+    device = next((found["device"] for found in (kernels, *models) if found), "nothing was measured")
+    print(device)
     for row in kernels.get("rows", []):
         if row["part"] == "decode":
             what = f"decode {row['rows']} x {row['context']}, heads {row['heads']}, {row['cache']}"
@@ -22,7 +23,10 @@ def main() -> None:
             share = f", {row['of sdpa']:.0%} of SDPA (target 60 %)" if "of sdpa" in row else ""
             what = f"prefill {row['requests']} x {row['queries']} of {row['context']}, heads {row['heads']}"
             print(f"{what}: {row['paged TFLOP/s']:.0f} TFLOP/s{share}")
-    for name, model in offline.get("models", {}).items():
+    for row in _read(folder / "gpu-flex.json").get("rows", []):
+        what = f"{row['rows']} x {row['queries']} of {row['context']}, heads {row['heads']}"
+        print(f"{what}: {row['paged us']:.0f} us{_rivals(row)}")
+    for name, model in [named for found in models for named in found.get("models", {}).items()]:
         step = model["decode"] or {}
         times = f"{model['times']:.1f}x stock's best batch (target 14x)" if model["times"] else "stock has no figure"
         print(f"{name}: {model['paged_tokens_per_s']:.0f} tok/s, {times}")
