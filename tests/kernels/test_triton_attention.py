@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from interpreter import DEVICE, ON_GPU, round_as_gpus_do
 from paged_kernels import reference
-from paged_kernels.triton import launch, tiles
+from paged_kernels.triton import elementwise, launch, prefill, sampling, tiles
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -296,6 +297,18 @@ def test_a_planned_run_stores_and_then_attends_to_what_it_stored():
     reference.store_kv(k, v, case.keys, case.values, slots)
     torch.testing.assert_close(got, case.run(reference.paged_attention), rtol=0, atol=2e-5)
     assert torch.equal(got, again)
+
+
+def test_what_is_compiled_for_any_kernel_counts(monkeypatch):
+    """An operator is told of what is compiled late, be it attention's, a module's or the sampler's."""
+    kernels = ((prefill, "prefill_kernel"), (elementwise, "_silu_mul"), (sampling, "_argmax_parts"))
+    for module, name in kernels:
+        monkeypatch.setattr(module, name, SimpleNamespace(device_caches={}))
+    before = launch.num_compiles()
+    for module, name in kernels:
+        kernel = SimpleNamespace(device_caches={device: ({"one": 1, "two": 2}, None) for device in range(2)})
+        monkeypatch.setattr(module, name, kernel)
+    assert launch.num_compiles() == before + 12
 
 
 def test_blocks_are_copied_in_order():

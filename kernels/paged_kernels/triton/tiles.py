@@ -103,6 +103,7 @@ _PREFILL = {
 }
 
 
+@cache
 def store(num_kv_heads: int, head_dim: int, value_head_dim: int) -> Tile:
     """For ``store.store_kernel``: up to 4,096 numbers at a time."""
     sizes = dims(head_dim, value_head_dim)
