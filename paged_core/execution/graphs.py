@@ -58,19 +58,22 @@ class DecodeGraphs:
         }
         self._logits: Tensor | None = None  # [rows, vocab], of whichever graph ran last
 
-    def warm_up(self, forward: Forward, progress: Callable[[str, int, int], None]) -> None:
+    def warm_up(
+        self, forward: Forward, replayable: Callable[[], bool], progress: Callable[[str, int, int], None]
+    ) -> None:
         """Capture all of them, the largest first: the others then fit into its memory."""
         keys = [(size, length) for size in reversed(self._sizes) for length in reversed(self._lengths)]
         self._pad(0)
         for done, key in enumerate(keys):
             progress("capturing decode steps", done, len(keys))
-            self._capture(key, forward)
+            self._capture(key, forward, replayable)
         progress("capturing decode steps", len(keys), len(keys))
 
-    def run(self, batch: Batch, forward: Forward) -> Tensor | None:
-        """Logits ``[S, vocab]`` of a decode batch, which the next run overwrites. None: it can't be captured."""
+    def run(self, batch: Batch, forward: Forward, replayable: Callable[[], bool]) -> Tensor | None:
+        """Logits ``[S, vocab]`` of a decode batch, which the next run overwrites. None: it can't be captured.
+        ``replayable``: whether ``forward`` may be captured now. What was captured before is replayed anyway."""
         num = len(batch.sample_requests)
-        key = self._captured(num, batch.attention.max_seq_len, forward)
+        key = self._captured(num, batch.attention.max_seq_len, forward, replayable)
         if key is None or self._logits is None:
             return None
         self._fill(batch, num, self._tables[key[1]])
@@ -84,19 +87,21 @@ class DecodeGraphs:
             self._no_room.clear()
             self._record = self._recorder()
 
-    def _captured(self, num: int, longest: int, forward: Forward) -> tuple[int, int] | None:
-        """The smallest graph that holds so much, captured now if it was not. No memory for it: a larger one."""
+    def _captured(
+        self, num: int, longest: int, forward: Forward, replayable: Callable[[], bool]
+    ) -> tuple[int, int] | None:
+        """The smallest graph that holds so much, captured now if it was not. If it can't be now: a larger one."""
         sizes = self._sizes[bisect_left(self._sizes, num) :]
         lengths = self._lengths[bisect_left(self._lengths, longest) :]
         key = sizes[0], lengths[0]
         if key not in self._replays and key not in self._no_room:
             self._pad(0)
-            self._capture(key, forward)
+            self._capture(key, forward, replayable)
         there = ((size, length) for length in lengths for size in sizes)
         return next((key for key in there if key in self._replays), None)
 
-    def _capture(self, key: tuple[int, int], forward: Forward) -> None:
-        if self._record is None:
+    def _capture(self, key: tuple[int, int], forward: Forward, replayable: Callable[[], bool]) -> None:
+        if self._record is None or not replayable():
             return
         static = self._static(*key)
 
@@ -117,6 +122,8 @@ class DecodeGraphs:
                 _log.warning("no memory for more CUDA graphs: some decode steps run without, or through a larger one")
             self._no_room.add(key)
         except Exception as error:  # a forward that waits for the device, for instance
+            if not replayable():  # since a moment ago
+                return
             _log.warning("decode steps run without CUDA graphs, for this model can't be captured: %s", error)
             self._record = None
             self._replays.clear()

@@ -68,7 +68,11 @@ ModuleForward = Callable[..., Any]
 
 @runtime_checkable
 class PagedModel(Protocol):
-    """A causal language model that leaves K/V memory and attention to the engine."""
+    """A causal language model that leaves K/V memory and attention to the engine.
+
+    One whose ``forward`` does in Python what no CUDA graph repeats (hooks of its users) says ``replayable = False``.
+    When that changes for good, ``refresh`` returns True.
+    """
 
     @property
     def spec(self) -> ModelSpec: ...

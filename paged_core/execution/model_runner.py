@@ -44,7 +44,7 @@ class ModelRunner:
     def warm_up(self, progress: Callable[[str, int, int], None]) -> None:
         """Capture every graph now. Not on a cache that will grow: its addresses will change, and graphs hold them."""
         if self._graphs is not None and self._cache.num_blocks == (self._cache.max_blocks or self._cache.num_blocks):
-            self._graphs.warm_up(self._forward, progress)
+            self._graphs.warm_up(self._forward, self._replayable, progress)
 
     def grow(self, num_blocks: int) -> None:
         """Have memory for as many blocks as the pool hands out. Once per schedule, before its moves."""
@@ -72,12 +72,15 @@ class ModelRunner:
         """Logits ``[S + P, vocab]`` of the batch's sample_indices; ``eager``: through no graph. May be repeated: K/V
         slots are just rewritten."""
         if self._graphs is not None and batch.decode and not eager:
-            logits = self._graphs.run(batch, self._forward)
+            logits = self._graphs.run(batch, self._forward, self._replayable)
             if logits is not None:
                 # A request's own selector may keep them beyond the next step.
                 kept = any(request.selector is not None for request in batch.sample_requests)
                 return logits.clone() if kept else logits
         return self._forward(batch)
+
+    def _replayable(self) -> bool:
+        return bool(getattr(self._model, "replayable", True))
 
     def _forward(self, batch: Batch) -> Tensor:
         self._backend.plan(batch.attention)

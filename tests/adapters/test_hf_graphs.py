@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from graph_stand_in import CapturablePlugin, OpRecorder
+from paged_hf.model import HFPagedModel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from paged_core import Engine, EngineConfig, SamplingParams, assembly
@@ -61,3 +62,76 @@ def test_frequencies_that_follow_the_longest_request_are_not_captured_and_the_to
     assert eager == plain
     assert "without CUDA graphs" in caplog.text
     assert engine._runner._graphs.num_captures == 0
+
+
+def make_engine(model, **config):
+    sizes = {"block_size": 4, "num_blocks": 200, "max_num_seqs": 2, "max_num_batched_tokens": 32, "max_model_len": 100}
+    config = EngineConfig(**sizes, **config, cuda_graphs=True, fast_forwards=False)
+    return Engine(model, config, plugins=[CapturablePlugin()])
+
+
+def run(engine, prompt, between=lambda step: None):
+    engine.add_request("a", prompt, SamplingParams(temperature=0, max_tokens=10, ignore_eos=True))
+    found, step = [], 0
+    while engine.has_work:
+        between(step)
+        step += 1
+        found += [token for output in engine.step() for token in output.token_ids]
+    return found
+
+
+@pytest.mark.parametrize("way", ["hook", "pre-hook", "forward"])
+def test_what_a_user_does_in_python_is_done_in_every_step(way, monkeypatch):
+    monkeypatch.setitem(assembly.RECORDERS, "cpu", OpRecorder)
+    model, strength, calls = make_model("llama"), [0.0], []
+    module = model.model.layers[0].mlp
+
+    def add(value):
+        calls.append(value)
+        return value + strength[0]
+
+    def strengthen(step):
+        if step == 0:
+            calls.clear()  # of the pass that took the module in
+        strength[0] = 5.0 * (step > 4)
+
+    plain = run(make_engine(model), [1, 2, 3])
+    engine = make_engine(model)
+    assert engine._runner._graphs._replays
+    handle = None
+    if way == "hook":
+        handle = module.register_forward_hook(lambda _, given, out: add(out))
+    elif way == "pre-hook":
+        handle = module.register_forward_pre_hook(lambda _, given: (add(given[0]),))
+    else:
+        own = module.forward
+        module.forward = lambda x: add(own(x))
+    changed = run(engine, [1, 2, 3], strengthen)
+    assert len(calls) == 10
+    assert changed == run(make_engine(model), [1, 2, 3], strengthen)
+    assert changed[:4] == plain[:4]
+    assert changed != plain
+    if handle is not None:
+        handle.remove()
+    else:
+        del module.forward
+    assert run(engine, [1, 2, 3]) == plain
+    assert engine._runner._graphs._replays
+
+
+def test_prompts_that_are_embeddings_do_not_cost_others_their_graphs(monkeypatch):
+    monkeypatch.setitem(assembly.RECORDERS, "cpu", OpRecorder)
+    model = make_model("llama")
+    paged = HFPagedModel(model)
+    plain = run(make_engine(model), [1, 2, 3])
+    engine = make_engine(paged, kv_cache_slab_bytes=4096)  # nothing is captured ahead
+    ids = paged.lend(model.get_input_embeddings()(torch.tensor([1, 2, 3])).detach())
+    assert run(engine, ids) == plain
+    assert not engine._runner._graphs._replays
+    paged.take_back(ids)
+    assert run(engine, [1, 2, 3]) == plain
+    assert engine._runner._graphs._replays
+    captures = engine._runner._graphs.num_captures
+    ids = paged.lend(model.get_input_embeddings()(torch.tensor([1, 2, 3])).detach())
+    assert run(engine, ids) == plain
+    assert engine._runner._graphs.num_captures == captures, "what is captured is replayed"

@@ -208,10 +208,10 @@ def test_a_failing_step_is_searched_for_its_culprit_without_graphs():
     graphs = engine._runner._graphs
     rerun = graphs.run
 
-    def failing(batch, forward):
+    def failing(batch, *how):
         if 95 in batch.token_ids.tolist():
             raise RuntimeError("a replay failed")
-        return rerun(batch, forward)
+        return rerun(batch, *how)
 
     graphs.run = failing
     prompts = {i: [i, 2, 3] for i in range(4)}

@@ -17,6 +17,9 @@ class Embeds:
         self._next = _FIRST
         self._rows: dict[int, Tensor] = {}  # [hidden] each
 
+    def __len__(self) -> int:
+        return len(self._rows)
+
     def __contains__(self, token_id: int) -> bool:
         return token_id in self._rows
 

@@ -89,6 +89,12 @@ class HFPagedModel:
         """Whether the id stands for an embedding that is lent."""
         return token_id in self._embeds
 
+    @property
+    def replayable(self) -> bool:
+        """Whether forward passes are nothing but work on the device. Users' hooks and forwards are Python; and prompts
+        that bring embeddings have token ids looked at by the host, though no decode step needs it."""
+        return self._unheard and not self._embeds
+
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend, sample_indices: Tensor) -> Tensor:
         """``token_ids i64 [T], positions i64 [T], sample_indices i64 [S] -> logits [S, vocab]``"""
         step = Step(attend, positions)
@@ -159,6 +165,7 @@ class HFPagedModel:
         self._under_way: list[Step | None] = [None]
         self._shadow.give_all(UNDER_WAY, self._under_way)
         self._watch = Watch(self._base)
+        self._unheard = not any(_listened_to(module) and not _aligned(module) for module in self._base.modules())
         self._fast = {}
         self._takes_embeds: bool | None = None  # not known yet
         config = self._base.config.get_text_config()
@@ -236,6 +243,11 @@ class HFPagedModel:
 
 def _listened_to(module: nn.Module) -> bool:
     return listened_to(module) or "forward" in module.__dict__
+
+
+def _aligned(module: nn.Module) -> bool:
+    """Whether all that stands before the module's own forward is accelerate's, with the weights where they are used."""
+    return getattr(getattr(module, "_hf_hook", None), "offload", None) is False and not listened_to(module)
 
 
 def _unwrapped(model: Any) -> Any:
