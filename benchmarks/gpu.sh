@@ -57,4 +57,5 @@ part flex 60 "$python" benchmarks/bench_gpu_kernels.py --only flex --json "$resu
 part tiles 60 "$python" benchmarks/bench_gpu_tiles.py --json "$results/gpu-tiles.json"
 
 tail -n 4 "$results/checks.log"
+tail -n 20 "$results/tiles.log"
 "$python" benchmarks/gpu_table.py "$results"
