@@ -86,14 +86,14 @@ class TritonBackend:
     def _try(self, layer: LayerSpec) -> None:
         """A step of one new token, then a step of a token and a chunk, in blocks of their own."""
         device, plan, size = layer.device, self._plan_for(layer), self._block_size
-        shape = (3, layer.num_kv_heads, size)
+        shape = (4, layer.num_kv_heads, size)
         dims = (layer.head_dim, layer.value_head_dim)
         keys, values = (torch.zeros(*shape, dim, device=device).to(self._cache_dtype) for dim in dims)
         quantised = self._cache_dtype.itemsize == 1
         scales = [torch.ones(shape, device=device) for _ in range(2)] if quantised else [None, None]
         sinks = torch.zeros(layer.num_heads, device=device) if layer.has_sinks else None
         bias = torch.zeros(layer.num_heads, 2 * size, device=device) if layer.has_key_bias else None
-        tables = torch.tensor([[1], [2]], dtype=torch.int32, device=device)
+        tables = torch.tensor([[1, 0], [2, 3]], dtype=torch.int32, device=device)  # blocks may hold a single token
         for queries in ([1], [1, 2]):
             num_rows, num_tokens = len(queries), sum(queries)
             starts = torch.tensor([0, 1, 3][: num_rows + 1], dtype=torch.int32, device=device)

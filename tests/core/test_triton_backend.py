@@ -102,3 +102,19 @@ def test_what_its_kernels_cannot_do_is_left_to_others(change, config):
     other = replace(spec, layers=(spec.layers[0], replace(spec.layers[1], **change)))
     assert asked("triton", spec) is not None
     assert asked("triton", other, **config) is None
+
+
+def test_warming_up_writes_to_no_slot_that_is_not_there(monkeypatch):
+    written = []
+    store = launch.store_kv
+
+    def watched(keys, values, key_cache, value_cache, slots, *scales):
+        written.append((int(slots.max()), key_cache.shape[0] * key_cache.shape[2]))
+        return store(keys, values, key_cache, value_cache, slots, *scales)
+
+    monkeypatch.setattr(launch, "store_kv", watched)
+    spec = tiny().spec
+    for block_size in (1, 2):
+        TritonBackend(spec, spec.dtype, block_size).warm_up()
+    assert written
+    assert all(slot < num_slots for slot, num_slots in written)
