@@ -7,8 +7,8 @@ import torch
 from graph_stand_in import CapturablePlugin, OpRecorder
 from tiny_model import EOS, TinyModel
 
-from paged_core import Engine, EngineConfig, Likeliest, SamplingParams, assembly
-from paged_core.execution.sampler import Greedy
+from paged_core import Engine, EngineConfig, Likeliest, SamplingParams, assembly, hookimpl
+from paged_core.execution.sampler import Greedy, Sampler
 
 ROOMY = {"num_blocks": 400, "max_num_batched_tokens": 256}
 CHUNKED = {"num_blocks": 400, "max_num_batched_tokens": 8}
@@ -232,3 +232,30 @@ def test_rows_of_one_selector_that_can_choose_without_the_host_are_run_ahead_and
         tokens, _, ahead = run(engine)
         assert tokens == {("a", 0): TinyModel().generate([1, 2], 9), ("b", 0): TinyModel().generate([4], 15)}
         assert ahead == wanted
+
+
+def test_a_sampler_whose_select_is_its_own_is_not_passed_over_by_a_choose_that_it_inherits():
+    class Sevens(Sampler):
+        def select(self, logits, requests):
+            logits = logits.clone()
+            logits[:, 7] += 1000
+            return super().select(logits, requests)
+
+    class Both(Sevens):
+        def choose(self, logits, requests):
+            logits = logits.clone()
+            logits[:, 7] += 1000
+            return super().choose(logits, requests)
+
+    for kind, is_ahead in ((Sevens, False), (Both, True)):
+
+        class Plugin:
+            @hookimpl
+            def create_sampler(self, spec, kind=kind):
+                return kind()
+
+        engine = make_engine(plugins=[Plugin()])
+        engine.add_request("a", [1, 2], greedy(6))
+        tokens, _, ahead = run(engine)
+        assert tokens == {("a", 0): [7] * 6}
+        assert (ahead > 0) is is_ahead
