@@ -56,6 +56,8 @@ class ModelRunner:
         """Give the cache's memory back. No block may be in use."""
         self.drop_graphs()
         self._cache.release()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # torch would keep it for itself, and others on the device want it
 
     def drop_graphs(self) -> None:
         """What graphs were captured from has changed or moved: weights, modules, the cache."""

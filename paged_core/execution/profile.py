@@ -78,6 +78,8 @@ def bytes_left(
     devices = {layer.device for layer in model.spec.layers} | {model.spec.device}
     gauges = {device: GAUGES[device.type](device) for device in devices}
     cache = kv_cache.allocate(model.spec, 1, block_size, dtype)
+    for tensor in cache.tensors:
+        tensor[0].zero_()  # what nobody wrote may be NaN, and these steps read the null block
     runner, builder = ModelRunner(model, backend, cache), BatchBuilder(block_size, model.spec.device)
     for gauge in gauges.values():
         gauge.start()

@@ -7,7 +7,7 @@ import torch
 from tiny_model import TinyModel
 
 from paged_core import ConfigError, Engine, EngineConfig, SamplingParams
-from paged_core.execution import profile
+from paged_core.execution import kv_cache, profile
 
 BLOCK = 4
 BLOCK_BYTES = 2 * 2 * BLOCK * 2 * 16 * 4  # layers, K and V, slots, kv heads, head dim, float32
@@ -71,6 +71,27 @@ def test_the_profiling_steps_are_the_largest_there_can_be():
 
     make_engine(Watched(), gpu_memory_utilization=0.9, max_model_len=100)
     assert seen == [(50, 8, 7), (8, 8, 99)]  # 50 tokens of 8 requests; 8 requests at their full length
+
+
+def test_the_profiling_steps_read_no_memory_that_nobody_wrote(monkeypatch):
+    logits = []
+
+    class Watched(TinyModel):
+        def forward(self, *given):
+            logits.append(super().forward(*given))
+            return logits[-1]
+
+    def dirty(*given, **named):
+        cache = allocate(*given, **named)
+        for tensor in cache.tensors:
+            tensor.fill_(float("nan"))
+        return cache
+
+    allocate = kv_cache.allocate
+    monkeypatch.setattr(kv_cache, "allocate", dirty)
+    make_engine(Watched(), gpu_memory_utilization=0.9, max_model_len=100)
+    assert len(logits) == 2
+    assert all(torch.isfinite(found).all() for found in logits)
 
 
 def test_no_more_blocks_than_could_ever_be_used():
