@@ -56,7 +56,7 @@ class ModelRunner:
         """Give the cache's memory back. No block may be in use."""
         self.drop_graphs()
         self._cache.release()
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()  # torch would keep it for itself, and others on the device want it
 
     def drop_graphs(self) -> None:
