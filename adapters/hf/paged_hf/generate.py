@@ -23,6 +23,7 @@ from paged_hf.report import Report, forget, last_report, note
 
 _MAX_NUM_SEQS = 256  # rows of all calls that run at once
 _SLAB_BYTES = 64 << 20  # K/V memory that is taken at a time
+_GPU_SLAB_BYTES = 1 << 30  # there each growth also costs the CUDA graphs, which are captured anew
 _MISSING = object()
 
 
@@ -36,9 +37,8 @@ class PagedGenerate:
         self.model = model
         self.kv_cache_memory = kv_cache_memory
         self.over_budget = over_budget
-        config = EngineConfig(
-            kv_cache_bytes=kv_cache_memory, kv_cache_slab_bytes=_SLAB_BYTES, max_num_seqs=_MAX_NUM_SEQS
-        )
+        slab = _SLAB_BYTES if str(getattr(model, "device", "cpu")) == "cpu" else _GPU_SLAB_BYTES
+        config = EngineConfig(kv_cache_bytes=kv_cache_memory, kv_cache_slab_bytes=slab, max_num_seqs=_MAX_NUM_SEQS)
         self.tiers = loops.Tiers(model, EngineHost(model, config), strict_memory=over_budget == "raise")
         self._here = threading.local()  # .paused: calls of this thread go to stock
         self._before: list[Any] = []  # what the model had at each entry
