@@ -89,7 +89,7 @@ def test_the_profiling_steps_read_no_memory_that_nobody_wrote(monkeypatch):
 
     allocate = kv_cache.allocate
     monkeypatch.setattr(kv_cache, "allocate", dirty)
-    make_engine(Watched(), gpu_memory_utilization=0.9, max_model_len=100)
+    make_engine(Watched(), gpu_memory_utilization=0.9, max_model_len=102, max_num_batched_tokens=8)
     assert len(logits) == 2
     assert all(torch.isfinite(found).all() for found in logits)
 
