@@ -43,7 +43,7 @@ def a_device_that_tells(monkeypatch):
 
 def make_engine(model=None, **config):
     usual = {"block_size": BLOCK, "max_num_seqs": 8, "max_num_batched_tokens": 50, "attention_backend": "reference"}
-    return Engine(model or TinyModel(), EngineConfig(**usual, **config))
+    return Engine(model or TinyModel(), EngineConfig(**{**usual, **config}))
 
 
 def greedy(num_tokens):
