@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from paged_core.scheduling.request import Logprob
 
@@ -65,6 +65,14 @@ class StreamDelta:
     stop_reason: str | int | None = None
     error: str | None = None
     prompt_logprobs: Sequence[TokenLogprobs | None] | None = None  # with the first
+
+    def parts(self) -> list[StreamDelta]:
+        """The delta itself; if it ends in "abort" or "error" and has text, that text and the bare end apart: who turns
+        such ends into errors must not lose what was said before."""
+        if self.finish_reason not in ("abort", "error") or not (self.text or self.token_ids):
+            return [self]
+        end = StreamDelta(self.request_id, self.index, "", finish_reason=self.finish_reason, error=self.error)
+        return [replace(self, finish_reason=None, error=None), end]
 
 
 def join_deltas(deltas: Sequence[StreamDelta]) -> StreamDelta:

@@ -97,7 +97,10 @@ class Channel:
         """
         with self._lock:
             for index in self._unread:
-                return join_deltas(self._unread.pop(index))
+                delta, *end = join_deltas(self._unread.pop(index)).parts()
+                if end:
+                    self._unread[index] = end
+                return delta
             if self._error is not None:
                 raise self._error
             if self._result is not None:
@@ -132,7 +135,8 @@ class Stream:
     Stream cancels the request. A cancelled request still ends with a final delta and a result ("abort").
 
     Iterating and waiting raise InvalidRequestError if the engine refused the request, and EngineDeadError if it has
-    failed. An error while the request runs is no exception: its finish_reason is "error".
+    failed. An error while the request runs is no exception: its finish_reason is "error". That and "abort" come with
+    a delta of their own, without text.
     """
 
     def __init__(self, channel: Channel) -> None:

@@ -230,6 +230,20 @@ def test_an_error_of_one_request_is_told_in_its_own_last_delta(engine: AsyncEngi
     assert good.result(LIMIT_S).outputs[0].text == "BCDEF"
 
 
+def test_a_slow_reader_still_gets_the_text_from_before_an_error(engine: AsyncEngine) -> None:
+    def breaks_later(input_ids: Any, scores: Any) -> Any:
+        if input_ids.shape[-1] == 4:
+            raise ZeroDivisionError("mine")
+        return scores
+
+    stream = engine.submit("A", params(logits_processors=[breaks_later]))
+    stream.result(LIMIT_S)
+    text, end = stream
+    assert (text.text, text.finish_reason, text.error) == ("BCD", None, None)
+    assert (end.text, end.token_ids, end.finish_reason) == ("", (), "error")
+    assert end.error is not None and "mine" in end.error
+
+
 def test_a_tokenizer_that_chokes_ends_one_request_only(model: AlphabetModel) -> None:
     class Choking(CharacterTokenizer):
         def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> str:
