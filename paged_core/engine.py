@@ -21,11 +21,10 @@ from paged_core.assembly import Progress
 from paged_core.checks import check_prompt, check_resumed, check_token_ids
 from paged_core.config import EngineConfig
 from paged_core.errors import EngineDeadError
-from paged_core.execution.batch import BatchBuilder, PromptRows
+from paged_core.execution.batch import BatchBuilder
 from paged_core.execution.beam_search import BeamSearch
 from paged_core.execution.model import AcceleratedModel, EmbeddingModel, TokenSelector
-from paged_core.execution.parts import Computed, compute
-from paged_core.lookahead import Launched, Lookahead
+from paged_core.lookahead import Lookahead
 from paged_core.plugins import load_plugins
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.request import (
@@ -35,11 +34,10 @@ from paged_core.scheduling.request import (
     Request,
     RequestOutput,
     SamplingParams,
-    Selection,
 )
-from paged_core.scheduling.schedule import Schedule, ScheduledChunk
-from paged_core.selection import OneByOne, select_rows
+from paged_core.scheduling.schedule import Schedule
 from paged_core.stats import StepStats
+from paged_core.step_runner import StepRunner
 from paged_core.view import EngineView
 
 _log = logging.getLogger("paged_core")
@@ -79,19 +77,19 @@ class Engine:
         assert config.block_size is not None, "see resolve"
         self._block_size = config.block_size
         self._tokenizer_source = model
-        self._sampler = assembly.create_sampler(self._manager, self.spec, config)
-        self._backend = assembly.create_backend(self._manager, self.spec, config, progress)
-        assembly.compile_model(self._model, self._backend, config, progress)
+        sampler = assembly.create_sampler(self._manager, self.spec, config)
+        backend = assembly.create_backend(self._manager, self.spec, config, progress)
+        assembly.compile_model(self._model, backend, config, progress)
         assembly.accelerate(self._manager, self._model, config)
-        self.config = config = assembly.measure(config, self._model, self._backend, self._sampler)
+        self.config = config = assembly.measure(config, self._model, backend, sampler)
         self._scheduler = assembly.create_scheduler(self._manager, self.spec, config)
         self._pool = self._scheduler.pool
-        self._runner = assembly.create_runner(self._manager, self._model, self._backend, config, progress)
+        self._runner = assembly.create_runner(self._manager, self._model, backend, config, progress)
         self._num_compiles = self._runner.num_compiles
-        self._num_divided = 0
-        self._builder = BatchBuilder(self._block_size, self.spec.device)
+        builder = BatchBuilder(self._block_size, self.spec.device)
         ahead = config.lookahead if config.lookahead is not None else self.spec.device.type == "cuda"
-        self._lookahead = Lookahead(self._scheduler, self._builder, self._runner, self._sampler, ahead)
+        self._steps = StepRunner(self._scheduler, builder, self._runner, sampler, ahead=ahead)
+        self._lookahead = Lookahead(self._scheduler, self._steps)
         self._seeds = random.Random(self.config.seed)
         self._requests: dict[str, list[Request]] = {}  # by id: the rows that have not ended
         self._prompt_logprobs: dict[Request, list[Any]] = {}
@@ -222,15 +220,27 @@ class Engine:
         """
         began = time.perf_counter()
         self._refreshed = False
-        with self._device_looked_after():
-            now = self._lookahead.take() or self._launch(self._scheduler.schedule())
+        with self._death_noted(), self._device_looked_after():
+            now = self._lookahead.take() or self._steps.launch(self._scheduler.schedule())
+            for group, message in now.failed.items():
+                self._untold += self._finish(group.members, FinishReason.ERROR, message)
             if not now.schedule.chunks:
                 return self._tell([])
             self._lookahead.begin(now)
-            selection = self._select(now)
+            selection, prompt_logprobs = self._steps.select(now)
+        for request, start, found in prompt_logprobs:
+            self._prompt_logprobs[request][start:] = found
         outputs = self._scheduler.update(now.schedule, selection)
         self._report(now.schedule, len(now.computed.sample_requests), time.perf_counter() - began)
         return self._tell(outputs)
+
+    @contextmanager
+    def _death_noted(self) -> Iterator[None]:
+        try:
+            yield
+        except EngineDeadError as error:
+            self._dead = str(error)
+            raise
 
     @contextmanager
     def _device_looked_after(self) -> Iterator[None]:
@@ -240,93 +250,6 @@ class Engine:
         except torch.AcceleratorError as error:
             self._dead = f"its device has failed, which takes a new process: {error}"
             raise EngineDeadError(self._dead) from error
-
-    def _launch(self, schedule: Schedule) -> Launched:
-        if schedule.chunks:
-            schedule, computed = self._run(schedule)
-        else:
-            computed = Computed(torch.empty(0, self.spec.vocab_size), (), ())
-        return self._lookahead.launched(schedule, computed)
-
-    def _run(self, schedule: Schedule) -> tuple[Schedule, Computed]:
-        self._grow(self._pool.num_backed)
-        self._runner.move_blocks(schedule.moves)
-        try:
-            return schedule, self._compute(schedule.chunks)
-        except (EngineDeadError, torch.AcceleratorError):
-            raise
-        except Exception as error:
-            return self._run_without_culprits(schedule, error)
-
-    def _compute(self, chunks: Sequence[ScheduledChunk], *, eager: bool = False) -> Computed:
-        try:
-            computed = compute(self._builder, self._runner, chunks, eager=eager)
-        except torch.OutOfMemoryError as error:
-            self._dead = "no memory for a step of a single token; build one with a lower kv_cache_bytes"
-            raise EngineDeadError(self._dead) from error
-        if computed.num_fitting is not None:
-            self._num_divided += 1
-            self._scheduler.shrink(computed.num_fitting)
-            _log.warning("no memory for a step: computed in parts of at most %d tokens", computed.num_fitting)
-        return computed
-
-    def _grow(self, num_blocks: int) -> None:
-        try:
-            self._runner.grow(num_blocks)
-        except torch.AcceleratorError:
-            raise
-        except RuntimeError as error:  # what torch raises when memory runs out
-            self._dead = f"no memory for a K/V cache of {num_blocks} blocks; build one with a lower kv_cache_bytes"
-            raise EngineDeadError(self._dead) from error
-
-    def _run_without_culprits(self, schedule: Schedule, error: Exception) -> tuple[Schedule, Computed]:
-        """The model raised: run each chunk alone, and end only the requests whose own chunk raises."""
-        sound = []
-        for chunk in schedule.chunks:
-            if chunk.request.finished:
-                continue
-            try:
-                self._compute([chunk], eager=True)
-                sound.append(chunk)
-            except (EngineDeadError, torch.AcceleratorError):
-                raise
-            except Exception as own_error:
-                message = f"the model failed on this request: {own_error!r}"
-                self._untold += self._finish(chunk.request.group.members, FinishReason.ERROR, message)
-        remaining = Schedule([chunk for chunk in sound if not chunk.request.finished], (), schedule.preempted)
-        if not remaining.chunks:
-            return remaining, Computed(torch.empty(0, self.spec.vocab_size), (), ())
-        try:
-            return remaining, self._compute(remaining.chunks, eager=True)
-        except (EngineDeadError, torch.AcceleratorError):
-            raise
-        except Exception:  # sound alone, failing together: nobody's fault that we could tell
-            self._dead = f"the model fails on batches: {error!r}"
-            raise EngineDeadError(self._dead) from error
-
-    def _select(self, now: Launched) -> Selection:
-        if now.chosen is not None:
-            return now.chosen.fetch()
-        try:
-            return self._select_with(self._sampler, now.computed)
-        except torch.OutOfMemoryError:
-            pass
-        # Once more, with logits that nobody has written to and as little memory as can be.
-        return self._select_with(OneByOne(self._sampler), self._compute(now.schedule.chunks, eager=True))
-
-    def _select_with(self, sampler: TokenSelector, computed: Computed) -> Selection:
-        requests = computed.sample_requests
-        self._take_prompt_logprobs(sampler, computed.logits[len(requests) :], computed.prompt_rows)
-        return select_rows(computed.logits[: len(requests)], requests, sampler)
-
-    def _take_prompt_logprobs(self, sampler: TokenSelector, logits: Tensor, prompt_rows: Sequence[PromptRows]) -> None:
-        row = 0
-        for request, start, num in prompt_rows:
-            known = self._prompt_logprobs[request]
-            next_ids = request.tokens[start + 1 : start + 1 + num]
-            wanted = request.params.prompt_logprobs or 0
-            known[start + 1 :] = sampler.prompt_logprobs(logits[row : row + num], next_ids, wanted)
-            row += num
 
     def _tell(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
         """Outputs on their way out: add what was kept for them, forget the requests that have ended."""
@@ -377,7 +300,7 @@ class Engine:
             total_prefix_queries=scheduler.num_prefix_queries,
             total_prefix_hits=scheduler.num_prefix_hits,
             total_late_compiles=self._runner.num_compiles - self._num_compiles,
-            total_steps_divided=self._num_divided,
+            total_steps_divided=self._steps.num_divided,
         )
         self._observe("on_step_finished", stats=self.last_stats)
 

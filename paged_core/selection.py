@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from paged_core.execution.model import TokenSelector
+from paged_core.execution.batch import PromptRows
+from paged_core.execution.model import Chosen, ForesightedSelector, TokenSelector
 from paged_core.scheduling.request import FinishReason, Request, Selection
+
+_log = logging.getLogger("paged_core")
+
+
+class PromptLogprobs(NamedTuple):
+    """What was asked about some positions of a prompt."""
+
+    request: Request
+    start: int  # position of the first token told of
+    logprobs: list[Any]
+
+
+def choose_rows(logits: Tensor, requests: Sequence[Request], sampler: TokenSelector) -> Chosen | None:
+    """As ``select_rows``, but nobody waits, and ``logits [S, vocab]`` stay as they are. None: the host is needed.
+
+    Raises:
+        torch.AcceleratorError: the device has failed.
+    """
+    selectors = {id(request.selector or sampler) for request in requests}
+    if len(selectors) != 1:
+        return None
+    selector = requests[0].selector or sampler
+    if not isinstance(selector, ForesightedSelector) or not _chooses_as_it_selects(type(selector)):
+        return None
+    try:
+        return selector.choose(logits, requests)
+    except torch.AcceleratorError:
+        raise
+    except Exception:  # then they are chosen in their turn, where failing selectors are looked after
+        _log.debug("tokens could not be chosen ahead", exc_info=True)
+        return None
 
 
 def select_rows(logits: Tensor, requests: Sequence[Request], sampler: TokenSelector) -> Selection:
@@ -39,6 +72,19 @@ def select_rows(logits: Tensor, requests: Sequence[Request], sampler: TokenSelec
         errors.update((rows[i], message) for i, message in (part.errors or {}).items())
         finished.update((rows[i], reason) for i, reason in (part.finished or {}).items())
     return Selection(token_ids, logprobs, errors, parents, finished)
+
+
+def prompt_logprobs_of(
+    logits: Tensor, prompt_rows: Sequence[PromptRows], sampler: TokenSelector
+) -> list[PromptLogprobs]:
+    """``logits [P, vocab]`` of prompt positions -> Logprobs of the tokens that follow them there."""
+    told, row = [], 0
+    for request, start, num in prompt_rows:
+        next_ids = request.tokens[start + 1 : start + 1 + num]
+        found = sampler.prompt_logprobs(logits[row : row + num], next_ids, request.params.prompt_logprobs or 0)
+        told.append(PromptLogprobs(request, start + 1, list(found)))
+        row += num
+    return told
 
 
 class OneByOne:
@@ -71,3 +117,13 @@ def _select(selector: TokenSelector, logits: Tensor, requests: Sequence[Request]
             raise
         message = f"choosing the next token failed: {error!r}"
         return Selection([0] * len(requests), errors=dict.fromkeys(range(len(requests)), message))
+
+
+def _chooses_as_it_selects(kind: type) -> bool:
+    """Whether ``choose`` was written by whoever wrote ``select`` last, or after: else it chooses something else."""
+    for base in kind.__mro__:
+        if "choose" in vars(base):
+            return True
+        if "select" in vars(base):
+            return False
+    return False
