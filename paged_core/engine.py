@@ -5,7 +5,6 @@ Single-threaded: one owner calls add_request, abort, stop and step. AsyncEngine 
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,8 +24,9 @@ from paged_core.execution.batch import BatchBuilder
 from paged_core.execution.beam_search import BeamSearch
 from paged_core.execution.model import AcceleratedModel, EmbeddingModel, TokenSelector
 from paged_core.lookahead import Lookahead
+from paged_core.observers import Observers
+from paged_core.open_requests import OpenRequests
 from paged_core.plugins import load_plugins
-from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.request import (
     FinishReason,
     Group,
@@ -39,8 +39,6 @@ from paged_core.scheduling.schedule import Schedule
 from paged_core.stats import StepStats
 from paged_core.step_runner import StepRunner
 from paged_core.view import EngineView
-
-_log = logging.getLogger("paged_core")
 
 
 class Engine:
@@ -91,22 +89,17 @@ class Engine:
         self._steps = StepRunner(self._scheduler, builder, self._runner, sampler, ahead=ahead)
         self._lookahead = Lookahead(self._scheduler, self._steps)
         self._seeds = random.Random(self.config.seed)
-        self._requests: dict[str, list[Request]] = {}  # by id: the rows that have not ended
-        self._prompt_logprobs: dict[Request, list[Any]] = {}
-        self._untold: list[RequestOutput] = []  # final outputs of requests that ended between two steps
+        self._observers = Observers(self._manager)
+        self._open = OpenRequests(self._observers)
         self._dead: str | None = None
         self._refreshed = False  # whether the model was looked at since the last step
-        self._observed = {
-            name: bool(getattr(self._manager.hook, name).get_hookimpls())
-            for name in ("create_logits_processor", "on_request_added", "on_step_finished", "on_request_finished")
-        }
         self.last_stats: StepStats | None = None
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
     @property
     def has_work(self) -> bool:
-        return bool(self._untold) or self._scheduler.has_work
+        return self._open.has_untold or self._scheduler.has_work
 
     @property
     def tokenizer(self) -> Any | None:
@@ -164,7 +157,7 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Cancel a request. Each of its unfinished rows gets its final output from the next step. Unknown ids are
         ignored: the request may have ended a moment ago."""
-        self._untold += self._finish(self._requests.get(request_id, ()), FinishReason.ABORT)
+        self._open.tell_later(self._finish(self._open.rows(request_id), FinishReason.ABORT))
 
     def stop(self, request: Request) -> RequestOutput | None:
         """End a row whose text has reached a stop string. Returns its final output; None if it had ended already."""
@@ -173,7 +166,7 @@ class Engine:
 
     def close(self) -> None:
         """Abort what is left; take no more requests."""
-        for request_id in list(self._requests):
+        for request_id in self._open:
             self.abort(request_id)
         self._dead = "it was closed"
 
@@ -223,16 +216,15 @@ class Engine:
         with self._death_noted(), self._device_looked_after():
             now = self._lookahead.take() or self._steps.launch(self._scheduler.schedule())
             for group, message in now.failed.items():
-                self._untold += self._finish(group.members, FinishReason.ERROR, message)
+                self._open.tell_later(self._finish(group.members, FinishReason.ERROR, message))
             if not now.schedule.chunks:
-                return self._tell([])
+                return self._open.tell([])
             self._lookahead.begin(now)
             selection, prompt_logprobs = self._steps.select(now)
-        for request, start, found in prompt_logprobs:
-            self._prompt_logprobs[request][start:] = found
+        self._open.keep(prompt_logprobs)
         outputs = self._scheduler.update(now.schedule, selection)
         self._report(now.schedule, len(now.computed.sample_requests), time.perf_counter() - began)
-        return self._tell(outputs)
+        return self._open.tell(outputs)
 
     @contextmanager
     def _death_noted(self) -> Iterator[None]:
@@ -251,66 +243,23 @@ class Engine:
             self._dead = f"its device has failed, which takes a new process: {error}"
             raise EngineDeadError(self._dead) from error
 
-    def _tell(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
-        """Outputs on their way out: add what was kept for them, forget the requests that have ended."""
-        if self._prompt_logprobs:
-            outputs = [
-                output._replace(prompt_logprobs=self._prompt_logprobs.pop(output.request))
-                if output.request in self._prompt_logprobs
-                else output
-                for output in outputs
-            ]
-        self._forget(output for output in outputs if output.finish_reason is not None)
-        outputs, self._untold = self._untold + outputs, []
-        return outputs
-
     def _finish(
         self, requests: Iterable[Request], reason: FinishReason, error: str | None = None
     ) -> list[RequestOutput]:
         outputs = self._scheduler.finish(list(requests), reason, error)
-        self._forget(outputs)
+        self._open.end(outputs)
         return outputs
 
-    def _forget(self, final: Iterable[RequestOutput]) -> None:
-        for output in final:
-            request = output.request
-            self._prompt_logprobs.pop(request, None)
-            rows = self._requests[request.id]
-            rows.remove(request)
-            if not rows:
-                del self._requests[request.id]
-            self._observe("on_request_finished", output=output)
-
     def _report(self, schedule: Schedule, num_sampled: int, duration_s: float) -> None:
-        pool, scheduler, size = self._pool, self._scheduler, self._block_size
-        self.last_stats = StepStats(
-            duration_s=duration_s,
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_tokens=sum(chunk.num_tokens for chunk in schedule.chunks),
+        self.last_stats = StepStats.of(
+            self._scheduler,
+            schedule,
             num_sampled=num_sampled,
-            num_preempted=len(schedule.preempted),
-            num_blocks=pool.num_blocks,
-            num_blocks_used=pool.num_used,
-            num_blocks_cached=pool.num_cached,
-            num_blocks_shared=pool.num_shared,
-            num_slots_wasted=_slots_wasted(scheduler.running, pool, size),
-            block_size=size,
-            total_preemptions=scheduler.num_preemptions,
-            total_prefix_queries=scheduler.num_prefix_queries,
-            total_prefix_hits=scheduler.num_prefix_hits,
+            duration_s=duration_s,
             total_late_compiles=self._runner.num_compiles - self._num_compiles,
             total_steps_divided=self._steps.num_divided,
         )
-        self._observe("on_step_finished", stats=self.last_stats)
-
-    def _observe(self, hook: str, **what: Any) -> None:
-        """Tell observers. One that raises is logged and changes nothing."""
-        if self._observed[hook]:
-            try:
-                getattr(self._manager.hook, hook)(**what)
-            except Exception:
-                _log.exception("a plugin's %s failed", hook)
+        self._observers.tell("on_step_finished", stats=self.last_stats)
 
     # ---- taking requests in --------------------------------------------------------------------------------------
 
@@ -324,7 +273,7 @@ class Engine:
     ) -> list[Request]:
         if self._dead is not None:
             raise EngineDeadError(f"the engine takes no more requests: {self._dead}")
-        if request_id in self._requests:
+        if request_id in self._open:
             raise InvalidRequestError(f"request id {request_id!r} is in use; choose another")
         for prompt in prompts if lockstep else prompts[:1]:
             check_prompt(prompt, self.spec.vocab_size, self._knows)
@@ -344,15 +293,10 @@ class Engine:
                 stop_token_ids=stops,
                 selector=selector,
             )
-        if self._observed["create_logits_processor"]:
-            for request in group.members:
-                self._add_processors(request)
-        self._scheduler.add(group.members)
-        self._requests[request_id] = list(group.members)
-        if params.prompt_logprobs is not None:
-            self._prompt_logprobs[group.members[0]] = [None]  # nothing comes before the first token
         for request in group.members:
-            self._observe("on_request_added", request=request)
+            self._add_processors(request)
+        self._scheduler.add(group.members)
+        self._open.add(group.members)
         return list(group.members)
 
     def _add_processors(self, request: Request) -> None:
@@ -363,23 +307,10 @@ class Engine:
 
     def _refresh(self) -> None:
         """The user may have changed the model since the last step: cached K/V would be another model's."""
-        if isinstance(self._model, AcceleratedModel) and not (self._refreshed and self._requests):
+        if isinstance(self._model, AcceleratedModel) and not (self._refreshed and len(self._open)):
             with self._device_looked_after():
                 changed = self._model.refresh()
             if changed:
                 self._scheduler.forget_cached()
                 self._runner.drop_graphs()
             self._refreshed = True
-
-
-def _slots_wasted(running: Sequence[Request], pool: BlockPool, block_size: int) -> int:
-    """Slots of used blocks that hold no token. A half-filled block that rows share counts once."""
-    wasted, seen = 0, set()
-    for request in running:
-        empty = len(request.block_table) * block_size - request.num_computed
-        if empty and pool.is_shared(request.block_table[-1]):
-            if request.block_table[-1] in seen:
-                continue
-            seen.add(request.block_table[-1])
-        wasted += empty
-    return wasted

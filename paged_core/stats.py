@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from paged_core.scheduling.block_pool import BlockPool
+from paged_core.scheduling.request import Request
+from paged_core.scheduling.schedule import Schedule
+from paged_core.scheduling.scheduler import Scheduler
 
 
 class StepStats(NamedTuple):
@@ -26,6 +32,39 @@ class StepStats(NamedTuple):
     total_late_compiles: int = 0  # graphs captured and kernels compiled since the engine was built: a step waited
     total_steps_divided: int = 0  # computed in parts, since memory had no room for them
 
+    @classmethod
+    def of(
+        cls,
+        scheduler: Scheduler,
+        schedule: Schedule,
+        *,
+        num_sampled: int,
+        duration_s: float,
+        total_late_compiles: int,
+        total_steps_divided: int,
+    ) -> StepStats:
+        """Of a step that the scheduler has just taken in."""
+        pool = scheduler.pool
+        return cls(
+            duration_s=duration_s,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_tokens=sum(chunk.num_tokens for chunk in schedule.chunks),
+            num_sampled=num_sampled,
+            num_preempted=len(schedule.preempted),
+            num_blocks=pool.num_blocks,
+            num_blocks_used=pool.num_used,
+            num_blocks_cached=pool.num_cached,
+            num_blocks_shared=pool.num_shared,
+            num_slots_wasted=_slots_wasted(scheduler.running, pool),
+            block_size=pool.block_size,
+            total_preemptions=scheduler.num_preemptions,
+            total_prefix_queries=scheduler.num_prefix_queries,
+            total_prefix_hits=scheduler.num_prefix_hits,
+            total_late_compiles=total_late_compiles,
+            total_steps_divided=total_steps_divided,
+        )
+
     @property
     def kv_cache_usage(self) -> float:
         """Share of the blocks in use, 0 to 1."""
@@ -36,3 +75,17 @@ class StepStats(NamedTuple):
         """Share of the reserved slots that hold no token, 0 to 1 (Kwon et al., 2023, figure 2)."""
         reserved = self.num_blocks_used * self.block_size
         return self.num_slots_wasted / reserved if reserved else 0.0
+
+
+def _slots_wasted(running: Sequence[Request], pool: BlockPool) -> int:
+    """Slots of used blocks that hold no token. A half-filled block that rows share counts once."""
+    block_size = pool.block_size
+    wasted, seen = 0, set()
+    for request in running:
+        empty = len(request.block_table) * block_size - request.num_computed
+        if empty and pool.is_shared(request.block_table[-1]):
+            if request.block_table[-1] in seen:
+                continue
+            seen.add(request.block_table[-1])
+        wasted += empty
+    return wasted
