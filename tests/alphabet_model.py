@@ -36,9 +36,12 @@ class Gate:
     def __init__(self) -> None:
         self._open = threading.Event()
         self.num_steps = 0
+        self.shuts_at: int | None = None  # the step that it shuts before by itself
 
     def __call__(self, token_ids: list[int]) -> None:
         self.num_steps += 1
+        if self.num_steps == self.shuts_at:
+            self.shut()
         assert self._open.wait(30), "the test never opened the gate"
 
     def open(self) -> None:

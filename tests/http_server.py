@@ -47,6 +47,10 @@ class Running:
         stats = self.engine.engine.last_stats
         return stats.num_blocks_used if stats is not None else 0
 
+    def wait_until_told_to_cancel(self, num_prompts: int = 1) -> None:
+        """The engine's step is held meanwhile: what it is told waits."""
+        until(lambda: self.engine._commands.qsize() >= num_prompts)
+
     def come_to_rest(self) -> None:
         """Wait until nothing runs, and see that nothing was left behind."""
         until(lambda: not self.engine.engine.has_work and not self.service._open)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -43,14 +42,13 @@ def visit(browser: Browser, server: Running) -> None:
 def test_an_answer_streams_in_and_the_next_question_continues_the_chat(browser: Browser, gate: Gate) -> None:
     prompts: list[list[int]] = []
 
-    def shut_after_ten(token_ids: list[int]) -> None:
+    def noted(token_ids: list[int]) -> None:
         if len(token_ids) > 1:
             prompts.append(token_ids)
-        if gate.num_steps == 10:
-            gate.shut()
         gate(token_ids)
 
-    with alphabet_server(AlphabetModel(shut_after_ten)) as server:
+    gate.shuts_at = 11
+    with alphabet_server(AlphabetModel(noted)) as server:
         visit(browser, server)
         assert browser.evaluate("document.activeElement.id") == "text", "one can type at once"
         browser.type("AB")
@@ -82,7 +80,7 @@ def test_escape_stops_an_answer_and_its_blocks_are_given_back(browser: Browser, 
         until(lambda: gate.num_steps > 0)
         browser.press("Escape")
         browser.until(f"{ANSWER}.querySelector('small')?.textContent === 'stopped'")
-        time.sleep(0.2)  # until the server has heard of it
+        server.wait_until_told_to_cancel()
         gate.open()
         server.come_to_rest()
         with server.client() as client:

@@ -59,9 +59,10 @@ PEM = Path(__file__).with_name("loopback.pem")
 
 
 @contextmanager
-def narrow_server(**tls: Any) -> Iterator[Running]:
+def narrow_server(write_timeout_s: float, model: AlphabetModel | None = None, **tls: Any) -> Iterator[Running]:
     """Its sockets take little that nobody reads."""
-    with alphabet_server(connections=ConnectionLimits(write_timeout_s=1.0), **tls) as server:
+    limits = ConnectionLimits(write_timeout_s=write_timeout_s)
+    with alphabet_server(model, connections=limits, **tls) as server:
         server.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         yield server
 
@@ -79,18 +80,19 @@ def unread_stream(server: Running) -> socket.socket:
 
 @pytest.mark.parametrize("tls", [{}, {"ssl_certfile": PEM}], ids=["plain", "tls"])
 def test_a_client_that_stops_reading_loses_its_place(tls: dict[str, Any]) -> None:
-    with narrow_server(**tls) as server, unread_stream(server) as raw:
-        until(lambda: server.service._num_open == 8)
+    steps: list[object] = []
+    with narrow_server(0.5, AlphabetModel(steps.append), **tls) as server, unread_stream(server) as raw:
+        until(lambda: steps)
         server.come_to_rest()
         until(lambda: not server.server.server_state.connections)
         assert b"[DONE]" not in rest_of(raw)
 
 
 def test_a_client_that_reads_slowly_gets_all() -> None:
-    with narrow_server() as server, unread_stream(server) as raw:
+    with narrow_server(3.0) as server, unread_stream(server) as raw:
         got = b""
-        for _ in range(12):  # longer than it may read nothing
-            got += raw.recv(2_000)
+        for _ in range(32):  # longer than it may read nothing
+            got += raw.recv(1_000)
             time.sleep(0.1)
         while b"[DONE]" not in got[-100:]:
             part = raw.recv(20_000)
@@ -104,21 +106,26 @@ def test_a_client_that_reads_slowly_gets_all() -> None:
 
 @pytest.fixture(scope="module")
 def strict() -> Iterator[Running]:
-    limits = ConnectionLimits(head_timeout_s=0.3, max_head_bytes=8000, max_connections=10, max_ahead_bytes=2000)
-    options = AppOptions(api_keys=("key",), max_body_bytes=2000, body_timeout_s=5)
-    with alphabet_server(connections=limits, options=options) as server:
+    limits = ConnectionLimits(max_head_bytes=8000, max_connections=10, max_ahead_bytes=2000)
+    with alphabet_server(connections=limits, options=AppOptions(api_keys=("key",), max_body_bytes=2000)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[Running]:
+    with alphabet_server(connections=ConnectionLimits(head_timeout_s=1.0)) as server:
         yield server
 
 
 @pytest.mark.parametrize("data", [b"", b"POST /generate HTTP/1.1\r\nHost: x\r\n", b"\r\n"])
-def test_headers_are_not_waited_for_forever(strict: Running, data: bytes) -> None:
-    with connect(strict, data) as raw:
+def test_headers_are_not_waited_for_forever(hasty: Running, data: bytes) -> None:
+    with connect(hasty, data) as raw:
         answer = rest_of(raw)
     assert answer == b"" if not data else answer.startswith(b"HTTP/1.1 408 ")
 
 
-def test_headers_that_trickle_in_are_not_waited_for_forever(strict: Running) -> None:
-    with connect(strict, b"GET /health HTTP/1.1\r\n") as raw, suppress(ConnectionError):
+def test_headers_that_trickle_in_are_not_waited_for_forever(hasty: Running) -> None:
+    with connect(hasty, b"GET /health HTTP/1.1\r\n") as raw, suppress(ConnectionError):
         raw.setblocking(False)
         deadline = time.monotonic() + LIMIT_S
         answer = b""
@@ -130,8 +137,8 @@ def test_headers_that_trickle_in_are_not_waited_for_forever(strict: Running) -> 
                 answer += raw.recv(1000)
 
 
-def test_a_connection_that_was_used_is_bounded_as_well(strict: Running) -> None:
-    with connect(strict, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") as raw:
+def test_a_connection_that_was_used_is_bounded_as_well(hasty: Running) -> None:
+    with connect(hasty, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") as raw:
         assert "200 ok" in head_of(raw)
         raw.sendall(b"GET")
         assert rest_of(raw).startswith(b"HTTP/1.1 408 ")
@@ -149,7 +156,7 @@ def test_connections_have_a_number_and_those_beyond_are_told_to_come_back(strict
     until(lambda: not strict.server.server_state.connections)
     with ExitStack() as stack:
         for _ in range(10):
-            stack.enter_context(connect(strict, post(LONG, "/generate")[:-5]))
+            stack.enter_context(connect(strict, post(LONG, "/generate", "Authorization: Bearer key")[:-5]))
         until(lambda: len(strict.server.server_state.connections) == 10)
         with connect(strict, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") as raw:
             answer = rest_of(raw).lower()
@@ -228,8 +235,8 @@ def test_a_client_that_leaves_is_noticed_whatever_it_has_sent_ahead(gate: Gate, 
             until(lambda: gate.num_steps > 0)
             if not at_once:
                 raw.sendall(ahead)
-                time.sleep(0.1)
-        until(lambda: not server.server.server_state.connections)
+                until(lambda: any(each._ahead for each in list(server.server.server_state.connections)))
+        server.wait_until_told_to_cancel()
         gate.open()
         server.come_to_rest()
         assert gate.num_steps < 150, "200 tokens would have taken as many steps, four times"
@@ -250,7 +257,7 @@ def test_nonsense_sent_ahead_doesnt_break_into_the_answer_under_way(gate: Gate) 
         with connect(server, post({**LONG, "max_tokens": 5, "stream": True})) as raw:
             until(lambda: gate.num_steps > 0)
             raw.sendall(b"\0nonsense\r\n\r\n")
-            time.sleep(0.1)
+            until(lambda: any(each._deaf for each in list(server.server.server_state.connections)))
             gate.open()
             answer = rest_of(raw)
     assert answer.count(b"HTTP/1.1") == 1

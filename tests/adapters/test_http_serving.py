@@ -39,17 +39,20 @@ def events(text: str) -> list[Any]:
 
 
 class Background:
-    """A request under way in a thread of its own."""
+    """A request under way in a thread of its own. ``began``: its answer has, a streamed one's with its first event."""
 
     def __init__(self, server: Running, path: str, body: dict[str, Any]) -> None:
         self._server, self._path, self._body = server, path, body
+        self.began = threading.Event()
         self.response: httpx2.Response | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        with self._server.client() as client:
-            self.response = client.post(self._path, json=self._body)
+        with self._server.client() as client, client.stream("POST", self._path, json=self._body) as response:
+            self.began.set()
+            response.read()
+            self.response = response
 
     def result(self) -> httpx2.Response:
         self._thread.join(LIMIT_S)
@@ -68,20 +71,22 @@ def test_a_client_that_leaves_costs_nothing_more(gate: Gate, stream: bool) -> No
         with socket.create_connection(("127.0.0.1", server.port)) as raw:
             raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
             until(lambda: gate.num_steps > 0)
-        time.sleep(0.1)
+        server.wait_until_told_to_cancel()
         gate.open()
         server.come_to_rest()
         assert gate.num_steps < 150, "200 tokens would have taken as many steps"
 
 
 def test_a_client_that_leaves_in_the_middle_of_several_prompts_costs_nothing_more(gate: Gate) -> None:
+    gate.shuts_at = 10
     with alphabet_server(AlphabetModel(gate)) as server:
         with server.client() as client, client.stream("POST", "/v1/completions", json={
             **LONG, "prompt": ["!", "#", "%"], "stream": True
         }) as response:  # fmt: skip
-            next(response.iter_lines())
-            gate.shut()
-        time.sleep(0.1)
+            lines = response.iter_lines()  # kept: its end would be the response's
+            next(lines)
+            until(lambda: gate.num_steps == gate.shuts_at)
+        server.wait_until_told_to_cancel(3)
         gate.open()
         server.come_to_rest()
         assert gate.num_steps < 150
@@ -124,15 +129,15 @@ def test_a_full_queue_is_told_with_a_time_to_come_back(gate: Gate) -> None:
             assert too_many.status_code == 400, "it would never fit, so there is no use in coming back"
 
 
-def test_a_request_that_takes_too_long_is_cut(gate: Gate) -> None:
-    with alphabet_server(AlphabetModel(gate), timeout_s=0.3) as server, server.client() as client:
-        gate.shut()
+def test_a_request_that_takes_too_long_is_cut() -> None:
+    done = threading.Event()
+    with alphabet_server(AlphabetModel(lambda _: done.wait(0.05)), timeout_s=0.3) as server, server.client() as client:
         plain = Background(server, "/v1/completions", LONG)
         streamed = Background(server, "/v1/completions", {**LONG, "stream": True})
-        time.sleep(0.5)
-        gate.open()
         assert plain.result().status_code == 504
         assert "not done in 0.3 s" in streamed.result().text  # a first token may have come, and then it is an event
+        done.set()
+        server.service._timeout_s = None
         assert client.post("/v1/completions", json={"prompt": "A"}).status_code == 200
         server.come_to_rest()
 
@@ -143,7 +148,7 @@ def test_a_request_that_takes_too_long_is_cut(gate: Gate) -> None:
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[Running]:
     options = AppOptions(api_keys=("first", "second"), cors_origins=("https://page.example",), max_body_bytes=2000,
-                         body_timeout_s=0.3, tgi_chat_stream=True)  # fmt: skip
+                         tgi_chat_stream=True)  # fmt: skip
     limits = RequestLimits(max_prompt_tokens=20, max_tokens=50, max_n=2)
     with alphabet_server(options=options, limits=limits) as server:
         yield server
@@ -194,10 +199,12 @@ def test_a_body_that_is_too_large_is_refused_however_it_comes(friend: httpx2.Cli
     assert (refused.status_code, refused.json()["error"]["type"]) == (413, "invalid_request_error")
 
 
-def test_a_body_that_never_comes_is_not_waited_for(guarded: Running) -> None:
-    with socket.create_connection(("127.0.0.1", guarded.port)) as raw:
-        raw.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer first\r\nContent-Length: 100\r\n\r\n{")
-        raw.settimeout(LIMIT_S)
+def test_a_body_that_never_comes_is_not_waited_for() -> None:
+    with (
+        alphabet_server(options=AppOptions(body_timeout_s=0.3)) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=LIMIT_S) as raw,
+    ):
+        raw.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         assert raw.recv(1000).startswith(b"HTTP/1.1 408")
 
 
@@ -224,7 +231,7 @@ HOSTILE = [
 
 
 def test_hostile_bytes_leave_a_server_that_answers() -> None:
-    with alphabet_server(options=AppOptions(body_timeout_s=0.2)) as server:
+    with alphabet_server() as server:
         for data in HOSTILE:
             with socket.create_connection(("127.0.0.1", server.port)) as raw:
                 raw.settimeout(0.3)
@@ -380,7 +387,7 @@ def test_at_the_end_running_requests_are_finished(gate: Gate) -> None:
         running = Background(server, "/v1/completions", {**LONG, "stream": True})
         until(lambda: gate.num_steps > 0)
         server.server.should_exit = True
-        until(lambda: server.service.draining)
+        until(lambda: server.service.draining and not server.server.servers[0].is_serving())
         assert not server.service.ready
         assert server.engine.alive
         with pytest.raises(httpx2.ConnectError), server.client() as client:
@@ -393,17 +400,11 @@ def test_at_the_end_running_requests_are_finished(gate: Gate) -> None:
 
 
 def test_at_the_deadline_every_stream_gets_a_last_event() -> None:
-    steps = []  # token ids of each
-
-    def slowly(token_ids: list[int]) -> None:
-        steps.append(token_ids)
-        time.sleep(0.05)
-
-    with alphabet_server(AlphabetModel(slowly), shutdown_timeout_s=0.2) as server:
+    with alphabet_server(AlphabetModel(lambda _: time.sleep(0.05)), shutdown_timeout_s=0.2) as server:
         openai_stream = Background(server, "/v1/completions", {**LONG, "stream": True})
         tgi_stream = Background(server, "/generate_stream", {"inputs": "!", "parameters": {"max_new_tokens": 200}})
         plain = Background(server, "/v1/completions", LONG)
-        until(lambda: len(steps) > 5 and len(steps[-2]) == 3)  # all three have begun to answer
+        until(lambda: openai_stream.began.is_set() and tgi_stream.began.is_set() and server.service._num_open == 3)
         server.server.should_exit = True
         *pieces, error, done = events(openai_stream.result().text)
         assert {piece["choices"][0]["finish_reason"] for piece in pieces} == {None}, "cut, and not ended"
