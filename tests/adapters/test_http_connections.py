@@ -235,7 +235,7 @@ def test_a_client_that_leaves_is_noticed_whatever_it_has_sent_ahead(gate: Gate, 
             until(lambda: gate.num_steps > 0)
             if not at_once:
                 raw.sendall(ahead)
-                until(lambda: any(each._ahead for each in list(server.server.server_state.connections)))
+                until(lambda: any(each.pipeline for each in list(server.server.server_state.connections)))
         server.wait_until_told_to_cancel()
         gate.open()
         server.come_to_rest()
