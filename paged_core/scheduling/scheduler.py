@@ -4,18 +4,20 @@ There is no prefill phase and no decode phase. Each running request lacks some t
 one while it decodes, many while its prompt is new) and is given as many as the step's token budget allows. Requests
 join and leave at every step. The cost of a step grows with the number of running requests, not with their lengths.
 
-The scheduler is the only one that changes requests and, through the BlockPool, block ownership.
+The scheduler and its parts (who waits and runs, prefixes, admission, block tables) are the only ones that change
+requests and, through the BlockPool, block ownership.
 """
 
 from __future__ import annotations
 
-import sys
-from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence
 
-from paged_core.scheduling.block_pool import NULL_BLOCK, BlockPool
-from paged_core.scheduling.capacity import max_blocks_at_once, set_max_total
+from paged_core.scheduling import tables
+from paged_core.scheduling.admission import Admission
+from paged_core.scheduling.block_pool import BlockPool
+from paged_core.scheduling.capacity import set_max_total
 from paged_core.scheduling.policies import SchedulingPolicy
+from paged_core.scheduling.prefixes import Prefixes
 from paged_core.scheduling.request import (
     FinishReason,
     Request,
@@ -23,6 +25,7 @@ from paged_core.scheduling.request import (
     RequestStatus,
     Selection,
 )
+from paged_core.scheduling.roster import Roster, lockstep_rows
 from paged_core.scheduling.schedule import BlockMove, Limits, Schedule, ScheduledChunk
 
 
@@ -33,16 +36,31 @@ class Scheduler:
         self.pool = pool
         self.policy = policy
         self.limits = limits
-        self.waiting: list[Request] = []  # sorted by policy; of rows with one prompt only the first
-        self.running: list[Request] = []  # sorted by policy
         self.num_preemptions = 0
-        self.num_prefix_queries = 0  # prompt tokens looked up in the prefix index
-        self.num_prefix_hits = 0  # and found there
+        self._roster = Roster(policy)
+        self._prefixes = Prefixes(pool, limits)
+        self._admission = Admission(self._roster, self._prefixes, pool, limits)
         self._budget = limits.max_num_batched_tokens  # less while memory is short
-        self._num_arrivals = 0
-        self._unborn: dict[Request, list[Request]] = {}  # siblings that will fork from a request's prompt
-        self._in_flight: dict[bytes, Request] = {}  # blocks being computed: who shares them waits for them
-        self._max_blocks_at_once = max_blocks_at_once(limits, pool.block_size)
+
+    @property
+    def waiting(self) -> Sequence[Request]:
+        """Sorted by policy; of rows with one prompt only the first."""
+        return self._roster.waiting
+
+    @property
+    def running(self) -> Sequence[Request]:
+        """Sorted by policy."""
+        return self._roster.running
+
+    @property
+    def num_prefix_queries(self) -> int:
+        """Prompt tokens looked up in the prefix index so far."""
+        return self._prefixes.num_queries
+
+    @property
+    def num_prefix_hits(self) -> int:
+        """And found there."""
+        return self._prefixes.num_hits
 
     # ---- in and out --------------------------------------------------------------------------------------------
 
@@ -60,18 +78,8 @@ class Scheduler:
         lockstep = requests[0].group.lockstep
         at_once = requests if lockstep else requests[:1]
         set_max_total(requests, at_once, self.limits, self.pool.num_blocks, self.pool.block_size)
-        leaders: dict[tuple[int, ...], Request] = {}  # by prompt
-        for request in requests:
-            request.arrival = self._num_arrivals
-            leader = leaders.setdefault(tuple(request.tokens), request)
-            if leader is not request:
-                request.status = RequestStatus.UNBORN
-                self._unborn.setdefault(leader, []).append(request)
-        self._num_arrivals += 1
-        for request in leaders.values():
-            if self.limits.enable_prefix_caching:
-                self.pool.extend_digests(request.digests, request.tokens, request.params.cache_salt)
-            insort(self.waiting, request, key=self._key)
+        for request in self._roster.arrive(requests):
+            self._prefixes.digest(request, request.num_prompt)
 
     def resume(
         self, requests: Sequence[Request], token_ids: Sequence[int], parents: Sequence[int] | None = None
@@ -81,7 +89,7 @@ class Scheduler:
         ``parents``: request i goes on from ``requests[parents[i]]``'s tokens and blocks (a beam step).
         """
         if parents is not None:
-            _continue_from_parents(self.pool, requests, parents)
+            tables.continue_from_parents(self.pool, requests, parents)
         for request, token in zip(requests, token_ids, strict=True):
             assert request.held and not request.finished, request
             request.tokens.append(token)
@@ -103,10 +111,7 @@ class Scheduler:
 
     def forget_cached(self) -> None:
         """K/V computed until now are another model's: nobody else may find them, whoever goes on with them."""
-        self.pool.forget_all()
-        self._in_flight.clear()
-        for request in self.running:
-            request.num_published = sys.maxsize  # the blocks it has, and fills, are mixed
+        self._prefixes.forget_all(self.running)
 
     def finish(
         self, requests: Iterable[Request], reason: FinishReason, error: str | None = None
@@ -117,7 +122,7 @@ class Scheduler:
             if not request.finished:
                 self._end(request, reason, error)
                 outputs.append(RequestOutput(request, (), None, reason, error))
-        self._drop_finished()
+        self._roster.drop_finished()
         return outputs
 
     # ---- one step ----------------------------------------------------------------------------------------------
@@ -131,8 +136,7 @@ class Scheduler:
             # Everyone yielded to a request that was preempted a moment ago: somebody must give way.
             self._preempt(self.running[-1], step)
             self._schedule_running(step)
-        if not step.preempted:
-            step.admitting = True
+        if self.waiting and not step.preempted and step.budget > 0:
             self._admit(step)
         return Schedule(step.chunks, step.moves, step.preempted)
 
@@ -142,7 +146,7 @@ class Scheduler:
 
         None: it can't be told. Not all of them sample, others are to be served, or there are no blocks to spare.
         """
-        if self.waiting and self._num_seats() < self.limits.max_num_seqs:
+        if self.waiting and self._roster.num_seats < self.limits.max_num_seqs:
             return None
         if sum(not request.held for request in self.running) != len(schedule.chunks):
             return None
@@ -169,18 +173,18 @@ class Scheduler:
         for request, start, num_tokens, samples in schedule.chunks:
             request.num_computed = computed = start + num_tokens
             if computed // size > request.num_published:
-                self._publish(request)
+                self._prefixes.publish(request)
             if len(samples) > 1:
-                self._fork(request, samples)
+                tables.fork(self.pool, request, self._roster.bear(request))
             rows.extend(samples)
         if selection.parents is not None:
-            _continue_from_parents(self.pool, rows, selection.parents)
+            tables.continue_from_parents(self.pool, rows, selection.parents)
         outputs = self._append_all(rows, selection)
         if self.limits.sliding_window is not None:
             for chunk in schedule.chunks:
-                self._give_back_behind_window(chunk.request, self.limits.sliding_window)
+                tables.give_back_behind_window(self.pool, chunk.request, self.limits.sliding_window)
         if any(request.status is RequestStatus.FINISHED for request in rows):
-            self._drop_finished()
+            self._roster.drop_finished()
         return outputs
 
     def shrink(self, num_tokens: int) -> None:
@@ -191,25 +195,22 @@ class Scheduler:
     def check(self) -> None:
         """Assert every invariant of requests and blocks; for tests."""
         self.pool.check(request.block_table for request in self.running)
-        assert all(r.status is RequestStatus.RUNNING for r in self.running)
-        assert all(r.status is RequestStatus.WAITING and not r.block_table for r in self.waiting)
-        assert all(r.status is RequestStatus.UNBORN for rows in self._unborn.values() for r in rows)
-        assert self.running == sorted(self.running, key=self._key)
-        assert self.waiting == sorted(self.waiting, key=self._key)
-        assert self._num_seats() <= self.limits.max_num_seqs
+        self._roster.check()
+        self._prefixes.check()
+        assert self._roster.num_seats <= self.limits.max_num_seqs
         for request in self.running:
             assert request.num_computed <= len(request.block_table) * self.pool.block_size
-        assert all(owner.status is RequestStatus.RUNNING for owner in self._in_flight.values())
 
     # ---- running requests --------------------------------------------------------------------------------------
 
     def _schedule_running(self, step: _Step) -> None:
-        step.num_to_serve = len(self.running)
+        running = self._roster.running
+        step.num_to_serve = len(running)
         i = 0
-        while i < len(self.running):  # shrinks from its end while requests are preempted
-            request = self.running[i]
+        while i < len(running):  # shrinks from its end while requests are preempted
+            request = running[i]
             if request.group.lockstep:
-                rows = _lockstep_rows(request)
+                rows = lockstep_rows(request)
                 i += len(rows)
                 step.num_to_serve -= len(rows)
                 if not request.held:
@@ -219,16 +220,10 @@ class Scheduler:
             step.num_to_serve -= 1
             if request.held:
                 continue
-            start = request.num_computed
-            if len(request.tokens) - start > 1:
+            if len(request.tokens) - request.num_computed > 1:
                 self._schedule_rows((request,), step)
-            elif self._has_slot(request, start) or self._make_room(request, 1, (request,), step):
+            elif tables.has_slot(self.pool, request) or self._make_room(request, 1, (request,), step):
                 self._emit(request, 1, step)
-
-    def _has_slot(self, request: Request, position: int) -> bool:
-        """Whether the next token fits into the last block as it stands: so it does in nearly all steps of a decode."""
-        block, offset = divmod(position, self.pool.block_size)
-        return offset > 0 and not self.pool.is_shared(request.block_table[block])
 
     def _schedule_rows(self, rows: Sequence[Request], step: _Step) -> None:
         """Give one request, or the rows of one lockstep group, their tokens; all rows sample or none does."""
@@ -259,35 +254,21 @@ class Scheduler:
         start = request.num_computed
         samples: tuple[Request, ...] = ()
         if start + num_tokens == len(request.tokens):
-            samples = (request,)
-            if self._unborn:
-                samples += tuple(self._unborn.get(request, ()))
+            samples = self._roster.samples(request)
         step.budget -= num_tokens
         step.chunks.append(ScheduledChunk(request, start, num_tokens, samples))
 
     def _make_room(self, request: Request, num_tokens: int, rows: Sequence[Request], step: _Step) -> bool:
         """Blocks for the next ``num_tokens`` tokens; a shared last block is copied on write. False: not now."""
-        pool, table = self.pool, request.block_table
-        offset = request.num_computed % pool.block_size
-        first = request.num_computed // pool.block_size
-        copy = bool(offset) and pool.is_shared(table[first])
-        last = (request.num_computed + num_tokens - 1) // pool.block_size
-        needed = last + 1 - len(table) + copy
+        needed = tables.num_blocks_needed(self.pool, request, num_tokens)
         if needed <= 0:
             return True
-        while pool.num_available < needed:
+        while self.pool.num_available < needed:
             victim = None if step.admitting else self._victim(rows)
             if victim is None:
                 return False
             self._preempt(victim, step)
-        if copy and pool.is_shared(table[first]):  # else those preempted held the other references
-            source, target = table[first], pool.allocate()
-            pool.release((source,))
-            table[first] = target
-            request.table_version += 1
-            step.moves.append(BlockMove(source, target))
-        while len(table) <= last:
-            table.append(pool.allocate())
+        step.moves += tables.extend(self.pool, request, num_tokens)
         return True
 
     def _victim(self, rows: Sequence[Request]) -> Request | None:
@@ -305,90 +286,19 @@ class Scheduler:
 
         The one place where preemption happens: swapping blocks to host memory would start here.
         """
-        for row in _lockstep_rows(request) if request.group.lockstep else (request,):
+        for row in lockstep_rows(request) if request.group.lockstep else (request,):
             self._release(row)
-            row.status = RequestStatus.WAITING
             row.num_recomputed_to = len(row.tokens)
-            self.running.remove(row)
-            insort(self.waiting, row, key=self._key)
+            self._roster.send_back(row)
             step.preempted.append(row)
             self.num_preemptions += 1
 
-    # ---- admission ---------------------------------------------------------------------------------------------
-
     def _admit(self, step: _Step) -> None:
-        if not self.waiting or step.budget <= 0:
-            return
-        num_seats = self._num_seats()
-        promised = sum(self._blocks_lacking(request) for request in self.running)
-        i = 0
-        while i < min(len(self.waiting), self.limits.max_num_seqs) and step.budget > 0:
-            head = self.waiting[i]
-            rows = _lockstep_rows(head) if head.group.lockstep else [head]
-            if head.held:
-                i += len(rows)
-                continue
-            hits = [self._lookup(row) for row in rows]
-            if any(self._comes_soon(row, len(hit)) for row, hit in zip(rows, hits, strict=True)):
-                i += len(rows)  # it shares a block that is being computed now: cheaper to wait for it
-                continue
-            num_seats += sum(1 + len(self._unborn.get(row, ())) for row in rows)
-            needed = sum(self._blocks_to_start(row, hit) for row, hit in zip(rows, hits, strict=True))
-            reserve = self.limits.watermark_blocks if self.running else 0
-            if num_seats > self.limits.max_num_seqs or self.pool.num_available - promised - needed < reserve:
-                return
-            for row, hit in zip(rows, hits, strict=True):
-                self._start(row, hit)
+        step.admitting = True
+        for rows in self._admission.start_those_that_fit():
             self._schedule_rows(rows, step)
-            promised += sum(self._blocks_lacking(row) for row in rows)
-
-    def _start(self, request: Request, hit: Sequence[int]) -> None:
-        self.pool.share(hit)
-        request.block_table = list(hit)
-        request.table_version += 1
-        request.num_computed = len(hit) * self.pool.block_size
-        request.num_published = len(hit)
-        request.status = RequestStatus.RUNNING
-        if not request.num_recomputed_to:
-            request.num_cached = request.num_computed
-        self.num_prefix_queries += len(request.tokens)
-        self.num_prefix_hits += request.num_computed
-        for digest in request.digests[len(hit) :]:
-            self._in_flight.setdefault(digest, request)
-        self.waiting.remove(request)
-        insort(self.running, request, key=self._key)
-
-    def _lookup(self, request: Request) -> list[int]:
-        if not self.limits.enable_prefix_caching or request.wants_prompt_logprobs:
-            return []
-        most = (len(request.tokens) - 1) // self.pool.block_size  # the last token is always computed
-        hits = self.pool.match(request.digests[:most], request.tokens)
-        if self.limits.sliding_window is not None:  # what lies behind the window already is not taken
-            size = self.pool.block_size
-            behind = max(0, (len(hits) * size + 1 - self.limits.sliding_window) // size)
-            hits[:behind] = [NULL_BLOCK] * behind
-        return hits
-
-    def _comes_soon(self, request: Request, num_hits: int) -> bool:
-        """Whether the first block that the request lacks is being computed for another one right now."""
-        most = (len(request.tokens) - 1) // self.pool.block_size
-        if num_hits >= min(most, len(request.digests)) or request.wants_prompt_logprobs:
-            return False
-        return request.digests[num_hits] in self._in_flight
-
-    def _blocks_to_start(self, request: Request, hit: Sequence[int]) -> int:
-        """Available blocks that a waiting request takes: new ones, and those of its hit that nobody uses now."""
-        new = -(-len(request.tokens) // self.pool.block_size) - len(hit)
-        return min(new + self.pool.num_unused(hit), self._max_blocks_at_once)
-
-    def _blocks_lacking(self, request: Request) -> int:
-        """Blocks that the known tokens of a request will still take."""
-        lacking = -(-len(request.tokens) // self.pool.block_size) - len(request.block_table)
-        return max(0, min(lacking, self._max_blocks_at_once))
-
-    def _num_seats(self) -> int:
-        unborn = (len(rows) for leader, rows in self._unborn.items() if leader.status is RequestStatus.RUNNING)
-        return len(self.running) + sum(unborn)
+            if step.budget <= 0:
+                return
 
     # ---- results -----------------------------------------------------------------------------------------------
 
@@ -425,67 +335,19 @@ class Scheduler:
             self._end(row, FinishReason.ERROR, error)
             yield RequestOutput(row, (), None, FinishReason.ERROR, error)
 
-    def _fork(self, leader: Request, samples: Sequence[Request]) -> None:
-        """The prompt is computed: its siblings start from the same blocks, the partly filled last one included."""
-        del self._unborn[leader]
-        for sibling in samples[1:]:
-            self.pool.share(leader.block_table)
-            sibling.block_table = list(leader.block_table)
-            sibling.table_version += 1
-            sibling.digests = list(leader.digests)
-            sibling.num_computed = sibling.num_cached = leader.num_computed
-            sibling.num_published = leader.num_published
-            sibling.status = RequestStatus.RUNNING
-            insort(self.running, sibling, key=self._key)
-
-    def _publish(self, request: Request) -> None:
-        if not self.limits.enable_prefix_caching:
-            return
-        size = self.pool.block_size
-        full = request.num_computed // size
-        if len(request.digests) < full:
-            self.pool.extend_digests(request.digests, request.tokens[: full * size], request.params.cache_salt)
-        for i in range(request.num_published, full):
-            digest = request.digests[i]
-            self.pool.publish(request.block_table[i], digest, request.tokens[i * size : (i + 1) * size])
-            if self._in_flight.get(digest) is request:
-                del self._in_flight[digest]
-        request.num_published = full
-
-    def _give_back_behind_window(self, request: Request, window: int) -> None:
-        """Free the blocks that no later query can see, in a model whose layers all have a sliding window."""
-        table = request.block_table
-        i = min((request.num_computed + 1 - window) // self.pool.block_size, len(table)) - 1
-        while i >= 0 and table[i] != NULL_BLOCK:
-            self.pool.release((table[i],))
-            table[i] = NULL_BLOCK
-            request.table_version += 1
-            i -= 1
-
-    def _key(self, request: Request) -> tuple[object, int, int]:
-        # Requests that came together stay together, whatever the policy says of each.
-        return (self.policy.key(request.group.members[0]), request.arrival, request.index)
-
     def _end(self, request: Request, reason: FinishReason, error: str | None) -> None:
         self._release(request)
-        self._unborn.pop(request, None)
+        self._roster.forget(request)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         request.error = error
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.block_table)
-        for digest in request.digests[request.num_published :]:
-            if self._in_flight.get(digest) is request:
-                del self._in_flight[digest]
+        self._prefixes.abandon(request)
         request.block_table = []
         request.table_version += 1
         request.num_computed = request.num_published = 0
-
-    def _drop_finished(self) -> None:
-        self.running = [request for request in self.running if not request.finished]
-        if any(request.finished for request in self.waiting):
-            self.waiting = [request for request in self.waiting if not request.finished]
 
 
 class _Step:
@@ -498,22 +360,3 @@ class _Step:
         self.chunks: list[ScheduledChunk] = []
         self.moves: list[BlockMove] = []
         self.preempted: list[Request] = []
-
-
-def _lockstep_rows(request: Request) -> list[Request]:
-    """The rows of its group that are there to be computed; those that will fork from them are not born yet."""
-    ended_or_unborn = (RequestStatus.FINISHED, RequestStatus.UNBORN)
-    return [row for row in request.group.members if row.status not in ended_or_unborn]
-
-
-def _continue_from_parents(pool: BlockPool, rows: Sequence[Request], parents: Sequence[int]) -> None:
-    """A beam step: each row goes on from its parent's tokens and blocks, which they then share."""
-    moved = [(row, rows[parent]) for row, parent in zip(rows, parents, strict=True) if rows[parent] is not row]
-    states = [(list(p.tokens), list(p.block_table), list(p.digests), p.num_computed, p.num_published) for _, p in moved]
-    for _, table, *_ in states:
-        pool.share(table)  # all before the first release: a table may be somebody's parent and somebody's child
-    for (row, _), (tokens, table, digests, num_computed, num_published) in zip(moved, states, strict=True):
-        pool.release(row.block_table)
-        row.tokens, row.block_table, row.digests = tokens, table, digests
-        row.num_computed, row.num_published = num_computed, num_published
-        row.table_version += 1

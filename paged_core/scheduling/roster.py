@@ -1,0 +1,93 @@
+"""Roster: who waits, who runs, and who will fork from whom. Each request that has not ended is in one place.
+
+Knows the order of requests; knows nothing of tokens, blocks or budgets.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence
+
+from paged_core.scheduling.policies import SchedulingPolicy
+from paged_core.scheduling.request import Request, RequestStatus
+
+
+class Roster:
+    """Requests between their arrival and their end, in the order of a policy."""
+
+    def __init__(self, policy: SchedulingPolicy) -> None:
+        self.waiting: list[Request] = []  # sorted by policy; of rows with one prompt only the first
+        self.running: list[Request] = []  # sorted by policy
+        self._policy = policy
+        self._unborn: dict[Request, list[Request]] = {}  # siblings that will fork from a request's prompt
+        self._num_arrivals = 0
+
+    @property
+    def num_seats(self) -> int:
+        """Rows that run, or will as soon as a running one has computed their prompt."""
+        unborn = (len(rows) for leader, rows in self._unborn.items() if leader.status is RequestStatus.RUNNING)
+        return len(self.running) + sum(unborn)
+
+    def arrive(self, requests: Sequence[Request]) -> list[Request]:
+        """Queue the requests of one group. Returns those that will compute a prompt: the first of each prompt."""
+        leaders: dict[tuple[int, ...], Request] = {}  # by prompt
+        for request in requests:
+            request.arrival = self._num_arrivals
+            leader = leaders.setdefault(tuple(request.tokens), request)
+            if leader is not request:
+                request.status = RequestStatus.UNBORN
+                self._unborn.setdefault(leader, []).append(request)
+        self._num_arrivals += 1
+        for request in leaders.values():
+            insort(self.waiting, request, key=self._key)
+        return list(leaders.values())
+
+    def start(self, request: Request) -> None:
+        self.waiting.remove(request)
+        self._run(request)
+
+    def send_back(self, request: Request) -> None:
+        self.running.remove(request)
+        request.status = RequestStatus.WAITING
+        insort(self.waiting, request, key=self._key)
+
+    def samples(self, leader: Request) -> tuple[Request, ...]:
+        """The rows that sample when this one has computed its tokens: itself, and who then forks from it."""
+        return (leader, *self._unborn.get(leader, ())) if self._unborn else (leader,)
+
+    def bear(self, leader: Request) -> list[Request]:
+        """Its siblings run from now on."""
+        siblings = self._unborn.pop(leader)
+        for sibling in siblings:
+            self._run(sibling)
+        return siblings
+
+    def forget(self, leader: Request) -> None:
+        """It has ended: nobody forks from it any more."""
+        self._unborn.pop(leader, None)
+
+    def drop_finished(self) -> None:
+        self.running = [request for request in self.running if not request.finished]
+        if any(request.finished for request in self.waiting):
+            self.waiting = [request for request in self.waiting if not request.finished]
+
+    def check(self) -> None:
+        assert all(r.status is RequestStatus.RUNNING for r in self.running)
+        assert all(r.status is RequestStatus.WAITING and not r.block_table for r in self.waiting)
+        assert all(r.status is RequestStatus.UNBORN for rows in self._unborn.values() for r in rows)
+        assert self.running == sorted(self.running, key=self._key)
+        assert self.waiting == sorted(self.waiting, key=self._key)
+
+    def _run(self, request: Request) -> None:
+        request.status = RequestStatus.RUNNING
+        insort(self.running, request, key=self._key)
+
+    def _key(self, request: Request) -> tuple[object, int, int]:
+        # Requests that came together stay together, whatever the policy says of each.
+        return (self._policy.key(request.group.members[0]), request.arrival, request.index)
+
+
+def lockstep_rows(request: Request) -> list[Request]:
+    """The rows of its group that are there to be computed; those that will fork from them are not born yet."""
+    ended_or_unborn = (RequestStatus.FINISHED, RequestStatus.UNBORN)
+    return [row for row in request.group.members if row.status not in ended_or_unborn]
