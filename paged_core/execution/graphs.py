@@ -57,6 +57,7 @@ class DecodeGraphs:
             for length in self._lengths
         }
         self._logits: Tensor | None = None  # [rows, vocab], of whichever graph ran last
+        self._num_filled = 0  # rows of the inputs from here on are padding
 
     def warm_up(
         self, forward: Forward, replayable: Callable[[], bool], progress: Callable[[str, int, int], None]
@@ -85,6 +86,7 @@ class DecodeGraphs:
         if self._record is not None:
             self._replays.clear()
             self._no_room.clear()
+            self._logits = None  # the head may have another dtype now
             self._record = self._recorder()
 
     def _captured(
@@ -134,18 +136,20 @@ class DecodeGraphs:
         return Batch(self._ids[:size], self._positions[:size], attention, self._indices[:size], (), (), True)
 
     def _fill(self, batch: Batch, num: int, tables: Tensor) -> None:
+        """Three launches, where the last step had as many rows."""
+        self._pad(num)
         meta = batch.attention
-        self._ids[:num].copy_(batch.token_ids)
-        self._positions[:num].copy_(batch.positions)
-        self._slots[:num].copy_(meta.slot_mapping)
+        inputs = [part[:num] for part in (self._ids, self._positions, self._slots)]
+        torch._foreach_copy_(inputs, [batch.token_ids, batch.positions, meta.slot_mapping])
         self._seq_lens[:num].copy_(meta.seq_lens)
         tables[:num, : meta.block_tables.shape[1]].copy_(meta.block_tables)
-        self._pad(num)
 
     def _pad(self, num: int) -> None:
         """Make padding of all rows from ``num`` on. Else they would write over what earlier steps have stored."""
-        self._inputs[:, num:].zero_()
-        self._seq_lens[num:].zero_()
+        if num < self._num_filled:
+            self._inputs[:, num : self._num_filled].zero_()
+            self._seq_lens[num : self._num_filled].zero_()
+        self._num_filled = num
 
 
 class CudaRecorder:
