@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from paged_core.execution.sampler import Likeliest
     from paged_core.llm import LLM
     from paged_core.metrics import PrometheusMetrics
+    from paged_core.openmp import release_helper_threads
     from paged_core.outputs import CompletionOutput, GenerationOutput, StreamDelta
     from paged_core.protocol.call import Call
     from paged_core.protocol.chat import ChatCall
@@ -92,6 +93,7 @@ _LAZY = {
     "body_schema": "protocol.sketch",
     "openai_error": "protocol.failures",
     "parse_json": "protocol.fields",
+    "release_helper_threads": "openmp",
     "tgi_error": "protocol.failures",
     "tokenize": "protocol.tokenize",
 }
@@ -149,6 +151,7 @@ __all__ = [
     "hookimpl",
     "openai_error",
     "parse_json",
+    "release_helper_threads",
     "tgi_error",
     "tokenize",
 ]

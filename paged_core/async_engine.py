@@ -24,6 +24,7 @@ from paged_core.engine import Engine
 from paged_core.errors import EngineDeadError, InvalidRequestError, RequestError
 from paged_core.generation import Generation, deliver
 from paged_core.llm import open_engine
+from paged_core.openmp import release_helper_threads
 from paged_core.outputs import StreamDelta
 from paged_core.scheduling.request import RequestOutput, SamplingParams
 from paged_core.stream import Channel, Stream, Wakeups
@@ -66,6 +67,7 @@ class AsyncEngine:
         self, model: Any, *, tokenizer: Any = None, config: EngineConfig | None = None, **config_fields: Any
     ) -> None:
         self.engine, self.codec = open_engine(model, tokenizer, config, config_fields)
+        release_helper_threads()  # loading has taken some; from now on only the stepping thread computes
         self._commands: SimpleQueue[_Submit | _Cancel | _Look | _Close] = SimpleQueue()  # put() is safe even in __del__
         self._lock = threading.Lock()  # guards the four below
         self._thread: threading.Thread | None = None
