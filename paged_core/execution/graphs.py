@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import cache
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -157,13 +159,13 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._stream = _capture_stream(device)
         with torch.cuda.device(device):
             self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device):
+        with _one_at_a_time, torch.cuda.device(self._device):
             before = torch.cuda.current_stream()
             self._stream.wait_stream(before)
             try:
@@ -171,7 +173,8 @@ class CudaRecorder:
                     self._run(work, graph)
             except torch.AcceleratorError as error:
                 torch.cuda.synchronize()  # raises again what a device does not recover from
-                raise RuntimeError(str(error)) from error
+                no_room = "out of memory" in str(error)  # for the graph itself, which torch doesn't allocate
+                raise (torch.OutOfMemoryError if no_room else RuntimeError)(str(error)) from error
             finally:
                 before.wait_stream(self._stream)
         return graph.replay
@@ -184,6 +187,15 @@ class CudaRecorder:
         # Other threads of this process may go on using the device meanwhile.
         with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             work()
+
+
+_one_at_a_time = Lock()  # torch can't have two captures under way in one process, be they two engines'
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one for all captures there: on each stream that has multiplied, cuBLAS keeps its workspace for good."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def row_classes(most: int) -> list[int]:
