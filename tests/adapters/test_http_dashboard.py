@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from free_ports import free_ports
 from http_server import alphabet_server, until
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -101,8 +101,8 @@ def test_promtool_can_read_what_is_scraped(scraped: str) -> None:
 @pytest.mark.skipif(PROMETHEUS is None, reason="there is no Prometheus here (Debian: apt-get install prometheus)")
 def test_a_real_prometheus_scrapes_the_server_and_answers_every_query_of_the_dashboard(tmp_path: Path) -> None:
     assert PROMETHEUS is not None
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    (port,) = free_ports(1)
+    address = f"127.0.0.1:{port}"
     with alphabet_server() as server, server.client() as client:
         config = {
             "global": {"scrape_interval": "1s"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from free_ports import free_ports
 from http_server import until
 
 START_LIMIT_S = 240
@@ -23,8 +23,7 @@ START_LIMIT_S = 240
 
 class Process:
     def __init__(self, log: Path, *options: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        (self.port,) = free_ports(1)
         command = [sys.executable, "-m", "paged_openai", "--model", "smollm2", "--port", str(self.port), *options]
         self.log = log
         with log.open("w") as file:
