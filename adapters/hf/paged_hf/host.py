@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from paged_core import Engine, EngineConfig, EngineDeadError, Request
+from paged_core import Engine, EngineConfig, EngineDeadError, Request, release_helper_threads
 from paged_hf.calls import Call, NotStarted
 from paged_hf.model import HFPagedModel
 
@@ -82,6 +82,7 @@ class EngineHost:
         Raises:
             NotStarted: no thread can be started.
         """
+        release_helper_threads()  # this thread waits from now on; the engine's computes
         with self._changed:
             if self._thread is None or not self._thread.is_alive():
                 thread = threading.Thread(target=self._run, name="paged-generate", daemon=True)
