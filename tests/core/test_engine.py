@@ -1,9 +1,8 @@
 """Engine: the tokens are those of the model, whatever else runs beside them; each request's trouble is its own."""
 
-import random
-
 import pytest
 import torch
+from mixed_workload import CHUNKED, ROOMY, TIGHT, add_mixed_requests, greedy, in_every_size, in_every_way
 from tiny_model import EOS, VOCAB, TinyModel
 
 from paged_core import (
@@ -17,10 +16,6 @@ from paged_core import (
     Selection,
     hookimpl,
 )
-
-ROOMY = {"num_blocks": 400, "max_num_batched_tokens": 256}
-CHUNKED = {"num_blocks": 400, "max_num_batched_tokens": 8}
-TIGHT = {"num_blocks": 26, "max_num_batched_tokens": 16}  # preempts
 
 
 def make_engine(model=None, **config):
@@ -54,27 +49,12 @@ def ends_of(outputs):
     return ends
 
 
-def greedy(num_tokens, **more):
-    return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, **more)
-
-
-@pytest.mark.parametrize("config", [ROOMY, CHUNKED, TIGHT], ids=["roomy", "chunked", "tight"])
-@pytest.mark.parametrize("window", [None, 10], ids=["full", "windowed"])
-@pytest.mark.parametrize("caching", [True, False], ids=["prefix-cache", "no-cache"])
+@in_every_way
 def test_greedy_tokens_are_those_of_dense_attention(config, window, caching):
-    model, rnd = TinyModel(window=window), random.Random(1)
+    model = TinyModel(window=window)
     engine = make_engine(model, enable_prefix_caching=caching, **config)
-    truth = {}
-    for i in range(14):
-        prompt = [rnd.randrange(90) for _ in range(rnd.randrange(1, 40))]
-        if i % 3 == 0:
-            prompt = list(range(12)) + prompt[:5]
-        num_tokens = rnd.randrange(1, 30)
-        engine.add_request(str(i), prompt, greedy(num_tokens, n=1 + i % 3))
-        truth[str(i)] = model.generate(prompt, num_tokens)
-    found = tokens_of(run(engine))
-    assert len(found) == sum(1 + i % 3 for i in range(14))
-    assert all(tokens == truth[id] for (id, _), tokens in found.items())
+    truth = add_mixed_requests(engine, model)
+    assert tokens_of(run(engine)) == truth
     if config is TIGHT and window is None:
         assert engine.last_stats.total_preemptions > 0
 
@@ -466,7 +446,7 @@ class LaterSelector:
         return Selection([None] * len(requests))
 
 
-@pytest.mark.parametrize("config", [ROOMY, CHUNKED, TIGHT], ids=["roomy", "chunked", "tight"])
+@in_every_size
 def test_beams_whose_tokens_are_brought_from_outside_are_those_of_plain_beam_search(config):
     model, prompt = TinyModel(), [8, 6, 7, 5, 3, 0, 9]
     engine = make_engine(model, **config)
