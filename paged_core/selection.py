@@ -24,8 +24,10 @@ class PromptLogprobs(NamedTuple):
     logprobs: list[Any]
 
 
-def choose_rows(logits: Tensor, requests: Sequence[Request], sampler: TokenSelector) -> Chosen | None:
+def choose_rows(logits: Tensor, requests: Sequence[Request], sampler: TokenSelector, num_unknown: int) -> Chosen | None:
     """As ``select_rows``, but nobody waits, and ``logits [S, vocab]`` stay as they are. None: the host is needed.
+
+    ``num_unknown``: tokens that each request has beside those the host knows.
 
     Raises:
         torch.AcceleratorError: the device has failed.
@@ -37,7 +39,7 @@ def choose_rows(logits: Tensor, requests: Sequence[Request], sampler: TokenSelec
     if not isinstance(selector, ForesightedSelector) or not _chooses_as_it_selects(type(selector)):
         return None
     try:
-        return selector.choose(logits, requests)
+        return selector.choose(logits, requests, num_unknown)
     except torch.AcceleratorError:
         raise
     except Exception:  # then they are chosen in their turn, where failing selectors are looked after

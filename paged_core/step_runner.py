@@ -71,7 +71,7 @@ class StepRunner:
             raise
         except Exception as error:
             schedule, computed, failed = self._without_culprits(schedule, error)
-        return Launched(schedule, computed, self._choose(computed), failed)
+        return Launched(schedule, computed, self._choose(computed, num_unknown=0), failed)
 
     def launch_ahead(self, schedule: Schedule, token_ids: Tensor) -> Launched | None:
         """Compute a step of one token each, ``token_ids i64 [T]``, which only the device knows. None: it can't be
@@ -89,7 +89,7 @@ class StepRunner:
         except Exception:
             _log.debug("a step could not be begun ahead", exc_info=True)
             return None
-        return Launched(schedule, computed, self._choose(computed), {})
+        return Launched(schedule, computed, self._choose(computed, num_unknown=1), {})
 
     def select(self, now: Launched) -> tuple[Selection, list[PromptLogprobs]]:
         """The step's tokens, and what was asked about prompts that it computed.
@@ -106,10 +106,10 @@ class StepRunner:
         # Once more, with logits that nobody has written to and as little memory as can be.
         return _select(OneByOne(self._sampler), self._compute(now.schedule.chunks, eager=True))
 
-    def _choose(self, computed: Computed) -> Chosen | None:
+    def _choose(self, computed: Computed, num_unknown: int) -> Chosen | None:
         if not self._ahead or computed.prompt_rows:
             return None
-        return choose_rows(computed.logits, computed.sample_requests, self._sampler)
+        return choose_rows(computed.logits, computed.sample_requests, self._sampler, num_unknown)
 
     def _compute(self, chunks: Sequence[ScheduledChunk], *, eager: bool = False) -> Computed:
         try:

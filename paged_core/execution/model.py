@@ -187,6 +187,9 @@ class TokenSelector(Protocol):
 class ForesightedSelector(Protocol):
     """A TokenSelector that can choose without the host."""
 
-    def choose(self, logits: Tensor, requests: Sequence[Request]) -> Chosen | None:
-        """As ``select``, but nobody waits, and logits stay as they are. None: some row needs the host."""
+    def choose(self, logits: Tensor, requests: Sequence[Request], num_unknown: int) -> Chosen | None:
+        """As ``select``, but nobody waits, and logits stay as they are. None: some row needs the host.
+
+        ``num_unknown``: tokens that each request has beside those in ``tokens``: they are on the device yet.
+        """
         ...

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from paged_core.execution.logits import RowEdits, edit_rows
-from paged_core.execution.sampling_draw import ArgmaxRows, TopRows, argmax_rows, draw_rows, top_rows
+from paged_core.execution.sampling_draw import ArgmaxRows, TopRows, argmax_rows, draw_rows, draw_waits, top_rows
 from paged_core.execution.sampling_logprobs import top_logprobs
-from paged_core.execution.staging import Download, take_rows
+from paged_core.execution.staging import Download, take_rows, upload
 from paged_core.scheduling.request import Logprob, Request, Selection
 
 
@@ -44,17 +44,17 @@ class Sampler:
         self._edits: WeakKeyDictionary[Request, RowEdits] = WeakKeyDictionary()
 
     @torch.inference_mode()
-    def choose(self, logits: Tensor, requests: Sequence[Request]) -> Greedy | None:
-        """``logits [S,V]`` stay as they are. None: not all rows are greedy, without edits and logprobs."""
+    def choose(self, logits: Tensor, requests: Sequence[Request], num_unknown: int = 0) -> TokensOnDevice | None:
+        """``logits [S,V]`` stay as they are. None: some row has edits or logprobs, or its draw waits."""
         for request in requests:
-            params = request.params
-            if not params.greedy or params.logprobs is not None:
+            if request.params.logprobs is not None or draw_waits(request, logits.shape[1]):
                 return None
             errors: dict[int, str] = {}
             if self._edits_of(request, 0, logits.shape[1], errors) is not None or errors:
                 return None
-        token_ids, largest = self._argmax(logits.detach())
-        return Greedy(token_ids, _download(token_ids, largest), range(len(requests)))
+        drawn = [row for row, request in enumerate(requests) if not request.params.greedy]
+        scores = logits.detach().to(torch.float32, copy=True) if drawn else logits.detach()
+        return TokensOnDevice(*self._tokens(scores, requests, drawn, num_unknown), range(len(requests)))
 
     @torch.inference_mode()
     def select(self, logits: Tensor, requests: Sequence[Request]) -> Selection:
@@ -71,18 +71,11 @@ class Sampler:
         if work:
             errors.update(edit_rows(scores, [item for item in work if item[0] not in errors]))
 
-        argmax, largest = self._argmax(scores)
-        found, peaks = _download(argmax, largest).wait()
+        found, peaks = self._tokens(scores, requests, [row for row in drawn if row not in errors])[1].wait()
         token_ids = [int(token) for token in found]
         for row, peak in enumerate(peaks):
             if not math.isfinite(peak):
                 errors.setdefault(row, _what_is_wrong(peak, edits[row] is not None))
-
-        drawn = [row for row in drawn if row not in errors]
-        if drawn:
-            chosen = draw_rows(scores, largest, drawn, [requests[row] for row in drawn], self._top)
-            for row, token in zip(drawn, chosen, strict=True):
-                token_ids[row] = token
         logprobs = None
         if raw is not None:
             logprobs = _logprobs_of(raw, asked, token_ids, requests, errors)
@@ -93,6 +86,18 @@ class Sampler:
         """``logits [N,V]`` at N prompt positions, the token after each -> its Logprob, then the ``num`` likeliest."""
         logprobs = torch.log_softmax(logits.detach().float(), -1)
         return top_logprobs(logprobs, next_ids, [num] * len(next_ids))
+
+    def _tokens(
+        self, scores: Tensor, requests: Sequence[Request], drawn: Sequence[int], num_unknown: int = 0
+    ) -> tuple[Tensor, Download]:
+        """The token of each row of ``scores [S,V]``, i64 [S]; and these with the rows' largest scores, under way to
+        the host. ``drawn``: rows that aren't greedy; for them scores are float32 and may be overwritten."""
+        token_ids, largest = self._argmax(scores)
+        if drawn:
+            theirs = [requests[row] for row in drawn]
+            rows, tokens = draw_rows(scores, largest, drawn, theirs, self._top, num_unknown)
+            token_ids = token_ids.index_copy(0, upload(torch.tensor(rows), scores.device), tokens)
+        return token_ids, _download(token_ids, largest)
 
     def _edits_of(self, request: Request, row: int, vocab_size: int, errors: dict[int, str]) -> RowEdits | None:
         """What this request changes in its scores; None if nothing. Compiled at its first step."""
@@ -110,16 +115,16 @@ class Sampler:
 class Likeliest:
     """The likeliest token of each row and nothing more: for requests whose parameters are no matter."""
 
-    def choose(self, logits: Tensor, requests: Sequence[Request]) -> Greedy:
+    def choose(self, logits: Tensor, requests: Sequence[Request], num_unknown: int = 0) -> TokensOnDevice:
         token_ids = logits.argmax(dim=-1)
-        return Greedy(token_ids, _download(token_ids, torch.zeros_like(token_ids)), range(len(requests)))
+        return TokensOnDevice(token_ids, _download(token_ids, torch.zeros_like(token_ids)), range(len(requests)))
 
     def select(self, logits: Tensor, requests: Sequence[Request]) -> Selection:
         return self.choose(logits, requests).fetch()
 
 
-class Greedy:
-    """The likeliest tokens of plain rows: ``token_ids i64 [S]`` on the device. Those ``under_way`` to the host are of
+class TokensOnDevice:
+    """The tokens of plain rows: ``token_ids i64 [S]`` on the device. Those ``under_way`` to the host are of
     more rows, perhaps: ``rows`` are the places of ours."""
 
     def __init__(self, token_ids: Tensor, under_way: Download, rows: Sequence[int]) -> None:
@@ -127,8 +132,8 @@ class Greedy:
         self._under_way = under_way
         self._rows = rows
 
-    def keep(self, rows: Sequence[int]) -> Greedy:
-        return Greedy(take_rows(self.token_ids, rows), self._under_way, [self._rows[row] for row in rows])
+    def keep(self, rows: Sequence[int]) -> TokensOnDevice:
+        return TokensOnDevice(take_rows(self.token_ids, rows), self._under_way, [self._rows[row] for row in rows])
 
     def fetch(self) -> Selection:
         token_ids, peaks = self._under_way.wait()

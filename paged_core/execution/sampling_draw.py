@@ -57,24 +57,39 @@ def top_rows(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         ids = torch.where(inside, ids, num_ids + 1)  # behind every real token, were it also -inf
     else:
         values, ids = scores, torch.arange(num_ids, device=scores.device)
-    top = _top_keys(values, ids, k)
+    top = _top_keys(values, ids, k).clamp_(max=num_ids - 1)  # NaN may rank below what is outside: its row has failed
     return scores.gather(1, top), top
 
 
-def uniform(request: Request) -> float:
-    """A number in [0, 1) that is a function of (seed, index, position in the output) and nothing else."""
-    counter = b"%d,%d" % (request.index, request.num_output)
+def uniform(request: Request, num_unknown: int = 0) -> float:
+    """A number in [0, 1) that is a function of (seed, index, position in the output) and nothing else.
+
+    ``num_unknown``: tokens that it has beside those the host knows.
+    """
+    counter = b"%d,%d" % (request.index, request.num_output + num_unknown)
     digest = blake2b(counter, key=b"%d" % request.seed, digest_size=8, person=b"paged-sample").digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def draw_rows(
-    scores: Tensor, largest: Tensor, rows: Sequence[int], requests: Sequence[Request], top: TopRows = top_rows
-) -> list[int]:
-    """A token for each of ``rows`` of ``scores float32 [S,V]``, which may be overwritten.
+def draw_waits(request: Request, num_ids: int) -> bool:
+    """Whether drawing for it has the host wait for the device: to hear if a nucleus is wide."""
+    return not request.params.greedy and _way(request, num_ids)[0] == "top_p"
 
-    ``largest [S]`` holds each row's maximum, finite in these rows; ``requests[i]`` belongs to ``rows[i]``. Rows are
-    drawn together with those that are cut in the same way.
+
+def draw_rows(
+    scores: Tensor,
+    largest: Tensor,
+    rows: Sequence[int],
+    requests: Sequence[Request],
+    top: TopRows = top_rows,
+    num_unknown: int = 0,
+) -> tuple[list[int], Tensor]:
+    """A token for each of ``rows`` of ``scores float32 [S,V]``, which may be overwritten: the rows, and their tokens
+    ``i64 [len(rows)]`` on the device.
+
+    ``largest [S]`` holds each row's maximum; where it isn't finite any token comes out. ``requests[i]`` belongs to
+    ``rows[i]``, and has ``num_unknown`` more tokens than the host knows. Rows are drawn together with those that are
+    cut in the same way.
     """
     alike: dict[tuple[str, int], list[int]] = {}  # way of cutting -> places in rows
     for place, request in enumerate(requests):
@@ -82,25 +97,30 @@ def draw_rows(
     drawn, order = [], []
     for (way, _), places in alike.items():
         mine = [rows[place] for place in places]
-        batch = _Rows(take_rows(scores, mine), take_rows(largest, mine), [requests[place] for place in places], top)
+        theirs = [requests[place] for place in places]
+        batch = _Rows(take_rows(scores, mine), take_rows(largest, mine), theirs, top, num_unknown)
         drawn.append(_DRAWS[way](batch))
-        order += places
-    tokens = [0] * len(rows)
-    for place, token in zip(order, torch.cat(drawn).tolist(), strict=True):  # fetched at once
-        tokens[place] = token
-    return tokens
+        order += mine
+    return order, torch.cat(drawn)
 
 
 class _Rows:
     """Rows to draw, and their parameters as columns."""
 
-    def __init__(self, scores: Tensor, largest: Tensor, requests: Sequence[Request], top: TopRows = top_rows) -> None:
+    def __init__(
+        self,
+        scores: Tensor,
+        largest: Tensor,
+        requests: Sequence[Request],
+        top: TopRows = top_rows,
+        num_unknown: int = 0,
+    ) -> None:
         self.top = top
         self.scores = scores  # float32 [R,V]
         self.largest = largest.float()[:, None]  # [R,1]
         table = [
-            (1 / max(r.params.temperature, 1e-20), r.params.min_p, r.params.top_p, r.params.top_k, uniform(r))
-            for r in requests
+            (1 / max(p.temperature, 1e-20), p.min_p, p.top_p, p.top_k, uniform(r, num_unknown))
+            for r, p in ((r, r.params) for r in requests)
         ]
         columns = upload(torch.tensor(table, dtype=torch.float64), scores.device).unsqueeze(2).unbind(1)
         self.inverse_temperature, self.min_p, self.top_p, self.top_k, self.uniform = columns  # float64 [R,1] each

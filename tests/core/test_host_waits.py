@@ -5,6 +5,7 @@ import torch
 
 from paged_core import SamplingParams
 from paged_core.execution.sampler import Sampler
+from paged_core.execution.waits import NoWaits
 from paged_core.scheduling.request import Request
 
 PLAIN = [SamplingParams(temperature=0)]
@@ -20,18 +21,40 @@ DRAWN = [SamplingParams(), SamplingParams(top_k=5), SamplingParams(top_k=700, mi
     [
         (PLAIN, 1),
         (EDITED, 1),
-        (DRAWN, 2),  # the largest scores, then what was drawn from them
-        ([*DRAWN, SamplingParams(top_p=0.05)], 3),  # whether a nucleus is wide
+        (DRAWN, 1),
+        ([*DRAWN, SamplingParams(top_p=0.05)], 2),  # whether a nucleus is wide
         ([SamplingParams(temperature=0, logprobs=3), *PLAIN], 2),  # the chosen token is among the likeliest
         ([SamplingParams(temperature=0, logprobs=0), *PLAIN], 3),  # its rank is counted
     ],
     ids=["greedy", "edited", "drawn", "nucleus", "logprobs", "rank"],
 )
 def test_a_batch_is_fetched_at_once_however_many_rows_it_has(params, waits, monkeypatch):
+    logits, requests = rows_of(params)
+    waited = count_waits(monkeypatch)
+    selection = Sampler().select(logits, requests)
+    monkeypatch.undo()
+    assert not selection.errors
+    assert len(waited) == waits, waited
+
+
+@pytest.mark.parametrize("params", [PLAIN, DRAWN], ids=["greedy", "drawn"])
+def test_choosing_ahead_waits_for_nothing(params, monkeypatch):
+    logits, requests = rows_of(params)
+    waited = count_waits(monkeypatch)
+    with NoWaits("cpu"):
+        chosen = Sampler().choose(logits, requests, 1).keep(range(1, len(requests)))
+    monkeypatch.undo()
+    assert not waited
+    assert not chosen.fetch().errors
+
+
+def rows_of(params):
     params = [each for each in params for _ in range(6)]
     requests = [Request(str(i), [5, 6, i], each, seed=i) for i, each in enumerate(params)]
-    logits = torch.randn(len(requests), 2000, generator=torch.Generator().manual_seed(1))
-    sampler = Sampler()
+    return torch.randn(len(requests), 2000, generator=torch.Generator().manual_seed(1)), requests
+
+
+def count_waits(monkeypatch):
     waited = []
     for name in ("tolist", "item", "nonzero", "__bool__", "__int__", "__float__"):
         original = getattr(torch.Tensor, name)
@@ -41,7 +64,4 @@ def test_a_batch_is_fetched_at_once_however_many_rows_it_has(params, waits, monk
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, counted)
-    selection = sampler.select(logits, requests)
-    monkeypatch.undo()
-    assert not selection.errors
-    assert len(waited) == waits, waited
+    return waited

@@ -5,23 +5,16 @@ import random
 import pytest
 import torch
 from graph_stand_in import CapturablePlugin, OpRecorder
+from mixed_workload import ROOMY, add_mixed_requests, greedy, in_every_size, in_every_way
 from tiny_model import EOS, TinyModel
 
 from paged_core import Engine, EngineConfig, Likeliest, SamplingParams, assembly, hookimpl
-from paged_core.execution.sampler import Greedy, Sampler
-
-ROOMY = {"num_blocks": 400, "max_num_batched_tokens": 256}
-CHUNKED = {"num_blocks": 400, "max_num_batched_tokens": 8}
-TIGHT = {"num_blocks": 26, "max_num_batched_tokens": 16}  # preempts
+from paged_core.execution.sampler import Sampler, TokensOnDevice
 
 
 def make_engine(model=None, plugins=(), **config):
     usual = {"block_size": 4, "max_num_seqs": 8, "attention_backend": "reference", "seed": 0, "lookahead": True}
     return Engine(model or TinyModel(), EngineConfig(**{**usual, **ROOMY, **config}), plugins=plugins)
-
-
-def greedy(num_tokens, **more):
-    return SamplingParams(temperature=0, max_tokens=num_tokens, **{"ignore_eos": True, **more})
 
 
 def run(engine, between=lambda: None):
@@ -41,23 +34,46 @@ def run(engine, between=lambda: None):
     return tokens, ends, ahead
 
 
-@pytest.mark.parametrize("config", [ROOMY, CHUNKED, TIGHT], ids=["roomy", "chunked", "tight"])
-@pytest.mark.parametrize("window", [None, 10], ids=["full", "windowed"])
-@pytest.mark.parametrize("caching", [True, False], ids=["prefix-cache", "no-cache"])
+@in_every_way
 def test_tokens_are_those_of_dense_attention(config, window, caching):
-    model, rnd = TinyModel(window=window), random.Random(1)
+    model = TinyModel(window=window)
     engine = make_engine(model, enable_prefix_caching=caching, **config)
-    truth = {}
-    for i in range(14):
-        prompt = [rnd.randrange(90) for _ in range(rnd.randrange(1, 40))]
-        if i % 3 == 0:
-            prompt = list(range(12)) + prompt[:5]
-        num_tokens = rnd.randrange(1, 30)
-        engine.add_request(str(i), prompt, greedy(num_tokens, n=1 + i % 3))
-        truth |= {(str(i), row): model.generate(prompt, num_tokens) for row in range(1 + i % 3)}
+    truth = add_mixed_requests(engine, model)
     tokens, _, ahead = run(engine)
     assert tokens == truth
     assert ahead > 5
+
+
+DRAWN = [
+    {"temperature": 0.8},
+    {"min_p": 0.05, "temperature": 1.5},
+    {"top_k": 5},
+    {"top_k": 20, "top_p": 0.8, "temperature": 1.2},
+    {"temperature": 0},
+]
+
+
+@in_every_size
+def test_drawn_tokens_are_those_that_each_row_gets_alone_and_without(config):
+    rnd, model = random.Random(2), TinyModel()
+    crowd, truth = make_engine(model, **config), {}
+    for i in range(15):
+        prompt = [rnd.randrange(90) for _ in range(rnd.randrange(1, 25))]
+        params = SamplingParams(seed=i, n=1 + i % 2, max_tokens=rnd.randrange(2, 30), ignore_eos=True, **DRAWN[i % 5])
+        alone = make_engine(model, lookahead=False)
+        for engine in (alone, crowd):
+            engine.add_request(str(i), prompt, params)
+        truth |= run(alone)[0]
+    tokens, _, ahead = run(crowd)
+    assert tokens == truth
+    assert ahead > 5
+
+
+def test_a_steady_decode_of_drawn_rows_is_always_a_step_ahead():
+    engine = make_engine()
+    for i, params in enumerate(DRAWN):
+        engine.add_request(str(i), [i, 2], SamplingParams(seed=i, max_tokens=12, ignore_eos=True, **params))
+    assert run(engine)[2] == 11
 
 
 def test_a_steady_decode_is_always_a_step_ahead_and_computes_no_token_too_many():
@@ -140,7 +156,7 @@ def test_requests_whose_next_step_needs_the_host_are_not_run_ahead_and_get_what_
         engine = make_engine(lookahead=lookahead)
         for i in range(3):
             engine.add_request(f"p{i}", [i, 2], greedy(10))
-        engine.add_request("drawn", [5], SamplingParams(seed=3, max_tokens=6))
+        engine.add_request("nucleus", [5], SamplingParams(seed=3, max_tokens=6, top_p=0.9))
         engine.add_request("told", [6], greedy(7, logprobs=1))
         engine.add_request("edited", [7], greedy(8, repetition_penalty=1.3))
         found.append(run(engine))
@@ -163,6 +179,12 @@ def test_with_graphs_the_logits_of_a_step_are_used_before_the_next_one_overwrite
     for i in range(9):
         engine.add_request(str(i), [i, 3, 4], greedy(5 + 4 * i))
         truth[str(i), 0] = TinyModel().generate([i, 3, 4], 5 + 4 * i)
+    plain = make_engine(lookahead=False)
+    for i, way in enumerate(DRAWN):
+        params = SamplingParams(seed=i, max_tokens=20, ignore_eos=True, **way)
+        for each in (plain, engine):
+            each.add_request(f"drawn {i}", [i, 5], params)
+    truth |= run(plain)[0]
     tokens, _, ahead = run(engine)
     assert tokens == truth
     assert ahead > 20
@@ -192,19 +214,26 @@ def test_a_step_that_fails_ahead_is_computed_in_its_turn(error):
     assert ahead > 20
 
 
-def test_a_model_whose_logits_break_ends_the_row_whose_logits_they_are():
+@pytest.mark.parametrize("way", DRAWN, ids=str)
+def test_a_model_whose_logits_break_ends_the_row_whose_logits_they_are(way):
     class Breaking(TinyModel):
         def forward(self, token_ids, positions, attend, sample_indices):
             logits = super().forward(token_ids, positions, attend, sample_indices)
             logits[positions[sample_indices] == 9] = float("nan")
             return logits
 
-    engine = make_engine(Breaking())
-    engine.add_request("long", [1, 2], greedy(30))
-    engine.add_request("short", [4], greedy(5))
-    tokens, ends, _ = run(engine)
-    assert ends == {("long", 0): "error", ("short", 0): "length"}
-    assert tokens["short", 0] == TinyModel().generate([4], 5)
+    found = []
+    for lookahead in (True, False):
+        engine = make_engine(Breaking(), lookahead=lookahead)
+        (long,) = engine.add_request("long", [1, 2], SamplingParams(seed=1, max_tokens=30, ignore_eos=True, **way))
+        engine.add_request("short", [4], greedy(5))
+        tokens, ends, ahead = run(engine)
+        assert ends == {("long", 0): "error", ("short", 0): "length"}
+        assert long.error == "the model's logits hold NaN"
+        assert tokens["short", 0] == TinyModel().generate([4], 5)
+        assert (ahead > 3) is lookahead
+        found.append(tokens)
+    assert found[0] == found[1]
 
 
 def test_nobody_waits_before_the_tokens_are_needed(monkeypatch):
@@ -215,8 +244,8 @@ def test_nobody_waits_before_the_tokens_are_needed(monkeypatch):
             order.append("compute")
             return super().forward(*args)
 
-    fetch = Greedy.fetch
-    monkeypatch.setattr(Greedy, "fetch", lambda self: order.append("fetch") or fetch(self))
+    fetch = TokensOnDevice.fetch
+    monkeypatch.setattr(TokensOnDevice, "fetch", lambda self: order.append("fetch") or fetch(self))
     engine = make_engine(Noting())
     engine.add_request("a", [1, 2], greedy(5))
     run(engine)
@@ -242,10 +271,10 @@ def test_a_sampler_whose_select_is_its_own_is_not_passed_over_by_a_choose_that_i
             return super().select(logits, requests)
 
     class Both(Sevens):
-        def choose(self, logits, requests):
+        def choose(self, logits, requests, num_unknown):
             logits = logits.clone()
             logits[:, 7] += 1000
-            return super().choose(logits, requests)
+            return super().choose(logits, requests, num_unknown)
 
     for kind, is_ahead in ((Sevens, False), (Both, True)):
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from paged_core.execution.sampler import Sampler
-from paged_core.execution.sampling_draw import uniform
+from paged_core.execution.sampling_draw import top_rows, uniform
 from paged_core.plugins import load_plugins
 from paged_core.scheduling.request import Request, SamplingParams
 
@@ -57,6 +57,45 @@ def test_a_row_gets_the_same_token_alone_in_any_batch_and_in_any_order(dtype):
         order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(shuffle)).tolist()
         order = order[: len(order) - 5 * shuffle]
         assert select(logits[order], [requests[row] for row in order]).token_ids == [together[row] for row in order]
+
+
+def choose(logits, requests, num_unknown=0):
+    return Sampler().choose(logits, requests, num_unknown)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_chosen_ahead_is_the_one_that_is_selected_once_the_token_before_is_known(dtype):
+    requests = [r for r in rows() if choose(logits_of(1), [r])]
+    assert len(requests) == 3 * 6
+    logits = logits_of(len(requests)).to(dtype)
+    untouched = logits.clone()
+    ahead = choose(logits, requests, 1)
+    alone = [choose(logits[row : row + 1], [r], 1).fetch().token_ids[0] for row, r in enumerate(requests)]
+    assert torch.equal(logits, untouched), "who selects after all finds the logits as they were"
+    too_early = select(logits, requests)
+    for r in requests:
+        r.tokens.append(9)
+    truth = select(logits, requests)
+    assert ahead.fetch() == truth != too_early
+    assert ahead.token_ids.tolist() == alone == truth.token_ids
+    assert ahead.keep([1, 5]).fetch().token_ids == [truth.token_ids[1], truth.token_ids[5]]
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"top_p": 0.9},
+        {"temperature": 0, "logprobs": 1},
+        {"presence_penalty": 0.5},
+        {"logits_processors": [lambda input_ids, scores: scores]},
+        {"allowed_token_ids": [VOCAB]},
+    ],
+    ids=str,
+)
+def test_a_batch_with_a_row_that_needs_the_host_is_not_chosen_ahead(way):
+    plain, other = (Request("r", [1], SamplingParams(**params)) for params in ({}, way))
+    assert choose(logits_of(2), [plain, plain]) is not None
+    assert choose(logits_of(2), [plain, other]) is None
 
 
 def test_the_sums_behind_a_draw_are_the_same_to_the_bit_alone_and_in_a_batch():
@@ -145,7 +184,7 @@ def test_a_token_of_no_probability_is_never_drawn_at_either_end_of_the_uniform(m
     logits = torch.full((1, 300), -math.inf)
     logits[0, 40:260] = 0.0
     for u, first in ((0.0, 40), (1 - 2.0**-53, 259)):
-        monkeypatch.setattr(sampling_draw, "uniform", lambda request, u=u: u)
+        monkeypatch.setattr(sampling_draw, "uniform", lambda *_, u=u: u)
         for way in ({}, {"top_p": 0.999999999}, {"top_k": 220}, {"min_p": 0.5}):
             r = Request("r", [1], SamplingParams(**way))
             assert select(logits, [r]).token_ids == [first], way
@@ -155,7 +194,7 @@ def test_a_token_of_no_probability_is_never_drawn_at_either_end_of_the_uniform(m
 def test_top_p_keeps_the_fewest_tokens_that_hold_the_mass_and_of_equals_the_lowest_ids(vocab, monkeypatch):
     from paged_core.execution import sampling_draw
 
-    monkeypatch.setattr(sampling_draw, "uniform", lambda request: 1 - 2.0**-53)
+    monkeypatch.setattr(sampling_draw, "uniform", lambda *_: 1 - 2.0**-53)
     r = Request("r", [1], SamplingParams(top_p=0.5))
     assert select(torch.zeros(1, vocab), [r]).token_ids == [vocab // 2 - 1]
 
@@ -242,6 +281,29 @@ def test_logits_that_are_not_numbers_end_their_own_row_only(fill, message, only_
             t for other, t in enumerate(healthy) if other != row
         ]
         assert 0 <= selection.token_ids[row] < VOCAB
+
+
+@pytest.mark.parametrize("fill", [math.nan, -math.nan, math.inf, -math.inf], ids=["nan", "-nan", "inf", "-inf"])
+def test_such_logits_end_their_own_row_when_it_is_chosen_ahead_too(fill):
+    requests = [r for r in rows(1) if choose(logits_of(1), [r])]
+    logits = logits_of(len(requests))
+    for row in range(len(requests)):
+        for broken in (slice(None), slice(VOCAB - 4), slice(2496, None), 1234):
+            spoilt = logits.clone()
+            spoilt[row, broken] = fill
+            ahead = choose(spoilt, requests)
+            assert ahead.fetch() == select(spoilt, requests)
+            assert int(ahead.token_ids.min()) >= 0 and int(ahead.token_ids.max()) < VOCAB
+
+
+@pytest.mark.parametrize("k", [1, 19, 40])
+def test_the_k_largest_of_a_row_that_holds_nan_are_tokens_of_the_vocabulary(k):
+    scores = logits_of(4)
+    minus_nan = torch.tensor(0xFFC00000 - 2**32, dtype=torch.int32).view(torch.float32)
+    scores[0, : VOCAB - 4] = scores[1, 7] = scores[2, VOCAB - 4 :] = minus_nan
+    scores[3] = math.nan
+    ids = top_rows(scores, k)[1]
+    assert int(ids.min()) >= 0 and int(ids.max()) < VOCAB
 
 
 def test_nan_of_the_model_is_not_blamed_on_a_processor():
