@@ -80,6 +80,38 @@ def test_a_gguf_file_that_is_missing_is_named() -> None:
         load_model("missing.gguf")
 
 
+@pytest.mark.parametrize("damage", ["empty", "unknown", "encoder-decoder", "cut", "garbage.gguf"])
+def test_what_cannot_be_loaded_is_told_in_one_line(damage: str, tiny: Any, tmp_path: Path) -> None:
+    source = tmp_path
+    if damage != "empty":
+        tiny("llama").save_pretrained(tmp_path)
+    if damage == "unknown":
+        (tmp_path / "config.json").write_text('{"model_type": "frobnicator"}')
+    elif damage == "encoder-decoder":  # transformers' own message has a line with each class that there is
+        (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    elif damage == "cut":
+        weights = tmp_path / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-8])
+    elif damage == "garbage.gguf":
+        source = tmp_path / damage
+        source.write_bytes(b"GGUF and no more")
+    with pytest.raises(ConfigError, match="can't be loaded: ") as told:
+        load_model(source)
+    assert str(source) in str(told.value) and len(str(told.value)) < 400 and "\n" not in str(told.value)
+
+
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_model("./nowhere") is None
+    assert load_model("../nowhere") is None
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:77"])
+def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(device: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"device is '{device}'.*leave it out"):
+        load_model(tmp_path, device=device)
+
+
 def test_a_folder_without_tokenizer_has_none(tiny: Any, tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path)) is None

@@ -7,10 +7,12 @@ code are refused by default.
 from __future__ import annotations
 
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,7 +20,7 @@ from paged_core import ConfigError
 from paged_hf import embedded
 from paged_hf.model import HFPagedModel
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -46,6 +48,7 @@ def load_model(
         _refuse_pickle(folder, options)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_device(device)
     if device != "cpu":
         options["device_map"] = device
     try:
@@ -56,14 +59,8 @@ def load_model(
             use_safetensors=None if allow_pickle else True,
             **options,
         )
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ConfigError(
-            f"{source} brings its own code, which isn't run; pass trust_remote_code=True if you trust it"
-        ) from error
-    except OSError as error:
-        raise ConfigError(f"{source} can't be loaded: {error}") from error
+    except (OSError, ValueError, SafetensorError, struct.error) as error:  # the last two: a file that is cut or garbage
+        raise ConfigError(_why_not(source, folder, error)) from error
     return HFPagedModel(model.eval(), name=str(source))
 
 
@@ -113,6 +110,17 @@ def _place(source: Any) -> tuple[Path | str, dict[str, Any]] | None:
     return (source, {}) if isinstance(source, str) and _HUB_ID.fullmatch(source) else None
 
 
+def _why_not(source: Any, folder: Path | str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"{source} brings its own code, which isn't run; if you trust it, load it yourself with "
+            "trust_remote_code=True, and give the model in place of its name"
+        )
+    told = str(error).strip().split("\n", 1)[0]  # the other lines list each class that there is, or retell the manual
+    taken = "" if isinstance(folder, Path) else " (no such folder is here, so it was taken for a hub id)"
+    return f"{source} can't be loaded: {told}{taken}"
+
+
 def _refuse_pickle(folder: Path | str, options: dict[str, Any]) -> None:
     if not isinstance(folder, Path) or options or any(folder.glob("*.safetensors")):
         return
@@ -120,8 +128,22 @@ def _refuse_pickle(folder: Path | str, options: dict[str, Any]) -> None:
     if pickled:
         raise ConfigError(
             f"{folder} has its weights in {pickled[0]}, a pickle, which can run any code when it is read; "
-            "convert it to safetensors, or pass allow_pickle=True if you trust it"
+            "convert it to safetensors; or, if you trust it, load it yourself and give the model in place of its "
+            "folder (TorchServe archives have allow_pickle for that)"
         )
+
+
+def _check_device(device: str) -> None:
+    """Raises ConfigError for one that torch doesn't know or doesn't have, before anything is loaded."""
+    if device == "auto":
+        return
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(
+            f"device is {device!r}, which this torch ({torch.__version__}) can't use here; "
+            "leave it out for a GPU if there is one, else the CPU"
+        ) from error
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
