@@ -134,7 +134,7 @@ def free_memory(device: torch.device) -> int:
 def _gather(cache: Tensor, scales: Tensor | None, blocks: Tensor, num_tokens: int) -> Tensor:
     """``cache [num_blocks + 1, K, block_size, D], blocks i64 [B] -> [K, num_tokens, D]``."""
     blocks = blocks.to(cache.device)
-    found = cache[blocks]  # [B, K, block_size, D]
+    found = cache.index_select(0, blocks)  # [B, K, block_size, D]; torch 2.9 can't index float8
     if scales is not None:
         found = found.float() * scales[blocks][..., None]
     found[blocks == 0] = 0
