@@ -110,6 +110,15 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path, capsys):
     assert "nowhere" in error
 
 
+@pytest.mark.parametrize("command", ["generate", "serve"])
+@pytest.mark.parametrize("value", ["4GiB", "0", "-1", "1.5"])
+def test_a_number_that_is_none_is_told_in_a_users_words(command, value, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([command, "smollm2", f"--kv-bytes={value}"])
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.endswith(f"argument --kv-bytes: {value!r} isn't a whole number from 1 on")
+
+
 def test_a_plugin_whose_command_does_nothing_is_named(monkeypatch, capsys):
     class Empty:
         @hookimpl

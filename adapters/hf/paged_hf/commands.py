@@ -91,11 +91,13 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
     engine.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: as the model is stored)")
     engine.add_argument("--max-model-len", type=_count, metavar="N", help="tokens of a sequence, prompt and output")
-    engine.add_argument("--kv-bytes", type=_count, metavar="N", help="memory for keys and values")
+    engine.add_argument("--kv-bytes", type=_count, metavar="N", help="bytes for keys and values")
     engine.add_argument(
         "--kv-cache-dtype", metavar="DTYPE", help="e.g. bfloat16, int8, float8_e4m3fn (default: the model's)"
     )
-    engine.add_argument("--block-size", type=_count, metavar="N", help="slots in a block (default: 16)")
+    engine.add_argument(
+        "--block-size", type=_count, metavar="N", help="slots in a block (default: 8 on a CPU, 16 on a GPU)"
+    )
     engine.add_argument("--attention-backend", metavar="NAME", help="default: auto")
 
 
@@ -152,14 +154,16 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a whole number from 1 on")
+    return int(text)
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} isn't a positive number")
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a positive number")
     return value

@@ -51,11 +51,11 @@ def _add_engine(group: Any) -> None:
     add("--dtype", help="float32, bfloat16, float16 or auto (default: as the model is stored)")
     add("--device", help="default: a GPU if there is one")
     add("--max-model-len", type=_count, metavar="N", help="tokens of a sequence, prompt and output")
-    add("--kv-bytes", type=_count, metavar="N", dest="kv_cache_bytes", help="memory for keys and values")
+    add("--kv-bytes", type=_count, metavar="N", dest="kv_cache_bytes", help="bytes for keys and values")
     add("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE",
         help="of a GPU's memory, unless --kv-bytes is said (default: %(default)s)")  # fmt: skip
     add("--kv-cache-dtype", metavar="DTYPE", help="e.g. bfloat16, int8, float8_e4m3fn (default: the model's)")
-    add("--block-size", type=_count, metavar="N", help="tokens of a block of them")
+    add("--block-size", type=_count, metavar="N", help="tokens of a block (default: 8 on a CPU, 16 on a GPU)")
     add("--max-num-seqs", type=_count, metavar="N", help="sequences computed at once")
     add("--max-num-batched-tokens", type=_count, metavar="N", help="tokens computed in a step")
     add("--no-cuda-graphs", action="store_const", const=False, dest="cuda_graphs", help="launch each kernel of a step")
@@ -127,10 +127,9 @@ def request_limits(args: argparse.Namespace) -> RequestLimits:
 
 
 def _whole(text: str, low: int = 0) -> int:
-    value = int(text)
-    if value < low:
-        raise argparse.ArgumentTypeError(f"{text} is below {low}")
-    return value
+    if not text.isdecimal() or int(text) < low:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a whole number from {low} on")
+    return int(text)
 
 
 def _count(text: str) -> int:
@@ -138,7 +137,10 @@ def _count(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} isn't a number of seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a number of seconds")
     return value
