@@ -28,27 +28,40 @@ class Watch:
         self._types = []
 
     def changed(self) -> bool:
-        """Whether weights changed since the last call."""
-        if all(
-            own.get(name) is tensor and (tensor.data_ptr(), _version(tensor)) == mark
-            for own, name, tensor, mark in self._marks
-        ) and all(torch.equal(torch.cat(views), seen) for views, seen in zip(self._views, self._seen, strict=True)):
+        """Whether weights changed since the last call. Each device is waited for once."""
+        if (
+            all(
+                own.get(name) is tensor and (tensor.data_ptr(), _version(tensor)) == mark
+                for own, name, tensor, mark in self._marks
+            )
+            and self._values_are_the_same()
+        ):
             return False
         self._remember()
         return True
 
+    def _values_are_the_same(self) -> bool:
+        told = [now.eq(seen).all() for now, seen in zip(self._values(), self._seen, strict=True)]
+        return all(bool(same) for same in told)  # once all devices are at it
+
+    def _values(self) -> list[Tensor]:
+        """What is looked at on each device, as it is now: bytes, so that one comparison does for all dtypes."""
+        return [
+            torch.cat([torch.cat(views).view(torch.uint8) for views in by_dtype.values()])
+            for by_dtype in self._views.values()
+        ]
+
     def _remember(self) -> None:
         self._marks = []  # (dict, key, tensor, (address, version))
-        by_kind: dict[Any, list[Tensor]] = {}
+        self._views: dict[torch.device, dict[torch.dtype, list[Tensor]]] = {}
         for own, name in _slots(self._model):
             tensor = own[name]
             self._marks.append((own, name, tensor, (tensor.data_ptr(), _version(tensor))))
             for plain in _plain(tensor):
                 view = _sample(plain)
                 if view is not None:
-                    by_kind.setdefault((view.dtype, view.device), []).append(view)
-        self._views = list(by_kind.values())
-        self._seen = [torch.cat(views) for views in self._views]
+                    self._views.setdefault(view.device, {}).setdefault(view.dtype, []).append(view)
+        self._seen = self._values()
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
@@ -79,7 +92,8 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
 
 def _sample(tensor: Tensor) -> Tensor | None:
     """A view of at most _SAMPLES values, evenly spread; it follows the tensor's memory."""
-    if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel() or not tensor.is_contiguous():
+    plain = tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
+    if not plain or not tensor.numel() or not tensor.is_contiguous():
         return None
     step = max(1, tensor.numel() // _SAMPLES)
     return tensor.view(-1)[::step][:_SAMPLES]
