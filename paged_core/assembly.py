@@ -121,8 +121,15 @@ def create_cache(manager: Plugins, spec: ModelSpec, config: EngineConfig) -> KVC
     cache = manager.hook.create_kv_cache(spec=spec, num_blocks=config.num_blocks, config=config)
     if cache is not None:
         return cache  # type: ignore[no-any-return]
-    dtype = _cache_dtype(config, spec)
-    return kv_cache.allocate(spec, _slab(spec, config), config.block_size, dtype, max_blocks=config.num_blocks)
+    dtype, num_blocks = _cache_dtype(config, spec), _slab(spec, config)
+    try:
+        return kv_cache.allocate(spec, num_blocks, config.block_size, dtype, max_blocks=config.num_blocks)
+    except torch.OutOfMemoryError as error:
+        num_bytes = num_blocks * kv_cache.bytes_per_block(spec, config.block_size, dtype)
+        raise ConfigError(
+            f"no memory for a K/V cache of {num_blocks} blocks, {num_bytes} bytes; lower kv_cache_bytes, num_blocks or "
+            "gpu_memory_utilization"
+        ) from error
 
 
 def create_runner(

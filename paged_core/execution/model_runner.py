@@ -49,8 +49,8 @@ class ModelRunner:
     def grow(self, num_blocks: int) -> None:
         """Have memory for as many blocks as the pool hands out. Once per schedule, before its moves."""
         if num_blocks > self._cache.num_blocks:
+            self.drop_graphs()  # first: the cache may want their memory
             self._cache.grow(num_blocks)
-            self.drop_graphs()
 
     def release(self) -> None:
         """Give the cache's memory back. No block may be in use."""

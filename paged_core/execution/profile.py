@@ -76,7 +76,7 @@ def bytes_left(
 ) -> dict[torch.device, int]:
     """Bytes that K/V may take on each device that has layers, if the engine may bring it to ``share`` of its memory."""
     devices = {layer.device for layer in model.spec.layers} | {model.spec.device}
-    gauges = {device: GAUGES[device.type](device) for device in devices}
+    gauges = {device: GAUGES[device.type](device) for device in devices if device.type in GAUGES}
     cache = kv_cache.allocate(model.spec, 1, block_size, dtype)
     for tensor in cache.tensors:
         tensor[0].zero_()  # what nobody wrote may be NaN, and these steps read the null block

@@ -20,6 +20,7 @@ from paged_core import (
     SamplingParams,
     hookimpl,
 )
+from paged_core.execution import kv_cache
 from paged_core.execution.kv_cache import allocate
 
 BLOCK = 4
@@ -162,6 +163,15 @@ def test_an_engine_that_gets_no_memory_says_so_and_takes_no_more_requests():
         engine.step()
     with pytest.raises(EngineDeadError, match="takes no more requests: no memory"):
         engine.add_request("next", [1], greedy(1))
+
+
+def test_a_cache_that_a_device_has_no_memory_for_is_refused_with_the_way_out(monkeypatch):
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kv_cache, "_empty", full)
+    with pytest.raises(ConfigError, match=rf"K/V cache of 400 blocks, {400 * BLOCK_BYTES} bytes; lower kv_cache_bytes"):
+        make_engine(kv_cache_slab_bytes=None)
 
 
 def test_an_engine_built_and_grown_in_inference_mode_works_outside_of_it():

@@ -1,6 +1,7 @@
 """K/V that take what a device has left beside the model and its largest step, told by a profiling step."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from tiny_model import TinyModel
 
 from paged_core import ConfigError, Engine, EngineConfig, SamplingParams
 from paged_core.execution import kv_cache, profile
+from paged_core.execution.sampler import Sampler
+from paged_core.scheduling.schedule import Limits
 
 BLOCK = 4
 BLOCK_BYTES = 2 * 2 * BLOCK * 2 * 16 * 4  # layers, K and V, slots, kv heads, head dim, float32
@@ -124,6 +127,20 @@ def test_each_device_must_have_room_for_its_own_layers():
     spec = replace(spec, layers=layers)
     room = {here: 10 * BLOCK_BYTES, there: 10 * BLOCK_BYTES}
     assert profile.blocks_within(spec, room, BLOCK, torch.float32) == 10  # two of three layers: half as many
+
+
+def test_memory_is_told_where_the_layers_are_though_token_ids_be_elsewhere(monkeypatch):
+    class Elsewhere(TinyModel):
+        def forward(self, token_ids, positions, attend, sample_indices):
+            return torch.zeros(len(sample_indices), self.spec.vocab_size)
+
+    model, there = Elsewhere(), torch.device("meta")
+    model.spec = replace(model.spec, layers=tuple(replace(layer, device=there) for layer in model.spec.layers))
+    monkeypatch.setitem(profile.GAUGES, "meta", FakeGauge)
+    monkeypatch.delitem(profile.GAUGES, "cpu")
+    backend, limits = SimpleNamespace(plan=lambda metadata: None), Limits(2, 8, 20, 0, 1)
+    room = profile.bytes_left(model, backend, Sampler(), limits, BLOCK, torch.float32, 0.9)
+    assert room == {there: 9_000_000 - 6_000_000 - 1_000_000}
 
 
 def test_a_step_that_never_fits_is_refused_with_the_way_out():
