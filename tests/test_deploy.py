@@ -51,6 +51,15 @@ def test_the_image_has_all_that_the_package_is_built_of() -> None:
     assert set(extras.split(",")) < set(project["project"]["optional-dependencies"])
 
 
+def test_the_source_distribution_has_what_make_runs_and_the_wheel_says_that_it_is_typed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    included = project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    used = re.findall(r"\s(?:@sh|-c) (\w[\w./-]*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert {"scripts/check-python.sh", "constraints.txt"} <= set(used)
+    assert [path for path in used if path.split("/")[0] not in included] == []
+    assert (ROOT / "paged_core" / "py.typed").is_file()  # the packages are taken whole
+
+
 def test_the_image_listens_where_it_says() -> None:
     assert f"EXPOSE {defaults()['port']}\n" in dockerfile()
     assert f"127.0.0.1:{defaults()['port']}/health" in dockerfile()
