@@ -64,7 +64,8 @@ def create_backend(
     backend = manager.hook.create_attention_backend(name=name, spec=spec, config=config)
     if backend is None:
         raise UnsupportedModel(
-            f"no attention backend called {name!r} can run this model; loaded plugins: {describe(manager)}"
+            f"no attention backend called {name!r} can run this model here; leave attention_backend out for one that "
+            f"can; loaded plugins: {describe(manager)}"
         )
     if _cache_dtype(config, spec) in kv_cache.QUANTIZED and not getattr(backend, "reads_scales", False):
         raise ConfigError(
