@@ -1,6 +1,8 @@
 """transformers models under graphs: their forwards are captured as they are, on whatever device the tests have."""
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -66,7 +68,7 @@ def test_frequencies_that_follow_the_longest_request_are_not_captured_and_the_to
 
 def make_engine(model, **config):
     sizes = {"block_size": 4, "num_blocks": 200, "max_num_seqs": 2, "max_num_batched_tokens": 32, "max_model_len": 100}
-    config = EngineConfig(**sizes, **config, cuda_graphs=True, fast_forwards=False)
+    config = EngineConfig(**{**sizes, "cuda_graphs": True, "fast_forwards": False, **config})
     return Engine(model, config, plugins=[CapturablePlugin()])
 
 
@@ -135,3 +137,13 @@ def test_prompts_that_are_embeddings_do_not_cost_others_their_graphs(monkeypatch
     ids = paged.lend(model.get_input_embeddings()(torch.tensor([1, 2, 3])).detach())
     assert run(engine, ids) == plain
     assert engine._runner._graphs.num_captures == captures, "what is captured is replayed"
+
+
+def test_a_model_that_outlives_its_engine_keeps_none_of_its_memory():
+    paged = HFPagedModel(make_model("llama"))
+    engine = make_engine(paged, cuda_graphs=False)
+    run(engine, [1, 2, 3])
+    cache = weakref.ref(engine._runner.cache)
+    del engine
+    gc.collect()
+    assert cache() is None

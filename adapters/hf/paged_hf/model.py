@@ -216,10 +216,13 @@ class HFPagedModel:
         else:
             options["input_ids"] = token_ids[None]
         options |= {"attention_mask": None, "use_cache": False}
-        if compiled is not None and step is not None:
-            output = compiled(step.rewind, **options)
-        else:
-            output = self._shadow.root(**options)
+        try:
+            if compiled is not None and step is not None:
+                output = compiled(step.rewind, **options)
+            else:
+                output = self._shadow.root(**options)
+        finally:
+            self._under_way[0] = None  # through it, the cache of an engine that is gone would live on
         logits: Tensor = output.logits[0]
         return logits if rows is None or self._keeps_logits else logits[rows]
 
