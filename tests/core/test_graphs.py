@@ -2,6 +2,7 @@
 
 import logging
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -249,6 +250,15 @@ def test_asking_for_graphs_where_there_can_be_none_is_refused_with_the_reason(mo
     with pytest.raises(ConfigError, match="the model is on cpu, not on a CUDA device"):
         make_engine()
     assert make_engine(cuda_graphs=None)._runner._graphs is None
+
+
+def test_a_model_on_several_devices_has_no_graphs_and_asking_for_them_is_refused():
+    spec, backend = TinyModel().spec, CapturablePlugin().create_attention_backend("auto", TinyModel().spec)
+    elsewhere = replace(spec.layers[1], device=torch.device("meta"))
+    spec = replace(spec, layers=(spec.layers[0], elsewhere))
+    assert assembly.create_graphs(spec, EngineConfig(), backend) is None
+    with pytest.raises(ConfigError, match="cuda_graphs is True, but the model's layers are on several devices; leave"):
+        assembly.create_graphs(spec, EngineConfig(cuda_graphs=True), backend)
 
 
 @pytest.mark.parametrize("device", ["cuda"] * torch.cuda.is_available() or ["cpu"])
