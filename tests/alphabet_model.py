@@ -39,9 +39,9 @@ class Gate:
         self.shuts_at: int | None = None  # the step that it shuts before by itself
 
     def __call__(self, token_ids: list[int]) -> None:
-        self.num_steps += 1
-        if self.num_steps == self.shuts_at:
+        if self.num_steps + 1 == self.shuts_at:
             self.shut()
+        self.num_steps += 1  # who waits for this step finds the gate shut
         assert self._open.wait(30), "the test never opened the gate"
 
     def open(self) -> None:

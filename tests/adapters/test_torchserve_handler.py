@@ -13,7 +13,7 @@ from typing import Any
 
 import paged_torchserve.handler
 import pytest
-from alphabet_model import AlphabetModel
+from alphabet_model import AlphabetModel, Gate
 from paged_torchserve import bodies, metrics
 from toy_tokenizers import CharacterTokenizer
 
@@ -133,6 +133,7 @@ class Reply:
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     made: list[Worker] = []
+    monkeypatch.setattr("paged_torchserve.desk._ADMISSION_S", 30.0)  # else a slow machine's refusals have no status
 
     def make(model: AlphabetModel | None = None, **settings: Any) -> Worker:
         made.append(Worker(monkeypatch, model, **settings))
@@ -275,32 +276,40 @@ def test_an_answer_longer_than_a_message_comes_in_pieces(worker):
 
 
 def test_a_client_that_leaves_frees_its_blocks_within_a_step(worker):
-    serving = worker(slow(0.01))
+    batches: list[int] = []  # rows in each step
+    gate = Gate()
+    serving = worker(AlphabetModel(lambda token_ids: (gate(token_ids), batches.append(len(token_ids)))))
     serving.post("gone", {"body": {"prompt": "!", "max_new_tokens": 90}})
     serving.post("stays", {"body": {"prompt": "#", "max_new_tokens": 60}})
+    gate.shuts_at = 10
+    gate.open()
     serving.step()
+    until(lambda: gate.num_steps == 10)
     serving.leave("gone")
     serving.step()
-    until(lambda: len(serving.engine._scheduler.running) == 1)
+    gate.open()
     serving.run()
+    assert batches[10:] == [1] * len(batches[10:]), "not in the step under way, but from the next one on"
     assert len(serving.replies["stays"].text) == 61
 
 
 def test_the_only_client_that_leaves_is_noticed_by_the_silence(worker):
-    serving = worker(slow(0.05), heartbeat_s=0.2)
+    steps: list[Any] = []
+    serving = worker(slow(0.05, steps), heartbeat_s=0.2)
     serving.post("gone", {"body": {"prompt": "!", "max_new_tokens": 90}})
     serving.step()
-    assert serving.engine.has_work
-    until(lambda: not serving.engine.has_work, 2.0)
+    until(lambda: steps and not serving.engine.has_work)
+    assert len(steps) < 90
     serving.leave("gone")
     assert serving.ask({"body": {"prompt": "abc", "max_new_tokens": 3}}).text == "abcdef"
 
 
 def test_a_client_that_was_cut_off_by_silence_is_told(worker):
-    serving = worker(slow(0.05), heartbeat_s=0.2)
+    steps: list[Any] = []
+    serving = worker(slow(0.05, steps), heartbeat_s=0.2)
     serving.post("r", {"body": {"prompt": "!", "stream": True, "max_tokens": 90}}, "v1/completions")
     serving.step()
-    until(lambda: not serving.engine.has_work)
+    until(lambda: steps and not serving.engine.has_work)
     serving.run()
     *_, error, done = serving.replies["r"].events
     assert "cut off" in error["error"]["message"]
@@ -310,8 +319,9 @@ def test_a_client_that_was_cut_off_by_silence_is_told(worker):
 def test_an_engine_that_fails_tells_all_who_wait_and_ends_the_worker(worker, monkeypatch):
     model = AlphabetModel()
     serving = worker(model)
-    given_up: list[int] = []
-    serving.handler._watch._give_up = given_up.append
+    given_up: list[Any] = []
+    desk = serving.handler._desk
+    serving.handler._watch._give_up = lambda status: given_up.append((status, desk.is_empty, desk.silence_s > 0.5))
 
     def broken() -> None:
         raise RuntimeError("out of everything")
@@ -321,8 +331,7 @@ def test_an_engine_that_fails_tells_all_who_wait_and_ends_the_worker(worker, mon
     try:
         reply = serving.ask({"body": {"prompt": "abc", "max_tokens": 3}}, "v1/completions")
         assert reply.status == 503
-        assert given_up == []  # the reply is still on its way to TorchServe
-        until(lambda: given_up == [1])
+        until(lambda: given_up == [(1, True, True)])  # the reply has had time to get to TorchServe
     finally:
         logging.disable(logging.NOTSET)
 
@@ -331,19 +340,21 @@ def test_a_step_that_never_ends_is_told_to_all_who_wait_and_ends_the_worker(work
     release, held = threading.Event(), threading.Event()
 
     def hang(token_ids: Any) -> None:
-        if len(token_ids) < 3:  # beyond the prompts
+        if len(token_ids) == 2:  # both are beyond their prompts
             held.set()
             release.wait(30)
+        elif len(token_ids) == 1:
+            time.sleep(0.05)  # the other is on its way
 
     serving = worker(AlphabetModel(hang), responseTimeout=1)
     given_up: list[int] = []
     serving.handler._watch._give_up = given_up.append
     logging.disable(logging.CRITICAL)
     try:
-        serving.post("plain", {"body": {"prompt": "abc", "max_new_tokens": 9}})
+        serving.post("plain", {"body": {"prompt": "ab!", "max_new_tokens": 90}})
         serving.post("streamed", {"body": {"prompt": "abc", "stream": True}}, "v1/completions")
         serving.step()
-        assert held.wait(10)
+        assert held.wait(30)
         serving.run()
         assert "stopped" in json.loads(serving.replies["plain"].text)["error"]
         *_, error, done = serving.replies["streamed"].events
@@ -356,14 +367,22 @@ def test_a_step_that_never_ends_is_told_to_all_who_wait_and_ends_the_worker(work
 
 
 def test_a_watch_goes_on_when_metrics_cant_be_told(worker):
-    serving = worker(slow(0.05), heartbeat_s=0.2)
+    steps: list[Any] = []
+    tried: list[None] = []
+    serving = worker(slow(0.05, steps), heartbeat_s=0.2)
+
+    def fails() -> None:
+        tried.append(None)
+        raise ArithmeticError
+
     logging.disable(logging.CRITICAL)
     try:
-        serving.handler._watch._flush = lambda: 1 / 0
+        serving.handler._watch._flush = fails
+        until(lambda: len(tried) > 1)
         serving.post("gone", {"body": {"prompt": "!", "max_new_tokens": 90}})
         serving.step()
-        time.sleep(0.3)
-        until(lambda: not serving.engine.has_work, 2.0)
+        until(lambda: steps and not serving.engine.has_work)
+        assert len(steps) < 90
     finally:
         logging.disable(logging.NOTSET)
 
@@ -424,7 +443,7 @@ def test_an_error_that_cant_be_told_ends_the_reply_all_the_same(worker, monkeypa
 
 def test_an_error_late_in_streamed_plain_text_is_a_last_line_of_json(worker):
     serving = worker(slow(0.05), heartbeat_s=0.2)
-    serving.post("r", {"body": {"prompt": "abc", "stream": True, "max_new_tokens": 20}})
+    serving.post("r", {"body": {"prompt": "abc", "stream": True, "max_new_tokens": 90}})
     while not any(body for body, _ in serving.replies["r"].messages):
         serving.step()
     until(lambda: not serving.engine.has_work)
@@ -459,6 +478,7 @@ def test_a_long_list_of_prompts_is_read_beside_the_others(worker, monkeypatch):
         return encode(self, text, *args, **kwargs)
 
     monkeypatch.setattr(CharacterTokenizer, "encode", hold)
+    monkeypatch.setattr("paged_torchserve.desk._ADMISSION_S", 0.2)
     serving.post("good", {"body": {"prompt": "!", "max_new_tokens": 40}})
     serving.step()
     serving.post("long", {"body": ["held"] * 3})
@@ -476,8 +496,8 @@ def test_a_long_list_of_prompts_is_read_beside_the_others(worker, monkeypatch):
 
 def test_metrics_are_told_together_and_not_once_a_token(worker):
     serving = worker(max_new_tokens=50)
-    serving.ask({"body": '!"#'})
     serving.handler._watch.close()
+    serving.ask({"body": '!"#'})
     serving.handler._watch._flush()
     told = serving.cache.told
     assert told["paged_generation_tokens_total"] == 50
@@ -492,8 +512,15 @@ def test_metrics_are_told_together_and_not_once_a_token(worker):
     assert serving.cache.num_updates == before
 
 
-def slow(step_s: float) -> AlphabetModel:
-    return AlphabetModel(lambda token_ids: time.sleep(step_s))
+def slow(step_s: float, steps: list[Any] | None = None) -> AlphabetModel:
+    """``steps`` gets the token ids of each."""
+
+    def step(token_ids: list[int]) -> None:
+        if steps is not None:
+            steps.append(token_ids)
+        time.sleep(step_s)
+
+    return AlphabetModel(step)
 
 
 def until(condition: Any, limit_s: float = 30.0) -> None:

@@ -262,11 +262,16 @@ def test_a_tokenizer_that_chokes_ends_one_request_only(model: AlphabetModel) -> 
 # ---- cancelling --------------------------------------------------------------------------------------------------
 
 
-def test_cancel_answers_with_a_final_delta_and_a_result(engine: AsyncEngine) -> None:
+def test_cancel_answers_with_a_final_delta_and_a_result(engine: AsyncEngine, model: AlphabetModel) -> None:
+    gate = model.before_forward = Gate()
+    gate.shuts_at = 5
+    gate.open()
     stream = engine.submit("A", LONG)
     for delta in stream:
+        until(lambda: gate.num_steps >= 5)
         stream.cancel()
         stream.cancel()
+        gate.open()
         last = delta
     assert last.finish_reason == "abort"
     result = stream.result(LIMIT_S)
