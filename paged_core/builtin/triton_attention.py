@@ -91,7 +91,7 @@ class TritonBackend:
         keys, values = (torch.zeros(*shape, dim, device=device).to(self._cache_dtype) for dim in dims)
         quantised = self._cache_dtype.itemsize == 1
         scales = [torch.ones(shape, device=device) for _ in range(2)] if quantised else [None, None]
-        sinks = torch.zeros(layer.num_heads, device=device) if layer.has_sinks else None
+        sinks = torch.zeros(layer.num_heads, dtype=self._dtype, device=device) if layer.has_sinks else None
         bias = torch.zeros(layer.num_heads, 2 * size, device=device) if layer.has_key_bias else None
         tables = torch.tensor([[1, 0], [2, 3]], dtype=torch.int32, device=device)  # blocks may hold a single token
         for queries in ([1], [1, 2]):

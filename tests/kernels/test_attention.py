@@ -2,91 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
-from dataclasses import dataclass
 
 import pytest
 import torch
+from attention_cases import CODED, Case, make_case
 from paged_kernels import reference
 from paged_kernels.cpu import launch
-from torch import Tensor
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-CODED = [torch.int8, torch.float8_e4m3fn]  # caches with a scale for each token and kv head
 MIX = ([1, 17, 70, 700, 33, 300, 64, 1500], [1, 17, 1, 1, 5, 200, 64, 1])  # sequence lengths, queries
-
-
-@dataclass
-class Case:
-    q: Tensor
-    keys: Tensor
-    values: Tensor
-    query_starts: Tensor
-    seq_lens: Tensor
-    block_tables: Tensor
-    scale: float
-    sliding_window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    key_bias: Tensor | None = None
-    key_scales: Tensor | None = None
-    value_scales: Tensor | None = None
-
-    def run(self, attention) -> Tensor:
-        return attention(*vars(self).values())
-
-    def row(self, request: int) -> Case:
-        """One request alone, in the same cache."""
-        start, stop = self.query_starts[request : request + 2].tolist()
-        alone = Case(**vars(self))
-        alone.q = self.q[start:stop]
-        alone.query_starts = torch.tensor([0, stop - start], dtype=torch.int32)
-        alone.seq_lens = self.seq_lens[request : request + 1]
-        alone.block_tables = self.block_tables[request : request + 1]
-        return alone
-
-
-def make_case(
-    lens, queries, heads=(9, 3), dims=(64, 64), block_size=16, dtype=torch.float32, window=None, softcap=None,
-    sinks=False, cache_dtype=None, bias=False,
-) -> Case:  # fmt: skip
-    """Random tokens in blocks handed out in random order. All slots that hold no token are NaN, and blocks that lie
-    before the window are given back: their entries point to block 0, which is NaN too. Where slots hold codes, their
-    scales are NaN."""
-    g = torch.Generator().manual_seed(len(lens) + heads[0] + dims[0] + block_size)
-    (num_heads, num_kv_heads), (dim, value_dim) = heads, dims
-    needed = [-(-n // block_size) for n in lens]
-    order = torch.randperm(sum(needed), generator=g).int() + 1
-    tables = torch.zeros(len(lens), max(needed) + 2, dtype=torch.int32)
-    slots_shape = (sum(needed) + 1, num_kv_heads, block_size)
-    coded = cache_dtype in CODED
-    keys, values = (
-        torch.full((*slots_shape, d), 7 if coded else torch.nan).to(cache_dtype or dtype) for d in (dim, value_dim)
-    )
-    scales = [torch.full(slots_shape, torch.nan) if coded else None for _ in range(2)]
-    for r, (count, blocks) in enumerate(zip(lens, order.split(needed), strict=True)):
-        tables[r, : len(blocks)] = blocks
-        at = torch.arange(count)
-        slots = blocks.long()[at // block_size] * block_size + at % block_size
-        k, v = (torch.randn(count, num_kv_heads, d, generator=g).to(dtype) for d in (dim, value_dim))
-        reference.store_kv(k, v, keys, values, slots, *scales)
-        if window is not None:
-            tables[r, : max(0, count - queries[r] - window + 1) // block_size] = 0
-    return Case(
-        torch.randn(sum(queries), num_heads, dim, generator=g).to(dtype),
-        keys,
-        values,
-        torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32),
-        torch.tensor(lens, dtype=torch.int32),
-        tables,
-        dim**-0.5,
-        window,
-        softcap,
-        torch.randn(num_heads, generator=g) if sinks else None,
-        torch.randn(num_heads, max(lens), generator=g) - torch.arange(max(lens)) / 9 if bias else None,
-        *scales,
-    )
 
 
 def assert_equals_reference(case: Case) -> None:
@@ -155,7 +80,7 @@ def test_a_cache_of_codes_without_its_scales_is_refused(cache_dtype):
     with pytest.raises(ValueError, match="needs key_scales and value_scales"):
         case.run(launch.paged_attention)
     with pytest.raises(ValueError, match="needs key_scales and value_scales"):
-        launch.store_kv(torch.randn(1, 3, 64), torch.randn(1, 3, 64), case.keys, case.values, torch.tensor([3]))
+        launch.store_kv(torch.randn(1, 2, 64), torch.randn(1, 2, 64), case.keys, case.values, torch.tensor([3]))
 
 
 def test_every_float8_code_reads_as_torch_reads_it():
@@ -298,8 +223,8 @@ def test_one_launch_stores_and_then_attends_to_what_it_stored(cache_dtype):
     r = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 40, 5]))
     at = torch.cat([torch.arange(69, 70), torch.arange(40), torch.arange(28, 33)])
     slots = case.block_tables[r, at // 16].long() * 16 + at % 16
-    k, v = torch.randn(46, 3, 64), torch.randn(46, 3, 64)
-    plan = launch.AttentionPlan(9, 3, 64, 64)
+    k, v = torch.randn(46, 2, 64), torch.randn(46, 2, 64)
+    plan = launch.AttentionPlan(4, 2, 64, 64)
     plan.plan(case.query_starts, case.seq_lens, case.block_tables, slots)
     got = plan.run(case.q, k, v, case.keys, case.values, case.scale, None, None, None, *scales)
     again = plan.run(case.q, k, v, case.keys, case.values, case.scale, None, None, None, *scales)

@@ -5,12 +5,11 @@ Through Triton's interpreter on small shapes; where there is a GPU, on it, and o
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from attention_cases import CODED, Case, make_case
 from interpreter import DEVICE, ON_GPU, round_as_gpus_do
 from paged_kernels import reference
 from paged_kernels.triton import elementwise, launch, prefill, sampling, tiles
@@ -19,86 +18,11 @@ from torch import Tensor
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # Sequence lengths and queries: a padded row, decode rows, chunks, a whole prompt, a row without queries.
 MIX = ([0, 1, 90, 40, 70, 20], [1, 1, 1, 7, 70, 0])
-SCALES = {torch.int8, torch.float8_e4m3fn}
 
 
 @pytest.fixture(autouse=True)
 def rounding(monkeypatch):
     round_as_gpus_do(monkeypatch)
-
-
-@dataclass
-class Case:
-    q: Tensor
-    keys: Tensor
-    values: Tensor
-    query_starts: Tensor
-    seq_lens: Tensor
-    block_tables: Tensor
-    scale: float
-    sliding_window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    key_bias: Tensor | None = None
-    key_scales: Tensor | None = None
-    value_scales: Tensor | None = None
-
-    def run(self, attention) -> Tensor:
-        return attention(*vars(self).values())
-
-    def on(self, device: torch.device) -> Case:
-        moved = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Case(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in moved.items()})
-
-    def row(self, request: int) -> Case:
-        """One request alone, in the same cache."""
-        start, stop = self.query_starts[request : request + 2].tolist()
-        return replace(
-            self,
-            q=self.q[start:stop],
-            query_starts=torch.tensor([0, stop - start], dtype=torch.int32, device=self.q.device),
-            seq_lens=self.seq_lens[request : request + 1],
-            block_tables=self.block_tables[request : request + 1],
-        )
-
-
-def make_case(
-    lens, queries, heads=(4, 2), dims=(64, 64), block_size=16, dtype=torch.float32, window=None, softcap=None,
-    sinks=False, cache_dtype=None, bias=False,
-) -> Case:  # fmt: skip
-    """Random tokens in blocks handed out in random order. Slots that hold no token are NaN (or have a NaN scale), and
-    blocks that lie before the window are given back: their entries point to block 0, which is NaN too."""
-    g = torch.Generator().manual_seed(len(lens) + heads[0] + dims[0] + block_size)
-    (num_heads, num_kv_heads), cache_dtype = heads, cache_dtype or dtype
-    needed = [-(-n // block_size) for n in lens]
-    order = torch.randperm(sum(needed), generator=g).int() + 1
-    tables = torch.zeros(len(lens), max(needed) + 2, dtype=torch.int32)
-    shape = (sum(needed) + 1, num_kv_heads, block_size)
-    scaled = cache_dtype in SCALES
-    caches = [torch.full((*shape, d), 0.0 if scaled else torch.nan).to(cache_dtype) for d in dims]
-    scales = [torch.full(shape, torch.nan) for _ in dims] if scaled else [None, None]
-    for r, (count, blocks) in enumerate(zip(lens, order.split(needed), strict=True)):
-        tables[r, : len(blocks)] = blocks
-        at = torch.arange(count)
-        slots = blocks.long()[at // block_size] * block_size + at % block_size
-        k, v = (torch.randn(count, num_kv_heads, d, generator=g).to(dtype) for d in dims)
-        reference.store_kv(k, v, *caches, slots, *scales)
-        if window is not None:
-            tables[r, : max(0, count - queries[r] - window + 1) // block_size] = 0
-    longest = max(lens)
-    return Case(
-        torch.randn(sum(queries), num_heads, dims[0], generator=g).to(dtype),
-        *caches,
-        torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32),
-        torch.tensor(lens, dtype=torch.int32),
-        tables,
-        dims[0] ** -0.5,
-        window,
-        softcap,
-        torch.randn(num_heads, generator=g) if sinks else None,
-        torch.randn(num_heads, longest, generator=g) - torch.arange(longest) / 9 if bias else None,
-        *scales,
-    ).on(DEVICE)
 
 
 def assert_equals_reference(case: Case) -> None:
@@ -136,7 +60,7 @@ GRID = [
     *(
         pytest.param(SHAPES["grouped"], FACTS["all"], dtype, cache, id=f"{dtype} queries, {cache} cache")
         for dtype in DTYPES
-        for cache in (*DTYPES, *SCALES)
+        for cache in (*DTYPES, *CODED)
     ),
 ]
 
@@ -221,6 +145,24 @@ def test_heads_that_no_tile_holds_are_refused():
         launch.AttentionPlan(16, 1, 576, 512)
 
 
+def test_a_cache_with_gaps_between_its_blocks_is_refused():
+    case = make_case([20, 30], [1, 3])
+    case.keys = torch.stack([case.keys, case.values], 1)[:, 0]
+    with pytest.raises(ValueError, match=r"one piece of memory.*4096, 1024, 64, 1"):
+        case.run(launch.paged_attention)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_sinks_reach_the_kernels_in_their_own_dtype_without_a_launch_to_convert_them(queries, monkeypatch):
+    """Which is what warming up compiles for; any other dtype is right too."""
+    case = make_case([20, 30], [queries] * 2, dtype=torch.bfloat16, sinks=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(Tensor, "to", lambda *_, **__: pytest.fail("a conversion"))
+        given = case.run(launch.paged_attention)
+    case.sinks = case.sinks.float()
+    assert torch.equal(case.run(launch.paged_attention), given)
+
+
 @pytest.mark.parametrize("queries", [1, 3])
 def test_offsets_into_a_cache_of_more_than_two_to_the_31_elements_are_right(queries):
     blocks = (1 << 31) // (16 * 16) + 10  # of 16 slots x 16 numbers; untouched memory costs nothing on a CPU
@@ -237,7 +179,7 @@ def test_offsets_into_a_cache_of_more_than_two_to_the_31_elements_are_right(quer
     assert_equals_reference(case.on(DEVICE))
 
 
-@pytest.mark.parametrize("cache_dtype", [*DTYPES, *SCALES], ids=str)
+@pytest.mark.parametrize("cache_dtype", [*DTYPES, *CODED], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_stored_tokens_are_in_their_slots_and_nothing_else_has_changed(dtype, cache_dtype):
     g = torch.Generator().manual_seed(1)
@@ -248,7 +190,7 @@ def test_stored_tokens_are_in_their_slots_and_nothing_else_has_changed(dtype, ca
     slots = torch.randperm(12 * 8, generator=g)[:20].to(DEVICE)
     shape = (12, 2, 8)
     expected = [torch.randn(*shape, d, generator=g).to(cache_dtype).to(DEVICE) for d in (40, 20)]
-    if cache_dtype in SCALES:
+    if cache_dtype in CODED:
         expected += [torch.rand(shape, generator=g).to(DEVICE) for _ in range(2)]
     got = [x.clone() for x in expected]
     reference.store_kv(k, v, *expected[:2], slots, *expected[2:])
@@ -256,7 +198,7 @@ def test_stored_tokens_are_in_their_slots_and_nothing_else_has_changed(dtype, ca
     assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("cache_dtype", SCALES, ids=str)
+@pytest.mark.parametrize("cache_dtype", CODED, ids=str)
 def test_a_row_that_holds_an_infinity_or_a_nan_reads_as_nan_and_no_other_does(cache_dtype):
     k = torch.randn(4, 2, 16, device=DEVICE)
     k[1, 0, 3], k[2, 1, 5] = torch.inf, torch.nan
@@ -349,7 +291,7 @@ if ON_GPU:
         "mixed": ([5000, 1700, 900, 70], [1, 512, 900, 3]),
     }
 
-    @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, *SCALES], ids=str)
+    @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, *CODED], ids=str)
     @pytest.mark.parametrize("facts", [{}, {"window": 1000, "softcap": 30.0, "sinks": True, "bias": True}], ids=str)
     @pytest.mark.parametrize("step", LARGE.values(), ids=LARGE)
     def test_real_shapes_equal_the_reference(step, facts, cache_dtype):

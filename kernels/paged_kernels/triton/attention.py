@@ -73,32 +73,75 @@ def _list(rows, starts, num_items, r, mask, counts):
 
 
 @triton.jit
-def block_ids(table, positions, mask, BLOCK_SIZE: tl.constexpr):
-    """The blocks that hold these positions, i64: a block's id times its size may exceed 2**31."""
-    if mask is None:
-        blocks = tl.load(table + positions // BLOCK_SIZE)
-    else:
-        blocks = tl.load(table + positions // BLOCK_SIZE, mask=mask, other=0)
-    return blocks.to(tl.int64)
+def attend(
+    queries,  # [M, DIM_PAD]
+    top,  # f32 [M]  the largest score so far
+    total,  # f32 [M] or [M, N]  the powers of two of all scores less the top, summed; or what is yet to be summed
+    sums,  # f32 [M, VALUE_PAD]  the values, each times that
+    heads,  # [M]
+    is_row,  # [M]
+    positions,  # i32 [N]  of keys that there are
+    visible,  # [M, N] or [1, N]  which of them count; None: all
+    table,
+    key_cache,
+    value_cache,
+    key_scales,
+    value_scales,
+    key_bias,
+    kv_head,
+    num_kv_heads,
+    bias_stride,
+    scale,
+    softcap,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VALUE_DTYPE: tl.constexpr,
+):
+    """Takes a tile of keys and values into the running softmax: ``top, total, sums`` with them."""
+    DIM_PAD: tl.constexpr = queries.shape[1]
+    VALUE_PAD: tl.constexpr = sums.shape[1]
+    tokens = token_rows(table, positions, kv_head, num_kv_heads, BLOCK_SIZE)
+    keys = load_tokens(key_cache, tokens, DIM, DIM_PAD, queries.dtype)
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)  # [M, N]
+    if key_scales is not None:
+        scores *= tl.load(key_scales + tokens)[None, :]
+    scores = scaled_scores(scores, scale, softcap)
+    if key_bias is not None:
+        bias_at = key_bias + (heads[:, None] * bias_stride + positions[None, :])
+        scores += tl.load(bias_at, mask=is_row[:, None], other=0.0) * LOG2E
+    if visible is not None:
+        scores = tl.where(visible, scores, HIDDEN)
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    shrink = tl.exp2(top - new_top)
+    probs = tl.exp2(scores - new_top[:, None])
+    total = total * shrink + tl.sum(probs, 1) if len(total.shape) == 1 else total * shrink[:, None] + probs
+    if value_scales is not None:
+        probs *= tl.load(value_scales + tokens)[None, :]
+    values = load_tokens(value_cache, tokens, VALUE_DIM, VALUE_PAD, VALUE_DTYPE)
+    sums = tl.dot(probs.to(VALUE_DTYPE), values, sums * shrink[:, None], input_precision=PRECISION)
+    return new_top, total, sums
 
 
 @triton.jit
-def load_tokens(
-    cache, block_stride, blocks, kv_head, positions, mask,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """K or V of one head at ``positions [N]``, as ``[N, DIM_PAD]`` of DTYPE; zeros where ``mask`` (if any) is not."""
+def token_rows(table, positions, kv_head, num_kv_heads, BLOCK_SIZE: tl.constexpr):
+    """Which rows of ``[blocks * K * BLOCK_SIZE, DIM]`` hold these positions, u32: half the work of i64, and no cache
+    has so many."""
+    positions = positions.to(tl.uint32)  # a division by a power of two is then a shift
+    blocks = tl.load(table + positions // BLOCK_SIZE).to(tl.uint32)
+    return (blocks * num_kv_heads + kv_head) * BLOCK_SIZE + positions % BLOCK_SIZE
+
+
+@triton.jit
+def load_tokens(cache, tokens, DIM: tl.constexpr, DIM_PAD: tl.constexpr, DTYPE: tl.constexpr):
+    """K or V in these rows of a cache, as ``[N, DIM_PAD]`` of DTYPE."""
     d = tl.arange(0, DIM_PAD)
-    at = blocks * block_stride + (kv_head * BLOCK_SIZE + positions % BLOCK_SIZE) * DIM  # i64 [N]
-    at = cache + at[:, None] + d[None, :]
-    if mask is None and DIM == DIM_PAD:
+    at = (cache + d)[None, :] + (tokens.to(tl.int64) * DIM)[:, None]  # bytes, and numbers, may exceed 2**31
+    if DIM == DIM_PAD:
         numbers = tl.load(at)
-    elif mask is None:
-        numbers = tl.load(at, mask=(d < DIM)[None, :], other=0)
-    elif DIM == DIM_PAD:
-        numbers = tl.load(at, mask=mask[:, None], other=0)
     else:
-        numbers = tl.load(at, mask=mask[:, None] & (d < DIM)[None, :], other=0)
+        numbers = tl.load(at, mask=(d < DIM)[None, :], other=0)
     return e4m3_numbers(numbers, DTYPE) if cache.dtype.element_ty == tl.uint8 else numbers.to(DTYPE)
 
 
@@ -106,19 +149,8 @@ def load_tokens(
 def e4m3_numbers(bits, DTYPE: tl.constexpr):
     """e4m3 bits as numbers. A float16 has the same fields one bit further down, and an exponent that counts from
     2**8 times as little."""
-    bits = bits.to(tl.uint16)
-    bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    bits = (bits.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -16385  # the sign twice, less its second
     return (bits.to(tl.float16, bitcast=True) * 256.0).to(DTYPE)
-
-
-@triton.jit
-def load_scales(scales, block_stride, blocks, kv_head, positions, mask, BLOCK_SIZE: tl.constexpr):
-    at = blocks * block_stride + kv_head * BLOCK_SIZE + positions % BLOCK_SIZE
-    if mask is None:
-        factors = tl.load(scales + at)
-    else:
-        factors = tl.load(scales + at, mask=mask, other=0.0)
-    return factors
 
 
 @triton.jit

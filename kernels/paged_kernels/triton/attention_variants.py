@@ -10,7 +10,7 @@ import torch
 from paged_kernels.triton import attention, decode, prefill, store, tiles
 from paged_kernels.triton.variants import NAMES, Variant, Variants
 
-_FACTS = {"window": "i32", "softcap": "fp32", "key_bias": "*fp32", "sinks": "*fp32"}
+_FACTS = ("window", "softcap", "key_bias", "sinks")
 _CACHES = {**NAMES, torch.int8: "i8", torch.float8_e4m3fn: "u8"}
 _CODES = (torch.int8, torch.float8_e4m3fn)
 _DIMS = [(64, 64), (80, 80), (96, 96), (112, 112), (128, 128), (192, 128), (256, 256)]
@@ -19,7 +19,7 @@ _BF16 = torch.bfloat16
 
 def variants(card: str) -> Variants:
     """Four query heads of 128 to a kv head, blocks of 16."""
-    for facts in ((), tuple(_FACTS)):
+    for facts in ((), _FACTS):
         yield from _attention(card, facts=facts)
     yield from _attention(card, cache_dtype=torch.int8)
     yield from _writes(_BF16, _BF16)
@@ -42,7 +42,7 @@ def more_variants(card: str) -> Variants:
     yield from _attention(card, cache_dtype=torch.float32)
     for fact in _FACTS:
         yield from _attention(card, facts=(fact,))
-    yield from _attention(card, cache_dtype=torch.float8_e4m3fn, facts=tuple(_FACTS))
+    yield from _attention(card, cache_dtype=torch.float8_e4m3fn, facts=_FACTS)
     for group in (1, 7, 32, 71):
         yield from _attention(card, (64, 64), group=group)
         yield from _attention(card, group=group)
@@ -65,11 +65,12 @@ def _attention(
     strides = ("q_token_stride", "q_head_stride", "key_block_stride", "value_block_stride")
     common = {"q": own, "key_cache": cached, "value_cache": cached, "scale": "fp32", **lists, **counts}
     common |= dict.fromkeys(strides, "i32:16")
-    given = {name: kind for name, kind in _FACTS.items() if name in facts}
+    kinds = zip(_FACTS, ("i32", "fp32", "*fp32", own), strict=True)
+    given = {name: kind for name, kind in kinds if name in facts}
     if "key_bias" in facts:
         given["bias_stride"] = "i32"
     if cache_dtype in _CODES:
-        given |= {"key_scales": "*fp32", "value_scales": "*fp32", "scale_block_stride": "i32:16"}
+        given |= {"key_scales": "*fp32", "value_scales": "*fp32"}
     common |= given
     sizes: dict[str, Any] = {"BLOCK_SIZE": block_size}
     shape = (group, *dims, dtype, cache_dtype, card)

@@ -9,17 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from paged_kernels.triton.attention import (
-    CHANGING,
-    HIDDEN,
-    LISTS,
-    LOG2E,
-    block_ids,
-    load_scales,
-    load_tokens,
-    scaled_scores,
-    split_size,
-)
+from paged_kernels.triton.attention import CHANGING, HIDDEN, LISTS, LOG2E, attend, split_size
 
 
 @triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=LISTS)
@@ -41,9 +31,6 @@ def split_kernel(
     num_heads,
     q_token_stride,
     q_head_stride,
-    key_block_stride,
-    value_block_stride,
-    scale_block_stride,
     table_stride,
     bias_stride,
     window,  # or None
@@ -86,42 +73,21 @@ def split_kernel(
         q_at = q + token * q_token_stride + heads[:, None] * q_head_stride + d[None, :]
         queries = tl.load(q_at, mask=is_head[:, None] & (d < DIM)[None, :], other=0.0).to(DTYPE)  # [BLOCK_H, DIM_PAD]
         top = tl.full([BLOCK_H], HIDDEN, tl.float32)
-        total = tl.zeros([BLOCK_H], tl.float32)
-        out = tl.zeros([BLOCK_H, VALUE_PAD], tl.float32)
+        total = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)  # summed up last: warps would have to meet for it
+        sums = tl.zeros([BLOCK_H, VALUE_PAD], tl.float32)
         for first in range(start, stop, BLOCK_N):
             positions = first + tl.arange(0, BLOCK_N)
-            mask = positions < stop
-            blocks = block_ids(table, positions, mask, BLOCK_SIZE)
-            keys = load_tokens(
-                key_cache, key_block_stride, blocks, kv_head, positions, mask, DIM, DIM_PAD, BLOCK_SIZE, DTYPE
-            )
-            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)  # [BLOCK_H, BLOCK_N]
-            if key_scales is not None:
-                factors = load_scales(key_scales, scale_block_stride, blocks, kv_head, positions, mask, BLOCK_SIZE)
-                scores *= factors[None, :]
-            scores = scaled_scores(scores, scale, softcap)
-            if key_bias is not None:
-                bias_at = key_bias + heads[:, None] * bias_stride + positions[None, :]
-                scores += tl.load(bias_at, mask=is_head[:, None] & mask[None, :], other=0.0) * LOG2E
-            scores = tl.where(mask[None, :], scores, HIDDEN)
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            shrink = tl.exp2(top - new_top)
-            probs = tl.exp2(scores - new_top[:, None])
-            total = total * shrink + tl.sum(probs, 1)
-            if value_scales is not None:
-                factors = load_scales(value_scales, scale_block_stride, blocks, kv_head, positions, mask, BLOCK_SIZE)
-                probs *= factors[None, :]
-            values = load_tokens(
-                value_cache, value_block_stride, blocks, kv_head, positions, mask, VALUE_DIM, VALUE_PAD, BLOCK_SIZE,
-                VALUE_DTYPE,
+            top, total, sums = attend(
+                queries, top, total, sums, heads, is_head, tl.minimum(positions, stop - 1), (positions < stop)[None, :],
+                table, key_cache, value_cache, key_scales, value_scales, key_bias, kv_head, num_heads // GROUP,
+                bias_stride, scale, softcap, DIM, VALUE_DIM, BLOCK_SIZE, PRECISION, VALUE_DTYPE,
             )  # fmt: skip
-            out = tl.dot(probs.to(VALUE_DTYPE), values, out * shrink[:, None], input_precision=PRECISION)
-            top = new_top
 
         at = (item * num_heads + heads).to(tl.int64)  # [BLOCK_H]
         inside = is_head[:, None] & (dv < VALUE_DIM)[None, :]
+        total = tl.sum(total, 1)
         total = tl.where(total == 0.0, 1.0, total)  # a bias hides all of the item's keys: zeros, and a log of HIDDEN
-        tl.store(partials + at[:, None] * VALUE_DIM + dv[None, :], out * (1.0 / total)[:, None], mask=inside)
+        tl.store(partials + at[:, None] * VALUE_DIM + dv[None, :], sums * (1.0 / total)[:, None], mask=inside)
         tl.store(partial_logs + at, top + tl.log2(total), mask=is_head)
 
 

@@ -118,23 +118,22 @@ class AttentionPlan:
         """Store ``k [T,K,D], v [T,K,Dv]`` (if given) at the planned slots, then attend: ``q [T,H,D] -> [T,H,Dv]``."""
         if k is not None and v is not None:
             store_kv(k, v, key_cache, value_cache, self._slots, key_scales, value_scales)
+        for cache in (key_cache, value_cache, key_scales, value_scales):
+            if cache is not None and not cache.is_contiguous():
+                raise ValueError(
+                    f"a cache is read as one piece of memory, and one has strides {cache.stride()}: make it contiguous"
+                )
         key_cache, value_cache = _bits(key_cache), _bits(value_cache)
         if key_bias is not None:
             key_bias = key_bias.detach().to(torch.float32)
             key_bias = key_bias if key_bias.stride(1) == 1 else key_bias.contiguous()
         if sinks is not None:
-            sinks = sinks.detach().to(torch.float32)
+            sinks = sinks.detach().contiguous()
         q, *q_strides = _rows(q)
         out = torch.empty((q.shape[0], self._num_heads, self._dims[1]), dtype=q.dtype, device=q.device)
         cache_arguments = (key_cache, value_cache, key_scales, value_scales, key_bias)
         step = (self._query_starts, self._seq_lens, self._tables, self._seq_lens.shape[0], self._num_heads, *q_strides)
-        strides = (
-            key_cache.stride(0),
-            value_cache.stride(0),
-            None if key_scales is None else key_scales.stride(0),
-            self._tables.stride(0),
-            None if key_bias is None else key_bias.stride(0),
-        )
+        strides = (self._tables.stride(0), None if key_bias is None else key_bias.stride(0))
         facts = (self._window, float(scale), None if softcap is None else float(softcap))
         block_size = key_cache.shape[2]
         with _on(q.device):

@@ -9,16 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from paged_kernels.triton.attention import (
-    CHANGING,
-    HIDDEN,
-    LISTS,
-    LOG2E,
-    block_ids,
-    load_scales,
-    load_tokens,
-    scaled_scores,
-)
+from paged_kernels.triton.attention import CHANGING, HIDDEN, LISTS, LOG2E, attend
 
 
 @triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=LISTS)
@@ -40,9 +31,6 @@ def prefill_kernel(
     num_heads,
     q_token_stride,
     q_head_stride,
-    key_block_stride,
-    value_block_stride,
-    scale_block_stride,
     table_stride,
     bias_stride,
     window,  # or None
@@ -65,8 +53,8 @@ def prefill_kernel(
     if item >= tl.load(item_starts + num_requests):
         return
     row = tl.load(item_rows + item)
-    first_token = tl.load(query_starts + row).to(tl.int64)
-    num_queries = tl.load(query_starts + row + 1) - first_token.to(tl.int32)
+    first_token = tl.load(query_starts + row)
+    num_queries = tl.load(query_starts + row + 1) - first_token
     seq_len = tl.load(seq_lens + row)
     table = block_tables + row.to(tl.int64) * table_stride
 
@@ -82,7 +70,8 @@ def prefill_kernel(
 
     d = tl.arange(0, DIM_PAD)
     dv = tl.arange(0, VALUE_PAD)
-    q_at = q + (first_token + query)[:, None] * q_token_stride + heads[:, None] * q_head_stride + d[None, :]
+    tokens = (first_token + query).to(tl.int64)
+    q_at = q + tokens[:, None] * q_token_stride + heads[:, None] * q_head_stride + d[None, :]
     queries = tl.load(q_at, mask=is_row[:, None] & (d < DIM)[None, :], other=0.0).to(DTYPE)  # [BLOCK_M, DIM_PAD]
     if sinks is None:
         top = tl.full([BLOCK_M], HIDDEN, tl.float32)
@@ -106,38 +95,18 @@ def prefill_kernel(
     for part in tl.static_range(FIRST_PART, 2):
         for first in range(start if part == 0 else all_see, all_see if part == 0 else stop, BLOCK_N):
             positions = first + tl.arange(0, BLOCK_N)
-            mask = None if part == 0 else positions < stop
-            blocks = block_ids(table, positions, mask, BLOCK_SIZE)
-            keys = load_tokens(
-                key_cache, key_block_stride, blocks, kv_head, positions, mask, DIM, DIM_PAD, BLOCK_SIZE, DTYPE
-            )
-            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-            if key_scales is not None:
-                factors = load_scales(key_scales, scale_block_stride, blocks, kv_head, positions, mask, BLOCK_SIZE)
-                scores *= factors[None, :]
-            scores = scaled_scores(scores, scale, softcap)
-            if key_bias is not None:
-                bias_at = key_bias + heads[:, None] * bias_stride + positions[None, :]
-                scores += tl.load(bias_at, mask=is_row[:, None] & (positions < stop)[None, :], other=0.0) * LOG2E
+            visible = None
             if part == 1:
                 visible = positions[None, :] <= tl.minimum(query_positions, last_position)[:, None]
                 if window is not None:
                     visible &= positions[None, :] > (query_positions - window)[:, None]
-                scores = tl.where(visible, scores, HIDDEN)
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            shrink = tl.exp2(top - new_top)
-            probs = tl.exp2(scores - new_top[:, None])
-            total = total * shrink + tl.sum(probs, 1)
-            if value_scales is not None:
-                factors = load_scales(value_scales, scale_block_stride, blocks, kv_head, positions, mask, BLOCK_SIZE)
-                probs *= factors[None, :]
-            values = load_tokens(
-                value_cache, value_block_stride, blocks, kv_head, positions, mask, VALUE_DIM, VALUE_PAD, BLOCK_SIZE,
-                VALUE_DTYPE,
+                positions = tl.minimum(positions, last_position)
+            top, total, sums = attend(
+                queries, top, total, sums, heads, is_row, positions, visible, table, key_cache, value_cache, key_scales,
+                value_scales, key_bias, kv_head, num_heads // GROUP, bias_stride, scale, softcap, DIM, VALUE_DIM,
+                BLOCK_SIZE, PRECISION, VALUE_DTYPE,
             )  # fmt: skip
-            sums = tl.dot(probs.to(VALUE_DTYPE), values, sums * shrink[:, None], input_precision=PRECISION)
-            top = new_top
 
     sums *= (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]  # a request without keys gets zeros
-    out_at = out + ((first_token + query)[:, None] * num_heads + heads[:, None]) * VALUE_DIM + dv[None, :]
+    out_at = out + (tokens * num_heads + heads)[:, None] * VALUE_DIM + dv[None, :]
     tl.store(out_at, sums.to(out.dtype.element_ty), mask=is_row[:, None] & (dv < VALUE_DIM)[None, :])

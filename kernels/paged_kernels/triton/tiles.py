@@ -88,17 +88,18 @@ def prefill(group: int, head_dim: int, value_head_dim: int, dtype: torch.dtype, 
     widest = max(sizes["DIM_PAD"], sizes["VALUE_PAD"])
     wide = types["DTYPE"] is tl.float32 and not interpreted()
     rows, keys, warps = next(tile for limit, tile in (_FLOAT32 if wide else _PREFILL[card]) if widest <= limit)
-    two_ahead = card == "sm_90" and widest <= 128 and not wide
+    two_ahead = card != "hip" and widest <= 128 and not wide
     stages = 2 if card == "hip" else _TWO_AHEAD if two_ahead else _ONE_AHEAD
     options = {"num_warps": warps, "num_stages": stages}
     return {"BLOCK_M": rows, "BLOCK_N": keys, "GROUP": group, **sizes, **types, **options, **FUSION}
 
 
-# The widest head dim, padded, and for it: rows, keys, warps.
-_FLOAT32 = ((64, (32, 32, 4)), (128, (32, 16, 4)), (256, (16, 16, 4)))
+# The widest head dim, padded, and for it: rows, keys, warps. On sm_80 Triton lays warps along the rows, where none of
+# them has to meet another for a softmax, only if there are as many rows as value dims.
+_FLOAT32 = ((64, (32, 32, 4)), (256, (16, 16, 4)))
 _PREFILL = {
     "sm_90": ((128, (128, 64, 8)), (256, (128, 32, 8))),
-    "sm_80": ((64, (128, 64, 8)), (128, (64, 64, 8)), (256, (64, 32, 8))),
+    "sm_80": ((64, (128, 64, 8)), (128, (128, 32, 8)), (256, (64, 32, 8))),
     "hip": ((128, (128, 32, 4)), (256, (64, 32, 8))),
 }
 
