@@ -76,7 +76,7 @@ class Engine:
         self._block_size = config.block_size
         self._tokenizer_source = model
         sampler = assembly.create_sampler(self._manager, self.spec, config)
-        backend = assembly.create_backend(self._manager, self.spec, config, progress)
+        self._backend = backend = assembly.create_backend(self._manager, self.spec, config, progress)
         assembly.compile_model(self._model, backend, config, progress)
         assembly.accelerate(self._manager, self._model, config)
         self.config = config = assembly.measure(config, self._model, backend, sampler)
