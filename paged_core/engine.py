@@ -131,8 +131,16 @@ class Engine:
         """Queue rows that advance in lockstep: each step of ``selector`` sees all of them, in order, or none.
 
         Raises:
-            InvalidRequestError: as for add_request; the group counts as one.
+            InvalidRequestError: as for add_request, the group counts as one; or it has no prompt, or asks for
+                prompt_logprobs.
         """
+        if not prompts:
+            raise InvalidRequestError("the group is empty; give at least one prompt", "prompt")
+        if params.prompt_logprobs is not None:
+            raise InvalidRequestError(
+                "prompt_logprobs can't be told of a group; ask with add_request, one prompt at a time",
+                "prompt_logprobs",
+            )
         return self._add(request_id, prompts, params, selector, lockstep=True)
 
     def resume(
