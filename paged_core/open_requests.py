@@ -19,7 +19,7 @@ class OpenRequests:
     def __init__(self, observers: Observers) -> None:
         self._observers = observers
         self._rows: dict[str, list[Request]] = {}
-        self._prompt_logprobs: dict[Request, list[Any]] = {}  # kept until the row's first token is told
+        self._prompt_logprobs: dict[str, list[Any]] = {}  # by request id; told with its first token
         self._untold: list[RequestOutput] = []
 
     def __contains__(self, request_id: str) -> bool:
@@ -41,24 +41,25 @@ class OpenRequests:
     def add(self, rows: Sequence[Request]) -> None:
         self._rows[rows[0].id] = list(rows)
         if rows[0].params.prompt_logprobs is not None:
-            self._prompt_logprobs[rows[0]] = [None]  # nothing comes before the first token
+            self._prompt_logprobs[rows[0].id] = [None]  # nothing comes before the first token
         for request in rows:
             self._observers.tell("on_request_added", request=request)
 
     def keep(self, prompt_logprobs: Iterable[PromptLogprobs]) -> None:
-        """They are told with the row's first token; a preempted row may bring them twice."""
+        """They are told once, with the first token of any row; a preempted row may bring them again."""
         for request, start, found in prompt_logprobs:
-            self._prompt_logprobs[request][start:] = found
+            if request.id in self._prompt_logprobs:
+                self._prompt_logprobs[request.id][start:] = found
 
     def end(self, final: Iterable[RequestOutput]) -> None:
         """Forget rows that have ended."""
         for output in final:
             request = output.request
-            self._prompt_logprobs.pop(request, None)
             rows = self._rows[request.id]
             rows.remove(request)
             if not rows:
                 del self._rows[request.id]
+                self._prompt_logprobs.pop(request.id, None)
             self._observers.tell("on_request_finished", output=output)
 
     def tell_later(self, final: Iterable[RequestOutput]) -> None:
@@ -69,8 +70,8 @@ class OpenRequests:
         """Outputs on their way out, after those that were to be told later."""
         if self._prompt_logprobs:
             outputs = [
-                output._replace(prompt_logprobs=self._prompt_logprobs.pop(output.request))
-                if output.request in self._prompt_logprobs
+                output._replace(prompt_logprobs=self._prompt_logprobs.pop(output.request.id))
+                if output.request.id in self._prompt_logprobs
                 else output
                 for output in outputs
             ]

@@ -6,7 +6,7 @@ Knows the order of requests; knows nothing of tokens, blocks or budgets.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from paged_core.scheduling.policies import SchedulingPolicy
 from paged_core.scheduling.request import Request, RequestStatus
@@ -28,19 +28,19 @@ class Roster:
         unborn = (len(rows) for leader, rows in self._unborn.items() if leader.status is RequestStatus.RUNNING)
         return len(self.running) + sum(unborn)
 
-    def arrive(self, requests: Sequence[Request]) -> list[Request]:
-        """Queue the requests of one group. Returns those that will compute a prompt: the first of each prompt."""
-        leaders: dict[tuple[int, ...], Request] = {}  # by prompt
-        for request in requests:
-            request.arrival = self._num_arrivals
-            leader = leaders.setdefault(tuple(request.tokens), request)
-            if leader is not request:
-                request.status = RequestStatus.UNBORN
-                self._unborn.setdefault(leader, []).append(request)
+    def arrive(self, siblings_of: Mapping[Request, list[Request]]) -> None:
+        """Queue the requests of one group: those that will compute a prompt, and who will fork from each."""
+        for leader, siblings in siblings_of.items():
+            for request in (leader, *siblings):
+                request.arrival = self._num_arrivals
         self._num_arrivals += 1
-        for request in leaders.values():
-            insort(self.waiting, request, key=self._key)
-        return list(leaders.values())
+        for leader in siblings_of:
+            self._wait(leader)  # first: a policy may raise
+        for leader, siblings in siblings_of.items():
+            for sibling in siblings:
+                sibling.status = RequestStatus.UNBORN
+            if siblings:
+                self._unborn[leader] = siblings
 
     def start(self, request: Request) -> None:
         self.waiting.remove(request)
@@ -48,8 +48,7 @@ class Roster:
 
     def send_back(self, request: Request) -> None:
         self.running.remove(request)
-        request.status = RequestStatus.WAITING
-        insort(self.waiting, request, key=self._key)
+        self._wait(request)
 
     def samples(self, leader: Request) -> tuple[Request, ...]:
         """The rows that sample when this one has computed its tokens: itself, and who then forks from it."""
@@ -62,9 +61,25 @@ class Roster:
             self._run(sibling)
         return siblings
 
-    def forget(self, leader: Request) -> None:
-        """It has ended: nobody forks from it any more."""
-        self._unborn.pop(leader, None)
+    def end(self, request: Request) -> Request | None:
+        """It has ended, and leaves its list with the next ``drop_finished``. Returns who waits or runs in its place:
+        the first of those that were to fork from it; the others fork from that one."""
+        heir = None
+        if request.status is RequestStatus.UNBORN:
+            leader = next(row for row in request.group.members if request in self._unborn.get(row, ()))
+            self._unborn[leader].remove(request)
+            if not self._unborn[leader]:
+                del self._unborn[leader]
+        elif request in self._unborn:
+            heir, *siblings = self._unborn.pop(request)
+            if siblings:
+                self._unborn[heir] = siblings
+            if request.status is RequestStatus.RUNNING:
+                self._run(heir)
+            else:
+                self._wait(heir)
+        request.status = RequestStatus.FINISHED
+        return heir
 
     def drop_finished(self) -> None:
         self.running = [request for request in self.running if not request.finished]
@@ -75,8 +90,13 @@ class Roster:
         assert all(r.status is RequestStatus.RUNNING for r in self.running)
         assert all(r.status is RequestStatus.WAITING and not r.block_table for r in self.waiting)
         assert all(r.status is RequestStatus.UNBORN for rows in self._unborn.values() for r in rows)
+        assert all(rows and not leader.finished for leader, rows in self._unborn.items())
         assert self.running == sorted(self.running, key=self._key)
         assert self.waiting == sorted(self.waiting, key=self._key)
+
+    def _wait(self, request: Request) -> None:
+        request.status = RequestStatus.WAITING
+        insort(self.waiting, request, key=self._key)
 
     def _run(self, request: Request) -> None:
         request.status = RequestStatus.RUNNING
@@ -85,6 +105,19 @@ class Roster:
     def _key(self, request: Request) -> tuple[object, int, int]:
         # Requests that came together stay together, whatever the policy says of each.
         return (self._policy.key(request.group.members[0]), request.arrival, request.index)
+
+
+def by_prompt(requests: Sequence[Request]) -> dict[Request, list[Request]]:
+    """The first request of each prompt, and the others of that prompt: they can fork from it."""
+    first_of: dict[tuple[int, ...], Request] = {}
+    siblings_of: dict[Request, list[Request]] = {}
+    for request in requests:
+        first = first_of.setdefault(tuple(request.tokens), request)
+        if first is request:
+            siblings_of[first] = []
+        else:
+            siblings_of[first].append(request)
+    return siblings_of
 
 
 def lockstep_rows(request: Request) -> list[Request]:

@@ -25,7 +25,7 @@ from paged_core.scheduling.request import (
     RequestStatus,
     Selection,
 )
-from paged_core.scheduling.roster import Roster, lockstep_rows
+from paged_core.scheduling.roster import Roster, by_prompt, lockstep_rows
 from paged_core.scheduling.schedule import BlockMove, Limits, Schedule, ScheduledChunk
 
 
@@ -78,8 +78,10 @@ class Scheduler:
         lockstep = requests[0].group.lockstep
         at_once = requests if lockstep else requests[:1]
         set_max_total(requests, at_once, self.limits, self.pool.num_blocks, self.pool.block_size)
-        for request in self._roster.arrive(requests):
-            self._prefixes.digest(request, request.num_prompt)
+        siblings_of = by_prompt(requests)
+        for leader in siblings_of:
+            self._prefixes.digest(leader, leader.num_prompt)
+        self._roster.arrive(siblings_of)
 
     def resume(
         self, requests: Sequence[Request], token_ids: Sequence[int], parents: Sequence[int] | None = None
@@ -336,9 +338,10 @@ class Scheduler:
             yield RequestOutput(row, (), None, FinishReason.ERROR, error)
 
     def _end(self, request: Request, reason: FinishReason, error: str | None) -> None:
+        heir = self._roster.end(request)
+        if heir is not None:
+            tables.fork(self.pool, request, (heir,))  # it goes on with what has been computed of their prompt
         self._release(request)
-        self._roster.forget(request)
-        request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         request.error = error
 

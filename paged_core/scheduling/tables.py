@@ -52,7 +52,7 @@ def give_back_behind_window(pool: BlockPool, request: Request, window: int) -> N
 
 
 def fork(pool: BlockPool, leader: Request, siblings: Iterable[Request]) -> None:
-    """The leader has computed their common prompt: they start from its blocks, the partly filled last one included."""
+    """They start from what the leader has computed of their common prompt, the partly filled last block included."""
     for sibling in siblings:
         pool.share(leader.block_table)
         sibling.block_table = list(leader.block_table)

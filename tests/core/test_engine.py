@@ -246,6 +246,24 @@ def test_a_row_can_be_stopped_between_steps():
     assert engine._pool.num_used == 0
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("num_steps", [0, 1])
+def test_a_sample_that_is_stopped_before_the_fork_takes_nothing_from_its_siblings(which, num_steps):
+    model = TinyModel()
+    engine = make_engine(model, **CHUNKED)
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9]
+    rows = engine.add_request("a", prompt, greedy(6, n=3, prompt_logprobs=0))
+    for _ in range(num_steps):
+        assert engine.step() == []
+    assert engine.stop(rows[which]).request is rows[which]
+    outputs = run(engine)
+    others = [index for index in range(3) if index != which]
+    assert tokens_of(outputs) == {("a", index): model.generate(prompt, 6) for index in others}
+    told = [output for output in outputs if output.prompt_logprobs is not None]
+    assert [output.request.index for output in told] == others[:1]
+    assert [next(iter(entry)) for entry in told[0].prompt_logprobs[1:]] == prompt[1:]
+
+
 def test_a_closed_engine_ends_what_runs_and_takes_no_more():
     engine = make_engine()
     engine.add_request("a", [1], greedy(50))
@@ -481,6 +499,16 @@ def test_rows_of_a_group_with_one_prompt_share_the_blocks_of_that_prompt():
     assert engine._pool.num_used == 6 + 2, "two of the three rows that share a half-filled block have copied it"
     truth = TinyModel().generate([5] * 10 + [3], 1)
     assert [int(later.logits[rows[3]].argmax())] == truth
+
+
+def test_a_group_that_cant_be_served_is_refused():
+    engine = make_engine()
+    with pytest.raises(InvalidRequestError, match="at least one prompt"):
+        engine.add_group("empty", [], greedy(4), selector=LaterSelector())
+    with pytest.raises(InvalidRequestError, match=r"prompt_logprobs.*add_request"):
+        engine.add_group("asks", [[1, 2], [3]], greedy(4, prompt_logprobs=0), selector=LaterSelector())
+    assert not engine.has_work
+    assert not engine._open
 
 
 def test_a_held_group_gives_way_to_others_and_goes_on_when_it_is_resumed():

@@ -297,6 +297,58 @@ def test_cancelling_samples_before_their_fork_frees_everything():
     scheduler.check()
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("num_steps", [0, 1])
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_a_sample_that_ends_before_the_fork_leaves_the_prompt_to_its_siblings(which, num_steps, lockstep):
+    scheduler = make(budget=8)
+    rows = add(scheduler, "a", 20, max_tokens=3, rows=3, lockstep=lockstep)
+    for _ in range(num_steps):
+        step(scheduler)
+    assert [output.request for output in scheduler.finish([rows[which]], FinishReason.STOP)] == [rows[which]]
+    scheduler.check()
+    num_computed = 8 * num_steps
+    while scheduler.has_work:
+        schedule, outputs = step(scheduler)
+        num_computed += sum(chunk.num_tokens for chunk in schedule.chunks)
+        assert rows[which] not in [output.request for output in outputs]
+    others = [row for row in rows if row is not rows[which]]
+    assert [row.finish_reason for row in others] == [FinishReason.LENGTH] * 2
+    assert num_computed == 20 + 2 * 2, "what was computed of the prompt is not computed again"
+    assert scheduler.pool.num_used == 0
+
+
+def test_a_row_that_ends_before_the_fork_leaves_its_place_in_the_lockstep():
+    scheduler = make(budget=8)
+    group = Group(lockstep=True)
+    for index, first in enumerate((5, 6, 5, 5)):
+        Request("a", [first] * 9, SamplingParams(max_tokens=3), index=index, group=group)
+    rows = group.members
+    scheduler.add(rows)
+    step(scheduler)
+    scheduler.finish(rows[:1], FinishReason.STOP)
+    told = []
+    while scheduler.has_work:
+        told += [[output.request.index for output in outputs] for _, outputs in [step(scheduler)] if outputs]
+    assert [sorted(indices) for indices in told] == [[1, 2, 3]] * 3
+
+
+def test_what_cant_be_queued_leaves_nothing_behind():
+    class Picky:
+        def key(self, request):
+            return {"good": 0}[request.id]
+
+    scheduler = make(policy=Picky())
+    with pytest.raises(KeyError):
+        add(scheduler, "bad", 9, rows=2)
+    with pytest.raises(OverflowError):
+        add(scheduler, "good", [2**70] * 9, rows=2)  # its blocks have no digest
+    assert not scheduler.has_work
+    scheduler.check()
+    good = add(scheduler, "good", 9)
+    assert [output.request for output in run_to_end(scheduler)] == [good]
+
+
 def test_cancelling_twice_answers_once():
     scheduler = make()
     request = add(scheduler, "a", 5)
@@ -465,6 +517,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.live:
             victim = list(self.live)[which % len(self.live)]
             self._note(self.scheduler.finish(victim.group.members, FinishReason.ABORT))
+
+    @rule(which=st.integers(0, 99))
+    def end_one_row(self, which: int) -> None:
+        if self.live:
+            victim = list(self.live)[which % len(self.live)]
+            self._note(self.scheduler.finish([victim], FinishReason.STOP))
 
     @rule(failing=st.integers(0, 40), data=st.data())
     def step(self, failing: int, data: st.DataObject) -> None:
