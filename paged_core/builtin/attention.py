@@ -97,7 +97,43 @@ class ReferenceBackend:
         self._ops.copy_blocks(cache.tensors, pairs)
 
 
-class CpuBackend:
+class PlannedBackend:
+    """What backends have in common whose kernels are given a plan: each layer runs by its own, a launch or more."""
+
+    _ops: Any  # the module of launchers
+    _layers: Sequence[LayerSpec]
+    _plan_of_layer: list[Any]
+
+    def run(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: KVCache,
+        sinks: Tensor | None = None,
+        key_bias: Tensor | None = None,
+    ) -> Tensor:
+        facts = self._layers[layer]
+        out: Tensor = self._plan_of_layer[layer].run(
+            q,
+            k,
+            v,
+            cache.keys[layer],
+            cache.values[layer],
+            facts.scale,
+            facts.softcap,
+            sinks,
+            key_bias,
+            *cache.scales(layer),
+        )
+        return out
+
+    def copy_blocks(self, cache: KVCache, pairs: Sequence[tuple[int, int]]) -> None:
+        self._ops.copy_blocks(cache.tensors, pairs)
+
+
+class CpuBackend(PlannedBackend):
     """Store and attention in one launch a layer, on torch's own threads."""
 
     name = "cpu"
@@ -130,31 +166,3 @@ class CpuBackend:
     def plan(self, metadata: AttentionMetadata) -> None:
         for plan in self._plans.values():
             plan.plan(metadata.query_starts, metadata.seq_lens, metadata.block_tables, metadata.slot_mapping)
-
-    def run(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cache: KVCache,
-        sinks: Tensor | None = None,
-        key_bias: Tensor | None = None,
-    ) -> Tensor:
-        facts = self._layers[layer]
-        out: Tensor = self._plan_of_layer[layer].run(
-            q,
-            k,
-            v,
-            cache.keys[layer],
-            cache.values[layer],
-            facts.scale,
-            facts.softcap,
-            sinks,
-            key_bias,
-            *cache.scales(layer),
-        )
-        return out
-
-    def copy_blocks(self, cache: KVCache, pairs: Sequence[tuple[int, int]]) -> None:
-        self._ops.copy_blocks(cache.tensors, pairs)

@@ -5,20 +5,20 @@ This file knows which layers it can honour and which device each is on; what a k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from paged_core.builtin.attention import PlannedBackend
 from paged_core.builtin.gpu_forwards import triton_works
 from paged_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from paged_core.config import EngineConfig
     from paged_core.execution.batch import AttentionMetadata
-    from paged_core.execution.kv_cache import KVCache
     from paged_core.execution.model import AttentionBackend, LayerSpec, ModelSpec
 
 
@@ -41,7 +41,7 @@ def create_attention_backend(name: str, spec: ModelSpec, config: EngineConfig) -
     return TritonBackend(spec, cache_dtype, config.block_size)
 
 
-class TritonBackend:
+class TritonBackend(PlannedBackend):
     """Layers of one shape and device share a plan; a step's metadata is copied to each device once."""
 
     name = "triton"
@@ -112,34 +112,6 @@ class TritonBackend:
             if device not in there:
                 there[device] = [tensor.to(device, non_blocking=True) for tensor in tensors]
             plan.plan(*there[device], metadata.max_query_len, metadata.max_seq_len)
-
-    def run(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cache: KVCache,
-        sinks: Tensor | None = None,
-        key_bias: Tensor | None = None,
-    ) -> Tensor:
-        facts = self._layers[layer]
-        out: Tensor = self._plan_of_layer[layer].run(
-            q,
-            k,
-            v,
-            cache.keys[layer],
-            cache.values[layer],
-            facts.scale,
-            facts.softcap,
-            sinks,
-            key_bias,
-            *cache.scales(layer),
-        )
-        return out
-
-    def copy_blocks(self, cache: KVCache, pairs: Sequence[tuple[int, int]]) -> None:
-        self._ops.copy_blocks(cache.tensors, pairs)
 
 
 def _runs_on(device: torch.device, from_name: bool) -> bool:
