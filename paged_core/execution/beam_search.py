@@ -40,20 +40,23 @@ class BeamSearch:
         width, stops = len(requests), torch.tensor(sorted(requests[0].stop_token_ids), dtype=torch.int64)
         num = min((1 + max(1, len(stops))) * width, logits.shape[1])  # enough, even if every stop token is among them
         logprobs, ids = (part.cpu() for part in top_rows(logits.float().log_softmax(-1), num))  # [W,C]
+        if logprobs.isnan().any():
+            return _failed(width, f"the model's logits {_what_is_wrong(logits)}")
         sums = self._sums or [0.0] + [float("-inf")] * (width - 1)  # all rows are the prompt at first: one counts
         totals = logprobs.double() + torch.tensor(sums, dtype=torch.float64)[:, None]  # [W,C]
         stopping = torch.isin(ids, stops)
         self._set_aside(requests, ids, totals, stopping)
 
         running, order = totals.masked_fill(stopping, float("-inf")).flatten().sort(descending=True, stable=True)
-        self._sums = running[:width].tolist()
-        if not running[:width].isfinite().all():
-            raise ValueError(f"the model allows fewer than {width} continuations; ask for a smaller n")
-        token_ids = ids.flatten()[order[:width]].tolist()
-        parents = (order[:width] // num).tolist()
-        if not self._over(requests, token_ids, parents):
-            return Selection(token_ids, parents=parents)
-        return Selection(token_ids, parents=parents, finished={i: self.best[i].finish_reason for i in range(width)})
+        self._sums, order = running[:width].tolist(), order[:width]
+        num_running = int(running[:width].isfinite().sum())
+        order[num_running:] = order[0].clone()  # rows to spare: they repeat the first one, and their sums never count
+        token_ids, parents = ids.flatten()[order].tolist(), (order // num).tolist()
+        over = self._over(requests, token_ids[:num_running], parents)
+        if num_running < width and len(self.best) < width:
+            return _failed(width, f"the model allows fewer than {width} continuations; ask for a smaller n")
+        finished = {i: self.best[i].finish_reason for i in range(width)} if over else None
+        return Selection(token_ids, parents=parents, finished=finished)
 
     def prompt_logprobs(self, logits: Tensor, next_ids: Sequence[int], num: int) -> Iterable[dict[int, Any]]:
         return ()  # never asked for: SamplingParams refuses them beside beams
@@ -70,7 +73,7 @@ class BeamSearch:
         first, width = requests[0], len(requests)
         length = len(first.tokens) + 1  # of running beams, this step's token included
         if length >= first.max_total:
-            running = zip(token_ids, parents, self._sums, strict=True)
+            running = zip(token_ids, parents, self._sums, strict=False)  # without the rows to spare
             self._keep(
                 [
                     _beam([*requests[parent].output_token_ids, token], total, length, first, FinishReason.LENGTH)
@@ -101,3 +104,13 @@ def ranked(output: RequestOutput) -> tuple[RequestOutput, float]:
 
 def _beam(tokens: list[int], total: float, length: int, request: Request, reason: FinishReason) -> Beam:
     return Beam(tokens, total, total / length**request.params.length_penalty, reason)
+
+
+def _failed(width: int, message: str) -> Selection:
+    return Selection([None] * width, errors=dict.fromkeys(range(width), message))
+
+
+def _what_is_wrong(logits: Tensor) -> str:
+    if logits.isnan().any():
+        return "hold NaN"
+    return "hold +inf" if logits.isposinf().any() else "are -inf for every token"

@@ -56,7 +56,7 @@ def plain_search(
         for tokens, total in running:
             ids = torch.tensor(prompt + tokens)
             logits = model.forward(ids, torch.arange(len(ids)), model._dense, torch.tensor([len(ids) - 1]))
-            values, tops = logits[0].log_softmax(-1).topk((1 + max(1, len(stops))) * width)
+            values, tops = logits[0].log_softmax(-1).topk(min((1 + max(1, len(stops))) * width, VOCAB))
             for value, token in zip(values.tolist(), tops.tolist(), strict=True):
                 if token in stops:
                     ended.append(((total + value) / len(ids) ** penalty, [*tokens, token], total + value))
@@ -175,6 +175,39 @@ def test_a_search_wider_than_the_vocabulary_ends_with_an_error_that_says_so() ->
     (found,) = llm.generate(["A"], beams(VOCAB, 3))
     assert f"fewer than {VOCAB} continuations; ask for a smaller n" in found.error
     assert llm.generate(["A"], SamplingParams(max_tokens=3))[0].outputs[0].text == "BCD"
+    llm.close()
+
+
+@pytest.mark.parametrize("num_others", [0, 1, 2])
+@pytest.mark.parametrize("penalty", [-2.0, 1.0, 3.0])
+def test_a_search_whose_best_are_known_needs_no_continuations(num_others: int, penalty: float) -> None:
+    """Nearly all of the vocabulary are stop tokens: sequences end at once, or go on in fewer beams than were asked."""
+    model, stops = TinyModel(1), list(range(num_others, VOCAB))
+    llm = LLM(model, tokenizer=CharacterTokenizer(), config=small())
+    for prompt in (PROMPT, [40, 41]):
+        (found,) = llm.generate([prompt], beams(3, 6, length_penalty=penalty, stop_token_ids=stops))
+        truth = plain_search(model, prompt, 3, 6, penalty, {*stops}, False)
+        check_rows(found.outputs, truth)
+        assert {output.finish_reason for output in found.outputs} <= {"stop", "length"}
+    llm.close()
+
+
+@pytest.mark.parametrize(
+    ("worth", "told"),
+    [(float("nan"), "hold NaN"), (float("inf"), "hold +inf"), (float("-inf"), "are -inf for every token")],
+)
+def test_logits_without_a_likeliest_token_are_told_as_what_they_are(worth: float, told: str) -> None:
+    class Broken(TinyModel):
+        def forward(self, token_ids: Any, positions: Any, attend: Any, sample_indices: Any) -> torch.Tensor:
+            logits = super().forward(token_ids, positions, attend, sample_indices)
+            logits[token_ids[sample_indices] == 13] = worth
+            return logits
+
+    llm = LLM(Broken(), tokenizer=CharacterTokenizer(), config=small())
+    broken, sound = llm.generate([[1, 13], PROMPT], [beams(2, 3), beams(2, 3)])
+    assert {output.finish_reason for output in broken.outputs} == {"error"}
+    assert broken.error == f"the model's logits {told}"
+    check_rows(sound.outputs, plain_search(TinyModel(), PROMPT, 2, 3, 1.0, {EOS}, False))
     llm.close()
 
 
