@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +43,7 @@ def load_model(manager: Plugins, model: Any, device: str | None, dtype: str | No
         return model
     loaded = manager.hook.load_model(source=model, device=device, dtype=dtype)
     if loaded is None:
+        _refuse_missing(model)
         raise PluginError(
             f"no plugin can load {_short(model)}; loaded plugins: {describe(manager)}. "
             "For Hugging Face models: pip install 'paged-core[hf]'"
@@ -262,6 +265,13 @@ def _show(what: str, done: int, total: int) -> None:
     if sys.stderr.isatty():
         line = f"{what}: {done} of {total}" if done < total else ""
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def _refuse_missing(model: Any) -> None:
+    """Raises ConfigError for what can only be a path, and leads nowhere."""
+    path = Path(model) if isinstance(model, str | os.PathLike) else Path()
+    if (path.is_absolute() or str(model).startswith((".", "~"))) and not path.expanduser().exists():
+        raise ConfigError(f"there is no folder or file {model}")
 
 
 def _short(model: Any) -> str:

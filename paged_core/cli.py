@@ -38,15 +38,18 @@ def _run(argv: Sequence[str]) -> int:
     if "--version" in argv[:1]:
         parser.parse_args(argv)  # quick: before any plugin is imported
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    manager = load_plugins()
+    manager = load_plugins(builtin=())  # the built-in ones bring no command, and import torch
     listing = commands.add_parser("plugins", help="list the plugins, where they come from and what they answer")
-    listing.set_defaults(run=lambda args: _list_plugins(manager))
+    listing.set_defaults(run=lambda args: _list_plugins(load_plugins()))
     manager.hook.register_commands(commands=commands)
     for name, command in commands.choices.items():
         _add_debug(command)
+        command.set_defaults(parser=command)  # commands below it may name themselves instead
         if command.get_default("run") is None:
             raise PluginError(f"the command {name!r} does nothing; its plugin must call parser.set_defaults(run=...)")
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # parse_args would show the usage of `paged` alone
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return args.run(args) or 0
 
 

@@ -36,14 +36,14 @@ class Plugins(pluggy.PluginManager):
         self.add_hookspecs(hookspecs)
 
 
-def load_plugins(extra: Iterable[Any] = ()) -> Plugins:
+def load_plugins(extra: Iterable[Any] = (), builtin: Iterable[str] = BUILTIN) -> Plugins:
     """A new plugin manager. Later ones are asked first: built-ins, then installed plugins, then ``extra``.
 
     Raises:
         PluginError: a plugin can't be imported, or implements a hook that doesn't exist.
     """
     manager = Plugins()
-    for name in BUILTIN:
+    for name in builtin:
         manager.register(importlib.import_module(name), name)
     for entry_point in sorted(entry_points(group="paged_core"), key=lambda found: found.name):
         _register(manager, _load(entry_point), entry_point.name)

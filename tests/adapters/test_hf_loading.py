@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from paged_hf import embedded
+from paged_hf import embedded, loading
 from paged_hf.loading import load_model, load_tokenizer
 
-from paged_core import ConfigError, Engine, EngineConfig
+from paged_core import ConfigError, Engine, EngineConfig, UnsupportedModel, cli
 
 
 def test_a_folder_is_loaded_by_the_engine_itself(
@@ -39,8 +39,9 @@ def test_the_dtype_asked_for_is_the_models(tiny: Any, tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path)
     paged_model = load_model(tmp_path, dtype="bfloat16")
     assert paged_model is not None and paged_model.spec.dtype == torch.bfloat16
-    with pytest.raises(ConfigError, match="dtype is 'int3'"):
-        load_model(tmp_path, dtype="int3")
+    for name in ("int3", "half", "float64"):
+        with pytest.raises(ConfigError, match=f"dtype is '{name}'; use float32, bfloat16, float16 or auto"):
+            load_model(tmp_path, dtype=name)
 
 
 def test_a_live_model_is_never_cast_behind_its_owners_back(tiny: Any) -> None:
@@ -106,6 +107,31 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(tmp_path: Path, monkey
     assert load_model("../nowhere") is None
 
 
+def test_who_names_no_folder_hears_at_once_that_the_hub_is_asked(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def ask(*args: Any, **options: Any) -> Any:
+        assert [record.message for record in caplog.records] == [
+            "no folder called nothere is here: asking the Hugging Face hub for it"
+        ]
+        raise OSError("no network")
+
+    monkeypatch.setattr(loading, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", ask)
+    with pytest.raises(ConfigError, match=r"nothere can't be loaded: no network .*taken for a hub id"):
+        load_model("nothere")
+
+
+def test_a_model_that_paged_memory_cannot_run_is_named_with_the_way_out(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=r"isn't causal; .*paged_generate\(model\) falls back") as told:
+        load_model(tmp_path)
+    assert str(told.value).startswith(f"{tmp_path} can't run on paged memory: ")
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda:77"])
 def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(device: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"device is '{device}'.*leave it out"):
@@ -115,6 +141,14 @@ def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(device: s
 def test_a_folder_without_tokenizer_has_none(tiny: Any, tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path)) is None
+
+
+def test_the_shell_is_told_how_a_model_gets_a_tokenizer(
+    tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    assert cli.main(["generate", str(tmp_path), "hello", "--attention-backend=reference", "--kv-bytes=1000000"]) == 2
+    assert capsys.readouterr().err.endswith("put its tokenizer.json beside it\n")
 
 
 def test_the_plugin_imports_only_paged_core_until_it_is_asked() -> None:

@@ -36,7 +36,7 @@ def raiser(error):
 
 @pytest.fixture
 def with_commands(monkeypatch):
-    monkeypatch.setattr(cli, "load_plugins", lambda: load_plugins([Commands()]))
+    monkeypatch.setattr(cli, "load_plugins", lambda **more: load_plugins([Commands()], **more))
 
 
 def test_the_version_is_printed():
@@ -97,6 +97,35 @@ def test_an_interrupt_ends_quietly(with_commands, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("argv", "usage"),
+    [
+        (["generate", "smollm2", "hello", "--frobnicate"], "paged generate"),
+        (["torchserve", "swap", "old.mar", "new.mar", "--frobnicate"], "paged torchserve swap"),
+    ],
+)
+def test_an_unknown_option_shows_the_usage_of_its_own_command(argv, usage, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(argv)
+    told = capsys.readouterr().err
+    assert told.startswith(f"usage: {usage} ")
+    assert told.endswith(f"{usage}: error: unrecognized arguments: --frobnicate\n")
+
+
+def test_help_and_usage_errors_import_no_torch():
+    code = """if True:
+        import sys
+        from paged_core import cli
+        for line in ("--help", "serve --help", "generate m --no", "torchserve", "bench m --n 0"):
+            try:
+                cli.main(line.split())
+            except SystemExit:
+                pass
+        sys.exit("torch" in sys.modules or "numpy" in sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
 def test_no_command_at_all_is_a_usage_error(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main([])
@@ -105,9 +134,7 @@ def test_no_command_at_all_is_a_usage_error(capsys):
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path, capsys):
     assert cli.main(["generate", str(tmp_path / "nowhere"), "hello"]) == 2
-    error = capsys.readouterr().err
-    assert error.splitlines()[-1].startswith("paged: ")
-    assert "nowhere" in error
+    assert capsys.readouterr().err == f"paged: there is no folder or file {tmp_path / 'nowhere'}\n"
 
 
 @pytest.mark.parametrize("command", ["generate", "serve"])
@@ -125,6 +152,6 @@ def test_a_plugin_whose_command_does_nothing_is_named(monkeypatch, capsys):
         def register_commands(self, commands):
             commands.add_parser("idle")
 
-    monkeypatch.setattr(cli, "load_plugins", lambda: load_plugins([Empty()]))
+    monkeypatch.setattr(cli, "load_plugins", lambda **more: load_plugins([Empty()], **more))
     assert cli.main(["plugins"]) == 2
     assert "'idle'" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from paged_core import EngineConfig, SamplingParams
+from paged_core import ConfigError, EngineConfig, SamplingParams
 
 
 def register(commands: Any) -> None:
@@ -102,8 +102,9 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def quiet_imports() -> None:
-    """torchao, where it is installed, tells each process at length what it couldn't load on a CPU."""
-    for name in ("torchao", "torch.utils._pytree"):
+    """torchao, where it is installed, tells each process at length what it couldn't load on a CPU; the hub's client
+    has a line for each retry."""
+    for name in ("torchao", "torch.utils._pytree", "huggingface_hub.utils._http"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -122,6 +123,8 @@ def generate(args: argparse.Namespace) -> int:
         stop=args.stop,
     )
     with AsyncEngine(Engine(args.model, engine_config(args), dtype=args.dtype)) as served:
+        if served.tokenizer is None:
+            raise ConfigError(f"{args.model} has no tokenizer to read text with; put its tokenizer.json beside it")
         chat = bool(getattr(served.tokenizer, "chat_template", None)) if args.chat is None else args.chat
         prompt = [{"role": "user", "content": text}] if chat else text
         for delta in served.submit(prompt, params):

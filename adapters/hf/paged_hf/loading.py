@@ -6,22 +6,27 @@ code are refused by default.
 
 from __future__ import annotations
 
+import logging
 import re
 import struct
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from paged_core import ConfigError
+from paged_core import ConfigError, UnsupportedModel
 from paged_hf import embedded
 from paged_hf.model import HFPagedModel
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_DTYPES = ("float32", "bfloat16", "float16")
+_log = logging.getLogger("paged_hf")
 
 
 def load_model(
@@ -51,17 +56,25 @@ def load_model(
     _check_device(device)
     if device != "cpu":
         options["device_map"] = device
+    wanted = _dtype(dtype) or "auto"
+    _announce(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=_dtype(dtype) or "auto",
+            dtype=wanted,
             trust_remote_code=trust_remote_code,
             use_safetensors=None if allow_pickle else True,
             **options,
         )
     except (OSError, ValueError, SafetensorError, struct.error) as error:  # the last two: a file that is cut or garbage
         raise ConfigError(_why_not(source, folder, error)) from error
-    return HFPagedModel(model.eval(), name=str(source))
+    try:
+        return HFPagedModel(model.eval(), name=str(source))
+    except UnsupportedModel as error:
+        raise UnsupportedModel(
+            f"{source} can't run on paged memory: {error}; in a program of yours, paged_generate(model) falls back to "
+            "what transformers does"
+        ) from error
 
 
 def load_tokenizer(source: Any, *, trust_remote_code: bool = False) -> Any | None:
@@ -74,6 +87,7 @@ def load_tokenizer(source: Any, *, trust_remote_code: bool = False) -> Any | Non
     if place is None:
         return None
     folder, options = place
+    _announce(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError):
@@ -108,6 +122,13 @@ def _place(source: Any) -> tuple[Path | str, dict[str, Any]] | None:
     if path.is_dir():
         return path, {}
     return (source, {}) if isinstance(source, str) and _HUB_ID.fullmatch(source) else None
+
+
+def _announce(folder: Path | str) -> None:
+    """The hub may take minutes, and without a network to say that it isn't there: its user is told what goes on."""
+    if isinstance(folder, Path) or HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(folder, "config.json"), str):
+        return
+    _log.warning("no folder called %s is here: asking the Hugging Face hub for it", folder)
 
 
 def _why_not(source: Any, folder: Path | str, error: Exception) -> str:
@@ -149,7 +170,7 @@ def _check_device(device: str) -> None:
 def _dtype(name: str | None) -> torch.dtype | None:
     if name is None or name == "auto":
         return None
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConfigError(f"dtype is {name!r}; use float32, bfloat16, float16 or auto")
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype is {name!r}; use {', '.join(_DTYPES)} or auto")
+    dtype: torch.dtype = getattr(torch, name)
     return dtype

@@ -17,6 +17,8 @@ def register(commands: Any) -> None:
     _add_swap(inner.add_parser("swap", help="an archive with our handler, from one that has another"))
     _add_archive(inner.add_parser("archive", help="a new archive from a model's folder"))
     _add_serve(inner.add_parser("serve", help="start TorchServe with one archive or several, and wait until ready"))
+    for command in inner.choices.values():
+        command.set_defaults(parser=command)  # whose usage is shown for an option that it doesn't know
 
 
 def _add_swap(parser: argparse.ArgumentParser) -> None:
