@@ -294,19 +294,31 @@ def until_idle(engine: AsyncEngine) -> None:
 
 
 def test_leaving_a_loop_cancels_the_request(model: AlphabetModel) -> None:
-    model.before_forward = lambda token_ids: time.sleep(0.002)
+    gate = model.before_forward = Gate()
     with AsyncEngine(model, tokenizer=CharacterTokenizer(), config=CONFIG) as engine:
 
+        def submit() -> Stream:
+            gate.shuts_at = gate.num_steps + 9
+            gate.open()
+            return engine.submit("A", LONG)
+
+        def held() -> bool:
+            return gate.num_steps == gate.shuts_at
+
         async def main() -> None:
-            stream = engine.submit("A", LONG)
+            stream = submit()
             async for _ in stream:
+                until(held)
                 break
+            gate.open()
             assert (await stream.aresult()).outputs[0].finish_reason == "abort"
 
         run(main())
-        stream = engine.submit("A", LONG)
+        stream = submit()
         for _ in stream:
+            until(held)
             break
+        gate.open()
         assert stream.result(LIMIT_S).outputs[0].finish_reason == "abort"
         until_idle(engine)
 
@@ -370,10 +382,20 @@ def test_waiting_with_a_timeout_does_not_end_the_request(engine: AsyncEngine, mo
 
 
 def test_close_ends_every_stream_with_an_abort(model: AlphabetModel) -> None:
-    model.before_forward = lambda token_ids: time.sleep(0.001)
+    gate = model.before_forward = Gate()
+    gate.shuts_at = 9
+    gate.open()
     engine = AsyncEngine(model, tokenizer=CharacterTokenizer(), config=CONFIG)
     streams = [engine.submit("A", LONG) for _ in range(20)]
-    in_threads(engine.close, *(lambda stream=stream: stream.result(LIMIT_S) for stream in streams))
+
+    def close() -> None:
+        until(lambda: gate.num_steps == 9)
+        with pytest.raises(TimeoutError):
+            engine.close(0)
+        gate.open()
+        engine.close()
+
+    in_threads(close, *(lambda stream=stream: stream.result(LIMIT_S) for stream in streams))
     for stream in streams:
         assert stream.result(0).outputs[0].finish_reason == "abort"
         assert list(stream)[-1].finish_reason == "abort"
