@@ -18,10 +18,11 @@ _BF16 = torch.bfloat16
 
 
 def variants(card: str) -> Variants:
-    """Four query heads of 128 to a kv head, blocks of 16."""
+    """Four query heads of 128 to a kv head, blocks of 16, in bfloat16; and models that are left in float32."""
     for facts in ((), _FACTS):
         yield from _attention(card, facts=facts)
     yield from _attention(card, cache_dtype=torch.int8)
+    yield from _attention(card, dtype=torch.float32, cache_dtype=torch.float32)
     yield from _writes(_BF16, _BF16)
     yield from _writes(_BF16, torch.float8_e4m3fn)
     yield from _lists(card)

@@ -68,7 +68,7 @@ def decode(group: int, head_dim: int, value_head_dim: int, dtype: torch.dtype, c
     num_bytes = max(cache_dtype.itemsize, 2) * (sizes["DIM_PAD"] + sizes["VALUE_PAD"])
     keys = min(max(_power_below((32 << 10) // num_bytes), 16), 128 if cache_dtype.itemsize > 1 else 64)
     if types["DTYPE"] is tl.float32 and not interpreted():
-        keys = min(keys, 32)
+        keys = min(keys, 16)
     rows = min(max(16, triton.next_power_of_2(group)), 64 if sizes["VALUE_PAD"] <= 128 else 16)
     options = {"num_warps": 4, "num_stages": 2 if card == "hip" else _TWO_AHEAD}
     return {"BLOCK_H": rows, "BLOCK_N": keys, "GROUP": group, **sizes, **types, **SPLITS, **options, **FUSION}
@@ -88,7 +88,7 @@ def prefill(group: int, head_dim: int, value_head_dim: int, dtype: torch.dtype, 
     widest = max(sizes["DIM_PAD"], sizes["VALUE_PAD"])
     wide = types["DTYPE"] is tl.float32 and not interpreted()
     rows, keys, warps = next(tile for limit, tile in (_FLOAT32 if wide else _PREFILL[card]) if widest <= limit)
-    two_ahead = card != "hip" and widest <= 128 and not wide
+    two_ahead = card != "hip" and widest <= 128
     stages = 2 if card == "hip" else _TWO_AHEAD if two_ahead else _ONE_AHEAD
     options = {"num_warps": warps, "num_stages": stages}
     return {"BLOCK_M": rows, "BLOCK_N": keys, "GROUP": group, **sizes, **types, **options, **FUSION}
