@@ -493,6 +493,15 @@ def test_position_ids(patched: Any, rows: Options) -> None:
     assert_same(patched, ids, **SHORT, position_ids=torch.arange(9).expand(2, 9) + 5, tier="cache", loop="_sample")
 
 
+def test_a_mask_or_positions_of_more_rows_than_the_prompts_fail_as_stock_fails(patched: Any, rows: Options) -> None:
+    ids, _ = some_rows((9, 9))
+    for odd in ({"attention_mask": torch.ones_like(ids)}, {"position_ids": torch.arange(9).expand(2, 9)}):
+        for prompts, name in ((ids[:1], "one row"), (ids.repeat(2, 1), "four rows")):
+            expected = answer(patched.stock, (prompts,), {**odd, **SHORT})
+            assert expected.error is not None, name
+            assert repr(answer(patched, (prompts,), {**odd, **SHORT}).error) == repr(expected.error), name
+
+
 def test_odd_masks_run_over_blocks_as_stock_runs_them(patched: Any, rows: Options) -> None:
     ids, mask = some_rows((9, 5, 7))
     assert_same(patched, ids.flip(1), attention_mask=mask.flip(1), **SHORT, tier="cache", loop="_sample")

@@ -107,7 +107,7 @@ class Run:
         return bool(self._config.return_dict_in_generate and self._rest.get("use_cache", True))
 
     def why_stock(self, model: nn.Module) -> str | None:
-        return tiers.why_stock(model, self._config, self._rest)
+        return tiers.why_stock(model, self.input_ids, self._config, self._rest)
 
     def why_not_native(self, model: nn.Module) -> str | None:
         inputs = {name: value for name, value in self._rest.items() if name not in _LOOP_ARGUMENTS}

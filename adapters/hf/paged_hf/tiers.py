@@ -35,7 +35,7 @@ _SAME_ANSWERS = (
 _MEDIA = ("pixel", "image", "video", "audio", "input_features", "input_values", "mm_encoder")
 
 
-def why_stock(model: nn.Module, config: Any, loop_kwargs: Mapping[str, Any]) -> str | None:
+def why_stock(model: nn.Module, input_ids: Tensor, config: Any, loop_kwargs: Mapping[str, Any]) -> str | None:
     """Why no part of the call can be ours. ``config``: the call's GenerationConfig, resolved."""
     if getattr(model.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder model"
@@ -53,6 +53,9 @@ def why_stock(model: nn.Module, config: Any, loop_kwargs: Mapping[str, Any]) -> 
     media = sorted(name for name in loop_kwargs if _given(loop_kwargs[name]) and any(kind in name for kind in _MEDIA))
     if media:
         return f"it is multimodal: {', '.join(media)}"
+    positions = loop_kwargs.get("position_ids")
+    if positions is not None and positions.ndim == 2 and positions.shape[0] not in (1, len(input_ids)):
+        return f"position_ids have {positions.shape[0]} rows, the prompts {len(input_ids)}"
     cache = loop_kwargs.get("past_key_values")
     if getattr(cache, "_is_user_defined", False) or (cache is not None and cache.get_seq_length()):
         return "a cache of the caller's own was passed as past_key_values"
