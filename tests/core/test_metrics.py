@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -31,11 +32,24 @@ def metrics() -> PrometheusMetrics:
 
 
 @pytest.fixture
-def engine(metrics: PrometheusMetrics) -> Iterator[Engine]:
+def model() -> AlphabetModel:
+    return AlphabetModel()
+
+
+@pytest.fixture
+def engine(model: AlphabetModel, metrics: PrometheusMetrics) -> Iterator[Engine]:
     config = EngineConfig(num_blocks=40, block_size=4, max_num_seqs=4, attention_backend="reference")
-    engine = Engine(AlphabetModel(), config, plugins=[metrics])
+    engine = Engine(model, config, plugins=[metrics])
     yield engine
     engine.close()
+
+
+@pytest.fixture
+def a_second_each(model: AlphabetModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward takes one second, and nothing else takes time."""
+    seconds = [0.0]
+    model.before_forward = lambda token_ids: seconds.append(seconds[-1] + 1)
+    monkeypatch.setattr(time, "perf_counter", lambda: seconds[-1])
 
 
 def run(engine: Engine) -> None:
@@ -70,6 +84,7 @@ def test_every_name_that_dashboards_know_is_there_from_the_beginning(metrics: Pr
     assert {"paged:kv_cache_waste_perc", "paged:kv_blocks_shared"} <= scrape(metrics).keys()
 
 
+@pytest.mark.usefixtures("a_second_each")
 def test_a_requests_tokens_and_times_are_counted(engine: Engine, metrics: PrometheusMetrics) -> None:
     engine.add_request("a", [33, 34, 35], params(n=2, temperature=1))
     run(engine)
@@ -83,9 +98,8 @@ def test_a_requests_tokens_and_times_are_counted(engine: Engine, metrics: Promet
     assert found["vllm:inter_token_latency_seconds_count"] == 8
     assert found["vllm:request_generation_tokens_sum"] == 10
     assert found["tgi_request_count"] == found["tgi_request_success"] == 1
-    assert 0 < found["vllm:request_prefill_time_seconds_sum"] < found["vllm:e2e_request_latency_seconds_sum"]
-    parts = sum(found[f"vllm:request_{part}_time_seconds_sum"] for part in ("queue", "prefill", "decode"))
-    assert parts == pytest.approx(found["vllm:e2e_request_latency_seconds_sum"], rel=0.2)
+    parts = ("request_queue_time", "request_prefill_time", "request_decode_time", "e2e_request_latency")
+    assert [found[f"vllm:{part}_seconds_sum"] for part in parts] == [0, 2, 8, 10]
 
 
 def test_gauges_follow_the_engine_and_fall_to_nothing(engine: Engine, metrics: PrometheusMetrics) -> None:
@@ -108,13 +122,15 @@ def test_gauges_follow_the_engine_and_fall_to_nothing(engine: Engine, metrics: P
     assert found["tgi_request_success"] == 0
 
 
+@pytest.mark.usefixtures("a_second_each")
 def test_waiting_is_queue_time_and_not_prefill(engine: Engine, metrics: PrometheusMetrics) -> None:
     for number in range(8):  # the last four start when the first four have ended
         engine.add_request(str(number), [33 + number], params())
     run(engine)
     found = scrape(metrics)
     assert found["vllm:request_queue_time_seconds_count"] == 8
-    assert found["vllm:request_queue_time_seconds_sum"] > found["vllm:request_prefill_time_seconds_sum"]
+    assert found["vllm:request_queue_time_seconds_sum"] == 4 * 5, "the steps of the first four"
+    assert found["vllm:request_prefill_time_seconds_sum"] == 8
 
 
 def test_samples_that_have_not_forked_yet_wait_too(engine: Engine, metrics: PrometheusMetrics) -> None:
