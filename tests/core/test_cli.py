@@ -1,5 +1,7 @@
 """The `paged` command: what it prints, and how it fails."""
 
+import io
+import socket
 import subprocess
 import sys
 
@@ -137,6 +139,22 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == f"paged: there is no folder or file {tmp_path / 'nowhere'}\n"
 
 
+def test_a_port_that_cannot_be_had_is_told_before_the_model_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert cli.main(["serve", "no-such-model", "--port", port]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"paged: the server can't listen on 127.0.0.1, port {port}: ")
+    assert "in use" in told
+
+
+@pytest.mark.parametrize("port", ["70000", "-1", "http"])
+def test_a_port_that_is_none_is_a_usage_error(port, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["serve", "smollm2", f"--port={port}"])
+    assert "error: argument --port: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["generate", "serve"])
 @pytest.mark.parametrize("value", ["4GiB", "0", "-1", "1.5"])
 def test_a_number_that_is_none_is_told_in_a_users_words(command, value, capsys):
@@ -144,6 +162,13 @@ def test_a_number_that_is_none_is_told_in_a_users_words(command, value, capsys):
         cli.main([command, "smollm2", f"--kv-bytes={value}"])
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.endswith(f"argument --kv-bytes: {value!r} isn't a whole number from 1 on")
+
+
+@pytest.mark.parametrize(("given", "told"), [(b"", "the prompt is empty; "), (b"\xff\xfe", "isn't text in utf-8")])
+def test_a_prompt_that_is_none_is_told_before_the_model_is_loaded(given, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
+    assert cli.main(["generate", "no-such-model"]) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_a_plugin_whose_command_does_nothing_is_named(monkeypatch, capsys):

@@ -33,9 +33,9 @@ def _add_generate(commands: Any) -> None:
     )
     parser.add_argument("--max-tokens", type=_count, default=256, metavar="N", help="default: 256")
     parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token each time")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--top-p", type=float, default=1.0, help="default: 1, all tokens; needs a temperature")
+    parser.add_argument("--top-k", type=int, default=0, help="default: 0, all tokens; needs a temperature")
+    parser.add_argument("--seed", type=int, help="of what is drawn (default: another each time)")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
@@ -58,8 +58,10 @@ def _add_bench(commands: Any) -> None:
     work.add_argument("--rate", type=_positive, metavar="R", help="requests that arrive a second (default: at once)")
     work.add_argument("--time-scale", type=_positive, metavar="X", help="stretch a trace's arrivals X times")
     work.add_argument("--shared-prefix", type=_count, metavar="N", help="begin all prompts with the same N tokens")
-    work.add_argument("--n", type=_count, default=1, help="samples a request; above 1 they are drawn, not greedy")
-    work.add_argument("--seed", type=int, default=0)
+    work.add_argument(
+        "--n", type=_count, default=1, metavar="N", help="samples a request (default: 1); above 1 they are drawn"
+    )
+    work.add_argument("--seed", type=int, default=0, help="of prompts, arrivals and draws (default: 0)")
     runs = parser.add_argument_group("runs")
     runs.add_argument(
         "--baseline",
@@ -68,7 +70,9 @@ def _add_bench(commands: Any) -> None:
         help="of hf-sequential, hf-static:SIZE, hf-continuous, paged-generate (the patched model.generate, a thread "
         "for each request), paged-unshared (no prefix cache); default: %(default)s",
     )
-    runs.add_argument("--repeats", type=_count, default=3, metavar="N", help="runs of each system; medians are shown")
+    runs.add_argument(
+        "--repeats", type=_count, default=3, metavar="N", help="runs of each system; medians are shown (default: 3)"
+    )
     runs.add_argument("--quick", action="store_true", help="each baseline once, with a run of paged before and after")
     runs.add_argument(
         "--sequential-limit",
@@ -90,15 +94,25 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
     engine.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: as the model is stored)")
-    engine.add_argument("--max-model-len", type=_count, metavar="N", help="tokens of a sequence, prompt and output")
-    engine.add_argument("--kv-bytes", type=_count, metavar="N", help="bytes for keys and values")
+    engine.add_argument(
+        "--max-model-len",
+        type=_count,
+        metavar="N",
+        help="tokens of a sequence, prompt and output (default: the model's limit)",
+    )
+    engine.add_argument(
+        "--kv-bytes",
+        type=_count,
+        metavar="N",
+        help="bytes for keys and values (default: a quarter of free memory, 4 GiB at most)",
+    )
     engine.add_argument(
         "--kv-cache-dtype", metavar="DTYPE", help="e.g. bfloat16, int8, float8_e4m3fn (default: the model's)"
     )
     engine.add_argument(
-        "--block-size", type=_count, metavar="N", help="slots in a block (default: 8 on a CPU, 16 on a GPU)"
+        "--block-size", type=_count, metavar="N", help="tokens of a block (default: 8 on a CPU, 16 on a GPU)"
     )
-    engine.add_argument("--attention-backend", metavar="NAME", help="default: auto")
+    engine.add_argument("--attention-backend", metavar="NAME", help="default: the fastest that can run the model")
 
 
 def quiet_imports() -> None:
@@ -110,10 +124,12 @@ def quiet_imports() -> None:
 
 def generate(args: argparse.Namespace) -> int:
     """Write the completion to standard output as it comes."""
+    text = _stdin() if args.prompt in (None, "-") else args.prompt
+    if not text:
+        raise ConfigError("the prompt is empty; give it after the model, or on standard input")
     quiet_imports()
     from paged_core import AsyncEngine, Engine
 
-    text = sys.stdin.read() if args.prompt in (None, "-") else args.prompt
     params = SamplingParams(
         max_tokens=args.max_tokens,
         temperature=args.temperature,
@@ -154,6 +170,15 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         "attention_backend": args.attention_backend,
     }
     return EngineConfig(**{name: value for name, value in said.items() if value is not None})
+
+
+def _stdin() -> str:
+    if sys.stdin.isatty():
+        print("paged: write the prompt, then press Ctrl-D", file=sys.stderr)
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input isn't text in {sys.stdin.encoding}: {error}") from error
 
 
 def _count(text: str) -> int:

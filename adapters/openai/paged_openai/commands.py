@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="default: %(default)s, this machine only; 0.0.0.0: everybody")
-    add("--port", type=int, default=8000, help="default: %(default)s; 0: any free one")
+    add("--port", type=_port, default=8000, metavar="N", help="default: %(default)s; 0: any free one")
     add("--served-model-name", nargs="+", metavar="NAME", help="what clients call it (default: MODEL)")
     _add_engine(parser.add_argument_group("engine"))
     _add_limits(parser.add_argument_group("limits"))
@@ -50,14 +50,18 @@ def _add_engine(group: Any) -> None:
     add = group.add_argument
     add("--dtype", help="float32, bfloat16, float16 or auto (default: as the model is stored)")
     add("--device", help="default: a GPU if there is one")
-    add("--max-model-len", type=_count, metavar="N", help="tokens of a sequence, prompt and output")
-    add("--kv-bytes", type=_count, metavar="N", dest="kv_cache_bytes", help="bytes for keys and values")
+    add("--max-model-len", type=_count, metavar="N",
+        help="tokens of a sequence, prompt and output (default: the model's limit)")  # fmt: skip
+    add("--kv-bytes", type=_count, metavar="N", dest="kv_cache_bytes",
+        help="bytes for keys and values (default: a quarter of free memory, 4 GiB at most; for GPUs see the next)")  # fmt: skip
     add("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE",
         help="of a GPU's memory, unless --kv-bytes is said (default: %(default)s)")  # fmt: skip
     add("--kv-cache-dtype", metavar="DTYPE", help="e.g. bfloat16, int8, float8_e4m3fn (default: the model's)")
     add("--block-size", type=_count, metavar="N", help="tokens of a block (default: 8 on a CPU, 16 on a GPU)")
-    add("--max-num-seqs", type=_count, metavar="N", help="sequences computed at once")
-    add("--max-num-batched-tokens", type=_count, metavar="N", help="tokens computed in a step")
+    add("--max-num-seqs", type=_count, metavar="N",
+        help="sequences computed at once (default: half the tokens a step, 256 at most)")  # fmt: skip
+    add("--max-num-batched-tokens", type=_count, metavar="N",
+        help="tokens computed in a step (default: 64 a thread on a CPU, 8192 on a GPU)")  # fmt: skip
     add("--no-cuda-graphs", action="store_const", const=False, dest="cuda_graphs", help="launch each kernel of a step")
     add("--attention-backend", metavar="NAME", help="default: the fastest that can run the model")
     add("--scheduling-policy", metavar="NAME", help="fcfs (default) or priority")
@@ -134,6 +138,12 @@ def _whole(text: str, low: int = 0) -> int:
 
 def _count(text: str) -> int:
     return _whole(text, 1)
+
+
+def _port(text: str) -> int:
+    if _whole(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is above 65535, the last port")
+    return int(text)
 
 
 def _seconds(text: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -64,13 +65,22 @@ class JSONLines(logging.Formatter):
 
 
 def log_to_stderr(level: str) -> None:
-    """Our loggers, the core's and uvicorn's, as JSON lines."""
+    """Our loggers, the core's and uvicorn's, as JSON lines. torchao's, where it is installed, has nothing to say here:
+    what it couldn't load on a CPU."""
     handler = logging.StreamHandler()
     handler.setFormatter(JSONLines())
     for name in ("paged_core", "paged_openai", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level.upper())
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cut)
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _is_no_cut(record: logging.LogRecord) -> bool:
+    """A second Ctrl-C cancels what runs: no mistake in the application, for all that uvicorn knows."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def _request_id(scope: Scope) -> str:

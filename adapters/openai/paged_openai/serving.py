@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import socket
 import ssl
 import sys
 from contextlib import suppress
@@ -28,6 +29,7 @@ _BODIES_AT_ONCE = 32  # of the largest size
 def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits) -> int:
     """Returns the exit status: 0 after a signal, 1 if the port can't be had."""
     options, tls = _app_options(args), _tls(args)  # what is wrong with them is told before the model is loaded
+    _check_address(args.host, args.port)
     log_to_stderr(args.log_level)
     allow_many_connections()
     names = args.served_model_name or [str(args.model)]
@@ -85,6 +87,17 @@ def _app_options(args: argparse.Namespace) -> AppOptions:
         log_prompts=args.log_prompts,
         page=args.page,
     )
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raises ConfigError for one that can't be had now. uvicorn would say so when the model is loaded."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        if os.name == "posix":  # as asyncio does: ports of connections that have just ended may be taken
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"the server can't listen on {host}, port {port}: {error}; choose another") from error
 
 
 def _tls(args: argparse.Namespace) -> dict[str, Any]:
