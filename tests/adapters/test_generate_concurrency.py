@@ -166,12 +166,12 @@ def test_asyncio_callers_get_what_each_gets_alone(model: Any) -> None:
     assert [report.tier for _, report in answers] == [KINDS[kind][1] for kind, _, _ in calls]
 
 
-def test_rows_of_all_callers_run_in_one_batch(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    host = host_of(model)
+def step_when_all_are_there(host: Any, num_calls: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The first step waits for so many calls. Returns how many rows each step samples."""
     step, sampled = host._step, []
 
     def when_all_are_there() -> bool:
-        if not sampled and host.num_open < 16:
+        if not sampled and host.num_open < num_calls:
             time.sleep(0.001)
             return True  # look for more calls
         worked = step()
@@ -179,6 +179,12 @@ def test_rows_of_all_callers_run_in_one_batch(model: Any, monkeypatch: pytest.Mo
         return worked
 
     monkeypatch.setattr(host, "_step", when_all_are_there)
+    return sampled
+
+
+def test_rows_of_all_callers_run_in_one_batch(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paged_hf.host._PATIENCE", 1e9)  # a busy machine keeps callers from choosing in time
+    sampled = step_when_all_are_there(host_of(model), 16, monkeypatch)
     free = [lambda seed=seed: model.generate(**prompt(seed), **GREEDY) for seed in range(8)]
     beams = [lambda seed=seed: model.generate(**prompt(seed), **GREEDY, num_beams=2) for seed in range(8)]
     answers = together([*free, *beams])
@@ -387,9 +393,12 @@ def test_two_hundred_calls_leave_no_more_threads_in_the_system(model: Any) -> No
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_calls_that_preempt_and_wait_for_one_another_all_end_with_the_right_tokens(tiny: Any, seed: int) -> None:
+def test_calls_that_preempt_and_wait_for_one_another_all_end_with_the_right_tokens(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
     model = tiny("llama", **SMALL)
     model.generate = paged_generate(model, kv_cache_memory=(14 + 3 * seed) * BLOCK_BYTES, check=False)
+    step_when_all_are_there(host_of(model), 14, monkeypatch)
     draw = random.Random(seed)
     calls, expected = [], []
     for number in range(14):
