@@ -296,6 +296,28 @@ def test_prompt_logprobs_are_those_of_the_model(config):
         assert len(found[position]) in (2, 3)
 
 
+def test_prompt_logprobs_are_told_once_though_a_row_computes_its_prompt_again():
+    class HoldsTheSecondOnce:
+        held = False
+
+        def select(self, logits, requests):
+            tokens = logits.argmax(-1).tolist()
+            if len(requests) == 2 and not self.held:
+                self.held, tokens[1] = True, None
+            return Selection(tokens)
+
+    model = TinyModel()
+    engine = make_engine(model)
+    prompt = [3, 1, 4, 1, 5, 9]
+    rows = engine.add_request("a", prompt, greedy(4, n=2, prompt_logprobs=0), selector=HoldsTheSecondOnce())
+    outputs = engine.step()
+    assert engine.preempt_held()
+    engine.recompute(rows)
+    outputs += run(engine)
+    assert tokens_of(outputs) == {("a", index): model.generate(prompt, 4) for index in range(2)}
+    assert [o.request.index for o in outputs if o.prompt_logprobs is not None] == [0]
+
+
 class ChangingModel(TinyModel):
     changed = False
 
