@@ -50,7 +50,7 @@ def watched_server() -> Iterator[Running]:
             tokenizer=tokenizer,
             config=EngineConfig(num_blocks=512, attention_backend="reference"),
             limits=RequestLimits(max_n=4, max_tokens=40),
-            options=AppOptions(body_timeout_s=0.5, max_body_bytes=200_000),
+            options=AppOptions(body_timeout_s=5, max_body_bytes=200_000),
         ) as server:
             yield server
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import httpx2
 import pytest
 from alphabet_model import AlphabetModel, Gate
 from http_server import LIMIT_S, alphabet_server, until
+from paged_openai.exchange import Exchange
 from toy_tokenizers import CharacterTokenizer
 
-from paged_core import AsyncEngine, Engine, EngineConfig
+from paged_core import AsyncEngine, CallError, Engine, EngineConfig
 
 LONG = {"prompt": "!", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
 
@@ -70,11 +72,27 @@ def test_a_request_that_takes_too_long_is_answered_though_the_engine_is_stuck(ga
         server.come_to_rest()
 
 
-def test_a_stream_that_has_begun_gets_its_last_event_though_the_engine_is_stuck(gate: Gate) -> None:
+def test_a_stream_that_has_begun_gets_its_last_event_though_the_engine_is_stuck(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, cut = threading.Event(), Exchange.cut
+
+    def cut_what_has_begun(exchange: Exchange, error: CallError) -> None:
+        if begun.is_set():
+            cut(exchange, error)
+        else:
+            asyncio.get_running_loop().call_later(0.01, exchange.cut, error)
+
+    monkeypatch.setattr(Exchange, "cut", cut_what_has_begun)
     gate.shuts_at = 6
-    with alphabet_server(AlphabetModel(gate), timeout_s=3) as server, server.client() as client:
-        text = client.post("/v1/completions", json={**LONG, "stream": True}).text
-        assert '"timeout_error"' in text and text.endswith("data: [DONE]\n\n")
+    with alphabet_server(AlphabetModel(gate), timeout_s=0.3) as server, server.client() as client:
+        with client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
+            events = response.iter_lines()
+            assert "data: {" in next(events)
+            until(lambda: gate.num_steps == 6)
+            begun.set()
+            text = "\n".join(events)
+        assert '"timeout_error"' in text and text.rstrip().endswith("data: [DONE]")
         gate.open()
         server.come_to_rest()
 

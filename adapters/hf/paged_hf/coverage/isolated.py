@@ -19,6 +19,7 @@ Check = Callable[[str, Callable[[str], None]], Row]
 """``check(model_type, at)``: says by ``at(step)`` what it is about to do."""
 
 _PRELOAD = ["paged_hf.coverage.preload"]
+_START_S = 60.0  # for a process to be forked and to say what it is about to do
 _NOT_OURS = ("building it", "stock's generate")
 
 
@@ -39,14 +40,14 @@ def _check_one(context: Any, check: Check, model_type: str, timeout_s: float) ->
     process = context.Process(target=_child, args=(theirs, check, model_type), daemon=True)
     process.start()
     theirs.close()
-    step = "starting"
+    step, limit_s = "starting", _START_S
     try:
-        while ours.poll(timeout_s):
+        while ours.poll(limit_s):
             told = ours.recv()
             if isinstance(told, Row):
                 return told
-            step = told
-        end = f"{step} took more than {timeout_s:g} s"
+            step, limit_s = told, timeout_s
+        end = f"{step} took more than {limit_s:g} s"
     except EOFError:
         process.join()
         end = f"the process died ({process.exitcode}) at: {step}"
