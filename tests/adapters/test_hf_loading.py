@@ -143,6 +143,14 @@ def test_a_folder_without_tokenizer_has_none(tiny: Any, tmp_path: Path) -> None:
     assert load_tokenizer(str(tmp_path)) is None
 
 
+def test_a_broken_tokenizer_is_told_in_one_line(tiny: Any, tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(ConfigError, match=f"the tokenizer of {tmp_path} can't be loaded: ") as told:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(told.value)
+
+
 def test_the_shell_is_told_how_a_model_gets_a_tokenizer(
     tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

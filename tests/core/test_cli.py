@@ -164,9 +164,10 @@ def test_a_number_that_is_none_is_told_in_a_users_words(command, value, capsys):
     assert told.endswith(f"argument --kv-bytes: {value!r} isn't a whole number from 1 on")
 
 
-@pytest.mark.parametrize(("given", "told"), [(b"", "the prompt is empty; "), (b"\xff\xfe", "isn't text in utf-8")])
-def test_a_prompt_that_is_none_is_told_before_the_model_is_loaded(given, told, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second: where no locale is set
+@pytest.mark.parametrize(("given", "told"), [(b"", "the prompt is empty; "), (b"\xff\xfe", "the prompt isn't text: ")])
+def test_a_prompt_that_is_none_is_told_before_the_model_is_loaded(given, told, errors, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8", errors=errors))
     assert cli.main(["generate", "no-such-model"]) == 2
     assert told in capsys.readouterr().err
 

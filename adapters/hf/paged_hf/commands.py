@@ -124,9 +124,7 @@ def quiet_imports() -> None:
 
 def generate(args: argparse.Namespace) -> int:
     """Write the completion to standard output as it comes."""
-    text = _stdin() if args.prompt in (None, "-") else args.prompt
-    if not text:
-        raise ConfigError("the prompt is empty; give it after the model, or on standard input")
+    text = _prompt(args.prompt)
     quiet_imports()
     from paged_core import AsyncEngine, Engine
 
@@ -172,13 +170,17 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     return EngineConfig(**{name: value for name, value in said.items() if value is not None})
 
 
-def _stdin() -> str:
-    if sys.stdin.isatty():
+def _prompt(said: str | None) -> str:
+    if said in (None, "-") and sys.stdin.isatty():
         print("paged: write the prompt, then press Ctrl-D", file=sys.stderr)
     try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"standard input isn't text in {sys.stdin.encoding}: {error}") from error
+        text = sys.stdin.read() if said is None or said == "-" else said
+        text.encode()  # bytes that Python has let pass as lone surrogates
+    except UnicodeError as error:
+        raise ConfigError(f"the prompt isn't text: {error}") from error
+    if not text:
+        raise ConfigError("the prompt is empty; give it after the model, or on standard input")
+    return text
 
 
 def _count(text: str) -> int:

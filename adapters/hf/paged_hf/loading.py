@@ -78,7 +78,11 @@ def load_model(
 
 
 def load_tokenizer(source: Any, *, trust_remote_code: bool = False) -> Any | None:
-    """The transformers tokenizer that belongs to ``source``, or None if there is none."""
+    """The transformers tokenizer that belongs to ``source``, or None if there is none.
+
+    Raises:
+        ConfigError: there is one, and it can't be loaded.
+    """
     if isinstance(source, HFPagedModel):
         source = source.model
     if isinstance(source, nn.Module):
@@ -90,10 +94,10 @@ def load_tokenizer(source: Any, *, trust_remote_code: bool = False) -> Any | Non
     _announce(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError):
+    except Exception as error:  # what a broken tokenizer.json raises has no other class
         if isinstance(folder, Path) and not any(folder.glob("*token*")) and not options:
             return None  # a folder of weights alone
-        raise
+        raise ConfigError(_why_not(f"the tokenizer of {source}", folder, error)) from error
 
 
 def _live(model: nn.Module, device: str | None, dtype: str | None) -> HFPagedModel:
@@ -131,15 +135,15 @@ def _announce(folder: Path | str) -> None:
     _log.warning("no folder called %s is here: asking the Hugging Face hub for it", folder)
 
 
-def _why_not(source: Any, folder: Path | str, error: Exception) -> str:
+def _why_not(what: Any, folder: Path | str, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return (
-            f"{source} brings its own code, which isn't run; if you trust it, load it yourself with "
+            f"{what} brings its own code, which isn't run; if you trust it, load it yourself with "
             "trust_remote_code=True, and give the model in place of its name"
         )
     told = str(error).strip().split("\n", 1)[0]  # the other lines list each class that there is, or retell the manual
     taken = "" if isinstance(folder, Path) else " (no such folder is here, so it was taken for a hub id)"
-    return f"{source} can't be loaded: {told}{taken}"
+    return f"{what} can't be loaded: {told}{taken}"
 
 
 def _refuse_pickle(folder: Path | str, options: dict[str, Any]) -> None:

@@ -53,7 +53,7 @@ def _add_engine(group: Any) -> None:
     add("--max-model-len", type=_count, metavar="N",
         help="tokens of a sequence, prompt and output (default: the model's limit)")  # fmt: skip
     add("--kv-bytes", type=_count, metavar="N", dest="kv_cache_bytes",
-        help="of keys and values (default: a quarter of free memory, 4 GiB at most; for GPUs see the next)")  # fmt: skip
+        help="of keys and values (default: a quarter of free memory, 4 GiB at most; GPUs: see the next)")  # fmt: skip
     add("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE",
         help="of a GPU's memory, unless --kv-bytes is said (default: %(default)s)")  # fmt: skip
     add("--kv-cache-dtype", metavar="DTYPE", help="e.g. bfloat16, int8, float8_e4m3fn (default: the model's)")

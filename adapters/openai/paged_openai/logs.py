@@ -65,8 +65,8 @@ class JSONLines(logging.Formatter):
 
 
 def log_to_stderr(level: str) -> None:
-    """Our loggers, the core's and uvicorn's, as JSON lines. torchao's, where it is installed, has nothing to say here:
-    what it couldn't load on a CPU."""
+    """Our loggers, the core's and uvicorn's, as JSON lines. Others are silenced: what torchao couldn't load on a CPU, and
+    each retry of the hub's client."""
     handler = logging.StreamHandler()
     handler.setFormatter(JSONLines())
     for name in ("paged_core", "paged_openai", "uvicorn"):
@@ -74,7 +74,7 @@ def log_to_stderr(level: str) -> None:
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level.upper())
     logging.getLogger("uvicorn.error").addFilter(_is_no_cut)
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in ("torchao", "torch.utils._pytree", "huggingface_hub.utils._http"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
