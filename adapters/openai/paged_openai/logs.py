@@ -65,8 +65,8 @@ class JSONLines(logging.Formatter):
 
 
 def log_to_stderr(level: str) -> None:
-    """Our loggers, the core's and uvicorn's, as JSON lines. Silenced: what torchao couldn't load on a CPU, and retries of
-    the hub's client."""
+    """Our loggers, the core's and uvicorn's, as JSON lines, without what torchao couldn't load on a CPU and the
+    retries of the hub's client."""
     handler = logging.StreamHandler()
     handler.setFormatter(JSONLines())
     for name in ("paged_core", "paged_openai", "uvicorn"):
