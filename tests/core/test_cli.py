@@ -155,6 +155,12 @@ def test_a_port_that_is_none_is_a_usage_error(port, capsys):
     assert "error: argument --port: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv", [["swap", "nowhere.mar", "new.mar"], ["serve", "nowhere.mar"]])
+def test_an_archive_that_is_not_there_is_one_line(argv, capsys):
+    assert cli.main(["torchserve", *argv]) == 2
+    assert capsys.readouterr().err == "paged: nowhere.mar doesn't exist\n"
+
+
 @pytest.mark.parametrize("command", ["generate", "serve"])
 @pytest.mark.parametrize("value", ["4GiB", "0", "-1", "1.5"])
 def test_a_number_that_is_none_is_told_in_a_users_words(command, value, capsys):

@@ -215,6 +215,8 @@ def _interrupt(number: int, frame: Any) -> None:
 
 def _model_name(path: Path) -> tuple[str, Path]:
     """(the name in its manifest, where it is)"""
+    if not path.exists():
+        raise ConfigError(f"{path} doesn't exist")
     try:
         if path.is_dir():
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
