@@ -13,7 +13,7 @@ from typing import Any
 
 from paged_core.config import EngineConfig
 from paged_core.engine import Engine
-from paged_core.errors import InvalidRequestError
+from paged_core.errors import EngineDeadError, InvalidRequestError
 from paged_core.generation import Generation, deliver
 from paged_core.outputs import GenerationOutput, refused
 from paged_core.scheduling.request import SamplingParams
@@ -131,12 +131,19 @@ class _Run:
                 arrival,
             )
             self._engine.add_request(request_id, generation.prompt.token_ids, generation.params)
-        except InvalidRequestError as error:
-            self._results.append(refused(request_id, prompt, params.n, str(error), arrival))
-            self._progress.update(0, 1)
+        except EngineDeadError:
+            raise
+        except Exception as error:  # of a plugin's or the tokenizer's, say
+            known = isinstance(error, InvalidRequestError)
+            self._refuse(request_id, prompt, params, str(error) if known else f"it could not be taken in: {error!r}")
             return
         self._open[request_id] = generation
         self._results.append(generation)
+
+    def _refuse(self, request_id: str, prompt: Any, params: SamplingParams, told: str) -> None:
+        self._engine.abort(request_id)
+        self._results.append(refused(request_id, prompt, params.n, told, time.perf_counter()))
+        self._progress.update(0, 1)
 
     def step(self) -> None:
         assert self._engine.has_work, "the engine lost a request, or somebody else steps it"

@@ -51,15 +51,23 @@ class TextCodec:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._encoder, self._decoder = _private_copy(tokenizer), _private_copy(tokenizer)
-        self._encode_lock = threading.Lock()
-        self._decode_lock = self._encode_lock if self._encoder is self._decoder else threading.Lock()
+        self.renew_locks()
         self._byte_level = is_byte_level(tokenizer)
         self._pieces: dict[bool, BytePieces] = {}  # by skip_special_tokens
         self._inert: dict[bool, InertTokens] = {}
 
+    def renew_locks(self) -> None:
+        """For a forked child: who held one in the parent isn't there to let it go."""
+        self._encode_lock = threading.Lock()
+        self._decode_lock = self._encode_lock if self._encoder is self._decoder else threading.Lock()
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         if self.tokenizer is None:
             raise InvalidRequestError("there is no tokenizer: give the prompt as token ids, or pass tokenizer=...")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"the text can't be written as UTF-8: {error}") from error
         with self._encode_lock:
             return list(self._encoder.encode(text, add_special_tokens=add_special_tokens))
 

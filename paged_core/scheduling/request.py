@@ -7,9 +7,10 @@ Requests that share an id, a prompt and a Group, and differ in ``index``. Nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from numbers import Real
 from typing import Any, NamedTuple
 
 LogitsProcessor = Callable[[Any, Any], Any]
@@ -50,8 +51,10 @@ class SamplingParams:
     Text-level fields (``stop``, ``bad_words``, ``skip_special_tokens``, ``include_stop_str_in_output``) are honoured
     by the layer that owns the tokenizer; the engine itself sees token ids only.
 
+    None stands for an empty list. Lists are taken as they are now, and become tuples.
+
     Raises:
-        InvalidRequestError: a value is out of its range; the message names the field, the value and the range.
+        InvalidRequestError: a value is of the wrong type or out of its range; the message begins with the field's name.
     """
 
     n: int = 1  # sequences returned for one prompt
@@ -84,39 +87,24 @@ class SamplingParams:
     logits_processors: Sequence[LogitsProcessor] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
+        for name, items in _LISTS.items():
+            object.__setattr__(self, name, _items(name, getattr(self, name), items))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise InvalidRequestError(f"{name} is {value!r}; it must be a number from {low} to {high}")
-        for name in (
-            "n",
-            "top_k",
-            "min_tokens",
-            "max_tokens",
-            "logprobs",
-            "prompt_logprobs",
-            "seed",
-            "priority",
-        ):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise InvalidRequestError(f"{name} is {value!r}; it must be an integer")
+        for name, number in _NUMBERS.items():
+            _check_number(name, getattr(self, name), number)
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequestError(f"{name} is {getattr(self, name)!r}; it must be True or False", name)
+        if self.cache_salt is not None and not _is_text(self.cache_salt):
+            raise InvalidRequestError(f"cache_salt is {self.cache_salt!r}; it must be {_TEXT}", "cache_salt")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})")
-        if any(not isinstance(text, str) or not text for text in self.stop):
-            raise InvalidRequestError("stop holds an empty string or something that is no string")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InvalidRequestError(
                 "allowed_token_ids is empty: no token could ever be chosen; use None to allow all"
             )
-        if self.logit_bias and any(not math.isfinite(bias) for bias in self.logit_bias.values()):
-            raise InvalidRequestError("logit_bias holds a value that is not finite; use bad_words to forbid a token")
+        _check_bias(self.logit_bias)
         _check_beams(self)
 
     @property
@@ -125,23 +113,106 @@ class SamplingParams:
         return self.temperature == 0 or self.top_k == 1
 
 
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("n", 1, 4096),
-    ("temperature", 0, 1e6),
-    ("top_k", 0, 2**31 - 1),
-    ("top_p", 1e-12, 1),
-    ("min_p", 0, 1),
-    ("repetition_penalty", 1e-6, 1e6),
-    ("presence_penalty", -1e6, 1e6),
-    ("frequency_penalty", -1e6, 1e6),
-    ("seed", -(2**63), 2**64 - 1),
-    ("min_tokens", 0, 2**31 - 1),
-    ("max_tokens", 1, 2**31 - 1),
-    ("logprobs", 0, 2**31 - 1),
-    ("prompt_logprobs", 0, 2**31 - 1),
-    ("priority", -(2**31), 2**31 - 1),
-    ("length_penalty", -20, 20),
-)
+class _Number(NamedTuple):
+    low: float
+    high: float
+    whole: bool = False
+    optional: bool = False  # None has a meaning of its own
+
+
+_NUMBERS = {
+    "n": _Number(1, 4096, whole=True),
+    "temperature": _Number(0, 1e6),
+    "top_k": _Number(0, 2**31 - 1, whole=True),
+    "top_p": _Number(1e-12, 1),
+    "min_p": _Number(0, 1),
+    "repetition_penalty": _Number(1e-6, 1e6),
+    "presence_penalty": _Number(-1e6, 1e6),
+    "frequency_penalty": _Number(-1e6, 1e6),
+    "seed": _Number(-(2**63), 2**64 - 1, whole=True, optional=True),
+    "min_tokens": _Number(0, 2**31 - 1, whole=True),
+    "max_tokens": _Number(1, 2**31 - 1, whole=True, optional=True),
+    "logprobs": _Number(0, 2**31 - 1, whole=True, optional=True),
+    "prompt_logprobs": _Number(0, 2**31 - 1, whole=True, optional=True),
+    "priority": _Number(-(2**31), 2**31 - 1, whole=True),
+    "length_penalty": _Number(-20, 20),
+}
+_FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "use_beam_search")
+_TEXT = "a str that can be written as UTF-8"
+
+
+def _is_text(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class _Items(NamedTuple):
+    kind: str  # what an item must be
+    fits: Callable[[Any], bool]
+    one_is_many: bool = False  # a str by itself stands for a list of it
+    optional: bool = False  # None has a meaning of its own; else it stands for ()
+
+
+_LISTS = {
+    "stop": _Items(f"{_TEXT}, and not empty", lambda item: _is_text(item) and bool(item), one_is_many=True),
+    "stop_token_ids": _Items("a token id (an int)", _is_token),
+    "bad_words": _Items(_TEXT, _is_text, one_is_many=True),
+    "bad_words_token_ids": _Items(
+        "a sequence of token ids (ints)", lambda item: isinstance(item, Sequence) and all(map(_is_token, item))
+    ),
+    "allowed_token_ids": _Items("a token id (an int)", _is_token, optional=True),
+    "logits_processors": _Items("a function (input_ids, scores) -> scores", callable),
+}
+
+
+def _items(name: str, value: Any, items: _Items) -> tuple[Any, ...] | None:
+    """The field's items as they are now: what the caller does to its list afterwards changes nothing."""
+    if value is None:
+        return None if items.optional else ()
+    if isinstance(value, str) and items.one_is_many:
+        value = (value,)
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise InvalidRequestError(f"{name} is {value!r}; it must be a list, each item {items.kind}", name)
+    found = tuple(value)
+    for item in found:
+        if not items.fits(item):
+            raise InvalidRequestError(f"{name} holds {item!r}; each item must be {items.kind}", name)
+    return found
+
+
+def _check_number(name: str, value: Any, number: _Number) -> None:
+    if value is None and number.optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not number.low <= value <= number.high:
+        told = f"{name} is {value!r}; it must be a number from {number.low} to {number.high}"
+        raise InvalidRequestError(told, name)
+    if number.whole and not isinstance(value, int):
+        raise InvalidRequestError(f"{name} is {value!r}; it must be an integer", name)
+
+
+def _check_bias(bias: Any) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, Mapping):
+        raise InvalidRequestError(f"logit_bias is {bias!r}; it must be a dict, token id -> number", "logit_bias")
+    for token, value in bias.items():
+        if not _is_token(token) or isinstance(value, bool) or not isinstance(value, Real):
+            told = f"logit_bias holds {token!r}: {value!r}; it must be a dict, token id -> number"
+            raise InvalidRequestError(told, "logit_bias")
+        if not -math.inf < value < math.inf:
+            told = "logit_bias holds a value that is not finite; use bad_words to forbid a token"
+            raise InvalidRequestError(told, "logit_bias")
+
+
 _NOT_WITH_BEAMS = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
                    "logit_bias", "bad_words", "bad_words_token_ids", "allowed_token_ids", "min_tokens", "stop",
                    "logprobs", "prompt_logprobs", "logits_processors")  # fmt: skip

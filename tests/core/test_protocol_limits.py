@@ -133,7 +133,7 @@ def test_a_limit_is_told_under_the_name_that_was_used(alphabet: Alphabet, make: 
 
 def test_ids_that_are_told_again_and_again_count_once(alphabet: Alphabet) -> None:
     params = complete(alphabet, allowed_token_ids=[5, 7] * 5000, stop_token_ids=[9] * 5000).params
-    assert (params.allowed_token_ids, params.stop_token_ids) == ([5, 7], [9])
+    assert (params.allowed_token_ids, params.stop_token_ids) == ((5, 7), (9,))
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def test_a_prompt_that_cannot_be_served_is_refused_with_the_reason(codec: TextCo
 
 def test_bad_words_become_token_ids_with_and_without_a_leading_space() -> None:
     params = prepare_params(BYTE_CODEC, SamplingParams(bad_words=["no", "no"], bad_words_token_ids=[[7]]))
-    assert params.bad_words_token_ids == [(7,), tuple(b"no"), tuple(b" no")]
+    assert params.bad_words_token_ids == ((7,), tuple(b"no"), tuple(b" no"))
     assert not params.bad_words
 
 
