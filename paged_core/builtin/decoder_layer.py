@@ -65,6 +65,8 @@ def mixing_attend(
 class _DecoderLayer:
     """Stands for one layer's forward. Calls that are not the engine's own go to the module."""
 
+    follows_module = True
+
     def __init__(self, module: nn.Module, norm: Any, second_norm: Any) -> None:
         attention, mlp = module.get_submodule("self_attn"), module.get_submodule("mlp")
         q, k, v = (attention.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj"))

@@ -98,6 +98,8 @@ def norm_forward(module: nn.Module) -> ModuleForward | None:
 class _RMSNorm:
     """x / rms(x) * weight, or * (1 + weight), in one pass."""
 
+    follows_module = True
+
     def __init__(self, module: nn.Module, plus_one: bool) -> None:
         from paged_kernels.cpu.elementwise import rms_norm
 

@@ -71,6 +71,8 @@ def _have_kernels() -> bool:
 class _Linear:
     """One linear layer from its packed weight."""
 
+    follows_module = True
+
     def __init__(self, module: nn.Module) -> None:
         self._layers = Layers([module])
         self.stale = self._layers.stale
@@ -99,6 +101,8 @@ class _Sibling:
     Another input, one that was written to, another order or a second call finds nothing and is computed alone.
     """
 
+    follows_module = True
+
     def __init__(self, layers: Layers, sizes: Sequence[int], index: int) -> None:
         self._layers, self._sizes, self._index = layers, list(sizes), index
         self.stale = layers.stale
@@ -119,6 +123,8 @@ class _Sibling:
 
 class _GatedMLP:
     """down(silu(gate(x)) * up(x)) in two products."""
+
+    follows_module = True
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)

@@ -62,8 +62,10 @@ class Attend(Protocol):
 
 
 ModuleForward = Callable[..., Any]
-"""Stands in for a module's ``forward``: same arguments, same meaning. It may carry ``stale() -> bool``, and
-``calls_children = True`` if it calls the module's children, which are then asked for too."""
+"""Stands in for a module's ``forward``: same arguments, same meaning. It may carry ``stale() -> bool``, with
+``follows_module = True`` if only changes of the module (weights, attributes, children) make it so: a model that watches
+these itself asks only after one. And ``calls_children = True`` if it calls the module's children, which are then asked
+for too."""
 
 
 @runtime_checkable

@@ -239,6 +239,58 @@ def test_a_change_of_the_model_is_in_the_next_answer(
     assert paged(running, prompts, 8) == expected
 
 
+def _edit_a_row_of_the_head(model: Any) -> None:
+    model.lm_head.weight.data[8] += 9
+
+
+def _edit_a_row_of_the_embedding(model: Any) -> None:
+    model.model.embed_tokens.weight.data[7] -= 2
+
+
+def _edit_a_row_of_a_layer(model: Any) -> None:
+    model.model.layers[1].mlp.down_proj.weight.data[5] += 3
+
+
+def _edit_a_column_of_a_layer(model: Any) -> None:
+    model.model.layers[1].self_attn.o_proj.weight.data[:, 5] += 3
+
+
+@pytest.mark.parametrize(
+    "change", [_edit_a_row_of_the_head, _edit_a_row_of_the_embedding, _edit_a_row_of_a_layer, _edit_a_column_of_a_layer]
+)
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_a_row_or_column_written_through_data_is_in_the_next_answer(
+    change: Any, accelerated: bool, tiny: Any, stock: Any, paged: Any, engine: Any
+) -> None:
+    prompts = [[3, 7, 3, 9, 11, 3, 7, 12, 3, 40]]
+    model = tiny("llama", hidden_size=128, intermediate_size=256)
+    running = engine(HFPagedModel(model), fast_forwards=accelerated)
+    before = paged(running, prompts, 12)
+    change(model)
+    expected = stock(model, prompts, 12)
+    assert expected != before
+    assert paged(running, prompts, 12) == expected
+
+
+def test_a_change_is_not_forgotten_when_catching_up_with_it_fails(
+    tiny: Any, stock: Any, paged: Any, engine: Any, prompts: Any, monkeypatch: Any
+) -> None:
+    model = tiny("llama")
+    paged_model = HFPagedModel(model)
+    running = engine(paged_model)
+    paged(running, prompts, 8)
+    _edit_data(model)
+    monkeypatch.setattr(paged_model, "_create", _out_of_memory)
+    with pytest.raises(MemoryError):
+        paged_model.refresh()
+    monkeypatch.undo()
+    assert paged(running, prompts, 8) == stock(model, prompts, 8)
+
+
+def _out_of_memory(module: nn.Module) -> Any:
+    raise MemoryError
+
+
 def test_refresh_says_whether_anything_changed(tiny: Any) -> None:
     model = tiny("llama")
     paged_model = HFPagedModel(model)
@@ -298,6 +350,28 @@ def test_faster_forwards_are_used_by_the_engine_only(tiny: Any, paged: Any, stoc
     assert paged_model.refresh()
     assert len(made) == 30, "only the stale one is made again"
     assert stock(model, prompts, 4) != expected
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_forward_that_follows_its_module_is_asked_only_when_the_model_changed(follows: bool, tiny: Any) -> None:
+    model = tiny("llama")
+    asked: list[nn.Module] = []
+
+    class Forward(_PackedLinear):
+        follows_module = follows
+
+        def stale(self) -> bool:
+            asked.append(self.module)
+            return super().stale()
+
+    paged_model = HFPagedModel(model)
+    paged_model.accelerate(lambda module: Forward(module) if type(module) is nn.Linear else None)
+    assert not paged_model.refresh()
+    assert len(asked) == (0 if follows else 29)
+    asked.clear()
+    _edit_data(model)
+    assert paged_model.refresh()
+    assert len(asked) == 29
 
 
 def test_parents_are_asked_first_and_what_they_hold_is_then_left_alone(tiny: Any) -> None:

@@ -52,5 +52,43 @@ def test_the_device_is_waited_for_once_however_many_dtypes_there_are(monkeypatch
     assert len(waits) == 1, waits
 
 
+def columns_first(rows: int, columns: int) -> torch.Tensor:
+    return torch.zeros(columns, rows).t()
+
+
+def part_of_a_wider_one(rows: int, columns: int) -> torch.Tensor:
+    return torch.zeros(rows, columns + 3)[:, :columns]
+
+
+@pytest.mark.parametrize("make", [torch.zeros, columns_first, part_of_a_wider_one])
+@pytest.mark.parametrize("shape", [(64, 64), (300, 48), (48, 300), (97, 90), (1, 77), (77, 1), (2, 40), (40, 2)])
+def test_every_row_and_every_column_that_is_written_through_data_is_told(make: Any, shape: tuple[int, int]) -> None:
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight = nn.Parameter(make(*shape))
+    watch, weight = Watch(layer), layer.weight.data
+    for line in (*weight.unbind(0), *weight.unbind(1)):
+        line += 1
+        assert watch.changed()
+    assert not watch.changed()
+
+
+def test_every_row_and_column_of_each_expert_is_told() -> None:
+    model = nn.Module()
+    model.experts = nn.Parameter(torch.zeros(3, 20, 48))
+    watch = Watch(model)
+    for expert in model.experts.data:
+        for line in (*expert.unbind(0), *expert.unbind(1)):
+            line += 1
+            assert watch.changed()
+
+
+def test_every_value_of_a_vector_is_told() -> None:
+    norm = nn.LayerNorm(500)
+    watch = Watch(norm)
+    for place in range(500):
+        norm.bias.data[place] = -1
+        assert watch.changed()
+
+
 def test_a_model_without_weights_never_changes() -> None:
     assert not Watch(nn.Module()).changed()

@@ -51,6 +51,7 @@ class HFPagedModel:
         self._spec: ModelSpec
         self._create: CreateForward | None = None
         self._embeds = Embeds()
+        self._behind = False  # whether a change was noticed and isn't caught up with
         self._take_in()
 
     @property
@@ -132,11 +133,13 @@ class HFPagedModel:
         if self._shadow.outdated() or self._watch.retyped():
             self._take_in_again()
             return True
-        changed = self._watch.changed()
+        self._behind |= self._watch.changed()
         for twin, forward in list(self._fast.items()):
-            if getattr(forward, "stale", bool)():
-                changed = True
+            asked = self._behind or not getattr(forward, "follows_module", False)
+            if asked and getattr(forward, "stale", bool)():
+                self._behind = True
                 self._replace(twin)
+        changed, self._behind = self._behind, False
         return changed
 
     def _let_go(self) -> None:

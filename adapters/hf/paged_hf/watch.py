@@ -1,18 +1,24 @@
-"""Has anyone changed the weights? Told in a few milliseconds from identities, versions and a few values of each."""
+"""Has anyone changed the weights? Told in a few milliseconds from identities, versions and some values of each."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_SAMPLES = 32  # values looked at in each tensor, for edits through ``.data``, which leave no other trace
+_VECTOR = 1 << 18  # values of a vector that are all looked at
+_SAMPLES = 32  # values looked at in a longer one: quantised weights lie so
 
 
 class Watch:
-    """Remembers every parameter and buffer of ``model``. Edits of single values through ``.data`` can escape it."""
+    """Remembers every parameter and buffer of ``model``.
+
+    Writes through ``.data`` leave no trace but the values: rows, columns and more of a matrix are noticed, and every
+    value of a vector. Less of a matrix can escape.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -54,13 +60,15 @@ class Watch:
     def _remember(self) -> None:
         self._marks = []  # (dict, key, tensor, (address, version))
         self._views: dict[torch.device, dict[torch.dtype, list[Tensor]]] = {}
+        sampled = set()  # tied weights stand in several places
         for own, name in _slots(self._model):
             tensor = own[name]
             self._marks.append((own, name, tensor, (tensor.data_ptr(), _version(tensor))))
-            for plain in _plain(tensor):
-                view = _sample(plain)
-                if view is not None:
-                    self._views.setdefault(view.device, {}).setdefault(view.dtype, []).append(view)
+            if id(tensor) in sampled:
+                continue
+            sampled.add(id(tensor))
+            for view in (view for plain in _plain(tensor) for view in _samples(plain)):
+                self._views.setdefault(view.device, {}).setdefault(view.dtype, []).append(view)
         self._seen = self._values()
 
 
@@ -90,10 +98,24 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
         yield from _plain(getattr(tensor, name))
 
 
-def _sample(tensor: Tensor) -> Tensor | None:
-    """A view of at most _SAMPLES values, evenly spread; it follows the tensor's memory."""
-    plain = tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
-    if not plain or not tensor.numel() or not tensor.is_contiguous():
-        return None
-    step = max(1, tensor.numel() // _SAMPLES)
-    return tensor.view(-1)[::step][:_SAMPLES]
+def _samples(tensor: Tensor) -> list[Tensor]:
+    """One-dimensional views that follow the tensor's memory. Those of a matrix touch every row and every column."""
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or not tensor.numel():
+        return []
+    if not tensor.is_contiguous():  # such as one that lies turned
+        tensor = tensor.permute(sorted(range(tensor.ndim), key=lambda dim: -tensor.stride(dim)))
+    if not tensor.is_contiguous():
+        return [tensor[0], tensor[:, 0]] if tensor.ndim == 2 else []
+    return [tensor.view(-1)[:: _step(tensor)]]
+
+
+def _step(tensor: Tensor) -> int:
+    """Through all values, one after another: into each row, as it is no longer than one, and of the rows into each
+    column, as it has no divisor in common with their length and there are rows enough."""
+    rows, columns = tensor.shape[-2:] if tensor.ndim > 1 else (tensor.numel(), 1)
+    if 1 in (rows, columns):
+        return 1 if tensor.numel() <= _VECTOR else tensor.numel() // _SAMPLES
+    step = min(rows, columns - 1)
+    while math.gcd(step, columns) != 1:
+        step -= 1
+    return step

@@ -6,6 +6,7 @@ number of columns rounded up to whole tiles. A row's result does not depend on t
 
 from __future__ import annotations
 
+import math
 import struct
 import threading
 from collections.abc import Sequence
@@ -15,8 +16,6 @@ from torch import Tensor
 
 from paged_kernels.cpu import product
 from paged_kernels.cpu.product import COUNTERS, LINE, TICKET, TILE
-
-SAMPLE = 64  # values of a weight that are remembered, to notice edits that leave no trace
 
 
 class PackedLinear:
@@ -108,7 +107,8 @@ class WatchedTensors:
         return True
 
     def stale(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Reads memory too: a new address, or a sample of values that differs."""
+        """Reads memory too: a new address, or other values in a row or column of a matrix, or anywhere in a vector.
+        Milliseconds for a model's weights: for when there is reason to ask."""
         if not self.same(tensors):
             return True
         for tensor, mark, sample in zip(tensors, self._marks, self._samples, strict=True):
@@ -173,5 +173,16 @@ def _version(tensor: Tensor) -> int:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // SAMPLE)].clone()
+    """A copy of a vector, or of values in every row and every column of a matrix."""
+    values = tensor.detach()
+    if values.ndim < 2 or 1 in values.shape:
+        return values.reshape(-1).clone()
+    if not values.is_contiguous():
+        values = values.t()
+    if not values.is_contiguous():
+        return torch.cat([values[0], values[:, 0]])
+    rows, columns = values.shape
+    step = min(rows, columns - 1)  # one in each row; in each column, when no divisor is common to both
+    while math.gcd(step, columns) != 1:
+        step -= 1
+    return values.view(-1)[::step].clone()
