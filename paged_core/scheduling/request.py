@@ -155,6 +155,10 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 class _Items(NamedTuple):
     kind: str  # what an item must be
     fits: Callable[[Any], bool]
@@ -205,7 +209,7 @@ def _check_bias(bias: Any) -> None:
     if not isinstance(bias, Mapping):
         raise InvalidRequestError(f"logit_bias is {bias!r}; it must be a dict, token id -> number", "logit_bias")
     for token, value in bias.items():
-        if not _is_token(token) or isinstance(value, bool) or not isinstance(value, Real):
+        if not _is_token(token) or not _is_number(value):
             told = f"logit_bias holds {token!r}: {value!r}; it must be a dict, token id -> number"
             raise InvalidRequestError(told, "logit_bias")
         if not -math.inf < value < math.inf:
