@@ -3,6 +3,9 @@
 Who owns what: the engine and the table of running requests belong to the stepping thread alone. Others reach it
 through one queue of commands, and hear from it through Streams, which are behind their own locks. A Stream never
 makes the stepping thread wait: what its reader hasn't fetched yet is joined into one delta.
+
+A forked child has a copy of the engine and not its thread. There the streams of the parent's requests have failed, and
+so has the engine, unless its thread never ran: then the child's own starts with its first request.
 """
 
 from __future__ import annotations
@@ -10,11 +13,12 @@ from __future__ import annotations
 import asyncio
 import atexit
 import itertools
+import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
@@ -68,16 +72,21 @@ class AsyncEngine:
     ) -> None:
         self.engine, self.codec = open_engine(model, tokenizer, config, config_fields)
         release_helper_threads()  # loading has taken some; from now on only the stepping thread computes
-        self._commands: SimpleQueue[_Submit | _Cancel | _Look | _Close] = SimpleQueue()  # put() is safe even in __del__
-        self._lock = threading.Lock()  # guards the four below
-        self._thread: threading.Thread | None = None
         self._closed = False
         self._dead: BaseException | None = None
-        self._ids: set[str] = set()  # of requests that have not ended
         self._numbers = itertools.count()
+        self._channels: weakref.WeakSet[Channel] = weakref.WeakSet()  # those somebody may still read
+        self._answers: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
+        self._start_afresh()
+        _OPEN.add(self)
+
+    def _start_afresh(self) -> None:
+        self._commands: SimpleQueue[_Submit | _Cancel | _Look | _Close] = SimpleQueue()  # put() is safe even in __del__
+        self._lock = threading.Lock()  # guards the two below, _closed and _dead
+        self._thread: threading.Thread | None = None
+        self._ids: set[str] = set()  # of requests that have not ended
         self._running: dict[str, _Submit] = {}  # the stepping thread's own
         self._began: float | None = None  # when it took up what it is at; None: it waits for something to do
-        _OPEN.add(self)
 
     @property
     def tokenizer(self) -> Any:
@@ -102,8 +111,10 @@ class AsyncEngine:
         Raises:
             InvalidRequestError: the prompt is no prompt, or the id is in use. What only the engine can tell (it is too
                 long, say) is raised by the Stream.
-            EngineDeadError: the engine was closed or has failed.
+            EngineDeadError: the engine was closed or has failed, or stayed in the parent of this process.
+            RuntimeError: its thread can't be started (too many threads); a later request may find it can.
         """
+        self._check_open()
         arrival = time.perf_counter()
         params = prepare_params(self.codec, params or SamplingParams())
         encoded = encode_prompt(self.codec, prompt)
@@ -115,8 +126,9 @@ class AsyncEngine:
             self._check_open()
             if request_id in self._ids:
                 raise InvalidRequestError(f"request id {request_id!r} is in use; choose another")
-            self._ids.add(request_id)
             self._start()
+            self._ids.add(request_id)
+            self._channels.add(channel)
             self._commands.put(_Submit(generation, channel))
         return Stream(channel)
 
@@ -130,6 +142,7 @@ class AsyncEngine:
         with self._lock:
             self._check_open()
             self._start()
+            self._answers.add(answer)
             self._commands.put(_Look(function, answer))
         return answer
 
@@ -145,7 +158,7 @@ class AsyncEngine:
             if first:
                 self._commands.put(_Close())
         if thread is None:
-            if first:
+            if first and self._dead is None:
                 self.engine.close()
         elif thread is not threading.current_thread():
             thread.join(timeout)
@@ -169,18 +182,36 @@ class AsyncEngine:
 
     def _check_open(self) -> None:
         if self._dead is not None:
-            raise EngineDeadError(f"the engine has failed: {self._dead!r}") from self._dead
+            raise _told(self._dead)
         if self._closed:
             raise EngineDeadError("the engine is closed")
 
     def _start(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="paged-engine", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="paged-engine", daemon=True)
+            thread.start()  # it waits for our lock, and ends if an interrupt keeps us from the next line
+            self._thread = thread
+
+    def _forked(self) -> None:
+        """In the child, right after the fork. Whatever other threads held or had half done is made anew."""
+        forked = EngineDeadError("the process was forked; build an engine in the child")
+        if self._thread is not None:
+            self._dead = self._dead or forked
+        self.codec.renew_locks()
+        self._start_afresh()
+        for channel in list(self._channels):
+            channel.forked(_told(forked))
+        for answer in list(self._answers):
+            answer._condition = threading.Condition()
+            with suppress(InvalidStateError):  # it has its answer
+                answer.set_exception(_told(forked))
 
     # ---- the stepping thread -------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        with self._lock:
+            if self._thread is not threading.current_thread():
+                return
         try:
             while self._obey():
                 if self.engine.has_work:
@@ -268,16 +299,21 @@ class AsyncEngine:
         late = [command for command in commands if isinstance(command, _Submit)]
         wakeups = Wakeups()
         for submit in [*self._running.values(), *late]:
-            told = EngineDeadError(f"the engine has failed: {error!r}")
-            told.__cause__ = error
-            submit.channel.fail(told, wakeups)
+            submit.channel.fail(_told(error), wakeups)
         for command in commands:
             if isinstance(command, _Look) and command.answer.set_running_or_notify_cancel():
-                command.answer.set_exception(EngineDeadError(f"the engine has failed: {error!r}"))
+                command.answer.set_exception(_told(error))
         self._running.clear()
         wakeups.send()
         with suppress(Exception):
             self.engine.close()
+
+
+def _told(error: BaseException) -> EngineDeadError:
+    """What callers hear of the engine's end: each an error of its own."""
+    told = EngineDeadError(f"the engine has failed: {error if isinstance(error, EngineDeadError) else repr(error)}")
+    told.__cause__ = error
+    return told
 
 
 def _answer(look: _Look, engine: Engine) -> None:
@@ -297,3 +333,11 @@ def _close_all() -> None:
     """Python must not end under a thread that is inside torch."""
     for engine in list(_OPEN):
         engine.close()
+
+
+def _after_fork() -> None:
+    for engine in list(_OPEN):
+        engine._forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -17,7 +17,22 @@ from paged_core.outputs import GenerationOutput, StreamDelta, join_deltas
 _JOIN_AFTER = 32  # unread deltas of one index that are joined into one
 
 
-_Waiter = Union[threading.Event, "asyncio.Future[None]"]
+class Bell:
+    """What a thread waits on, once. A bare lock: it can be rung in a forked child too, whatever others were at."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def ring(self) -> None:
+        self._lock.release()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """False: it did not ring in ``timeout`` seconds."""
+        return self._lock.acquire(timeout=-1 if timeout is None else max(timeout, 0))
+
+
+_Waiter = Union[Bell, "asyncio.Future[None]"]
 
 
 class Wakeups:
@@ -27,8 +42,8 @@ class Wakeups:
         self._futures: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
 
     def add(self, waiter: _Waiter) -> None:
-        if isinstance(waiter, threading.Event):
-            waiter.set()
+        if isinstance(waiter, Bell):
+            waiter.ring()
         else:
             self._futures.setdefault(waiter.get_loop(), []).append(waiter)
 
@@ -69,6 +84,13 @@ class Channel:
         with self._lock:
             self._error = error
             self._wake(wakeups)
+
+    def forked(self, error: Exception) -> None:
+        """In a forked child, where no more news will come; who held the lock in the parent isn't here. Nor do event
+        loops go on there: what would wake them is left alone, it is the parent's too."""
+        self._lock = threading.Lock()
+        if not self.ended:
+            self.fail(error, Wakeups())
 
     def _wake(self, wakeups: Wakeups) -> None:
         waiters, self._waiting = self._waiting, []
@@ -161,7 +183,7 @@ class Stream:
         Raises:
             TimeoutError: the end did not come in ``timeout`` seconds; the request goes on.
         """
-        news = threading.Event()
+        news = Bell()
         result = self._channel.result(news)
         if result is None:
             if not news.wait(timeout):
@@ -210,7 +232,7 @@ class _Deltas:
 
     def __next__(self) -> StreamDelta:
         while True:
-            news = threading.Event()
+            news = Bell()
             try:
                 delta = self._channel.take(news)
             except EndOfStream:

@@ -413,6 +413,32 @@ def test_an_engine_that_never_ran_closes(model: AlphabetModel) -> None:
         engine.submit([1])
 
 
+def test_a_thread_that_could_not_be_started_is_started_by_the_next_request(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            engine.submit("A", params(), "mine")
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            engine.look(lambda engine: engine.spec)
+    assert engine.submit("A", params(), "mine").result(LIMIT_S).outputs[0].text == "BCDEF"
+
+
+def test_an_engine_whose_thread_never_started_closes(model: AlphabetModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = AsyncEngine(model, tokenizer=CharacterTokenizer(), config=CONFIG)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda thread: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.submit("A")
+    engine.close()
+    with pytest.raises(EngineDeadError, match="closed"):
+        engine.submit("A")
+
+
 def test_an_idle_engine_sleeps_and_wakes(engine: AsyncEngine) -> None:
     for _ in range(3):
         assert engine.submit("A", params()).result(LIMIT_S).outputs[0].text == "BCDEF"
