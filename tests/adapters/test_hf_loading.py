@@ -76,6 +76,12 @@ def test_what_is_none_of_ours_is_left_to_other_plugins() -> None:
     assert load_tokenizer(object()) is None
 
 
+def test_a_file_in_place_of_its_folder_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"model.safetensors is a file, .* give the folder"):
+        load_model(str(tmp_path / "model.safetensors"))
+
+
 def test_a_gguf_file_that_is_missing_is_named() -> None:
     with pytest.raises(ConfigError, match=r"missing.gguf doesn't exist"):
         load_model("missing.gguf")

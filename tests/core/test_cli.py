@@ -134,8 +134,10 @@ def test_no_command_at_all_is_a_usage_error(capsys):
     assert "COMMAND" in capsys.readouterr().err
 
 
-def test_a_model_that_is_not_there_is_one_line(tmp_path, capsys):
-    assert cli.main(["generate", str(tmp_path / "nowhere"), "hello"]) == 2
+@pytest.mark.parametrize("command", ["generate", "bench"])
+def test_a_model_that_is_not_there_is_one_line(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+    assert cli.main([command, str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err == f"paged: there is no folder or file {tmp_path / 'nowhere'}\n"
 
 

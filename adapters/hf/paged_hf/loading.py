@@ -47,6 +47,8 @@ def load_model(
         return _live(source, device, dtype) if hasattr(source, "config") else None
     place = _place(source)
     if place is None:
+        if isinstance(source, (str, Path)) and Path(source).expanduser().is_file():
+            raise ConfigError(f"{source} is a file, and no GGUF file; give the folder with the model's config.json")
         return None
     folder, options = place
     if not allow_pickle:

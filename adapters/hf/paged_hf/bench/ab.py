@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from paged_core import ConfigError, EngineConfig
@@ -183,6 +184,8 @@ def _encoder(source: str) -> workloads.Encode:
     from paged_hf import loading
 
     tokenizer: Any = loading.load_tokenizer(source)
+    if tokenizer is None and not Path(source).expanduser().exists():
+        raise ConfigError(f"there is no folder or file {source}")
     if tokenizer is None:
         raise ConfigError(f"no tokenizer found for {source!r}; prompts are made of text")
 
