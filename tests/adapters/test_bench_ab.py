@@ -1,6 +1,7 @@
 """The A/B from end to end, on a random model of two layers: every system, in its own process where it matters."""
 
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -12,6 +13,14 @@ from paged_hf.bench.workloads import BenchRequest
 from paged_core import EngineConfig, cli
 
 CONFIG = EngineConfig(attention_backend="reference", kv_cache_bytes=1 << 20, max_num_batched_tokens=64, max_num_seqs=8)
+
+
+@pytest.fixture(autouse=True)
+def children_share_their_imports(monkeypatch):
+    """Forked from a server that has imported what they need: each would take seconds for it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["paged_hf.coverage.preload"])  # the server may be that of other tests
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
 
 
 @pytest.fixture(scope="module")
