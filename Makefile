@@ -31,7 +31,9 @@ bench: $(STAMP)
 	$(BIN)/paged bench $(BENCH_MODEL) --repeats 3 --sequential-limit 3600 --baseline hf-static:16,hf-sequential,hf-continuous \
 		--json $(OUT)/bench.json --plot $(OUT)/bench.png $(BENCH_ARGS)
 
-test: lint types unit
+test: $(STAMP)
+	$(MAKE) -j2 lint types
+	$(MAKE) unit
 
 lint: $(STAMP)
 	$(BIN)/ruff check
