@@ -1,20 +1,23 @@
 """A forked child has a copy of an AsyncEngine, and not its thread: there it says so at once, and nothing hangs.
 
-Each program runs in a process of its own; ``in_child`` runs a function in a forked child, and checks that it ends well.
+Each program runs in a process of its own, forked from one that has imported everything; ``in_child`` runs a function
+in a forked child, and checks that it ends well.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 TESTS = Path(__file__).parents[1]
-HELPERS = """
-import asyncio, gc, os, threading, time
+SERVER = """
+import asyncio, gc, json, os, sys, threading, time
 from alphabet_model import AlphabetModel, Gate
 from toy_tokenizers import CharacterTokenizer
 from paged_core import AsyncEngine, EngineConfig, EngineDeadError, SamplingParams
@@ -63,19 +66,47 @@ def refuses(work):
     else:
         raise AssertionError("nobody said that the engine isn't there")
 
+build().close()  # imports what engines need
+gc.freeze()  # an exit that looks through all of it takes seconds
+# One line in: a program; one line out: its process's status.
+for line in sys.stdin:
+    process = os.fork()
+    if not process:
+        break
+    print(os.waitpid(process, 0)[1], flush=True)
+else:
+    sys.exit()
 engine = build()
+exec(json.loads(line))
+os._exit(0)
 """
 
+Run = Callable[[str], None]
 
-def run(program: str) -> None:
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     paths = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command = [sys.executable, "-c", HELPERS + program]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    log = tmp_path_factory.mktemp("fork") / "stderr"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            ["timeout", "300", sys.executable, "-c", SERVER], env=environment, stderr=errors, **pipes
+        ) as server,
+    ):
+        assert server.stdin and server.stdout
+
+        def run(program: str) -> None:
+            print(json.dumps(program), file=server.stdin, flush=True)
+            assert server.stdout.readline() == "0\n", log.read_text()
+
+        yield run
+        server.stdin.close()
 
 
-def test_the_childs_copy_says_so_and_a_new_one_serves() -> None:
+def test_the_childs_copy_says_so_and_a_new_one_serves(run: Run) -> None:
     run("""
 gate.open()
 assert text(engine) == "BCDEF"
@@ -96,7 +127,7 @@ engine.close()
 """)
 
 
-def test_streams_of_the_parent_fail_in_the_child_and_go_on_in_the_parent() -> None:
+def test_streams_of_the_parent_fail_in_the_child_and_go_on_in_the_parent(run: Run) -> None:
     run("""
 stream, waiting = engine.submit("A", LONG), engine.submit("B", WORDS)
 reader = threading.Thread(target=stream.result, daemon=True)
@@ -128,7 +159,7 @@ engine.close()
 """)
 
 
-def test_a_stream_that_had_ended_can_be_read_in_the_child() -> None:
+def test_a_stream_that_had_ended_can_be_read_in_the_child(run: Run) -> None:
     run("""
 gate.open()
 stream = engine.submit("A", WORDS)
@@ -143,7 +174,7 @@ engine.close()
 """)
 
 
-def test_a_thread_that_forks_in_a_signal_handler_while_it_waits_hears_of_it() -> None:
+def test_a_thread_that_forks_in_a_signal_handler_while_it_waits_hears_of_it(run: Run) -> None:
     run("""
 import signal
 children = []
@@ -164,7 +195,7 @@ engine.close()
 
 
 @pytest.mark.parametrize("lock", ["engine._lock", "engine.codec._encode_lock", "stream._channel._lock"])
-def test_locks_that_were_held_at_the_fork_stop_nobody(lock: str) -> None:
+def test_locks_that_were_held_at_the_fork_stop_nobody(run: Run, lock: str) -> None:
     run(f"""
 stream = engine.submit("A", LONG)
 held, let_go = threading.Event(), threading.Event()
@@ -192,7 +223,7 @@ engine.close()
 """)
 
 
-def test_a_child_that_exits_as_programs_do_does_not_hang() -> None:
+def test_a_child_that_exits_as_programs_do_does_not_hang(run: Run) -> None:
     run("""
 stream = engine.submit("A", LONG)
 child = os.fork()
@@ -204,7 +235,7 @@ assert len(stream.result(30).outputs[0].token_ids) == 200
 """)
 
 
-def test_an_engine_that_had_not_begun_serves_in_parent_and_child() -> None:
+def test_an_engine_that_had_not_begun_serves_in_parent_and_child(run: Run) -> None:
     run("""
 gate.open()
 
