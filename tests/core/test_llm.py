@@ -171,6 +171,15 @@ def test_cached_prompt_tokens_are_counted(llm: LLM) -> None:
     assert metrics is not None and metrics.num_cached_tokens == 32
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """What a shell runs in its background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_cancels_the_call_and_leaves_the_llm_usable(llm: LLM, model: AlphabetModel) -> None:
     steps = []
 
@@ -188,6 +197,7 @@ def test_an_interrupt_cancels_the_call_and_leaves_the_llm_usable(llm: LLM, model
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_interrupt_does_not_wait_for_the_step(llm: LLM, model: AlphabetModel) -> None:
     def impatient(token_ids: list[int]) -> None:
         signal.raise_signal(signal.SIGINT)
