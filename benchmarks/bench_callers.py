@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paged_bench.report import cpu_name
+from paged_bench.workloads import BenchRequest, synthetic
 from paged_hf import embedded_folder, paged_generate
-from paged_hf.bench.report import cpu_name
-from paged_hf.bench.workloads import BenchRequest, synthetic
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 Answers = dict[int, list[int]]

@@ -27,11 +27,11 @@ from typing import Any
 import torch
 import transformers
 from bench_gpu_kernels import copy_bandwidth, device_name
-from paged_hf.bench.paged import Paged
-from paged_hf.bench.results import Run, summarise
-from paged_hf.bench.stock import HFStatic
-from paged_hf.bench.workloads import BenchRequest
-from paged_hf.model import HFPagedModel
+from paged_bench.paged import Paged
+from paged_bench.results import Run, summarise
+from paged_bench.stock import HFStatic
+from paged_bench.workloads import BenchRequest
+from paged_hf.model.paged_model import HFPagedModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from paged_core import EngineConfig, StepStats, hookimpl

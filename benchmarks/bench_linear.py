@@ -103,7 +103,7 @@ def steps(dtype: torch.dtype, rows: list[int], args: argparse.Namespace) -> Iter
     """A whole step of a Llama of these shapes, random weights, attention left out (its query comes back)."""
     if args.no_steps:
         return
-    from paged_hf.model import HFPagedModel
+    from paged_hf.model.paged_model import HFPagedModel
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from paged_core.builtin.forwards import create_module_forward

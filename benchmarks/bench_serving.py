@@ -36,11 +36,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from paged_bench.progress import Progress
+from paged_bench.report import cpu_name
+from paged_bench.results import percentile
+from paged_bench.workloads import Workload, from_trace, synthetic, with_poisson_arrivals
 from paged_hf import embedded_folder
-from paged_hf.bench.progress import Progress
-from paged_hf.bench.report import cpu_name
-from paged_hf.bench.results import percentile
-from paged_hf.bench.workloads import Workload, from_trace, synthetic, with_poisson_arrivals
 from serving_clients import PATHS, Answer, Ask, EngineTarget, HTTPTarget, Target, drive
 
 Row = dict[str, Any]

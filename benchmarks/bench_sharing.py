@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paged_bench.report import cpu_name
+from paged_bench.workloads import prose
 from paged_hf import embedded_folder, paged_generate
-from paged_hf.bench.report import cpu_name
-from paged_hf.bench.workloads import prose
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx2
-from paged_hf.bench.prose import TOPICS
-from paged_hf.bench.report import cpu_name
+from paged_bench.prose import TOPICS
+from paged_bench.report import cpu_name
 from paged_torchserve import archive
 from paged_torchserve.java import find_java, java_version
 from paged_torchserve.server import Addresses, Options, TorchServe
@@ -191,7 +191,7 @@ def _interrupt(number: int, frame: Any) -> None:
 
 
 def _smollm2() -> Path:
-    from paged_hf.embedded import embedded_folder
+    from paged_hf.loading.embedded import embedded_folder
 
     return embedded_folder()
 

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from paged_core.config import EngineConfig
+from paged_core.engine.stats import StepStats
 from paged_core.errors import (
     ConfigError,
     EngineDeadError,
@@ -25,11 +26,11 @@ from paged_core.scheduling.request import (
     SamplingParams,
     Selection,
 )
-from paged_core.stats import StepStats
 
 if TYPE_CHECKING:
-    from paged_core.async_engine import AsyncEngine, Stream
-    from paged_core.engine import Engine
+    from paged_core.engine.engine import Engine
+    from paged_core.engine.openmp import release_helper_threads
+    from paged_core.engine.view import BlockCells, EngineView
     from paged_core.execution.batch import AttentionMetadata
     from paged_core.execution.kv_cache import KVCache
     from paged_core.execution.model import (
@@ -41,61 +42,45 @@ if TYPE_CHECKING:
         PagedModel,
         TokenSelector,
     )
-    from paged_core.execution.sampler import Likeliest
-    from paged_core.llm import LLM
-    from paged_core.metrics import PrometheusMetrics
-    from paged_core.openmp import release_helper_threads
-    from paged_core.outputs import CompletionOutput, GenerationOutput, StreamDelta
-    from paged_core.protocol.call import Call
-    from paged_core.protocol.chat import ChatCall
-    from paged_core.protocol.completions import CompletionCall
-    from paged_core.protocol.failures import CallError, Failure, openai_error, tgi_error
-    from paged_core.protocol.fields import ProtocolError, parse_json
-    from paged_core.protocol.served import RequestLimits, ServedModel
-    from paged_core.protocol.sketch import body_schema
-    from paged_core.protocol.tgi import TGICall
-    from paged_core.protocol.tokenize import tokenize
-    from paged_core.view import BlockCells, EngineView
+    from paged_core.frontends.async_engine import AsyncEngine, Stream
+    from paged_core.frontends.llm import LLM
+    from paged_core.sampling.sampler import Likeliest
+    from paged_core.scheduling.request import RequestStatus
+    from paged_core.text.codec import Prompt, TextCodec, encode_prompt, prepare_params
+    from paged_core.text.detokenizer import Detokenizer
+    from paged_core.text.outputs import CompletionOutput, GenerationOutput, StreamDelta, TokenLogprobs
 
 __version__ = "0.1.0"
 
 # Names that need torch are imported when first used, so that `import paged_core` is quick.
 _LAZY = {
-    "AsyncEngine": "async_engine",
+    "AsyncEngine": "frontends.async_engine",
     "Attend": "execution.model",
     "AttentionBackend": "execution.model",
     "AttentionMetadata": "execution.batch",
-    "BlockCells": "view",
-    "Call": "protocol.call",
-    "CallError": "protocol.failures",
-    "ChatCall": "protocol.chat",
-    "CompletionCall": "protocol.completions",
-    "CompletionOutput": "outputs",
-    "Engine": "engine",
-    "EngineView": "view",
-    "Failure": "protocol.failures",
-    "GenerationOutput": "outputs",
+    "BlockCells": "engine.view",
+    "CompletionOutput": "text.outputs",
+    "Detokenizer": "text.detokenizer",
+    "Engine": "engine.engine",
+    "EngineView": "engine.view",
+    "GenerationOutput": "text.outputs",
     "KVCache": "execution.kv_cache",
-    "LLM": "llm",
+    "LLM": "frontends.llm",
     "LayerSpec": "execution.model",
-    "Likeliest": "execution.sampler",
+    "Likeliest": "sampling.sampler",
     "ModelSpec": "execution.model",
     "ModuleForward": "execution.model",
     "PagedModel": "execution.model",
-    "PrometheusMetrics": "metrics",
-    "ProtocolError": "protocol.fields",
-    "RequestLimits": "protocol.served",
-    "ServedModel": "protocol.served",
-    "Stream": "async_engine",
-    "StreamDelta": "outputs",
-    "TGICall": "protocol.tgi",
+    "Prompt": "text.codec",
+    "RequestStatus": "scheduling.request",
+    "Stream": "frontends.async_engine",
+    "StreamDelta": "text.outputs",
+    "TextCodec": "text.codec",
+    "TokenLogprobs": "text.outputs",
     "TokenSelector": "execution.model",
-    "body_schema": "protocol.sketch",
-    "openai_error": "protocol.failures",
-    "parse_json": "protocol.fields",
-    "release_helper_threads": "openmp",
-    "tgi_error": "protocol.failures",
-    "tokenize": "protocol.tokenize",
+    "encode_prompt": "text.codec",
+    "prepare_params": "text.codec",
+    "release_helper_threads": "engine.openmp",
 }
 
 __all__ = [
@@ -106,17 +91,13 @@ __all__ = [
     "AttentionMetadata",
     "BlockCells",
     "BlockPool",
-    "Call",
-    "CallError",
-    "ChatCall",
-    "CompletionCall",
     "CompletionOutput",
     "ConfigError",
+    "Detokenizer",
     "Engine",
     "EngineConfig",
     "EngineDeadError",
     "EngineView",
-    "Failure",
     "FinishReason",
     "GenerationOutput",
     "InvalidRequestError",
@@ -130,30 +111,26 @@ __all__ = [
     "PagedCoreError",
     "PagedModel",
     "PluginError",
-    "PrometheusMetrics",
-    "ProtocolError",
+    "Prompt",
     "Request",
     "RequestError",
-    "RequestLimits",
     "RequestOutput",
+    "RequestStatus",
     "SamplingParams",
     "SchedulingPolicy",
     "Selection",
-    "ServedModel",
     "StepStats",
     "Stream",
     "StreamDelta",
-    "TGICall",
+    "TextCodec",
+    "TokenLogprobs",
     "TokenSelector",
     "UnsupportedModel",
     "__version__",
-    "body_schema",
+    "encode_prompt",
     "hookimpl",
-    "openai_error",
-    "parse_json",
+    "prepare_params",
     "release_helper_threads",
-    "tgi_error",
-    "tokenize",
 ]
 
 

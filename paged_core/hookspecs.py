@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     import torch
 
     from paged_core.config import EngineConfig
+    from paged_core.engine.stats import StepStats
     from paged_core.execution.kv_cache import KVCache
     from paged_core.execution.model import AttentionBackend, ModelSpec, ModuleForward, PagedModel, TokenSelector
     from paged_core.plugins import Commands
     from paged_core.scheduling.policies import SchedulingPolicy
     from paged_core.scheduling.request import LogitsProcessor, Request, RequestOutput
-    from paged_core.stats import StepStats
 
 hookspec = pluggy.HookspecMarker("paged_core")
 hookimpl = pluggy.HookimplMarker("paged_core")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from alphabet_model import AlphabetModel
+from paged_serving import Call, RequestLimits, ServedModel
 from toy_tokenizers import CharacterTokenizer
 
-from paged_core import AsyncEngine, Call, EngineConfig, RequestLimits, ServedModel
+from paged_core import AsyncEngine, EngineConfig
 
 
 class Alphabet:

@@ -114,7 +114,7 @@ def assert_same(
 
 
 def forget_reports() -> None:
-    from paged_hf import report
+    from paged_hf.generate import report
 
     report._latest.report = None
 

@@ -14,9 +14,10 @@ from paged_openai.app import AppOptions, create_app
 from paged_openai.connection import ConnectionLimits
 from paged_openai.server import Server
 from paged_openai.service import Service
+from paged_serving import PrometheusMetrics, RequestLimits, ServedModel
 from toy_tokenizers import CharacterTokenizer
 
-from paged_core import AsyncEngine, Engine, EngineConfig, PrometheusMetrics, RequestLimits, ServedModel
+from paged_core import AsyncEngine, Engine, EngineConfig
 
 LIMIT_S = 30.0
 

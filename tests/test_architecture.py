@@ -27,7 +27,7 @@ def sources(folder: Path) -> list[Path]:
 
 
 class Import(NamedTuple):
-    module: str  # "paged_core.engine", also for "from paged_core import engine"
+    module: str  # "paged_core.engine.engine", also for "from paged_core import engine"
     name: str | None  # what is taken from it; None for "import module"
     line: int
 
@@ -75,18 +75,18 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         | {"paged_core.builtin", "paged_kernels", "torch"},
         set(),
     ),
-    "paged_core/protocol": (
-        {"paged_core.protocol", "paged_core.scheduling", "paged_core.text", "paged_core.detokenizer"}
-        | {"paged_core.outputs", "paged_core.errors", "paged_core.grammar"}
-        | {"paged_core.async_engine"},  # for its type only
+    "adapters/serving/paged_serving/protocol": (
+        {"paged_serving.protocol", "paged_core.scheduling", "paged_core.text.codec", "paged_core.text.detokenizer"}
+        | {"paged_core.text.outputs", "paged_core.errors", "paged_serving.grammar"}
+        | {"paged_core.frontends.async_engine"},  # for its type only
         set(),
     ),
     "paged_core": (CORE, {"paged_core.builtin"}),
 }
 
 # Third parties that the core uses where they are installed, and does without where they aren't.
-OPTIONAL = {"paged_core/llm.py": {"tqdm"}, "paged_core/metrics.py": {"prometheus_client"},
-            "paged_core/grammar.py": {"llguidance"}}  # fmt: skip
+OPTIONAL = {"paged_core/frontends/llm.py": {"tqdm"}, "adapters/serving/paged_serving/metrics.py": {"prometheus_client"},
+            "adapters/serving/paged_serving/grammar.py": {"llguidance"}}  # fmt: skip
 
 
 def room_of(path: Path) -> str | None:
@@ -126,9 +126,9 @@ def test_the_core_and_the_kernels_import_only_what_the_table_allows():
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from paged_core import engine",
         ),
         ("paged_core/execution/new.py", "from paged_kernels import reference"),
-        ("paged_core/builtin/new.py", "from paged_core.engine import Engine"),
-        ("paged_core/protocol/new.py", "import starlette"),
-        ("paged_core/protocol/new.py", "import torch"),
+        ("paged_core/builtin/new.py", "from paged_core.engine.engine import Engine"),
+        ("adapters/serving/paged_serving/protocol/new.py", "import starlette"),
+        ("adapters/serving/paged_serving/protocol/new.py", "import torch"),
         ("paged_core/new.py", "from paged_core.builtin import sampler"),
         ("paged_core/new.py", "from paged_core import builtin"),
         ("paged_core/new.py", "import importlib\nimportlib.import_module('paged_core.builtin.sampler')"),
@@ -170,10 +170,10 @@ def test_adapters_import_public_names_of_the_core_and_neither_kernels_nor_each_o
 @pytest.mark.parametrize(
     "source",
     [
-        "from paged_core.engine import Engine",
+        "from paged_core.engine.engine import Engine",
         "from paged_core import engine",
         "from paged_core import load_plugins",
-        "import paged_core.engine",
+        "import paged_core.engine.engine",
         "import paged_core",
         "def f():\n    from paged_kernels import reference",
         "from paged_other import anything",

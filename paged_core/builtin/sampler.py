@@ -9,13 +9,13 @@ from paged_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from paged_core.execution.model import ModelSpec
-    from paged_core.execution.sampler import Sampler
+    from paged_core.sampling.sampler import Sampler
 
 
 @hookimpl
 def create_sampler(spec: ModelSpec) -> Sampler:
     """Vectorised, honouring all of SamplingParams; with kernels that read the logits once, where there are any."""
-    from paged_core.execution.sampler import Sampler
+    from paged_core.sampling.sampler import Sampler
 
     if triton_works(spec.device):
         from paged_kernels.triton import sampling

@@ -82,7 +82,7 @@ def answer_with_and_without_the_example() -> dict:
     changed = answer_all(engine)
     import paged_example
 
-    from paged_core import engine as core
+    from paged_core.engine import engine as core
 
     return {
         "plain": plain,

@@ -165,7 +165,7 @@ def test_the_largest_k_are_in_order_of_value_and_then_of_id(width, k):
 
 
 def test_the_largest_k_are_those_that_the_sampler_finds_without_these_kernels():
-    from paged_core.execution.sampling_draw import top_rows
+    from paged_core.sampling.draw import top_rows
 
     x = torch.randn(3, 9000)
     for got, expected in zip(sampling.top_rows(x, 20), top_rows(x, 20), strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from interpreter import DEVICE, round_as_gpus_do
-from paged_hf.model import HFPagedModel
+from paged_hf.model.paged_model import HFPagedModel
 from paged_kernels.triton import sampling
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM

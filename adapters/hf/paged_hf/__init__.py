@@ -4,14 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paged_hf.embedded import embedded_folder
-    from paged_hf.generate import PagedGenerate, paged_generate
-    from paged_hf.report import Report
+    from paged_hf.generate.patched import PagedGenerate, paged_generate
+    from paged_hf.generate.report import Report
+    from paged_hf.loading.embedded import embedded_folder
 
 __all__ = ["PagedGenerate", "Report", "embedded_folder", "paged_generate"]
 
 # Imported when first used: plugins are looked through without loading transformers.
-_LAZY = {"PagedGenerate": "generate", "Report": "report", "embedded_folder": "embedded", "paged_generate": "generate"}
+_LAZY = {
+    "PagedGenerate": "generate.patched",
+    "Report": "generate.report",
+    "embedded_folder": "loading.embedded",
+    "paged_generate": "generate.patched",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -153,7 +153,7 @@ def generate(args: argparse.Namespace) -> int:
 def bench(args: argparse.Namespace) -> int:
     """Run the A/B, show the table, write the files."""
     quiet_imports()
-    from paged_hf.bench import ab
+    from paged_bench import ab
 
     return ab.main(args, engine_config(args))
 

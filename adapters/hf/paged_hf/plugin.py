@@ -14,7 +14,7 @@ def load_model(source: Any, device: str | None, dtype: str | None) -> Any:
     """A transformers model: live, from a folder, a hub id or a GGUF file, or "smollm2"."""
     if not _may_be_ours(source):
         return None
-    from paged_hf import loading
+    from paged_hf.loading import load as loading
 
     return loading.load_model(source, device, dtype)
 
@@ -24,7 +24,7 @@ def load_tokenizer(source: Any) -> Any:
     """The transformers tokenizer that belongs to ``source``."""
     if not _may_be_ours(source):
         return None
-    from paged_hf import loading
+    from paged_hf.loading import load as loading
 
     return loading.load_tokenizer(source)
 

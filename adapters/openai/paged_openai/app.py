@@ -9,16 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
-from starlette.routing import Route
-
-from paged_core import (
+from paged_serving import (
     Call,
     CallError,
     ChatCall,
@@ -28,10 +19,19 @@ from paged_core import (
     ProtocolError,
     ServedModel,
     TGICall,
-    __version__,
     parse_json,
     tokenize,
 )
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from paged_core import __version__
 from paged_openai.keys import KeyCheck
 from paged_openai.logs import RequestLog
 from paged_openai.openapi import openapi

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paged_core import ConfigError, EngineConfig, InvalidRequestError, PagedCoreError, RequestLimits
+from paged_serving import RequestLimits
+
+from paged_core import ConfigError, EngineConfig, InvalidRequestError, PagedCoreError
 
 _ENGINE = ("max_model_len", "kv_cache_bytes", "kv_cache_dtype", "block_size", "max_num_seqs", "max_num_batched_tokens",
            "gpu_memory_utilization", "cuda_graphs", "attention_backend", "scheduling_policy", "seed")  # fmt: skip

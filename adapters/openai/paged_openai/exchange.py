@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from anyio import CancelScope, to_thread
+from paged_serving import Call, CallError, Failure
 
-from paged_core import AsyncEngine, Call, CallError, Failure, GenerationOutput, Stream, StreamDelta
+from paged_core import AsyncEngine, GenerationOutput, Stream, StreamDelta
 
 _News = tuple[int, StreamDelta | Exception | None]  # None: that stream has ended
 

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+from paged_serving import ChatCall, CompletionCall, Failure, ServedModel, TGICall, body_schema, tokenize
 from starlette.routing import BaseRoute, Route
 
-from paged_core import ChatCall, CompletionCall, Failure, ServedModel, TGICall, __version__, body_schema, tokenize
+from paged_core import __version__
 from paged_openai.responses import OPENAI, TGI
 
 _CHAT = {"messages": [{"role": "user", "content": "A"}]}

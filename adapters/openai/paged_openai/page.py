@@ -14,12 +14,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from paged_serving import CallError, Failure
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from paged_core import CallError, Engine, EngineDeadError, EngineView, Failure
+from paged_core import Engine, EngineDeadError, EngineView
 from paged_openai.responses import TGI, error_response, json_bytes
 from paged_openai.service import Service
 

@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from paged_serving import Call, CallError, Failure, openai_error, tgi_error
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from paged_core import Call, CallError, Failure, GenerationOutput, InvalidRequestError, openai_error, tgi_error
+from paged_core import GenerationOutput, InvalidRequestError
 from paged_openai.exchange import Exchange
 from paged_openai.service import Service
 from paged_openai.tracing import Traces

@@ -9,8 +9,9 @@ from functools import cached_property
 from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
+from paged_serving import Call, CallError, Failure, ProtocolError, ServedModel
 
-from paged_core import AsyncEngine, Call, CallError, Failure, ProtocolError, ServedModel
+from paged_core import AsyncEngine
 from paged_openai.exchange import Exchange
 
 _T = TypeVar("_T")

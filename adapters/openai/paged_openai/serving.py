@@ -12,7 +12,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from paged_core import AsyncEngine, ConfigError, Engine, EngineConfig, PrometheusMetrics, RequestLimits, ServedModel
+from paged_serving import PrometheusMetrics, RequestLimits, ServedModel
+
+from paged_core import AsyncEngine, ConfigError, Engine, EngineConfig
 from paged_openai.app import AppOptions, create_app
 from paged_openai.connection import ConnectionLimits
 from paged_openai.keys import read_keys

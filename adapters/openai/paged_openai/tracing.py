@@ -11,7 +11,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from paged_core import Call, GenerationOutput, InvalidRequestError
+from paged_serving import Call
+
+from paged_core import GenerationOutput, InvalidRequestError
 
 _log = logging.getLogger("paged_openai")
 _LARGEST = 2**63 - 1  # that the export's integers can hold; seeds may be larger, and are left out then

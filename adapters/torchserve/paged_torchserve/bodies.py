@@ -10,21 +10,21 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from paged_core import (
+from paged_serving import (
     Call,
     CallError,
     ChatCall,
     CompletionCall,
     Failure,
-    GenerationOutput,
     ProtocolError,
     ServedModel,
-    StreamDelta,
     TGICall,
     openai_error,
     parse_json,
     tgi_error,
 )
+
+from paged_core import GenerationOutput, StreamDelta
 from paged_torchserve.settings import Settings
 
 Parts = Mapping[str, Any]  # name -> value: dict, list or str where TorchServe has decoded it, else bytes

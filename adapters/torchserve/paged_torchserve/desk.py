@@ -15,7 +15,9 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from paged_core import AsyncEngine, Call, ServedModel, hookimpl
+from paged_serving import Call, ServedModel
+
+from paged_core import AsyncEngine, hookimpl
 from paged_torchserve.bodies import Form, Request, error_form, read_call
 from paged_torchserve.exchange import Exchange
 from paged_torchserve.replies import MESSAGE_BYTES, Message, Reply

@@ -7,7 +7,9 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from paged_core import AsyncEngine, Call, CallError, Failure, GenerationOutput, InvalidRequestError, Stream
+from paged_serving import Call, CallError, Failure
+
+from paged_core import AsyncEngine, GenerationOutput, InvalidRequestError, Stream
 from paged_torchserve.bodies import JSON, Form, json_bytes
 from paged_torchserve.replies import Reply
 

@@ -10,7 +10,8 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from paged_core import ServedModel
+from paged_serving import ServedModel
+
 from paged_torchserve.bodies import Request
 from paged_torchserve.desk import Admissions, Desk
 from paged_torchserve.metrics import TorchServeMetrics

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from paged_core import PrometheusMetrics
+from paged_serving import PrometheusMetrics
 
 _GAUGES = {  # sample of PrometheusMetrics -> name at TorchServe, which takes no colons
     "vllm:num_requests_running": "paged_requests_running",

@@ -1,0 +1,1 @@
+"""A transformers cache over blocks."""

@@ -1,0 +1,1 @@
+"""The patched generate(): the callable, its tiers, and the engine behind them."""

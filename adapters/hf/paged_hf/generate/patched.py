@@ -1,0 +1,241 @@
+"""``model.generate = paged_generate(model)``: stock's generate() on paged memory, concurrent callers batched together.
+
+This file is the object that stands in for the method: patching, giving the original back, copying, pickling. What a
+call means is stock's business, and which way it takes is decided in loops.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from paged_core import EngineConfig
+from paged_hf.generate import loops, selfcheck
+from paged_hf.generate.host import EngineHost
+from paged_hf.generate.report import Report, forget, last_report, note
+
+_MAX_NUM_SEQS = 256  # rows of all calls that run at once
+_SLAB_BYTES = 64 << 20  # K/V memory that is taken at a time
+_GPU_SLAB_BYTES = 1 << 30  # there each growth also costs the CUDA graphs, which are captured anew
+_MISSING = object()
+
+
+class PagedGenerate:
+    """Stands in for one model's ``generate``; made by ``paged_generate``.
+
+    As a context manager it patches the model on entry, and gives it back what it had at the end.
+    """
+
+    def __init__(self, model: nn.Module, kv_cache_memory: int | None = None, over_budget: str = "stock") -> None:
+        self.model = model
+        self.kv_cache_memory = kv_cache_memory
+        self.over_budget = over_budget
+        slab = _SLAB_BYTES if str(getattr(model, "device", "cpu")) == "cpu" else _GPU_SLAB_BYTES
+        config = EngineConfig(kv_cache_bytes=kv_cache_memory, kv_cache_slab_bytes=slab, max_num_seqs=_MAX_NUM_SEQS)
+        self.tiers = loops.Tiers(model, EngineHost(model, config), strict_memory=over_budget == "raise")
+        self._here = threading.local()  # .paused: calls of this thread go to stock
+        self._before: list[Any] = []  # what the model had at each entry
+        functools.update_wrapper(self, MethodType(type(model).generate, model))
+
+    @property
+    def stock(self) -> Callable[..., Any]:
+        """The model's own ``generate``."""
+        return MethodType(type(self.model).generate, self.model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forget()
+        with self.tiers.host.caller():
+            return self._generate(args, kwargs)
+
+    def _generate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        reason = self._why_stock(args, kwargs)
+        if reason is not None:
+            return self._as_stock(args, kwargs, reason)
+        if callable(kwargs.get("custom_generate")):
+            kwargs["custom_generate"] = loops.custom_loop(kwargs["custom_generate"], self.tiers)
+        return type(self.model).generate(loops.view(self.model, self.tiers), *args, **kwargs)
+
+    def _as_stock(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Any:
+        result = self.stock(*args, **kwargs)
+        sequences = getattr(result, "sequences", result)
+        note(Report("stock", "generate", len(sequences) if isinstance(sequences, Tensor) else 0, reason))
+        return result
+
+    def _why_stock(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """What can be told before stock has prepared the call, and must be, since it would notice us."""
+        try:
+            given = _signature(type(self.model)).bind_partial(self.model, *args, **kwargs).arguments
+        except TypeError:
+            return "the arguments don't fit"  # stock will say how
+        given = given | given.get("kwargs", {})
+        if getattr(self._here, "paused", False):
+            return "as_stock() is in force"
+        if isinstance(given.get("custom_generate"), str):
+            return "custom_generate names a repository, which replaces generate() altogether"
+        if "custom_generate" in given and "custom_generate" not in kwargs:
+            return "custom_generate is passed by position"
+        if given.get("cache_implementation") == "paged":
+            return "cache_implementation='paged' asks for stock's own continuous batching"
+        if given.get("past_key_values") is not None:
+            return "a cache of the caller's own was passed as past_key_values"
+        if "prepare_inputs_for_generation" in vars(self.model):
+            return "its prepare_inputs_for_generation has been replaced"
+        return None
+
+    @contextmanager
+    def as_stock(self) -> Iterator[None]:
+        """Calls of this thread go to stock inside the ``with`` block."""
+        before = getattr(self._here, "paused", False)
+        self._here.paused = True
+        try:
+            yield
+        finally:
+            self._here.paused = before
+
+    def last_report(self) -> Report | None:
+        """How the calling thread's latest call was answered."""
+        return last_report()
+
+    def release(self) -> bool:
+        """Give back the K/V memory; the next call takes it anew. False: calls are under way, and nothing was done."""
+        return self.tiers.host.release()
+
+    def __enter__(self) -> PagedGenerate:
+        self._before.append(vars(self.model).get("generate", _MISSING))
+        self.model.generate = self  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        before = self._before.pop()
+        vars(self.model).pop("generate", None)
+        if before is not _MISSING:
+            self.model.generate = before
+        if before is not self:
+            self._drop()
+
+    def _drop(self) -> None:
+        self.tiers.host.drop()
+
+    def __reduce__(self) -> Any:
+        """A copied or loaded model gets a stand-in of its own, with an engine of its own."""
+        return type(self), (self.model, self.kv_cache_memory, self.over_budget), {"_dropped": self.tiers.dropped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.tiers.dropped = dict(state["_dropped"])
+
+    def __repr__(self) -> str:
+        return f"<paged generate of {type(self.model).__name__}>"
+
+
+class PagedPart(PagedGenerate):
+    """For the transformers model inside a PEFT model: paged when the PEFT model's stand-in calls it, else stock."""
+
+    @contextmanager
+    def called(self) -> Iterator[None]:
+        """Calls of this thread come from the stand-in, inside the ``with`` block."""
+        self._here.called = True
+        try:
+            yield
+        finally:
+            self._here.called = False
+
+    def _why_stock(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        if not getattr(self._here, "called", False):
+            return "not this model is patched, but the one around it"
+        return super()._why_stock(args, kwargs)
+
+
+class PagedWrapper(PagedGenerate):
+    """For a PEFT model: its own ``generate`` runs, and calls the paged one of the transformers model inside."""
+
+    @property
+    def inner(self) -> PagedPart:
+        base = _transformers_model(self.model)
+        found = vars(base).get("generate")
+        settings = (self.kv_cache_memory, self.over_budget)
+        if not isinstance(found, PagedPart) or (found.kv_cache_memory, found.over_budget) != settings:
+            found = base.generate = PagedPart(base, *settings)
+        return found
+
+    @property
+    def stock(self) -> Callable[..., Any]:
+        return MethodType(type(self.model).generate, self.model)  # which finds the inner model's as stock's
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forget()
+        if getattr(self._here, "paused", False):
+            return self._as_stock(args, kwargs, "as_stock() is in force")
+        if "adapter_names" in kwargs:
+            return self._as_stock(args, kwargs, "adapter_names are one a row of stock's batch")
+        with self.inner.called():
+            return self.stock(*args, **kwargs)
+
+    def release(self) -> bool:
+        return self.inner.release()
+
+    def _drop(self) -> None:
+        self.inner._drop()
+        del _transformers_model(self.model).generate
+
+
+def paged_generate(
+    model: Any, *, kv_cache_memory: int | None = None, over_budget: str = "stock", check: bool = True
+) -> PagedGenerate:
+    """A stand-in for ``model.generate``: the same arguments, the same answers, from paged K/V memory.
+
+    ``model.generate = paged_generate(model)`` is the whole integration. Any number of threads may call it at once.
+
+    Args:
+        model: a transformers model for causal language modelling, or a PEFT model of one.
+        kv_cache_memory: bytes that K/V may take at most; None: a quarter of the device's free memory, at most 4 GiB.
+        over_budget: what becomes of a call that needs more: "stock" (with a warning) or "raise".
+        check: compare every way of answering with stock first, on a few tokens, and drop those that differ.
+
+    Raises:
+        TypeError: the model has no ``generate``.
+        ValueError: ``over_budget`` is neither.
+    """
+    if over_budget not in ("stock", "raise"):
+        raise ValueError(f"over_budget is {over_budget!r}; use 'stock' or 'raise'")
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    if not isinstance(model, nn.Module) or not hasattr(type(model), "generate"):
+        raise TypeError(
+            f"{type(model).__name__} has no generate(); give a transformers model with a language-model head"
+        )
+    before = vars(model).get("generate")
+    patched: PagedGenerate
+    if isinstance(before, PagedGenerate) and not isinstance(before, PagedPart) and before.model is model:
+        if (before.kv_cache_memory, before.over_budget) == (kv_cache_memory, over_budget):
+            patched = before
+            obstacles = (patched.inner if isinstance(patched, PagedWrapper) else patched).tiers.dropped
+            if not obstacles:
+                return patched
+            obstacles.clear()  # the model may have changed since
+        else:
+            before._drop()
+            patched = type(before)(model, kv_cache_memory, over_budget)
+    else:
+        wraps = _transformers_model(model) is not model
+        patched = (PagedWrapper if wraps else PagedGenerate)(model, kv_cache_memory, over_budget)
+    if check:
+        selfcheck.run((patched.inner if isinstance(patched, PagedWrapper) else patched).tiers)
+    return patched
+
+
+paged_generate.last_report = last_report  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _signature(kind: type) -> inspect.Signature:
+    return inspect.signature(kind.generate)  # type: ignore[attr-defined]
+
+
+def _transformers_model(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") and hasattr(model, "peft_config") else model

@@ -1,0 +1,1 @@
+"""Taking a transformers model in: its twin, its facts, its attention."""

@@ -1,0 +1,323 @@
+"""A transformers causal language model as a PagedModel: the user's own modules and weights, run as they are.
+
+This file knows transformers models. It knows nothing of blocks, requests or schedules: attention is handed in.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from paged_core import Attend, EngineDeadError, LayerSpec, ModelSpec, ModuleForward, UnsupportedModel
+from paged_hf.model.attention import UNDER_WAY, Step
+from paged_hf.model.compiled import CompiledRoot
+from paged_hf.model.embeds import Embeds, takes_embeds
+from paged_hf.model.probe import probe
+from paged_hf.model.rules import apply_rules
+from paged_hf.model.shadow import Shadow, listened_to
+from paged_hf.model.watch import Watch
+
+CreateForward = Callable[[nn.Module], ModuleForward | None]
+_ANY_LENGTH = 1 << 17  # for models that name no limit
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_LENGTHS = (  # what configs call the positions that the model knows
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "max_target_positions",
+    "seq_length",
+)
+
+
+class HFPagedModel:
+    """Runs ``model`` for the engine without ever writing to it. ``model`` stays usable, by other threads too.
+
+    Raises:
+        UnsupportedModel: the model can't run on paged memory; the message says why.
+    """
+
+    def __init__(self, model: nn.Module, name: str | None = None) -> None:
+        self.model = model
+        self._name = name
+        self._base: Any = _unwrapped(model)
+        self._fast: dict[nn.Module, ModuleForward] = {}  # by twin
+        self._compiled: CompiledRoot | None = None
+        self._spec: ModelSpec
+        self._create: CreateForward | None = None
+        self._embeds = Embeds()
+        self._behind = False  # whether a change was noticed and isn't caught up with
+        self._take_in()
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    @property
+    def counts_padding(self) -> bool:
+        """Whether stock numbers the tokens of a left-padded row with its padding: such a row then gets another answer
+        from stock than it gets alone, and than it gets here."""
+        return not self._takes_positions and not any(layer.has_key_bias for layer in self._spec.layers)
+
+    @property
+    def embedding_dtype(self) -> torch.dtype:
+        """What ``lend`` takes."""
+        dtype: torch.dtype = self._base.get_input_embeddings().weight.dtype
+        return dtype
+
+    def lend(self, embeds: Tensor) -> list[int]:
+        """Take ``embeds [n, hidden]`` for a prompt. Returns token ids that stand for them, until they are taken back.
+
+        Raises:
+            UnsupportedModel: the model computes something else from embeddings than from token ids.
+        """
+        if self._takes_embeds is None:
+            self._takes_embeds = takes_embeds(self._base)
+        if not self._takes_embeds:
+            raise UnsupportedModel("it makes more of token ids than embeddings")
+        return self._embeds.lend(embeds)
+
+    def take_back(self, token_ids: Sequence[int]) -> None:
+        """Forget what was lent."""
+        self._embeds.take_back(token_ids)
+
+    def knows(self, token_id: int) -> bool:
+        """Whether the id stands for an embedding that is lent."""
+        return token_id in self._embeds
+
+    @property
+    def replayable(self) -> bool:
+        """Whether forward passes are nothing but work on the device. Users' hooks and forwards are Python; and prompts
+        that bring embeddings have token ids looked at by the host, though no decode step needs it."""
+        return self._unheard and not self._embeds
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend, sample_indices: Tensor) -> Tensor:
+        """``token_ids i64 [T], positions i64 [T], sample_indices i64 [S] -> logits [S, vocab]``"""
+        step = Step(attend, positions)
+        rows = sample_indices if sample_indices.numel() else sample_indices.new_zeros(1)  # some heads refuse no rows
+        logits = self._call(token_ids, positions, step, rows, self._compiled)
+        if step.layer != len(self._spec.layers):
+            raise RuntimeError(f"attention was called {step.layer} times, not {len(self._spec.layers)}")
+        return logits[: sample_indices.numel()]
+
+    @property
+    def compiled(self) -> bool:
+        return self._compiled is not None
+
+    def compile_forward(self, wanted: bool) -> None:
+        """Run the twin through torch.compile from the next call on, or no longer. Prompts that bring embeddings run
+        without."""
+        self._let_go()
+        self._create = None
+        self._compiled = CompiledRoot(self._shadow.root) if wanted else None
+
+    def accelerate(self, create: CreateForward) -> int:
+        """Let ``create`` stand in for modules of the twin, parents before children. Returns how many it took."""
+        self._create = create
+        self._let_go()
+        self._ask(self._shadow.root)
+        return len(self._fast)
+
+    def refresh(self) -> bool:
+        """Catch up with what was done to the user's model. True: K/V computed before are worthless.
+
+        Raises:
+            UnsupportedModel: it can't run on paged memory any more.
+            EngineDeadError: it has become another model (dtype, device, vocabulary): this needs a new engine.
+        """
+        if self._shadow.outdated() or self._watch.retyped():
+            self._take_in_again()
+            return True
+        self._behind |= self._watch.changed()
+        for twin, forward in list(self._fast.items()):
+            asked = self._behind or not getattr(forward, "follows_module", False)
+            if asked and getattr(forward, "stale", bool)():
+                self._behind = True
+                self._replace(twin)
+        changed, self._behind = self._behind, False
+        return changed
+
+    def _let_go(self) -> None:
+        """Forwards of another engine, over the same model."""
+        for twin in self._fast:
+            twin.__dict__.pop("forward", None)
+        self._fast = {}
+
+    def _take_in_again(self) -> None:
+        before = self._spec
+        try:
+            self._take_in()
+            if self._spec != before:
+                raise EngineDeadError(f"the model has changed since the engine was built: {before} became {self._spec}")
+        except Exception:
+            self._spec = before
+            self._watch.distrust()
+            raise
+        if self._create is not None:
+            self.accelerate(self._create)
+        if self._compiled is not None:
+            self._compiled = CompiledRoot(self._shadow.root)
+
+    def _take_in(self) -> None:
+        self._shadow = Shadow(self._base)
+        self._under_way: list[Step | None] = [None]
+        self._shadow.give_all(UNDER_WAY, self._under_way)
+        self._watch = Watch(self._base)
+        self._unheard = not any(_listened_to(module) and not _aligned(module) for module in self._base.modules())
+        self._fast = {}
+        self._takes_embeds: bool | None = None  # not known yet
+        config = self._base.config.get_text_config()
+        _refuse_by_config(self._base)
+        max_length = _max_length(self._base, config)
+        parameters = inspect.signature(type(self._base).forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        placed = apply_rules(self._shadow, self._under_way, max_length, self._takes_positions)
+        if not (self._takes_positions or placed):
+            raise UnsupportedModel(f"{type(self._base).__name__}.forward takes no position_ids")
+        if getattr(self._base, "_is_stateful", False):
+            raise UnsupportedModel(f"{type(self._base).__name__} keeps state outside attention")
+        self._keeps_logits = "logits_to_keep" in parameters
+        self._takes_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        device = self._base.get_input_embeddings().weight.device
+        found = probe(self._shadow, self._call, config.vocab_size, device)
+        self._spec = ModelSpec(
+            layers=found.layers,
+            vocab_size=found.vocab_size,
+            max_model_len=min(max_length, found.max_length, _until_the_cache_forgets(config, found.layers)),
+            dtype=found.dtype,
+            device=device,
+            eos_token_ids=_eos_token_ids(self._base),
+            name=self._name or self._base.config.name_or_path or config.model_type,
+            sampling_defaults=_sampling_defaults(self._base),
+        )
+
+    @torch.no_grad()
+    def _call(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        step: Step | None,
+        rows: Tensor | None = None,
+        compiled: CompiledRoot | None = None,
+    ) -> Tensor:
+        """One forward pass of the twin: logits of ``rows``, or of all."""
+        self._under_way[0] = step
+        options: dict[str, Any] = {"attend": step} if step is not None and self._takes_kwargs else {}
+        if self._takes_positions:
+            options["position_ids"] = positions[None]
+        if rows is not None and self._keeps_logits:
+            options["logits_to_keep"] = rows
+        if self._embeds.among(token_ids):
+            embedding = self._shadow.twin_of(self._base.get_input_embeddings())
+            compiled = None
+            options["inputs_embeds"] = self._embeds.of(token_ids, embedding)[None]
+        else:
+            options["input_ids"] = token_ids[None]
+        options |= {"attention_mask": None, "use_cache": False}
+        try:
+            if compiled is not None and step is not None:
+                output = compiled(step.rewind, **options)
+            else:
+                output = self._shadow.root(**options)
+        finally:
+            self._under_way[0] = None  # through it, the cache of an engine that is gone would live on
+        logits: Tensor = output.logits[0]
+        return logits if rows is None or self._keeps_logits else logits[rows]
+
+    def _ask(self, twin: nn.Module) -> None:
+        if not self._replace(twin) or getattr(self._fast[twin], "calls_children", False):
+            for child in twin.children():
+                self._ask(child)
+
+    def _replace(self, twin: nn.Module) -> bool:
+        """Ask for a faster forward of one module. What the user changed himself, or listens to, stays as it is."""
+        if twin in self._fast:
+            del self._fast[twin], twin.__dict__["forward"]
+        assert self._create is not None
+        if "forward" in twin.__dict__ or any(_listened_to(part) for part in twin.modules() if part is not twin):
+            return False
+        forward = self._create(twin)
+        if forward is not None:
+            self._fast[twin] = twin.__dict__["forward"] = forward
+        return forward is not None
+
+
+def _listened_to(module: nn.Module) -> bool:
+    return listened_to(module) or "forward" in module.__dict__
+
+
+def _aligned(module: nn.Module) -> bool:
+    """Whether all that stands before the module's own forward is accelerate's, with the weights where they are used."""
+    return getattr(getattr(module, "_hf_hook", None), "offload", None) is False and not listened_to(module)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The transformers model inside torch.compile's or PEFT's wrapper."""
+    model = getattr(model, "_orig_mod", model)
+    peft = getattr(model, "active_peft_config", None)
+    if peft is not None and hasattr(model, "get_base_model"):
+        if getattr(peft, "is_prompt_learning", False):
+            raise UnsupportedModel("PEFT prompt learning puts virtual tokens before the prompt; merge or remove it")
+        model = model.get_base_model()
+    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+        raise UnsupportedModel(f"{type(model).__name__} isn't a transformers model")
+    return model
+
+
+def _refuse_by_config(model: Any) -> None:
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{name} is an encoder-decoder model")
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModel(f"{name} has no language-model head")
+    if getattr(model.config, "attention_type", None) == "block_sparse":
+        raise UnsupportedModel(
+            f"{name}'s attention is block-sparse in long prompts; load it with attention_type='original_full'"
+        )
+
+
+def _until_the_cache_forgets(config: Any, layers: tuple[LayerSpec, ...]) -> int:
+    """Some windows exist only in stock's cache, which forgets keys and tells nobody: the length below which it
+    forgets none."""
+    if any(layer.sliding_window is not None for layer in layers):
+        return _ANY_LENGTH
+    cached = DynamicCache(config=config).layers
+    windows = [layer.sliding_window for layer in cached if getattr(layer, "is_sliding", False)]
+    return min(windows, default=_ANY_LENGTH)
+
+
+def _max_length(model: nn.Module, config: Any) -> int:
+    """Positions the model knows. Where rotary frequencies depend on the longest request of a batch, the length up to
+    which they don't."""
+    limits = [getattr(config, name, None) for name in _LENGTHS]
+    length = next((limit for limit in limits if isinstance(limit, int) and limit > 0), _ANY_LENGTH)
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+        pairs = [(kinds, parameters)] if isinstance(kinds, str) else [
+            (kind, parameters.get(layer) or {}) for layer, kind in (kinds or {}).items()
+        ]  # fmt: skip
+        for kind, own in pairs:
+            if kind in ("dynamic", "longrope"):
+                length = min(length, own.get("original_max_position_embeddings") or length)
+    return length
+
+
+def _sampling_defaults(model: Any) -> dict[str, float]:
+    """What generation_config.json says of sampling. As vLLM reads it: do_sample is of no account."""
+    generation = getattr(model, "generation_config", None)
+    found = {name: getattr(generation, name, None) for name in _SAMPLING}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _eos_token_ids(model: Any) -> tuple[int, ...]:
+    generation = getattr(model, "generation_config", None)
+    eos = getattr(generation, "eos_token_id", None)
+    if eos is None:
+        eos = getattr(model.config.get_text_config(), "eos_token_id", None)
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)

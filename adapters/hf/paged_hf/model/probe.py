@@ -1,0 +1,238 @@
+"""Taking a model in: what each attention call needs, and whether packing requests together changes the answer.
+
+The probe runs a few tokens three ways: as stock does, once with every fact of every attention call written down, and
+once as the engine will (two prompts in one row, in two chunks, K/V kept outside the model). It refuses with a reason
+whatever it can't vouch for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paged_core import LayerSpec, UnsupportedModel
+from paged_hf.model.attention import PAGED, PROBE, PROBE_WITH_MASKS, Step
+from paged_hf.model.dense import DenseAttend
+from paged_hf.model.masks import FAR, WIDEST, causal_until, window_of
+from paged_hf.model.shadow import Shadow
+
+Call = Callable[..., Tensor]
+"""``call(token_ids [T], positions [T], step | None) -> logits [T, vocab]``: one forward pass of the twin."""
+
+_LENGTHS = (13, 21)  # of the two prompts: longer than the windows of models made for tests
+_SPLITS = (6, 12)  # where their second chunk begins
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02}  # mean error / deviation of the logits
+_COARSE = 0.06  # the same for bfloat16 and anything smaller
+_NOISIEST = 0.2  # the same at most, for models that are noisy by themselves
+_KNOWN = frozenset(  # facts of an attention call that are honoured, or mean nothing here
+    {"dropout", "scaling", "sliding_window", "softcap", "s_aux", "key_bias", "is_causal", "position_ids", "use_cache"}
+    | {"output_attentions", "output_hidden_states", "return_dict", "cache_position", "logits_to_keep"}
+)
+
+
+@dataclass(frozen=True)
+class Findings:
+    layers: tuple[LayerSpec, ...]
+    vocab_size: int
+    dtype: torch.dtype  # of K/V
+    max_length: int  # up to which its masks are what the layers say
+
+
+def probe(shadow: Shadow, call: Call, vocab_size: int, device: torch.device) -> Findings:
+    """Look at the model behind ``call``, and leave it switched to paged attention.
+
+    Raises:
+        UnsupportedModel: with the reason.
+    """
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(vocab_size, (n,), generator=generator).to(device) for n in _LENGTHS]
+    shadow.use_attention(None)
+    try:
+        expected = [call(ids, _positions(ids), None) for ids in prompts]
+    except Exception as failure:
+        raise UnsupportedModel(f"its own forward fails on a plain prompt: {failure!r}") from failure
+    recorder = _record(shadow, call, prompts[1])
+    layers = tuple(recorder.layers)
+    shadow.use_attention(PAGED)
+    together = _in_chunks(call, layers, prompts, _SPLITS)
+    error = max(difference(got, want) for got, want in zip(together, expected, strict=True))
+    if not error <= tolerance(expected[0]):
+        _explain(shadow, call, layers, prompts[1], expected[1], error)
+    return Findings(layers, expected[0].shape[-1], recorder.dtype, recorder.max_length)
+
+
+def _explain(
+    shadow: Shadow, call: Call, layers: Sequence[LayerSpec], ids: Tensor, expected: Tensor, error: float
+) -> None:
+    """Raise for an error above tolerance, unless the model is as inexact when stock runs it: 8-bit activations, say,
+    are rounded by what else is in the batch."""
+    half = ids.numel() // 2
+    shadow.use_attention(None)
+    noise = difference(call(ids[:half], _positions(ids[:half]), None), expected[:half])
+    shadow.use_attention(PAGED)
+    allowed = max(tolerance(expected), min(4 * noise, _NOISIEST))
+    if error <= allowed:
+        return
+    alone = difference(_in_chunks(call, layers, [ids], [ids.numel()])[0], expected)
+    cause = "with attention taken over" if not alone <= allowed else (
+        "packed in chunks with another prompt (is there state outside attention?)"
+    )  # fmt: skip
+    raise UnsupportedModel(
+        f"{cause}, its logits differ from its own forward's by {error:.2g} of their deviation (allowed: {allowed:.2g})"
+    )
+
+
+def _record(shadow: Shadow, call: Call, ids: Tensor) -> _Recorder:
+    """Every attention call of one forward pass."""
+    recorder: _Recorder | None = None
+    for implementation in (PROBE_WITH_MASKS, PROBE):  # some models compute with the mask and can't take a marked one
+        latest = _Recorder(_positions(ids), makes_masks=implementation == PROBE)
+        shadow.use_attention(implementation)
+        try:
+            call(ids, _positions(ids), latest)
+        except UnsupportedModel:
+            raise
+        except Exception as error:
+            if implementation == PROBE:
+                raise UnsupportedModel(f"it can't run without an attention mask of its own: {error}") from error
+            continue
+        recorder = recorder or latest
+        if not latest.strange_masks:
+            break
+    assert recorder is not None
+    if not recorder.layers:
+        raise UnsupportedModel("its attention doesn't go through transformers' attention interface")
+    return recorder
+
+
+class _Recorder(Step):
+    """A Step that writes down what each attention call brings, and refuses what the engine can't honour."""
+
+    __slots__ = ("dtype", "layers", "makes_masks", "max_length", "num_tokens", "strange_masks", "windows")
+
+    def __init__(self, positions: Tensor, makes_masks: bool) -> None:
+        self.num_tokens = positions.numel()
+        self.makes_masks = makes_masks  # whether a mask that comes is the model's own doing
+        self.strange_masks = False  # whether one came that it had computed with
+        self.max_length = FAR
+        self.layers: list[LayerSpec] = []
+        self.windows: dict[int, tuple[Any, int | None]] = {}  # by id of a mask's rule
+        self.dtype = torch.float32
+        super().__init__(self._attend, positions)
+
+    def record(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, facts: dict[str, Any]
+    ) -> None:
+        where = f"attention call {len(self.layers)} ({type(module).__name__})"
+        unknown = [
+            name for name, value in facts.items() if name not in _KNOWN and value is not None and value is not False
+        ]
+        if unknown:
+            raise UnsupportedModel(f"{where} needs {', '.join(unknown)}, which paged attention doesn't know")
+        if facts.get("is_causal", getattr(module, "is_causal", True)) is False:
+            raise UnsupportedModel(f"{where} isn't causal")
+        if not (q.ndim == k.ndim == v.ndim == 4 and q.shape[2] == k.shape[2] == v.shape[2] == self.num_tokens):
+            raise UnsupportedModel(
+                f"{where} has queries {list(q.shape)}, keys {list(k.shape)}, values {list(v.shape)} "
+                f"for {self.num_tokens} tokens"
+            )
+        if mask is not None and not hasattr(mask, "rule"):
+            self.strange_masks = True
+            if self.makes_masks:
+                raise UnsupportedModel(f"{where} has a mask that the model makes itself")
+        window = self._window(where, mask, facts.get("sliding_window"))
+        scale = facts.get("scaling")
+        self.dtype = k.dtype
+        self.layers.append(
+            LayerSpec(
+                num_heads=q.shape[1],
+                num_kv_heads=k.shape[1],
+                head_dim=q.shape[3],
+                value_head_dim=v.shape[3],
+                scale=q.shape[3] ** -0.5 if scale is None else float(scale),
+                device=q.device,
+                sliding_window=window,
+                softcap=facts.get("softcap"),
+                has_sinks=facts.get("s_aux") is not None,
+                has_key_bias=facts.get("key_bias") is not None,
+            )
+        )
+
+    def _window(self, where: str, mask: Tensor | None, told: int | None) -> int | None:
+        """The layer's window, as it is told and as the mask that stock would have used has it."""
+        rule = getattr(mask, "rule", None)
+        if rule is None:
+            return None if told is None else int(told)
+        if id(rule) not in self.windows:
+            try:
+                self.windows[id(rule)] = rule, self._judge(rule, where)
+            except UnsupportedModel:
+                raise
+            except Exception:  # a rule made for this very batch: the comparison of logits must do
+                return None if told is None else int(told)
+        window = self.windows[id(rule)][1]
+        if told is not None and told != window and min(told, window or told) < WIDEST:
+            raise UnsupportedModel(f"{where} is told sliding_window={told}, and its mask has {window}")
+        return window if told is None else int(told)
+
+    def _judge(self, rule: Any, where: str) -> int | None:
+        try:
+            return window_of(rule)
+        except ValueError as error:
+            chunk = causal_until(rule)
+            if chunk is None:
+                raise UnsupportedModel(f"{where} has a mask that {error}") from error
+            self.max_length = min(self.max_length, chunk)
+            return None
+
+    def _attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, key_bias: Tensor | None = None
+    ) -> Tensor:
+        return DenseAttend(self.layers).run([self.num_tokens], layer, q, k, v, sinks, key_bias)
+
+
+def _in_chunks(
+    call: Call, layers: Sequence[LayerSpec], prompts: Sequence[Tensor], splits: Sequence[int]
+) -> list[Tensor]:
+    """Logits [T, vocab] of each prompt, all of them packed in one row, in two steps."""
+    attend = DenseAttend(layers)
+    logits: list[list[Tensor]] = [[] for _ in prompts]
+    for first in (True, False):
+        parts = [slice(0, at) if first else slice(at, None) for at in splits]
+        lengths = [ids[part].numel() for ids, part in zip(prompts, parts, strict=True)]
+        if not sum(lengths):
+            continue
+        positions = torch.cat([_positions(ids)[part] for ids, part in zip(prompts, parts, strict=True)])
+        step = Step(attend.bind(lengths), positions)
+        ids = torch.cat([ids[part] for ids, part in zip(prompts, parts, strict=True)])
+        try:
+            rows = call(ids, positions, step)
+        except UnsupportedModel:
+            raise
+        except Exception as error:
+            raise UnsupportedModel(f"its forward fails when two prompts stand in one row: {error!r}") from error
+        if step.layer != len(layers):
+            raise UnsupportedModel(
+                f"it calls attention {len(layers)} times in one forward pass, {step.layer} in another"
+            )
+        for own, got in zip(logits, torch.split(rows, lengths), strict=True):
+            own.append(got)
+    return [torch.cat(own) for own in logits]
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    """Mean absolute difference, as a share of the logits' standard deviation."""
+    got, want = got.float(), want.float()
+    return ((got - want).abs().mean() / want.std().clamp_min(1e-9)).item()
+
+
+def tolerance(logits: Tensor) -> float:
+    return _TOLERANCE.get(logits.dtype, _COARSE)
+
+
+def _positions(ids: Tensor) -> Tensor:
+    return torch.arange(ids.numel(), device=ids.device)

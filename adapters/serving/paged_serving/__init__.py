@@ -1,0 +1,59 @@
+"""What every server needs: protocols, grammars, metrics."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paged_serving.metrics import PrometheusMetrics
+    from paged_serving.protocol.call import Call
+    from paged_serving.protocol.chat import ChatCall
+    from paged_serving.protocol.completions import CompletionCall
+    from paged_serving.protocol.failures import CallError, Failure, openai_error, tgi_error
+    from paged_serving.protocol.fields import ProtocolError, parse_json
+    from paged_serving.protocol.served import RequestLimits, ServedModel
+    from paged_serving.protocol.sketch import body_schema
+    from paged_serving.protocol.tgi import TGICall
+    from paged_serving.protocol.tokenize import tokenize
+
+# Imported when first used: plugins are looked through without loading torch.
+_LAZY = {
+    "Call": "protocol.call",
+    "CallError": "protocol.failures",
+    "ChatCall": "protocol.chat",
+    "CompletionCall": "protocol.completions",
+    "Failure": "protocol.failures",
+    "PrometheusMetrics": "metrics",
+    "ProtocolError": "protocol.fields",
+    "RequestLimits": "protocol.served",
+    "ServedModel": "protocol.served",
+    "TGICall": "protocol.tgi",
+    "body_schema": "protocol.sketch",
+    "openai_error": "protocol.failures",
+    "parse_json": "protocol.fields",
+    "tgi_error": "protocol.failures",
+    "tokenize": "protocol.tokenize",
+}
+
+__all__ = [
+    "Call",
+    "CallError",
+    "ChatCall",
+    "CompletionCall",
+    "Failure",
+    "PrometheusMetrics",
+    "ProtocolError",
+    "RequestLimits",
+    "ServedModel",
+    "TGICall",
+    "body_schema",
+    "openai_error",
+    "parse_json",
+    "tgi_error",
+    "tokenize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'paged_serving' has no attribute {name!r}")
+    return getattr(import_module(f"paged_serving.{_LAZY[name]}"), name)

@@ -1,0 +1,35 @@
+"""What every call is to the server that carries it: the shape that the protocols' calls share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from paged_core import GenerationOutput, Prompt, SamplingParams, StreamDelta
+
+
+class Call(Protocol):
+    """One HTTP call without the HTTP. Its owner submits each of ``prompts`` with ``params``. If ``stream``, it sends
+    ``first_chunks``, ``chunks`` for each delta, and ``last_chunks``; else ``answer``. Deltas and results that ended in
+    "abort" or "error" are not for the call: their owner answers with an error.
+    """
+
+    prompts: list[Prompt]
+    params: SamplingParams
+    stream: bool
+
+    def first_chunks(self) -> list[dict[str, Any]]:
+        """Told before all news."""
+        ...
+
+    def chunks(self, number: int, delta: StreamDelta) -> list[dict[str, Any]]:
+        """What is sent for news of prompt ``number``."""
+        ...
+
+    def last_chunks(self, results: Sequence[GenerationOutput]) -> list[dict[str, Any]]:
+        """Told when all has ended; one result a prompt."""
+        ...
+
+    def answer(self, results: Sequence[GenerationOutput]) -> Any:
+        """The body of a call that isn't streamed; one result a prompt."""
+        ...

@@ -1,0 +1,228 @@
+"""What a call must know of the model it asks for, and what each call may ask for at most."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from paged_core import (
+    InvalidRequestError,
+    PluginError,
+    Prompt,
+    SamplingParams,
+    TextCodec,
+    encode_prompt,
+    prepare_params,
+)
+from paged_serving.protocol.fields import Fields, ProtocolError, is_integers, shortened
+from paged_serving.protocol.sizes import check_sizes
+from paged_serving.protocol.structured import Structure
+from paged_serving.protocol.tokens import TokenTexts
+
+if TYPE_CHECKING:
+    from paged_core import AsyncEngine
+    from paged_serving.grammar import Grammars
+
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer"}}
+PROMPT = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "integer"}, _TOKEN_IDS]}},
+    ]
+}
+_MAX_TEXT = 16_384  # characters of a request's stop strings together: each takes memory of its own
+Names = Mapping[str, str]  # a field of SamplingParams -> what the protocol at hand calls it, where that differs
+_ANY_MODEL = ("tgi", "dummy")  # what TGI's clients call it where they weren't told a name
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """The most that one HTTP request may ask for. None: as much as the model and the cache allow."""
+
+    max_prompt_tokens: int | None = None
+    max_tokens: int | None = None  # of each sequence
+    max_n: int = 128  # sequences of one prompt, best_of included
+    max_prompts: int = 256  # in one request
+    max_stop: int = 16  # stop strings and bad words
+    max_logprobs: int = 20
+    max_values: int = 3_000_000  # log-probabilities, or token ids, that its fields may come to together
+
+
+class ServedModel:
+    """A model under the names it is served by. Knows its text side; runs nothing.
+
+    ``model_defaults``: sampling fields that a request leaves out are as the model's makers advise.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        names: Sequence[str],
+        limits: RequestLimits | None = None,
+        *,
+        model_defaults: bool = True,
+    ) -> None:
+        config, spec = engine.engine.config, engine.engine.spec
+        assert config.max_model_len is not None, "a built engine knows it"
+        self.names = tuple(names)
+        self.limits = limits or RequestLimits()
+        self.codec: TextCodec = engine.codec
+        self.tokens = TokenTexts(engine.codec)
+        self.max_model_len: int = config.max_model_len
+        self.defaults: Mapping[str, float] = spec.sampling_defaults if model_defaults else {}
+        self.max_prompt_tokens = _max_prompt_tokens(engine, self.limits)
+        self._vocab_size, self._eos_token_ids = spec.vocab_size, spec.eos_token_ids
+        self.has_priorities = config.scheduling_policy == "priority"
+
+    def check_name(self, asked: str | None) -> str:
+        """The name to answer under.
+
+        Raises:
+            ProtocolError: there is no model of that name here.
+        """
+        if asked is None or asked in _ANY_MODEL:
+            return self.names[0]
+        if asked not in self.names:
+            told = f"the model {shortened(asked)!r} is not served here; there is {', '.join(self.names)}"
+            raise ProtocolError(told, "model", status=404, code="model_not_found")
+        return asked
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> Prompt:
+        return Prompt(text, self.codec.encode(text, add_special_tokens))
+
+    def finish_prompt(self, name: str, prompt: Prompt, truncate: int | None) -> Prompt:
+        """The prompt cut to its last ``truncate`` tokens (-1: to what can be served), and checked."""
+        ids = prompt.token_ids
+        if truncate is not None:
+            most = self.max_prompt_tokens if truncate == -1 else truncate
+            if len(ids) > most:
+                ids = ids[-most:]
+                prompt = Prompt(self.codec.decode(ids) if prompt.text is not None else None, ids)
+        self.check_length(name, len(ids))
+        try:
+            return encode_prompt(self.codec, prompt)
+        except InvalidRequestError as error:
+            raise ProtocolError(str(error), name) from error
+
+    def check_length(self, name: str, num_tokens: int) -> None:
+        """Raises ProtocolError for a prompt that is too long."""
+        if num_tokens > self.max_prompt_tokens:
+            told = f"{name} has {num_tokens} tokens; at most {self.max_prompt_tokens} can be served (the model's length"
+            raise ProtocolError(f"{told} is {self.max_model_len})", name, code="context_length_exceeded")
+
+    def prompts(self, name: str, value: Any, add_special_tokens: bool, truncate: int | None) -> list[Prompt]:
+        """OpenAI's four forms: a string, strings, token ids, lists of token ids."""
+        several = value if isinstance(value, list) and value and not is_integers(value) else [value]
+        if len(several) > self.limits.max_prompts:
+            raise ProtocolError(f"{name} holds {len(several)} prompts; the limit is {self.limits.max_prompts}", name)
+        found = []
+        for each in several:
+            if isinstance(each, str):
+                prompt = self.encode(each, add_special_tokens=add_special_tokens)
+            elif is_integers(each):
+                self.check_ids(name, each)
+                prompt = Prompt(None, each)
+            else:
+                raise ProtocolError(f"{name} must be a string, token ids, or a list of these", name)
+            found.append(self.finish_prompt(name, prompt, truncate))
+        return found
+
+    def token_ids(self, fields: Fields, name: str) -> list[int] | None:
+        """A field of token ids, each told once."""
+        ids = fields.integers(name)
+        if ids is None:
+            return None
+        self.check_ids(fields.path(name), ids)
+        return list(dict.fromkeys(ids))
+
+    def check_ids(self, name: str, ids: Collection[int]) -> None:
+        """Raises ProtocolError for ids outside the vocabulary."""
+        for token in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= token < self._vocab_size:
+                told = f"{name} holds token id {token}; ids go from 0 to {self._vocab_size - 1}"
+                raise ProtocolError(told, name)
+
+    def finish_params(
+        self,
+        params: SamplingParams,
+        prompts: Sequence[Prompt],
+        structure: Structure | None,
+        *,
+        copies: int,
+        named: Names,
+    ) -> SamplingParams:
+        """``params`` with all that takes time done: bad words are token ids, a structure is a processor.
+
+        ``copies``: how often the answer tells of each prompt's tokens.
+
+        Raises:
+            ProtocolError: the structure can't be followed, or all together come to more than the limit.
+        """
+        params = prepare_params(self.codec, params)
+        check_sizes(params, prompts, self.max_model_len, self.limits.max_values, copies=copies, named=named)
+        return params if structure is None else self._structured(params, prompts, structure)
+
+    def _structured(self, params: SamplingParams, prompts: Sequence[Prompt], structure: Structure) -> SamplingParams:
+        name = structure.field
+        if len(prompts) > 1:
+            raise ProtocolError(f"{name} asks for structured output, which takes one prompt at a time", name)
+        if params.ignore_eos:
+            raise ProtocolError(f"{name} can't go with ignore_eos: a fulfilled structure ends with that token", name)
+        try:
+            num_prompt = len(prompts[0].token_ids)
+            processor = self._grammars.processor(structure.kind, structure.value, num_prompt, params.n)
+        except (InvalidRequestError, PluginError) as error:
+            raise ProtocolError(f"{name}: {error}", name) from error
+        return replace(params, logits_processors=(processor,))
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        from paged_serving.grammar import Grammars  # needs torch, which is there where an engine is
+
+        return Grammars(self.codec, self._vocab_size, self._eos_token_ids)
+
+    def default_max_tokens(self, usual: int | None) -> int | None:
+        """Of an answer whose length nobody asked for: the ``usual``, as far as the limit allows."""
+        limits = [limit for limit in (usual, self.limits.max_tokens) if limit is not None]
+        return min(limits, default=None)
+
+    def check_limits(self, params: SamplingParams, named: Names) -> None:
+        """Raises ProtocolError, naming the limit that is passed."""
+        limits = self.limits
+        asked: tuple[tuple[str, int | None, int | None], ...] = (
+            ("n", params.n, limits.max_n),
+            ("max_tokens", params.max_tokens, limits.max_tokens),
+            ("stop", len(params.stop), limits.max_stop),
+            ("bad_words", len(params.bad_words), limits.max_stop),
+            ("logprobs", params.logprobs, limits.max_logprobs),
+            ("prompt_logprobs", params.prompt_logprobs, limits.max_logprobs),
+        )
+        for name, texts in (("stop", params.stop), ("bad_words", params.bad_words)):
+            if sum(map(len, texts)) > _MAX_TEXT:
+                told = f"the texts of {named.get(name, name)} are longer than {_MAX_TEXT} characters together"
+                raise ProtocolError(told, named.get(name, name))
+        for name, value, most in asked:
+            if value is not None and most is not None and value > most:
+                own = named.get(name, name)
+                raise ProtocolError(f"{own} asks for {value}; this server's limit is {most}", own)
+
+
+def _max_prompt_tokens(engine: AsyncEngine, limits: RequestLimits) -> int:
+    """What the limits, the model and the K/V cache take; beyond a sliding window nothing stays in the cache."""
+    config, layers = engine.engine.config, engine.engine.spec.layers
+    assert config.max_model_len and config.num_blocks and config.block_size, "a built engine knows them"
+    most = config.max_model_len - 1
+    if any(layer.sliding_window is None for layer in layers):
+        most = min(most, config.num_blocks * config.block_size)
+    return most if limits.max_prompt_tokens is None else min(most, limits.max_prompt_tokens)
+
+
+def sampling_params(**fields: Any) -> SamplingParams:
+    """SamplingParams; what they refuse is told with the field at fault."""
+    try:
+        return SamplingParams(**fields)
+    except InvalidRequestError as error:
+        first = str(error).split()[0]
+        raise ProtocolError(str(error), first if first in fields else None) from error

@@ -1,0 +1,10 @@
+"""What the server of processes imports before it forks the first: all that every check needs, and takes seconds."""
+
+from paged_hf.commands import quiet_imports
+
+quiet_imports()
+
+import transformers.generation.utils  # noqa: E402
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
+
+import paged_coverage.isolated  # noqa: E402, F401

@@ -1,0 +1,1 @@
+"""The loop, and what turns it: token ids in, token ids out."""

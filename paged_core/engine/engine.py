@@ -1,0 +1,324 @@
+"""Engine: builds the parts through hooks, then turns the wheel. Token ids in, token ids out; it knows nothing of text.
+
+Single-threaded: one owner calls add_request, abort, stop and step. AsyncEngine is such an owner, for many threads.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paged_core.config import EngineConfig
+from paged_core.engine import assembly
+from paged_core.engine.assembly import Progress
+from paged_core.engine.checks import check_prompt, check_resumed, check_token_ids
+from paged_core.engine.lookahead import Lookahead
+from paged_core.engine.observers import Observers
+from paged_core.engine.open_requests import OpenRequests
+from paged_core.engine.stats import StepStats
+from paged_core.engine.step_runner import StepRunner
+from paged_core.engine.view import EngineView
+from paged_core.errors import EngineDeadError
+from paged_core.execution.batch import BatchBuilder
+from paged_core.execution.model import AcceleratedModel, EmbeddingModel, TokenSelector
+from paged_core.plugins import load_plugins
+from paged_core.sampling.beam_search import BeamSearch
+from paged_core.scheduling.request import (
+    FinishReason,
+    Group,
+    InvalidRequestError,
+    Request,
+    RequestOutput,
+    SamplingParams,
+)
+from paged_core.scheduling.schedule import Schedule
+
+
+class Engine:
+    """One model on one paged K/V cache.
+
+    Args:
+        model: a PagedModel, or whatever a ``load_model`` hook takes: a path, a hub id, a transformers model.
+        config: sizes and choices.
+        plugins: more plugin modules or objects; they are asked before installed and built-in ones.
+        device, dtype: passed to ``load_model``.
+        progress: told of long work (compiling kernels) while the engine is built; None: a line on a terminal.
+
+    Raises:
+        PluginError: nobody answered a hook that must be answered.
+        UnsupportedModel: the model can't run on paged memory.
+        ConfigError: the sizes can't work together.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: EngineConfig | None = None,
+        *,
+        plugins: Iterable[Any] = (),
+        device: str | None = None,
+        dtype: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._manager = load_plugins(plugins)
+        self._model = assembly.load_model(self._manager, model, device, dtype)
+        self.spec = self._model.spec
+        self._knows = self._model.knows if isinstance(self._model, EmbeddingModel) else None
+        config = assembly.resolve(config or EngineConfig(), self.spec)
+        assert config.block_size is not None, "see resolve"
+        self._block_size = config.block_size
+        self._tokenizer_source = model
+        sampler = assembly.create_sampler(self._manager, self.spec, config)
+        self._backend = backend = assembly.create_backend(self._manager, self.spec, config, progress)
+        assembly.compile_model(self._model, backend, config, progress)
+        assembly.accelerate(self._manager, self._model, config)
+        self.config = config = assembly.measure(config, self._model, backend, sampler)
+        self._scheduler = assembly.create_scheduler(self._manager, self.spec, config)
+        self._pool = self._scheduler.pool
+        self._runner = assembly.create_runner(self._manager, self._model, backend, config, progress)
+        self._num_compiles = self._runner.num_compiles
+        builder = BatchBuilder(self._block_size, self.spec.device)
+        ahead = config.lookahead if config.lookahead is not None else self.spec.device.type == "cuda"
+        self._steps = StepRunner(self._scheduler, builder, self._runner, sampler, ahead=ahead)
+        self._lookahead = Lookahead(self._scheduler, self._steps)
+        self._seeds = random.Random(self.config.seed)
+        self._observers = Observers(self._manager)
+        self._open = OpenRequests(self._observers)
+        self._dead: str | None = None
+        self._refreshed = False  # whether the model was looked at since the last step
+        self.last_stats: StepStats | None = None
+
+    # ---- requests ------------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        return self._open.has_untold or self._scheduler.has_work
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """What the ``load_tokenizer`` hook gives for this model; None if nobody has one. A new one at each call."""
+        return self._manager.hook.load_tokenizer(source=self._tokenizer_source)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        selector: TokenSelector | None = None,
+    ) -> list[Request]:
+        """Queue ``params.n`` samples of one prompt, or its beams.
+
+        Raises:
+            InvalidRequestError: the prompt is empty, holds ids outside the vocabulary, or can never fit; or the id is
+                in use. Nothing was queued.
+        """
+        params = params or SamplingParams()
+        beams = params.use_beam_search and selector is None
+        rows = [prompt_token_ids] * params.n
+        return self._add(request_id, rows, params, BeamSearch() if beams else selector, lockstep=beams)
+
+    def add_group(
+        self, request_id: str, prompts: Sequence[Sequence[int]], params: SamplingParams, *, selector: TokenSelector
+    ) -> list[Request]:
+        """Queue rows that advance in lockstep: each step of ``selector`` sees all of them, in order, or none.
+
+        Raises:
+            InvalidRequestError: as for add_request, the group counts as one; or it has no prompt, or asks for
+                prompt_logprobs.
+        """
+        if not prompts:
+            raise InvalidRequestError("the group is empty; give at least one prompt", "prompt")
+        if params.prompt_logprobs is not None:
+            raise InvalidRequestError(
+                "prompt_logprobs can't be told of a group; ask with add_request, one prompt at a time",
+                "prompt_logprobs",
+            )
+        return self._add(request_id, prompts, params, selector, lockstep=True)
+
+    def resume(
+        self, requests: Sequence[Request], token_ids: Sequence[int], parents: Sequence[int] | None = None
+    ) -> None:
+        """Go on with rows whose selector answered None: each gets the token that was chosen for it meanwhile.
+
+        ``parents``: row i continues from ``requests[parents[i]]``'s tokens and K/V, which it then shares (a beam step).
+        """
+        check_resumed(requests, token_ids, self.spec.vocab_size)
+        self._scheduler.resume(requests, token_ids, parents)
+
+    def recompute(self, requests: Iterable[Request]) -> None:
+        """Compute the K/V of held rows again, where they were preempted meanwhile. Their selectors are asked again."""
+        self._scheduler.recompute(requests)
+
+    def preempt_held(self) -> bool:
+        """Let the last held rows give their blocks to those who wait: their owner takes his time. They compute their
+        tokens again once they are resumed. False: nobody waits, or nobody is held."""
+        return self._scheduler.preempt_held()
+
+    def abort(self, request_id: str) -> None:
+        """Cancel a request. Each of its unfinished rows gets its final output from the next step. Unknown ids are
+        ignored: the request may have ended a moment ago."""
+        self._open.tell_later(self._finish(self._open.rows(request_id), FinishReason.ABORT))
+
+    def stop(self, request: Request) -> RequestOutput | None:
+        """End a row whose text has reached a stop string. Returns its final output; None if it had ended already."""
+        outputs = self._finish((request,), FinishReason.STOP)
+        return outputs[0] if outputs else None
+
+    def close(self) -> None:
+        """Abort what is left; take no more requests."""
+        for request_id in self._open:
+            self.abort(request_id)
+        self._dead = "it was closed"
+
+    # ---- memory --------------------------------------------------------------------------------------------------
+
+    def read_kv(self, request: Request) -> list[tuple[Tensor, Tensor]]:
+        """Copies of what the cache holds of a request: each layer's ``(k [K,n,D], v [K,n,Dv])``, n its num_computed.
+
+        Between two steps, and before the request ends, since that gives its blocks back: let its selector hold it.
+        Keys are as attention sees them (rotated, for instance). Zeros where every layer's sliding window has passed.
+
+        Raises:
+            InvalidRequestError: the request has ended.
+        """
+        if request.finished:
+            raise InvalidRequestError(
+                f"request {request.id!r} has ended, and its K/V were given back; read them before it ends: "
+                "a row that its selector holds (it answers None) stays until resume() or stop()"
+            )
+        return self._runner.cache.read(request.block_table, request.num_computed)
+
+    def release_memory(self) -> bool:
+        """Give back all K/V memory, cached prefixes included; the next request takes it anew. False: nothing was
+        given back, since running requests need it. A plugin's cache that can't grow keeps its memory."""
+        if self._pool.num_used:
+            return False
+        self._pool.shrink()
+        self._runner.release()
+        return True
+
+    def view(self) -> EngineView:
+        """What runs, what waits and what every block is. Between two steps; the view itself is for any thread."""
+        references, cached = self._pool.snapshot()
+        num_running, num_waiting = len(self._scheduler.running), len(self._scheduler.waiting)
+        return EngineView(num_running, num_waiting, self._block_size, references, cached)
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one batch. Returns what is new of each request it sampled, and the ends not told before.
+
+        Raises:
+            EngineDeadError: the device or the model has failed for good, or has no memory for a single token.
+        """
+        began = time.perf_counter()
+        self._refreshed = False
+        with self._death_noted(), self._device_looked_after():
+            now = self._lookahead.take() or self._steps.launch(self._scheduler.schedule())
+            for group, message in now.failed.items():
+                self._open.tell_later(self._finish(group.members, FinishReason.ERROR, message))
+            if not now.schedule.chunks:
+                return self._open.tell([])
+            self._lookahead.begin(now)
+            selection, prompt_logprobs = self._steps.select(now)
+        self._open.keep(prompt_logprobs)
+        outputs = self._scheduler.update(now.schedule, selection)
+        self._report(now.schedule, len(now.computed.sample_requests), time.perf_counter() - began)
+        return self._open.tell(outputs)
+
+    @contextmanager
+    def _death_noted(self) -> Iterator[None]:
+        try:
+            yield
+        except EngineDeadError as error:
+            self._dead = str(error)
+            raise
+
+    @contextmanager
+    def _device_looked_after(self) -> Iterator[None]:
+        """An error of the device is no request's: after most of them it computes nothing more in this process."""
+        try:
+            yield
+        except torch.AcceleratorError as error:
+            self._dead = f"its device has failed, which takes a new process: {error}"
+            raise EngineDeadError(self._dead) from error
+
+    def _finish(
+        self, requests: Iterable[Request], reason: FinishReason, error: str | None = None
+    ) -> list[RequestOutput]:
+        outputs = self._scheduler.finish(list(requests), reason, error)
+        self._open.end(outputs)
+        return outputs
+
+    def _report(self, schedule: Schedule, num_sampled: int, duration_s: float) -> None:
+        self.last_stats = StepStats.of(
+            self._scheduler,
+            schedule,
+            num_sampled=num_sampled,
+            duration_s=duration_s,
+            total_late_compiles=self._runner.num_compiles - self._num_compiles,
+            total_steps_divided=self._steps.num_divided,
+        )
+        self._observers.tell("on_step_finished", stats=self.last_stats)
+
+    # ---- taking requests in --------------------------------------------------------------------------------------
+
+    def _add(
+        self,
+        request_id: str,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        selector: TokenSelector | None,
+        lockstep: bool,
+    ) -> list[Request]:
+        if self._dead is not None:
+            raise EngineDeadError(f"the engine takes no more requests: {self._dead}")
+        if request_id in self._open:
+            raise InvalidRequestError(f"request id {request_id!r} is in use; choose another")
+        for prompt in prompts if lockstep else prompts[:1]:
+            check_prompt(prompt, self.spec.vocab_size, self._knows)
+        check_token_ids(params, self.spec.vocab_size)
+        self._refresh()
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
+        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else set(self.spec.eos_token_ids))
+        group = Group(lockstep)
+        for index, prompt in enumerate(prompts):
+            Request(
+                request_id,
+                prompt,
+                params,
+                index=index,
+                group=group,
+                seed=seed,
+                stop_token_ids=stops,
+                selector=selector,
+            )
+        for request in group.members:
+            self._add_processors(request)
+        self._scheduler.add(group.members)
+        self._open.add(group.members)
+        return list(group.members)
+
+    def _add_processors(self, request: Request) -> None:
+        answers = [p for p in self._manager.hook.create_logits_processor(request=request) if p is not None]
+        if answers:
+            processors = (*request.params.logits_processors, *answers)
+            request.params = replace(request.params, logits_processors=processors)
+
+    def _refresh(self) -> None:
+        """The user may have changed the model since the last step: cached K/V would be another model's."""
+        if isinstance(self._model, AcceleratedModel) and not (self._refreshed and len(self._open)):
+            with self._device_looked_after():
+                changed = self._model.refresh()
+            if changed:
+                self._scheduler.forget_cached()
+                self._runner.drop_graphs()
+            self._refreshed = True

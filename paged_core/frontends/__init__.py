@@ -1,0 +1,1 @@
+"""Who turns the engine: LLM in the caller's thread, AsyncEngine in its own."""

@@ -1,0 +1,259 @@
+"""LLM: a list of prompts in, a list of texts out. Drives an Engine in the caller's own thread."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from paged_core.config import EngineConfig
+from paged_core.engine.engine import Engine
+from paged_core.errors import EngineDeadError, InvalidRequestError
+from paged_core.scheduling.request import SamplingParams
+from paged_core.text.codec import TextCodec, encode_prompt, prepare_params
+from paged_core.text.generation import Generation, deliver
+from paged_core.text.outputs import GenerationOutput, refused
+
+
+class LLM:
+    """A model for offline use.
+
+    ``LLM("a/folder").generate(["Hello"], SamplingParams(n=3))[0].outputs[2].text``
+
+    Args:
+        model: an Engine, or whatever an Engine takes: a PagedModel, a path, a hub id, a transformers model.
+        tokenizer: taken from the model (by the ``load_tokenizer`` hook) when None.
+        config: an EngineConfig; or give its fields as keyword arguments.
+
+    Threads may share an LLM; their calls run one after another.
+    """
+
+    def __init__(
+        self, model: Any, *, tokenizer: Any = None, config: EngineConfig | None = None, **config_fields: Any
+    ) -> None:
+        self.engine, self.codec = open_engine(model, tokenizer, config, config_fields)
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.codec.tokenizer
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[GenerationOutput]:
+        """Complete each prompt; the answers come in the prompts' order.
+
+        Args:
+            prompts: one or several of: a string, token ids, a list of chat messages (dicts with role and content).
+            sampling_params: one for all, or one for each prompt.
+            use_tqdm: show a progress bar.
+
+        A prompt that can't be served harms no other: its output's ``error`` says why, and the ``finish_reason`` of its
+        outputs is "error". An interrupt (Ctrl-C) cancels the whole call and leaves the LLM usable.
+
+        Raises:
+            InvalidRequestError: sampling_params is a list whose length isn't that of prompts.
+        """
+        asked = _as_list(prompts)
+        with self._lock, _interrupts_between_steps() as check_interrupt, _progress(len(asked), use_tqdm) as progress:
+            run = _Run(self.engine, self.codec, progress)
+            each = _one_each(sampling_params, len(asked))
+            try:
+                for prompt, params in zip(asked, each, strict=True):
+                    run.add(f"llm-{next(self._numbers)}", prompt, params)
+                    check_interrupt()
+                while run.num_open:
+                    run.step()
+                    check_interrupt()
+            except BaseException:
+                run.cancel()
+                raise
+            return run.results()
+
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[GenerationOutput]:
+        """As generate, for one conversation (a list of messages) or several."""
+        return self.generate(messages, sampling_params, use_tqdm=use_tqdm)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def open_engine(
+    model: Any, tokenizer: Any, config: EngineConfig | None, config_fields: Mapping[str, Any]
+) -> tuple[Engine, TextCodec]:
+    """The engine that ``model`` is or that is built for it, and the text side of it."""
+    if config is not None and config_fields:
+        raise TypeError(f"give either config or its fields ({', '.join(config_fields)}), not both")
+    if isinstance(model, Engine) and (config is not None or config_fields):
+        raise TypeError("the engine has its configuration already; give config where you build it")
+    engine = model if isinstance(model, Engine) else Engine(model, config or EngineConfig(**config_fields))
+    return engine, TextCodec(tokenizer if tokenizer is not None else engine.tokenizer)
+
+
+class _Run:
+    """The prompts of one ``generate`` call."""
+
+    def __init__(self, engine: Engine, codec: TextCodec, progress: _Progress) -> None:
+        self._engine = engine
+        self._codec = codec
+        self._progress = progress
+        self._open: dict[str, Generation] = {}  # by request id
+        self._results: list[Generation | GenerationOutput] = []  # in the prompts' order
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    def add(self, request_id: str, prompt: Any, params: SamplingParams) -> None:
+        arrival = time.perf_counter()
+        try:
+            generation = Generation(
+                request_id,
+                encode_prompt(self._codec, prompt),
+                prepare_params(self._codec, params),
+                self._codec,
+                arrival,
+            )
+            self._engine.add_request(request_id, generation.prompt.token_ids, generation.params)
+        except EngineDeadError:
+            raise
+        except Exception as error:  # of a plugin's or the tokenizer's, say
+            known = isinstance(error, InvalidRequestError)
+            self._refuse(request_id, prompt, params, str(error) if known else f"it could not be taken in: {error!r}")
+            return
+        self._open[request_id] = generation
+        self._results.append(generation)
+
+    def _refuse(self, request_id: str, prompt: Any, params: SamplingParams, told: str) -> None:
+        self._engine.abort(request_id)
+        self._results.append(refused(request_id, prompt, params.n, told, time.perf_counter()))
+        self._progress.update(0, 1)
+
+    def step(self) -> None:
+        assert self._engine.has_work, "the engine lost a request, or somebody else steps it"
+        num_tokens = num_done = 0
+        for output in self._engine.step():
+            generation = self._open.get(output.request.id)
+            if generation is None:
+                continue
+            deliver(self._engine, generation, output)
+            num_tokens += len(output.token_ids)
+            if generation.finished:
+                del self._open[output.request.id]
+                num_done += 1
+        self._progress.update(num_tokens, num_done)
+
+    def cancel(self) -> None:
+        """Abort what is open, and take its final outputs off the engine."""
+        with suppress(Exception):  # an engine that has failed; that error is on its way already
+            for request_id in self._open:
+                self._engine.abort(request_id)
+            if self._engine.has_work:
+                self._engine.step()
+
+    def results(self) -> list[GenerationOutput]:
+        return [entry.result() if isinstance(entry, Generation) else entry for entry in self._results]
+
+
+class _Progress:
+    """Shows nothing."""
+
+    def update(self, num_tokens: int, num_done: int) -> None:
+        """``num_tokens`` were generated, ``num_done`` prompts ended."""
+
+
+class _Bar(_Progress):
+    """A tqdm bar over prompts, with output tokens a second."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._began = time.perf_counter()
+        self._num_tokens = 0
+
+    def update(self, num_tokens: int, num_done: int) -> None:
+        self._num_tokens += num_tokens
+        rate = self._num_tokens / max(time.perf_counter() - self._began, 1e-9)
+        self._bar.set_postfix_str(f"{rate:.1f} out tok/s", refresh=False)
+        self._bar.update(num_done)
+
+
+@contextmanager
+def _progress(total: int, wanted: bool) -> Iterator[_Progress]:
+    if not wanted:
+        yield _Progress()
+        return
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        print("no progress bar: pip install tqdm", file=sys.stderr)
+        yield _Progress()
+        return
+    with tqdm(total=total, desc="prompts", unit="prompt", dynamic_ncols=True) as bar:
+        yield _Bar(bar)
+
+
+@contextmanager
+def _interrupts_between_steps() -> Iterator[Any]:
+    """Keeps a Ctrl-C until the step is over, so that it can't tear the engine; a second one comes through at once.
+
+    Yields a function that raises the KeyboardInterrupt that is due. Only the main thread gets signals; a handler of
+    the caller's own stays in place.
+    """
+    default = signal.default_int_handler
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not default:
+        yield lambda: None
+        return
+    due = threading.Event()
+
+    def keep(number: int, frame: Any) -> None:
+        if due.is_set():
+            default(number, frame)
+        due.set()
+
+    def check() -> None:
+        if due.is_set():
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, keep)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, default)
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    """One prompt or several: always a list of prompts."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if hasattr(prompts, "tolist"):  # a NumPy array or a tensor: [L] or [N, L]
+        prompts = prompts.tolist()
+    prompts = list(prompts)
+    single = bool(prompts) and (isinstance(prompts[0], Mapping) or hasattr(prompts[0], "__index__"))
+    return [prompts] if single else prompts
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, num: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num
+    if len(params) != num:
+        raise InvalidRequestError(
+            f"there are {num} prompts and {len(params)} sampling_params; give one for each, or one"
+        )
+    return list(params)

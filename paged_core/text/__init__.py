@@ -1,0 +1,1 @@
+"""Text in and out: token ids to text and back, stop strings, what users are given."""

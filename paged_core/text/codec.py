@@ -1,0 +1,278 @@
+"""Between people's text and the engine's token ids: prompts in, text out, stop strings. Knows nothing of engines.
+
+A Hugging Face tokenizer is a Tokenizer as it is. It isn't safe to share between threads, so that TextCodec works on
+private copies of it, each behind a lock.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import threading
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from paged_core.errors import InvalidRequestError
+from paged_core.scheduling.request import SamplingParams
+from paged_core.text.detokenizer import (
+    REPLACEMENT,
+    ByteLevelDetokenizer,
+    BytePieces,
+    Detokenizer,
+    InertTokens,
+    WindowDetokenizer,
+    is_byte_level,
+)
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+
+
+class Tokenizer(Protocol):
+    """What we ask of a tokenizer; Hugging Face's have it. Chat prompts need ``apply_chat_template`` too."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> Sequence[int]: ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
+
+
+class Prompt(NamedTuple):
+    """A prompt ready for the engine."""
+
+    text: str | None  # None when it was given as token ids
+    token_ids: list[int]
+
+
+class TextCodec:
+    """A tokenizer made safe for threads. ``tokenizer`` may be None: then only token ids can be served."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._encoder, self._decoder = _private_copy(tokenizer), _private_copy(tokenizer)
+        self.renew_locks()
+        self._byte_level = is_byte_level(tokenizer)
+        self._pieces: dict[bool, BytePieces] = {}  # by skip_special_tokens
+        self._inert: dict[bool, InertTokens] = {}
+
+    def renew_locks(self) -> None:
+        """For a forked child: who held one in the parent isn't there to let it go."""
+        self._encode_lock = threading.Lock()
+        self._decode_lock = self._encode_lock if self._encoder is self._decoder else threading.Lock()
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if self.tokenizer is None:
+            raise InvalidRequestError("there is no tokenizer: give the prompt as token ids, or pass tokenizer=...")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"the text can't be written as UTF-8: {error}") from error
+        with self._encode_lock:
+            return list(self._encoder.encode(text, add_special_tokens=add_special_tokens))
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        with self._decode_lock:
+            text: str = self._decoder.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def detokenizer(self, skip_special_tokens: bool) -> Detokenizer:
+        """A new row's detokenizer."""
+        skip = skip_special_tokens
+        if self.tokenizer is None:
+            return _NoText()
+
+        def decode(token_ids: Sequence[int]) -> str:
+            return self.decode(token_ids, skip)
+
+        if self._byte_level:
+            return ByteLevelDetokenizer(self._pieces.setdefault(skip, BytePieces(self._decoder, decode)))
+        return WindowDetokenizer(decode, self._inert.setdefault(skip, InertTokens(decode)).__getitem__)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for inside a text; part of a character where it is no more."""
+        if self.tokenizer is None:
+            return b""
+        if self._byte_level:
+            return self._pieces.setdefault(False, BytePieces(self._decoder, self.decode))[token]
+        once = self.decode([token])  # a lone leading space is taken off a text's beginning
+        if once == REPLACEMENT and (byte := self._lone_byte(token)) is not None:
+            return byte
+        return self.decode([token, token])[len(once) :].encode()
+
+    def _lone_byte(self, token: int) -> bytes | None:
+        """Of a SentencePiece byte token: spelt <0xE2>, and no character by itself."""
+        if not hasattr(self.tokenizer, "convert_ids_to_tokens"):
+            return None
+        found = _BYTE_TOKEN.fullmatch(self._decoder.convert_ids_to_tokens(token) or "")
+        return bytes.fromhex(found[1]) if found else None
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The messages in the model's chat format, ready for the assistant's answer; ``options`` go to the template."""
+        if not hasattr(self.tokenizer, "apply_chat_template"):
+            raise InvalidRequestError("chat messages need a tokenizer with a chat template (apply_chat_template)")
+        if any("role" not in message or "content" not in message for message in messages):
+            raise InvalidRequestError("a chat message must be a dict with 'role' and 'content'")
+        with self._encode_lock:
+            try:
+                rendered: str = self._encoder.apply_chat_template(
+                    [dict(message) for message in messages],
+                    **{"add_generation_prompt": True, **options, "tokenize": False},
+                )
+            except Exception as error:  # templates are programs of the model's makers
+                raise InvalidRequestError(f"the chat template refused the messages: {error}") from error
+        return rendered
+
+
+def encode_prompt(codec: TextCodec, prompt: Any) -> Prompt:
+    """A string, token ids, or chat messages (dicts with role and content) as token ids; a Prompt is taken as it is.
+
+    Raises:
+        InvalidRequestError: it is none of these, it is empty, or it is text and there is no tokenizer.
+    """
+    if isinstance(prompt, Prompt):
+        return _not_empty(prompt)
+    if isinstance(prompt, str):
+        return _not_empty(Prompt(prompt, codec.encode(prompt)))
+    if hasattr(prompt, "tolist"):  # a NumPy array or a tensor
+        prompt = prompt.tolist()
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
+        raise InvalidRequestError(
+            f"the prompt is of type {type(prompt).__name__}; give a string, token ids or a list of chat messages"
+        )
+    if prompt and all(isinstance(message, Mapping) for message in prompt):
+        text = codec.render_chat(prompt)
+        return _not_empty(Prompt(text, codec.encode(text, add_special_tokens=False)))
+    if any(isinstance(token, bool) or not hasattr(token, "__index__") for token in prompt):
+        raise InvalidRequestError("the prompt holds something that is neither a token id nor a chat message")
+    return _not_empty(Prompt(None, [token.__index__() for token in prompt]))
+
+
+def prepare_params(codec: TextCodec, params: SamplingParams) -> SamplingParams:
+    """The same parameters with ``bad_words`` spelt as token ids, both as a word's beginning and inside a line.
+
+    Raises:
+        InvalidRequestError: stop strings or bad words were asked for and there is no tokenizer.
+    """
+    if codec.tokenizer is None and (params.stop or params.bad_words):
+        raise InvalidRequestError("stop and bad_words are text, and there is no tokenizer; use stop_token_ids instead")
+    if not params.bad_words:
+        return params
+    spellings = [tuple(ids) for ids in params.bad_words_token_ids]
+    for word in params.bad_words:
+        for spelling in (word, " " + word.lstrip()):
+            ids = tuple(codec.encode(spelling, add_special_tokens=False))
+            if ids and ids not in spellings:
+                spellings.append(ids)
+    return dataclasses.replace(params, bad_words=(), bad_words_token_ids=spellings)
+
+
+class StopStrings:
+    """Several strings looked for at once, whatever pieces the text comes in (Aho and Corasick, 1975).
+
+    States are prefixes of the strings, state 0 the empty one. Being in a state means: it is the longest suffix of
+    the text so far that begins any of the strings. The match that ends first wins; of several that end together,
+    the longest.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self.depth = [0]  # of each state: characters to hold back
+        self.match: list[str | None] = [None]  # the longest string that ends in this state
+        self._next: list[dict[str, int]] = [{}]
+        self._fallback = [0]  # the longest proper suffix that is a state
+        for string in strings:
+            self._add(string)
+        self._link()
+
+    def step(self, state: int, character: str) -> int:
+        while state and character not in self._next[state]:
+            state = self._fallback[state]
+        return self._next[state].get(character, 0)
+
+    def _add(self, string: str) -> None:
+        state = 0
+        for depth, character in enumerate(string, start=1):
+            if character not in self._next[state]:
+                self._next[state][character] = len(self.depth)
+                self.depth.append(depth)
+                self.match.append(None)
+                self._next.append({})
+                self._fallback.append(0)
+            state = self._next[state][character]
+        self.match[state] = string
+
+    def _link(self) -> None:
+        queue = deque(self._next[0].values())
+        while queue:
+            state = queue.popleft()
+            for character, child in self._next[state].items():
+                self._fallback[child] = self.step(self._fallback[state], character)
+                self.match[child] = self.match[child] or self.match[self._fallback[child]]
+                queue.append(child)
+
+
+def stop_strings(strings: Sequence[str]) -> StopStrings:
+    """The automaton for ``strings``; the same one for all who have use for it at a time, the prompts of a request."""
+    key = tuple(strings)
+    found = _STOP_STRINGS.get(key)
+    if found is None:
+        found = _STOP_STRINGS[key] = StopStrings(key)
+    return found
+
+
+_STOP_STRINGS: weakref.WeakValueDictionary[tuple[str, ...], StopStrings] = weakref.WeakValueDictionary()
+
+
+class StopStringChecker:
+    """One row's text on its way out: holds back what may be the beginning of a stop string, ends at the first match."""
+
+    def __init__(self, stops: StopStrings, include_stop_str_in_output: bool = False) -> None:
+        self.matched: str | None = None  # the stop string found, once one is
+        self._stops = stops
+        self._include = include_stop_str_in_output
+        self._state = 0
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """What may be shown now. After a match (see ``matched``) nothing more ever is."""
+        if self.matched is not None:
+            return ""
+        for position, character in enumerate(text, start=1):
+            self._state = self._stops.step(self._state, character)
+            self.matched = self._stops.match[self._state]
+            if self.matched is not None:
+                seen = self._held + text[:position]
+                self._held = ""
+                return seen if self._include else seen[: len(seen) - len(self.matched)]
+        seen = self._held + text
+        num_held = 0 if self._include else self._stops.depth[self._state]
+        self._held = seen[len(seen) - num_held :]
+        return seen[: len(seen) - num_held]
+
+    def flush(self) -> str:
+        """What was held back: no more text will come."""
+        held, self._held = self._held, ""
+        return held
+
+
+class _NoText:
+    """The detokenizer of those who have no tokenizer."""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+def _private_copy(tokenizer: Any) -> Any:
+    try:
+        return copy.deepcopy(tokenizer)
+    except Exception:  # a tokenizer of the user's own that can't be copied is shared, behind our locks
+        return tokenizer
+
+
+def _not_empty(prompt: Prompt) -> Prompt:
+    if not prompt.token_ids:
+        raise InvalidRequestError("the prompt is empty: it must hold at least one token")
+    return prompt

@@ -1,0 +1,131 @@
+"""transformers models through torch.compile: stock's tokens, whole graphs, few of them, and a way back.
+
+The compiler's own backends stand in for its code generator, which takes minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from paged_hf.model import compiled
+from paged_hf.model.paged_model import HFPagedModel
+
+from paged_core import ConfigError
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own
+
+
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Counts what is compiled."""
+    torch._dynamo.reset()
+    counted = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    monkeypatch.setattr(compiled, "BACKEND", counted)
+    yield counted
+    torch._dynamo.reset()
+
+
+def told(caplog: Any) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "paged_core"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_a_compiled_model_gives_the_tokens_of_stock_by_graphs_of_its_warm_up_alone(
+    family: str, tiny: Any, engine: Any, stock: Any, paged: Any, prompts: Any, graphs: Any, caplog: Any
+) -> None:
+    model = tiny(family, num_hidden_layers=2, **({"layer_types": None} if family == "gpt_oss" else {}))
+    expected = stock(model, prompts, 12)
+    running = engine(model, compile_model=True)
+    num_graphs = graphs.frame_count
+    assert 0 < num_graphs <= 4
+    assert paged(running, prompts, 12) == expected
+    assert graphs.frame_count == num_graphs
+    assert told(caplog) == []
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["in place", "another module"])
+def test_a_change_of_the_weights_is_in_the_next_answer(
+    replaced: bool, tiny: Any, engine: Any, stock: Any, paged: Any, prompts: Any, graphs: Any, caplog: Any
+) -> None:
+    model = tiny("llama", num_hidden_layers=2)
+    running = engine(model, compile_model=True)
+    before, num_graphs = paged(running, prompts, 8), graphs.frame_count
+    if replaced:
+        other = tiny("llama", seed=3, num_hidden_layers=2)
+        model.model.layers[1] = other.model.layers[1]
+    else:
+        model.model.layers[1].mlp.up_proj.weight.data.mul_(-1)
+    expected = stock(model, prompts, 8)
+    assert expected != before
+    assert paged(running, prompts, 8) == expected
+    assert (graphs.frame_count > num_graphs) == replaced
+    assert told(caplog) == []
+
+
+def test_a_model_that_the_compiler_can_not_follow_runs_without_it_and_one_warning_says_so(
+    tiny: Any, engine: Any, stock: Any, paged: Any, prompts: Any, caplog: Any
+) -> None:
+    model = tiny("llama", num_hidden_layers=2)
+    expected = stock(model, prompts, 8)
+    model.model.layers[1].register_forward_hook(lambda module, args, output: print(end="") or None)
+    model.model.layers[1].register_forward_hook(lambda module, args, output: torch._dynamo.graph_break())
+    running = engine(model, compile_model=True)
+    assert paged(running, prompts, 8) == expected
+    (warning,) = told(caplog)
+    assert "without torch.compile" in warning
+
+
+def test_a_compiler_that_fails_in_a_step_costs_no_request(
+    tiny: Any, engine: Any, stock: Any, paged: Any, prompts: Any, caplog: Any, monkeypatch: Any
+) -> None:
+    model = tiny("llama", num_hidden_layers=2)
+    running = engine(model, compile_model=True)
+
+    def broken(**given: Any) -> None:
+        running._model._compiled._root(**given)  # K/V are stored and layers are counted before it fails
+        raise RuntimeError("the code it made is wrong")
+
+    monkeypatch.setattr(running._model._compiled, "_compiled", broken)
+    assert paged(running, prompts, 8) == stock(model, prompts, 8)
+    (warning,) = told(caplog)
+    assert "the code it made is wrong" in warning
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), ValueError("a bad request")])
+def test_what_is_not_the_compilers_fault_is_raised_and_the_model_stays_compiled(error: Exception, tiny: Any) -> None:
+    calls = []
+
+    class Root(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            calls.append(len(x))
+            raise error
+
+    root = compiled.CompiledRoot(Root())
+    root._compiled = root._root
+    for _ in range(2):
+        with pytest.raises(type(error)):
+            root(lambda: None, x=torch.zeros(2))
+    assert len(calls) == (2 if isinstance(error, torch.OutOfMemoryError) else 4)
+
+
+def test_a_compiled_model_that_answers_otherwise_is_refused(tiny: Any, engine: Any, monkeypatch: Any) -> None:
+    def wrong(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        return lambda *given: tuple(each + 2 if torch.is_tensor(each) else each for each in graph(*given))
+
+    monkeypatch.setattr(compiled, "BACKEND", wrong)
+    with pytest.raises(ConfigError, match="compile_model"):
+        engine(tiny("llama", num_hidden_layers=2), compile_model=True)
+
+
+def test_the_next_engine_of_the_same_model_compiles_only_if_it_is_told_to(
+    tiny: Any, engine: Any, stock: Any, paged: Any, prompts: Any, graphs: Any
+) -> None:
+    model = tiny("llama", num_hidden_layers=2)
+    expected, shared = stock(model, prompts, 8), HFPagedModel(model)
+    for wanted in (False, True, False, True):
+        assert paged(engine(shared, compile_model=wanted, attention_backend="cpu"), prompts, 8) == expected
+        assert shared.compiled == wanted
+        assert not (wanted and shared._fast)

@@ -1,0 +1,6 @@
+"""Where things are in this repository."""
+
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
