@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from paged_core.text.detokenizer import Detokenizer
     from paged_core.text.outputs import CompletionOutput, GenerationOutput, StreamDelta, TokenLogprobs
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Names that need torch are imported when first used, so that `import paged_core` is quick.
 _LAZY = {

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import paged_serving
 import pytest
 
 import paged_core
@@ -70,23 +71,30 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "kernels/paged_kernels": ({"paged_kernels", "torch", "triton", "numba", "llvmlite", "numpy"}, set()),
     "paged_core/scheduling": ({"paged_core.scheduling"}, set()),
     "paged_core/execution": ({"paged_core.execution", "paged_core.scheduling", "torch", "numpy"}, set()),
-    "paged_core/builtin": (
-        {"paged_core.execution", "paged_core.scheduling", "paged_core.hookspecs", "paged_core.config"}
-        | {"paged_core.builtin", "paged_kernels", "torch"},
+    "paged_core/sampling": (
+        {"paged_core.sampling", "paged_core.execution", "paged_core.scheduling", "torch", "numpy"},
         set(),
     ),
-    "adapters/serving/paged_serving/protocol": (
-        {"paged_serving.protocol", "paged_core.scheduling", "paged_core.text.codec", "paged_core.text.detokenizer"}
-        | {"paged_core.text.outputs", "paged_core.errors", "paged_serving.grammar"}
-        | {"paged_core.frontends.async_engine"},  # for its type only
+    "paged_core/text": (
+        {"paged_core.text", "paged_core.sampling", "paged_core.scheduling", "paged_core.errors", "torch"}
+        | {"paged_core.engine.engine"},  # for its type only
+        set(),
+    ),
+    "paged_core/engine": (CORE, {"paged_core.builtin", "paged_core.frontends", "paged_core.text", "paged_core.cli"}),
+    "paged_core/builtin": (
+        {"paged_core.execution", "paged_core.sampling", "paged_core.scheduling", "paged_core.hookspecs"}
+        | {"paged_core.config", "paged_core.builtin", "paged_kernels", "torch"},
         set(),
     ),
     "paged_core": (CORE, {"paged_core.builtin"}),
+    "adapters/serving/paged_serving": (
+        {"paged_serving", "paged_core", "torch", "llguidance", "prometheus_client"},
+        set(),
+    ),
 }
 
 # Third parties that the core uses where they are installed, and does without where they aren't.
-OPTIONAL = {"paged_core/frontends/llm.py": {"tqdm"}, "adapters/serving/paged_serving/metrics.py": {"prometheus_client"},
-            "adapters/serving/paged_serving/grammar.py": {"llguidance"}}  # fmt: skip
+OPTIONAL = {"paged_core/frontends/llm.py": {"tqdm"}}
 
 
 def room_of(path: Path) -> str | None:
@@ -95,7 +103,7 @@ def room_of(path: Path) -> str | None:
 
 
 def complaints(path: Path, source: str) -> list[str]:
-    """What a file of the core or the kernels imports and may not."""
+    """What a file of the core, the kernels or the servers' common room imports and may not."""
     room = room_of(path)
     assert room is not None
     allowed, forbidden = ROOMS[room]
@@ -110,7 +118,7 @@ def complaints(path: Path, source: str) -> list[str]:
 
 
 def test_the_core_and_the_kernels_import_only_what_the_table_allows():
-    files = [*sources(ROOT / "paged_core"), *sources(ROOT / "kernels")]
+    files = [source for room in ("paged_core", "kernels", "adapters/serving") for source in sources(ROOT / room)]
     assert len(files) > 20
     assert [complaint for path in files for complaint in complaints(path, path.read_text(encoding="utf-8"))] == []
 
@@ -128,7 +136,9 @@ def test_the_core_and_the_kernels_import_only_what_the_table_allows():
         ("paged_core/execution/new.py", "from paged_kernels import reference"),
         ("paged_core/builtin/new.py", "from paged_core.engine.engine import Engine"),
         ("adapters/serving/paged_serving/protocol/new.py", "import starlette"),
-        ("adapters/serving/paged_serving/protocol/new.py", "import torch"),
+        ("paged_core/text/new.py", "from paged_core.frontends.llm import LLM"),
+        ("paged_core/engine/new.py", "from paged_core.text.codec import TextCodec"),
+        ("paged_core/sampling/new.py", "from paged_core.engine.engine import Engine"),
         ("paged_core/new.py", "from paged_core.builtin import sampler"),
         ("paged_core/new.py", "from paged_core import builtin"),
         ("paged_core/new.py", "import importlib\nimportlib.import_module('paged_core.builtin.sampler')"),
@@ -138,6 +148,9 @@ def test_the_core_and_the_kernels_import_only_what_the_table_allows():
 )
 def test_a_forbidden_import_would_be_found(file, source):
     assert len(complaints(ROOT / file, source)) == 1
+
+
+SHARED = {"paged_core": paged_core.__all__, "paged_serving": paged_serving.__all__}  # whose public names are for all
 
 
 def adapters() -> dict[str, list[Path]]:
@@ -150,8 +163,9 @@ def adapter_complaints(own: str, others: set[str], file: str, source: str) -> li
     found = []
     for module, name, line in imports_of(source, own):
         top = module.split(".")[0]
-        inside_core = top == "paged_core" and (module != "paged_core" or name not in paged_core.__all__)
-        if inside_core or top == "paged_kernels" or top in others:
+        shared = SHARED.get(top) if top != own else None
+        inside = shared is not None and (module != top or name not in shared)
+        if inside or top == "paged_kernels" or (shared is None and top in others):
             found.append(f"{file}:{line} imports {module}{'.' + name if name else ''}")
     return found
 
@@ -175,6 +189,8 @@ def test_adapters_import_public_names_of_the_core_and_neither_kernels_nor_each_o
         "from paged_core import load_plugins",
         "import paged_core.engine.engine",
         "import paged_core",
+        "from paged_serving.protocol.call import Call",
+        "from paged_serving import protocol",
         "def f():\n    from paged_kernels import reference",
         "from paged_other import anything",
     ],

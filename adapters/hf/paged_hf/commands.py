@@ -1,25 +1,19 @@
-"""``paged generate`` and ``paged bench``: their options. Heavy imports wait until a command runs."""
+"""``paged generate``, and the options of the engine that ``paged bench`` has too. Heavy imports wait until it runs."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
-from pathlib import Path
 from typing import Any
 
 from paged_core import ConfigError, EngineConfig, SamplingParams
 
 
 def register(commands: Any) -> None:
-    """Add both commands to ``commands``, an argparse subparsers object."""
-    _add_generate(commands)
-    _add_bench(commands)
-
-
-def _add_generate(commands: Any) -> None:
+    """Add the command to ``commands``, an argparse subparsers object."""
     parser = commands.add_parser("generate", help="complete one prompt, shown as it is written")
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument(
         "prompt", nargs="?", metavar="PROMPT", help="the text; read from standard input if '-' or left out"
     )
@@ -31,7 +25,7 @@ def _add_generate(commands: Any) -> None:
         dest="chat",
         help="continue the prompt as it stands (default: chat if the model can)",
     )
-    parser.add_argument("--max-tokens", type=_count, default=256, metavar="N", help="default: 256")
+    parser.add_argument("--max-tokens", type=whole_number, default=256, metavar="N", help="default: 256")
     parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token each time")
     parser.add_argument("--top-p", type=float, default=1.0, help="default: 1, all tokens; needs a temperature")
     parser.add_argument("--top-k", type=int, default=0, help="default: 0, all tokens; needs a temperature")
@@ -39,70 +33,26 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
-    _add_engine(parser)
+    add_engine(parser)
     parser.set_defaults(run=generate)
 
 
-def _add_bench(commands: Any) -> None:
-    parser = commands.add_parser(
-        "bench", help="compare with stock Hugging Face: speed, memory, and whether the tokens are the same"
-    )
-    _add_model(parser)
-    work = parser.add_argument_group("workload (default: 64 seeded requests, all at once)")
-    source = work.add_mutually_exclusive_group()
-    source.add_argument("--trace", type=Path, metavar="FILE", help="CSV of TIMESTAMP, ContextTokens, GeneratedTokens")
-    source.add_argument(
-        "--prompts", type=Path, metavar="FILE", help='one a line, or .jsonl of {"prompt", "max_tokens"}'
-    )
-    work.add_argument("--requests", type=_count, metavar="N", help="default: 64; of a file, all it holds")
-    work.add_argument("--rate", type=_positive, metavar="R", help="requests that arrive a second (default: at once)")
-    work.add_argument("--time-scale", type=_positive, metavar="X", help="stretch a trace's arrivals X times")
-    work.add_argument("--shared-prefix", type=_count, metavar="N", help="begin all prompts with the same N tokens")
-    work.add_argument(
-        "--n", type=_count, default=1, metavar="N", help="samples a request (default: 1); above 1 they are drawn"
-    )
-    work.add_argument("--seed", type=int, default=0, help="of prompts, arrivals and draws (default: 0)")
-    runs = parser.add_argument_group("runs")
-    runs.add_argument(
-        "--baseline",
-        default="hf-static:16,hf-sequential",
-        metavar="LIST",
-        help="of hf-sequential, hf-static:SIZE, hf-continuous, paged-generate (the patched model.generate, a thread "
-        "for each request), paged-unshared (no prefix cache); default: %(default)s",
-    )
-    runs.add_argument(
-        "--repeats", type=_count, default=3, metavar="N", help="runs of each system; medians are shown (default: 3)"
-    )
-    runs.add_argument("--quick", action="store_true", help="each baseline once, with a run of paged before and after")
-    runs.add_argument(
-        "--sequential-limit",
-        type=_positive,
-        metavar="SECONDS",
-        help="run every k-th request only where hf-sequential would take longer (default: 120; with --quick 15)",
-    )
-    _add_engine(parser)
-    out = parser.add_argument_group("results")
-    out.add_argument("--json", type=Path, metavar="PATH", help="write all figures")
-    out.add_argument("--plot", type=Path, metavar="PATH", help="write a chart (needs matplotlib)")
-    parser.set_defaults(run=bench)
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, a GGUF file, or smollm2")
 
 
-def _add_engine(parser: argparse.ArgumentParser) -> None:
+def add_engine(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
     engine.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: as the model is stored)")
     engine.add_argument(
         "--max-model-len",
-        type=_count,
+        type=whole_number,
         metavar="N",
         help="tokens of a sequence, prompt and output (default: the model's limit)",
     )
     engine.add_argument(
         "--kv-bytes",
-        type=_count,
+        type=whole_number,
         metavar="N",
         help="bytes for keys and values (default: a quarter of free memory, 4 GiB at most)",
     )
@@ -110,7 +60,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-dtype", metavar="DTYPE", help="e.g. bfloat16, int8, float8_e4m3fn (default: the model's)"
     )
     engine.add_argument(
-        "--block-size", type=_count, metavar="N", help="tokens of a block (default: 8 on a CPU, 16 on a GPU)"
+        "--block-size", type=whole_number, metavar="N", help="tokens of a block (default: 8 on a CPU, 16 on a GPU)"
     )
     engine.add_argument("--attention-backend", metavar="NAME", help="default: the fastest that can run the model")
 
@@ -150,14 +100,6 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def bench(args: argparse.Namespace) -> int:
-    """Run the A/B, show the table, write the files."""
-    quiet_imports()
-    from paged_bench import ab
-
-    return ab.main(args, engine_config(args))
-
-
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The engine's options as its configuration; what wasn't said keeps its default."""
     said = {
@@ -183,17 +125,7 @@ def _prompt(said: str | None) -> str:
     return text
 
 
-def _count(text: str) -> int:
+def whole_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} isn't a whole number from 1 on")
     return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} isn't a positive number")
-    return value

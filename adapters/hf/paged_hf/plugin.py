@@ -14,9 +14,9 @@ def load_model(source: Any, device: str | None, dtype: str | None) -> Any:
     """A transformers model: live, from a folder, a hub id or a GGUF file, or "smollm2"."""
     if not _may_be_ours(source):
         return None
-    from paged_hf.loading import load as loading
+    from paged_hf.loading import load
 
-    return loading.load_model(source, device, dtype)
+    return load.load_model(source, device, dtype)
 
 
 @hookimpl(trylast=True)
@@ -24,14 +24,14 @@ def load_tokenizer(source: Any) -> Any:
     """The transformers tokenizer that belongs to ``source``."""
     if not _may_be_ours(source):
         return None
-    from paged_hf.loading import load as loading
+    from paged_hf.loading import load
 
-    return loading.load_tokenizer(source)
+    return load.load_tokenizer(source)
 
 
 @hookimpl
 def register_commands(commands: Any) -> None:
-    """``paged generate`` and ``paged bench``."""
+    """``paged generate``."""
     from paged_hf import commands as ours
 
     ours.register(commands)

@@ -1,0 +1,76 @@
+"""``paged bench``: its options. Heavy imports wait until it runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from paged_hf.commands import add_engine, add_model, engine_config, quiet_imports, whole_number
+
+
+def register(commands: Any) -> None:
+    """Add the command to ``commands``, an argparse subparsers object."""
+    parser = commands.add_parser(
+        "bench", help="compare with stock Hugging Face: speed, memory, and whether the tokens are the same"
+    )
+    add_model(parser)
+    work = parser.add_argument_group("workload (default: 64 seeded requests, all at once)")
+    source = work.add_mutually_exclusive_group()
+    source.add_argument("--trace", type=Path, metavar="FILE", help="CSV of TIMESTAMP, ContextTokens, GeneratedTokens")
+    source.add_argument(
+        "--prompts", type=Path, metavar="FILE", help='one a line, or .jsonl of {"prompt", "max_tokens"}'
+    )
+    work.add_argument("--requests", type=whole_number, metavar="N", help="default: 64; of a file, all it holds")
+    work.add_argument("--rate", type=_positive, metavar="R", help="requests that arrive a second (default: at once)")
+    work.add_argument("--time-scale", type=_positive, metavar="X", help="stretch a trace's arrivals X times")
+    work.add_argument("--shared-prefix", type=whole_number, metavar="N", help="begin all prompts with the same N")
+    work.add_argument(
+        "--n", type=whole_number, default=1, metavar="N", help="samples a request (default: 1); above 1 they are drawn"
+    )
+    work.add_argument("--seed", type=int, default=0, help="of prompts, arrivals and draws (default: 0)")
+    runs = parser.add_argument_group("runs")
+    runs.add_argument(
+        "--baseline",
+        default="hf-static:16,hf-sequential",
+        metavar="LIST",
+        help="of hf-sequential, hf-static:SIZE, hf-continuous, paged-generate (the patched model.generate, a thread "
+        "for each request), paged-unshared (no prefix cache); default: %(default)s",
+    )
+    runs.add_argument(
+        "--repeats",
+        type=whole_number,
+        default=3,
+        metavar="N",
+        help="runs of each system, of which medians are shown",
+    )
+    runs.add_argument("--quick", action="store_true", help="each baseline once, with a run of paged before and after")
+    runs.add_argument(
+        "--sequential-limit",
+        type=_positive,
+        metavar="SECONDS",
+        help="run every k-th request only where hf-sequential would take longer (default: 120; with --quick 15)",
+    )
+    add_engine(parser)
+    out = parser.add_argument_group("results")
+    out.add_argument("--json", type=Path, metavar="PATH", help="write all figures")
+    out.add_argument("--plot", type=Path, metavar="PATH", help="write a chart (needs matplotlib)")
+    parser.set_defaults(run=bench)
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Run the A/B, show the table, write the files."""
+    quiet_imports()
+    from paged_bench import ab
+
+    return ab.main(args, engine_config(args))
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a positive number")
+    return value
