@@ -181,9 +181,9 @@ class _Comparison:
 
 
 def _encoder(source: str) -> workloads.Encode:
-    from paged_hf.loading import load as loading
+    from paged_hf.loading import load
 
-    tokenizer: Any = loading.load_tokenizer(source)
+    tokenizer: Any = load.load_tokenizer(source)
     if tokenizer is None and not Path(source).expanduser().exists():
         raise ConfigError(f"there is no folder or file {source}")
     if tokenizer is None:

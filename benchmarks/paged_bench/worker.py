@@ -163,12 +163,12 @@ def _serve(connection: Connection, job: Job) -> None:
 
 def _load(job: Job) -> tuple[Any, Facts]:
     import torch
-    from paged_hf.loading import load as loading
+    from paged_hf.loading import load
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    paged = loading.load_model(job.source, "cpu", job.dtype)
+    paged = load.load_model(job.source, "cpu", job.dtype)
     if paged is None:
         raise ConfigError(f"{job.source!r} is no folder, hub id, GGUF file or embedded model")
     model = paged.model

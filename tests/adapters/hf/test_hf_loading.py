@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from paged_hf.loading import embedded
-from paged_hf.loading import load as loading
+from paged_hf.loading import embedded, load
 from paged_hf.loading.load import load_model, load_tokenizer
 
 from paged_core import ConfigError, Engine, EngineConfig, UnsupportedModel, cli
@@ -123,7 +122,7 @@ def test_who_names_no_folder_hears_at_once_that_the_hub_is_asked(
         ]
         raise OSError("no network")
 
-    monkeypatch.setattr(loading, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(load, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", ask)
     with pytest.raises(ConfigError, match=r"nothere can't be loaded: no network .*taken for a hub id"):
         load_model("nothere")

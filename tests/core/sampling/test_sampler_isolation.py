@@ -99,17 +99,17 @@ def test_a_batch_with_a_row_that_needs_the_host_is_not_chosen_ahead(way):
 
 
 def test_the_sums_behind_a_draw_are_the_same_to_the_bit_alone_and_in_a_batch():
-    from paged_core.sampling import draw as sampling_draw
+    from paged_core.sampling import draw
 
     requests = [r for r in rows() if not r.params.greedy]
     logits = logits_of(len(requests))
     peaks = logits.amax(1)
-    batch = sampling_draw._Rows(logits.clone(), peaks, requests).weights()
-    sums = sampling_draw._sums(batch)
+    batch = draw._Rows(logits.clone(), peaks, requests).weights()
+    sums = draw._sums(batch)
     for row, r in enumerate(requests):
-        one = sampling_draw._Rows(logits[row : row + 1].clone(), peaks[row : row + 1], [r]).weights()
+        one = draw._Rows(logits[row : row + 1].clone(), peaks[row : row + 1], [r]).weights()
         assert torch.equal(one[0], batch[row])
-        assert torch.equal(sampling_draw._sums(one)[0], sums[row])
+        assert torch.equal(draw._sums(one)[0], sums[row])
 
 
 def test_the_number_of_threads_changes_no_token():
@@ -179,12 +179,12 @@ def test_tokens_come_as_often_as_their_probabilities_say(way):
 
 
 def test_a_token_of_no_probability_is_never_drawn_at_either_end_of_the_uniform(monkeypatch):
-    from paged_core.sampling import draw as sampling_draw
+    from paged_core.sampling import draw
 
     logits = torch.full((1, 300), -math.inf)
     logits[0, 40:260] = 0.0
     for u, first in ((0.0, 40), (1 - 2.0**-53, 259)):
-        monkeypatch.setattr(sampling_draw, "uniform", lambda *_, u=u: u)
+        monkeypatch.setattr(draw, "uniform", lambda *_, u=u: u)
         for way in ({}, {"top_p": 0.999999999}, {"top_k": 220}, {"min_p": 0.5}):
             r = Request("r", [1], SamplingParams(**way))
             assert select(logits, [r]).token_ids == [first], way
@@ -192,9 +192,9 @@ def test_a_token_of_no_probability_is_never_drawn_at_either_end_of_the_uniform(m
 
 @pytest.mark.parametrize("vocab", [40, 64, 256, 1000])
 def test_top_p_keeps_the_fewest_tokens_that_hold_the_mass_and_of_equals_the_lowest_ids(vocab, monkeypatch):
-    from paged_core.sampling import draw as sampling_draw
+    from paged_core.sampling import draw
 
-    monkeypatch.setattr(sampling_draw, "uniform", lambda *_: 1 - 2.0**-53)
+    monkeypatch.setattr(draw, "uniform", lambda *_: 1 - 2.0**-53)
     r = Request("r", [1], SamplingParams(top_p=0.5))
     assert select(torch.zeros(1, vocab), [r]).token_ids == [vocab // 2 - 1]
 
