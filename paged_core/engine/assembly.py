@@ -33,15 +33,26 @@ from paged_core.scheduling.scheduler import Scheduler
 Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``, called while an engine is being built."""
 
+_DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # torch has both names, and so has vLLM
+
 RECORDERS: dict[str, Callable[[torch.device], Record]] = {"cuda": CudaRecorder}
 """By type of device: what makes a graph of a decode step."""
 
 
-def load_model(manager: Plugins, model: Any, device: str | None, dtype: str | None) -> PagedModel:
-    """The model itself if it is a PagedModel already, else what a plugin makes of it."""
+def load_model(
+    manager: Plugins, model: Any, device: str | torch.device | None, dtype: str | torch.dtype | None
+) -> PagedModel:
+    """The model itself if it is a PagedModel already, else what a plugin makes of it.
+
+    Raises:
+        ConfigError: a PagedModel is on another device, or computes in another dtype; or the path leads nowhere.
+        PluginError: nobody can load it.
+    """
+    device_name, dtype_name = None if device is None else str(device), _dtype_name(dtype)
     if isinstance(model, PagedModel):
+        _check_placed(model.spec, device_name, dtype_name)
         return model
-    loaded = manager.hook.load_model(source=model, device=device, dtype=dtype)
+    loaded = manager.hook.load_model(source=model, device=device_name, dtype=dtype_name)
     if loaded is None:
         _refuse_missing(model)
         raise PluginError(
@@ -265,6 +276,24 @@ def _show(what: str, done: int, total: int) -> None:
     if sys.stderr.isatty():
         line = f"{what}: {done} of {total}" if done < total else ""
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
+    """As torch spells it; None for "as it is"."""
+    if dtype is None or dtype == "auto":
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return _DTYPE_ALIASES.get(name, name)
+
+
+def _check_placed(spec: ModelSpec, device: str | None, dtype: str | None) -> None:
+    """Raises ConfigError if a model that is there already isn't as it is asked for: nobody moves or casts it."""
+    own = str(spec.dtype).removeprefix("torch.")
+    if dtype not in (None, own) or device not in (None, "auto", spec.device.type, str(spec.device)):
+        raise ConfigError(
+            f"the model given computes in {own} on {spec.device}, and {dtype or own} on {device or spec.device} is "
+            "asked for; leave dtype and device out, or give a model that is so"
+        )
 
 
 def _refuse_missing(model: Any) -> None:

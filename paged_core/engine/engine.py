@@ -48,13 +48,14 @@ class Engine:
         model: a PagedModel, or whatever a ``load_model`` hook takes: a path, a hub id, a transformers model.
         config: sizes and choices.
         plugins: more plugin modules or objects; they are asked before installed and built-in ones.
-        device, dtype: passed to ``load_model``.
+        device, dtype: where and in what the model is to compute: "cuda:1", "bfloat16"; torch's own objects are taken
+            too. None (or "auto" as dtype): as it is, or as it is stored.
         progress: told of long work (compiling kernels) while the engine is built; None: a line on a terminal.
 
     Raises:
         PluginError: nobody answered a hook that must be answered.
         UnsupportedModel: the model can't run on paged memory.
-        ConfigError: the sizes can't work together.
+        ConfigError: the sizes can't work together, or the model can't be had on that device or in that dtype.
     """
 
     def __init__(
@@ -63,8 +64,8 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         plugins: Iterable[Any] = (),
-        device: str | None = None,
-        dtype: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._manager = load_plugins(plugins)

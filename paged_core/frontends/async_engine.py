@@ -27,7 +27,7 @@ from paged_core.config import EngineConfig
 from paged_core.engine.engine import Engine
 from paged_core.engine.openmp import release_helper_threads
 from paged_core.errors import EngineDeadError, InvalidRequestError, RequestError
-from paged_core.frontends.llm import open_engine
+from paged_core.frontends.opening import open_engine
 from paged_core.frontends.stream import Channel, Stream, Wakeups
 from paged_core.scheduling.request import RequestOutput, SamplingParams
 from paged_core.text.codec import encode_prompt, prepare_params
@@ -65,12 +65,17 @@ class AsyncEngine:
         model: an Engine (taken over: use it no more yourself), or whatever an Engine takes.
         tokenizer: taken from the model (by the ``load_tokenizer`` hook) when None.
         config: an EngineConfig; or give its fields as keyword arguments.
+        options: those fields; and ``device``, ``dtype``, ``plugins`` and ``progress``, as Engine takes them.
+
+    Raises:
+        TypeError: an option is unknown, or ``model`` is an Engine, which has its options already.
+        Else what Engine raises.
     """
 
     def __init__(
-        self, model: Any, *, tokenizer: Any = None, config: EngineConfig | None = None, **config_fields: Any
+        self, model: Any, *, tokenizer: Any = None, config: EngineConfig | None = None, **options: Any
     ) -> None:
-        self.engine, self.codec = open_engine(model, tokenizer, config, config_fields)
+        self.engine, self.codec = open_engine(model, tokenizer, config, options)
         release_helper_threads()  # loading has taken some; from now on only the stepping thread computes
         self._closed = False
         self._dead: BaseException | None = None

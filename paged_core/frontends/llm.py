@@ -14,6 +14,7 @@ from typing import Any
 from paged_core.config import EngineConfig
 from paged_core.engine.engine import Engine
 from paged_core.errors import EngineDeadError, InvalidRequestError
+from paged_core.frontends.opening import open_engine
 from paged_core.scheduling.request import SamplingParams
 from paged_core.text.codec import TextCodec, encode_prompt, prepare_params
 from paged_core.text.generation import Generation, deliver
@@ -29,14 +30,19 @@ class LLM:
         model: an Engine, or whatever an Engine takes: a PagedModel, a path, a hub id, a transformers model.
         tokenizer: taken from the model (by the ``load_tokenizer`` hook) when None.
         config: an EngineConfig; or give its fields as keyword arguments.
+        options: those fields; and ``device``, ``dtype``, ``plugins`` and ``progress``, as Engine takes them.
 
     Threads may share an LLM; their calls run one after another.
+
+    Raises:
+        TypeError: an option is unknown, or ``model`` is an Engine, which has its options already.
+        Else what Engine raises.
     """
 
     def __init__(
-        self, model: Any, *, tokenizer: Any = None, config: EngineConfig | None = None, **config_fields: Any
+        self, model: Any, *, tokenizer: Any = None, config: EngineConfig | None = None, **options: Any
     ) -> None:
-        self.engine, self.codec = open_engine(model, tokenizer, config, config_fields)
+        self.engine, self.codec = open_engine(model, tokenizer, config, options)
         self._lock = threading.Lock()
         self._numbers = itertools.count()
 
@@ -92,18 +98,6 @@ class LLM:
 
     def close(self) -> None:
         self.engine.close()
-
-
-def open_engine(
-    model: Any, tokenizer: Any, config: EngineConfig | None, config_fields: Mapping[str, Any]
-) -> tuple[Engine, TextCodec]:
-    """The engine that ``model`` is or that is built for it, and the text side of it."""
-    if config is not None and config_fields:
-        raise TypeError(f"give either config or its fields ({', '.join(config_fields)}), not both")
-    if isinstance(model, Engine) and (config is not None or config_fields):
-        raise TypeError("the engine has its configuration already; give config where you build it")
-    engine = model if isinstance(model, Engine) else Engine(model, config or EngineConfig(**config_fields))
-    return engine, TextCodec(tokenizer if tokenizer is not None else engine.tokenizer)
 
 
 class _Run:

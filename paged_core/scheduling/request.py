@@ -60,7 +60,7 @@ class SamplingParams:
     n: int = 1  # sequences returned for one prompt
     temperature: float = 1.0  # 0 means greedy
     top_k: int = 0  # 0 (or -1) keeps all tokens
-    top_p: float = 1.0
+    top_p: float = 1.0  # above 0; where nothing is drawn, 0 too
     min_p: float = 0.0
     repetition_penalty: float = 1.0  # >1 discourages tokens of prompt and output (Keskar et al., CTRL, 2019)
     presence_penalty: float = 0.0  # OpenAI's, over output tokens
@@ -75,7 +75,7 @@ class SamplingParams:
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
+    ignore_eos: bool = False  # an end-of-sequence token may be chosen, and ends nothing; min_tokens forbids it instead
     logprobs: int | None = None  # that many most likely tokens beside the chosen one; 0: the chosen one only
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
@@ -91,6 +91,8 @@ class SamplingParams:
             object.__setattr__(self, name, _items(name, getattr(self, name), items))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
+        if _is_number(self.top_p) and self.top_p == 0 and self.greedy:  # it asks for what is done anyway
+            object.__setattr__(self, "top_p", 1.0)
         for name, number in _NUMBERS.items():
             _check_number(name, getattr(self, name), number)
         for name in _FLAGS:

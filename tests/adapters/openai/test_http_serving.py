@@ -195,6 +195,10 @@ def test_a_method_that_is_not_for_a_route_is_told_which_are(friend: httpx2.Clien
     assert set(friend.delete("/info").headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
+def test_models_are_listed_with_a_slash_at_the_end_too(friend: httpx2.Client) -> None:
+    assert friend.get("/v1/models/").json() == friend.get("/v1/models").json()
+
+
 def test_a_body_that_is_too_large_is_refused_however_it_comes(friend: httpx2.Client) -> None:
     assert friend.post("/generate", content=b" " * 2001).status_code == 413
     refused = friend.post("/v1/completions", content=(b" " * 100 for _ in range(21)))

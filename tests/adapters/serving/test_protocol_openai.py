@@ -94,6 +94,11 @@ def test_choices_are_numbered_over_prompts_and_samples(alphabet: Alphabet) -> No
     ]  # fmt: skip
 
 
+def test_no_nucleus_may_be_asked_for_where_nothing_is_drawn(alphabet: Alphabet) -> None:
+    assert complete(alphabet, top_p=0)["choices"][0]["text"] == "BCDEF"
+    assert chat(alphabet, top_p=0.0)["choices"][0]["message"]["content"] == ";<=>"
+
+
 def test_stop_strings_of_any_length_are_not_taken(alphabet: Alphabet) -> None:
     with pytest.raises(ProtocolError, match="the texts of stop are longer than 16384 characters together"):
         complete(alphabet, stop="a" * 20_000)
@@ -291,7 +296,7 @@ def test_an_answer_may_be_begun_by_the_caller(alphabet: Alphabet) -> None:
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": 10**400}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": 0, "temperature": 1}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"n": 0}, "n"),

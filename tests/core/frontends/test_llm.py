@@ -9,12 +9,22 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from alphabet_model import AlphabetModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_tokenizers import ByteTokenizer, CharacterTokenizer
 
-from paged_core import LLM, Engine, EngineConfig, InvalidRequestError, SamplingParams
+from paged_core import (
+    LLM,
+    AsyncEngine,
+    ConfigError,
+    Engine,
+    EngineConfig,
+    InvalidRequestError,
+    SamplingParams,
+    hookimpl,
+)
 from paged_core.scheduling.request import FinishReason, Request, RequestOutput
 from paged_core.text.codec import Prompt, TextCodec, prepare_params
 from paged_core.text.generation import Generation
@@ -234,10 +244,58 @@ def test_a_progress_bar_counts_prompts_and_tokens(llm: LLM, capfd: pytest.Captur
 def test_an_engine_may_be_given_and_config_only_once(model: AlphabetModel) -> None:
     engine = Engine(model, EngineConfig(num_blocks=8, attention_backend="reference"))
     assert LLM(engine).generate([[33]], GREEDY)[0].outputs[0].token_ids == [34, 35, 36, 37, 38]
-    with pytest.raises(TypeError, match="already"):
-        LLM(engine, num_blocks=8)
+    for options in ({"num_blocks": 8}, {"config": EngineConfig()}, {"dtype": "float32"}, {"plugins": [object()]}):
+        with pytest.raises(TypeError, match=f"already, and {next(iter(options))} can't change it"):
+            LLM(engine, **options)
     with pytest.raises(TypeError, match="not both"):
         LLM(model, config=EngineConfig(), num_blocks=8)
+
+
+class Loader:
+    """A plugin that notes how a model is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, Any, Any]] = []
+
+    @hookimpl
+    def load_model(self, source: Any, device: Any, dtype: Any) -> Any:
+        self.asked.append((source, device, dtype))
+        return AlphabetModel()
+
+    @hookimpl
+    def load_tokenizer(self, source: Any) -> Any:
+        return CharacterTokenizer()
+
+
+@pytest.mark.parametrize("kind", [LLM, AsyncEngine])
+def test_dtype_device_and_plugins_go_to_the_engine(kind: Any) -> None:
+    loader = Loader()
+    fields: dict[str, Any] = {"plugins": [loader], "num_blocks": 8, "attention_backend": "reference"}
+    for asked in ({"dtype": "bfloat16", "device": "cpu"}, {"dtype": torch.bfloat16, "device": torch.device("cpu")}):
+        kind("some/model", **asked, **fields).close()
+    config = EngineConfig(num_blocks=8, attention_backend="reference")
+    kind("some/model", dtype="half", config=config, plugins=[loader]).close()
+    kind("some/model", dtype="auto", **fields).close()
+    asked_for = [("some/model", "cpu", "bfloat16")] * 2 + [("some/model", None, "float16"), ("some/model", None, None)]
+    assert loader.asked == asked_for
+
+
+@pytest.mark.parametrize("kind", [LLM, AsyncEngine])
+def test_an_option_that_nobody_knows_is_refused_by_its_name(kind: Any, model: AlphabetModel) -> None:
+    with pytest.raises(TypeError, match="no option called 'max_modellen'; did you mean max_model_len"):
+        kind(model, max_modellen=8)
+    with pytest.raises(TypeError, match=r"'tensor_parallel_size'; there are device, dtype, .*num_blocks"):
+        kind(model, tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize("kind", [LLM, AsyncEngine])
+def test_a_model_that_is_there_is_neither_cast_nor_moved(kind: Any, model: AlphabetModel) -> None:
+    fields: dict[str, Any] = {"num_blocks": 8, "attention_backend": "reference"}
+    kind(model, dtype="float32", device="cpu", **fields).close()
+    with pytest.raises(ConfigError, match="computes in float32 on cpu, and bfloat16 on cpu is asked for"):
+        kind(model, dtype="bfloat16", **fields)
+    with pytest.raises(ConfigError, match="float32 on cuda:1 is asked for"):
+        kind(model, device="cuda:1", **fields)
 
 
 def test_without_a_tokenizer_token_ids_are_served_and_text_is_refused(model: AlphabetModel) -> None:

@@ -55,6 +55,14 @@ def test_a_field_of_the_wrong_type_is_refused_by_its_name(given: dict[str, Any],
         SamplingParams(**given)
 
 
+def test_no_nucleus_is_refused_only_where_something_is_drawn() -> None:
+    for greedy in ({"temperature": 0}, {"top_k": 1}):
+        assert SamplingParams(top_p=0, **greedy) == SamplingParams(**greedy)
+    for drawn in ({}, {"temperature": 0.5}, {"temperature": None}):
+        with pytest.raises(InvalidRequestError, match=r"top_p is 0|temperature is None"):
+            SamplingParams(top_p=0, **drawn)
+
+
 def test_none_stands_for_an_empty_list_as_vllms_users_write_it() -> None:
     assert SamplingParams(**dict.fromkeys(LISTS)) == SamplingParams()
     assert SamplingParams(seed=None, max_tokens=None, logprobs=None, prompt_logprobs=None, logit_bias=None)

@@ -106,7 +106,8 @@ def _live(model: nn.Module, device: str | None, dtype: str | None) -> HFPagedMod
     """The user's own object: it is never moved or cast behind his back."""
     parameter = next(model.parameters())
     wanted = _dtype(dtype)
-    if wanted not in (None, parameter.dtype) or (device and torch.device(device).type != parameter.device.type):
+    places = (None, "auto", parameter.device.type, str(parameter.device))
+    if wanted not in (None, parameter.dtype) or device not in places:
         raise ConfigError(
             f"the model given is {parameter.dtype} on {parameter.device}, and {dtype or parameter.dtype} on "
             f"{device or parameter.device} is asked for; call model.to(...) yourself, it is yours"
