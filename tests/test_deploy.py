@@ -46,7 +46,7 @@ def test_the_image_has_all_that_the_package_is_built_of() -> None:
     copied = [source for line in re.findall(r"(?m)^COPY (.+)$", dockerfile()) for source in line.split()[:-1]]
     assert [source for source in copied if not (ROOT / source).exists()] == []
     needed = [*project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"], project["project"]["readme"]]
-    assert [path for path in needed if path.split("/")[0] not in copied] == []
+    assert [path for path in needed if not any(path == whole or path.startswith(whole + "/") for whole in copied)] == []
     (extras,) = re.findall(r"/src\[([a-z,]+)\]", dockerfile())
     assert set(extras.split(",")) < set(project["project"]["optional-dependencies"])
 
