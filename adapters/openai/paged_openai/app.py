@@ -50,6 +50,7 @@ from paged_openai.responses import (
     large_json_bytes,
 )
 from paged_openai.service import Service
+from paged_openai.slashes import OptionalSlash
 from paged_openai.tracing import Traces
 from paged_openai.unread import CloseUnread
 
@@ -79,7 +80,7 @@ def create_app(service: Service, metrics: PrometheusMetrics | None, options: App
     chat_form = OPENAI
     if options.tgi_chat_stream:
         chat, chat_form = partial(ChatCall, whole_deltas=True), OPENAI_WITHOUT_DONE
-    middleware = [Middleware(CloseUnread), Middleware(RequestLog)]
+    middleware = [Middleware(CloseUnread), Middleware(OptionalSlash), Middleware(RequestLog)]
     if options.cors_origins:
         origins = list(options.cors_origins)
         middleware.append(Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]))
@@ -87,7 +88,7 @@ def create_app(service: Service, metrics: PrometheusMetrics | None, options: App
         middleware.append(Middleware(KeyCheck, keys=options.api_keys))
     else:
         middleware.append(Middleware(OriginCheck, origins=options.cors_origins))
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/completions", routes.call(CompletionCall, OPENAI), methods=["POST"]),
             Route("/v1/chat/completions", routes.call(chat, chat_form), methods=["POST"]),
@@ -108,6 +109,8 @@ def create_app(service: Service, metrics: PrometheusMetrics | None, options: App
         middleware=middleware,
         exception_handlers={HTTPException: _no_such_route},
     )
+    app.router.redirect_slashes = False  # it would send the client to whatever its Host header says
+    return app
 
 
 def _page_routes(service: Service) -> list[Route]:
@@ -143,7 +146,7 @@ class _Routes:
                 notes["error"] = error_note(error)
                 if self._options.traces is not None:
                     duration_s = time.perf_counter() - began
-                    self._options.traces.record(None, request.url.path, request.headers, (), error, duration_s)
+                    self._options.traces.record(None, request.scope["path"], request.headers, (), error, duration_s)
                 return error_response(form, error)
             return CallResponse(self._service, call, form, notes, self._options.traces)
 
@@ -253,11 +256,10 @@ def _tgi(stream: bool | None) -> _MakeCall:
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    form = form_of(request.url.path)
+    path = request.scope["path"]  # request.url is made of the Host header, which may be anything
+    form = form_of(path)
     if error.status_code == 405:
-        response = error_response(
-            form, CallError(Failure.NOT_ALLOWED, f"{request.method} is not for {request.url.path}")
-        )
+        response = error_response(form, CallError(Failure.NOT_ALLOWED, f"{request.method} is not for {path}"))
         response.headers.update(error.headers or {})  # which methods are
         return response
-    return error_response(form, CallError(Failure.NOT_FOUND, f"there is nothing at {request.url.path}"))
+    return error_response(form, CallError(Failure.NOT_FOUND, f"there is nothing at {path}"))

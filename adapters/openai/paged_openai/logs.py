@@ -61,7 +61,15 @@ class JSONLines(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return _printable(json.dumps(line, ensure_ascii=False, default=str))
+
+
+def _printable(text: str) -> str:
+    """JSON with escapes for all that would move a terminal's cursor or turn its text: C1 and other control characters,
+    line separators, marks of direction, halves of pairs. Outside strings, JSON has none of them."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
 
 
 def log_to_stderr(level: str) -> None:

@@ -33,4 +33,12 @@ class OriginCheck:
         if origin is None or origin in self._origins or "*" in self._origins:
             return True
         site = headers.get("sec-fetch-site")  # tells it behind a proxy too, which may call us by another name
-        return site == "same-origin" if site is not None else urlsplit(origin).netloc == headers.get("host")
+        return site == "same-origin" if site is not None else _host_of(origin) == headers.get("host")
+
+
+def _host_of(origin: str) -> str | None:
+    """With its port. None: it is no URL, so nobody's."""
+    try:
+        return urlsplit(origin).netloc or None
+    except ValueError:
+        return None
