@@ -37,7 +37,7 @@ def test_a_slash_at_a_routes_end_changes_nothing_and_sends_nobody_elsewhere(keys
         assert models.json() == client.get("/v1/models", headers=known).json()
         answer = client.post("/v1/completions/", json={"prompt": "A", "max_tokens": 2, "temperature": 0}, headers=known)
         assert answer.json()["choices"][0]["text"] == "BC"
-        for path in ("/nowhere/", "/metrics//", "//metrics", "/v1/"):
+        for path in ("/nowhere/", "/metrics//", "/v1/"):
             assert client.get(path, headers=known).status_code == 404
         if keys:
             assert client.get("/v1/models/", headers=foreign).status_code == 401
