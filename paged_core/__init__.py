@@ -46,9 +46,10 @@ if TYPE_CHECKING:
     from paged_core.frontends.llm import LLM
     from paged_core.sampling.sampler import Likeliest
     from paged_core.scheduling.request import RequestStatus
-    from paged_core.text.codec import Prompt, TextCodec, encode_prompt, prepare_params
+    from paged_core.text.codec import Prompt, TextCodec, prepare_params
     from paged_core.text.detokenizer import Detokenizer
     from paged_core.text.outputs import CompletionOutput, GenerationOutput, StreamDelta, TokenLogprobs
+    from paged_core.text.prompts import encode_prompt
 
 __version__ = "0.2.0"
 
@@ -78,7 +79,7 @@ _LAZY = {
     "TextCodec": "text.codec",
     "TokenLogprobs": "text.outputs",
     "TokenSelector": "execution.model",
-    "encode_prompt": "text.codec",
+    "encode_prompt": "text.prompts",
     "prepare_params": "text.codec",
     "release_helper_threads": "engine.openmp",
 }

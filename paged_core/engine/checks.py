@@ -8,7 +8,10 @@ from paged_core.scheduling.request import InvalidRequestError, Request, Sampling
 
 
 def check_prompt(prompt: Sequence[int], vocab_size: int, knows: Callable[[int], bool] | None = None) -> None:
-    """Raises InvalidRequestError if it is empty or holds ids that the model does not know."""
+    """Raises InvalidRequestError if it is empty, holds ids that the model does not know, or is a byte string."""
+    if isinstance(prompt, (bytes, bytearray, memoryview)):
+        told = f"the prompt is of type {type(prompt).__name__}; give token ids"
+        raise InvalidRequestError(told, "prompt")
     if not len(prompt):
         told = "the prompt is empty; give at least one token (for example the model's bos token)"
         raise InvalidRequestError(told, "prompt")

@@ -30,9 +30,10 @@ from paged_core.errors import EngineDeadError, InvalidRequestError, RequestError
 from paged_core.frontends.opening import open_engine
 from paged_core.frontends.stream import Channel, Stream, Wakeups
 from paged_core.scheduling.request import RequestOutput, SamplingParams
-from paged_core.text.codec import encode_prompt, prepare_params
+from paged_core.text.codec import prepare_params
 from paged_core.text.generation import Generation, deliver
 from paged_core.text.outputs import StreamDelta
+from paged_core.text.prompts import encode_prompt
 
 __all__ = ["AsyncEngine", "Stream"]
 
@@ -110,12 +111,12 @@ class AsyncEngine:
         return 0.0 if began is None else time.monotonic() - began
 
     def submit(self, prompt: Any, params: SamplingParams | None = None, request_id: str | None = None) -> Stream:
-        """Queue a prompt (a string, token ids or chat messages). Callable from any thread and inside event loops; the
-        prompt is tokenised here, in the caller's thread.
+        """Queue a prompt in any form that ``encode_prompt`` takes: a string, token ids, messages. Callable from any
+        thread and inside event loops; the prompt is tokenised here, in the caller's thread.
 
         Raises:
-            InvalidRequestError: the prompt is no prompt, or the id is in use. What only the engine can tell (it is too
-                long, say) is raised by the Stream.
+            InvalidRequestError: the prompt is no prompt, params are no SamplingParams, or the id is in use. What only
+                the engine can tell (the prompt is too long, say) is raised by the Stream.
             EngineDeadError: the engine was closed or has failed, or stayed in the parent of this process.
             RuntimeError: its thread can't be started (too many threads); a later request may find it can.
         """

@@ -16,9 +16,10 @@ from paged_core.engine.engine import Engine
 from paged_core.errors import EngineDeadError, InvalidRequestError
 from paged_core.frontends.opening import open_engine
 from paged_core.scheduling.request import SamplingParams
-from paged_core.text.codec import TextCodec, encode_prompt, prepare_params
+from paged_core.text.codec import TextCodec, prepare_params
 from paged_core.text.generation import Generation, deliver
 from paged_core.text.outputs import GenerationOutput, refused
+from paged_core.text.prompts import as_conversations, as_prompts, encode_prompt
 
 
 class LLM:
@@ -60,7 +61,9 @@ class LLM:
         """Complete each prompt; the answers come in the prompts' order.
 
         Args:
-            prompts: one or several of: a string, token ids, a list of chat messages (dicts with role and content).
+            prompts: one or several of: a string, token ids, a list of chat messages (dicts with role and content),
+                ``{"prompt": str}`` or ``{"prompt_token_ids": ids}``; or what a Hugging Face tokenizer has made of
+                texts, whose padding is left out.
             sampling_params: one for all, or one for each prompt.
             use_tqdm: show a progress bar.
 
@@ -68,12 +71,13 @@ class LLM:
         outputs is "error". An interrupt (Ctrl-C) cancels the whole call and leaves the LLM usable.
 
         Raises:
-            InvalidRequestError: sampling_params is a list whose length isn't that of prompts.
+            InvalidRequestError: prompts is none of these; or sampling_params is a list whose length isn't that of
+                prompts, or holds something else.
         """
-        asked = _as_list(prompts)
+        asked = as_prompts(prompts)
+        each = _one_each(sampling_params, len(asked))
         with self._lock, _interrupts_between_steps() as check_interrupt, _progress(len(asked), use_tqdm) as progress:
             run = _Run(self.engine, self.codec, progress)
-            each = _one_each(sampling_params, len(asked))
             try:
                 for prompt, params in zip(asked, each, strict=True):
                     run.add(f"llm-{next(self._numbers)}", prompt, params)
@@ -93,8 +97,12 @@ class LLM:
         *,
         use_tqdm: bool = False,
     ) -> list[GenerationOutput]:
-        """As generate, for one conversation (a list of messages) or several."""
-        return self.generate(messages, sampling_params, use_tqdm=use_tqdm)
+        """As generate, for one conversation (a list of messages) or several.
+
+        Raises:
+            InvalidRequestError: messages is something else; or as for generate.
+        """
+        return self.generate(as_conversations(messages), sampling_params, use_tqdm=use_tqdm)
 
     def close(self) -> None:
         self.engine.close()
@@ -232,22 +240,16 @@ def _interrupts_between_steps() -> Iterator[Any]:
         signal.signal(signal.SIGINT, default)
 
 
-def _as_list(prompts: Any) -> list[Any]:
-    """One prompt or several: always a list of prompts."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if hasattr(prompts, "tolist"):  # a NumPy array or a tensor: [L] or [N, L]
-        prompts = prompts.tolist()
-    prompts = list(prompts)
-    single = bool(prompts) and (isinstance(prompts[0], Mapping) or hasattr(prompts[0], "__index__"))
-    return [prompts] if single else prompts
-
-
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, num: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * num
+    if isinstance(params, str | Mapping) or not isinstance(params, Sequence):
+        raise InvalidRequestError(f"sampling_params is of type {type(params).__name__}; give SamplingParams(...)")
     if len(params) != num:
         raise InvalidRequestError(
             f"there are {num} prompts and {len(params)} sampling_params; give one for each, or one"
         )
+    for place, each in enumerate(params):
+        if not isinstance(each, SamplingParams):
+            raise InvalidRequestError(f"sampling_params[{place}] is of type {type(each).__name__}, no SamplingParams")
     return list(params)

@@ -124,36 +124,15 @@ class TextCodec:
         return rendered
 
 
-def encode_prompt(codec: TextCodec, prompt: Any) -> Prompt:
-    """A string, token ids, or chat messages (dicts with role and content) as token ids; a Prompt is taken as it is.
-
-    Raises:
-        InvalidRequestError: it is none of these, it is empty, or it is text and there is no tokenizer.
-    """
-    if isinstance(prompt, Prompt):
-        return _not_empty(prompt)
-    if isinstance(prompt, str):
-        return _not_empty(Prompt(prompt, codec.encode(prompt)))
-    if hasattr(prompt, "tolist"):  # a NumPy array or a tensor
-        prompt = prompt.tolist()
-    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
-        raise InvalidRequestError(
-            f"the prompt is of type {type(prompt).__name__}; give a string, token ids or a list of chat messages"
-        )
-    if prompt and all(isinstance(message, Mapping) for message in prompt):
-        text = codec.render_chat(prompt)
-        return _not_empty(Prompt(text, codec.encode(text, add_special_tokens=False)))
-    if any(isinstance(token, bool) or not hasattr(token, "__index__") for token in prompt):
-        raise InvalidRequestError("the prompt holds something that is neither a token id nor a chat message")
-    return _not_empty(Prompt(None, [token.__index__() for token in prompt]))
-
-
 def prepare_params(codec: TextCodec, params: SamplingParams) -> SamplingParams:
     """The same parameters with ``bad_words`` spelt as token ids, both as a word's beginning and inside a line.
 
     Raises:
-        InvalidRequestError: stop strings or bad words were asked for and there is no tokenizer.
+        InvalidRequestError: they are something else; or they ask for stop strings or bad words, and there is no
+            tokenizer.
     """
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequestError(f"the sampling parameters are of type {type(params).__name__}; use SamplingParams")
     if codec.tokenizer is None and (params.stop or params.bad_words):
         raise InvalidRequestError("stop and bad_words are text, and there is no tokenizer; use stop_token_ids instead")
     if not params.bad_words:
@@ -270,9 +249,3 @@ def _private_copy(tokenizer: Any) -> Any:
         return copy.deepcopy(tokenizer)
     except Exception:  # a tokenizer of the user's own that can't be copied is shared, behind our locks
         return tokenizer
-
-
-def _not_empty(prompt: Prompt) -> Prompt:
-    if not prompt.token_ids:
-        raise InvalidRequestError("the prompt is empty: it must hold at least one token")
-    return prompt

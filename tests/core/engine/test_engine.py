@@ -113,6 +113,7 @@ def test_the_models_eos_ends_a_request_unless_ignored():
         ([1, VOCAB], greedy(3), f"token id {VOCAB}; ids go from 0 to {VOCAB - 1}"),
         ([-1], greedy(3), "token id -1"),
         (["1"], greedy(3), "token id '1'"),
+        (b"ab", greedy(3), "of type bytes; give token ids"),
         ([1] * 600, greedy(3), r"600 tokens.*max_model_len \(512\)"),
         ([1] * 100, greedy(80), "may need 45 K/V blocks but the cache has 40"),
         ([1], greedy(3, n=9), "max_num_seqs is 8"),

@@ -14,7 +14,8 @@ from toy_tokenizers import REPLACEMENT, ByteTokenizer, SentencePieceTokenizer
 
 from paged_core.errors import InvalidRequestError
 from paged_core.scheduling.request import SamplingParams
-from paged_core.text.codec import Prompt, StopStringChecker, StopStrings, TextCodec, encode_prompt, prepare_params
+from paged_core.text.codec import Prompt, StopStringChecker, StopStrings, TextCodec, prepare_params
+from paged_core.text.prompts import encode_prompt
 
 BYTES = ByteTokenizer()
 SENTENCES = SentencePieceTokenizer()

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from paged_serving.protocol.offsets import prompt_offsets
 from paged_serving.protocol.tokens import TokenTexts
 
-from paged_core.text.codec import Prompt, TextCodec, encode_prompt
+from paged_core.text.codec import Prompt, TextCodec
 from paged_core.text.detokenizer import ByteLevelDetokenizer, WindowDetokenizer
+from paged_core.text.prompts import as_prompts, encode_prompt
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,14 @@ def test_chat_prompts_are_the_templates_own_ids(codec: TextCodec, tokenizer: Any
     messages = [{"role": "user", "content": "Hi <|im_end|> é"}]
     wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert encode_prompt(codec, messages).token_ids == wanted
+
+
+@pytest.mark.parametrize("options", [{}, {"padding": True}, {"padding": True, "return_tensors": "pt"}])
+def test_what_the_tokenizer_made_of_texts_are_prompts(codec: TextCodec, tokenizer: Any, options: Any) -> None:
+    texts = ["Hi", "a longer text"]
+    encoded = tokenizer(texts, padding_side="left", **options)
+    assert as_prompts(encoded) == [tokenizer.encode(text) for text in texts]
+    assert encode_prompt(codec, tokenizer("Hi", **options)).token_ids == tokenizer.encode("Hi")
 
 
 def test_many_threads_share_one_codec(codec: TextCodec, tokenizer: Any) -> None:
