@@ -21,7 +21,14 @@ import transformers
 from paged_hf import PagedGenerate, paged_generate
 from paged_hf.generate import report
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    CompileConfig,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "intermediate_size": 48}
 # what PEFT asks transformers for
@@ -757,6 +764,40 @@ def test_a_tier_that_differs_is_dropped_with_a_warning_and_stock_answers(
     assert torch.equal(model.generate(**prompts(), **GREEDY), expected)
     taken = model.generate.last_report()
     assert taken.tier == "cache" and "self-check" in taken.reason
+
+
+def test_the_self_check_leaves_no_trace_on_a_model_that_stock_would_compile(make: Any) -> None:
+    model = make()
+    settings = model.generation_config
+    settings.cache_implementation = "static"
+    settings.compile_config = CompileConfig(backend="eager")
+    settings.compile_config._compile_all_devices = True  # stock compiles on accelerators only, unless told so
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    config, chosen = copy.deepcopy(model.config), copy.deepcopy(settings)
+    patched = paged_generate(model)
+    assert patched.tiers.dropped == {}
+    for module, attributes in before:
+        assert vars(module).keys() == attributes.keys()
+        assert all(vars(module)[name] is value for name, value in attributes.items())
+    assert model.config.to_dict() == config.to_dict()
+    assert model.generation_config is settings and settings.to_dict() == chosen.to_dict()
+
+
+def test_the_self_check_gives_back_the_random_numbers_that_a_model_draws(make: Any) -> None:
+    model = make()
+    layer = model.model.layers[0].mlp
+    forward, drawn = layer.forward, []
+
+    def draws(x: Any) -> Any:
+        drawn.append(torch.rand(1))
+        return forward(x)
+
+    layer.forward = draws
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    paged_generate(model)
+    assert drawn
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_self_check_draws_no_random_numbers_and_leaves_nothing_behind(make: Any) -> None:

@@ -33,7 +33,7 @@ from paged_core import (
 from paged_hf.generate import views
 from paged_hf.generate.calls import Call, NotStarted, check_length, check_tokens
 from paged_hf.generate.host import EngineHost
-from paged_hf.model.probe import difference, tolerance
+from paged_hf.model.rounding import allowed_beside, difference, narrow_dtype, reading, tolerance
 
 
 class LockstepCall(Call):
@@ -259,20 +259,32 @@ def keeps_stocks_kv(model: Any, host: EngineHost) -> bool:
     rows = EngineRows(host, [ids.tolist()], len(ids), 1)
     try:
         rows.forward(None)
-        ours = rows.read([0])[0]  # L of (k [K,n,D], v [K,n,Dv])
+        ours = [part for pair in rows.read([0])[0] for part in pair]  # 2 L of [K,n,D]
     finally:
         rows.close()
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    with torch.no_grad():
-        model(ids[None].to(ours[0][0].device), past_key_values=cache, use_cache=True)
-    theirs = [(layer.keys[0], layer.values[0]) for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    ids, narrow = ids[None].to(ours[0].device), narrow_dtype(model)
+    theirs = _stocks_kv(model, ids)
+    exact = None if narrow is None else reading(lambda: _stocks_kv(model, ids))
+    if exact is None:
+        limits = [tolerance(its.dtype if narrow is None else narrow) for its in theirs]
+    else:
+        assert narrow is not None
+        limits = [allowed_beside(difference(its, want), narrow) for its, want in zip(theirs, exact, strict=True)]
     return len(ours) == len(theirs) and all(
         mine.shape[::2] == its.shape[::2]
         and mine.shape[1] >= its.shape[1]
-        and difference(mine[:, -its.shape[1] :], its) <= tolerance(its)
-        for pair, others in zip(ours, theirs, strict=True)
-        for mine, its in zip(pair, others, strict=True)  # both [K,n,D]; a window keeps the last few
+        and difference(mine[:, -its.shape[1] :], its) <= limit  # a window keeps the last few
+        for mine, its, limit in zip(ours, exact or theirs, limits, strict=True)
     )
+
+
+def _stocks_kv(model: Any, ids: Tensor) -> list[Tensor]:
+    """What one call of the model puts into stock's cache for ``ids [1,n]``: keys and values of each layer, [K,n,D]."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True)
+    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    return [part[0] for layer in layers for part in (layer.keys, layer.values)]
 
 
 def _left_padded(rows: Sequence[Tensor], length: int) -> Tensor:

@@ -7,6 +7,7 @@ whatever it can't vouch for.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from paged_core import LayerSpec, UnsupportedModel
 from paged_hf.model.attention import PAGED, PROBE, PROBE_WITH_MASKS, Step
 from paged_hf.model.dense import DenseAttend
 from paged_hf.model.masks import FAR, WIDEST, causal_until, window_of
+from paged_hf.model.rounding import Widened, difference, narrow_dtype, tolerance
 from paged_hf.model.shadow import Shadow
 
 Call = Callable[..., Tensor]
@@ -25,9 +27,7 @@ Call = Callable[..., Tensor]
 
 _LENGTHS = (13, 21)  # of the two prompts: longer than the windows of models made for tests
 _SPLITS = (6, 12)  # where their second chunk begins
-_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02}  # mean error / deviation of the logits
-_COARSE = 0.06  # the same for bfloat16 and anything smaller
-_NOISIEST = 0.2  # the same at most, for models that are noisy by themselves
+_NOISIEST = 0.2  # mean error / deviation of the logits, for models that are noisy by themselves: at most
 _KNOWN = frozenset(  # facts of an attention call that are honoured, or mean nothing here
     {"dropout", "scaling", "sliding_window", "softcap", "s_aux", "key_bias", "is_causal", "position_ids", "use_cache"}
     | {"output_attentions", "output_hidden_states", "return_dict", "cache_position", "logits_to_keep"}
@@ -50,19 +50,32 @@ def probe(shadow: Shadow, call: Call, vocab_size: int, device: torch.device) -> 
     """
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(vocab_size, (n,), generator=generator).to(device) for n in _LENGTHS]
-    shadow.use_attention(None)
-    try:
-        expected = [call(ids, _positions(ids), None) for ids in prompts]
-    except Exception as failure:
-        raise UnsupportedModel(f"its own forward fails on a plain prompt: {failure!r}") from failure
+    expected, exactly = _by_itself(shadow, call, prompts)
     recorder = _record(shadow, call, prompts[1])
     layers = tuple(recorder.layers)
     shadow.use_attention(PAGED)
-    together = _in_chunks(call, layers, prompts, _SPLITS)
-    error = max(difference(got, want) for got, want in zip(together, expected, strict=True))
-    if not error <= tolerance(expected[0]):
-        _explain(shadow, call, layers, prompts[1], expected[1], error)
+    with exactly:
+        together = _in_chunks(call, layers, prompts, _SPLITS)
+        error = max(difference(got, want) for got, want in zip(together, expected, strict=True))
+        if not error <= tolerance(expected[0].dtype):
+            _explain(shadow, call, layers, prompts[1], expected[1], error)
     return Findings(layers, expected[0].shape[-1], recorder.dtype, recorder.max_length)
+
+
+def _by_itself(
+    shadow: Shadow, call: Call, prompts: Sequence[Tensor]
+) -> tuple[list[Tensor], contextlib.AbstractContextManager[Any]]:
+    """Logits of each prompt by the model's own attention, in float32 if the model can be computed so: there, what
+    differs is wrong. Also the context in which that is done."""
+    shadow.use_attention(None)
+    exact: list[contextlib.AbstractContextManager[Any]] = [] if narrow_dtype(shadow.root) is None else [Widened()]
+    for way in (*exact, contextlib.nullcontext()):
+        try:
+            with way:
+                return [call(ids, _positions(ids), None) for ids in prompts], way
+        except Exception as error:
+            failure = error
+    raise UnsupportedModel(f"its own forward fails on a plain prompt: {failure!r}") from failure
 
 
 def _explain(
@@ -74,7 +87,7 @@ def _explain(
     shadow.use_attention(None)
     noise = difference(call(ids[:half], _positions(ids[:half]), None), expected[:half])
     shadow.use_attention(PAGED)
-    allowed = max(tolerance(expected), min(4 * noise, _NOISIEST))
+    allowed = max(tolerance(expected.dtype), min(4 * noise, _NOISIEST))
     if error <= allowed:
         return
     alone = difference(_in_chunks(call, layers, [ids], [ids.numel()])[0], expected)
@@ -222,16 +235,6 @@ def _in_chunks(
         for own, got in zip(logits, torch.split(rows, lengths), strict=True):
             own.append(got)
     return [torch.cat(own) for own in logits]
-
-
-def difference(got: Tensor, want: Tensor) -> float:
-    """Mean absolute difference, as a share of the logits' standard deviation."""
-    got, want = got.float(), want.float()
-    return ((got - want).abs().mean() / want.std().clamp_min(1e-9)).item()
-
-
-def tolerance(logits: Tensor) -> float:
-    return _TOLERANCE.get(logits.dtype, _COARSE)
 
 
 def _positions(ids: Tensor) -> Tensor:
