@@ -114,6 +114,13 @@ def test_what_the_tokenizer_made_of_texts_are_prompts(codec: TextCodec, tokenize
     assert encode_prompt(codec, tokenizer("Hi", **options)).token_ids == tokenizer.encode("Hi")
 
 
+def test_each_token_has_a_name_of_its_own(codec: TextCodec, tokenizer: Any) -> None:
+    tokens = TokenTexts(codec)
+    names = {tokens.name(token) for token in range(len(tokenizer))}
+    assert len(names) == len(tokenizer), "265 of them read as U+FFFD"
+    assert {r"bytes: \xed", r"bytes:\xe7\xab", " the"} < names
+
+
 def test_many_threads_share_one_codec(codec: TextCodec, tokenizer: Any) -> None:
     texts = [f"text number {number} é😀 " * (1 + number % 7) for number in range(40)]
     wanted = [tokenizer.encode(text) for text in texts]

@@ -22,6 +22,15 @@ class TokenTexts(dict[int, str]):
         text = self[token] = self.bytes(token).decode(errors="replace")
         return text
 
+    def name(self, token: int) -> str:
+        """What a token is called where its name must tell it from others: its text, or, where it begins or ends inside
+        a character, its bytes as OpenAI writes them (``bytes:\\xf0\\x9f``)."""
+        spelt = self.bytes(token)
+        try:
+            return spelt.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(map(_shown, spelt))
+
     def bytes(self, token: int) -> bytes:
         return self._codec.token_bytes(token)
 
@@ -55,17 +64,22 @@ class TokenTexts(dict[int, str]):
     ) -> dict[str, Any]:
         """``choices[].logprobs`` of completions; ``offsets``: characters of the choice's text before each token."""
         return {
-            "tokens": [self[token] for token in token_ids],
+            "tokens": [self.name(token) for token in token_ids],
             "token_logprobs": [
                 None if entry is None else finite(entry[token].logprob)
                 for token, entry in zip(token_ids, entries, strict=True)
             ],
-            "top_logprobs": [
-                None if entry is None else {self[other]: finite(found.logprob) for other, found in _top(entry, num_top)}
-                for entry in entries
-            ],
+            "top_logprobs": [None if entry is None else self._named(_top(entry, num_top)) for entry in entries],
             "text_offset": list(offsets),
         }
+
+    def _named(self, items: Sequence[tuple[int, Logprob]]) -> dict[str, float]:
+        """By name. Of several tokens with one text the first keeps it: the chosen one, if it is among them."""
+        named: dict[str, float] = {}
+        for token, found in items:
+            name = self.name(token)
+            named[name if name not in named else f"token_id:{token}"] = finite(found.logprob)
+        return named
 
     def prompt_logprobs(
         self, entries: Sequence[Mapping[int, Logprob] | None], num_top: int
@@ -86,6 +100,12 @@ def finite(logprob: float) -> float:
     return max(logprob, _LOWEST)
 
 
+def _shown(byte: int) -> str:
+    return chr(byte) if 0x20 <= byte < 0x7F and byte != ord("\\") else f"\\x{byte:02x}"
+
+
 def _top(entry: Mapping[int, Logprob], num: int) -> list[tuple[int, Logprob]]:
     """The token that stands there, which comes first in ``entry``, and the ``num`` likeliest."""
-    return [item for place, item in enumerate(entry.items()) if place == 0 or item[1].rank <= num]
+    there = next(iter(entry))
+    likeliest = sorted(entry.items(), key=lambda item: item[1].rank)[:num]
+    return [(there, entry[there]), *(item for item in likeliest if item[0] != there)]
