@@ -15,6 +15,7 @@ import transformers
 from paged_hf.cache.paged_cache import PagedCache
 from paged_hf.generate.patched import paged_generate
 from paged_hf.generate.report import last_report
+from paged_hf.upstream import cache_argument
 from torch import Tensor
 
 from paged_core import Engine, EngineConfig, LayerSpec, ModelSpec, SamplingParams, UnsupportedModel
@@ -175,7 +176,7 @@ def _in_blocks(model: Any) -> bool:
     """Whether the model's K/V really go to a PagedCache that it is given."""
     cache = PagedCache(model.config.get_text_config(decoder=True))
     try:
-        _answer(model.generate, _prompts(), past_key_values=cache)
+        _answer(model.generate, _prompts(), **{cache_argument(type(model).prepare_inputs_for_generation): cache})
     except ValueError:  # it takes no cache
         return False
     return cache.num_blocks_used > 0

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from paged_core.execution.model import ModuleForward
 
 _ROWS = 5
+_HONOURED = frozenset({"attend", "position_embeddings", "position_ids"})  # the last are in the angles already
 
 
 def is_decoder_layer(module: nn.Module) -> bool:
@@ -62,6 +63,11 @@ def mixing_attend(
     return q.tanh() * k + v.cumsum(0)
 
 
+def _matters(value: Any) -> bool:
+    """Whether an argument asks for something: a cache, a mask, whatever it may be called."""
+    return value is not None and value is not False
+
+
 class _DecoderLayer:
     """Stands for one layer's forward. Calls that are not the engine's own go to the module."""
 
@@ -96,7 +102,7 @@ class _DecoderLayer:
             rest
             or attend is None
             or rotation is None
-            or named.get("past_key_values") is not None
+            or any(_matters(value) for name, value in named.items() if name not in _HONOURED)
             or hidden_states.shape[0] != 1
             or None in products
             or any(self._hooks)

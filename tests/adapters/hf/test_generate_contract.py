@@ -24,6 +24,7 @@ from generate_parity import (
     some_rows,
 )
 from paged_hf import paged_generate
+from paged_hf.upstream import CACHE, cache_in_result
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
@@ -617,7 +618,7 @@ def test_generation_config_objects_and_what_overrides_them(patched: Any, own: An
         {"stopping_criteria": [lambda ids, scores: True]},
         {"eos_token_id": 41, "pad_token_id": -1},
         {"assistant_model": "none", "num_beams": 2},
-        {"past_key_values": ((1, 2),)},
+        {CACHE: ((1, 2),)},
     ],
     ids=str,
 )
@@ -646,13 +647,13 @@ def test_the_cache_that_comes_back_is_stocks_and_stock_goes_on_from_it(
     options = {**rows, **SHORT, **FULL, **mode}
     ours = assert_same(patched, **options, tier="native").result
     theirs = answer(patched.stock, (), options).result
-    assert type(ours.past_key_values) is DynamicCache
+    assert type(cache_in_result(ours)) is DynamicCache
     going_on = torch.cat([rows["attention_mask"], rows["attention_mask"].new_ones(4, 7)], 1)[
         :, : ours.sequences.shape[1]
     ]
     found = [
         answer(patched.stock, (each.sequences,), {
-            "attention_mask": going_on, "past_key_values": each.past_key_values, "pad_token_id": 0, "max_new_tokens": 5
+            "attention_mask": going_on, CACHE: cache_in_result(each), "pad_token_id": 0, "max_new_tokens": 5
         }).result
         for each in (ours, theirs)
     ]  # fmt: skip
@@ -665,9 +666,9 @@ def test_a_chat_that_goes_on_with_a_cache_of_the_callers_own(model: Any, patched
 
     def chat(generate: Any) -> list[Tensor]:
         cache = DynamicCache(config=model.config)
-        ids = generate(first, past_key_values=cache, max_new_tokens=5)
+        ids = generate(first, **{CACHE: cache}, max_new_tokens=5)
         assert cache.get_seq_length() == 13
-        again = generate(torch.cat([ids, more], 1), past_key_values=cache, max_new_tokens=5)
+        again = generate(torch.cat([ids, more], 1), **{CACHE: cache}, max_new_tokens=5)
         return [ids, again, cache.layers[0].keys]
 
     expected = chat(patched.stock)
@@ -687,7 +688,7 @@ def test_a_static_cache_gives_the_same_answers_and_comes_back(patched: Any, rows
     assert_same(patched, **options, num_beams=2, tier="native", loop="_beam_search")
     for mode in ({}, {"num_beams": 2}, {"eos_token_id": ENDS}):
         got = assert_same(patched, **options, **FULL, **mode, tier="native")
-        assert type(got.result.past_key_values) is StaticCache
+        assert type(cache_in_result(got.result)) is StaticCache
 
 
 @pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
@@ -850,10 +851,10 @@ def test_a_decoding_loop_of_the_callers_own(patched: Any, rows: Options) -> None
         kwargs.pop("synced_gpus", None)
         for key in ("logits_processor", "stopping_criteria", "generation_config"):
             kwargs.pop(key)
-        cache = kwargs.pop("past_key_values")
+        cache = kwargs.pop(CACHE)
         for _ in range(4):
             new = input_ids if not cache.get_seq_length() else input_ids[:, -1:]
-            logits = model(new, past_key_values=cache, use_cache=True).logits[:, -1]
+            logits = model(new, **{CACHE: cache}, use_cache=True).logits[:, -1]
             input_ids = torch.cat([input_ids, logits.argmin(-1, keepdim=True)], 1)
         return input_ids
 

@@ -20,6 +20,7 @@ import torch
 import transformers
 from paged_hf import PagedGenerate, paged_generate
 from paged_hf.generate import report
+from paged_hf.upstream import CACHE
 from torch import Tensor, nn
 from transformers import (
     CompileConfig,
@@ -746,7 +747,7 @@ class Stateful(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.num_calls += 1
         output, weights = self.inner(*args, **kwargs)
-        return output * (1 if kwargs.get("past_key_values") is not None else -1), weights
+        return output * (1 if kwargs.get(CACHE) is not None else -1), weights
 
 
 def test_a_tier_that_differs_is_dropped_with_a_warning_and_stock_answers(

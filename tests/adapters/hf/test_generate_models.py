@@ -15,6 +15,7 @@ import transformers
 from generate_parity import Options, Recorder, answer, assert_alike, assert_same, some_rows
 from paged_hf import paged_generate
 from paged_hf.loading.embedded import embedded_folder
+from paged_hf.upstream import CACHE, cache_in_result
 
 ENDS = list(range(5, 96, 9))
 FULL: Options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
@@ -110,7 +111,7 @@ def test_a_processor_with_a_memory_and_a_cache_that_stock_goes_on_from(case: Cas
     longer = torch.cat([mask, mask.new_ones(4, 6)], 1)
     again = {"attention_mask": longer, "pad_token_id": 0, "max_new_tokens": 4}
     found = [
-        answer(case.patched.stock, (each.sequences,), {**again, "past_key_values": each.past_key_values}).result
+        answer(case.patched.stock, (each.sequences,), {**again, CACHE: cache_in_result(each)}).result
         for each in (ours, theirs)
     ]
     assert_alike(found[0], found[1], "continued")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from paged_hf import paged_generate
+from paged_hf.upstream import cache_in_result
 from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
 BLOCK_BYTES = 2 * 2 * 2 * 8 * 8 * 4  # 2 layers, K and V, 2 kv heads of 8, 8 tokens, float32
@@ -88,7 +89,7 @@ def test_weights_changed_while_another_call_is_open_count_for_the_next_one(model
 def test_a_cache_that_comes_back_is_whole_though_its_rows_were_preempted(model: Any) -> None:
     host = model.generate.tiers.host
     options = {"max_new_tokens": 4, "return_dict_in_generate": True, **GREEDY}
-    want = model.generate.stock(ids(40), **options).past_key_values
+    want = cache_in_result(model.generate.stock(ids(40), **options))
 
     def preempt(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         ended = torch.tensor([input_ids.shape[1] >= 44])
@@ -107,7 +108,7 @@ def test_a_cache_that_comes_back_is_whole_though_its_rows_were_preempted(model: 
             assert done.wait(60)
         return ended
 
-    got = model.generate(ids(40), stopping_criteria=StoppingCriteriaList([preempt]), **options).past_key_values
+    got = cache_in_result(model.generate(ids(40), stopping_criteria=StoppingCriteriaList([preempt]), **options))
     assert got.get_seq_length() == want.get_seq_length() == 43
     for ours, theirs in zip(got.layers, want.layers, strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-5, rtol=1e-4)

@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from paged_hf.cache.block_tables import BlockTables
 from paged_hf.cache.paged_cache import PagedCache, PagedLayer
+from paged_hf.upstream import CACHE, cache_in_result
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import DynamicLayer
@@ -61,13 +62,13 @@ def assert_same(model: Any, ids: Tensor, **options: Any) -> PagedCache:
         torch.manual_seed(3)
         settings = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, **options}
         outputs.append(
-            model.generate(ids, past_key_values=cache, return_dict_in_generate=True, output_scores=True, **settings)
+            model.generate(ids, **{CACHE: cache}, return_dict_in_generate=True, output_scores=True, **settings)
         )
     stock, paged = outputs
     assert paged.sequences.tolist() == stock.sequences.tolist()
     for name in ("scores", "sequences_scores"):
         torch.testing.assert_close(getattr(paged, name, None), getattr(stock, name, None), rtol=1e-5, atol=1e-5)
-    assert paged.past_key_values is cache
+    assert cache_in_result(paged) is cache
     check(cache)
     return cache
 
@@ -131,7 +132,7 @@ def test_a_conversation_goes_on_over_the_same_cache(tiny: Callable[..., Any]) ->
     for cache in (DynamicCache(config=model.config), PagedCache(model.config, block_size=4)):
         ids = make_ids(2)
         for _ in range(3):
-            ids = model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=5, pad_token_id=0)
+            ids = model.generate(ids, **{CACHE: cache}, do_sample=False, max_new_tokens=5, pad_token_id=0)
             ids = torch.cat([ids, make_ids(2, 3)], dim=1)
         turns.append(ids.tolist())
     assert turns[0] == turns[1]
@@ -141,10 +142,10 @@ def test_a_users_own_decoding_loop_sees_stocks_keys_and_values(tiny: Callable[..
     model, seen = tiny("gpt2"), []
 
     def loop(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        cache = kwargs["past_key_values"]
+        cache = kwargs[CACHE]
         for _ in range(6):
             unseen = input_ids[:, cache.get_seq_length() :]
-            logits = model(unseen, past_key_values=cache).logits[:, -1]
+            logits = model(unseen, **{CACHE: cache}).logits[:, -1]
             seen.append([(keys.clone(), values.clone()) for keys, values, _ in cache])
             input_ids = torch.cat([input_ids, logits.argmax(-1, keepdim=True)], dim=1)
             cache.batch_select_indices(torch.tensor([1, 0]))
@@ -152,7 +153,7 @@ def test_a_users_own_decoding_loop_sees_stocks_keys_and_values(tiny: Callable[..
         return input_ids
 
     outputs = [
-        model.generate(make_ids(2), past_key_values=cache, custom_generate=loop, max_new_tokens=6).tolist()
+        model.generate(make_ids(2), **{CACHE: cache}, custom_generate=loop, max_new_tokens=6).tolist()
         for cache in (DynamicCache(config=model.config), PagedCache(model.config, block_size=4))
     ]
     assert outputs[0] == outputs[1]
@@ -169,7 +170,7 @@ def test_beams_share_the_blocks_of_their_past(tiny: Callable[..., Any]) -> None:
 def test_a_dropped_cache_is_gone_at_once(tiny: Callable[..., Any]) -> None:
     model = tiny("llama")
     cache = PagedCache(model.config)
-    model.generate(make_ids(2), past_key_values=cache, max_new_tokens=3, pad_token_id=0, num_beams=2)
+    model.generate(make_ids(2), **{CACHE: cache}, max_new_tokens=3, pad_token_id=0, num_beams=2)
     memory = weakref.ref(cache.layers[0]._blocks[0].data)
     gc.disable()
     try:
@@ -184,11 +185,11 @@ def test_to_dynamic_is_a_stock_cache_of_its_own(tiny: Callable[..., Any], family
     model = tiny(family, **_FAMILIES[family])
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
     stock, paged = DynamicCache(config=model.config), PagedCache(model.config)
-    ids, _ = (model.generate(make_ids(2), past_key_values=cache, **options) for cache in (stock, paged))
+    ids, _ = (model.generate(make_ids(2), **{CACHE: cache}, **options) for cache in (stock, paged))
     dynamic = paged.to_dynamic()
     assert type(dynamic) is DynamicCache
     assert [type(layer) for layer in dynamic.layers] == [type(layer) for layer in stock.layers]
-    ends = [model.generate(ids, past_key_values=cache, **options).tolist() for cache in (paged, dynamic, stock)]
+    ends = [model.generate(ids, **{CACHE: cache}, **options).tolist() for cache in (paged, dynamic, stock)]
     assert ends[0] == ends[1] == ends[2]
 
 
@@ -197,12 +198,12 @@ def test_a_copy_goes_its_own_way(tiny: Callable[..., Any], twin: Callable[[Any],
     model = tiny("llama")
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0, "num_beams": 2}
     cache = PagedCache(model.config, block_size=4)
-    ids = model.generate(make_ids(2), past_key_values=cache, **options).repeat_interleave(2, 0)
+    ids = model.generate(make_ids(2), **{CACHE: cache}, **options).repeat_interleave(2, 0)
     options["num_beams"] = 1
     other = twin(cache)
-    expected = model.generate(ids, past_key_values=cache.to_dynamic(), **options).tolist()
-    assert model.generate(ids, past_key_values=cache, **options).tolist() == expected
-    assert model.generate(ids, past_key_values=other, **options).tolist() == expected
+    expected = model.generate(ids, **{CACHE: cache.to_dynamic()}, **options).tolist()
+    assert model.generate(ids, **{CACHE: cache}, **options).tolist() == expected
+    assert model.generate(ids, **{CACHE: other}, **options).tolist() == expected
 
 
 def test_a_model_whose_layers_all_have_windows_is_left_to_stock(tiny: Callable[..., Any]) -> None:

@@ -291,12 +291,12 @@ def test_a_mask_that_a_model_makes_itself_is_refused(tiny: Any) -> None:
 
 
 def test_classes_of_the_users_own_get_no_rule(make: Any) -> None:
-    model = make("gptj")
-    kind = transformers.models.gptj.modeling_gptj.GPTJAttention
+    model = make("falcon")
+    kind = transformers.models.falcon.modeling_falcon.FalconAttention
 
     class Mine(kind):  # type: ignore[misc, valid-type]
         pass
 
-    model.transformer.h[2].attn.__class__ = Mine
-    with pytest.raises(UnsupportedModel, match="logits differ"):
+    model.transformer.h[2].self_attention.__class__ = Mine
+    with pytest.raises(UnsupportedModel, match="two prompts stand in one row"):
         HFPagedModel(model)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from paged_core import (
     Engine,
@@ -34,6 +33,7 @@ from paged_hf.generate import views
 from paged_hf.generate.calls import Call, NotStarted, check_length, check_tokens
 from paged_hf.generate.host import EngineHost
 from paged_hf.model.rounding import allowed_beside, difference, narrow_dtype, reading, tolerance
+from paged_hf.upstream import cache_argument, output_with_cache
 
 
 class LockstepCall(Call):
@@ -227,9 +227,7 @@ def _answered(kind: type) -> type:
     def call(self: Any, input_ids: Tensor | None = None, use_cache: bool | None = None, **inputs: Any) -> Any:
         rows: EngineRows = self._paged_part
         next_ids = None if input_ids is None else input_ids[:, -1]
-        return CausalLMOutputWithPast(
-            logits=rows.forward(next_ids), past_key_values=rows if use_cache is not False else None
-        )
+        return output_with_cache(rows.forward(next_ids), None if use_cache is False else rows)
 
     @contextlib.contextmanager
     def as_it_is(self: Any) -> Iterator[None]:
@@ -282,7 +280,7 @@ def _stocks_kv(model: Any, ids: Tensor) -> list[Tensor]:
     """What one call of the model puts into stock's cache for ``ids [1,n]``: keys and values of each layer, [K,n,D]."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     with torch.no_grad():
-        model(ids, past_key_values=cache, use_cache=True)
+        model(ids, use_cache=True, **{cache_argument(type(model).forward): cache})
     layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     return [part[0] for layer in layers for part in (layer.keys, layer.values)]
 

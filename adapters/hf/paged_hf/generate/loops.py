@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import MaxLengthCriteria
 
 from paged_core import ConfigError, InvalidRequestError, UnsupportedModel
+from paged_hf import upstream
 from paged_hf.cache.paged_cache import PagedCache
 from paged_hf.generate import free, lockstep, tiers, views
 from paged_hf.generate.calls import NotStarted
@@ -114,7 +115,7 @@ class Run:
         return tiers.why_not_native(model, self.name, self.input_ids, self._config, inputs)
 
     def why_not_cache(self) -> str | None:
-        if not tiers.fresh_cache(self._rest.get("past_key_values")):
+        if not tiers.fresh_cache(upstream.cache_in(self._rest)):
             return "stock doesn't use its usual cache"
         return None
 
@@ -128,14 +129,14 @@ class Run:
 
     def over_blocks(self, model: nn.Module, reason: str) -> Any:
         cache = PagedCache(model.config.get_text_config(decoder=True))
-        rest = self._rest | {"past_key_values": cache}
+        rest = upstream.with_cache(self._rest, cache)
         try:
             result = self._loop(model, self.input_ids, stopping_criteria=self._criteria, **rest)
         finally:
             tier: Tier = "cache" if cache.get_seq_length() else "stock"  # some models have no use for a cache
             note(Report(tier, self.name, self.input_ids.shape[0], reason))
-        if getattr(result, "past_key_values", None) is cache:
-            result.past_key_values = cache.to_dynamic()
+        if upstream.cache_in_result(result) is cache:
+            upstream.set_cache_in_result(result, cache.to_dynamic())
         return result
 
     def natively(self, model: nn.Module, host: EngineHost) -> Any:
@@ -174,15 +175,14 @@ class Run:
         criteria = self._criteria
         if self.name == "_sample" and tiers.may_drop_ended(self._processors, criteria, self._config):
             criteria = lockstep.Ended(criteria, rows)
-        rest = dict(self._rest)
-        prepared = rest.get("past_key_values")
-        if rest.get("use_cache", True):
-            rest["past_key_values"] = rows
+        uses_cache = self._rest.get("use_cache", True)
+        rest = upstream.with_cache(self._rest, rows) if uses_cache else self._rest
         result = self._loop(lockstep.view(model, rows), self.input_ids, stopping_criteria=criteria, **rest)
         note(Report("native", self.name, len(self.input_ids), None, *rows.num_blocks))
-        if getattr(result, "past_key_values", None) is rows:
+        if upstream.cache_in_result(result) is rows:
+            prepared = upstream.cache_in(self._rest)
             rows.copy_to(prepared)
-            result.past_key_values = prepared
+            upstream.set_cache_in_result(result, prepared)
         return result
 
 

@@ -20,6 +20,7 @@ from paged_core import EngineConfig
 from paged_hf.generate import loops, selfcheck
 from paged_hf.generate.host import EngineHost
 from paged_hf.generate.report import Report, forget, last_report, note
+from paged_hf.upstream import cache_in
 
 _MAX_NUM_SEQS = 256  # rows of all calls that run at once
 _SLAB_BYTES = 64 << 20  # K/V memory that is taken at a time
@@ -83,8 +84,8 @@ class PagedGenerate:
             return "custom_generate is passed by position"
         if given.get("cache_implementation") == "paged":
             return "cache_implementation='paged' asks for stock's own continuous batching"
-        if given.get("past_key_values") is not None:
-            return "a cache of the caller's own was passed as past_key_values"
+        if cache_in(given) is not None:
+            return "a cache of the caller's own was passed"
         if "prepare_inputs_for_generation" in vars(self.model):
             return "its prepare_inputs_for_generation has been replaced"
         return None

@@ -15,11 +15,9 @@ from transformers import DynamicCache, GenerationMixin, PretrainedConfig
 from transformers.generation import logits_process, stopping_criteria
 
 from paged_hf.model.shadow import listened_to
+from paged_hf.upstream import cache_in, is_fresh, without_cache
 
-_OURS = frozenset(
-    {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
-    | {"inputs_embeds"}
-)
+_OURS = frozenset({"attention_mask", "position_ids", "inputs_embeds", "use_cache", "logits_to_keep", "cache_position"})
 _SAME_ANSWERS = (
     None,
     "dynamic",
@@ -56,9 +54,9 @@ def why_stock(model: nn.Module, input_ids: Tensor, config: Any, loop_kwargs: Map
     positions = loop_kwargs.get("position_ids")
     if positions is not None and positions.ndim == 2 and positions.shape[0] not in (1, len(input_ids)):
         return f"position_ids have {positions.shape[0]} rows, the prompts {len(input_ids)}"
-    cache = loop_kwargs.get("past_key_values")
-    if getattr(cache, "_is_user_defined", False) or (cache is not None and cache.get_seq_length()):
-        return "a cache of the caller's own was passed as past_key_values"
+    cache = cache_in(loop_kwargs)
+    if cache is not None and not is_fresh(cache):
+        return "a cache of the caller's own was passed"
     if any(module.training for module in model.modules()) and (noise := _noise_in_training(model)):
         return f"the model is in training mode and has {noise}: call model.eval() before generate()"
     return None
@@ -72,7 +70,7 @@ def why_not_native(
         return "the engine has no such decoding loop: " + loop.strip("_")
     embeds = kwargs.get("inputs_embeds")
     shape = input_ids.shape if embeds is None else embeds.shape[:2]
-    unknown = sorted(name for name in kwargs.keys() - _OURS if _given(kwargs[name]))
+    unknown = sorted(name for name in without_cache(kwargs).keys() - _OURS if _given(kwargs[name]))
     if unknown:
         return f"{', '.join(unknown)} is passed to the model"
     if loop == "_beam_search" and not kwargs.get("use_cache", True):
@@ -146,9 +144,7 @@ def prompts_of(given: Tensor, mask: Tensor | None) -> list[Any]:
 
 def fresh_cache(cache: Any) -> bool:
     """Whether it is the cache that stock makes when nobody asks for one."""
-    if type(cache) is not DynamicCache or cache.offloading:
-        return False
-    return not getattr(cache, "_is_user_defined", False) and not cache.get_seq_length()
+    return type(cache) is DynamicCache and not cache.offloading and is_fresh(cache)
 
 
 def _ends_at_tokens(criteria: Sequence[Any]) -> bool:

@@ -54,8 +54,8 @@ def apply_rules(shadow: Shadow, under_way: list[Step | None], max_length: int, t
         if library != "transformers.models":
             continue
         known = f"{name}.{kind.__name__}"
-        if known in _RULES:
-            method, make_stand_in = _RULES[known]
+        method, make_stand_in = _RULES.get(known, ("", None))
+        if make_stand_in is not None and hasattr(kind, method):  # else this release's needs no rule any more
             placed |= _install(twin, method, make_stand_in(twin, bias), under_way) and known in _PLACED
         elif not takes_positions and _is_table_of_positions(kind):
             placed |= _install(twin, "forward", make.embed_positions(twin), under_way)

@@ -7,6 +7,7 @@ knows nothing else: no cache, no mask, no dropout.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from paged_core import UnsupportedModel
 from paged_hf.model.attention import Step, attend_through
+from paged_hf.upstream import cache_argument
 
 StandIn = Callable[..., Any]
 """``stand_in(step, *args, **kwargs)``: the arguments of the method it stands for, and what that returns."""
@@ -197,7 +199,7 @@ def mpt(module: Any, bias: KeyBias) -> StandIn:
 
 def mpt_model(module: Any, bias: KeyBias) -> StandIn:
     """It converts the mask that it makes, and with attention of ours there is none."""
-    forward = type(module).forward
+    forward: Any = inspect.unwrap(type(module).forward)  # decorators know nothing of masks
     scope = {**forward.__globals__, "create_causal_mask": lambda **named: torch.empty(0)}
     run = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
     run.__kwdefaults__ = forward.__kwdefaults__
@@ -219,9 +221,10 @@ class _Past:
 
 def llama4(module: Any, bias: KeyBias) -> StandIn:
     forward = type(module).forward
+    name = cache_argument(forward)
 
-    def counting(step: Step, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        return forward(module, *args, past_key_values=_Past(step.positions), **kwargs)
+    def counting(step: Step, *args: Any, **kwargs: Any) -> Any:
+        return forward(module, *args, **kwargs | {name: _Past(step.positions)})
 
     return counting
 
