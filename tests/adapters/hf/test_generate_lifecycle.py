@@ -711,6 +711,7 @@ def test_a_merged_and_unloaded_model_is_patched_like_any_other(make: Any) -> Non
 
 @pytest.mark.parametrize("kind", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+@pytest.mark.filterwarnings("ignore:Both `past_key_values` and `cache` are set:FutureWarning")  # PEFT 0.21 on 5.24
 def test_virtual_tokens_are_stocks(make: Any, kind: Any) -> None:
     wrapped = peft.get_peft_model(make(), kind(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
     given = {**prompts(), **GREEDY}
