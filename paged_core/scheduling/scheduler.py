@@ -262,10 +262,8 @@ class Scheduler:
 
     def _make_room(self, request: Request, num_tokens: int, rows: Sequence[Request], step: _Step) -> bool:
         """Blocks for the next ``num_tokens`` tokens; a shared last block is copied on write. False: not now."""
-        needed = tables.num_blocks_needed(self.pool, request, num_tokens)
-        if needed <= 0:
-            return True
-        while self.pool.num_available < needed:
+        # Counted anew after each preemption: a block that only the victim shared needs no copy any more.
+        while self.pool.num_available < tables.num_blocks_needed(self.pool, request, num_tokens):
             victim = None if step.admitting else self._victim(rows)
             if victim is None:
                 return False

@@ -286,6 +286,18 @@ def test_samples_of_one_prompt_share_its_blocks_and_copy_on_write():
     run_to_end(scheduler)
 
 
+def test_once_whoever_shared_its_last_block_is_preempted_a_row_needs_no_copy_and_nobody_else_is():
+    scheduler = make(num_blocks=2)
+    first, second, third = add(scheduler, "a", 6, max_tokens=2, rows=3)
+    step(scheduler)
+    schedule, _ = step(scheduler)
+    assert schedule.preempted == [third, second]
+    assert [chunk.request for chunk in schedule.chunks] == [first]
+    assert not schedule.moves
+    run_to_end(scheduler)
+    assert scheduler.num_preemptions == 2
+
+
 def test_cancelling_samples_before_their_fork_frees_everything():
     scheduler = make(budget=8)
     rows = add(scheduler, "a", 20, rows=4)
