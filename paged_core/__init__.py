@@ -11,6 +11,7 @@ from paged_core.errors import (
     InvalidRequestError,
     PagedCoreError,
     PluginError,
+    ReentryError,
     RequestError,
     UnsupportedModel,
 )
@@ -113,6 +114,7 @@ __all__ = [
     "PagedModel",
     "PluginError",
     "Prompt",
+    "ReentryError",
     "Request",
     "RequestError",
     "RequestOutput",

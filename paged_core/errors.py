@@ -4,6 +4,7 @@ PagedCoreError
 ├── ConfigError (ValueError)         an EngineConfig value that can't work
 ├── UnsupportedModel                 the model can't run on paged memory; the message says why
 ├── PluginError                      a plugin is missing, misspelt or broken
+├── ReentryError (RuntimeError)      a call that would wait for the very step it was made in
 ├── RequestError                     a request ended in an error; carries the request id
 └── EngineDeadError                  the engine has stopped and takes no more requests
 InvalidRequestError (ValueError)     the request can't be served as asked (raised to who asks: add_request, read_kv)
@@ -17,6 +18,7 @@ __all__ = [
     "InvalidRequestError",
     "PagedCoreError",
     "PluginError",
+    "ReentryError",
     "RequestError",
     "UnsupportedModel",
 ]
@@ -36,6 +38,10 @@ class UnsupportedModel(PagedCoreError):
 
 class PluginError(PagedCoreError):
     """No plugin answered a hook, or a plugin can't be used."""
+
+
+class ReentryError(PagedCoreError, RuntimeError):
+    """Code that runs inside a step (a logits processor, say) has asked for what can only happen after that step."""
 
 
 class RequestError(PagedCoreError):

@@ -35,10 +35,15 @@ def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
                 raise InvalidRequestError(f"{name} holds token id {token!r}; ids go from 0 to {vocab_size - 1}", name)
 
 
-def check_resumed(requests: Sequence[Request], token_ids: Sequence[int], vocab_size: int) -> None:
-    """Raises InvalidRequestError for a request that isn't held or has reached its length, and for an unknown token."""
+def check_resumed(
+    requests: Sequence[Request], token_ids: Sequence[int], parents: Sequence[int] | None, vocab_size: int
+) -> None:
+    """Raises InvalidRequestError for a request that isn't held or has reached its length, for a part of a lockstep
+    group, for an unknown token, and for a parent that is no row of the same group."""
     if len(requests) != len(token_ids):
         raise InvalidRequestError(f"{len(token_ids)} tokens were given for {len(requests)} requests")
+    if len(set(requests)) != len(requests):
+        raise InvalidRequestError("a request was given twice; give each once, with its one token")
     for request, token in zip(requests, token_ids, strict=True):
         if not request.held or request.finished:
             raise InvalidRequestError(f"{request!r} isn't held: there is nothing to resume")
@@ -46,5 +51,20 @@ def check_resumed(requests: Sequence[Request], token_ids: Sequence[int], vocab_s
             raise InvalidRequestError(
                 f"{request!r} has no room for another token (max_tokens {request.params.max_tokens})"
             )
-        if not 0 <= token < vocab_size:
+        if not isinstance(token, int) or not 0 <= token < vocab_size:
             raise InvalidRequestError(f"token id {token!r} was chosen; ids go from 0 to {vocab_size - 1}")
+    for group in {id(request.group): request.group for request in requests if request.group.lockstep}.values():
+        for row in group.members:
+            if not row.finished and row not in requests:
+                raise InvalidRequestError(f"{row!r} is to advance with the rows of its group; resume all of them")
+    if parents is not None:
+        _check_parents(requests, parents)
+
+
+def _check_parents(requests: Sequence[Request], parents: Sequence[int]) -> None:
+    if len(parents) != len(requests):
+        raise InvalidRequestError(f"{len(parents)} parents were given for {len(requests)} requests")
+    for row, parent in enumerate(parents):
+        known = isinstance(parent, int) and 0 <= parent < len(requests)
+        if not known or requests[parent].group is not requests[row].group:
+            raise InvalidRequestError(f"row {row} can't go on from row {parent!r}; only from a row of its own group")

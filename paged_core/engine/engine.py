@@ -1,6 +1,7 @@
 """Engine: builds the parts through hooks, then turns the wheel. Token ids in, token ids out; it knows nothing of text.
 
-Single-threaded: one owner calls add_request, abort, stop and step. AsyncEngine is such an owner, for many threads.
+Single-threaded: one owner calls add_request, abort, stop and step. AsyncEngine is such an owner, for many threads. What
+runs inside a step (the model, selectors, logits processors) may not call them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from paged_core.engine.open_requests import OpenRequests
 from paged_core.engine.stats import StepStats
 from paged_core.engine.step_runner import StepRunner
 from paged_core.engine.view import EngineView
-from paged_core.errors import EngineDeadError
+from paged_core.errors import EngineDeadError, ReentryError
 from paged_core.execution.batch import BatchBuilder
 from paged_core.execution.model import AcceleratedModel, EmbeddingModel, TokenSelector
 from paged_core.plugins import load_plugins
@@ -93,6 +94,7 @@ class Engine:
         self._observers = Observers(self._manager)
         self._open = OpenRequests(self._observers)
         self._dead: str | None = None
+        self._in_step = False
         self._refreshed = False  # whether the model was looked at since the last step
         self.last_stats: StepStats | None = None
 
@@ -151,30 +153,36 @@ class Engine:
 
         ``parents``: row i continues from ``requests[parents[i]]``'s tokens and K/V, which it then shares (a beam step).
         """
-        check_resumed(requests, token_ids, self.spec.vocab_size)
+        self._check_between_steps("resume()")
+        check_resumed(requests, token_ids, parents, self.spec.vocab_size)
         self._scheduler.resume(requests, token_ids, parents)
 
     def recompute(self, requests: Iterable[Request]) -> None:
         """Compute the K/V of held rows again, where they were preempted meanwhile. Their selectors are asked again."""
+        self._check_between_steps("recompute()")
         self._scheduler.recompute(requests)
 
     def preempt_held(self) -> bool:
         """Let the last held rows give their blocks to those who wait: their owner takes his time. They compute their
         tokens again once they are resumed. False: nobody waits, or nobody is held."""
+        self._check_between_steps("preempt_held()")
         return self._scheduler.preempt_held()
 
     def abort(self, request_id: str) -> None:
         """Cancel a request. Each of its unfinished rows gets its final output from the next step. Unknown ids are
         ignored: the request may have ended a moment ago."""
+        self._check_between_steps("abort()")
         self._open.tell_later(self._finish(self._open.rows(request_id), FinishReason.ABORT))
 
     def stop(self, request: Request) -> RequestOutput | None:
         """End a row whose text has reached a stop string. Returns its final output; None if it had ended already."""
+        self._check_between_steps("stop()")
         outputs = self._finish((request,), FinishReason.STOP)
         return outputs[0] if outputs else None
 
     def close(self) -> None:
         """Abort what is left; take no more requests."""
+        self._check_between_steps("close()")
         for request_id in self._open:
             self.abort(request_id)
         self._dead = "it was closed"
@@ -200,6 +208,7 @@ class Engine:
     def release_memory(self) -> bool:
         """Give back all K/V memory, cached prefixes included; the next request takes it anew. False: nothing was
         given back, since running requests need it. A plugin's cache that can't grow keeps its memory."""
+        self._check_between_steps("release_memory()")
         if self._pool.num_used:
             return False
         self._pool.shrink()
@@ -219,21 +228,45 @@ class Engine:
 
         Raises:
             EngineDeadError: the device or the model has failed for good, or has no memory for a single token.
+            ReentryError: it was called from inside a step.
         """
+        self._check_between_steps("step()")
         began = time.perf_counter()
         self._refreshed = False
-        with self._death_noted(), self._device_looked_after():
+        with self._one_step():
             now = self._lookahead.take() or self._steps.launch(self._scheduler.schedule())
-            for group, message in now.failed.items():
-                self._open.tell_later(self._finish(group.members, FinishReason.ERROR, message))
-            if not now.schedule.chunks:
-                return self._open.tell([])
-            self._lookahead.begin(now)
-            selection, prompt_logprobs = self._steps.select(now)
-        self._open.keep(prompt_logprobs)
-        outputs = self._scheduler.update(now.schedule, selection)
-        self._report(now.schedule, len(now.computed.sample_requests), time.perf_counter() - began)
+            failed, outputs = dict(now.failed), []
+            if now.schedule.chunks:
+                self._lookahead.begin(now)
+                selected = self._steps.select(now)
+                failed |= selected.failed
+                outputs = self._scheduler.update(now.schedule, selected.selection, selected.not_finite)
+                self._open.keep(selected.prompt_logprobs)
+        for group, message in failed.items():
+            self._open.tell_later(self._finish(group.members, FinishReason.ERROR, message))
+        if now.schedule.chunks:
+            self._report(now.schedule, len(now.computed.sample_requests), time.perf_counter() - began)
         return self._open.tell(outputs)
+
+    @contextmanager
+    def _one_step(self) -> Iterator[None]:
+        """Inside, requests are between two states. Whatever ends a step early leaves them as they were before it."""
+        self._in_step = True
+        try:
+            with self._death_noted(), self._device_looked_after():
+                yield
+        except BaseException:
+            self._lookahead.forget()  # its tokens follow those of a step that has not been taken in
+            raise
+        finally:
+            self._in_step = False
+
+    def _check_between_steps(self, call: str) -> None:
+        if self._in_step:
+            raise ReentryError(
+                f"{call} was called from inside a step of the same engine (by a logits processor, a selector or the "
+                "model, say), which would have to end first; call it between two steps"
+            )
 
     @contextmanager
     def _death_noted(self) -> Iterator[None]:
@@ -280,6 +313,7 @@ class Engine:
         selector: TokenSelector | None,
         lockstep: bool,
     ) -> list[Request]:
+        self._check_between_steps("adding a request")
         if self._dead is not None:
             raise EngineDeadError(f"the engine takes no more requests: {self._dead}")
         if request_id in self._open:

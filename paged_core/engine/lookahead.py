@@ -32,6 +32,10 @@ class Lookahead:
         token_ids = take_rows(now.chosen.token_ids, [row_of[chunk.request] for chunk in schedule.chunks])
         self._next = self._steps.launch_ahead(schedule, token_ids)
 
+    def forget(self) -> None:
+        """The step under way was not taken in: what follows it must not be."""
+        self._next = None
+
     def take(self) -> Launched | None:
         """The step that was begun, without rows that have ended since. None: none was, or nothing is left of it."""
         launched, self._next = self._next, None

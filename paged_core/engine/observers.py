@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+from paged_core.interrupts import interrupts_the_process
 from paged_core.plugins import Plugins
 
 _log = logging.getLogger("paged_core")
@@ -12,15 +15,29 @@ _HOOKS = ("on_request_added", "on_step_finished", "on_request_finished")
 
 
 class Observers:
-    """Tells those who watch. One that raises is logged and changes nothing."""
+    """Tells those who watch. One that raises is logged and changes nothing, for the others neither."""
 
     def __init__(self, manager: Plugins) -> None:
-        hooks = {name: getattr(manager.hook, name) for name in _HOOKS}
-        self._hooks = {name: hook for name, hook in hooks.items() if hook.get_hookimpls()}
+        self._hooks = {name: _one_each(getattr(manager.hook, name)) for name in _HOOKS}
 
     def tell(self, hook: str, **what: Any) -> None:
-        if hook in self._hooks:
+        for call in self._hooks[hook]:
             try:
-                self._hooks[hook](**what)
-            except Exception:
+                call(**what)
+            except BaseException as error:
+                if interrupts_the_process(error):
+                    raise
                 _log.exception("a plugin's %s failed", hook)
+
+
+def _one_each(hook: Any) -> list[Callable[..., object]]:
+    """A call for each plugin that answers the hook: in one for all, the first that raises would keep the others from
+    hearing. Wrappers, which want to stand around all others, get that one."""
+    implementations = list(reversed(hook.get_hookimpls()))  # the last registered first, as pluggy does it
+    if any(each.wrapper or each.hookwrapper for each in implementations):
+        return [hook]
+    return [partial(_call, each.function, each.argnames) for each in implementations]
+
+
+def _call(function: Callable[..., object], names: Sequence[str], **what: Any) -> None:
+    function(*(what[name] for name in names))

@@ -1,4 +1,9 @@
-"""Hands the sampled rows of a step to the selectors they belong to. A selector that raises ends its own rows only."""
+"""Hands the sampled rows of a step to the selectors they belong to. A selector that raises, or answers what can't be,
+ends its own rows only.
+
+A selector may keep state, so it is asked once a step. Only the engine's sampler may be asked again, where memory had no
+room for all of its rows: it is asked first, before anybody else.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from paged_core.engine.answers import FAILED, checked
 from paged_core.execution.batch import PromptRows
 from paged_core.execution.model import Chosen, ForesightedSelector, TokenSelector
-from paged_core.scheduling.request import FinishReason, Request, Selection
+from paged_core.interrupts import interrupts_the_process
+from paged_core.scheduling.request import FinishReason, Group, Request, Selection
 
 _log = logging.getLogger("paged_core")
 
@@ -32,41 +39,60 @@ def choose_rows(logits: Tensor, requests: Sequence[Request], sampler: TokenSelec
     Raises:
         torch.AcceleratorError: the device has failed.
     """
-    selectors = {id(request.selector or sampler) for request in requests}
+    selectors = {id(_selector_of(request, sampler)) for request in requests}
     if len(selectors) != 1:
         return None
-    selector = requests[0].selector or sampler
+    selector = _selector_of(requests[0], sampler)
     if not isinstance(selector, ForesightedSelector) or not _chooses_as_it_selects(type(selector)):
         return None
     try:
-        return selector.choose(logits, requests, num_unknown)
+        chosen = selector.choose(logits, requests, num_unknown)
+        if chosen is not None and chosen.token_ids.shape != (len(requests),):
+            raise ValueError(f"{list(chosen.token_ids.shape)} tokens were chosen for {len(requests)} rows")
+        return chosen
     except torch.AcceleratorError:
         raise
-    except Exception:  # then they are chosen in their turn, where failing selectors are looked after
+    except BaseException as error:  # then they are chosen in their turn, where failing selectors are looked after
+        if interrupts_the_process(error):
+            raise
         _log.debug("tokens could not be chosen ahead", exc_info=True)
         return None
 
 
-def select_rows(logits: Tensor, requests: Sequence[Request], sampler: TokenSelector) -> Selection:
-    """Each selector gets its own rows; a selector that raises ends its own rows only.
+def fetch_rows(chosen: Chosen, requests: Sequence[Request], vocab_size: int) -> Selection:
+    """Wait for tokens that were chosen without the host.
 
     Raises:
-        torch.OutOfMemoryError: ``sampler`` has no room for its rows. Some logits may be overwritten by then.
+        torch.AcceleratorError: the device has failed.
+    """
+    try:
+        return checked(chosen.fetch(), requests, vocab_size)
+    except BaseException as error:
+        if _is_no_requests(error):
+            raise
+        return _failed(requests, error)
+
+
+def select_rows(logits: Tensor, requests: Sequence[Request], sampler: TokenSelector) -> Selection:
+    """Each selector gets its own rows, once.
+
+    Raises:
+        torch.OutOfMemoryError: ``sampler`` has no room for its rows, and no other selector has been asked. Some logits
+            may be overwritten.
         torch.AcceleratorError: the device has failed.
     """
     if requests and all(request.selector is requests[0].selector for request in requests):
-        return _select(requests[0].selector or sampler, logits, requests)
-    rows_of: dict[int, list[int]] = {}
+        return _ask(requests, logits, sampler)
+    rows_of: dict[int, list[int]] = {id(sampler): []}  # first of all
     for row, request in enumerate(requests):
-        rows_of.setdefault(id(request.selector or sampler), []).append(row)
+        rows_of.setdefault(id(_selector_of(request, sampler)), []).append(row)
     token_ids: list[int | None] = [0] * len(requests)
     logprobs: list[Any] = [None] * len(requests)
     parents = list(range(len(requests)))
     errors: dict[int, str] = {}
     finished: dict[int, FinishReason] = {}
-    for rows in rows_of.values():
-        selector = requests[rows[0]].selector or sampler
-        part = _select(selector, logits[rows], [requests[row] for row in rows])
+    for rows in filter(None, rows_of.values()):
+        part = _ask([requests[row] for row in rows], logits[rows], sampler)
         for i, row in enumerate(rows):
             token_ids[row] = part.token_ids[i]
             logprobs[row] = part.logprobs[i] if part.logprobs is not None else None
@@ -78,15 +104,31 @@ def select_rows(logits: Tensor, requests: Sequence[Request], sampler: TokenSelec
 
 def prompt_logprobs_of(
     logits: Tensor, prompt_rows: Sequence[PromptRows], sampler: TokenSelector
-) -> list[PromptLogprobs]:
-    """``logits [P, vocab]`` of prompt positions -> Logprobs of the tokens that follow them there."""
-    told, row = [], 0
+) -> tuple[list[PromptLogprobs], dict[Group, str]]:
+    """``logits [P, vocab]`` of prompt positions -> Logprobs of the tokens that follow them there; and the requests for
+    which the sampler can't tell them.
+
+    Raises:
+        torch.OutOfMemoryError: ``sampler`` has no room.
+        torch.AcceleratorError: the device has failed.
+    """
+    told, failed, row = [], {}, 0
     for request, start, num in prompt_rows:
         next_ids = request.tokens[start + 1 : start + 1 + num]
-        found = sampler.prompt_logprobs(logits[row : row + num], next_ids, request.params.prompt_logprobs or 0)
-        told.append(PromptLogprobs(request, start + 1, list(found)))
+        try:
+            asked = request.params.prompt_logprobs or 0
+            found = list(sampler.prompt_logprobs(logits[row : row + num], next_ids, asked))
+            if len(found) != num:
+                raise ValueError(f"logprobs of {len(found)} positions came for {num}")
+            told.append(PromptLogprobs(request, start + 1, found))
+        except BaseException as error:
+            if _is_no_requests(error) or (
+                isinstance(error, torch.OutOfMemoryError) and not isinstance(sampler, OneByOne)
+            ):
+                raise
+            failed[request.group] = f"the logprobs of its prompt could not be told: {error!r}"
         row += num
-    return told
+    return told, failed
 
 
 class OneByOne:
@@ -96,7 +138,10 @@ class OneByOne:
         self._selector = selector
 
     def select(self, logits: Tensor, requests: Sequence[Request]) -> Selection:
-        parts = [self._selector.select(logits[row : row + 1], [request]) for row, request in enumerate(requests)]
+        parts = [
+            _select(self._selector, logits[row : row + 1], [request], again=False)
+            for row, request in enumerate(requests)
+        ]
         return Selection(
             [part.token_ids[0] for part in parts],
             [part.logprobs[0] if part.logprobs else None for part in parts],
@@ -108,17 +153,34 @@ class OneByOne:
             yield from self._selector.prompt_logprobs(logits[row : row + 1], [next_id], num)
 
 
-def _select(selector: TokenSelector, logits: Tensor, requests: Sequence[Request]) -> Selection:
+def _ask(requests: Sequence[Request], logits: Tensor, sampler: TokenSelector) -> Selection:
+    """What the one selector of all these rows chooses."""
+    selector = _selector_of(requests[0], sampler)
+    return _select(selector, logits, requests, again=selector is sampler and not isinstance(sampler, OneByOne))
+
+
+def _select(selector: TokenSelector, logits: Tensor, requests: Sequence[Request], *, again: bool) -> Selection:
+    """``again``: should memory run out, the selector can be asked again."""
     try:
-        return selector.select(logits, requests)
-    except torch.AcceleratorError:
-        raise
-    except Exception as error:
-        of_the_core = requests[0].selector is None and not isinstance(selector, OneByOne)
-        if of_the_core and isinstance(error, torch.OutOfMemoryError):
+        return checked(selector.select(logits, requests), requests, logits.shape[1])
+    except BaseException as error:
+        if _is_no_requests(error) or (again and isinstance(error, torch.OutOfMemoryError)):
             raise
-        message = f"choosing the next token failed: {error!r}"
-        return Selection([0] * len(requests), errors=dict.fromkeys(range(len(requests)), message))
+        return _failed(requests, error)
+
+
+def _failed(requests: Sequence[Request], error: BaseException) -> Selection:
+    message = f"{FAILED}: {error if type(error) is ValueError else repr(error)}"
+    return Selection([0] * len(requests), errors=dict.fromkeys(range(len(requests)), message))
+
+
+def _is_no_requests(error: BaseException) -> bool:
+    """Whether the error is more than a selector's: the device's, or an interrupt of the process."""
+    return isinstance(error, torch.AcceleratorError) or interrupts_the_process(error)
+
+
+def _selector_of(request: Request, sampler: TokenSelector) -> TokenSelector:
+    return sampler if request.selector is None else request.selector
 
 
 def _chooses_as_it_selects(kind: type) -> bool:

@@ -1,25 +1,34 @@
 """Runs one step: a Schedule in; its logits, then its tokens out.
 
-Knows how a step may fail (memory runs out, the model raises, a selector raises) and what can be done about it within
-that step. It ends no request: those on which the model failed are told to the Engine.
+Knows how a step may fail (memory runs out, the model raises, a selector raises, logits are no numbers) and what can be
+done about it within that step. It ends no request: those that failed are told to the Engine.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from paged_core.engine.selection import OneByOne, PromptLogprobs, choose_rows, prompt_logprobs_of, select_rows
+from paged_core.engine.selection import (
+    OneByOne,
+    PromptLogprobs,
+    choose_rows,
+    fetch_rows,
+    prompt_logprobs_of,
+    select_rows,
+)
 from paged_core.errors import EngineDeadError
 from paged_core.execution.batch import BatchBuilder
+from paged_core.execution.finite import FiniteCheck
 from paged_core.execution.model import Chosen, TokenSelector
 from paged_core.execution.model_runner import ModelRunner
 from paged_core.execution.parts import Computed, compute
-from paged_core.scheduling.request import Group, Selection
+from paged_core.interrupts import interrupts_the_process
+from paged_core.scheduling.request import Group, Request, Selection
 from paged_core.scheduling.schedule import Schedule, ScheduledChunk
 from paged_core.scheduling.scheduler import Scheduler
 
@@ -32,7 +41,17 @@ class Launched(NamedTuple):
     schedule: Schedule  # without the requests that failed
     computed: Computed
     chosen: Chosen | None  # its tokens, on the device; None: they are chosen with the host's help
+    finite: FiniteCheck  # of requests that have filled a block
     failed: Mapping[Group, str]  # requests on which the model raises, and why
+
+
+class Selected(NamedTuple):
+    """What came of a step."""
+
+    selection: Selection
+    prompt_logprobs: Sequence[PromptLogprobs]
+    not_finite: Collection[Request]  # whose logits were no numbers: nobody may find what was computed for them
+    failed: Mapping[Group, str]  # requests whose prompt_logprobs can't be told, and why
 
 
 class StepRunner:
@@ -61,17 +80,17 @@ class StepRunner:
             torch.AcceleratorError: the device has failed.
         """
         if not schedule.chunks:
-            return Launched(schedule, _nothing(), None, {})
+            return self._launched(schedule, _nothing(), {})
         self._grow(self._scheduler.pool.num_backed)
         self._runner.move_blocks(schedule.moves)
         failed: Mapping[Group, str] = {}
         try:
             computed = self._compute(schedule.chunks)
-        except (EngineDeadError, torch.AcceleratorError):
-            raise
-        except Exception as error:
+        except BaseException as error:
+            if _is_no_requests(error):
+                raise
             schedule, computed, failed = self._without_culprits(schedule, error)
-        return Launched(schedule, computed, self._choose(computed, num_unknown=0), failed)
+        return self._launched(schedule, computed, failed)
 
     def launch_ahead(self, schedule: Schedule, token_ids: Tensor) -> Launched | None:
         """Compute a step of one token each, ``token_ids i64 [T]``, which only the device knows. None: it can't be
@@ -83,28 +102,50 @@ class StepRunner:
         try:
             self._runner.grow(self._scheduler.pool.num_backed)
             batch = self._builder.build(schedule, token_ids)
-            computed = Computed(self._runner.run(batch), batch.sample_requests, ())
-        except torch.AcceleratorError:
-            raise
-        except Exception:
+            computed = Computed(self._runner.run(batch), batch.sample_requests, (), ())
+        except BaseException as error:
+            if _is_no_requests(error):
+                raise
             _log.debug("a step could not be begun ahead", exc_info=True)
             return None
-        return Launched(schedule, computed, self._choose(computed, num_unknown=1), {})
+        return self._launched(schedule, computed, {}, num_unknown=1)
 
-    def select(self, now: Launched) -> tuple[Selection, list[PromptLogprobs]]:
+    def select(self, now: Launched) -> Selected:
         """The step's tokens, and what was asked about prompts that it computed.
 
         Raises:
             EngineDeadError, torch.AcceleratorError: as for launch.
         """
         if now.chosen is not None:
-            return now.chosen.fetch(), []
+            computed = now.computed
+            selection = fetch_rows(now.chosen, computed.sample_requests, computed.logits.shape[1])
+            return Selected(selection, (), now.finite.failed(), {})
         try:
-            return _select(self._sampler, now.computed)
+            return _select(self._sampler, now)
         except torch.OutOfMemoryError:
             pass
         # Once more, with logits that nobody has written to and as little memory as can be.
-        return _select(OneByOne(self._sampler), self._compute(now.schedule.chunks, eager=True))
+        computed = self._compute(now.schedule.chunks, eager=True)
+        again = now._replace(computed=computed, finite=self._look(now.schedule, computed))
+        return _select(OneByOne(self._sampler), again)
+
+    def _launched(
+        self, schedule: Schedule, computed: Computed, failed: Mapping[Group, str], num_unknown: int = 0
+    ) -> Launched:
+        chosen = self._choose(computed, num_unknown)
+        return Launched(schedule, computed, chosen, self._look(schedule, computed), failed)
+
+    def _look(self, schedule: Schedule, computed: Computed) -> FiniteCheck:
+        """At the end of each chunk whose blocks others could find. Now: the sampler may overwrite logits."""
+        rows, requests, row = [], [], 0
+        for chunk, fills in zip(schedule.chunks, self._scheduler.fills_blocks(schedule), strict=True):
+            if fills and chunk.samples:
+                rows.append(row)
+                requests.append(chunk.request)
+            row += len(chunk.samples)
+        num_rows = computed.logits.shape[0]
+        rows += range(num_rows - len(computed.ends), num_rows)
+        return FiniteCheck(computed.logits, rows, [*requests, *computed.ends])
 
     def _choose(self, computed: Computed, num_unknown: int) -> Chosen | None:
         if not self._ahead or computed.prompt_rows:
@@ -134,7 +175,9 @@ class StepRunner:
                 f"no memory for a K/V cache of {num_blocks} blocks; build one with a lower kv_cache_bytes"
             ) from error
 
-    def _without_culprits(self, schedule: Schedule, error: Exception) -> tuple[Schedule, Computed, dict[Group, str]]:
+    def _without_culprits(
+        self, schedule: Schedule, error: BaseException
+    ) -> tuple[Schedule, Computed, dict[Group, str]]:
         """The model raised: run each chunk alone, then those together whose group has not raised."""
         failed: dict[Group, str] = {}
         for chunk in schedule.chunks:
@@ -142,9 +185,9 @@ class StepRunner:
                 continue
             try:
                 self._compute([chunk], eager=True)
-            except (EngineDeadError, torch.AcceleratorError):
-                raise
-            except Exception as own_error:
+            except BaseException as own_error:
+                if _is_no_requests(own_error):
+                    raise
                 failed[chunk.request.group] = f"the model failed on this request: {own_error!r}"
         sound = [chunk for chunk in schedule.chunks if chunk.request.group not in failed]
         remaining = Schedule(sound, (), schedule.preempted)
@@ -152,17 +195,24 @@ class StepRunner:
             return remaining, _nothing(), failed
         try:
             return remaining, self._compute(sound, eager=True), failed
-        except (EngineDeadError, torch.AcceleratorError):
-            raise
-        except Exception:  # sound alone, failing together: nobody's fault that we could tell
+        except BaseException as together:
+            if _is_no_requests(together):
+                raise
+            # Sound alone, failing together: nobody's fault that we could tell.
             raise EngineDeadError(f"the model fails on batches: {error!r}") from error
 
 
-def _select(sampler: TokenSelector, computed: Computed) -> tuple[Selection, list[PromptLogprobs]]:
-    logits, requests = computed.logits, computed.sample_requests
-    told = prompt_logprobs_of(logits[len(requests) :], computed.prompt_rows, sampler)
-    return select_rows(logits[: len(requests)], requests, sampler), told
+def _select(sampler: TokenSelector, now: Launched) -> Selected:
+    sampled, of_prompts, _ = now.computed.divide()
+    told, failed = prompt_logprobs_of(of_prompts, now.computed.prompt_rows, sampler)
+    selection = select_rows(sampled, now.computed.sample_requests, sampler)
+    return Selected(selection, told, now.finite.failed(), failed)
+
+
+def _is_no_requests(error: BaseException) -> bool:
+    """Whether the error is more than one request's: the engine's, the device's, or an interrupt of the process."""
+    return isinstance(error, EngineDeadError | torch.AcceleratorError) or interrupts_the_process(error)
 
 
 def _nothing() -> Computed:
-    return Computed(torch.empty(0, 0), (), ())
+    return Computed(torch.empty(0, 0), (), (), ())

@@ -43,10 +43,11 @@ class Batch:
     token_ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
     attention: AttentionMetadata
-    sample_indices: Tensor  # int64 [S + P]  tokens whose logits are wanted: sampled rows, then prompt_rows'
+    sample_indices: Tensor  # int64 [S + P + E]  tokens whose logits are wanted: sampled rows, prompt_rows', ends'
     sample_requests: tuple[Request, ...]  # S rows, siblings of a fork side by side
     prompt_rows: tuple[PromptRows, ...]  # P positions together
-    decode: bool  # every request computes one token that it was given by a step before, and samples: T = R = S, P = 0
+    ends: tuple[Request, ...]  # E rows: the last token of each chunk that samples nothing, to see that it is finite
+    decode: bool  # every request computes one token that it was given by a step before, and samples: T = R = S, no more
 
 
 class BatchBuilder:
@@ -67,7 +68,7 @@ class BatchBuilder:
         nowhere else yet; every chunk has one token."""
         try:
             return self._build(schedule, known)
-        except Exception:
+        except BaseException:  # an interrupt of the process among them
             self._tables.forget()  # what should have been written may not have been
             raise
 
@@ -102,6 +103,8 @@ class BatchBuilder:
         for index, chunk_rows in prompt_rows:
             first = query_starts[index] + chunk_rows.start - schedule.chunks[index].start
             sample_indices += range(first, first + chunk_rows.num)
+        unsampled = [index for index, chunk in enumerate(schedule.chunks) if not chunk.samples]
+        sample_indices += [query_starts[index + 1] - 1 for index in unsampled]
         places, blocks = self._tables.news()
         longs = [(values, torch.int64) for values in (token_ids, positions, slots, sample_indices, places)]
         ints = [(values, torch.int32) for values in (query_starts, seq_lens, rows, blocks)]
@@ -118,6 +121,7 @@ class BatchBuilder:
             wanted,
             tuple(sample_requests),
             tuple(chunk_rows for _, chunk_rows in prompt_rows),
+            tuple(schedule.chunks[index].request for index in unsampled),
             decode,
         )
 

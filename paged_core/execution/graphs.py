@@ -135,7 +135,7 @@ class DecodeGraphs:
     def _static(self, size: int, length: int) -> Batch:
         tables, slots = self._tables[length][:size], self._slots[:size]
         attention = AttentionMetadata(self._starts[: size + 1], self._seq_lens[:size], tables, slots, 1, length)
-        return Batch(self._ids[:size], self._positions[:size], attention, self._indices[:size], (), (), True)
+        return Batch(self._ids[:size], self._positions[:size], attention, self._indices[:size], (), (), (), True)
 
     def _fill(self, batch: Batch, num: int, tables: Tensor) -> None:
         """Three launches, where the last step had as many rows."""

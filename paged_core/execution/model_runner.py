@@ -71,8 +71,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch, *, eager: bool = False) -> Tensor:
-        """Logits ``[S + P, vocab]`` of the batch's sample_indices; ``eager``: through no graph. May be repeated: K/V
-        slots are just rewritten."""
+        """Logits ``[S + P + E, vocab]`` of the batch's sample_indices; ``eager``: through no graph. May be repeated:
+        K/V slots are just rewritten."""
         if self._graphs is not None and batch.decode and not eager:
             logits = self._graphs.run(batch, self._forward, self._replayable)
             if logits is not None:

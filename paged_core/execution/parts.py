@@ -21,10 +21,16 @@ from paged_core.scheduling.schedule import Schedule, ScheduledChunk
 class Computed(NamedTuple):
     """What came out of a step."""
 
-    logits: Tensor  # [S + P, vocab]  sampled rows, then prompt_rows'
+    logits: Tensor  # [S + P + E, vocab]  sampled rows, then prompt_rows', then those of ends
     sample_requests: tuple[Request, ...]  # S rows
     prompt_rows: tuple[PromptRows, ...]  # P positions together
+    ends: tuple[Request, ...]  # E rows: where chunks end that sample nothing
     num_fitting: int | None = None  # tokens of the largest part that memory had room for; None: nothing was divided
+
+    def divide(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the sampled rows ``[S, vocab]``, of prompt_rows ``[P, vocab]`` and of ends ``[E, vocab]``."""
+        first, last = len(self.sample_requests), self.logits.shape[0] - len(self.ends)
+        return self.logits[:first], self.logits[first:last], self.logits[last:]
 
 
 def compute(
@@ -43,12 +49,12 @@ def compute(
     parts = _in_parts(builder, runner, chunks)
     fitting = max(num_tokens for num_tokens, _ in parts)
     results = [computed for _, computed in parts]
-    sampled = [computed.logits[: len(computed.sample_requests)] for computed in results]
-    of_prompts = [computed.logits[len(computed.sample_requests) :] for computed in results]
+    divided = [computed.divide() for computed in results]
     return Computed(
-        torch.cat([*sampled, *of_prompts]),
+        torch.cat([rows for kind in zip(*divided, strict=True) for rows in kind]),
         tuple(request for computed in results for request in computed.sample_requests),
         tuple(rows for computed in results for rows in computed.prompt_rows),
+        tuple(request for computed in results for request in computed.ends),
         fitting,
     )
 
@@ -72,7 +78,7 @@ def _in_parts(
 
 def _whole(builder: BatchBuilder, runner: ModelRunner, chunks: Sequence[ScheduledChunk], eager: bool) -> Computed:
     batch: Batch = builder.build(Schedule(chunks, (), ()))
-    return Computed(runner.run(batch, eager=eager), batch.sample_requests, batch.prompt_rows)
+    return Computed(runner.run(batch, eager=eager), batch.sample_requests, batch.prompt_rows, batch.ends)
 
 
 def _halves(chunks: Sequence[ScheduledChunk]) -> tuple[list[ScheduledChunk], list[ScheduledChunk]]:

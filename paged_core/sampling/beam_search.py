@@ -28,15 +28,20 @@ class Beam(NamedTuple):
 
 
 class BeamSearch:
-    """One search; its width is the number of rows. ``best``: the sequences that have ended, best first."""
+    """One search; its width is the number of rows. ``best``: the sequences that have ended, best first.
+
+    It may be asked again for a step whose answer was not taken in.
+    """
 
     def __init__(self) -> None:
         self.best: list[Beam] = []
         self._sums: list[float] = []  # of each running beam's log-probabilities, falling
+        self._before = (0, self.best, self._sums)  # the length at the latest step, and the two before that step
 
     @torch.inference_mode()
     def select(self, logits: Tensor, requests: Sequence[Request]) -> Selection:
         """``logits [W,V]``: all rows of the group, in order."""
+        self._begin_step(len(requests[0].tokens))
         width, stops = len(requests), torch.tensor(sorted(requests[0].stop_token_ids), dtype=torch.int64)
         num = min((1 + max(1, len(stops))) * width, logits.shape[1])  # enough, even if every stop token is among them
         logprobs, ids = (part.cpu() for part in top_rows(logits.float().log_softmax(-1), num))  # [W,C]
@@ -60,6 +65,12 @@ class BeamSearch:
 
     def prompt_logprobs(self, logits: Tensor, next_ids: Sequence[int], num: int) -> Iterable[dict[int, Any]]:
         return ()  # never asked for: SamplingParams refuses them beside beams
+
+    def _begin_step(self, length: int) -> None:
+        before, best, sums = self._before
+        if length == before:
+            self.best, self._sums = best, sums
+        self._before = (length, self.best, self._sums)
 
     def _set_aside(self, requests: Sequence[Request], ids: Tensor, totals: Tensor, stopping: Tensor) -> None:
         ended = []

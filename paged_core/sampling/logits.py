@@ -8,16 +8,18 @@ temperature or drawing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from paged_core.execution.staging import upload
+from paged_core.interrupts import interrupts_the_process
 from paged_core.scheduling.request import InvalidRequestError, Request
 
 Work = Sequence[tuple[int, Request, "RowEdits"]]  # (row of scores, its request, its edits)
+Processed = MutableMapping[Request, Tensor | str]  # what processors answered this step: scores [1,V], or an error
 _NINF = float("-inf")
 _TAIL = 8  # last tokens remembered, to notice that a history was replaced
 
@@ -124,13 +126,16 @@ class TokenCounts:
         self._counts_view: Any = self._counts.numpy()
 
 
-def edit_rows(scores: Tensor, work: Work) -> dict[int, str]:
-    """Change ``scores float32 [S,V]`` in place as the requests ask -> row: what went wrong in its own processors."""
+def edit_rows(scores: Tensor, work: Work, processed: Processed) -> dict[int, str]:
+    """Change ``scores float32 [S,V]`` in place as the requests ask -> row: what went wrong in its own processors.
+
+    ``processed`` gets what the processors answer. Those of a request that is there already aren't called again.
+    """
     _keep_allowed(scores, work)
     _forbid(scores, work)
     _add_bias(scores, work)
     _penalise(scores, work)
-    return _run_processors(scores, work)
+    return _run_processors(scores, work, processed)
 
 
 def _keep_allowed(scores: Tensor, work: Work) -> None:
@@ -177,16 +182,33 @@ def _penalise(scores: Tensor, work: Work) -> None:
     scores[at] = values - frequency * counts - presence * (counts > 0)
 
 
-def _run_processors(scores: Tensor, work: Work) -> dict[int, str]:
+def _run_processors(scores: Tensor, work: Work, processed: Processed) -> dict[int, str]:
     errors = {}
     for row, request, edits in work:
         if edits.processors:
-            try:
-                scores[row] = _processed(scores[row : row + 1], request, edits.processors)
-            except Exception as error:  # the caller's code: whatever it raises ends its own request only
-                told = isinstance(error, (_BadScores, InvalidRequestError))
-                errors[row] = str(error) if told else f"{type(error).__name__}: {error}"
+            if request not in processed:
+                processed[request] = _answer(scores[row : row + 1], request, edits.processors)
+            answer = processed[request]
+            if isinstance(answer, str):
+                errors[row] = answer
+            else:
+                scores[row] = answer
     return errors
+
+
+def _answer(scores: Tensor, request: Request, processors: Sequence[Any]) -> Tensor | str:
+    """What a request's processors make of its ``scores [1,V]``; or what went wrong in them.
+
+    Raises:
+        torch.OutOfMemoryError: outside of them.
+    """
+    try:
+        return _processed(scores, request, processors)
+    except BaseException as error:  # the caller's code: whatever it raises ends its own request only
+        if interrupts_the_process(error) or isinstance(error, torch.OutOfMemoryError):
+            raise
+        told = isinstance(error, (_BadScores, InvalidRequestError))
+        return str(error) if told else f"{type(error).__name__}: {error}"
 
 
 class _BadScores(Exception):
@@ -207,7 +229,9 @@ def _processed(scores: Tensor, request: Request, processors: Sequence[Any]) -> T
                 current = processor(input_ids, current)
             except InvalidRequestError:  # it says itself what is wrong with the request
                 raise
-            except Exception as error:
+            except BaseException as error:
+                if interrupts_the_process(error):
+                    raise
                 raise _BadScores(f"logits processor {name} raised {type(error).__name__}: {error}") from error
             _check(name, current, scores.shape)
         return current.to(scores)

@@ -42,6 +42,7 @@ class Sampler:
         self._argmax = argmax
         self._top = top
         self._edits: WeakKeyDictionary[Request, RowEdits] = WeakKeyDictionary()
+        self._processed: WeakKeyDictionary[Request, Tensor | str] = WeakKeyDictionary()  # see edit_rows
 
     @torch.inference_mode()
     def choose(self, logits: Tensor, requests: Sequence[Request], num_unknown: int = 0) -> TokensOnDevice | None:
@@ -58,7 +59,11 @@ class Sampler:
 
     @torch.inference_mode()
     def select(self, logits: Tensor, requests: Sequence[Request]) -> Selection:
-        """``logits [S,V]``, row i for ``requests[i]``. float32 logits may be overwritten."""
+        """``logits [S,V]``, row i for ``requests[i]``. float32 logits may be overwritten.
+
+        Raises:
+            torch.OutOfMemoryError: asked again for the same step, it calls no processor twice.
+        """
         logits = logits.detach()
         errors: dict[int, str] = {}
         edits = [self._edits_of(request, row, logits.shape[1], errors) for row, request in enumerate(requests)]
@@ -69,7 +74,7 @@ class Sampler:
         raw = torch.log_softmax(take_rows(logits, asked).float(), -1) if asked else None  # [len(asked),V]
         scores = logits.float() if work or drawn else logits
         if work:
-            errors.update(edit_rows(scores, [item for item in work if item[0] not in errors]))
+            errors.update(edit_rows(scores, [item for item in work if item[0] not in errors], self._processed))
 
         found, peaks = self._tokens(scores, requests, [row for row in drawn if row not in errors])[1].wait()
         token_ids = [int(token) for token in found]
@@ -79,6 +84,8 @@ class Sampler:
         logprobs = None
         if raw is not None:
             logprobs = _logprobs_of(raw, asked, token_ids, requests, errors)
+        for _, request, _ in work:
+            self._processed.pop(request, None)
         return Selection(token_ids, logprobs, errors or None)
 
     @torch.inference_mode()

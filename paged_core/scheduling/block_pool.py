@@ -179,6 +179,13 @@ class BlockPool:
             self._index[digest] = block
             self._published[block] = _Published(digest, tuple(tokens))
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Make blocks that are in use unfindable."""
+        for block in blocks:
+            published = self._published.pop(block, None)
+            if published is not None:
+                del self._index[published.digest]
+
     def forget_all(self) -> None:
         """Empty the prefix index: what is cached no longer belongs to the model (its weights changed)."""
         self._free.extend(self._cached)

@@ -8,10 +8,14 @@ from paged_core.scheduling.request import Request
 
 
 class SchedulingPolicy(Protocol):
-    """An order of requests. It must not change while a request waits or runs."""
+    """An order of requests."""
 
     def key(self, request: Request) -> Any:
-        """Smaller runs first; the largest is preempted first. Ties go to who came first."""
+        """Smaller runs first; the largest is preempted first. Ties go to who came first.
+
+        Asked once, when the request is added; an exception refuses it. Keys are all numbers, or strings, or of one type
+        whose values can be compared.
+        """
         ...
 
 

@@ -14,7 +14,8 @@ from paged_core.scheduling.schedule import Limits
 
 
 class Prefixes:
-    """The prefix cache as requests see it. A block is published once the step that computed it has completed."""
+    """The prefix cache as requests see it. A block is published once the step that computed it has completed, and
+    has computed numbers."""
 
     def __init__(self, pool: BlockPool, limits: Limits) -> None:
         self.num_queries = 0  # prompt tokens looked up in the prefix index
@@ -71,6 +72,12 @@ class Prefixes:
             self._pool.publish(request.block_table[i], request.digests[i], request.tokens[i * size : (i + 1) * size])
             self._landed(request, request.digests[i])
         request.num_published = full
+
+    def distrust(self, request: Request) -> None:
+        """What was computed for it is no numbers: nobody may find its blocks, whoever filled them, nor later ones."""
+        self.abandon(request)
+        self._pool.forget(request.block_table)
+        request.num_published = sys.maxsize
 
     def abandon(self, request: Request) -> None:
         """It won't fill the blocks that others wait for."""

@@ -282,6 +282,7 @@ class Request:
         "num_published",
         "num_recomputed_to",
         "params",
+        "rank",
         "seed",
         "selector",
         "status",
@@ -317,6 +318,7 @@ class Request:
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
         self.arrival = 0  # order of admission to the queue
+        self.rank: tuple[Any, int, int] = (0, 0, index)  # where it stands among others: its policy's key first
         self.max_total = self.num_prompt + 1  # len(tokens) at which it ends; the scheduler knows it once it is added
         self.num_computed = 0  # tokens whose K/V are in the cache
         self.num_cached = 0  # of those, found in the prefix cache

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from paged_core.scheduling.policies import SchedulingPolicy
-from paged_core.scheduling.request import Request, RequestStatus
+from paged_core.scheduling.request import InvalidRequestError, Request, RequestStatus
 
 
 class Roster:
@@ -21,6 +22,7 @@ class Roster:
         self._policy = policy
         self._unborn: dict[Request, list[Request]] = {}  # siblings that will fork from a request's prompt
         self._num_arrivals = 0
+        self._kind: str | None = None  # what the policy's keys are
 
     @property
     def num_seats(self) -> int:
@@ -29,13 +31,24 @@ class Roster:
         return len(self.running) + sum(unborn)
 
     def arrive(self, siblings_of: Mapping[Request, list[Request]]) -> None:
-        """Queue the requests of one group: those that will compute a prompt, and who will fork from each."""
+        """Queue the requests of one group: those that will compute a prompt, and who will fork from each.
+
+        Raises:
+            InvalidRequestError: the policy's key for the group can't be compared with the others'.
+            BaseException: what the policy raises. Nobody was queued.
+        """
+        first, *_ = siblings_of
         for leader, siblings in siblings_of.items():
             for request in (leader, *siblings):
                 request.arrival = self._num_arrivals
+        key = self._policy.key(first.group.members[0])
+        self._check_comparable(key)
         self._num_arrivals += 1
-        for leader in siblings_of:
-            self._wait(leader)  # first: a policy may raise
+        for leader, siblings in siblings_of.items():
+            for request in (leader, *siblings):
+                # Requests that came together stay together, whatever the policy says of each.
+                request.rank = (key, request.arrival, request.index)
+            self._wait(leader)
         for leader, siblings in siblings_of.items():
             for sibling in siblings:
                 sibling.status = RequestStatus.UNBORN
@@ -91,20 +104,52 @@ class Roster:
         assert all(r.status is RequestStatus.WAITING and not r.block_table for r in self.waiting)
         assert all(r.status is RequestStatus.UNBORN for rows in self._unborn.values() for r in rows)
         assert all(rows and not leader.finished for leader, rows in self._unborn.items())
-        assert self.running == sorted(self.running, key=self._key)
-        assert self.waiting == sorted(self.waiting, key=self._key)
+        assert self.running == sorted(self.running, key=_rank)
+        assert self.waiting == sorted(self.waiting, key=_rank)
 
     def _wait(self, request: Request) -> None:
         request.status = RequestStatus.WAITING
-        insort(self.waiting, request, key=self._key)
+        insort(self.waiting, request, key=_rank)
 
     def _run(self, request: Request) -> None:
         request.status = RequestStatus.RUNNING
-        insort(self.running, request, key=self._key)
+        insort(self.running, request, key=_rank)
 
-    def _key(self, request: Request) -> tuple[object, int, int]:
-        # Requests that came together stay together, whatever the policy says of each.
-        return (self._policy.key(request.group.members[0]), request.arrival, request.index)
+    def _check_comparable(self, key: Any) -> None:
+        """Once it is in a list, each comparison with it is somebody else's."""
+        kind = _kind(key)
+        if self._kind not in (None, kind):
+            raise InvalidRequestError(
+                f"the scheduling policy's key is {key!r}; those of other requests are {self._kind}"
+            )
+        try:
+            others = (request.rank[0] for request in (*self.waiting, *self.running, *self._unborn))
+            if kind in _ORDERED or all(_in_order(key, other) for other in (key, *others)):
+                self._kind = kind
+                return
+            why = "it is neither equal, smaller nor larger"
+        except Exception as error:
+            why = repr(error)
+        raise InvalidRequestError(f"the scheduling policy's key {key!r} can't be compared with others: {why}")
+
+
+_ORDERED = ("numbers", "strings")  # kinds whose every two keys can be compared
+
+
+def _kind(key: Any) -> str:
+    if isinstance(key, str):
+        return "strings"
+    if isinstance(key, (int, float)) and key == key:
+        return "numbers"
+    return f"of {type(key).__name__}"
+
+
+def _in_order(a: Any, b: Any) -> bool:
+    return bool(a == b) or bool(a < b) != bool(b < a)
+
+
+def _rank(request: Request) -> tuple[Any, int, int]:
+    return request.rank
 
 
 def by_prompt(requests: Sequence[Request]) -> dict[Request, list[Request]]:

@@ -10,7 +10,7 @@ requests and, through the BlockPool, block ownership.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from paged_core.scheduling import tables
 from paged_core.scheduling.admission import Admission
@@ -168,13 +168,29 @@ class Scheduler:
             request.block_table.append(self.pool.allocate())
         return Schedule(chunks, (), ())
 
-    def update(self, schedule: Schedule, selection: Selection) -> list[RequestOutput]:
-        """Take in what the step computed and what was selected; tell what is new of each sampled request."""
+    def fills_blocks(self, schedule: Schedule) -> list[bool]:
+        """Of each chunk, whether ``update`` would let others find blocks that are full with it."""
+        if not self.limits.enable_prefix_caching:
+            return [False] * len(schedule.chunks)
+        size = self.pool.block_size
+        return [
+            (start + num_tokens) // size > request.num_published for request, start, num_tokens, _ in schedule.chunks
+        ]
+
+    def update(
+        self, schedule: Schedule, selection: Selection, not_finite: Collection[Request] = ()
+    ) -> list[RequestOutput]:
+        """Take in what the step computed and what was selected; tell what is new of each sampled request.
+
+        ``not_finite``: requests for which the step has not computed numbers: nobody else may find their blocks.
+        """
         rows: list[Request] = []
         size = self.pool.block_size
         for request, start, num_tokens, samples in schedule.chunks:
             request.num_computed = computed = start + num_tokens
-            if computed // size > request.num_published:
+            if request in not_finite:
+                self._prefixes.distrust(request)
+            elif computed // size > request.num_published:
                 self._prefixes.publish(request)
             if len(samples) > 1:
                 tables.fork(self.pool, request, self._roster.bear(request))

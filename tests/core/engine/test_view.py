@@ -118,7 +118,7 @@ def test_a_look_at_a_closed_or_failed_engine_is_told_so() -> None:
 
     def fail(token_ids: list[int]) -> None:
         gate(token_ids)
-        raise KeyboardInterrupt("the worst")  # which no step survives
+        raise EngineDeadError("the worst")  # which no step survives
 
     engine = AsyncEngine(AlphabetModel(fail), tokenizer=CharacterTokenizer(), config=CONFIG)
     stream = engine.submit(PROMPT, LONG)

@@ -36,7 +36,7 @@ def decode_batch(num, rnd):
     ids, positions, slots = (some(num, dtype=torch.int64) for _ in range(3))
     lens, tables = some(num, dtype=torch.int32), some(num, 5, dtype=torch.int32)
     attention = AttentionMetadata(torch.arange(num + 1, dtype=torch.int32), lens, tables, slots, 1, 20)
-    return Batch(ids, positions, attention, torch.arange(num), (None,) * num, (), True)
+    return Batch(ids, positions, attention, torch.arange(num), (None,) * num, (), (), True)
 
 
 def make_graphs():
