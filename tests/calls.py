@@ -14,9 +14,9 @@ from paged_core import AsyncEngine, EngineConfig
 class Alphabet:
     """A served model that continues the alphabet; a body in, an answer or chunks out."""
 
-    def __init__(self, limits: RequestLimits | None = None, **config: Any) -> None:
+    def __init__(self, limits: RequestLimits | None = None, *, tokenizer: Any = None, **config: Any) -> None:
         settings = EngineConfig(num_blocks=256, attention_backend="reference", **config)
-        self.engine = AsyncEngine(AlphabetModel(), tokenizer=CharacterTokenizer(), config=settings)
+        self.engine = AsyncEngine(AlphabetModel(), tokenizer=tokenizer or CharacterTokenizer(), config=settings)
         self.served = ServedModel(self.engine, ["alphabet", "abc"], limits)
 
     def answer(self, call: Call) -> Any:

@@ -99,6 +99,24 @@ class CharacterTokenizer(ByteTokenizer):
         return [min(byte - 32, self.eos_token_id - 1) for byte in text.replace("\n", " ").encode()]
 
 
+class PartsTokenizer(CharacterTokenizer):
+    """Its chat template goes over the parts of each content, as Llama Guard's does: of a string it prints nothing."""
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        lines = []
+        for message in messages:
+            texts = [part["text"] for part in message["content"] if isinstance(part, dict) and part["type"] == "text"]
+            lines.append(f"{message['role']}: {'+'.join(texts)}\n")
+        return "".join(lines) + "assistant:"
+
+
+class DeafTokenizer(CharacterTokenizer):
+    """Its chat template leaves out what is said."""
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        return "assistant: I know what you will say:"
+
+
 def _run_text(run: bytearray) -> str:
     try:
         return run.decode()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from paged_core.errors import InvalidRequestError
 from paged_core.scheduling.request import SamplingParams
+from paged_core.text.chat import ChatTemplate
 from paged_core.text.detokenizer import (
     REPLACEMENT,
     ByteLevelDetokenizer,
@@ -52,6 +53,7 @@ class TextCodec:
         self.tokenizer = tokenizer
         self._encoder, self._decoder = _private_copy(tokenizer), _private_copy(tokenizer)
         self.renew_locks()
+        self._chat = ChatTemplate(self._apply_chat_template)
         self._byte_level = is_byte_level(tokenizer)
         self._pieces: dict[bool, BytePieces] = {}  # by skip_special_tokens
         self._inert: dict[bool, InertTokens] = {}
@@ -108,19 +110,29 @@ class TextCodec:
         return bytes.fromhex(found[1]) if found else None
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """The messages in the model's chat format, ready for the assistant's answer; ``options`` go to the template."""
+        """The messages in the model's chat format, ready for the assistant's answer; ``options`` go to the template.
+
+        A message's content is a string or a list of text parts; the template gets what it reads.
+
+        Raises:
+            InvalidRequestError: there is no template; these are no messages of text; or the template refuses them, or
+                leaves out what the user says.
+        """
         if not hasattr(self.tokenizer, "apply_chat_template"):
             raise InvalidRequestError("chat messages need a tokenizer with a chat template (apply_chat_template)")
         if any("role" not in message or "content" not in message for message in messages):
             raise InvalidRequestError("a chat message must be a dict with 'role' and 'content'")
         with self._encode_lock:
-            try:
-                rendered: str = self._encoder.apply_chat_template(
-                    [dict(message) for message in messages],
-                    **{"add_generation_prompt": True, **options, "tokenize": False},
-                )
-            except Exception as error:  # templates are programs of the model's makers
-                raise InvalidRequestError(f"the chat template refused the messages: {error}") from error
+            return self._chat.render(messages, options)
+
+    def _apply_chat_template(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
+        try:
+            rendered: str = self._encoder.apply_chat_template(
+                [dict(message) for message in messages],
+                **{"add_generation_prompt": True, **options, "tokenize": False},
+            )
+        except Exception as error:  # templates are programs of the model's makers
+            raise InvalidRequestError(f"the chat template refused the messages: {error}") from error
         return rendered
 
 

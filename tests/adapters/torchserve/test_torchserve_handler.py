@@ -15,7 +15,7 @@ import paged_torchserve.handler
 import pytest
 from alphabet_model import AlphabetModel, Gate
 from paged_torchserve import bodies, metrics
-from toy_tokenizers import CharacterTokenizer
+from toy_tokenizers import CharacterTokenizer, DeafTokenizer, PartsTokenizer
 
 from paged_core import AsyncEngine, Engine, EngineConfig
 
@@ -219,6 +219,18 @@ def test_openais_routes_are_answered_as_openai_does(worker):
     events = serving.ask({"body": chat}, "v1/chat/completions").events
     assert events[-1] == "[DONE]"
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in events[:-1]) == ";<="
+
+
+@pytest.mark.parametrize("content", ["abc", [{"type": "text", "text": "abc"}]], ids=["string", "parts"])
+def test_chats_are_given_to_the_template_in_the_form_that_it_reads(worker, monkeypatch, content):
+    chat = {"body": {"messages": [{"role": "user", "content": content}], "max_tokens": 3, "return_token_ids": True}}
+    monkeypatch.setattr(CharacterTokenizer, "apply_chat_template", PartsTokenizer.apply_chat_template)
+    answer = worker().ask(chat, "v1/chat/completions").json
+    assert answer["prompt_token_ids"] == CharacterTokenizer().encode("user: abc assistant:")
+    monkeypatch.setattr(CharacterTokenizer, "apply_chat_template", DeafTokenizer.apply_chat_template)
+    refused = worker().ask(chat, "v1/chat/completions")
+    assert refused.status == 400 and refused.json["error"]["param"] == "messages"
+    assert "leaves out the text of message 0 (user)" in refused.json["error"]["message"]
 
 
 def test_a_body_that_torchserve_has_not_decoded_is_read(worker):

@@ -157,7 +157,7 @@ class _Rendering:
         return served.encode(text, add_special_tokens=self._add_special_tokens)
 
 
-def _message(fields: Fields) -> dict[str, str]:
+def _message(fields: Fields) -> dict[str, Any]:
     role, name = fields.text("role"), fields.text("name")
     if role is None:
         raise fields.error("role", "is missing")
@@ -172,8 +172,8 @@ def _message(fields: Fields) -> dict[str, str]:
     return message if name is None else {**message, "name": name}
 
 
-def _content(fields: Fields) -> str:
-    """A string; text parts are joined by line ends."""
+def _content(fields: Fields) -> str | list[dict[str, str]]:
+    """A string or text parts; the template gets the one that it reads."""
     content = fields.any("content", _CONTENT)
     if isinstance(content, str):
         return content
@@ -185,8 +185,8 @@ def _content(fields: Fields) -> str:
         text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
         if not isinstance(text, str) or not part.keys() <= _PART:
             raise told
-        parts.append(text)
-    return "\n".join(parts)
+        parts.append({"type": "text", "text": text})
+    return parts
 
 
 def _template_options(fields: Fields) -> Mapping[str, Any]:
