@@ -56,7 +56,7 @@ def measure(engine: Engine, num_streams: int, num_prompt_tokens: int) -> dict[st
     engine.close()
     usual = statistics.median(before)
     return {
-        "budget": engine.config.max_num_batched_tokens or 0,
+        "budget": engine.sizes.max_num_batched_tokens,
         "gap_before_ms": usual,
         "gap_during_median_ms": statistics.median(during),
         "gap_during_max_ms": max(during),

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from paged_core.config import EngineConfig
+from paged_core.config import EngineConfig, EngineSizes, StepSizes
 from paged_core.engine.stats import StepStats
 from paged_core.errors import (
     ConfigError,
@@ -99,6 +99,7 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "EngineDeadError",
+    "EngineSizes",
     "EngineView",
     "FinishReason",
     "GenerationOutput",
@@ -122,6 +123,7 @@ __all__ = [
     "SamplingParams",
     "SchedulingPolicy",
     "Selection",
+    "StepSizes",
     "StepStats",
     "Stream",
     "StreamDelta",

@@ -1,43 +1,86 @@
-"""EngineConfig: every choice of an engine, checked once and never written again."""
+"""EngineConfig: every wish for an engine, checked once. EngineSizes: what became of it. Neither is written again."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paged_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 KV_CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")  # the last two with scales
 
 
+class Option(NamedTuple):
+    """How a field of EngineConfig is told: on command lines, and in the docs' tables."""
+
+    what: str
+    default: str  # what leaving it out means, in words
+    flag: str | None = None  # on command lines; None: only programs and files say it
+    metavar: str | None = None
+
+
+def _option(default: Any, what: str, told: str, flag: str | None = None, metavar: str | None = None) -> Any:
+    return field(default=default, metadata={"option": Option(what, told, flag, metavar)})
+
+
 @dataclass(frozen=True)
 class EngineConfig:
-    """How an Engine uses memory and time.
+    """How an Engine uses memory and time, as its user wishes it.
 
-    Sizes left at None are chosen from the model and the device when the engine is built.
+    Sizes left at None are chosen from the model and the device when the engine is built: ``Engine.sizes`` has what
+    became of them.
 
     Raises:
         ConfigError: a value is out of its range.
     """
 
-    block_size: int | None = None  # slots in a block; None: 8 on a CPU, where small ones cost nothing, 16 on a GPU
-    num_blocks: int | None = None  # blocks in the cache; None: as many as kv_cache_bytes holds
-    kv_cache_bytes: int | None = None  # None: a quarter of the device's free memory, at most 4 GiB
-    gpu_memory_utilization: float | None = None  # instead, on a GPU: share of it for model, largest step and K/V
-    kv_cache_slab_bytes: int | None = None  # memory that the cache takes at a time; None: all of it at once
-    kv_cache_dtype: str | None = None  # one of KV_CACHE_DTYPES; None: the model's
-    max_num_seqs: int | None = None  # requests running at once; None: half the tokens a step, at most 256
-    max_num_batched_tokens: int | None = None  # tokens a step; None: 64 a thread (128 to 2048) on a CPU, 8192 on a GPU
-    max_model_len: int | None = None  # tokens in a sequence; None: the model's limit
-    enable_prefix_caching: bool = True
-    scheduling_policy: str = "fcfs"  # "fcfs", "priority", or a plugin's own
-    attention_backend: str = "auto"  # "auto", "cpu", "triton", "reference", or a plugin's own
-    watermark: float = 0.01  # share of the blocks kept free at admission
-    cuda_graphs: bool | None = None  # replay decode steps as CUDA graphs; None: where device and backend can
-    lookahead: bool | None = None  # begin a step before the host knows the last one's tokens; None: on a GPU
-    fast_forwards: bool = True  # let plugins stand in for submodules (packed linears, fused norms)
-    compile_model: bool = False  # by torch.compile, in place of fast_forwards; not yet measured
-    seed: int | None = None  # of the requests that bring none; None: fresh each time
-    max_prompt_logprob_rows: int = 256  # prompt positions whose logits are computed in one step
+    block_size: int | None = _option(None, "tokens of a block", "8 on a CPU, 16 on a GPU", "--block-size", "N")
+    num_blocks: int | None = _option(None, "blocks in the cache", "as many as kv_cache_bytes holds")
+    kv_cache_bytes: int | None = _option(
+        None, "bytes of keys and values", "a quarter of the device's free memory, 4 GiB at most", "--kv-bytes", "N"
+    )
+    gpu_memory_utilization: float | None = _option(
+        None,
+        "instead of kv_cache_bytes, on a GPU: share of its memory for model, largest step and K/V",
+        "kv_cache_bytes decides; for paged serve 0.9",
+        "--gpu-memory-utilization",
+        "SHARE",
+    )
+    kv_cache_slab_bytes: int | None = _option(None, "memory that the cache takes at a time", "all of it at once")
+    kv_cache_dtype: str | None = _option(
+        None, "what K/V are kept in: " + ", ".join(KV_CACHE_DTYPES), "the model's", "--kv-cache-dtype", "DTYPE"
+    )
+    max_num_seqs: int | None = _option(
+        None, "sequences that run at once", "half the tokens of a step, 256 at most", "--max-num-seqs", "N"
+    )
+    max_num_batched_tokens: int | None = _option(
+        None, "tokens of a step", "64 a thread (128 to 2048) on a CPU, 8192 on a GPU", "--max-num-batched-tokens", "N"
+    )
+    max_model_len: int | None = _option(
+        None, "tokens of a sequence, prompt and output", "the model's limit", "--max-model-len", "N"
+    )
+    enable_prefix_caching: bool = _option(
+        True, "keep the K/V of prompts for others that begin alike", "yes", "--no-prefix-caching"
+    )
+    scheduling_policy: str = _option(
+        "fcfs", "who runs first: fcfs, priority, or a plugin's own", "fcfs", "--scheduling-policy", "NAME"
+    )
+    attention_backend: str = _option(
+        "auto", "cpu, triton, reference, or a plugin's own", "the fastest that can run the model",
+        "--attention-backend", "NAME",
+    )  # fmt: skip
+    watermark: float = _option(0.01, "share of the blocks that is kept free at admission", "0.01")
+    cuda_graphs: bool | None = _option(
+        None, "replay decode steps as CUDA graphs", "where device and backend can", "--no-cuda-graphs"
+    )
+    lookahead: bool | None = _option(None, "begin a step before the host knows the last one's tokens", "on a GPU")
+    fast_forwards: bool = _option(True, "let plugins stand in for submodules: packed linears, fused norms", "yes")
+    compile_model: bool = _option(False, "by torch.compile, in place of fast_forwards; not yet measured", "no")
+    seed: int | None = _option(None, "of requests that bring none", "another each time", "--seed", "N")
+    max_prompt_logprob_rows: int = _option(256, "prompt positions whose logits are computed in one step", "256")
 
     def __post_init__(self) -> None:
         _at_least(
@@ -66,6 +109,26 @@ class EngineConfig:
                 f"max_num_batched_tokens ({budget}) is below max_num_seqs ({self.max_num_seqs}): "
                 "a step could not give each running request a token; raise the first or lower the second"
             )
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """What a step and a block can hold: known before any memory is taken."""
+
+    block_size: int  # slots of a block
+    max_num_seqs: int  # requests running at once
+    max_num_batched_tokens: int  # tokens of a step
+    max_model_len: int  # tokens of a sequence, prompt and output
+    kv_dtype: torch.dtype  # of K/V in the cache
+
+
+@dataclass(frozen=True)
+class EngineSizes(StepSizes):
+    """All sizes of an engine."""
+
+    num_blocks: int  # of the cache, when it is as large as it may get
+    num_slab_blocks: int  # it begins with, and grows by
+    watermark_blocks: int  # kept free at admission
 
 
 def _at_least(config: EngineConfig, low: int, *names: str) -> None:

@@ -2,7 +2,8 @@
 
 A plugin is a module or object whose functions carry ``@hookimpl`` and one of these names. Implementations may take
 fewer parameters than are listed. Where "first answer wins", return None to pass. All hooks but the observers are asked
-while an Engine is built (or a request is admitted): never per layer, never per token.
+while an Engine is built (or a request is admitted): never per layer, never per token. The ``config`` that they are
+given has no size left open but ``num_blocks``; ``sizes`` says the same with dtypes resolved.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pluggy
 if TYPE_CHECKING:
     import torch
 
-    from paged_core.config import EngineConfig
+    from paged_core.config import EngineConfig, EngineSizes, StepSizes
     from paged_core.engine.stats import StepStats
     from paged_core.execution.kv_cache import KVCache
     from paged_core.execution.model import AttentionBackend, ModelSpec, ModuleForward, PagedModel, TokenSelector
@@ -40,12 +41,14 @@ def load_tokenizer(source: Any) -> Any | None:
 
 
 @hookspec(firstresult=True)
-def create_kv_cache(spec: ModelSpec, num_blocks: int, config: EngineConfig) -> KVCache | None:
+def create_kv_cache(spec: ModelSpec, num_blocks: int, config: EngineConfig, sizes: EngineSizes) -> KVCache | None:
     """Allocate the K/V tensors."""
 
 
 @hookspec(firstresult=True)
-def create_attention_backend(name: str, spec: ModelSpec, config: EngineConfig) -> AttentionBackend | None:
+def create_attention_backend(
+    name: str, spec: ModelSpec, config: EngineConfig, sizes: StepSizes
+) -> AttentionBackend | None:
     """The backend called ``name``, or any that can run every layer of ``spec`` if name is "auto". Return None for a
     layer you can't honour; never ignore a fact of it."""
 

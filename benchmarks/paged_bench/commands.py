@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from paged_hf.commands import add_engine, add_model, engine_config, quiet_imports, whole_number
+from paged_hf.commands import add_engine, add_model, quiet_imports
+from paged_serving import engine_config, whole_number
 
 
 def register(commands: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from paged_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from paged_core.config import EngineConfig
+    from paged_core.config import StepSizes
     from paged_core.execution.batch import AttentionMetadata
     from paged_core.execution.kv_cache import KVCache
     from paged_core.execution.model import AttentionBackend, LayerSpec, ModelSpec
@@ -26,7 +26,7 @@ _log = logging.getLogger("paged_core")
 
 
 @hookimpl
-def create_attention_backend(name: str, spec: ModelSpec, config: EngineConfig) -> AttentionBackend | None:
+def create_attention_backend(name: str, spec: ModelSpec, sizes: StepSizes) -> AttentionBackend | None:
     """The CPU's own, if every layer is on the CPU in a dtype it knows and numba is there."""
     if name not in ("auto", "cpu") or any(layer.device.type != "cpu" for layer in spec.layers):
         return None
@@ -34,8 +34,7 @@ def create_attention_backend(name: str, spec: ModelSpec, config: EngineConfig) -
         from paged_kernels.cpu import launch
     except ImportError:
         return None
-    cache_dtype = getattr(torch, config.kv_cache_dtype) if config.kv_cache_dtype else spec.dtype
-    return CpuBackend(spec, cache_dtype) if launch.supports(spec.dtype, cache_dtype) else None
+    return CpuBackend(spec, sizes.kv_dtype) if launch.supports(spec.dtype, sizes.kv_dtype) else None
 
 
 @hookimpl(trylast=True, specname="create_attention_backend")

@@ -17,13 +17,13 @@ from paged_core.builtin.gpu_forwards import triton_works
 from paged_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from paged_core.config import EngineConfig
+    from paged_core.config import StepSizes
     from paged_core.execution.batch import AttentionMetadata
     from paged_core.execution.model import AttentionBackend, LayerSpec, ModelSpec
 
 
 @hookimpl
-def create_attention_backend(name: str, spec: ModelSpec, config: EngineConfig) -> AttentionBackend | None:
+def create_attention_backend(name: str, spec: ModelSpec, sizes: StepSizes) -> AttentionBackend | None:
     """For models whose layers are all on GPUs, in dtypes and sizes that kernels know. Asked for by its name, it also
     takes layers on the CPU if Triton's interpreter is on, for tests."""
     if name not in ("auto", "triton") or find_spec("triton") is None:
@@ -33,12 +33,10 @@ def create_attention_backend(name: str, spec: ModelSpec, config: EngineConfig) -
         return None
     from paged_kernels.triton import launch
 
-    cache_dtype = getattr(torch, config.kv_cache_dtype) if config.kv_cache_dtype else spec.dtype
     sizes_fit = all(launch.fits(layer.head_dim, layer.value_head_dim) for layer in spec.layers)
-    if not (sizes_fit and launch.supports(spec.dtype, cache_dtype)):
+    if not (sizes_fit and launch.supports(spec.dtype, sizes.kv_dtype)):
         return None
-    assert config.block_size, "the engine says it before it asks"
-    return TritonBackend(spec, cache_dtype, config.block_size)
+    return TritonBackend(spec, sizes.kv_dtype, sizes.block_size)
 
 
 class TritonBackend(PlannedBackend):

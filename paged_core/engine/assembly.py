@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from paged_core.config import EngineConfig
+from paged_core.config import EngineConfig, EngineSizes, StepSizes
+from paged_core.engine.sizes import filled, limits
 from paged_core.errors import ConfigError, PluginError, UnsupportedModel
-from paged_core.execution import compiling, kv_cache, profile
+from paged_core.execution import compiling, kv_cache
 from paged_core.execution.graphs import CudaRecorder, DecodeGraphs, Record
 from paged_core.execution.kv_cache import KVCache
 from paged_core.execution.model import (
@@ -27,7 +27,6 @@ from paged_core.execution.model import (
 from paged_core.execution.model_runner import ModelRunner
 from paged_core.plugins import Plugins, describe
 from paged_core.scheduling.block_pool import BlockPool
-from paged_core.scheduling.schedule import Limits
 from paged_core.scheduling.scheduler import Scheduler
 
 Progress = Callable[[str, int, int], None]
@@ -62,26 +61,26 @@ def load_model(
     return loaded  # type: ignore[no-any-return]
 
 
-def create_sampler(manager: Plugins, spec: ModelSpec, config: EngineConfig) -> TokenSelector:
+def create_sampler(manager: Plugins, spec: ModelSpec, config: EngineConfig, sizes: StepSizes) -> TokenSelector:
     """The TokenSelector of requests that bring none."""
-    sampler = manager.hook.create_sampler(spec=spec, config=config)
+    sampler = manager.hook.create_sampler(spec=spec, config=filled(config, sizes))
     if sampler is None:
         raise PluginError(f"no plugin brings a sampler; loaded plugins: {describe(manager)}")
     return sampler  # type: ignore[no-any-return]
 
 
 def create_backend(
-    manager: Plugins, spec: ModelSpec, config: EngineConfig, progress: Progress | None
+    manager: Plugins, spec: ModelSpec, config: EngineConfig, sizes: StepSizes, progress: Progress | None
 ) -> AttentionBackend:
     """The attention backend, warmed up: its kernels are compiled here, never inside a request."""
     name = config.attention_backend
-    backend = manager.hook.create_attention_backend(name=name, spec=spec, config=config)
+    backend = manager.hook.create_attention_backend(name=name, spec=spec, config=filled(config, sizes), sizes=sizes)
     if backend is None:
         raise UnsupportedModel(
             f"no attention backend called {name!r} can run this model here; leave attention_backend out for one that "
             f"can; loaded plugins: {describe(manager)}"
         )
-    if _cache_dtype(config, spec) in kv_cache.QUANTIZED and not getattr(backend, "reads_scales", False):
+    if sizes.kv_dtype in kv_cache.QUANTIZED and not getattr(backend, "reads_scales", False):
         raise ConfigError(
             f"attention backend {backend.name!r} does not read the scales of a K/V cache in {config.kv_cache_dtype}; "
             "leave kv_cache_dtype out, or set attention_backend to one that does (reference runs every model)"
@@ -99,7 +98,7 @@ def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig) -> Non
 
 
 def compile_model(
-    model: PagedModel, backend: AttentionBackend, config: EngineConfig, progress: Progress | None
+    model: PagedModel, backend: AttentionBackend, config: EngineConfig, sizes: StepSizes, progress: Progress | None
 ) -> None:
     """Let torch compile the model if the config wants it, warmed up. What another engine had compiled is let go."""
     if isinstance(model, CompilableModel) and (config.compile_model or model.compiled):
@@ -108,9 +107,7 @@ def compile_model(
         return
     if not isinstance(model, CompilableModel):
         raise ConfigError(f"compile_model is True, but {_short(model)} can't be compiled; leave it out")
-    assert config.block_size, "see resolve"
-    dtype = _cache_dtype(config, model.spec)
-    moved = compiling.compile_and_compare(model, backend, config.block_size, dtype, progress or _show)
+    moved = compiling.compile_and_compare(model, backend, sizes.block_size, sizes.kv_dtype, progress or _show)
     if not moved <= compiling.tolerance(model.spec.dtype):
         model.compile_forward(False)
         raise ConfigError(
@@ -118,29 +115,27 @@ def compile_model(
         )
 
 
-def create_scheduler(manager: Plugins, spec: ModelSpec, config: EngineConfig) -> Scheduler:
+def create_scheduler(manager: Plugins, spec: ModelSpec, config: EngineConfig, sizes: EngineSizes) -> Scheduler:
     """The scheduler on its block pool, with the policy that the config names."""
     name = config.scheduling_policy
-    policy = manager.hook.create_scheduling_policy(name=name, config=config)
+    policy = manager.hook.create_scheduling_policy(name=name, config=filled(config, sizes))
     if policy is None:
         raise PluginError(f"no scheduling policy is called {name!r}; loaded plugins: {describe(manager)}")
-    assert config.num_blocks and config.block_size, "see resolve and measure"
-    watermark = int(config.watermark * config.num_blocks)
-    limits = replace(_limits(spec, config), watermark_blocks=watermark)
-    return Scheduler(BlockPool(config.num_blocks, config.block_size, _slab(spec, config)), policy, limits)
+    pool = BlockPool(sizes.num_blocks, sizes.block_size, sizes.num_slab_blocks)
+    return Scheduler(pool, policy, limits(sizes, config, spec))
 
 
-def create_cache(manager: Plugins, spec: ModelSpec, config: EngineConfig) -> KVCache:
+def create_cache(manager: Plugins, spec: ModelSpec, config: EngineConfig, sizes: EngineSizes) -> KVCache:
     """The K/V tensors: a plugin's, whole, or the core's own, as large as the block pool begins."""
-    assert config.num_blocks and config.block_size, "see resolve"
-    cache = manager.hook.create_kv_cache(spec=spec, num_blocks=config.num_blocks, config=config)
+    num_blocks, size, dtype = sizes.num_slab_blocks, sizes.block_size, sizes.kv_dtype
+    ask = manager.hook.create_kv_cache
+    cache = ask(spec=spec, num_blocks=sizes.num_blocks, config=filled(config, sizes), sizes=sizes)
     if cache is not None:
         return cache  # type: ignore[no-any-return]
-    dtype, num_blocks = _cache_dtype(config, spec), _slab(spec, config)
     try:
-        return kv_cache.allocate(spec, num_blocks, config.block_size, dtype, max_blocks=config.num_blocks)
+        return kv_cache.allocate(spec, num_blocks, size, dtype, max_blocks=sizes.num_blocks)
     except torch.OutOfMemoryError as error:
-        num_bytes = num_blocks * kv_cache.bytes_per_block(spec, config.block_size, dtype)
+        num_bytes = num_blocks * kv_cache.bytes_per_block(spec, size, dtype)
         raise ConfigError(
             f"no memory for a K/V cache of {num_blocks} blocks, {num_bytes} bytes; lower kv_cache_bytes, num_blocks or "
             "gpu_memory_utilization"
@@ -148,16 +143,23 @@ def create_cache(manager: Plugins, spec: ModelSpec, config: EngineConfig) -> KVC
 
 
 def create_runner(
-    manager: Plugins, model: PagedModel, backend: AttentionBackend, config: EngineConfig, progress: Progress | None
+    manager: Plugins,
+    model: PagedModel,
+    backend: AttentionBackend,
+    config: EngineConfig,
+    sizes: EngineSizes,
+    progress: Progress | None,
 ) -> ModelRunner:
     """The runner on its K/V cache, its graphs captured."""
-    cache = create_cache(manager, model.spec, config)
-    runner = ModelRunner(model, backend, cache, create_graphs(model.spec, config, backend))
+    cache = create_cache(manager, model.spec, config, sizes)
+    runner = ModelRunner(model, backend, cache, create_graphs(model.spec, config, sizes, backend))
     runner.warm_up(progress or _show)
     return runner
 
 
-def create_graphs(spec: ModelSpec, config: EngineConfig, backend: AttentionBackend) -> DecodeGraphs | None:
+def create_graphs(
+    spec: ModelSpec, config: EngineConfig, sizes: StepSizes, backend: AttentionBackend
+) -> DecodeGraphs | None:
     """Graphs of decode steps, if the config wants them, or leaves it to us and they can be."""
     obstacle = None
     if spec.device.type not in RECORDERS:
@@ -170,105 +172,8 @@ def create_graphs(spec: ModelSpec, config: EngineConfig, backend: AttentionBacke
         raise ConfigError(f"cuda_graphs is True, but {obstacle}; leave it out, and they are used where they can be")
     if obstacle or config.cuda_graphs is False:
         return None
-    assert config.max_num_seqs and config.max_model_len and config.block_size, "see resolve"
-    sizes = (config.max_num_seqs, config.max_model_len, config.block_size)
-    return DecodeGraphs(*sizes, spec.device, lambda: RECORDERS[spec.device.type](spec.device))
-
-
-def resolve(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
-    """Fill in the sizes that were left to us; but for num_blocks where that is to be measured."""
-    on_cpu = spec.device.type == "cpu"
-    max_model_len = min(config.max_model_len or spec.max_model_len, spec.max_model_len)
-    # On a CPU a step's time grows with its tokens: few a step, so that a long prompt holds nobody up for long.
-    usual = min(max(64 * torch.get_num_threads(), 128), 2048) if on_cpu else 8192
-    budget = config.max_num_batched_tokens or max(usual, config.max_num_seqs or 0)
-    max_num_seqs = config.max_num_seqs or min(256, max(1, budget // 2))
-    block_size = config.block_size or (8 if on_cpu else 16)
-    num_blocks = config.num_blocks
-    if num_blocks is None and not _measured(config, spec):
-        per_block = kv_cache.bytes_per_block(spec, block_size, _cache_dtype(config, spec))
-        num_bytes = config.kv_cache_bytes or min(4 << 30, kv_cache.free_memory(spec.device) // 4)
-        num_blocks = min(num_bytes // per_block, _most_blocks(max_num_seqs, max_model_len, block_size))
-        if num_blocks < 1:
-            raise ConfigError(
-                f"kv_cache_bytes ({num_bytes}) holds no block: {block_size} tokens take {per_block} bytes"
-            )
-    return replace(
-        config,
-        block_size=block_size,
-        num_blocks=num_blocks,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=budget,
-        max_model_len=max_model_len,
-    )
-
-
-def measure(config: EngineConfig, model: PagedModel, backend: AttentionBackend, sampler: TokenSelector) -> EngineConfig:
-    """Fill in num_blocks, if a profiling step is to tell it: the devices' memory less all that isn't K/V."""
-    if config.num_blocks is not None:
-        return config
-    assert config.block_size and config.max_num_seqs and config.max_model_len, "see resolve"
-    assert config.gpu_memory_utilization, "see _measured"
-    spec, size, dtype, share = (
-        model.spec,
-        config.block_size,
-        _cache_dtype(config, model.spec),
-        config.gpu_memory_utilization,
-    )
-    try:
-        room = profile.bytes_left(model, backend, sampler, _limits(spec, config), size, dtype, share)
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"no memory for a step of {config.max_num_batched_tokens} tokens; lower max_num_batched_tokens"
-        ) from error
-    num_blocks = profile.blocks_within(spec, room, size, dtype)
-    if num_blocks < 1:
-        left = ", ".join(f"{num_bytes} bytes on {device}" for device, num_bytes in room.items())
-        raise ConfigError(
-            f"gpu_memory_utilization ({share}) leaves no room for K/V beside the model and a step of "
-            f"{config.max_num_batched_tokens} tokens ({left}); raise it, or lower max_num_batched_tokens"
-        )
-    return replace(config, num_blocks=min(num_blocks, _most_blocks(config.max_num_seqs, config.max_model_len, size)))
-
-
-def _measured(config: EngineConfig, spec: ModelSpec) -> bool:
-    return (
-        config.gpu_memory_utilization is not None
-        and config.kv_cache_bytes is None
-        and all(layer.device.type in profile.GAUGES for layer in spec.layers)
-    )
-
-
-def _most_blocks(max_num_seqs: int, max_model_len: int, block_size: int) -> int:
-    """More could never be used."""
-    return max_num_seqs * -(-max_model_len // block_size)
-
-
-def _limits(spec: ModelSpec, config: EngineConfig) -> Limits:
-    assert config.max_num_seqs and config.max_num_batched_tokens and config.max_model_len, "see resolve"
-    windows = [layer.sliding_window for layer in spec.layers]
-    return Limits(
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=config.max_model_len,
-        watermark_blocks=0,
-        max_prompt_logprob_rows=config.max_prompt_logprob_rows,
-        sliding_window=None if None in windows else max(w for w in windows if w is not None),
-        enable_prefix_caching=config.enable_prefix_caching,
-    )
-
-
-def _slab(spec: ModelSpec, config: EngineConfig) -> int:
-    """Blocks that the cache begins with and grows by."""
-    assert config.num_blocks and config.block_size, "see resolve"
-    if config.kv_cache_slab_bytes is None:
-        return config.num_blocks
-    per_block = kv_cache.bytes_per_block(spec, config.block_size, _cache_dtype(config, spec))
-    return max(1, min(config.kv_cache_slab_bytes // per_block, config.num_blocks))
-
-
-def _cache_dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
-    return getattr(torch, config.kv_cache_dtype) if config.kv_cache_dtype else spec.dtype
+    shape = (sizes.max_num_seqs, sizes.max_model_len, sizes.block_size)
+    return DecodeGraphs(*shape, spec.device, lambda: RECORDERS[spec.device.type](spec.device))
 
 
 def _show(what: str, done: int, total: int) -> None:

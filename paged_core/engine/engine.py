@@ -23,6 +23,7 @@ from paged_core.engine.checks import check_prompt, check_resumed, check_token_id
 from paged_core.engine.lookahead import Lookahead
 from paged_core.engine.observers import Observers
 from paged_core.engine.open_requests import OpenRequests
+from paged_core.engine.sizes import engine_sizes, step_sizes
 from paged_core.engine.stats import StepStats
 from paged_core.engine.step_runner import StepRunner
 from paged_core.engine.view import EngineView
@@ -47,7 +48,7 @@ class Engine:
 
     Args:
         model: a PagedModel, or whatever a ``load_model`` hook takes: a path, a hub id, a transformers model.
-        config: sizes and choices.
+        config: sizes and choices, as wished; ``sizes`` has what became of them.
         plugins: more plugin modules or objects; they are asked before installed and built-in ones.
         device, dtype: where and in what the model is to compute: "cuda:1", "bfloat16"; torch's own objects are taken
             too. None (or "auto" as dtype): as it is, or as it is stored.
@@ -73,20 +74,19 @@ class Engine:
         self._model = assembly.load_model(self._manager, model, device, dtype)
         self.spec = self._model.spec
         self._knows = self._model.knows if isinstance(self._model, EmbeddingModel) else None
-        config = assembly.resolve(config or EngineConfig(), self.spec)
-        assert config.block_size is not None, "see resolve"
-        self._block_size = config.block_size
+        self.config = config = config or EngineConfig()
+        steps = step_sizes(config, self.spec)
         self._tokenizer_source = model
-        sampler = assembly.create_sampler(self._manager, self.spec, config)
-        self._backend = backend = assembly.create_backend(self._manager, self.spec, config, progress)
-        assembly.compile_model(self._model, backend, config, progress)
+        sampler = assembly.create_sampler(self._manager, self.spec, config, steps)
+        self._backend = backend = assembly.create_backend(self._manager, self.spec, config, steps, progress)
+        assembly.compile_model(self._model, backend, config, steps, progress)
         assembly.accelerate(self._manager, self._model, config)
-        self.config = config = assembly.measure(config, self._model, backend, sampler)
-        self._scheduler = assembly.create_scheduler(self._manager, self.spec, config)
+        self.sizes = sizes = engine_sizes(steps, config, self._model, backend, sampler)
+        self._scheduler = assembly.create_scheduler(self._manager, self.spec, config, sizes)
         self._pool = self._scheduler.pool
-        self._runner = assembly.create_runner(self._manager, self._model, backend, config, progress)
+        self._runner = assembly.create_runner(self._manager, self._model, backend, config, sizes, progress)
         self._num_compiles = self._runner.num_compiles
-        builder = BatchBuilder(self._block_size, self.spec.device)
+        builder = BatchBuilder(self.sizes.block_size, self.spec.device)
         ahead = config.lookahead if config.lookahead is not None else self.spec.device.type == "cuda"
         self._steps = StepRunner(self._scheduler, builder, self._runner, sampler, ahead=ahead)
         self._lookahead = Lookahead(self._scheduler, self._steps)
@@ -219,7 +219,7 @@ class Engine:
         """What runs, what waits and what every block is. Between two steps; the view itself is for any thread."""
         references, cached = self._pool.snapshot()
         num_running, num_waiting = len(self._scheduler.running), len(self._scheduler.waiting)
-        return EngineView(num_running, num_waiting, self._block_size, references, cached)
+        return EngineView(num_running, num_waiting, self.sizes.block_size, references, cached)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 

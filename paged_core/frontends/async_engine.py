@@ -23,7 +23,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
-from paged_core.config import EngineConfig
+from paged_core.config import EngineConfig, EngineSizes
 from paged_core.engine.engine import Engine
 from paged_core.engine.openmp import release_helper_threads
 from paged_core.errors import EngineDeadError, InvalidRequestError, RequestError
@@ -97,6 +97,16 @@ class AsyncEngine:
     @property
     def tokenizer(self) -> Any:
         return self.codec.tokenizer
+
+    @property
+    def config(self) -> EngineConfig:
+        """What was wished."""
+        return self.engine.config
+
+    @property
+    def sizes(self) -> EngineSizes:
+        """What became of it."""
+        return self.engine.sizes
 
     @property
     def alive(self) -> bool:

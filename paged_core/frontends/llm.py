@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from paged_core.config import EngineConfig
+from paged_core.config import EngineConfig, EngineSizes
 from paged_core.engine.engine import Engine
 from paged_core.errors import EngineDeadError, InvalidRequestError
 from paged_core.frontends.opening import open_engine
@@ -50,6 +50,16 @@ class LLM:
     @property
     def tokenizer(self) -> Any:
         return self.codec.tokenizer
+
+    @property
+    def config(self) -> EngineConfig:
+        """What was wished."""
+        return self.engine.config
+
+    @property
+    def sizes(self) -> EngineSizes:
+        """What became of it."""
+        return self.engine.sizes
 
     def generate(
         self,

@@ -7,7 +7,12 @@ import logging
 import sys
 from typing import Any
 
-from paged_core import ConfigError, EngineConfig, SamplingParams
+from paged_serving import add_engine_options, engine_config, whole_number
+
+from paged_core import ConfigError, SamplingParams
+
+_NOT_HERE = ("seed", "scheduling_policy", "enable_prefix_caching", "cuda_graphs", "gpu_memory_utilization",
+             "max_num_seqs", "max_num_batched_tokens")  # fmt: skip
 
 
 def register(commands: Any) -> None:
@@ -44,25 +49,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_engine(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
     engine.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: as the model is stored)")
-    engine.add_argument(
-        "--max-model-len",
-        type=whole_number,
-        metavar="N",
-        help="tokens of a sequence, prompt and output (default: the model's limit)",
-    )
-    engine.add_argument(
-        "--kv-bytes",
-        type=whole_number,
-        metavar="N",
-        help="bytes for keys and values (default: a quarter of free memory, 4 GiB at most)",
-    )
-    engine.add_argument(
-        "--kv-cache-dtype", metavar="DTYPE", help="e.g. bfloat16, int8, float8_e4m3fn (default: the model's)"
-    )
-    engine.add_argument(
-        "--block-size", type=whole_number, metavar="N", help="tokens of a block (default: 8 on a CPU, 16 on a GPU)"
-    )
-    engine.add_argument("--attention-backend", metavar="NAME", help="default: the fastest that can run the model")
+    add_engine_options(engine, leave_out=_NOT_HERE)
 
 
 def quiet_imports() -> None:
@@ -100,18 +87,6 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """The engine's options as its configuration; what wasn't said keeps its default."""
-    said = {
-        "max_model_len": args.max_model_len,
-        "kv_cache_bytes": args.kv_bytes,
-        "kv_cache_dtype": args.kv_cache_dtype,
-        "block_size": args.block_size,
-        "attention_backend": args.attention_backend,
-    }
-    return EngineConfig(**{name: value for name, value in said.items() if value is not None})
-
-
 def _prompt(said: str | None) -> str:
     if said in (None, "-") and sys.stdin.isatty():
         print("paged: write the prompt, then press Ctrl-D", file=sys.stderr)
@@ -123,9 +98,3 @@ def _prompt(said: str | None) -> str:
     if not text:
         raise ConfigError("the prompt is empty; give it after the model, or on standard input")
     return text
-
-
-def whole_number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} isn't a whole number from 1 on")
-    return int(text)

@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paged_serving import RequestLimits
+from paged_serving import RequestLimits, add_engine_options, engine_config, whole_number
 
-from paged_core import ConfigError, EngineConfig, InvalidRequestError, PagedCoreError
+from paged_core import ConfigError, InvalidRequestError, PagedCoreError
 
-_ENGINE = ("max_model_len", "kv_cache_bytes", "kv_cache_dtype", "block_size", "max_num_seqs", "max_num_batched_tokens",
-           "gpu_memory_utilization", "cuda_graphs", "attention_backend", "scheduling_policy", "seed")  # fmt: skip
 _LIMITS = ("max_prompt_tokens", "max_tokens", "max_n", "max_prompts", "max_stop", "max_logprobs", "max_values")
 
 
@@ -52,38 +50,34 @@ def _add_engine(group: Any) -> None:
     add = group.add_argument
     add("--dtype", help="float32, bfloat16, float16 or auto (default: as the model is stored)")
     add("--device", help="default: a GPU if there is one")
-    add("--max-model-len", type=_count, metavar="N",
-        help="tokens of a sequence, prompt and output (default: the model's limit)")  # fmt: skip
-    add("--kv-bytes", type=_count, metavar="N", dest="kv_cache_bytes",
-        help="of keys and values (default: a quarter of free memory, 4 GiB at most; GPUs: see the next)")  # fmt: skip
-    add("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE",
-        help="of a GPU's memory, unless --kv-bytes is said (default: %(default)s)")  # fmt: skip
-    add("--kv-cache-dtype", metavar="DTYPE", help="e.g. bfloat16, int8, float8_e4m3fn (default: the model's)")
-    add("--block-size", type=_count, metavar="N", help="tokens of a block (default: 8 on a CPU, 16 on a GPU)")
-    add("--max-num-seqs", type=_count, metavar="N",
-        help="sequences computed at once (default: half the tokens a step, 256 at most)")  # fmt: skip
-    add("--max-num-batched-tokens", type=_count, metavar="N",
-        help="tokens computed in a step (default: 64 a thread on a CPU, 8192 on a GPU)")  # fmt: skip
-    add("--no-cuda-graphs", action="store_const", const=False, dest="cuda_graphs", help="launch each kernel of a step")
-    add("--attention-backend", metavar="NAME", help="default: the fastest that can run the model")
-    add("--scheduling-policy", metavar="NAME", help="fcfs (default) or priority")
-    add("--no-prefix-caching", action="store_false", dest="prefix_caching", help="compute every prompt anew")
-    add("--seed", type=int, help="for requests that bring none")
+    add_engine_options(group, defaults={"gpu_memory_utilization": 0.9})
 
 
 def _add_limits(group: Any) -> None:
     add, limits = group.add_argument, RequestLimits()
-    add("--max-queue", type=_whole, default=1000, metavar="N", help="sequences that may wait (default: %(default)s)")
-    add("--max-prompt-tokens", type=_count, metavar="N", help="of one prompt (default: what the model takes)")
-    add("--max-tokens", type=_count, metavar="N", help="of one answer (default: what the model gives)")
+    add(
+        "--max-queue",
+        type=_from_0,
+        default=1000,
+        metavar="N",
+        help="sequences that wait (default: %(default)s)",
+    )
+    add("--max-prompt-tokens", type=whole_number, metavar="N", help="of one prompt (default: what the model takes)")
+    add("--max-tokens", type=whole_number, metavar="N", help="of one answer (default: what the model gives)")
     for name, of_what in (("max_n", "sequences of one prompt"), ("max_prompts", "of one request"),
                           ("max_stop", "stop strings of one request"), ("max_logprobs", "of one token"),
                           ("max_values", "log-probabilities, or token ids, of one request"),
                           ):  # fmt: skip
         told, default = f"{of_what} (default: %(default)s)", getattr(limits, name)
-        add(f"--{name.replace('_', '-')}", type=_count, metavar="N", default=default, help=told)
-    add("--max-body-bytes", type=_count, metavar="N", default=2 * 2**20, help="of one request (default: %(default)s)")
-    add("--max-connections", type=_count, metavar="N", default=4096, help="open at once (default: %(default)s)")
+        add(f"--{name.replace('_', '-')}", type=whole_number, metavar="N", default=default, help=told)
+    add(
+        "--max-body-bytes",
+        type=whole_number,
+        metavar="N",
+        default=2 << 20,
+        help="of one request (default: %(default)s)",
+    )
+    add("--max-connections", type=whole_number, metavar="N", default=4096, help="open at once (default: %(default)s)")
     add("--body-timeout", type=_seconds, default=30.0, metavar="S", help="for a body to come (default: %(default)s)")
     add("--request-timeout", type=_seconds, metavar="S", help="for a whole request (default: none)")
     add("--step-timeout", type=_seconds, default=300.0, metavar="S",
@@ -122,28 +116,16 @@ def serve(args: argparse.Namespace) -> int:
     return serving.serve(args, engine_config(args), request_limits(args))
 
 
-def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """The engine's options as its configuration; what wasn't said keeps its default."""
-    said = {name: getattr(args, name) for name in _ENGINE if getattr(args, name) is not None}
-    return EngineConfig(**said, enable_prefix_caching=args.prefix_caching)
-
-
 def request_limits(args: argparse.Namespace) -> RequestLimits:
     return RequestLimits(**{name: getattr(args, name) for name in _LIMITS})
 
 
-def _whole(text: str, low: int = 0) -> int:
-    if not text.isdecimal() or int(text) < low:
-        raise argparse.ArgumentTypeError(f"{text!r} isn't a whole number from {low} on")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    return _whole(text, 1)
+def _from_0(text: str) -> int:
+    return whole_number(text, 0)
 
 
 def _port(text: str) -> int:
-    if _whole(text) > 65535:
+    if _from_0(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text} is above 65535, the last port")
     return int(text)
 

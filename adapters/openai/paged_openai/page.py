@@ -73,7 +73,7 @@ class Page:
             "model": self._model,
             "running": view.num_running,
             "waiting": view.num_waiting,
-            "max_running": self._engine.engine.config.max_num_seqs,
+            "max_running": self._engine.engine.sizes.max_num_seqs,
             "block_size": view.block_size,
             "saved": view.num_saved,
             "blocks": blocks,

@@ -45,9 +45,7 @@ class Service:
         self._max_unread_bytes, self._num_unread_bytes = max_unread_bytes, 0
         self._open: set[Exchange] = set()
         self._num_open = 0  # sequences
-        max_num_seqs = engine.engine.config.max_num_seqs
-        assert max_num_seqs is not None, "a built engine knows it"
-        self.max_open = max_num_seqs + max_queue
+        self.max_open = engine.engine.sizes.max_num_seqs + max_queue
 
     @property
     def trouble(self) -> str | None:

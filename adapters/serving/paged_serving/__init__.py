@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paged_serving.metrics import PrometheusMetrics
+    from paged_serving.options import add_engine_options, engine_config, whole_number
     from paged_serving.protocol.call import Call
     from paged_serving.protocol.chat import ChatCall
     from paged_serving.protocol.completions import CompletionCall
@@ -27,11 +28,14 @@ _LAZY = {
     "RequestLimits": "protocol.served",
     "ServedModel": "protocol.served",
     "TGICall": "protocol.tgi",
+    "add_engine_options": "options",
     "body_schema": "protocol.sketch",
+    "engine_config": "options",
     "openai_error": "protocol.failures",
     "parse_json": "protocol.fields",
     "tgi_error": "protocol.failures",
     "tokenize": "protocol.tokenize",
+    "whole_number": "options",
 }
 
 __all__ = [
@@ -45,11 +49,14 @@ __all__ = [
     "RequestLimits",
     "ServedModel",
     "TGICall",
+    "add_engine_options",
     "body_schema",
+    "engine_config",
     "openai_error",
     "parse_json",
     "tgi_error",
     "tokenize",
+    "whole_number",
 ]
 
 

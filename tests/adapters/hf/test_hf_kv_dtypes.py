@@ -47,7 +47,7 @@ def test_the_same_bytes_hold_nearly_four_times_the_tokens(smollm2: Any) -> None:
     blocks = {}
     for dtype in ("float32", "bfloat16", "int8"):
         config = EngineConfig(kv_cache_dtype=dtype, kv_cache_bytes=20_000_000, fast_forwards=False)
-        num_blocks = Engine(smollm2, config).config.num_blocks
+        num_blocks = Engine(smollm2, config).sizes.num_blocks
         assert num_blocks
         blocks[dtype] = num_blocks
     assert blocks["int8"] / blocks["float32"] > 3.7  # a head of 64: 64 bytes and 4, in place of 256

@@ -590,5 +590,5 @@ def test_sizes_that_cant_work_are_refused_with_the_way_out():
 def test_the_cache_is_sized_from_a_budget_of_bytes():
     bytes_per_block = 2 * 2 * 4 * 2 * 16 * 4  # layers, K and V, slots, kv heads, head dim, float32
     engine = make_engine(num_blocks=None, kv_cache_bytes=10 * bytes_per_block + 5)
-    assert engine.config.num_blocks == 10
+    assert engine.sizes.num_blocks == 10
     assert engine._runner.cache.num_bytes == 11 * bytes_per_block  # and the null block

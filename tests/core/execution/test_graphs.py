@@ -12,6 +12,7 @@ from tiny_model import VOCAB, TinyModel
 
 from paged_core import ConfigError, Engine, EngineConfig, SamplingParams, Selection
 from paged_core.engine import assembly
+from paged_core.engine.sizes import step_sizes
 from paged_core.execution.graphs import length_classes, row_classes
 
 
@@ -257,9 +258,10 @@ def test_a_model_on_several_devices_has_no_graphs_and_asking_for_them_is_refused
     spec, backend = TinyModel().spec, CapturablePlugin().create_attention_backend("auto", TinyModel().spec)
     elsewhere = replace(spec.layers[1], device=torch.device("meta"))
     spec = replace(spec, layers=(spec.layers[0], elsewhere))
-    assert assembly.create_graphs(spec, EngineConfig(), backend) is None
+    sizes = step_sizes(EngineConfig(), spec)
+    assert assembly.create_graphs(spec, EngineConfig(), sizes, backend) is None
     with pytest.raises(ConfigError, match="cuda_graphs is True, but the model's layers are on several devices; leave"):
-        assembly.create_graphs(spec, EngineConfig(cuda_graphs=True), backend)
+        assembly.create_graphs(spec, EngineConfig(cuda_graphs=True), sizes, backend)
 
 
 @pytest.mark.parametrize("device", ["cuda"] * torch.cuda.is_available() or ["cpu"])

@@ -55,8 +55,8 @@ def greedy(num_tokens):
 
 def test_the_cache_takes_the_share_that_is_left_beside_model_and_step():
     engine = make_engine(gpu_memory_utilization=0.9)
-    assert engine.config.num_blocks == (9_000_000 - 6_000_000 - 1_000_000) // BLOCK_BYTES
-    assert engine._runner.cache.num_blocks == engine.config.num_blocks
+    assert engine.sizes.num_blocks == (9_000_000 - 6_000_000 - 1_000_000) // BLOCK_BYTES
+    assert engine._runner.cache.num_blocks == engine.sizes.num_blocks
     engine.add_request("a", [1, 2, 3], greedy(9))
     tokens = []
     while engine.has_work:
@@ -99,7 +99,7 @@ def test_the_profiling_steps_read_no_memory_that_nobody_wrote(monkeypatch):
 
 def test_no_more_blocks_than_could_ever_be_used():
     engine = make_engine(gpu_memory_utilization=0.9, max_model_len=40)
-    assert engine.config.num_blocks == 8 * 10
+    assert engine.sizes.num_blocks == 8 * 10
 
 
 def test_a_share_that_leaves_nothing_is_refused_with_the_way_out():
@@ -110,8 +110,8 @@ def test_a_share_that_leaves_nothing_is_refused_with_the_way_out():
 
 
 def test_an_explicit_budget_wins_and_nothing_is_run_to_find_one():
-    assert make_engine(gpu_memory_utilization=0.9, kv_cache_bytes=20 * BLOCK_BYTES).config.num_blocks == 20
-    assert make_engine(gpu_memory_utilization=0.9, num_blocks=30).config.num_blocks == 30
+    assert make_engine(gpu_memory_utilization=0.9, kv_cache_bytes=20 * BLOCK_BYTES).sizes.num_blocks == 20
+    assert make_engine(gpu_memory_utilization=0.9, num_blocks=30).sizes.num_blocks == 30
     assert not FakeGauge.started
 
 

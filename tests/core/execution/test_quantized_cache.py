@@ -119,9 +119,9 @@ def test_samples_that_part_in_the_middle_of_a_block_take_their_scales_along(back
 def test_the_same_bytes_hold_more_blocks(dtype):
     def blocks(kv_cache_dtype):
         engine = make_engine(num_blocks=None, kv_cache_bytes=100_000, kv_cache_dtype=kv_cache_dtype)
-        assert engine._runner.cache.num_blocks == engine.config.num_blocks
-        assert engine._runner.cache.num_bytes <= 100_000 * (1 + 1 / engine.config.num_blocks)
-        return engine.config.num_blocks
+        assert engine._runner.cache.num_blocks == engine.sizes.num_blocks
+        assert engine._runner.cache.num_bytes <= 100_000 * (1 + 1 / engine.sizes.num_blocks)
+        return engine.sizes.num_blocks
 
     # A head of 16 dims takes 16 bytes and 4 for its scale, in place of 64 or 32.
     assert (blocks(dtype), blocks("bfloat16"), blocks("float32")) == (156, 97, 48)

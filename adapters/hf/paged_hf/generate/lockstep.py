@@ -52,7 +52,7 @@ class LockstepCall(Call):
 
     def enter(self, engine: Engine, name: str) -> list[Request]:
         check_length(engine, self._prompts, self._max_tokens)
-        limit = engine.config.max_num_seqs or 0
+        limit = engine.sizes.max_num_seqs
         if len(self._prompts) > limit:
             raise NotStarted(f"{len(self._prompts)} rows must advance together, but at most {limit} run at once")
         if isinstance(self._prompts[0], Tensor):

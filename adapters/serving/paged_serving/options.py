@@ -1,0 +1,91 @@
+"""The engine's options: on a command line, in a file's section, in the docs. One list, EngineConfig's own.
+
+``python -m paged_serving.options PAGE ...`` writes the table anew into pages that have the two marks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+from paged_core import EngineConfig
+
+_DEST = "engine_"  # a command may have a --seed of its own
+BEGIN, END = "<!-- engine options: python -m paged_serving.options -->", "<!-- end of engine options -->"
+
+
+def add_engine_options(
+    group: Any, *, leave_out: Collection[str] = (), defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Add every option of an engine that a command line can say to ``group``, an argparse parser or group.
+
+    Args:
+        leave_out: names of EngineConfig's fields that this command has no use for.
+        defaults: what this command takes for some fields, in place of EngineConfig's own.
+    """
+    for field in fields(EngineConfig):
+        option = field.metadata["option"]
+        if option.flag is None or field.name in leave_out:
+            continue
+        default = (defaults or {}).get(field.name)
+        told = option.default if default is None else default
+        if "bool" in str(field.type):
+            kind: dict[str, Any] = {"action": "store_const", "const": False}
+            what = f"don't {option.what}"
+        else:
+            kind = {"type": _kind(field), "metavar": option.metavar}
+            what = f"{option.what} (default: {told})"
+        group.add_argument(option.flag, dest=_DEST + field.name, default=default, help=what, **kind)
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    """What ``add_engine_options`` has read, as a configuration; what wasn't said keeps its default.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+    said = {name.removeprefix(_DEST): value for name, value in vars(args).items() if name.startswith(_DEST)}
+    return EngineConfig(**{name: value for name, value in said.items() if value is not None})
+
+
+def whole_number(text: str, low: int = 1) -> int:
+    """For ``add_argument(type=...)``."""
+    if not text.isdecimal() or int(text) < low:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a whole number from {low} on")
+    return int(text)
+
+
+def options_table() -> str:
+    """Every field of EngineConfig as rows of a Markdown table."""
+    rows = ["| setting | option | what | default |", "|---|---|---|---|"]
+    for field in fields(EngineConfig):
+        option = field.metadata["option"]
+        flag = f"`{option.flag}`" if option.flag else ""
+        rows.append(f"| `{field.name}` | {flag} | {option.what} | {option.default} |")
+    return "\n".join(rows)
+
+
+def with_table(page: str) -> str:
+    """A page's text, with today's table between the two marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise ValueError(f"the page lacks the marks {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{options_table()}\n\n{END}{after}"
+
+
+def _kind(field: Field[Any]) -> Any:
+    kind = str(field.type).removesuffix(" | None")
+    if kind == "int":
+        return int if field.name == "seed" else whole_number
+    return {"float": float, "str": str}[kind]
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        path = Path(name)
+        path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,122 @@
+"""What became of an EngineConfig's wishes: every size of an engine, told from its model and its device."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import torch
+
+from paged_core.config import EngineConfig, EngineSizes, StepSizes
+from paged_core.errors import ConfigError
+from paged_core.execution import kv_cache, profile
+from paged_core.execution.model import AttentionBackend, ModelSpec, PagedModel, TokenSelector
+from paged_core.scheduling.schedule import Limits
+
+
+def step_sizes(config: EngineConfig, spec: ModelSpec) -> StepSizes:
+    """The wishes, and for what was left open what suits model and device."""
+    on_cpu = spec.device.type == "cpu"
+    # On a CPU a step's time grows with its tokens: few a step, so that a long prompt holds nobody up for long.
+    usual = min(max(64 * torch.get_num_threads(), 128), 2048) if on_cpu else 8192
+    budget = config.max_num_batched_tokens or max(usual, config.max_num_seqs or 0)
+    return StepSizes(
+        block_size=config.block_size or (8 if on_cpu else 16),
+        max_num_seqs=config.max_num_seqs or min(256, max(1, budget // 2)),
+        max_num_batched_tokens=budget,
+        max_model_len=min(config.max_model_len or spec.max_model_len, spec.max_model_len),
+        kv_dtype=getattr(torch, config.kv_cache_dtype) if config.kv_cache_dtype else spec.dtype,
+    )
+
+
+def engine_sizes(
+    steps: StepSizes, config: EngineConfig, model: PagedModel, backend: AttentionBackend, sampler: TokenSelector
+) -> EngineSizes:
+    """With the number of blocks: as wished, as a budget of bytes holds, or as a profiling step leaves room for.
+
+    Raises:
+        ConfigError: there is no room for a single block, or for the largest step.
+    """
+    spec = model.spec
+    share = config.gpu_memory_utilization
+    if config.num_blocks is not None:
+        num_blocks = config.num_blocks
+    elif share is not None and _measurable(config, spec):
+        num_blocks = min(_blocks_left(steps, config, model, backend, sampler, share), _most_blocks(steps))
+    else:
+        num_blocks = min(_blocks_in_budget(steps, config, spec), _most_blocks(steps))
+    slab = config.kv_cache_slab_bytes
+    return EngineSizes(
+        **vars(steps),
+        num_blocks=num_blocks,
+        num_slab_blocks=num_blocks if slab is None else max(1, min(slab // _block_bytes(steps, spec), num_blocks)),
+        watermark_blocks=int(config.watermark * num_blocks),
+    )
+
+
+def limits(steps: StepSizes, config: EngineConfig, spec: ModelSpec) -> Limits:
+    """What the scheduler keeps to. The watermark is 0 until the blocks are counted."""
+    windows = [layer.sliding_window for layer in spec.layers]
+    return Limits(
+        max_num_seqs=steps.max_num_seqs,
+        max_num_batched_tokens=steps.max_num_batched_tokens,
+        max_model_len=steps.max_model_len,
+        watermark_blocks=steps.watermark_blocks if isinstance(steps, EngineSizes) else 0,
+        max_prompt_logprob_rows=config.max_prompt_logprob_rows,
+        sliding_window=None if None in windows else max(w for w in windows if w is not None),
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+
+
+def filled(config: EngineConfig, steps: StepSizes) -> EngineConfig:
+    """The wishes with no size left open: what hooks are told."""
+    known = {name: value for name, value in asdict(steps).items() if name in EngineConfig.__dataclass_fields__}
+    return replace(config, **known)
+
+
+def _measurable(config: EngineConfig, spec: ModelSpec) -> bool:
+    return config.kv_cache_bytes is None and all(layer.device.type in profile.GAUGES for layer in spec.layers)
+
+
+def _blocks_in_budget(steps: StepSizes, config: EngineConfig, spec: ModelSpec) -> int:
+    per_block = _block_bytes(steps, spec)
+    num_bytes = config.kv_cache_bytes or min(4 << 30, kv_cache.free_memory(spec.device) // 4)
+    if num_bytes < per_block:
+        raise ConfigError(
+            f"kv_cache_bytes ({num_bytes}) holds no block: {steps.block_size} tokens take {per_block} bytes"
+        )
+    return num_bytes // per_block
+
+
+def _blocks_left(
+    steps: StepSizes,
+    config: EngineConfig,
+    model: PagedModel,
+    backend: AttentionBackend,
+    sampler: TokenSelector,
+    share: float,
+) -> int:
+    """The devices' memory less all that isn't K/V, found by running the largest step."""
+    spec, size, dtype = model.spec, steps.block_size, steps.kv_dtype
+    try:
+        room = profile.bytes_left(model, backend, sampler, limits(steps, config, spec), size, dtype, share)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"no memory for a step of {steps.max_num_batched_tokens} tokens; lower max_num_batched_tokens"
+        ) from error
+    num_blocks = profile.blocks_within(spec, room, size, dtype)
+    if num_blocks < 1:
+        left = ", ".join(f"{num_bytes} bytes on {device}" for device, num_bytes in room.items())
+        raise ConfigError(
+            f"gpu_memory_utilization ({share}) leaves no room for K/V beside the model and a step of "
+            f"{steps.max_num_batched_tokens} tokens ({left}); raise it, or lower max_num_batched_tokens"
+        )
+    return num_blocks
+
+
+def _most_blocks(steps: StepSizes) -> int:
+    """More could never be used."""
+    return steps.max_num_seqs * -(-steps.max_model_len // steps.block_size)
+
+
+def _block_bytes(steps: StepSizes, spec: ModelSpec) -> int:
+    return kv_cache.bytes_per_block(spec, steps.block_size, steps.kv_dtype)
