@@ -15,6 +15,7 @@ from tiny_model import TinyModel
 
 from paged_core import Engine, EngineConfig, SamplingParams, UnsupportedModel
 from paged_core.builtin.triton_attention import TritonBackend, create_attention_backend
+from paged_core.engine.sizes import step_sizes
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 20, 21, 22, 23, 24]]
 GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
@@ -44,7 +45,7 @@ def answers(model: TinyModel, **config) -> dict[str, list[int]]:
 
 
 def asked(name: str, spec, **config):
-    return create_attention_backend(name, spec, replace(CONFIG, **config))
+    return create_attention_backend(name, spec, step_sizes(replace(CONFIG, **config), spec))
 
 
 @pytest.mark.parametrize("window", [None, 6])

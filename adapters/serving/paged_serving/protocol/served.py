@@ -64,17 +64,16 @@ class ServedModel:
         *,
         model_defaults: bool = True,
     ) -> None:
-        config, spec = engine.engine.config, engine.engine.spec
-        assert config.max_model_len is not None, "a built engine knows it"
+        spec = engine.engine.spec
         self.names = tuple(names)
         self.limits = limits or RequestLimits()
         self.codec: TextCodec = engine.codec
         self.tokens = TokenTexts(engine.codec)
-        self.max_model_len: int = config.max_model_len
+        self.max_model_len = engine.sizes.max_model_len
         self.defaults: Mapping[str, float] = spec.sampling_defaults if model_defaults else {}
         self.max_prompt_tokens = _max_prompt_tokens(engine, self.limits)
         self._vocab_size, self._eos_token_ids = spec.vocab_size, spec.eos_token_ids
-        self.has_priorities = config.scheduling_policy == "priority"
+        self.has_priorities = engine.config.scheduling_policy == "priority"
 
     def check_name(self, asked: str | None) -> str:
         """The name to answer under.
@@ -211,11 +210,10 @@ class ServedModel:
 
 def _max_prompt_tokens(engine: AsyncEngine, limits: RequestLimits) -> int:
     """What the limits, the model and the K/V cache take; beyond a sliding window nothing stays in the cache."""
-    config, layers = engine.engine.config, engine.engine.spec.layers
-    assert config.max_model_len and config.num_blocks and config.block_size, "a built engine knows them"
-    most = config.max_model_len - 1
+    sizes, layers = engine.sizes, engine.engine.spec.layers
+    most = sizes.max_model_len - 1
     if any(layer.sliding_window is None for layer in layers):
-        most = min(most, config.num_blocks * config.block_size)
+        most = min(most, sizes.num_blocks * sizes.block_size)
     return most if limits.max_prompt_tokens is None else min(most, limits.max_prompt_tokens)
 
 
