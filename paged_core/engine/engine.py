@@ -264,8 +264,8 @@ class Engine:
     def _check_between_steps(self, call: str) -> None:
         if self._in_step:
             raise ReentryError(
-                f"{call} was called from inside a step of the same engine (by a logits processor, a selector or the "
-                "model, say), which would have to end first; call it between two steps"
+                f"{call} was called during a step of the same engine, which has to end first: from inside it (by a "
+                "logits processor, a selector or the model, say) or from another thread; call it between two steps"
             )
 
     @contextmanager

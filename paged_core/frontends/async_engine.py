@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 from paged_core.config import EngineConfig, EngineSizes
 from paged_core.engine.engine import Engine
 from paged_core.engine.openmp import release_helper_threads
-from paged_core.errors import EngineDeadError, InvalidRequestError, RequestError
+from paged_core.errors import EngineDeadError, InvalidRequestError, ReentryError, RequestError
 from paged_core.frontends.opening import open_engine
 from paged_core.frontends.stream import Channel, Stream, Wakeups
 from paged_core.scheduling.request import RequestOutput, SamplingParams
@@ -38,6 +38,26 @@ from paged_core.text.prompts import encode_prompt
 __all__ = ["AsyncEngine", "Stream"]
 
 _T = TypeVar("_T")
+
+
+class _Answer(Future[_T]):
+    """A Future that the thread which is to fulfil it can't wait for."""
+
+    def __init__(self, check_may_wait: Callable[[], None]) -> None:
+        super().__init__()
+        self._check_may_wait = check_may_wait
+
+    def result(self, timeout: float | None = None) -> _T:
+        self._check()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._check()
+        return super().exception(timeout)
+
+    def _check(self) -> None:
+        if not self.done():
+            self._check_may_wait()
 
 
 class _Submit(NamedTuple):
@@ -136,7 +156,7 @@ class AsyncEngine:
         encoded = encode_prompt(self.codec, prompt)
         if request_id is None:
             request_id = f"request-{next(self._numbers)}"
-        channel = Channel(request_id, self._cancel_soon)
+        channel = Channel(request_id, self._cancel_soon, self._check_may_wait)
         generation = Generation(request_id, encoded, params, self.codec, arrival)
         with self._lock:
             self._check_open()
@@ -153,8 +173,9 @@ class AsyncEngine:
 
         Raises:
             EngineDeadError: the engine was closed or has failed; the Future raises it if that happens later.
+            ReentryError: raised by the Future, where the stepping thread itself would wait for it.
         """
-        answer: Future[_T] = Future()
+        answer: _Answer[_T] = _Answer(self._check_may_wait)
         with self._lock:
             self._check_open()
             self._start()
@@ -195,6 +216,13 @@ class AsyncEngine:
 
     def _cancel_soon(self, channel: Channel) -> None:
         self._commands.put(_Cancel(channel))
+
+    def _check_may_wait(self) -> None:
+        if self._thread is threading.current_thread():
+            raise ReentryError(
+                "the engine's own thread (in a logits processor or an observer, say) can't wait for what only it can "
+                "bring about; wait in another thread"
+            )
 
     def _check_open(self) -> None:
         if self._dead is not None:
@@ -263,7 +291,7 @@ class AsyncEngine:
             raise
         except InvalidRequestError as error:
             self._end(submit, error)
-        except Exception as error:
+        except BaseException as error:
             self.engine.abort(generation.request_id)
             self._end(submit, RequestError(generation.request_id, f"it could not be taken in: {error!r}"))
 
@@ -336,9 +364,11 @@ def _answer(look: _Look, engine: Engine) -> None:
     if not look.answer.set_running_or_notify_cancel():
         return
     try:
-        look.answer.set_result(look.function(engine))
-    except Exception as error:
+        found = look.function(engine)
+    except BaseException as error:  # whatever it is, it is for who asked
         look.answer.set_exception(error)
+    else:
+        look.answer.set_result(found)
 
 
 _OPEN: weakref.WeakSet[AsyncEngine] = weakref.WeakSet()

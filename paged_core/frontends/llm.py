@@ -13,8 +13,9 @@ from typing import Any
 
 from paged_core.config import EngineConfig, EngineSizes
 from paged_core.engine.engine import Engine
-from paged_core.errors import EngineDeadError, InvalidRequestError
+from paged_core.errors import EngineDeadError, InvalidRequestError, ReentryError
 from paged_core.frontends.opening import open_engine
+from paged_core.interrupts import interrupts_the_process
 from paged_core.scheduling.request import SamplingParams
 from paged_core.text.codec import TextCodec, prepare_params
 from paged_core.text.generation import Generation, deliver
@@ -45,6 +46,7 @@ class LLM:
     ) -> None:
         self.engine, self.codec = open_engine(model, tokenizer, config, options)
         self._lock = threading.Lock()
+        self._caller: threading.Thread | None = None  # who has it
         self._numbers = itertools.count()
 
     @property
@@ -83,10 +85,17 @@ class LLM:
         Raises:
             InvalidRequestError: prompts is none of these; or sampling_params is a list whose length isn't that of
                 prompts, or holds something else.
+            ReentryError: it was called by what a call of the same LLM calls: a logits processor, say.
         """
         asked = as_prompts(prompts)
         each = _one_each(sampling_params, len(asked))
-        with self._lock, _interrupts_between_steps() as check_interrupt, _progress(len(asked), use_tqdm) as progress:
+        self._check_no_call_of_this_thread()
+        with (
+            self._lock,
+            self._one_call(),
+            _interrupts_between_steps() as check_interrupt,
+            _progress(len(asked), use_tqdm) as progress,
+        ):
             run = _Run(self.engine, self.codec, progress)
             try:
                 for prompt, params in zip(asked, each, strict=True):
@@ -115,7 +124,29 @@ class LLM:
         return self.generate(as_conversations(messages), sampling_params, use_tqdm=use_tqdm)
 
     def close(self) -> None:
-        self.engine.close()
+        """Take no more calls. One that another thread has under way ends first.
+
+        Raises:
+            ReentryError: as for generate.
+        """
+        self._check_no_call_of_this_thread()
+        with self._lock, self._one_call():
+            self.engine.close()
+
+    def _check_no_call_of_this_thread(self) -> None:
+        if self._caller is threading.current_thread():
+            raise ReentryError(
+                "this LLM was called by what one of its own calls calls (a logits processor, say), and would wait for "
+                "that call for ever; call it when generate() has returned, or use another LLM"
+            )
+
+    @contextmanager
+    def _one_call(self) -> Iterator[None]:
+        self._caller = threading.current_thread()
+        try:
+            yield
+        finally:
+            self._caller = None
 
 
 class _Run:
@@ -145,7 +176,9 @@ class _Run:
             self._engine.add_request(request_id, generation.prompt.token_ids, generation.params)
         except EngineDeadError:
             raise
-        except Exception as error:  # of a plugin's or the tokenizer's, say
+        except BaseException as error:  # of a plugin's or the tokenizer's, say
+            if interrupts_the_process(error):
+                raise
             known = isinstance(error, InvalidRequestError)
             self._refuse(request_id, prompt, params, str(error) if known else f"it could not be taken in: {error!r}")
             return

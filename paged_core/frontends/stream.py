@@ -54,11 +54,17 @@ class Wakeups:
 
 
 class Channel:
-    """Deltas on their way from one producer to their readers."""
+    """Deltas on their way from one producer to their readers.
 
-    def __init__(self, request_id: str, cancel: Callable[[Channel], None]) -> None:
+    ``check_may_wait`` raises where a reader waits in the producer's own thread: what it waits for would never come.
+    """
+
+    def __init__(
+        self, request_id: str, cancel: Callable[[Channel], None], check_may_wait: Callable[[], None] = lambda: None
+    ) -> None:
         self.request_id = request_id
         self._cancel = cancel
+        self._check_may_wait = check_may_wait
         self._lock = threading.Lock()  # held for moments only
         self._unread: dict[int, list[StreamDelta]] = {}  # by index, in the order of their first news
         self._result: GenerationOutput | None = None
@@ -127,6 +133,7 @@ class Channel:
                 raise self._error
             if self._result is not None:
                 raise EndOfStream
+            self._check_may_wait()
             self._waiting.append(waiter)
             return None
 
@@ -140,6 +147,7 @@ class Channel:
             if self._error is not None:
                 raise self._error
             if self._result is None:
+                self._check_may_wait()
                 self._waiting_for_end.append(waiter)
             return self._result
 
@@ -156,9 +164,9 @@ class Stream:
     Nobody's request is computed for nothing: leaving a loop early, cancelling the task that waits, or dropping the
     Stream cancels the request. A cancelled request still ends with a final delta and a result ("abort").
 
-    Iterating and waiting raise InvalidRequestError if the engine refused the request, and EngineDeadError if it has
-    failed. An error while the request runs is no exception: its finish_reason is "error". That and "abort" come with
-    a delta of their own, without text.
+    Iterating and waiting raise InvalidRequestError if the engine refused the request, EngineDeadError if it has
+    failed, and ReentryError in the engine's own thread, where nothing would ever come. An error while the request runs
+    is no exception: its finish_reason is "error". That and "abort" come with a delta of their own, without text.
     """
 
     def __init__(self, channel: Channel) -> None:

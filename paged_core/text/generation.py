@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from paged_core.interrupts import interrupts_the_process
 from paged_core.sampling.beam_search import ranked
 from paged_core.scheduling.request import FinishReason, Logprob, RequestOutput, SamplingParams
 from paged_core.text.codec import Prompt, StopStringChecker, StopStrings, TextCodec, stop_strings
@@ -228,7 +229,9 @@ def deliver(engine: Engine, generation: Generation, output: RequestOutput) -> Se
     """
     try:
         delta = generation.feed(output)
-    except Exception as error:
+    except BaseException as error:
+        if interrupts_the_process(error):
+            raise
         engine.abort(generation.request_id)
         return generation.fail(f"its text could not be made: {error!r}")
     if delta is None:
