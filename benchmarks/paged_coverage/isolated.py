@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
-from paged_coverage.check import NOT_BUILT, WRONG, Row, said
+from paged_coverage.check import BUILDING, NOT_BUILT, STOCKS, WRONG, Row, said
 from paged_coverage.tiny import class_name
 
 Check = Callable[[str, Callable[[str], None]], Row]
@@ -20,7 +20,6 @@ Check = Callable[[str, Callable[[str], None]], Row]
 
 _PRELOAD = ["paged_coverage.preload"]
 _START_S = 60.0  # for a process to be forked and to say what it is about to do
-_NOT_OURS = ("building it", "stock's generate")
 
 
 def check_all(model_types: Sequence[str], check: Check, jobs: int, timeout_s: float) -> Iterator[Row]:
@@ -54,7 +53,7 @@ def _check_one(context: Any, check: Check, model_type: str, timeout_s: float) ->
     finally:
         process.kill()
         process.join()
-    return Row(model_type, class_name(model_type), NOT_BUILT if step in _NOT_OURS else WRONG, end)
+    return Row(model_type, class_name(model_type), NOT_BUILT if step.startswith((BUILDING, STOCKS)) else WRONG, end)
 
 
 def _child(connection: Connection, check: Check, model_type: str) -> None:

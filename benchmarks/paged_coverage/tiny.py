@@ -177,6 +177,18 @@ def tiny_model(model_type: str, seed: int = 0) -> Any:
     return model
 
 
+def narrowed(model: Any, dtype: torch.dtype) -> Any:
+    """The model as ``from_pretrained(..., dtype=dtype)`` loads it: what isn't saved keeps its dtype, and so does what
+    the model's class wants in float32."""
+    wide = [*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or ())]
+    saved = model.state_dict(keep_vars=True)
+    for name, tensor in saved.items():
+        if tensor.is_floating_point() and not any(part in name for part in wide):
+            tensor.data = tensor.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
 def _shrunk(settings: dict[str, Any]) -> dict[str, Any]:
     settings = _fewer_layers({name: value for name, value in settings.items() if name not in _NOT_SETTINGS})
     small = {name: _smaller(str(name), value) for name, value in settings.items()}

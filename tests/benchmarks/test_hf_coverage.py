@@ -91,6 +91,14 @@ def test_other_tokens_are_a_difference_unless_stock_itself_was_undecided():
     assert tie.difference([[(2, row[0][1]), (0, -9.0)]]) is None
 
 
+def test_where_rounding_may_decide_the_nearest_token_may_be_another_and_no_other_one():
+    logits = [[[0.0, 3.0, 2.9]]]
+    narrow = Answer(torch.tensor([[1]]), torch.tensor(logits), doubt=torch.tensor([[0.2]]))
+    assert narrow.difference([[(2, None)]]) is None
+    assert "new token 0 is 0, not 1" in narrow.difference([[(0, None)]])
+    assert "new token 0 is 2, not 1" in answer([[1]], logits).difference([[(2, None)]])
+
+
 def test_the_same_tokens_with_other_probabilities_are_a_difference():
     stock = answer([[1]], [[[0.0, 3.0, 1.0]]])
     ((token, logprob),) = stock.rows()[0]
@@ -112,6 +120,24 @@ def test_a_generate_that_answers_otherwise_is_wrong(monkeypatch):
     row = check("llama", ignore)
     assert row.tier == WRONG
     assert row.reason.startswith("paged_generate: prompt 0, new token 0 is 5, not ")
+
+
+@pytest.mark.parametrize("dtype", checks.HALVES, ids=str)
+def test_an_answer_that_is_wrong_only_with_weights_of_16_bits_is_wrong(dtype, monkeypatch):
+    run = PagedGenerate.__call__
+
+    def wrong(own, ids, **options):
+        return own.stock(ids, **options) * 0 + 5 if own.model.dtype is dtype else run(own, ids, **options)
+
+    monkeypatch.setattr(PagedGenerate, "__call__", wrong)
+    row = check("llama", ignore)
+    assert row.tier == WRONG and row.halves[checks.HALVES.index(dtype)] == WRONG
+    assert row.reason.startswith(f"{str(dtype)[6:]}: paged_generate: prompt 0, new token 0 is 5, not ")
+
+
+def test_models_with_weights_of_16_bits_run_natively_too():
+    row = check("gemma2", ignore)
+    assert (row.tier, row.halves) == (NATIVE, (NATIVE, NATIVE))
 
 
 def test_a_model_that_cannot_be_made_is_not_built_and_says_why(monkeypatch):
@@ -148,5 +174,5 @@ def test_the_summary_in_the_docs_counts_what_its_own_table_says():
 def test_reasons_do_not_break_the_table():
     rows = [Row("a", "A", STOCK, "x | y\\z <b>"), Row("b", "B", NATIVE, "w" * 500)]
     lines = [line for line in table.markdown(rows).splitlines() if line.startswith(("| a", "| b"))]
-    assert [len(re.findall(r"(?<!\\)\|", line)) for line in lines] == [5, 5]
+    assert [len(re.findall(r"(?<!\\)\|", line)) for line in lines] == [7, 7]
     assert max(map(len, lines)) < 260
