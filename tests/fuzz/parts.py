@@ -1,0 +1,109 @@
+"""What the engine is built of: attention in float64, memory full of NaN, a sampler that may run out of memory."""
+
+from __future__ import annotations
+
+import torch
+from paged_kernels import reference
+from torch import Tensor
+
+from paged_core import hookimpl
+from paged_core.execution import kv_cache
+from paged_core.execution.sampler import Sampler
+
+
+class ExactBackend:
+    """As the reference, in float64, and for all queries at once."""
+
+    name = "exact"
+    reads_scales = True
+
+    def __init__(self, spec, block_size: int) -> None:
+        self._layers, self._block_size = spec.layers, block_size
+
+    def plan(self, metadata) -> None:
+        starts, seq_lens = metadata.query_starts.long(), metadata.seq_lens.long()
+        row = torch.arange(len(seq_lens)).repeat_interleave(starts.diff())  # [T]
+        queries = seq_lens[row] - starts[row + 1] + torch.arange(len(row))  # [T]
+        keys = torch.arange(int(seq_lens.max()))  # [L]
+        blocks = metadata.block_tables.long()[row][:, keys // self._block_size]  # [T,L]
+        self._slots = blocks * self._block_size + keys % self._block_size
+        self._distances = queries[:, None] - keys  # [T,L]
+        self._own_slots = metadata.slot_mapping
+
+    def run(self, layer, q, k, v, cache, sinks=None, key_bias=None) -> Tensor:
+        facts, scales = self._layers[layer], cache.scales(layer)
+        reference.store_kv(k, v, cache.keys[layer], cache.values[layer], self._own_slots, *scales)
+        seen = self._distances >= 0  # [T,L]
+        if facts.sliding_window is not None:
+            seen &= self._distances < facts.sliding_window
+        slots = self._slots.where(seen, self._own_slots[:, None])  # what isn't seen may hold anything
+        keys, values = (
+            _gather(part, scale, slots, self._block_size)  # [T,L,K,D]
+            for part, scale in zip((cache.keys[layer], cache.values[layer]), scales, strict=True)
+        )
+        num_kv_heads = keys.shape[2]
+        q = q.view(len(q), num_kv_heads, -1, q.shape[-1])  # [T,K,G,D]
+        scores = torch.einsum("tkgd,tlkd->tkgl", q, keys) * facts.scale
+        weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
+        return torch.einsum("tkgl,tlkd->tkgd", weights, values).flatten(1, 2)
+
+    def copy_blocks(self, cache, pairs) -> None:
+        reference.copy_blocks(cache.tensors, pairs)
+
+
+def _gather(cache: Tensor, scales: Tensor | None, slots: Tensor, block_size: int) -> Tensor:
+    blocks, offsets = slots // block_size, slots % block_size
+    if scales is None:
+        return cache[blocks, :, offsets]
+    codes = cache.view(torch.uint8)[blocks, :, offsets].view(cache.dtype)
+    return (codes.float() * scales[blocks, :, offsets][..., None]).double()
+
+
+def spoil(cache: kv_cache.KVCache, blocks: list[int]) -> None:
+    """Write NaN where nobody has anything: who reads there is found out."""
+    for tensor in cache.key_scales + cache.value_scales or cache.tensors:
+        tensor[blocks] = float("nan")
+
+
+class CrampedSampler(Sampler):
+    """Has memory for so many rows at a time, where that is said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.room: int | None = None
+
+    def select(self, logits, requests):
+        if self.room is not None and len(requests) > self.room:
+            raise torch.OutOfMemoryError(f"no room for {len(requests)} rows")
+        return super().select(logits, requests)
+
+
+class Parts:
+    """The plugin that brings them. It watches, too, and its watching fails now and then."""
+
+    def __init__(self) -> None:
+        self.sampler = CrampedSampler()
+        self._num_told = 0
+
+    @hookimpl
+    def create_attention_backend(self, name, spec, config):
+        return ExactBackend(spec, config.block_size) if name == "exact" else None
+
+    @hookimpl
+    def create_kv_cache(self, spec, num_blocks, config):
+        if config.kv_cache_slab_bytes is not None:
+            return None  # one that grows
+        dtype = getattr(torch, config.kv_cache_dtype) if config.kv_cache_dtype else spec.dtype
+        cache = kv_cache.allocate(spec, num_blocks, config.block_size, dtype, max_blocks=config.num_blocks)
+        spoil(cache, list(range(1, num_blocks + 1)))
+        return cache
+
+    @hookimpl
+    def create_sampler(self, spec):
+        return self.sampler
+
+    @hookimpl
+    def on_step_finished(self, stats):
+        self._num_told += 1
+        if self._num_told % 7 == 0:
+            raise ValueError("an observer of no use")

@@ -1,0 +1,41 @@
+"""An episode's sizes: most of them too small for what will be asked."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from fuzz.model import Kind
+
+from paged_core import EngineConfig
+
+_WINDOWS = ((None, None), (None, None), (5, 5), (9, 9), (None, 6))
+
+
+@dataclass(frozen=True)
+class Setting:
+    kind: Kind
+    config: EngineConfig
+
+
+def draw_setting(rnd: random.Random) -> Setting:
+    kind = Kind(rnd.choice(_WINDOWS), rnd.choice((None, None, None, "int8", "float8_e4m3fn")))
+    num_seqs = rnd.randrange(1, 8)
+    block_size = rnd.choice((1, 2, 4, 4, 8, 16))
+    config = EngineConfig(
+        block_size=block_size,
+        num_blocks=max(3, rnd.choice((24, 40, 60, 90, 400)) // block_size),
+        kv_cache_slab_bytes=rnd.choice((None, None, 1, 9000)),
+        kv_cache_dtype=kind.kv_dtype,
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=num_seqs + rnd.choice((0, 1, 3, 8, 30)),
+        max_model_len=rnd.choice((24, 48, 200)),
+        enable_prefix_caching=rnd.random() < 0.8,
+        scheduling_policy=rnd.choice(("fcfs", "priority")),
+        attention_backend="exact",
+        watermark=rnd.choice((0.0, 0.0, 0.1, 0.3)),
+        lookahead=rnd.random() < 0.5,
+        seed=0,
+        max_prompt_logprob_rows=rnd.choice((1, 3, 256)),
+    )
+    return Setting(kind, config)
