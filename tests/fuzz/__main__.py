@@ -9,23 +9,26 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from fuzz.alone import Alone
 from fuzz.episode import Episode
 
-OPERATIONS = 300  # of an episode
+OPERATIONS = 500  # of an episode
+_SHRINKING_S = 300.0  # no longer than that
 
 
-def fuzz(seed: int, first: int, until) -> tuple[Counter[str], str | None]:
+def fuzz(seed: int, first: int, until, tell=lambda counts: None) -> tuple[Counter[str], str | None]:
     """Episodes ``first``, ``first + 1``, ... until ``until(counts)``. Returns what happened, and what went wrong."""
     counts: Counter[str] = Counter()
     alone, number = Alone(), first
     while not until(counts):
         error = failure(seed, number, range(OPERATIONS), alone, counts)
         if error is not None:
-            return counts, told(seed, number, shrunk(seed, number), error)
+            return counts, told(seed, number, range(OPERATIONS), alone)
         counts["episodes"] += 1
+        tell(counts)
         number += 1
     return counts, None
 
@@ -41,26 +44,32 @@ def failure(
     return None
 
 
-def shrunk(seed: int, number: int) -> list[int]:
-    """The operations of an episode that fails, without those that it fails without: first the latest of them go, then
-    ever smaller pieces."""
-    places = list(range(OPERATIONS))
-    size = len(places)
+def shrunk(seed: int, number: int, places: Sequence[int], alone: Alone) -> list[int]:
+    """The operations of an episode that fails, without those that it fails without: ever smaller pieces of them are
+    left out, the latest first."""
+    left, size, until = list(places), len(places), time.monotonic() + _SHRINKING_S
     while size:
-        start = len(places) - size
-        while start > -size:
-            fewer = places[: max(start, 0)] + places[start + size :]
-            if failure(seed, number, fewer) is not None:
-                places = fewer
-            start -= size
+        stop = len(left)
+        while stop > 0 and time.monotonic() < until:
+            start = max(stop - size, 0)
+            fewer = left[:start] + left[stop:]
+            if failure(seed, number, fewer, alone) is not None:
+                left = fewer
+            stop = start
         size //= 2
-    return places
+    return left
 
 
-def told(seed: int, number: int, places: Sequence[int], error: str) -> str:
-    again = failure(seed, number, places) or error
-    only = ",".join(map(str, places))
-    return f"{again}\nsee it again: python -m fuzz --seed {seed} --episode {number} --only {only or 'none'}"
+def told(seed: int, number: int, places: Sequence[int], alone: Alone) -> str:
+    places = shrunk(seed, number, places, alone)
+    only = ",".join(map(str, places)) or "none"
+    error = failure(seed, number, places, alone)
+    return f"{error}\nsee it again: python -m fuzz --seed {seed} --episode {number} --only {only}"
+
+
+def figures(counts: Counter[str], seconds: float) -> str:
+    lines = [f"{count:>10,}  {what}" for what, count in sorted(counts.items())]
+    return "\n".join([*lines, f"{seconds:>10,.0f}  seconds"])
 
 
 def main() -> int:
@@ -69,6 +78,7 @@ def main() -> int:
     parser.add_argument("--operations", type=int, default=50_000, help="stop after so many (default: 50000)")
     parser.add_argument("--hours", type=float, default=None, help="stop after so many hours instead")
     parser.add_argument("--episode", type=int, default=0, help="the first episode")
+    parser.add_argument("--figures", type=Path, help="a file that has the counts until now, all the time")
     parser.add_argument("--only", help="run one episode: these operations of it, comma-separated")
     args = parser.parse_args()
     logging.disable(logging.CRITICAL)
@@ -85,10 +95,14 @@ def main() -> int:
             return time.monotonic() - began > args.hours * 3600
         return counts["operations"] >= args.operations
 
-    counts, error = fuzz(args.seed, args.episode, until)
-    for what, count in sorted(counts.items()):
-        print(f"{count:>10,}  {what}")
-    print(f"{time.monotonic() - began:>10,.0f}  seconds")
+    def tell(counts: Counter[str]) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{counts['operations']:,} operations", end="", file=sys.stderr)
+        if args.figures:
+            args.figures.write_text(figures(counts, time.monotonic() - began))
+
+    counts, error = fuzz(args.seed, args.episode, until, tell)
+    print(figures(counts, time.monotonic() - began))
     print(error or "nothing went wrong")
     return error is not None
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from fuzz.asks import Ask
+from fuzz.asks import MOST_TOKENS, Ask
 from fuzz.model import FuzzModel, Kind
 from fuzz.parts import Parts
 
 from paged_core import Engine, EngineConfig, FinishReason
-from paged_core.execution.beam_search import ranked
+from paged_core.sampling.beam_search import ranked
 
-_MOST = 20_000  # answers kept
+_MOST = 60_000  # answers kept
 
 
 class Answer(NamedTuple):
@@ -55,7 +55,13 @@ class Alone:
 
     def answers(self, kind: Kind, weights: int, ask: Ask, max_tokens: int) -> list[Answer]:
         """Of each row."""
-        ask = replace(ask, salt=None, priority=0, max_tokens=max_tokens)
+        if ask.beams:
+            return self._found(kind, weights, replace(ask, max_tokens=max_tokens))
+        found = self._found(kind, weights, replace(ask, max_tokens=MOST_TOKENS))
+        return [_cut(answer, max_tokens) for answer in found]
+
+    def _found(self, kind: Kind, weights: int, ask: Ask) -> list[Answer]:
+        ask = replace(ask, salt=None, priority=0)
         key = (kind, weights, ask)
         if key not in self._answers:
             if len(self._answers) == _MOST:
@@ -90,3 +96,15 @@ class Alone:
                 if output.finish_reason is not None:
                     answers[output.request.index] = collected[output.request].answer(output, ask.beams)
         return answers
+
+
+def _cut(answer: Answer, max_tokens: int) -> Answer:
+    """With fewer tokens asked for."""
+    if len(answer.token_ids) < max_tokens or (len(answer.token_ids) == max_tokens and answer.error is None):
+        return answer
+    return answer._replace(
+        token_ids=answer.token_ids[:max_tokens],
+        logprobs=answer.logprobs[:max_tokens],
+        finish_reason=FinishReason.LENGTH,
+        error=None,
+    )

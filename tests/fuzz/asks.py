@@ -11,6 +11,7 @@ from typing import Any
 from paged_core import SamplingParams
 
 NUM_TOKENS = 90  # ids that prompts are made of
+MOST_TOKENS = 16  # max_tokens of anybody
 _WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "greedy to the end": {"temperature": 0, "ignore_eos": True},
@@ -63,28 +64,28 @@ class Ask:
         )
 
 
-def draw_ask(rnd: random.Random, told: Sequence[Sequence[int]]) -> Ask:
-    """``told``: token ids of rows that have ended, for prompts that go on from there."""
-    if told and rnd.random() < 0.1:
+def draw_ask(rnd: random.Random, seed: int, told: Sequence[Sequence[int]]) -> Ask:
+    """``seed``: other prompts. ``told``: token ids of rows that have ended, for prompts that go on from there."""
+    if told and rnd.random() < 0.05:
         history = rnd.choice(told)
-        prompt = (*history[: rnd.randrange(1, len(history) + 1)], *_family(rnd.randrange(4))[: rnd.randrange(3)])
+        prompt = (*history[: rnd.randrange(1, len(history) + 1)], *_family(seed, 0)[: rnd.randrange(3)])
     else:
-        prompt = _family(rnd.randrange(4))[: rnd.choice((1, 2, 5, 8, 12, 16, 17, 20, 24, 33))]
+        prompt = _family(seed, rnd.randrange(3))[: rnd.choice((1, 3, 8, 12, 16, 17, 24, 33))]
     way = rnd.choice(tuple(_WAYS))
     return Ask(
         prompt,
         way,
-        n=rnd.choice((2, 3)) if way.startswith("beams") else rnd.choice((1, 1, 1, 2, 3)),
-        max_tokens=max(4, rnd.choice((1, 2, 5, 9, 16))) if way == "not soon" else rnd.choice((1, 2, 5, 9, 16)),
-        seed=rnd.randrange(3),
+        n=rnd.choice((2, 3)) if way.startswith("beams") else rnd.choice((1, 1, 1, 3)),
+        max_tokens=rnd.choice((4, 9, MOST_TOKENS) if way == "not soon" else (1, 2, 5, 9, MOST_TOKENS)),
+        seed=rnd.randrange(2) if _WAYS[way].get("temperature") != 0 else 0,
         salt=rnd.choice(_SALTS),
         priority=rnd.randrange(3),
     )
 
 
 @cache
-def _family(which: int) -> tuple[int, ...]:
-    rnd = random.Random(which)
+def _family(seed: int, which: int) -> tuple[int, ...]:
+    rnd = random.Random(f"{seed}.{which}")
     return tuple(rnd.randrange(NUM_TOKENS) for _ in range(40))
 
 

@@ -17,6 +17,7 @@ from fuzz.settings import draw_setting
 
 from paged_core import Engine, EngineDeadError, FinishReason, InvalidRequestError, SamplingParams
 from paged_core.scheduling.block_pool import NULL_BLOCK
+from paged_core.scheduling.request import Request
 
 _CROWD = 12  # requests under way; who comes then waits outside
 _PATIENCE = 3000  # steps in which everything must have ended
@@ -26,7 +27,7 @@ class Episode:
     """Episode ``number`` of ``seed``. ``counts``: how often what has happened."""
 
     def __init__(self, seed: int, number: int, alone: Alone, counts: Counter[str]) -> None:
-        self._name = f"{seed}.{number}"
+        self._seed, self._name = seed, f"{seed}.{number}"
         self._alone, self._counts = alone, counts
         setting = draw_setting(random.Random(self._name))
         self._kind, self._config = setting.kind, setting.config
@@ -34,10 +35,12 @@ class Episode:
         self._engine = Engine(self._model, setting.config, plugins=[self._parts])
         self._judge = Judge(alone, setting.kind)
         self._rows: dict[object, Row] = {}  # that have not ended
-        self._histories: dict[str, list[list[int]]] = {}  # tokens of all rows, by salt
+        self._owners: dict[str, list[Request]] = {}  # all rows, by salt
+        self._beam_steps: dict[str, list[list[int]]] = {}  # what rows were that now go on from others
         self._looked_at: set[tuple[object, int]] = set()
         self._told: list[list[int]] = []
         self._num_asked = 0
+        self.place: int | None = None  # of the operation under way; None: it comes to its end
 
     def __str__(self) -> str:
         return f"episode {self._name}: {self._kind}, {self._config}"
@@ -49,13 +52,15 @@ class Episode:
         for place in places:
             rnd = random.Random(f"{self._name}.{place}")
             (operation,) = rnd.choices(_OPERATIONS, _WEIGHTS)
+            self.place = place
             operation(self, rnd)
             self._counts["operations"] += 1
             self._engine._scheduler.check()
+        self.place = None
         self._end(random.Random(f"{self._name}.end"))
 
     def _arrive(self, rnd: random.Random) -> None:
-        ask = draw_ask(rnd, self._told)
+        ask = draw_ask(rnd, self._seed, self._told)
         if len(self._rows) >= _CROWD:
             self._step(rnd)
             return
@@ -90,13 +95,15 @@ class Episode:
         self._counts["rows"] += len(rows)
         for row in rows:
             self._rows[row.request] = row
-            self._histories.setdefault(row.request.params.cache_salt or "", []).append(row.request.tokens)
+            self._owners.setdefault(_salt(row.request), []).append(row.request)
 
     def _step(self, rnd: random.Random) -> None:
         self._counts["steps"] += 1
         self._take(self._engine.step())
         for request in self._engine._scheduler.running:
             self._check_hits(request)
+            if request.group.lockstep:
+                self._beam_steps.setdefault(_salt(request), []).append(list(request.tokens))
 
     def _cancel(self, rnd: random.Random) -> None:
         if self._rows:
@@ -176,22 +183,27 @@ class Episode:
             self._parts.sampler.room = rnd.choice((None, 1, 2))
             self._counts["faults: no memory to choose"] += self._parts.sampler.room is not None
 
+    def _let_all_end(self, rnd: random.Random) -> None:
+        self._model.room = None
+        self._drain(rnd)
+
     def _change_weights(self, rnd: random.Random) -> None:
         if not self._rows:
             self._model.use_weights(1 - self._model.weights)
-            self._histories.clear()
+            self._owners.clear()
+            self._beam_steps.clear()
             self._counts["weights changed"] += 1
 
     def _release_memory(self, rnd: random.Random) -> None:
-        if self._engine.release_memory():
-            self._histories.clear()
+        self._counts["memory given back"] += self._engine.release_memory()
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
     def _end(self, rnd: random.Random) -> None:
         way = rnd.random()
+        self._model.room = None
         if way < 0.05:
-            self._die()
+            self._die(rnd)
         elif way < 0.1:
             for row in self._rows.values():
                 row.cancelled = True
@@ -205,7 +217,6 @@ class Episode:
         self._counts["prefix hits, tokens"] += self._engine._scheduler.num_prefix_hits
 
     def _drain(self, rnd: random.Random) -> None:
-        self._model.room = None
         for _ in range(_PATIENCE):
             while any(request.held and not request.finished for request in self._rows):
                 self._answer(rnd)
@@ -215,13 +226,12 @@ class Episode:
             self._engine._scheduler.check()
         raise AssertionError(f"{_PATIENCE} steps, and these have not ended: {list(self._rows)}")
 
-    def _die(self) -> None:
+    def _die(self, rnd: random.Random) -> None:
         self._model.room = 0
         for row in self._rows.values():
             row.cancelled = True
         try:
-            while self._engine.has_work:
-                self._step(random.Random(0))
+            self._drain(rnd)
         except EngineDeadError:
             self._counts["faults: no memory for a token"] += 1
             self._engine.close()
@@ -256,14 +266,19 @@ class Episode:
             return
         self._looked_at.add(key)
         start = request.tokens[: request.num_cached]
-        of_its_salt = self._histories[request.params.cache_salt or ""]
-        owners = sum(tokens[: len(start)] == start for tokens in of_its_salt)
-        assert owners > (not request.num_recomputed_to), f"{request} found blocks of another salt"
+        others = [row.tokens for row in self._owners.get(_salt(request), ()) if row is not request]
+        mine = [request.tokens] if request.num_recomputed_to else []
+        known = (*others, *self._beam_steps.get(_salt(request), ()), *mine)
+        assert any(tokens[: len(start)] == start for tokens in known), f"{request} found blocks of another salt"
+
+
+def _salt(request: Request) -> str:
+    return request.params.cache_salt or ""
 
 
 _OPERATIONS, _WEIGHTS = zip(
     (Episode._step, 45), (Episode._arrive, 30), (Episode._answer, 5), (Episode._cancel, 4), (Episode._stop, 3),
     (Episode._look, 2), (Episode._spoil, 3), (Episode._arrive_as_group, 3), (Episode._preempt_held, 1),
     (Episode._raise_for_a_moment, 1), (Episode._nan_for_a_moment, 1), (Episode._lack_memory, 2),
-    (Episode._lack_memory_to_choose, 2), (Episode._change_weights, 2), (Episode._release_memory, 1), strict=True,
+    (Episode._lack_memory_to_choose, 2), (Episode._change_weights, 3), (Episode._release_memory, 2), (Episode._let_all_end, 1), strict=True,
 )  # fmt: skip

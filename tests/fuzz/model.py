@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from paged_kernels import reference
-from tiny_model import HEAD_DIM, HEADS, KV_HEADS, LAYERS, TinyModel
+from tiny_model import HEAD_DIM, HEADS, KV_HEADS, TinyModel
 from torch import Tensor
 
 _FATES = 997
@@ -21,7 +21,7 @@ _RAISES, _IS_NAN = 0, 1
 class Kind:
     """What a row's answer depends on, beside the request itself and the weights of the day."""
 
-    windows: tuple[int | None, ...]  # of each layer
+    windows: tuple[int | None, ...]  # of each layer, two at most
     kv_dtype: str | None
 
 
@@ -30,7 +30,7 @@ class FuzzModel(TinyModel):
 
     def __init__(self, kind: Kind) -> None:
         super().__init__()
-        layers = tuple(replace(layer, sliding_window=w) for layer, w in zip(self.spec.layers, kind.windows, strict=True))
+        layers = tuple(replace(self.spec.layers[0], sliding_window=window) for window in kind.windows)
         self.spec = replace(self.spec, layers=layers, dtype=torch.float64)
         self._kv_dtype = getattr(torch, kind.kv_dtype) if kind.kv_dtype else None
         self.weights = 0  # of two sets
@@ -74,10 +74,10 @@ class FuzzModel(TinyModel):
     def _forward(self, token_ids, positions, attend, sample_indices, is_nan):
         x = self.embed[token_ids] + self.place[positions]  # [T, hidden]
         x[is_nan] = float("nan")
-        for i in range(LAYERS):
-            q, k, v = (x @ self.qkv[i]).split((HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM), dim=-1)
-            heads = (t.view(len(x), -1, HEAD_DIM) for t in (q, k, v))
-            x = x + 2 * torch.tanh(attend(i, *heads).reshape(len(x), -1) @ self.out[i])
+        for i in range(len(self.spec.layers)):
+            heads = (x @ self.qkv[i]).view(len(x), -1, HEAD_DIM)
+            q, k, v = heads[:, :HEADS], heads[:, HEADS : HEADS + KV_HEADS], heads[:, HEADS + KV_HEADS :]
+            x = x + 2 * torch.tanh(attend(i, q, k, v).reshape(len(x), -1) @ self.out[i])
         return x[sample_indices] @ self.unembed.T
 
     # ---- by itself, without engine and cache ---------------------------------------------------------------------

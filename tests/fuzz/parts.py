@@ -8,7 +8,7 @@ from torch import Tensor
 
 from paged_core import hookimpl
 from paged_core.execution import kv_cache
-from paged_core.execution.sampler import Sampler
+from paged_core.sampling.sampler import Sampler
 
 
 class ExactBackend:
@@ -24,35 +24,35 @@ class ExactBackend:
         starts, seq_lens = metadata.query_starts.long(), metadata.seq_lens.long()
         row = torch.arange(len(seq_lens)).repeat_interleave(starts.diff())  # [T]
         queries = seq_lens[row] - starts[row + 1] + torch.arange(len(row))  # [T]
-        keys = torch.arange(int(seq_lens.max()))  # [L]
-        blocks = metadata.block_tables.long()[row][:, keys // self._block_size]  # [T,L]
-        self._slots = blocks * self._block_size + keys % self._block_size
-        self._distances = queries[:, None] - keys  # [T,L]
-        self._own_slots = metadata.slot_mapping
+        keys = torch.arange(metadata.max_seq_len)  # [L]
+        slots = metadata.block_tables.long()[row][:, keys // self._block_size] * self._block_size
+        slots += keys % self._block_size  # [T,L]
+        distances, self._own = queries[:, None] - keys, metadata.slot_mapping
+        self._seen = {window: _seen(distances, window) for window in {layer.sliding_window for layer in self._layers}}
+        # What isn't seen may hold anything: the query's own slot is read in its place.
+        self._slots = {window: slots.where(seen, self._own[:, None]) for window, seen in self._seen.items()}
 
     def run(self, layer, q, k, v, cache, sinks=None, key_bias=None) -> Tensor:
-        facts, scales = self._layers[layer], cache.scales(layer)
-        reference.store_kv(k, v, cache.keys[layer], cache.values[layer], self._own_slots, *scales)
-        seen = self._distances >= 0  # [T,L]
-        if facts.sliding_window is not None:
-            seen &= self._distances < facts.sliding_window
-        slots = self._slots.where(seen, self._own_slots[:, None])  # what isn't seen may hold anything
-        keys, values = (
-            _gather(part, scale, slots, self._block_size)  # [T,L,K,D]
-            for part, scale in zip((cache.keys[layer], cache.values[layer]), scales, strict=True)
-        )
-        num_kv_heads = keys.shape[2]
-        q = q.view(len(q), num_kv_heads, -1, q.shape[-1])  # [T,K,G,D]
-        scores = torch.einsum("tkgd,tlkd->tkgl", q, keys) * facts.scale
+        facts, (key_scales, value_scales) = self._layers[layer], cache.scales(layer)
+        reference.store_kv(k, v, cache.keys[layer], cache.values[layer], self._own, key_scales, value_scales)
+        slots, seen = self._slots[facts.sliding_window], self._seen[facts.sliding_window]
+        places = slots // self._block_size, slots % self._block_size
+        keys = _gather(cache.keys[layer], key_scales, *places)  # [T,L,K,D]
+        values = _gather(cache.values[layer], value_scales, *places)
+        q = q.reshape(len(q), keys.shape[2], -1, q.shape[-1])  # [T,K,G,D]
+        scores = (q @ keys.permute(0, 2, 3, 1)) * facts.scale  # [T,K,G,L]
         weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
-        return torch.einsum("tkgl,tlkd->tkgd", weights, values).flatten(1, 2)
+        return (weights @ values.transpose(1, 2)).flatten(1, 2)  # [T,H,D]
 
     def copy_blocks(self, cache, pairs) -> None:
         reference.copy_blocks(cache.tensors, pairs)
 
 
-def _gather(cache: Tensor, scales: Tensor | None, slots: Tensor, block_size: int) -> Tensor:
-    blocks, offsets = slots // block_size, slots % block_size
+def _seen(distances: Tensor, window: int | None) -> Tensor:
+    return (distances >= 0) if window is None else (distances >= 0) & (distances < window)
+
+
+def _gather(cache: Tensor, scales: Tensor | None, blocks: Tensor, offsets: Tensor) -> Tensor:
     if scales is None:
         return cache[blocks, :, offsets]
     codes = cache.view(torch.uint8)[blocks, :, offsets].view(cache.dtype)

@@ -9,7 +9,7 @@ from fuzz.model import Kind
 
 from paged_core import EngineConfig
 
-_WINDOWS = ((None, None), (None, None), (5, 5), (9, 9), (None, 6))
+_WINDOWS = ((None,), (None,), (5,), (9,), (None, 6))
 
 
 @dataclass(frozen=True)
