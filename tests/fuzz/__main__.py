@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
 from fuzz.alone import Alone
 from fuzz.episode import Episode
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from fuzz.asks import MOST_TOKENS, Ask
 from fuzz.model import FuzzModel, Kind
 from fuzz.parts import Parts
-
 from paged_core import Engine, EngineConfig, FinishReason
 from paged_core.sampling.beam_search import ranked
 

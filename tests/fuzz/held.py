@@ -39,8 +39,6 @@ class Patient:
         parents = list(range(len(requests)))
         if len({len(request.tokens) for request in requests}) == 1:
             parents = [rnd.randrange(len(requests)) for _ in requests]
-        tokens = [
-            self._likeliest[requests[parent]] if rnd.random() < 0.7 else rnd.randrange(90) for parent in parents
-        ]
+        tokens = [self._likeliest[requests[parent]] if rnd.random() < 0.7 else rnd.randrange(90) for parent in parents]
         engine.resume(requests, tokens, parents if parents != list(range(len(requests))) else None)
         return []

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from fuzz.alone import Alone, Answer, Collected
 from fuzz.asks import Ask
 from fuzz.model import Kind
-
 from paged_core import FinishReason
 from paged_core.scheduling.request import Group, Request
 

@@ -6,7 +6,6 @@ import random
 from dataclasses import dataclass
 
 from fuzz.model import Kind
-
 from paged_core import EngineConfig
 
 _WINDOWS = ((None,), (None,), (5,), (9,), (None, 6))

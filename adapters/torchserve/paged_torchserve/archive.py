@@ -13,10 +13,12 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from paged_core import ConfigError
+from paged_torchserve.contents import check_contents, check_links, read_text
 from paged_torchserve.models import PICKLES, check_weights, find_model
 from paged_torchserve.settings import SECTION, put, read_settings
 
@@ -30,20 +32,22 @@ _BATCH_SIZE = 64
 _NOT_WITH_US = ("asyncCommunication", "sequenceBatching", "useJobTicket", "torchrun", "pippy", "deepspeed", "tp",
                 "micro_batching")  # fmt: skip
 
+# Rights that whoever made the old archive had given to what came with the weights: they are given anew, or not at all.
+_RIGHTS = ("allow_pickle", "trust_remote_code")
+
 _Pairs = Sequence[tuple[str, str]]
 
 
 class _Opened(NamedTuple):
     names: list[str]
+    read: Callable[[str], bytes]
     open: Callable[[str], IO[bytes]]
-
-    def read(self, name: str) -> bytes:
-        with self.open(name) as file:
-            return file.read()
 
 
 def swap(old: Path, new: Path, settings: _Pairs, *, allow_pickle: bool = False, force: bool = False) -> list[str]:
     """Write ``new``: ``old`` with our handler and a configuration for it. Returns what is different.
+
+    Rights that ``old`` gives to what comes with its weights are not kept: ``settings`` or ``allow_pickle`` give them.
 
     Raises:
         ConfigError: ``old`` can't be used, a setting is wrong, or ``new`` is there already.
@@ -61,7 +65,8 @@ def swap(old: Path, new: Path, settings: _Pairs, *, allow_pickle: bool = False, 
             else:
                 shutil.copyfile(old, unfinished)
                 _replace(unfinished, changed)
-    return [*_differences("", manifest["model"], fresh_manifest["model"]), *_differences("", config, fresh_config)]
+    found = [*_differences("", manifest["model"], fresh_manifest["model"]), *_differences("", config, fresh_config)]
+    return [*found, *_told_rights(config, fresh_config)]
 
 
 def create(
@@ -101,8 +106,10 @@ def create(
 @contextmanager
 def _opened(path: Path) -> Iterator[_Opened]:
     if path.is_dir():
-        names = [each.relative_to(path).as_posix() for each in sorted(path.rglob("*")) if each.is_file()]
-        yield _Opened(names, lambda name: (path / name).open("rb"))
+        files = [each for each in sorted(path.rglob("*")) if each.is_file()]
+        check_links(path, files)
+        names = [each.relative_to(path).as_posix() for each in files]
+        yield _Opened(names, lambda name: (path / name).read_bytes(), lambda name: (path / name).open("rb"))
         return
     if not path.is_file():
         raise ConfigError(f"{path} doesn't exist")
@@ -111,15 +118,11 @@ def _opened(path: Path) -> Iterator[_Opened]:
         raise ConfigError(f"{path} is no zip file, as archives are{hint}")
     try:
         with zipfile.ZipFile(path) as archive:
-            _check_open(archive, str(path))
-            yield _Opened([entry.filename for entry in archive.infolist() if not entry.is_dir()], archive.open)
+            check_contents(archive, path.stat().st_size, str(path))
+            names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
+            yield _Opened(names, partial(read_text, archive), archive.open)
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
         raise ConfigError(f"{path} can't be read: {error}") from error
-
-
-def _check_open(archive: zipfile.ZipFile, name: str) -> None:
-    if any(entry.flag_bits & 1 for entry in archive.infolist()):
-        raise ConfigError(f"{name} is encrypted; unpack it, and give its folder")
 
 
 def _read(path: Path, archive: _Opened) -> tuple[dict[str, Any], str, dict[str, Any]]:
@@ -160,8 +163,8 @@ def _find(archive: _Opened, hint: str | None, allow_pickle: bool) -> str | None:
     except ConfigError:
         for name in packed:
             with archive.open(name) as file, zipfile.ZipFile(file) as inner:  # which may be far larger than memory
-                _check_open(inner, f"{name} inside")
-                check_weights(find_model(inner.namelist(), inner.read), allow_pickle)
+                check_contents(inner, file.seek(0, os.SEEK_END), f"{name} inside")
+                check_weights(find_model(inner.namelist(), partial(read_text, inner)), allow_pickle)
                 return name
         raise
     check_weights(found, allow_pickle)
@@ -177,7 +180,7 @@ def _config(old: Mapping[str, Any], model: str | None, settings: _Pairs, allow_p
         del kept["parallelType"]
     size = old.get("batchSize")
     config = {**kept, **_OURS, "batchSize": max(_BATCH_SIZE, size if isinstance(size, int) else 1)}
-    section = dict(config.get(SECTION) or {})
+    section = {key: value for key, value in _section(old).items() if key not in _RIGHTS}
     theirs = old.get("handler")
     if isinstance(theirs, dict) and isinstance(theirs.get("max_new_tokens"), int):
         section.setdefault("max_new_tokens", theirs["max_new_tokens"])
@@ -185,12 +188,20 @@ def _config(old: Mapping[str, Any], model: str | None, settings: _Pairs, allow_p
         section["model"] = model
     if allow_pickle:
         section["allow_pickle"] = True
+    config.pop(SECTION, None)
     if section:
         config[SECTION] = section
     for key, text in settings:
         put(config, key, text)
     read_settings(config)
     return config
+
+
+def _section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    section = config.get(SECTION) or {}
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{SECTION} in model-config.yaml must hold keys and values; it is {section!r}")
+    return section
 
 
 def _manifest(old: Mapping[str, Any], config_name: str) -> dict[str, Any]:
@@ -209,6 +220,16 @@ def _differences(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> l
         elif before != after:
             found.append(f"{path}{key}: {after}" + (f" (was {before})" if key in old else ""))
     return found
+
+
+def _told_rights(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    told = []
+    for key in _RIGHTS:
+        if _section(new).get(key):
+            told.append(f"{SECTION}.{key} is on: what comes with the weights can run any code")
+        elif _section(old).get(key):
+            told.append(f"{SECTION}.{key} was on, and is off; --set {key}=true gives it anew, if you trust the weights")
+    return told
 
 
 def _json(value: Any) -> bytes:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from paged_core import AsyncEngine, ConfigError, Engine
+from paged_torchserve.contents import check_contents, check_room
 from paged_torchserve.models import check_weights, find_model
 from paged_torchserve.settings import Settings
 
@@ -64,8 +65,10 @@ def _unzip(archive: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
             try:
                 with zipfile.ZipFile(archive) as opened:
+                    num_bytes = check_contents(opened, archive.stat().st_size, f"{archive.name} in the archive")
+                    check_room(folder.parent, num_bytes, archive.name)
                     opened.extractall(Path(unfinished) / "model")
-            except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:  # the last: encrypted
+            except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
                 raise ConfigError(f"{archive.name} in the archive can't be unpacked: {error}") from error
             (Path(unfinished) / "model").rename(folder)
     return folder

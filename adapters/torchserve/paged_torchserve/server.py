@@ -23,6 +23,7 @@ from typing import Any
 
 from paged_core import ConfigError, PagedCoreError
 from paged_torchserve.archive import MANIFEST
+from paged_torchserve.contents import check_contents, read_text
 from paged_torchserve.java import find_java
 
 _POLL_S = 0.2
@@ -222,8 +223,11 @@ def _model_name(path: Path) -> tuple[str, Path]:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         else:
             with zipfile.ZipFile(path) as archive:
-                manifest = json.loads(archive.read(MANIFEST))
+                check_contents(archive, path.stat().st_size, str(path))
+                manifest = json.loads(read_text(archive, MANIFEST))
         name = str(manifest["model"]["modelName"])
+    except ConfigError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path} is no TorchServe archive: {error!r}") from error
     if not _NAME.fullmatch(name):  # it becomes a file's name in the model store

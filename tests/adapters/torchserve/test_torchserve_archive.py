@@ -181,6 +181,30 @@ def test_an_archive_may_name_a_hub_id_or_hold_a_gguf_file(tmp_path):
     assert _source(tmp_path, Settings(model="m.gguf")) == str(tmp_path / "m.gguf")
 
 
+def test_rights_of_the_old_archive_are_not_kept_unless_they_are_given_anew_and_either_is_told(
+    stock, model, tmp_path, capsys
+):
+    rights = "\npaged:\n  trust_remote_code: true\n  allow_pickle: true\n  seed: 3\n"
+    old = stock(model, STOCK_CONFIG + rights)
+    assert swap(old, tmp_path / "safe.mar") == 0
+    told = capsys.readouterr().out
+    assert contents(tmp_path / "safe.mar")[2]["paged"] == {"seed": 3, "max_new_tokens": 50}
+    for key in ("trust_remote_code", "allow_pickle"):
+        assert f"paged.{key} was on, and is off; --set {key}=true gives it anew" in told
+    assert swap(old, tmp_path / "trusted.mar", "--set", "trust_remote_code=true", "--allow-pickle") == 0
+    told = capsys.readouterr().out
+    section = contents(tmp_path / "trusted.mar")[2]["paged"]
+    assert (section["trust_remote_code"], section["allow_pickle"]) == (True, True)
+    for key in ("trust_remote_code", "allow_pickle"):
+        assert f"paged.{key} is on: what comes with the weights can run any code" in told
+
+
+def test_an_archive_that_gives_nothing_but_rights_loses_its_section(stock, model, tmp_path):
+    config = "paged:\n  trust_remote_code: true\n"
+    assert swap(stock(model, config), tmp_path / "new.mar") == 0
+    assert "paged" not in contents(tmp_path / "new.mar")[2]
+
+
 # ---- what can't be used is refused -----------------------------------------------------------------------------
 
 
@@ -252,7 +276,7 @@ def test_a_zip_inside_that_is_encrypted_or_broken_is_refused_by_swap_and_by_the_
     inner = Path(shutil.make_archive(str(packed / "model"), "zip", model))
     encrypt(inner)
     assert "model.zip inside is encrypted" in refused(capsys, "swap", stock(packed), tmp_path / "new.mar")
-    with pytest.raises(ConfigError, match=r"model\.zip.*password"):
+    with pytest.raises(ConfigError, match=r"model\.zip.*encrypted"):
         _source(packed, Settings(model="model.zip"))
     inner.write_bytes(b"PK no more")
     (tmp_path / "old.mar").unlink()
@@ -368,3 +392,102 @@ def test_a_model_whose_name_would_leave_the_store_is_not_served(tmp_path, name):
     (folder / "MAR-INF" / "MANIFEST.json").write_text(json.dumps({"model": {"modelName": name}}))
     with pytest.raises(ConfigError, match="make a name"):
         _model_name(folder)
+
+
+def add_entry(path: Path, name: str, content: bytes = b"x", attributes: int = 0o100644) -> None:
+    entry = zipfile.ZipInfo(name)
+    entry.external_attr = attributes << 16
+    entry.compress_type = zipfile.ZIP_DEFLATED
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(entry, content)
+
+
+def with_a_file_outside(path: Path) -> None:
+    add_entry(path, "../../outside")
+
+
+def with_a_file_at_the_root(path: Path) -> None:
+    add_entry(path, "/etc/outside")
+
+
+def with_a_file_outside_on_windows(path: Path) -> None:
+    add_entry(path, "..\\outside")
+
+
+def with_a_link(path: Path) -> None:
+    add_entry(path, "tokenizer.model", b"/etc/passwd", 0o120777)
+
+
+def with_a_name_twice(path: Path) -> None:
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        add_entry(path, "config.json", b"{}")
+
+
+def with_too_many_entries(path: Path) -> None:
+    with zipfile.ZipFile(path, "a") as archive:
+        for number in range(20_000):
+            archive.writestr(f"f{number}", b"")
+
+
+def with_a_bomb(path: Path) -> None:
+    add_entry(path, "zeros", bytes(100 << 20))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (with_a_file_outside, "written outside its folder"),
+        (with_a_file_at_the_root, "written outside its folder"),
+        (with_a_file_outside_on_windows, "written outside its folder"),
+        (with_a_link, "holds a link"),
+        (with_a_name_twice, "twice"),
+        (with_too_many_entries, "20000 is the most"),
+        (with_a_bomb, "may be made to fill a disk"),
+    ],
+)
+def test_an_archive_that_would_do_harm_when_unpacked_is_refused_by_swap_by_serve_and_inside(
+    stock, model, tmp_path, capsys, spoil, told
+):
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    inner = Path(shutil.make_archive(str(packed / "model"), "zip", model))
+    spoil(inner)
+    old, new = stock(packed), tmp_path / "new.mar"
+    assert told in refused(capsys, "swap", old, new)
+    with pytest.raises(ConfigError, match=told):
+        _source(packed, Settings(model="model.zip"))
+    assert [path.name for path in packed.iterdir()] == ["model.zip"]
+    old.unlink()
+    old = stock(model)
+    spoil(old)
+    assert told in refused(capsys, "swap", old, new)
+    with pytest.raises(ConfigError, match=told):
+        _model_name(old)
+    assert not new.exists()
+
+
+def test_a_configuration_too_long_to_read_is_refused(stock, model, tmp_path, capsys):
+    (model / "config.json").write_bytes(b" " * (17 << 20))
+    assert "for a file of its kind" in refused(capsys, "swap", stock(model), tmp_path / "new.mar")
+
+
+def test_an_archive_that_unpacks_to_more_than_the_disk_has_is_refused_by_the_worker(model, tmp_path, monkeypatch):
+    shutil.make_archive(str(tmp_path / "model"), "zip", model)
+    shutil.move(model, tmp_path / "elsewhere")
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(ConfigError, match="has room for 1000; make room"):
+        _source(tmp_path, Settings(model="model.zip"))
+
+
+def test_a_folder_with_a_link_that_leads_out_of_it_is_refused(stock, model, tmp_path, capsys):
+    folder = stock(model, archive_format="no-archive")
+    (tmp_path / "secret").write_text("secret")
+    (folder / "vocab.txt").symlink_to(tmp_path / "secret")
+    assert "is a link to" in refused(capsys, "swap", folder, tmp_path / "new.mar")
+
+
+@pytest.mark.parametrize("section", ["7", "[1, 2]", "text"])
+def test_a_section_that_holds_no_keys_is_refused(stock, model, tmp_path, capsys, section):
+    old = stock(model, f"paged: {section}\n")
+    assert "must hold keys and values" in refused(capsys, "swap", old, tmp_path / "new.mar")
