@@ -15,7 +15,7 @@ from paged_core.errors import (
     RequestError,
     UnsupportedModel,
 )
-from paged_core.hookspecs import hookimpl
+from paged_core.hookspecs import Commands, hookimpl
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.policies import SchedulingPolicy
 from paged_core.scheduling.request import (
@@ -34,15 +34,8 @@ if TYPE_CHECKING:
     from paged_core.engine.view import BlockCells, EngineView
     from paged_core.execution.batch import AttentionMetadata
     from paged_core.execution.kv_cache import KVCache
-    from paged_core.execution.model import (
-        Attend,
-        AttentionBackend,
-        LayerSpec,
-        ModelSpec,
-        ModuleForward,
-        PagedModel,
-        TokenSelector,
-    )
+    from paged_core.execution.model import Attend, AttentionBackend, ModuleForward, PagedModel, TokenSelector
+    from paged_core.execution.spec import LayerSpec, ModelSpec
     from paged_core.frontends.async_engine import AsyncEngine, Stream
     from paged_core.frontends.llm import LLM
     from paged_core.sampling.sampler import Likeliest
@@ -68,9 +61,9 @@ _LAZY = {
     "GenerationOutput": "text.outputs",
     "KVCache": "execution.kv_cache",
     "LLM": "frontends.llm",
-    "LayerSpec": "execution.model",
+    "LayerSpec": "execution.spec",
     "Likeliest": "sampling.sampler",
-    "ModelSpec": "execution.model",
+    "ModelSpec": "execution.spec",
     "ModuleForward": "execution.model",
     "PagedModel": "execution.model",
     "Prompt": "text.codec",
@@ -93,6 +86,7 @@ __all__ = [
     "AttentionMetadata",
     "BlockCells",
     "BlockPool",
+    "Commands",
     "CompletionOutput",
     "ConfigError",
     "Detokenizer",

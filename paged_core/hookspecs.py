@@ -8,20 +8,32 @@ given has no size left open but ``num_blocks``; ``sizes`` says the same with dty
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
 
 if TYPE_CHECKING:
+    import argparse
+
     import torch
 
     from paged_core.config import EngineConfig, EngineSizes, StepSizes
     from paged_core.engine.stats import StepStats
     from paged_core.execution.kv_cache import KVCache
-    from paged_core.execution.model import AttentionBackend, ModelSpec, ModuleForward, PagedModel, TokenSelector
-    from paged_core.plugins import Commands
+    from paged_core.execution.model import AttentionBackend, ModuleForward, PagedModel, TokenSelector
+    from paged_core.execution.spec import ModelSpec
     from paged_core.scheduling.policies import SchedulingPolicy
     from paged_core.scheduling.request import LogitsProcessor, Request, RequestOutput
+
+
+class Commands(Protocol):
+    """The subcommands of ``paged``, for plugins to add to."""
+
+    def add_parser(self, name: str, *, help: str, **options: Any) -> argparse.ArgumentParser:
+        """A new subcommand; ``options``: as argparse.ArgumentParser takes them. ``set_defaults(run=...)`` of what
+        comes back says what it does: ``run(args) -> exit status``."""
+        ...
+
 
 hookspec = pluggy.HookspecMarker("paged_core")
 hookimpl = pluggy.HookimplMarker("paged_core")
@@ -79,8 +91,7 @@ def create_logits_processor(request: Request) -> LogitsProcessor | None:
 
 @hookspec
 def register_commands(commands: Commands) -> None:
-    """Add subcommands to ``paged``: ``commands.add_parser(name, help=...)``, an argparse subparsers object; call
-    ``parser.set_defaults(run=function_of_args)``."""
+    """Add subcommands to ``paged``."""
 
 
 # ---- observers -------------------------------------------------------------------------------------------------

@@ -5,17 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pluggy
 
 from paged_core import hookspecs
 from paged_core.errors import PluginError
-
-if TYPE_CHECKING:
-    import argparse
-
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 BUILTIN = (
     "paged_core.builtin.attention",

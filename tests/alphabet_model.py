@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from paged_core.execution.model import LayerSpec, ModelSpec
+from paged_core.execution.spec import LayerSpec, ModelSpec
 
 VOCAB, MAX_LEN = 97, 256  # with toy_tokenizers.CharacterTokenizer: token i is the character 32 + i; 96 is EOS
 

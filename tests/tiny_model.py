@@ -5,7 +5,7 @@ It runs on the engine as a PagedModel, and by itself (``generate``) over dense a
 
 import torch
 
-from paged_core.execution.model import LayerSpec, ModelSpec
+from paged_core.execution.spec import LayerSpec, ModelSpec
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB, MAX_LEN = 4, 2, 16, 2, 97, 512
 EOS = 96

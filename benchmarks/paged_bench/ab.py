@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from paged_bench import workloads
+from paged_bench import chart, report, workloads
 from paged_bench.agreement import Agreement, compare, reference_of
+from paged_bench.outcome import Outcome
 from paged_bench.progress import Progress
-from paged_bench.results import Run, Summary, summarise
+from paged_bench.results import Run, summarise
 from paged_bench.worker import Facts, Job, SystemFailed, Worker
 from paged_bench.workloads import Workload
 from paged_core import ConfigError, EngineConfig
@@ -21,23 +21,8 @@ from paged_core import ConfigError, EngineConfig
 PAGED = "paged"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """All that a report needs."""
-
-    facts: Facts
-    workload: Workload
-    order: tuple[str, ...]  # of the runs
-    summaries: tuple[Summary, ...]  # paged first
-    failures: dict[str, str]  # system -> why it has no figures, or not all
-    agreements: tuple[Agreement, ...]
-    reference: str  # who the reference is, in words; empty: nothing to agree with
-
-
 def main(args: argparse.Namespace, config: EngineConfig) -> int:
     """Run what ``paged bench`` was asked for. Exit status 1 if paged itself failed."""
-    from paged_bench import chart, report
-
     baselines = parse_baselines(args.baseline)
     if args.plot is not None and find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install 'paged-core[bench]'")

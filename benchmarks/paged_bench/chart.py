@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from paged_bench.outcome import Outcome
 from paged_bench.report import heading
-
-if TYPE_CHECKING:
-    from paged_bench.ab import Outcome
 
 _OURS, _THEIRS = "#1f6f5c", "#b9bec5"
 

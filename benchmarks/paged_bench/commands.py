@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from paged_hf.commands import add_engine, add_model, quiet_imports
 from paged_serving import engine_config, whole_number
 
+from paged_core import Commands
 
-def register(commands: Any) -> None:
-    """Add the command to ``commands``, an argparse subparsers object."""
+
+def register(commands: Commands) -> None:
+    """Add the command to ``commands``."""
     parser = commands.add_parser(
         "bench", help="compare with stock Hugging Face: speed, memory, and whether the tokens are the same"
     )

@@ -13,14 +13,12 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from paged_bench.agreement import Agreement
+from paged_bench.outcome import Outcome
 from paged_bench.results import Summary
 from paged_core import EngineConfig
-
-if TYPE_CHECKING:
-    from paged_bench.ab import Outcome
 
 COLUMNS = (
     "system",

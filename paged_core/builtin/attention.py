@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from paged_core.config import StepSizes
     from paged_core.execution.batch import AttentionMetadata
     from paged_core.execution.kv_cache import KVCache
-    from paged_core.execution.model import AttentionBackend, LayerSpec, ModelSpec
+    from paged_core.execution.model import AttentionBackend
+    from paged_core.execution.spec import LayerSpec, ModelSpec
 
 
 _log = logging.getLogger("paged_core")

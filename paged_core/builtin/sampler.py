@@ -8,7 +8,7 @@ from paged_core.builtin.gpu_forwards import triton_works
 from paged_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from paged_core.execution.model import ModelSpec
+    from paged_core.execution.spec import ModelSpec
     from paged_core.sampling.sampler import Sampler
 
 

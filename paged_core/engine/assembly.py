@@ -16,15 +16,9 @@ from paged_core.errors import ConfigError, PluginError, UnsupportedModel
 from paged_core.execution import compiling, kv_cache
 from paged_core.execution.graphs import CudaRecorder, DecodeGraphs, Record
 from paged_core.execution.kv_cache import KVCache
-from paged_core.execution.model import (
-    AcceleratedModel,
-    AttentionBackend,
-    CompilableModel,
-    ModelSpec,
-    PagedModel,
-    TokenSelector,
-)
+from paged_core.execution.model import AcceleratedModel, AttentionBackend, CompilableModel, PagedModel, TokenSelector
 from paged_core.execution.model_runner import ModelRunner
+from paged_core.execution.spec import ModelSpec
 from paged_core.plugins import Plugins, describe
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.scheduler import Scheduler

@@ -9,7 +9,8 @@ import torch
 from paged_core.config import EngineConfig, EngineSizes, StepSizes
 from paged_core.errors import ConfigError
 from paged_core.execution import kv_cache, profile
-from paged_core.execution.model import AttentionBackend, ModelSpec, PagedModel, TokenSelector
+from paged_core.execution.model import AttentionBackend, PagedModel, TokenSelector
+from paged_core.execution.spec import ModelSpec
 from paged_core.scheduling.schedule import Limits
 
 

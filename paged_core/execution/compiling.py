@@ -13,8 +13,9 @@ from torch import Tensor
 
 from paged_core.execution import kv_cache
 from paged_core.execution.batch import BatchBuilder
-from paged_core.execution.model import AttentionBackend, CompilableModel, ModelSpec, PagedModel
+from paged_core.execution.model import AttentionBackend, CompilableModel, PagedModel
 from paged_core.execution.model_runner import ModelRunner
+from paged_core.execution.spec import ModelSpec
 from paged_core.scheduling.request import Request, SamplingParams
 from paged_core.scheduling.schedule import Schedule, ScheduledChunk
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from paged_core.execution.model import ModelSpec
+from paged_core.execution.spec import ModelSpec
 
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)  # cache dtypes that come with a scale for each token and kv head
 

@@ -6,48 +6,16 @@ H query heads, K kv heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from paged_core.execution.batch import AttentionMetadata
+from paged_core.execution.kv_cache import KVCache
+from paged_core.execution.spec import ModelSpec
 from paged_core.scheduling.request import Request, Selection
-
-if TYPE_CHECKING:
-    from paged_core.execution.batch import AttentionMetadata
-    from paged_core.execution.kv_cache import KVCache
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """The facts of one attention layer that a backend must honour or refuse."""
-
-    num_heads: int  # H
-    num_kv_heads: int  # K
-    head_dim: int  # D of queries and keys
-    value_head_dim: int  # D of values; differs in MLA models
-    scale: float  # multiplies q·k
-    device: torch.device
-    sliding_window: int | None = None  # a query sees keys with key position > query position - window
-    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
-    has_sinks: bool = False  # a learned logit a head joins the softmax's denominator
-    has_key_bias: bool = False  # a number for each head and key position joins the scores, after softcap (ALiBi)
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What the engine needs to know of a model."""
-
-    layers: tuple[LayerSpec, ...]  # one for each call of attend in a forward pass, in layer order
-    vocab_size: int
-    max_model_len: int  # tokens of a sequence, prompt and output
-    dtype: torch.dtype  # of K/V as the model produces them
-    device: torch.device  # of token ids and logits
-    eos_token_ids: tuple[int, ...] = ()
-    name: str = "model"
-    sampling_defaults: Mapping[str, float] = field(default_factory=dict, hash=False)  # SamplingParams its makers advise
 
 
 class Attend(Protocol):

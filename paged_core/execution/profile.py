@@ -13,8 +13,9 @@ import torch
 
 from paged_core.execution import kv_cache
 from paged_core.execution.batch import BatchBuilder
-from paged_core.execution.model import AttentionBackend, ModelSpec, PagedModel, TokenSelector
+from paged_core.execution.model import AttentionBackend, PagedModel, TokenSelector
 from paged_core.execution.model_runner import ModelRunner
+from paged_core.execution.spec import ModelSpec
 from paged_core.scheduling.request import Request, SamplingParams
 from paged_core.scheduling.schedule import Limits, Schedule, ScheduledChunk
 

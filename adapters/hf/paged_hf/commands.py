@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from typing import Any
 
 from paged_serving import add_engine_options, engine_config, whole_number
 
-from paged_core import ConfigError, SamplingParams
+from paged_core import Commands, ConfigError, SamplingParams
 
 _NOT_HERE = ("seed", "scheduling_policy", "enable_prefix_caching", "cuda_graphs", "gpu_memory_utilization",
              "max_num_seqs", "max_num_batched_tokens")  # fmt: skip
 
 
-def register(commands: Any) -> None:
-    """Add the command to ``commands``, an argparse subparsers object."""
+def register(commands: Commands) -> None:
+    """Add the command to ``commands``."""
     parser = commands.add_parser("generate", help="complete one prompt, shown as it is written")
     add_model(parser)
     parser.add_argument(

@@ -6,7 +6,7 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
-from paged_core import hookimpl
+from paged_core import Commands, hookimpl
 
 
 @hookimpl(trylast=True)  # it takes nearly any string: whoever knows better goes first
@@ -30,7 +30,7 @@ def load_tokenizer(source: Any) -> Any:
 
 
 @hookimpl
-def register_commands(commands: Any) -> None:
+def register_commands(commands: Commands) -> None:
     """``paged generate``."""
     from paged_hf import commands as ours
 

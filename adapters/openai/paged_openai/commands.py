@@ -10,13 +10,13 @@ from typing import Any
 
 from paged_serving import RequestLimits, add_engine_options, engine_config, whole_number
 
-from paged_core import ConfigError, InvalidRequestError, PagedCoreError
+from paged_core import Commands, ConfigError, InvalidRequestError, PagedCoreError
 
 _LIMITS = ("max_prompt_tokens", "max_tokens", "max_n", "max_prompts", "max_stop", "max_logprobs", "max_values")
 
 
-def register(commands: Any) -> None:
-    """Add the command to ``commands``, an argparse subparsers object."""
+def register(commands: Commands) -> None:
+    """Add the command to ``commands``."""
     parser = commands.add_parser("serve", help="serve a model over HTTP, to OpenAI's and TGI's clients")
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, a GGUF file, or smollm2")
     add_options(parser)

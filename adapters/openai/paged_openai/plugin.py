@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from paged_core import hookimpl
+from paged_core import Commands, hookimpl
 
 
 @hookimpl
-def register_commands(commands: Any) -> None:
+def register_commands(commands: Commands) -> None:
     """``paged serve``."""
     from paged_openai import commands as ours
 

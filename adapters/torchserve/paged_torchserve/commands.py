@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from paged_core import ConfigError
+from paged_core import Commands, ConfigError
 
 
-def register(commands: Any) -> None:
-    """Add the command to ``commands``, an argparse subparsers object."""
+def register(commands: Commands) -> None:
+    """Add the command to ``commands``."""
     parser = commands.add_parser("torchserve", help="TorchServe archives: swap handlers, make new ones, serve")
     parser.set_defaults(run=lambda args: parser.print_help())  # each subcommand has its own instead
     inner = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

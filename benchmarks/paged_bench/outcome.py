@@ -1,0 +1,23 @@
+"""What a comparison came to: all that tables, JSON and charts are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from paged_bench.agreement import Agreement
+from paged_bench.results import Summary
+from paged_bench.worker import Facts
+from paged_bench.workloads import Workload
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that a report needs."""
+
+    facts: Facts
+    workload: Workload
+    order: tuple[str, ...]  # of the runs
+    summaries: tuple[Summary, ...]  # paged first
+    failures: dict[str, str]  # system -> why it has no figures, or not all
+    agreements: tuple[Agreement, ...]
+    reference: str  # who the reference is, in words; empty: nothing to agree with
