@@ -9,6 +9,9 @@ come all at once, ``--rate`` a second (Poisson), or at the trace's times; at mos
 Without --url, --in-process drives an AsyncEngine in this process and a ``paged serve`` of its own in turn, so that one
 command tells the cost of HTTP; the client computes on the same cores and is part of it.
 
+With the openai backends an answer goes on after the end token, in process too, unless --extra takes ignore_eos away.
+TGI's protocol can't ask for that: with it every system ends there.
+
 first token: from arrival to the first piece. next token: from piece to piece of one answer. goodput: requests a second
 that met both --slo-ttft and, in their mean, --slo-itl.
 """
@@ -41,7 +44,7 @@ from paged_bench.report import cpu_name
 from paged_bench.results import percentile
 from paged_bench.workloads import Workload, from_trace, synthetic, with_poisson_arrivals
 from paged_hf import embedded_folder
-from serving_clients import PATHS, Answer, Ask, EngineTarget, HTTPTarget, Target, drive
+from serving_clients import PATHS, Answer, Ask, EngineTarget, HTTPTarget, Target, drive, ignores_eos
 
 Row = dict[str, Any]
 
@@ -142,7 +145,7 @@ def _targets(args: argparse.Namespace) -> Iterator[dict[str, Target]]:
     with AsyncEngine(args.in_process, config=config) as engine, _own_server(args) as url:
         server = _endpoint(args, url, args.in_process)
         short = [Ask(0, "A", (1, 2, 3), 2)]
-        targets = {"in-process": EngineTarget(engine), "http": server}
+        targets = {"in-process": EngineTarget(engine, ignores_eos(args.backend, args.extra)), "http": server}
         for target in targets.values():  # compiles what is left to compile
             asyncio.run(drive(target, short, None, lambda _: None))
         yield targets

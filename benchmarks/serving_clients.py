@@ -75,14 +75,20 @@ async def drive(
     return list(answers), time.perf_counter() - began
 
 
-class EngineTarget:
-    """The engine itself, without HTTP."""
+def ignores_eos(backend: str, extra: dict[str, Any] | None = None) -> bool:
+    """Whether answers go on after the end token, which may be chosen all the same. TGI has no field that asks for it:
+    its answers end there, and so do those of the others if ``extra`` says so."""
+    return backend != "tgi" and bool({"ignore_eos": True, **(extra or {})}["ignore_eos"])
 
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
+
+class EngineTarget:
+    """The engine itself, without HTTP. ``ignore_eos``: as those do that it is compared with."""
+
+    def __init__(self, engine: AsyncEngine, ignore_eos: bool = True) -> None:
+        self._engine, self._ignore_eos = engine, ignore_eos
 
     async def ask(self, ask: Ask, answer: Answer, began: float) -> None:
-        params = SamplingParams(temperature=0, max_tokens=ask.num_output, ignore_eos=True)
+        params = SamplingParams(temperature=0, max_tokens=ask.num_output, ignore_eos=self._ignore_eos)
         async for delta in self._engine.submit(ask.token_ids, params):
             answer.times_s.append(time.perf_counter() - began)
             answer.num_tokens += len(delta.token_ids)

@@ -16,6 +16,10 @@ class StockHandler:
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+        named = self.model.generation_config.eos_token_id
+        named = named if isinstance(named, list) else [named]
+        # A served answer ends at the tokenizer's end too: all systems are to mean the same by it.
+        self.ends = sorted({*named, self.tokenizer.eos_token_id} - {None})
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
         bodies = [each["body"] for each in data]
@@ -23,6 +27,10 @@ class StockHandler:
         most = max(body["max_new_tokens"] for body in bodies)
         with torch.inference_mode():
             rows = self.model.generate(
-                **batch, do_sample=False, max_new_tokens=most, pad_token_id=self.tokenizer.pad_token_id
+                **batch,
+                do_sample=False,
+                max_new_tokens=most,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self.ends or None,
             )
         return self.tokenizer.batch_decode(rows[:, batch.input_ids.shape[1] :], skip_special_tokens=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -116,8 +116,12 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         selector: TokenSelector | None = None,
+        eos_token_ids: Collection[int] = (),
     ) -> list[Request]:
         """Queue ``params.n`` samples of one prompt, or its beams.
+
+        ``eos_token_ids``: tokens that end a sequence beside those that the model's configuration names; its tokenizer
+        may know one more. Ids outside the vocabulary never come, and may stand there.
 
         Raises:
             InvalidRequestError: the prompt is empty, holds ids outside the vocabulary, or can never fit; or the id is
@@ -126,7 +130,8 @@ class Engine:
         params = params or SamplingParams()
         beams = params.use_beam_search and selector is None
         rows = [prompt_token_ids] * params.n
-        return self._add(request_id, rows, params, BeamSearch() if beams else selector, lockstep=beams)
+        chosen_by = BeamSearch() if beams else selector
+        return self._add(request_id, rows, params, chosen_by, lockstep=beams, eos_token_ids=eos_token_ids)
 
     def add_group(
         self, request_id: str, prompts: Sequence[Sequence[int]], params: SamplingParams, *, selector: TokenSelector
@@ -312,6 +317,7 @@ class Engine:
         params: SamplingParams,
         selector: TokenSelector | None,
         lockstep: bool,
+        eos_token_ids: Collection[int] = (),
     ) -> list[Request]:
         self._check_between_steps("adding a request")
         if self._dead is not None:
@@ -323,7 +329,10 @@ class Engine:
         check_token_ids(params, self.spec.vocab_size)
         self._refresh()
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
-        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else set(self.spec.eos_token_ids))
+        stops = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            more = (token for token in eos_token_ids if 0 <= token < self.spec.vocab_size)
+            stops = stops.union(self.spec.eos_token_ids, more)
         group = Group(lockstep)
         for index, prompt in enumerate(prompts):
             Request(

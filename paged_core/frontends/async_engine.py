@@ -286,7 +286,12 @@ class AsyncEngine:
         generation = submit.generation
         self._running[generation.request_id] = submit
         try:
-            self.engine.add_request(generation.request_id, generation.prompt.token_ids, generation.params)
+            self.engine.add_request(
+                generation.request_id,
+                generation.prompt.token_ids,
+                generation.params,
+                eos_token_ids=self.codec.eos_token_ids,
+            )
         except EngineDeadError:
             raise
         except InvalidRequestError as error:

@@ -173,7 +173,9 @@ class _Run:
                 self._codec,
                 arrival,
             )
-            self._engine.add_request(request_id, generation.prompt.token_ids, generation.params)
+            self._engine.add_request(
+                request_id, generation.prompt.token_ids, generation.params, eos_token_ids=self._codec.eos_token_ids
+            )
         except EngineDeadError:
             raise
         except BaseException as error:  # of a plugin's or the tokenizer's, say

@@ -47,11 +47,15 @@ class Prompt(NamedTuple):
 
 
 class TextCodec:
-    """A tokenizer made safe for threads. ``tokenizer`` may be None: then only token ids can be served."""
+    """A tokenizer made safe for threads. ``tokenizer`` may be None: then only token ids can be served.
+
+    ``eos_token_ids``: what it ends texts with, none or more.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._encoder, self._decoder = _private_copy(tokenizer), _private_copy(tokenizer)
+        self.eos_token_ids = _eos_token_ids(tokenizer)
         self.renew_locks()
         self._chat = ChatTemplate(self._apply_chat_template)
         self._byte_level = is_byte_level(tokenizer)
@@ -254,6 +258,14 @@ class _NoText:
 
     def flush(self) -> str:
         return ""
+
+
+def _eos_token_ids(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer ends texts with. Of a chat model it may be the only one to know the end of a turn."""
+    found = getattr(tokenizer, "eos_token_id", None)
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, Sequence) else (int(found),)
 
 
 def _private_copy(tokenizer: Any) -> Any:

@@ -65,6 +65,19 @@ def test_every_backend_is_read_and_compared_with_the_engine(bench: Any, backend:
     assert found["num_identical"] == (0 if backend == "openai-chat" else 6), "a chat has another prompt"
 
 
+@pytest.mark.parametrize(
+    ("backend", "extra", "num"), [("openai", {}, 9), ("openai", {"ignore_eos": None}, 3), ("tgi", {}, 3)]
+)
+def test_the_end_token_means_the_same_to_the_engine_and_the_server(
+    bench: Any, backend: str, extra: dict[str, Any], num: int
+) -> None:
+    asks = [bench.Ask(0, "}", (93,), 9)]  # two characters before the end
+    with alphabet_server() as server:
+        over_http, _ = run(bench, bench.HTTPTarget(server.url, backend, "alphabet", None, extra), asks)
+        direct, _ = run(bench, bench.EngineTarget(server.engine, bench.ignores_eos(backend, extra)), asks)
+    assert over_http[0].num_tokens == direct[0].num_tokens == num
+
+
 def test_errors_are_counted_and_told(bench: Any) -> None:
     with alphabet_server() as server:
         _, row = run(bench, bench.HTTPTarget(server.url, "openai", "nobody"), asks_of(bench, 3))

@@ -72,7 +72,9 @@ class ServedModel:
         self.max_model_len = engine.sizes.max_model_len
         self.defaults: Mapping[str, float] = spec.sampling_defaults if model_defaults else {}
         self.max_prompt_tokens = _max_prompt_tokens(engine, self.limits)
-        self._vocab_size, self._eos_token_ids = spec.vocab_size, spec.eos_token_ids
+        self._vocab_size = spec.vocab_size
+        of_tokenizer = (token for token in self.codec.eos_token_ids if token < spec.vocab_size)
+        self._eos_token_ids = tuple(dict.fromkeys((*spec.eos_token_ids, *of_tokenizer)))
         self.has_priorities = engine.config.scheduling_policy == "priority"
 
     def check_name(self, asked: str | None) -> str:
