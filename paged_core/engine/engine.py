@@ -331,8 +331,7 @@ class Engine:
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         stops = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
-            more = (token for token in eos_token_ids if 0 <= token < self.spec.vocab_size)
-            stops = stops.union(self.spec.eos_token_ids, more)
+            stops = stops.union(self.spec.eos_token_ids, eos_token_ids)
         group = Group(lockstep)
         for index, prompt in enumerate(prompts):
             Request(

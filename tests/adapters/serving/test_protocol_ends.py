@@ -72,6 +72,10 @@ def test_an_end_that_the_model_does_not_have_ends_nothing(known: Any, ids: tuple
     assert TextCodec(tokenizer).eos_token_ids == ids
     (output,) = LLM(AlphabetModel(), tokenizer=tokenizer, config=CONFIG).generate([[H - 3]], greedy(max_tokens=5))
     assert output.outputs[0].finish_reason == ("stop" if H in ids else "length")
+    beams = LLM(AlphabetModel(), tokenizer=tokenizer, config=CONFIG).generate(
+        [[H - 3]], greedy(max_tokens=5, use_beam_search=True, n=2)
+    )
+    assert beams[0].error is None and beams[0].outputs[0].finish_reason == output.outputs[0].finish_reason
 
 
 def test_every_protocol_tells_it_as_the_end_of_the_text(alphabet: Alphabet) -> None:

@@ -160,16 +160,26 @@ def test_the_template_is_rendered_once_where_its_form_is_known() -> None:
     assert tokenizer.num_rendered == before + 1
 
 
-def test_what_one_caller_sent_spoils_no_others_chat() -> None:
-    quiet = "{% if quiet %}{{ raise_exception('sh') }}{% endif %}" + POLITE.replace(JOINS, PARTS)
-    codec, talk = TextCodec(Templated(quiet)), [("user", "hi"), ("assistant", parts("ho"))]
-    chat = [{"role": role, "content": content} for role, content in talk]
-    with pytest.raises(InvalidRequestError, match="sh"):
-        codec.render_chat(chat, quiet=True)
+def test_a_conversation_that_was_refused_spoils_no_later_one() -> None:
+    codec = TextCodec(Templated(POLITE.replace(JOINS, BOTH)))
+    user, assistant = {"role": "user", "content": parts("one", "two")}, {"role": "assistant", "content": "three"}
     with pytest.raises(InvalidRequestError, match="the user speaks first"):
-        codec.render_chat(chat[::-1])
-    assert codec.render_chat(chat) == "[user]hi[assistant]ho"
-    assert codec._chat._forms, "found, and kept"
+        codec.render_chat([assistant, user])
+    assert codec.render_chat([user, assistant]) == "[user]onetwo[assistant]three", "parts, as the template reads them"
+
+
+def test_what_a_callers_own_options_make_of_a_template_is_no_others() -> None:
+    codec = TextCodec(Templated("{% if plain %}" + PRINTS + "{% else %}" + PARTS + "{% endif %}"))
+    chat = [{"role": "user", "content": "hi"}]
+    for options in ({"plain": True}, {}, {"plain": True}, {"add_generation_prompt": False}):
+        assert codec.render_chat(chat, **options) == "[user]hi"
+
+
+def test_an_early_message_that_is_printed_does_not_stand_for_the_last() -> None:
+    only_first = PRINTS.replace("in messages", "in messages[:1]")
+    assert render(only_first, ("user", "one")) == "[user]one"
+    with pytest.raises(InvalidRequestError, match="leaves out the text of message 1"):
+        render(only_first, ("user", "one"), ("user", "two"))
 
 
 def test_strange_roles_without_end_take_no_memory_without_end() -> None:

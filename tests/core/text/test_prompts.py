@@ -75,6 +75,14 @@ def test_every_form_that_people_know_is_completed(llm: LLM, prompts: Any, texts:
     assert [output.outputs[0].text for output in outputs] == texts
 
 
+@pytest.mark.parametrize("encoded", [padded(), tensors(), dict(padded())])
+def test_a_tokenizers_padding_is_no_part_of_a_prompt(llm: LLM, encoded: Any) -> None:
+    assert as_prompts(encoded) == [[A], [A, B, C]]
+    assert [output.prompt_token_ids for output in llm.generate(encoded, GREEDY)] == [[A], [A, B, C]]
+    one = {"input_ids": [[0, A, B, 0]], "attention_mask": torch.tensor([[0, 1, 1, 0]])}
+    assert encode_prompt(CODEC, one).token_ids == [A, B]
+
+
 @pytest.mark.parametrize(
     ("prompts", "told"),
     [
