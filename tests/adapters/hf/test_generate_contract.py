@@ -696,9 +696,18 @@ def test_offloaded_caches_give_the_usual_answers_even_where_stocks_need_an_accel
     patched: Any, rows: Options, kind: str
 ) -> None:
     got = answer(patched, (), {**rows, **SHORT, "cache_implementation": kind})
-    assert got.error is None
-    assert patched.last_report().tier == "native"
-    assert_alike(got.result, patched.stock(**rows, **SHORT), "result")
+    if stock_makes_streams():
+        assert got.error is None
+        assert patched.last_report().tier == "native"
+        assert_alike(got.result, patched.stock(**rows, **SHORT), "result")
+    else:  # stock makes the cache before any loop is chosen
+        assert isinstance(got.error, RuntimeError)
+        assert answer(patched.stock, (), {**rows, **SHORT, "cache_implementation": kind}).error is not None
+
+
+def stock_makes_streams() -> bool:
+    """A torch that was built for a GPU can't where there is none. Its offloaded caches want one at once."""
+    return torch.version.cuda is None or torch.cuda.is_available()
 
 
 def test_a_quantized_cache_is_stocks_business(patched: Any, rows: Options) -> None:
