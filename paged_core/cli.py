@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
+from importlib.metadata import requires
 
 from paged_core import __version__
 from paged_core.errors import InvalidRequestError, PagedCoreError, PluginError
 from paged_core.plugins import Plugins, load_plugins
+
+_DISTRIBUTIONS = {"yaml": "pyyaml", "ts": "torchserve"}  # whose modules have other names
+_FOR_DEVELOPERS = frozenset({"test", "docs", "dev"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"paged: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:  # transformers and others import what a call needs in the midst of it
+        if debug:
+            raise
+        print(f"paged: {error}\npaged: {_how_to_install(error.name)}", file=sys.stderr)
         return 2
 
 
@@ -57,6 +67,27 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
     )
+
+
+def _how_to_install(module: str | None) -> str:
+    """The extra that brings a module; all of them if none declares it by that name."""
+    extras: dict[str, set[str]] = {}  # by distribution, its name as the index compares names
+    for line in requires("paged-core") or ():
+        name, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"]([\w-]+)['\"]", line)
+        if name and extra:
+            extras.setdefault(_same_name(name[0]), set()).add(extra[1])
+    top = (module or "").split(".")[0]
+    wanted = extras.get(_same_name(_DISTRIBUTIONS.get(top, top)), set()) - _FOR_DEVELOPERS
+    ways = " or ".join(f"pip install 'paged-core[{extra}]'" for extra in sorted(wanted) or ["EXTRA"])
+    hint = f"this command needs what isn't installed here: {ways}"
+    if wanted:
+        return hint
+    offered = sorted(set().union(*extras.values()) - _FOR_DEVELOPERS)
+    return f"{hint}, where EXTRA is of {', '.join(offered)}; --debug shows what wanted it"
+
+
+def _same_name(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def _list_plugins(manager: Plugins) -> None:

@@ -25,6 +25,9 @@ class Commands:
             ("broken", PluginError("no plugin answered; install one")),
             ("refused", InvalidRequestError("top_p is 2; it must be a number from 0 to 1")),
             ("stopped", KeyboardInterrupt()),
+            ("bare", ModuleNotFoundError("No module named 'gguf'", name="gguf")),
+            ("archiving", ModuleNotFoundError("No module named 'yaml'", name="yaml.nodes")),
+            ("puzzled", ImportError("Please install what it takes to read this.")),
         ]:
             commands.add_parser(name).set_defaults(run=raiser(error))
 
@@ -92,6 +95,29 @@ def test_an_error_of_the_callers_is_one_line_and_status_2(with_commands, capsys,
 def test_debug_shows_where_an_error_came_from(with_commands, argv):
     with pytest.raises(PluginError):
         cli.main(argv)
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("bare", "No module named 'gguf'\npaged: this command needs what isn't installed here: "
+            "pip install 'paged-core[hf]'"),
+        ("archiving", "No module named 'yaml'\npaged: this command needs what isn't installed here: "
+            "pip install 'paged-core[torchserve]'"),
+    ],
+)  # fmt: skip
+def test_a_module_that_is_not_there_is_told_with_the_extra_that_brings_it(with_commands, capsys, command, told):
+    assert cli.main([command]) == 2
+    assert capsys.readouterr() == ("", f"paged: {told}\n")
+
+
+def test_where_no_extra_brings_what_is_missing_all_extras_are_named(with_commands, capsys):
+    assert cli.main(["puzzled"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("paged: Please install what it takes to read this.\n")
+    assert "'paged-core[EXTRA]', where EXTRA is of bench, cpu, gpu, hf, otel, server, torchserve;" in said
+    with pytest.raises(ImportError):
+        cli.main(["puzzled", "--debug"])
 
 
 def test_an_interrupt_ends_quietly(with_commands, capsys):
