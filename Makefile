@@ -13,6 +13,7 @@ OUT    ?= bench-output
 BENCH_MODEL ?= smollm2
 BENCH_ARGS  ?=
 FUZZ_ARGS   ?=
+WORKERS     ?= 0
 
 .PHONY: fuzz help demo test bench matrix lint types unit docs clean
 .DEFAULT_GOAL := help
@@ -25,7 +26,7 @@ help:
 	@echo "make fuzz    random traffic and faults for the whole engine: FUZZ_ARGS='--hours 2 --seed 5'"
 	@echo "make matrix  the tests on the oldest and the newest releases of what we need; MATRIX='--help' says more"
 	@echo "make clean   remove $(VENV), $(OUT) and caches"
-	@echo "Variables:   PYTHON=python3.12  VENV=.venv  BENCH_MODEL=smollm2  BENCH_ARGS='--dtype bfloat16'"
+	@echo "Variables:   PYTHON=python3.12  VENV=.venv  BENCH_MODEL=smollm2  BENCH_ARGS='--dtype bfloat16'  WORKERS=2 (tests side by side)"
 
 demo: $(STAMP)
 	$(BIN)/paged bench $(BENCH_MODEL) --quick --baseline hf-static:16,hf-sequential \
@@ -48,7 +49,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 matrix: $(STAMP)
 	$(BIN)/python scripts/matrix.py $(MATRIX)
