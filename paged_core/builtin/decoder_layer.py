@@ -28,10 +28,10 @@ def is_decoder_layer(module: nn.Module) -> bool:
     attention = module._modules.get("self_attn")
     return (
         set(module._modules) == {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-        and not module._parameters
+        and not (module._parameters or module._buffers)
         and attention is not None
         and set(attention._modules) == {"q_proj", "k_proj", "v_proj", "o_proj"}
-        and not attention._parameters
+        and not (attention._parameters or attention._buffers)
         and isinstance(getattr(attention, "head_dim", None), int)
     )
 

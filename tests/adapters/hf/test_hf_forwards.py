@@ -60,6 +60,21 @@ def test_changed_weights_are_in_the_next_answer(tiny: Any, stock: Any, paged: An
     assert layers_stood_for(taken) == 4
 
 
+def test_a_buffer_of_a_layer_of_ones_own_is_honoured(tiny: Any, stock: Any, paged: Any, prompts: Any) -> None:
+    model = tiny("llama")
+    layer = model.model.layers[1]
+    kind = type(layer)
+    layer.__class__ = type("Scaled", (kind,), {
+        "forward": lambda self, *args, **kwargs: kind.forward(self, *args, **kwargs) * self.gain})  # fmt: skip
+    layer.register_buffer("gain", torch.ones(1))
+    engine = fast_engine(model)
+    before = paged(engine, prompts, 12)
+    layer.gain.mul_(-3)
+    after = stock(model, prompts, 12)
+    assert after != before
+    assert paged(engine, prompts, 12) == after
+
+
 def test_a_hook_put_on_a_part_of_a_layer_is_called_again(tiny: Any, stock: Any, paged: Any, prompts: Any) -> None:
     model = tiny("llama")
     engine = fast_engine(model)
