@@ -324,10 +324,10 @@ class Engine:
             raise EngineDeadError(f"the engine takes no more requests: {self._dead}")
         if request_id in self._open:
             raise InvalidRequestError(f"request id {request_id!r} is in use; choose another")
+        self.refresh()  # the vocabulary may be another
         for prompt in prompts if lockstep else prompts[:1]:
             check_prompt(prompt, self.spec.vocab_size, self._knows)
         check_token_ids(params, self.spec.vocab_size)
-        self._refresh()
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         stops = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
@@ -356,8 +356,13 @@ class Engine:
             processors = (*request.params.logits_processors, *answers)
             request.params = replace(request.params, logits_processors=processors)
 
-    def _refresh(self) -> None:
-        """The user may have changed the model since the last step: cached K/V would be another model's."""
+    def refresh(self) -> None:
+        """Catch up with what the user has done to the model: cached K/V may be another model's. Adding a request does
+        so by itself.
+
+        Raises:
+            EngineDeadError: it has become another model (dtype, device, vocabulary): this needs a new engine.
+        """
         if isinstance(self._model, AcceleratedModel) and not (self._refreshed and len(self._open)):
             with self._device_looked_after():
                 changed = self._model.refresh()

@@ -48,9 +48,11 @@ def check_length(engine: Engine, prompts: Sequence[Sequence[int]], max_tokens: i
     """
     Raises:
         NotStarted: the engine would answer otherwise than stock, which knows neither limits nor errors of ours.
+        EngineDeadError: the model has changed.
     """
     longest = max(map(len, prompts)) + max_tokens
     if longest > engine.spec.max_model_len:
+        engine.refresh()  # before a request is added: its limits may be old ones
         raise NotStarted(
             f"prompt and output may have {longest} tokens, but the model knows {engine.spec.max_model_len} positions"
         )
@@ -60,6 +62,8 @@ def check_tokens(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
     """
     Raises:
         NotStarted: a token isn't in the vocabulary: stock has its own way to fail.
+        EngineDeadError: the model has changed.
     """
     if any(not 0 <= token < engine.spec.vocab_size for prompt in prompts for token in prompt):
+        engine.refresh()  # as above
         raise NotStarted(f"a prompt holds a token that isn't among the model's {engine.spec.vocab_size}")
