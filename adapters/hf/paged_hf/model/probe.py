@@ -19,11 +19,12 @@ from paged_core import LayerSpec, UnsupportedModel
 from paged_hf.model.attention import PAGED, PROBE, PROBE_WITH_MASKS, Step
 from paged_hf.model.dense import DenseAttend
 from paged_hf.model.masks import FAR, WIDEST, causal_until, window_of
-from paged_hf.model.rounding import Widened, difference, narrow_dtype, tolerance
+from paged_hf.model.rounding import Widened, difference, narrow_dtype, tolerance, usual_difference
 from paged_hf.model.shadow import Shadow
 
 Call = Callable[..., Tensor]
-"""``call(token_ids [T], positions [T], step | None) -> logits [T, vocab]``: one forward pass of the twin."""
+"""``call(token_ids [T] or [B,T], positions [T], step | None) -> logits [T, vocab] or [B,T,vocab]``: one forward pass of
+the twin."""
 
 _LENGTHS = (13, 21)  # of the two prompts: longer than the windows of models made for tests
 _SPLITS = (6, 12)  # where their second chunk begins
@@ -72,10 +73,19 @@ def _by_itself(
     for way in (*exact, contextlib.nullcontext()):
         try:
             with way:
-                return [call(ids, _positions(ids), None) for ids in prompts], way
+                return _in_a_batch(call, prompts), way
         except Exception as error:
             failure = error
     raise UnsupportedModel(f"its own forward fails on a plain prompt: {failure!r}") from failure
+
+
+def _in_a_batch(call: Call, prompts: Sequence[Tensor]) -> list[Tensor]:
+    """Logits [T, vocab] of each prompt, as stock's rows, the shorter ones padded behind: who acts on one row, or on the
+    last token of each, does so here in other places than where prompts are packed."""
+    longest = max(prompts, key=len)
+    batch = torch.stack([torch.cat([ids, longest[len(ids) :]]) for ids in prompts])  # [B,L]
+    logits = call(batch, _positions(longest), None)  # [B,L,vocab]
+    return [own[: len(ids)] for own, ids in zip(logits, prompts, strict=True)]
 
 
 def _explain(
@@ -85,7 +95,7 @@ def _explain(
     are rounded by what else is in the batch."""
     half = ids.numel() // 2
     shadow.use_attention(None)
-    noise = difference(call(ids[:half], _positions(ids[:half]), None), expected[:half])
+    noise = usual_difference(call(ids[:half], _positions(ids[:half]), None), expected[:half])
     shadow.use_attention(PAGED)
     allowed = max(tolerance(expected.dtype), min(4 * noise, _NOISIEST))
     if error <= allowed:
