@@ -43,12 +43,28 @@ class PagedGenerate:
         self.tiers = loops.Tiers(model, EngineHost(model, config), strict_memory=over_budget == "raise")
         self._here = threading.local()  # .paused: calls of this thread go to stock
         self._before: list[Any] = []  # what the model had at each entry
-        functools.update_wrapper(self, MethodType(type(model).generate, model))
+        for name in functools.WRAPPER_ASSIGNMENTS:
+            setattr(self, name, getattr(self.stock, name))
+        self.__signature__ = inspect.signature(self.stock)
 
     @property
     def stock(self) -> Callable[..., Any]:
         """The model's own ``generate``."""
         return MethodType(type(self.model).generate, self.model)
+
+    # What a bound method has: people call ``model.generate.__wrapped__(model, ...)`` for the gradients.
+
+    @property
+    def __self__(self) -> Any:
+        return self.model
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        return type(self.model).generate  # type: ignore[no-any-return, attr-defined]
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self.__func__.__wrapped__  # type: ignore[attr-defined, no-any-return]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forget()
@@ -126,7 +142,11 @@ class PagedGenerate:
 
     def __reduce__(self) -> Any:
         """A copied or loaded model gets a stand-in of its own, with an engine of its own."""
-        return type(self), (self.model, self.kv_cache_memory, self.over_budget), {"_dropped": self.tiers.dropped}
+        return (
+            type(self),
+            (self.model, self.kv_cache_memory, self.over_budget),
+            {"_dropped": self.tiers.found_wanting()},
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.tiers.dropped = dict(state["_dropped"])
