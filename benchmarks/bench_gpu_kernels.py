@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import triton
 from paged_kernels import reference
-from paged_kernels.layers import Extras, LayerCache
 from paged_kernels.triton import elementwise, launch, sampling
 from torch import Tensor
 from torch.nn import functional
@@ -138,7 +137,7 @@ def store(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, A
         cache = Cache(num_tokens // 16 + 2, num_kv_heads, dim, dtype, options.device)
 
         def run(cache: Cache = cache) -> None:
-            launch.store_kv(k, v, LayerCache(cache.keys, cache.values, *cache.scales), slots)
+            launch.store_kv(k, v, cache.keys, cache.values, slots, *cache.scales)
 
         seconds = race({"paged": run}, options.repeats, options.device)["paged"]
         moved = 2 * k.numel() * (2 + dtype.itemsize)
@@ -233,8 +232,7 @@ class Step:
 
         def run() -> None:
             for layer in self.layers:
-                cache = LayerCache(layer.keys, layer.values, *layer.scales)
-                plan.run(self.q, k, v, cache, Extras(dim**-0.5))
+                plan.run(self.q, k, v, layer.keys, layer.values, dim**-0.5, None, None, None, *layer.scales)
 
         return run
 

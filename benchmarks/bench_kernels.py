@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from paged_kernels import reference
 from paged_kernels.cpu import elementwise, launch
-from paged_kernels.layers import Extras, LayerCache
 from torch import Tensor
 from torch.nn import functional
 
@@ -167,7 +166,7 @@ class Step:
 
     def run_all(self) -> None:
         for keys, values in self.layers:
-            self.plan.run(self.q, self.k, self.k, LayerCache(keys, values), Extras(self.scale))
+            self.plan.run(self.q, self.k, self.k, keys, values, self.scale)
 
     def codes_all(self) -> Run:
         shape = self.layers[0][0].shape
@@ -177,8 +176,8 @@ class Step:
         ]
 
         def run() -> None:
-            for layer in layers:
-                self.plan.run(self.q, self.k, self.k, LayerCache(*layer), Extras(self.scale))
+            for keys, values, *scales in layers:
+                self.plan.run(self.q, self.k, self.k, keys, values, self.scale, None, None, None, *scales)
 
         return run
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -93,6 +94,16 @@ def test_signature_and_docstring_are_those_of_stock(model: Any) -> None:
     assert model.generate.__doc__ == GenerationMixin.generate.__doc__
     assert model.generate.__name__ == "generate"
     assert next(iter(inspect.signature(model.generate).parameters)) == "inputs"
+
+
+def test_it_has_what_a_bound_method_has(make: Any, model: Any) -> None:
+    bound = model.generate.stock
+    for name in ("__self__", "__func__", "__wrapped__", "__name__", "__qualname__", "__module__", "__doc__"):
+        assert getattr(model.generate, name) is getattr(bound, name), name
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    wrapped = peft.get_peft_model(make(), config)
+    assert not hasattr(paged_generate(wrapped, check=False), "__wrapped__"), "PEFT's own generate has none"
+    assert torch.equal(model.generate.__wrapped__(model, **prompts(), **GREEDY), bound(**prompts(), **GREEDY))
 
 
 def test_stock_is_the_models_own_method(model: Any) -> None:
@@ -313,6 +324,45 @@ def test_trainers_ways_of_calling_stay_native(model: Any) -> None:
     agrees(model)
 
 
+WRONG: dict[str, dict[str, Any]] = {
+    "padding beyond the vocabulary": {"pad_token_id": 500, "input_ids": torch.tensor([[500, 6, 7], [8, 9, 4]]),
+                                      "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])},
+    "the same, in beams": {"pad_token_id": 500, "input_ids": torch.tensor([[500, 6, 7], [8, 9, 4]]),
+                           "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]), "num_beams": 2},
+    "negative padding": {"input_ids": torch.tensor([[-1, 6, 7], [8, 9, 4]]),
+                         "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])},
+    "tokens beyond the vocabulary": {"input_ids": torch.tensor([[500, 6, 7]])},
+    "three dimensions": {"input_ids": torch.tensor([[[5, 6, 7], [8, 9, 4]]])},
+    "three dimensions, masked": {"input_ids": torch.tensor([[[5, 6]]]), "attention_mask": torch.ones(1, 1, 2).long()},
+    "one dimension": {"input_ids": torch.tensor([5, 6, 7])},
+    "no rows": {"input_ids": torch.zeros(0, 3, dtype=torch.int64)},
+    "floats": {"input_ids": torch.tensor([[5.0, 6.0]])},
+    "a list": {"input_ids": [[5, 6, 7]]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.filterwarnings("ignore:.*pad_token_id:UserWarning")
+def test_what_stock_refuses_is_refused_in_stocks_own_words(model: Any, wrong: str) -> None:
+    errors: list[BaseException] = []
+    for generate in (model.generate.stock, model.generate):
+        with pytest.raises(Exception) as raised:
+            generate(**{**GREEDY, **WRONG[wrong]})
+        errors.append(raised.value)
+    assert (type(errors[0]), str(errors[0])) == (type(errors[1]), str(errors[1]))
+    agrees(model)
+
+
+def test_new_tokens_of_a_resized_vocabulary_run_natively(model: Any) -> None:
+    agrees(model)
+    _resize(model)
+    given = prompts()
+    given["input_ids"][:, -2] = 120
+    agrees(model, **given)
+    model.resize_token_embeddings(96)
+    agrees(model)
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -440,7 +490,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 def test_the_next_call_honours(model: Any, change: str) -> None:
     before = agrees(model)
     CHANGES[change](model)
-    assert agrees(model) != before, "the change changes nothing: it proves nothing"
+    tier = "cache" if change == "a forward replaced" else "native"
+    assert agrees(model, tier) != before, "the change changes nothing: it proves nothing"
 
 
 def test_a_model_goes_to_another_dtype_and_back(model: Any) -> None:
@@ -603,6 +654,79 @@ def test_a_compiled_model_is_patched_as_the_model_inside(make: Any) -> None:
     got = compiled.generate(**prompts(), **GREEDY)
     assert compiled.generate.last_report().tier == "native"
     assert torch.equal(got, type(model).generate(model, **prompts(), **GREEDY))
+
+
+def _forward_as_one_graph(model: Any) -> None:
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+
+
+def _layers_as_graphs(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.forward = torch.compile(layer.forward, fullgraph=True, backend="eager")
+
+
+def _child_in_a_wrapper(model: Any) -> None:
+    model.model = torch.compile(model.model, fullgraph=True, backend="eager")
+
+
+def _compile_method(model: Any) -> None:
+    model.compile(fullgraph=True, backend="eager")
+
+
+@pytest.mark.parametrize("first", ["patched", "compiled"])
+@pytest.mark.parametrize("compiled", [_forward_as_one_graph, _layers_as_graphs, _child_in_a_wrapper, _compile_method])
+def test_compiled_forwards_are_run_by_the_engine_as_they_were(make: Any, compiled: Any, first: str) -> None:
+    model, plain = make(), make()
+    if first == "compiled":
+        compiled(model)
+    model.generate = paged_generate(model, check=False)
+    if first == "patched":
+        agrees(model)
+        compiled(model)
+    for own in MODES.values():
+        assert torch.equal(model.generate(**prompts(), **GREEDY, **own), plain.generate(**prompts(), **GREEDY, **own))
+        assert model.generate.last_report().tier == "native"
+
+
+def test_calls_of_a_compiled_model_that_the_engine_does_not_know_are_stocks(make: Any) -> None:
+    model, plain = make(), make()
+    model.generate = paged_generate(model, check=False)
+    _forward_as_one_graph(model)
+    given = {**prompts(rows=1), **GREEDY, "prefill_chunk_size": 4}
+    assert torch.equal(model.generate(**given), plain.generate(**given))
+    taken = model.generate.last_report()
+    assert taken.tier == "stock" and "compiled" in taken.reason
+
+
+# ---- offloaded weights ------------------------------------------------------------------------------------------
+
+
+def _all_on_the_cpu(model: Any, folder: Any) -> Any:
+    return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def _all_on_disk(model: Any, folder: Any) -> Any:
+    accelerate.disk_offload(model, folder, execution_device=torch.device("cpu"))
+
+
+def _embeddings_on_disk(model: Any, folder: Any) -> Any:
+    places = dict.fromkeys(("model.layers", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places["model.embed_tokens"] = "disk"
+    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
+
+
+@pytest.mark.parametrize("offload", [_all_on_the_cpu, _all_on_disk, _embeddings_on_disk])
+@pytest.mark.parametrize("check", [False, True])
+def test_models_whose_weights_are_offloaded_answer_as_before(
+    make: Any, tmp_path: Any, offload: Any, check: bool
+) -> None:
+    model, plain = make(), make()
+    offload(model, tmp_path)
+    assert model.device.type == "meta"
+    model.generate = paged_generate(model, check=check)
+    for own in MODES.values():
+        assert torch.equal(model.generate(**prompts(), **GREEDY, **own), plain.generate(**prompts(), **GREEDY, **own))
+        assert model.generate.last_report().tier == "cache"
 
 
 # ---- PEFT --------------------------------------------------------------------------------------------------------

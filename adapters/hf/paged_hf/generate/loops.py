@@ -13,6 +13,7 @@ stock    stock's loop as it is
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -26,19 +27,24 @@ from paged_hf.generate import free, lockstep, tiers, views
 from paged_hf.generate.calls import NotStarted
 from paged_hf.generate.host import EngineHost
 from paged_hf.generate.report import Report, Tier, note, warn_once
+from paged_hf.model.intercepted import compiled_part
+from paged_hf.model.reach import Reach
+from paged_hf.model.watch import Watch
 
 _LOOPS = ("_sample", "_beam_search", "_assisted_decoding")
 _LOOP_ARGUMENTS = ("synced_gpus", "streamer", "tokenizer", "assistant_tokenizer")
 
 
 class Tiers:
-    """The ways in which one patched model can answer. ``dropped``: tier -> why it isn't used."""
+    """The ways in which one patched model can answer. ``dropped``: tier -> why it isn't used. ``refused``: those of
+    them that only the model as it was stood in the way of."""
 
     def __init__(self, model: nn.Module, host: EngineHost, *, strict_memory: bool) -> None:
         self.model = model
         self.host = host
         self.strict_memory = strict_memory
         self.dropped: dict[str, str] = {}
+        self.refused: Refused | None = None
         self._alike: bool | None = None
 
     def run(self, run: Run) -> Any:
@@ -50,6 +56,7 @@ class Tiers:
         reason = run.why_stock(self.model)
         if reason is not None:
             return run.as_stock(self.model, reason)
+        self._reconsider()
         reason = self.dropped.get("native") or run.why_not_native(self.model)
         if reason is None:
             try:
@@ -64,21 +71,55 @@ class Tiers:
                     raise cause
                 return run.as_stock(self.model, reason)
             if isinstance(cause, UnsupportedModel):
-                self.dropped["native"] = reason
+                self.refuse("native", reason)
             elif cause is not None:
                 warn_once(f"the engine could not run a call, which runs without it: {reason}")
-        obstacle = self.dropped.get("cache") or run.why_not_cache()
+        obstacle = self.dropped.get("cache") or run.why_not_cache(self.model)
         if obstacle is None:
             try:
                 return run.over_blocks(self.model, reason)
             except UnsupportedModel as error:
-                obstacle = self.dropped["cache"] = str(error)
+                obstacle = str(error)
+                self.refuse("cache", obstacle)
         return run.as_stock(self.model, f"{reason}; {obstacle}")
+
+    def found_wanting(self) -> dict[str, str]:
+        """Tiers that the self-check has dropped, and why: those that refuse the model will do so again."""
+        refused = self.refused.tiers if self.refused is not None else set()
+        return {tier: why for tier, why in self.dropped.items() if tier not in refused}
+
+    def refuse(self, tier: str, why: str) -> None:
+        """Drop a tier as long as the model stays as it is."""
+        refused = self.refused or Refused(self.model)
+        refused.tiers.add(tier)
+        self.dropped[tier], self.refused = why, refused
+
+    def _reconsider(self) -> None:
+        """Tiers that have refused the model may take it as it is now."""
+        refused = self.refused
+        if refused is not None and refused.outdated():
+            self.refused = None
+            for tier in refused.tiers:
+                self.dropped.pop(tier, None)
 
     def _keeps_stocks_kv(self) -> bool:
         if self._alike is None:
             self._alike = lockstep.keeps_stocks_kv(self.model, self.host)
         return self._alike
+
+
+class Refused:
+    """Tiers that can't run the model, as it was then."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tiers: set[str] = set()
+        self._reach = Reach(model)
+        self._watch = Watch(self._reach.modules)
+        self._lock = threading.Lock()
+
+    def outdated(self) -> bool:
+        with self._lock:
+            return self._reach.changed() is not None or self._watch.retyped()
 
 
 class Run:
@@ -114,9 +155,11 @@ class Run:
         inputs = {name: value for name, value in self._rest.items() if name not in _LOOP_ARGUMENTS}
         return tiers.why_not_native(model, self.name, self.input_ids, self._config, inputs)
 
-    def why_not_cache(self) -> str | None:
+    def why_not_cache(self, model: nn.Module) -> str | None:
         if not tiers.fresh_cache(upstream.cache_in(self._rest)):
             return "stock doesn't use its usual cache"
+        if (compiled := compiled_part(model)) is not None:
+            return f"{compiled} is compiled, which works with stock's own caches only"
         return None
 
     # ---- the tiers -----------------------------------------------------------------------------------------------

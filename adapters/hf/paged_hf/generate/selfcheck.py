@@ -65,7 +65,7 @@ def _try(ways: loops.Tiers, model: nn.Module, tier: str, ask: Callable[[int], _T
             break
         report = last_report()
         if tier in alone.dropped:  # it has found out by itself that it can't
-            ways.dropped[tier] = alone.dropped[tier]
+            ways.refuse(tier, alone.dropped[tier])
             return
         why = trial.fault(got) if report is not None and report.tier == tier else None
         if why is None:

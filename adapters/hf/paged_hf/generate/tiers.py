@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as every_module
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig
 from transformers.generation import logits_process, stopping_criteria
 
-from paged_hf.model.shadow import listened_to
+from paged_hf.model.intercepted import interception, modules_of
 from paged_hf.upstream import cache_in, is_fresh, without_cache
 
 _OURS = frozenset({"attention_mask", "position_ids", "inputs_embeds", "use_cache", "logits_to_keep", "cache_position"})
@@ -57,7 +56,7 @@ def why_stock(model: nn.Module, input_ids: Tensor, config: Any, loop_kwargs: Map
     cache = cache_in(loop_kwargs)
     if cache is not None and not is_fresh(cache):
         return "a cache of the caller's own was passed"
-    if any(module.training for module in model.modules()) and (noise := _noise_in_training(model)):
+    if any(module.training for module in modules_of(model)) and (noise := _noise_in_training(model)):
         return f"the model is in training mode and has {noise}: call model.eval() before generate()"
     return None
 
@@ -77,7 +76,8 @@ def why_not_native(
         return "beam search without a cache tells nobody which beams go on"
     if getattr(config, "prefill_chunk_size", None) is not None:
         return "prefill_chunk_size is set"
-    if any(torch.is_autocast_enabled(device.type) for device in {input_ids.device, model.device}):
+    devices = {input_ids.device.type, model.device.type} - {"meta"}  # where weights are that are offloaded
+    if any(map(torch.is_autocast_enabled, devices)):
         return "autocast is on"
     if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         return f"the prompts are {input_ids.dtype} {list(input_ids.shape)}"
@@ -86,10 +86,8 @@ def why_not_native(
         if mask.shape != shape:
             return f"the attention mask is {list(mask.shape)}, not {list(shape)} as the prompts"
         real = mask == 1
-        if bool(mask[~real].any()):
-            return "the attention mask has other values than 0 and 1"
-        if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
-            return "the attention mask has holes, or padding on the right"
+        if not bool(real.all()) and (odd_padding := _odd_padding(model, input_ids, mask, real)):
+            return odd_padding
     if positions is not None:
         usual = torch.arange(shape[1], device=positions.device).expand(shape)
         if mask is not None:
@@ -101,7 +99,7 @@ def why_not_native(
             return "position_ids aren't those that the attention mask gives"
     if not type(model).prepare_inputs_for_generation.__module__.startswith("transformers."):
         return "its class has a prepare_inputs_for_generation of its own"
-    return _hooked(model)
+    return interception(model)
 
 
 def runs_free(
@@ -156,13 +154,17 @@ def _given(value: Any) -> bool:
     return value is not None and not (isinstance(value, dict) and not value)
 
 
-def _hooked(model: nn.Module) -> str | None:
-    """A hook may look at whole batches as stock lays them out: only stock's own calls of the model have those."""
-    if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
-        return "there is a forward hook on all modules"
-    for name, module in model.named_modules():
-        if listened_to(module):
-            return f"there is a forward hook on {name or type(model).__name__}"
+def _odd_padding(model: nn.Module, input_ids: Tensor, mask: Tensor, real: Tensor) -> str | None:
+    """``real bool [B,L]``: where the mask is 1, which it isn't everywhere."""
+    if bool(mask[~real].any()):
+        return "the attention mask has other values than 0 and 1"
+    if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
+        return "the attention mask has holes, or padding on the right"
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    if size is not None and input_ids.shape == mask.shape:
+        padding = input_ids[~real.to(input_ids.device)]
+        if bool(((padding < 0) | (padding >= size)).any()):  # stock looks up padding too, and fails
+            return f"the padding holds a token that isn't among the model's {size}"
     return None
 
 

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from paged_core import Attend, EngineDeadError, LayerSpec, ModelSpec, ModuleForward, UnsupportedModel
-from paged_hf.model.attention import UNDER_WAY, Step
+from paged_hf.model.attention import PAGED, UNDER_WAY, Step
 from paged_hf.model.compiled import CompiledRoot
 from paged_hf.model.embeds import Embeds, takes_embeds
+from paged_hf.model.intercepted import listened_to
 from paged_hf.model.probe import probe
+from paged_hf.model.reach import Reach
 from paged_hf.model.rules import apply_rules
-from paged_hf.model.shadow import Shadow, listened_to
+from paged_hf.model.shadow import Shadow
+from paged_hf.model.state import state_outside_attention
 from paged_hf.model.watch import Watch
 
 CreateForward = Callable[[nn.Module], ModuleForward | None]
@@ -130,7 +133,7 @@ class HFPagedModel:
             UnsupportedModel: it can't run on paged memory any more.
             EngineDeadError: it has become another model (dtype, device, vocabulary): this needs a new engine.
         """
-        if self._shadow.outdated() or self._watch.retyped():
+        if self._reach.changed() or self._watch.retyped():
             self._take_in_again()
             return True
         self._behind |= self._watch.changed()
@@ -140,7 +143,7 @@ class HFPagedModel:
                 self._behind = True
                 self._replace(twin)
         changed, self._behind = self._behind, False
-        return changed
+        return changed or self._restless
 
     def _let_go(self) -> None:
         """Forwards of another engine, over the same model."""
@@ -167,7 +170,7 @@ class HFPagedModel:
         self._shadow = Shadow(self._base)
         self._under_way: list[Step | None] = [None]
         self._shadow.give_all(UNDER_WAY, self._under_way)
-        self._watch = Watch(self._base)
+        self._look()
         self._unheard = not any(_listened_to(module) and not _aligned(module) for module in self._base.modules())
         self._fast = {}
         self._takes_embeds: bool | None = None  # not known yet
@@ -184,7 +187,11 @@ class HFPagedModel:
         self._keeps_logits = "logits_to_keep" in parameters
         self._takes_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         device = self._base.get_input_embeddings().weight.device
+        if device.type == "meta":
+            raise UnsupportedModel("its embeddings are offloaded, and the engine wants them on a device")
+        self._refuse_state(torch.arange(1, 5, device=device)[None])
         found = probe(self._shadow, self._call, config.vocab_size, device)
+        self._restless = self._settle(device) or not self._reach.whole
         self._spec = ModelSpec(
             layers=found.layers,
             vocab_size=found.vocab_size,
@@ -196,6 +203,32 @@ class HFPagedModel:
             sampling_defaults=_sampling_defaults(self._base),
         )
 
+    def _look(self) -> None:
+        """Remember all that a forward can read."""
+        self._reach = Reach(self._base)
+        self._watch = Watch(self._reach.modules)
+
+    @torch.no_grad()
+    def _refuse_state(self, ids: Tensor) -> None:
+        """``ids i64 [1,T]``: a short prompt."""
+        options = {"position_ids": ids - 1} if self._takes_positions else {}
+        self._shadow.use_attention(None)
+        place = state_outside_attention(self._shadow.root, input_ids=ids, use_cache=True, **options)
+        if place is not None:
+            raise UnsupportedModel(f"{type(self._base).__name__} keeps state outside attention, in {place}")
+
+    def _settle(self, device: torch.device) -> bool:
+        """Whether forward passes change what they can read. What only the first one made, such as a table, is there
+        now; what each of them writes, such as a counter, is compared no longer."""
+        if self._reach.changed() is None:
+            return False
+        self._look()
+        ids = torch.zeros(3, dtype=torch.int64, device=device)
+        self._shadow.use_attention(None)
+        self._call(ids, torch.arange(3, device=device), None)
+        self._shadow.use_attention(PAGED)
+        return self._reach.settle()
+
     @torch.no_grad()
     def _call(
         self,
@@ -205,11 +238,13 @@ class HFPagedModel:
         rows: Tensor | None = None,
         compiled: CompiledRoot | None = None,
     ) -> Tensor:
-        """One forward pass of the twin: logits of ``rows``, or of all."""
+        """One forward pass of the twin over ``token_ids i64 [T]``, or several rows of them: logits of ``rows``, or of
+        all."""
+        ids = token_ids if token_ids.ndim == 2 else token_ids[None]
         self._under_way[0] = step
         options: dict[str, Any] = {"attend": step} if step is not None and self._takes_kwargs else {}
         if self._takes_positions:
-            options["position_ids"] = positions[None]
+            options["position_ids"] = positions.expand_as(ids)
         if rows is not None and self._keeps_logits:
             options["logits_to_keep"] = rows
         if self._embeds.among(token_ids):
@@ -217,7 +252,7 @@ class HFPagedModel:
             compiled = None
             options["inputs_embeds"] = self._embeds.of(token_ids, embedding)[None]
         else:
-            options["input_ids"] = token_ids[None]
+            options["input_ids"] = ids
         options |= {"attention_mask": None, "use_cache": False}
         try:
             if compiled is not None and step is not None:
@@ -226,7 +261,7 @@ class HFPagedModel:
                 output = self._shadow.root(**options)
         finally:
             self._under_way[0] = None  # through it, the cache of an engine that is gone would live on
-        logits: Tensor = output.logits[0]
+        logits: Tensor = output.logits if token_ids.ndim == 2 else output.logits[0]
         return logits if rows is None or self._keeps_logits else logits[rows]
 
     def _ask(self, twin: nn.Module) -> None:

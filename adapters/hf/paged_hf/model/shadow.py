@@ -18,11 +18,10 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
+from paged_hf.model.intercepted import uncompiled, uncompiled_method
+
 _SHARED = frozenset(vars(nn.Module())) - {"training", "_modules"}  # parameters, buffers, hooks: the same objects
-_NOT_COMPARED = _SHARED | {"training", "_modules", "_compiled_call_impl", "generate", "generation_config"}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_RECORDER = "transformers.utils.output_capturing"  # its hooks stay on once anyone has asked for hidden states
-_FOR_TRAINING = ("make_inputs_require_grads", "make_inputs_require_grad")  # transformers' and PEFT's: no matter here
+_NOT_MENDED = _SHARED | {"training", "_modules", "_compiled_call_impl", "generate", "generation_config"}
 _QUIET = {"_output_attentions": False, "output_hidden_states": False, "output_router_logits": False,
           "return_dict": True, "use_cache": False}  # fmt: skip
 
@@ -40,8 +39,6 @@ class Shadow:
         self.root = self._twin(model)
         for module, twin in self._originals:  # grows while modules outside the tree are met
             self._mend(module, twin)
-        self._snapshots = [_snapshot(module) for module, _ in self._originals]
-        self._config_snapshots = [_config_facts(config) for config, _ in self._configs.values()]
 
     def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """(user's module, twin), each parent before its children."""
@@ -61,14 +58,8 @@ class Shadow:
             own = config.__dict__.get("_attn_implementation_internal")
             copy.__dict__["_attn_implementation_internal"] = own if name is None else name
 
-    def outdated(self) -> bool:
-        """Whether the user has swapped modules, changed attributes or configs, or added hooks since."""
-        if any(_changed(m, snap) for (m, _), snap in zip(self._originals, self._snapshots, strict=True)):
-            return True
-        configs = zip(self._configs.values(), self._config_snapshots, strict=True)
-        return any(_config_facts(config) != facts for (config, _), facts in configs)
-
     def _twin(self, module: nn.Module) -> nn.Module:
+        module = uncompiled(module)
         known = self._twins.get(id(module))
         if known is not None:
             return known
@@ -93,8 +84,10 @@ class Shadow:
     def _mend(self, module: nn.Module, twin: nn.Module) -> None:
         """Point what the module's attributes hold at twins: configs, bound methods, modules kept in lists."""
         for name, value in module.__dict__.items():
-            if name not in _NOT_COMPARED:
-                twin.__dict__[name] = self._mended(value, depth=3)
+            if name not in _NOT_MENDED:
+                mended = twin.__dict__[name] = self._mended(value, depth=3)
+                if uncompiled_method(value) is not value and _is_own(mended, twin, name):
+                    del twin.__dict__[name]
 
     def _mended(self, value: Any, depth: int) -> Any:
         if isinstance(value, nn.Module):
@@ -105,6 +98,8 @@ class Shadow:
             return value
         if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
             return types.MethodType(value.__func__, self._twin(value.__self__))
+        if isinstance(value, types.FunctionType) and (inner := uncompiled_method(value)) is not value:
+            return self._mended(inner, depth)
         if isinstance(value, functools.partial):
             parts = (value.func, *value.args, *value.keywords.values())
             mended = [self._mended(part, depth - 1) for part in parts]
@@ -151,17 +146,10 @@ class Shadow:
         return copy
 
 
-def listened_to(module: nn.Module) -> bool:
-    """Whether someone has a forward hook on the module. Those that libraries leave there for training, or for
-    whoever asks for hidden states, do nothing in between."""
-    return any(_any_user(getattr(module, hooks)) for hooks in _HOOKS)
-
-
-def _any_user(hooks: dict[int, Any]) -> bool:
-    return any(
-        getattr(hook, "__module__", None) != _RECORDER and getattr(hook, "__name__", None) not in _FOR_TRAINING
-        for hook in hooks.values()
-    )
+def _is_own(method: Any, module: nn.Module, name: str) -> bool:
+    """Whether it is the method that the module has by its class."""
+    own = isinstance(method, types.MethodType) and method.__self__ is module
+    return own and method.__func__ is getattr(type(module), name, None)
 
 
 def _rewrites_buffers(module: nn.Module) -> bool:
@@ -169,26 +157,3 @@ def _rewrites_buffers(module: nn.Module) -> bool:
     rope_type = getattr(module, "rope_type", None)
     kinds = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
     return any(kind in ("dynamic", "longrope") for kind in kinds)
-
-
-def _snapshot(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], tuple[bool, ...]]:
-    attributes = {name: value for name, value in module.__dict__.items() if name not in _NOT_COMPARED}
-    return attributes, dict(module._modules), tuple(_any_user(getattr(module, hooks)) for hooks in _HOOKS)
-
-
-def _changed(module: nn.Module, snapshot: tuple[dict[str, Any], dict[str, Any], tuple[bool, ...]]) -> bool:
-    attributes, children, hooks = _snapshot(module)
-    return not (_same(attributes, snapshot[0]) and _same(children, snapshot[1]) and hooks == snapshot[2])
-
-
-def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    missing = object()
-    return len(a) == len(b) and all(value is b.get(key, missing) for key, value in a.items())
-
-
-def _config_facts(config: PretrainedConfig) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in config.__dict__.items()
-        if name != "_attn_implementation_internal" and not isinstance(value, PretrainedConfig)
-    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,37 +14,40 @@ _SAMPLES = 32  # values looked at in a longer one: quantised weights lie so
 
 
 class Watch:
-    """Remembers every parameter and buffer of ``model``.
+    """Remembers every parameter and buffer of ``modules``, and the ``loose`` tensors besides.
 
     Writes through ``.data`` leave no trace but the values: rows, columns and more of a matrix are noticed, and every
     value of a vector. Less of a matrix can escape.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._types = _types(model)
+    def __init__(self, modules: Iterable[nn.Module], loose: dict[str, Tensor] | None = None) -> None:
+        self._owners = [own for module in modules for own in (module._parameters, module._buffers)]
+        if loose:
+            self._owners.append(loose)
+        self._types: list[tuple[Any, ...]] | None = self._types_now()
         self._remember()
 
     def retyped(self) -> bool:
         """Whether tensors came, went, or changed shape, dtype or device."""
-        return _types(self._model) != self._types
+        return self._types is None or (not self._untouched() and self._types_now() != self._types)
 
     def distrust(self) -> None:
         """Have ``retyped`` say yes from now on."""
-        self._types = []
+        self._types = None
 
     def changed(self) -> bool:
         """Whether weights changed since the last call. Each device is waited for once."""
-        if (
-            all(
-                own.get(name) is tensor and (tensor.data_ptr(), _version(tensor)) == mark
-                for own, name, tensor, mark in self._marks
-            )
-            and self._values_are_the_same()
-        ):
+        if self._untouched() and self._values_are_the_same():
             return False
         self._remember()
         return True
+
+    def _untouched(self) -> bool:
+        """Whether the same tensors lie where they lay, and nobody has written to one without hiding it."""
+        return all([*own] == names for own, names in zip(self._owners, self._names, strict=True)) and all(
+            own.get(name) is tensor and (tensor.data_ptr(), _version(tensor)) == mark
+            for own, name, tensor, mark in self._marks
+        )
 
     def _values_are_the_same(self) -> bool:
         told = [now.eq(seen).all() for now, seen in zip(self._values(), self._seen, strict=True)]
@@ -58,11 +61,11 @@ class Watch:
         ]
 
     def _remember(self) -> None:
+        self._names = [[*own] for own in self._owners]
         self._marks = []  # (dict, key, tensor, (address, version))
         self._views: dict[torch.device, dict[torch.dtype, list[Tensor]]] = {}
         sampled = set()  # tied weights stand in several places
-        for own, name in _slots(self._model):
-            tensor = own[name]
+        for own, name, tensor in self._slots():
             self._marks.append((own, name, tensor, (tensor.data_ptr(), _version(tensor))))
             if id(tensor) in sampled:
                 continue
@@ -71,17 +74,14 @@ class Watch:
                 self._views.setdefault(view.device, {}).setdefault(view.dtype, []).append(view)
         self._seen = self._values()
 
-
-def _slots(model: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    for module in model.modules():
-        for own in (module._parameters, module._buffers):
+    def _slots(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+        for own in self._owners:
             for name, tensor in own.items():
                 if tensor is not None:
-                    yield own, name
+                    yield own, name, tensor
 
-
-def _types(model: nn.Module) -> list[tuple[Any, ...]]:
-    return [(own[name].shape, own[name].dtype, own[name].device) for own, name in _slots(model)]
+    def _types_now(self) -> list[tuple[Any, ...]]:
+        return [(tensor.shape, tensor.dtype, tensor.device) for _, _, tensor in self._slots()]
 
 
 def _version(tensor: Tensor) -> int:

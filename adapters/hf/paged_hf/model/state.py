@@ -1,0 +1,43 @@
+"""Whether a model keeps state outside attention: told by the cache that it makes, whatever it says of itself.
+
+Keys and values of attention are the engine's business. Whatever else of floating point lies in a cache, such as the
+inputs of a convolution or the sums of linear attention, depends on all tokens before, and the engine doesn't keep it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache
+
+from paged_hf.upstream import cache_in_result
+
+_ATTENTIONS = ("keys", "values")
+_DEEPEST = 8
+
+
+def state_outside_attention(forward: Callable[..., Any], **inputs: Any) -> str | None:
+    """Where ``forward(**inputs)`` has put it; None: nowhere, or the forward fails, which others will say."""
+    try:
+        cache = cache_in_result(forward(**inputs))
+    except Exception:
+        return None
+    return next((name for name, tensor in _tensors(cache, "", _DEEPEST) if tensor.is_floating_point()), None)
+
+
+def _tensors(thing: Any, name: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in a cache that are no keys or values, and their names."""
+    if isinstance(thing, Tensor):
+        yield name, thing
+    elif isinstance(thing, dict):
+        for value in thing.values():
+            yield from _tensors(value, name, depth - 1)
+    elif isinstance(thing, (list, tuple)):
+        for value in thing:
+            yield from _tensors(value, name, depth - 1)
+    elif depth and (isinstance(thing, Cache) or (hasattr(thing, "__dict__") and not isinstance(thing, type))):
+        for key, value in vars(thing).items():
+            if key not in _ATTENTIONS:
+                yield from _tensors(value, f"{type(thing).__name__}.{key}", depth - 1)
