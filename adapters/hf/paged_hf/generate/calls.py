@@ -18,6 +18,7 @@ class Call:
 
     def __init__(self, padded: bool) -> None:
         self.padded = padded  # stock would compute padding too
+        self.caller: object | None = None  # whose it is; None: nobody's who could be gone
         self.engine: Engine | None = None  # where it has rows; the engine's thread's own, like the rows
         self.rows: list[Request] = []
         self._news: SimpleQueue[Any] = SimpleQueue()

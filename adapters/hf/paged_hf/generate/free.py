@@ -43,7 +43,7 @@ class FreeCall(Call):
         try:
             for i, prompt in enumerate(self._prompts):
                 rows += engine.add_request(f"{name}.{i}", prompt, params, selector=_LIKELIEST)
-        except Exception:
+        except BaseException:
             for row in rows:
                 engine.stop(row)
             raise

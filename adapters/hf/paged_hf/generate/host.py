@@ -16,14 +16,16 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from paged_core import Engine, EngineConfig, EngineDeadError, Request, release_helper_threads
 from paged_hf.generate.calls import Call, NotStarted
+from paged_hf.generate.changes import Changes, StuckError
 from paged_hf.model.paged_model import HFPagedModel
 
 _PATIENCE = 0.25  # of a step's time: how long the next step waits for callers that are choosing their tokens
+_LOOK_S = 5.0  # how often the thread looks for calls that were left behind, while it has nothing else to do
 _STUCK_S = 0.25  # how long those may keep all blocks from others before they have to give way
 
 
@@ -34,6 +36,7 @@ class EngineHost:
         self._model = model
         self._config = config
         self._numbers = itertools.count()
+        self._here = threading.local()  # .caller: who calls in this thread
         self._start_afresh()
         _HOSTS.add(self)
 
@@ -49,11 +52,12 @@ class EngineHost:
     def _start_afresh(self) -> None:
         self.engine: Engine | None = None  # the thread's own while it runs
         self._owners: dict[Request, Call] = {}  # the thread's own
-        self._changed = threading.Condition()  # guards all below
+        # Between the beginning and the end of a generate() call; a forked child is inside the one that has forked.
+        self._callers: set[object] = {caller for caller in [getattr(self._here, "caller", None)] if caller is not None}
+        self._changes = Changes()  # guards all below
         self._inbox: deque[Callable[[], None]] = deque()
         self._open: set[Call] = set()
         self._choosing: set[Call] = set()  # have logits, and are about to bring tokens
-        self._num_callers = 0
         self._exiting = False
         self._thread: threading.Thread | None = None
 
@@ -65,25 +69,34 @@ class EngineHost:
     @contextmanager
     def caller(self) -> Iterator[None]:
         """Around whatever a caller's thread does for one generate() call."""
-        with self._changed:
-            if self._exiting and threading.current_thread().daemon:
-                raise SystemExit("the interpreter is shutting down")
-            self._num_callers += 1
+        if self._exiting and threading.current_thread().daemon:
+            raise SystemExit("the interpreter is shutting down")
+        caller, before = object(), getattr(self._here, "caller", None)
         try:
+            self._callers.add(caller)
+            self._here.caller = caller
             yield
         finally:
-            with self._changed:
-                self._num_callers = max(0, self._num_callers - 1)  # a forked child began with none
-                self._changed.notify_all()
+            self._callers.discard(caller)
+            self._here.caller = before
 
     def open(self, call: Call) -> None:
         """Add the call's rows to the running batch. ``call.wait`` raises what stands in the way.
 
         Raises:
-            NotStarted: no thread can be started.
+            NotStarted: no thread can be started; or the engine's own would wait for itself.
         """
+        if self._thread is threading.current_thread():
+            raise NotStarted("generate() was called by the model, inside a step of its own engine")
         release_helper_threads()  # this thread waits from now on; the engine's computes
-        with self._changed:
+        call.caller = getattr(self._here, "caller", None)
+        try:
+            self._add(call)
+        except StuckError as error:
+            raise NotStarted(str(error)) from error
+
+    def _add(self, call: Call) -> None:
+        with self._changes.lock():
             if self._thread is None or not self._thread.is_alive():
                 thread = threading.Thread(target=self._run, name="paged-generate", daemon=True)
                 try:
@@ -101,10 +114,10 @@ class EngineHost:
             try:
                 if call.engine is not None and call.engine is self.engine:  # else it has failed, and the call was told
                     command(self.engine)
-            except Exception as error:
+            except BaseException as error:  # whatever it is, the call waits for an answer
                 call.tell(error)
 
-        with self._changed:
+        with self._changes.lock():
             self._choosing.discard(call)
             if call in self._open:  # else it was told why not
                 self._post(run)
@@ -118,27 +131,33 @@ class EngineHost:
             raise
 
     def _close(self, call: Call) -> None:
-        with self._changed:
-            if call in self._open:
-                self._post(lambda: self._end(call))
-                self._choosing.discard(call)
-                self._open.discard(call)
-            thread = self._thread
+        try:
+            with self._changes.lock():
+                if call in self._open:
+                    self._leave(call)
+                thread = self._thread
             if thread is None:
                 return
-            self._changed.wait_for(lambda: self._thread is not thread or bool(self._open))
-            ended = self._thread is not thread
-        if ended:
+            self._changes.wait_for(lambda: self._thread is not thread or bool(self._open) or not thread.is_alive())
+        except StuckError:
+            return  # which has been told where it matters
+        if self._thread is not thread:
             thread.join()
+
+    def _leave(self, call: Call) -> None:
+        """Under the lock."""
+        self._post(lambda: self._end(call))
+        self._choosing.discard(call)
+        self._open.discard(call)
 
     def release(self) -> bool:
         """Give back the K/V memory. False: calls are under way, and nothing was done."""
-        with self._changed:
+        with self._changes.lock():
             return self._thread is None and (self.engine is None or self.engine.release_memory())
 
     def drop(self) -> None:
         """Forget the engine, and all that was made for the model, unless calls are under way."""
-        with self._changed:
+        with self._changes.lock():
             if self._thread is None:
                 self.engine = None
 
@@ -147,39 +166,54 @@ class EngineHost:
 
         SystemExit ends such a thread without a word, as the interpreter itself will in a moment.
         """
-        with self._changed:
-            self._exiting = True
-            thread = self._thread
-            for call in self._open:
-                call.tell(SystemExit("the interpreter is shutting down"))
-                self._post(lambda call=call: self._end(call))  # type: ignore[misc]
+        self._exiting = True
+        thread = self._thread
+        with suppress(StuckError):
+            with self._changes.lock():
+                for call in self._open:
+                    call.tell(SystemExit("the interpreter is shutting down"))
+                    self._post(lambda call=call: self._end(call))  # type: ignore[misc]
             # A thread that is inside torch when the interpreter goes takes the process down with it.
-            self._changed.wait_for(lambda: not self._num_callers, timeout=1)
-            self._open.clear()
-            self._changed.notify_all()
+            deadline = time.monotonic() + 1
+            while self._callers and time.monotonic() < deadline:
+                time.sleep(0.002)
+            with self._changes.lock():
+                self._open.clear()
+                self._changes.tell()
         if thread is not None:
             thread.join(timeout=10)
 
     def _post(self, command: Callable[[], None]) -> None:
         self._inbox.append(command)
-        self._changed.notify_all()
+        self._changes.tell()
 
     # ---- the engine's thread -------------------------------------------------------------------------------------
 
     def handed(self, call: Call) -> None:
         """The call has its logits: its tokens will come soon."""
-        with self._changed:
+        with self._changes.lock():
             self._choosing.add(call)
 
     def _run(self) -> None:
-        with self._changed:
-            if self._thread is not threading.current_thread():
-                return
+        try:
+            with self._changes.lock():
+                if self._thread is not threading.current_thread():
+                    return
+            self._work()
+        except StuckError as error:  # nothing can be handed over any more, and what follows goes without the lock
+            self._fail_all(error)
+            self._inbox.clear()
+            self._open.clear()
+            self._thread = None
+
+    def _work(self) -> None:
         worked, going_on = False, True
         while going_on:
             try:
                 going_on = self._obey(wait=not worked)
                 worked = going_on and self._step()
+            except StuckError:
+                raise
             except BaseException as error:  # whatever it is, somebody waits for an answer
                 self._fail_all(error)
                 worked = False
@@ -187,21 +221,35 @@ class EngineHost:
     def _obey(self, wait: bool) -> bool:
         """Carry out what was asked for meanwhile. False: nothing is open any more; the thread is to end."""
         while True:
-            with self._changed:
-                while wait and self._open and not self._inbox:
-                    stuck = self.engine is not None and self.engine.has_work
-                    if not self._changed.wait(_STUCK_S if stuck else None) and self.engine is not None:
-                        self.engine.preempt_held()
-                        return True
+            if wait and not self._wait_for_commands():
+                return True
+            with self._changes.lock():
                 if not self._inbox:
                     if self._open:
                         return True
                     self._thread = None
-                    self._changed.notify_all()
+                    self._changes.tell()
                     return False
                 command = self._inbox.popleft()
             command()
             wait = False
+
+    def _wait_for_commands(self) -> bool:
+        """Until there is one, or nothing is open any more. False: none came while some calls keep all blocks from the
+        others; they have given way."""
+        stuck = self.engine is not None and self.engine.has_work
+        while not self._changes.wait_for(lambda: bool(self._inbox) or not self._open, _STUCK_S if stuck else _LOOK_S):
+            if stuck and self.engine is not None:
+                self.engine.preempt_held()
+                return False
+            self._end_the_left_behind()
+        return True
+
+    def _end_the_left_behind(self) -> None:
+        """Calls whose caller is gone: an exception struck it where it was about to close them."""
+        with self._changes.lock():
+            for call in [call for call in self._open if call.caller is not None and call.caller not in self._callers]:
+                self._leave(call)
 
     def _step(self) -> bool:
         """One step, then a moment's patience for those who were handed logits. False: there was nothing to compute."""
@@ -214,10 +262,8 @@ class EngineHost:
         stats = engine.last_stats
         if stats is None or stats is before:
             return False  # whoever could run lacks blocks, and those who have them are choosing
-        deadline = time.perf_counter() + _PATIENCE * stats.duration_s
-        with self._changed:
-            while self._choosing and (left := deadline - time.perf_counter()) > 0:
-                self._changed.wait(left)
+        self._changes.wait_for(lambda: not self._choosing, _PATIENCE * stats.duration_s)
+        with self._changes.lock():
             self._choosing.clear()  # who is slower than that joins a later step
         return True
 
@@ -234,7 +280,7 @@ class EngineHost:
                     raise NotStarted(str(error)) from None  # others have rows there
                 self.engine = self._build()
                 self._enter(call)
-        except Exception as error:
+        except BaseException as error:  # whatever it is, the call waits for an answer
             call.tell(error)
 
     def _enter(self, call: Call) -> None:
@@ -260,10 +306,9 @@ class EngineHost:
         """The engine is lost, and with it the calls that have rows there."""
         failed, self.engine = self.engine, None
         self._owners.clear()
-        with self._changed:
-            for call in self._open:
-                if call.engine is failed:
-                    call.tell(error)
+        for call in list(self._open):
+            if isinstance(error, StuckError) or call.engine is failed:
+                call.tell(error)
 
 
 _HOSTS: weakref.WeakSet[EngineHost] = weakref.WeakSet()
