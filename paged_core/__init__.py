@@ -7,6 +7,7 @@ from paged_core.config import EngineConfig, EngineSizes, StepSizes
 from paged_core.engine.stats import StepStats
 from paged_core.errors import (
     ConfigError,
+    EngineBusyError,
     EngineDeadError,
     InvalidRequestError,
     PagedCoreError,
@@ -91,6 +92,7 @@ __all__ = [
     "ConfigError",
     "Detokenizer",
     "Engine",
+    "EngineBusyError",
     "EngineConfig",
     "EngineDeadError",
     "EngineSizes",

@@ -6,6 +6,7 @@ PagedCoreError
 ├── PluginError                      a plugin is missing, misspelt or broken
 ├── ReentryError (RuntimeError)      a call that would wait for the very step it was made in
 ├── RequestError                     a request ended in an error; carries the request id
+├── EngineBusyError                  the engine holds as many requests as it may; try again soon
 └── EngineDeadError                  the engine has stopped and takes no more requests
 InvalidRequestError (ValueError)     the request can't be served as asked (raised to who asks: add_request, read_kv)
 """
@@ -14,6 +15,7 @@ from paged_core.scheduling.request import InvalidRequestError
 
 __all__ = [
     "ConfigError",
+    "EngineBusyError",
     "EngineDeadError",
     "InvalidRequestError",
     "PagedCoreError",
@@ -50,6 +52,10 @@ class RequestError(PagedCoreError):
     def __init__(self, request_id: str, message: str) -> None:
         super().__init__(f"request {request_id}: {message}")
         self.request_id = request_id
+
+
+class EngineBusyError(PagedCoreError):
+    """As many requests, or looks, as the engine holds at once have not ended yet. Nothing was queued."""
 
 
 class EngineDeadError(PagedCoreError):

@@ -73,12 +73,15 @@ def alphabet_server(
     shutdown_timeout_s: float = 5.0,
     connections: ConnectionLimits | None = None,
     service_options: dict[str, Any] | None = None,
+    max_requests: int = 10_000,
     **tls: Any,
 ) -> Iterator[Running]:
     metrics = PrometheusMetrics("alphabet")
     config = config or EngineConfig(num_blocks=512, attention_backend="reference")
     with AsyncEngine(
-        Engine(model or AlphabetModel(), config, plugins=[metrics]), tokenizer=tokenizer or CharacterTokenizer()
+        Engine(model or AlphabetModel(), config, plugins=[metrics]),
+        tokenizer=tokenizer or CharacterTokenizer(),
+        max_requests=max_requests,
     ) as engine:
         served = ServedModel(engine, ["alphabet"], limits)
         service = Service(engine, served, max_queue=max_queue, timeout_s=timeout_s, **(service_options or {}))

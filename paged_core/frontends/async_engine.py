@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 from paged_core.config import EngineConfig, EngineSizes
 from paged_core.engine.engine import Engine
 from paged_core.engine.openmp import release_helper_threads
-from paged_core.errors import EngineDeadError, InvalidRequestError, ReentryError, RequestError
+from paged_core.errors import EngineBusyError, EngineDeadError, InvalidRequestError, ReentryError, RequestError
 from paged_core.frontends.opening import open_engine
 from paged_core.frontends.stream import Channel, Stream, Wakeups
 from paged_core.scheduling.request import RequestOutput, SamplingParams
@@ -38,6 +38,8 @@ from paged_core.text.prompts import encode_prompt
 __all__ = ["AsyncEngine", "Stream"]
 
 _T = TypeVar("_T")
+_COMMANDS_S = 0.01  # for commands between two steps; what has begun is finished
+_MAX_LOOKS = 1024  # that wait
 
 
 class _Answer(Future[_T]):
@@ -86,6 +88,7 @@ class AsyncEngine:
         model: an Engine (taken over: use it no more yourself), or whatever an Engine takes.
         tokenizer: taken from the model (by the ``load_tokenizer`` hook) when None.
         config: an EngineConfig; or give its fields as keyword arguments.
+        max_requests: how many may be under way at once, waiting ones and those being cancelled included.
         options: those fields; and ``device``, ``dtype``, ``plugins`` and ``progress``, as Engine takes them.
 
     Raises:
@@ -94,10 +97,17 @@ class AsyncEngine:
     """
 
     def __init__(
-        self, model: Any, *, tokenizer: Any = None, config: EngineConfig | None = None, **options: Any
+        self,
+        model: Any,
+        *,
+        tokenizer: Any = None,
+        config: EngineConfig | None = None,
+        max_requests: int = 16_384,
+        **options: Any,
     ) -> None:
         self.engine, self.codec = open_engine(model, tokenizer, config, options)
         release_helper_threads()  # loading has taken some; from now on only the stepping thread computes
+        self._max_requests = max_requests
         self._closed = False
         self._dead: BaseException | None = None
         self._numbers = itertools.count()
@@ -108,9 +118,10 @@ class AsyncEngine:
 
     def _start_afresh(self) -> None:
         self._commands: SimpleQueue[_Submit | _Cancel | _Look | _Close] = SimpleQueue()  # put() is safe even in __del__
-        self._lock = threading.Lock()  # guards the two below, _closed and _dead
+        self._lock = threading.Lock()  # guards the three below, _closed and _dead
         self._thread: threading.Thread | None = None
         self._ids: set[str] = set()  # of requests that have not ended
+        self._num_looks = 0  # that have not been answered
         self._running: dict[str, _Submit] = {}  # the stepping thread's own
         self._began: float | None = None  # when it took up what it is at; None: it waits for something to do
 
@@ -147,6 +158,7 @@ class AsyncEngine:
         Raises:
             InvalidRequestError: the prompt is no prompt, params are no SamplingParams, or the id is in use. What only
                 the engine can tell (the prompt is too long, say) is raised by the Stream.
+            EngineBusyError: ``max_requests`` have not ended yet.
             EngineDeadError: the engine was closed or has failed, or stayed in the parent of this process.
             RuntimeError: its thread can't be started (too many threads); a later request may find it can.
         """
@@ -162,6 +174,8 @@ class AsyncEngine:
             self._check_open()
             if request_id in self._ids:
                 raise InvalidRequestError(f"request id {request_id!r} is in use; choose another")
+            if len(self._ids) >= self._max_requests:
+                raise EngineBusyError(f"{self._max_requests} requests are under way, the limit; try again soon")
             self._start()
             self._ids.add(request_id)
             self._channels.add(channel)
@@ -172,13 +186,17 @@ class AsyncEngine:
         """``function(engine)``, called by the stepping thread between two steps: all requests wait for it meanwhile.
 
         Raises:
+            EngineBusyError: very many looks wait already.
             EngineDeadError: the engine was closed or has failed; the Future raises it if that happens later.
             ReentryError: raised by the Future, where the stepping thread itself would wait for it.
         """
         answer: _Answer[_T] = _Answer(self._check_may_wait)
         with self._lock:
             self._check_open()
+            if self._num_looks >= _MAX_LOOKS:
+                raise EngineBusyError(f"{_MAX_LOOKS} looks at the engine wait, the limit; try again soon")
             self._start()
+            self._num_looks += 1
             self._answers.add(answer)
             self._commands.put(_Look(function, answer))
         return answer
@@ -261,30 +279,39 @@ class AsyncEngine:
                 if self.engine.has_work:
                     self._began = time.monotonic()
                     self._deliver(self.engine.step())
-            self._abort_all()
+            self._abort(list(self._running.values()))
             self.engine.close()
         except BaseException as error:
             self._die(error)
 
     def _obey(self) -> bool:
-        """Carry out the commands that have come; when there is nothing else to do, wait for one. False: close."""
-        while not self._commands.empty() or not self.engine.has_work:
+        """Carry out the commands that have come, as far as there is time; when there is nothing else to do, wait for
+        one. False: close."""
+        until = time.monotonic() + _COMMANDS_S
+        while not self.engine.has_work or ((self._closed or time.monotonic() < until) and not self._commands.empty()):
             self._began = None
             command = self._commands.get()
             self._began = time.monotonic()
             if isinstance(command, _Close):
                 return False
-            if isinstance(command, _Cancel):
-                self._cancel(command.channel)
-            elif isinstance(command, _Look):
-                _answer(command, self.engine)
-            else:
-                self._admit(command)
+            self._carry_out(command)
         return True
+
+    def _carry_out(self, command: _Submit | _Cancel | _Look) -> None:
+        if isinstance(command, _Cancel):
+            self._cancel(command.channel)
+        elif isinstance(command, _Look):
+            with self._lock:
+                self._num_looks -= 1
+            _answer(command, self.engine)
+        else:
+            self._admit(command)
 
     def _admit(self, submit: _Submit) -> None:
         generation = submit.generation
         self._running[generation.request_id] = submit
+        if submit.channel.cancelled:
+            return self._abort([submit])  # it costs no step
         try:
             self.engine.add_request(
                 generation.request_id,
@@ -332,9 +359,9 @@ class AsyncEngine:
         with self._lock:
             self._ids.discard(request_id)
 
-    def _abort_all(self) -> None:
+    def _abort(self, submits: Sequence[_Submit]) -> None:
         wakeups = Wakeups()
-        for submit in list(self._running.values()):
+        for submit in submits:
             self.engine.abort(submit.generation.request_id)
             self._push(submit, submit.generation.abort(), wakeups)
         wakeups.send()

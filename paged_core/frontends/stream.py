@@ -65,6 +65,7 @@ class Channel:
         self.request_id = request_id
         self._cancel = cancel
         self._check_may_wait = check_may_wait
+        self.cancelled = False  # however often it is asked for, the producer hears it once or twice
         self._lock = threading.Lock()  # held for moments only
         self._unread: dict[int, list[StreamDelta]] = {}  # by index, in the order of their first news
         self._result: GenerationOutput | None = None
@@ -113,7 +114,8 @@ class Channel:
         return self._result is not None or self._error is not None
 
     def cancel(self) -> None:
-        if not self.ended:
+        if not self.ended and not self.cancelled:
+            self.cancelled = True
             self._cancel(self)
 
     def take(self, waiter: _Waiter) -> StreamDelta | None:

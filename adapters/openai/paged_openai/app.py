@@ -93,7 +93,6 @@ def create_app(service: Service, metrics: PrometheusMetrics | None, options: App
             Route("/v1/completions", routes.call(CompletionCall, OPENAI), methods=["POST"]),
             Route("/v1/chat/completions", routes.call(chat, chat_form), methods=["POST"]),
             Route("/v1/models", routes.models),
-            Route("/v1/models/", routes.models, include_in_schema=False),
             Route("/v1/models/{name:path}", routes.model),
             Route("/", routes.call(_tgi(None), TGI), methods=["POST"]),
             Route("/generate", routes.call(_tgi(False), TGI), methods=["POST"]),

@@ -10,7 +10,7 @@ from typing import Any
 from anyio import CancelScope, to_thread
 from paged_serving import Call, CallError, Failure
 
-from paged_core import AsyncEngine, GenerationOutput, Stream, StreamDelta
+from paged_core import AsyncEngine, EngineBusyError, GenerationOutput, Stream, StreamDelta
 
 _News = tuple[int, StreamDelta | Exception | None]  # None: that stream has ended
 
@@ -19,6 +19,7 @@ class Exchange:
     """Submits all prompts of ``call`` at once; ``close`` must follow, whatever happens.
 
     Raises:
+        CallError: the engine has its hands full.
         EngineDeadError: the engine takes no requests any more.
     """
 
@@ -31,6 +32,9 @@ class Exchange:
         try:
             for prompt in call.prompts:
                 self._streams.append(engine.submit(prompt, call.params))
+        except EngineBusyError as error:
+            self.close()
+            raise CallError(Failure.OVERLOADED, str(error)) from error
         except BaseException:
             self.close()
             raise

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from paged_core import Engine, EngineDeadError, EngineView
+from paged_core import Engine, EngineBusyError, EngineDeadError, EngineView
 from paged_openai.responses import TGI, error_response, json_bytes
 from paged_openai.service import Service
 
@@ -55,7 +55,7 @@ class Page:
             self._looking, self._looked_at = asyncio.ensure_future(self._look()), now
         try:
             body = await asyncio.wait_for(asyncio.shield(self._looking), _PATIENCE_S)
-        except EngineDeadError as error:
+        except (EngineBusyError, EngineDeadError) as error:
             return error_response(TGI, CallError(Failure.UNAVAILABLE, str(error)))
         except asyncio.TimeoutError:
             return error_response(TGI, CallError(Failure.UNAVAILABLE, "the engine is busy with a long step"))

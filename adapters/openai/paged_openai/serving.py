@@ -39,7 +39,7 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
     metrics = PrometheusMetrics(names[0])
     _log.info("loading", extra={"fields": {"model": str(args.model)}})
     engine = Engine(args.model, config, plugins=[metrics], device=args.device, dtype=args.dtype)
-    served_engine = AsyncEngine(engine)
+    served_engine = AsyncEngine(engine, max_requests=_max_requests(engine, args.max_queue))
     try:
         served = ServedModel(served_engine, names, limits, model_defaults=args.generation_config == "auto")
         service = Service(
@@ -62,6 +62,12 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
             options.traces.close()
         _close(served_engine)
     return 0
+
+
+def _max_requests(engine: Engine, max_queue: int) -> int:
+    """Those that are served at once, and as many whose clients have left: the engine hears of these between steps."""
+    assert engine.config.max_num_seqs is not None, "a built engine knows it"
+    return 2 * (engine.config.max_num_seqs + max_queue)
 
 
 def _close(engine: AsyncEngine) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from paged_serving import Call, CallError, Failure
 
-from paged_core import AsyncEngine, GenerationOutput, InvalidRequestError, Stream
+from paged_core import AsyncEngine, EngineBusyError, GenerationOutput, InvalidRequestError, Stream
 from paged_torchserve.bodies import JSON, Form, json_bytes
 from paged_torchserve.replies import Reply
 
@@ -77,7 +77,7 @@ class Exchange:
             self._finish(call, [await stream.aresult() for stream in self._streams])
         except Exception as error:
             self.cancel()
-            if not isinstance(error, CallError | InvalidRequestError):
+            if not isinstance(error, CallError | EngineBusyError | InvalidRequestError):
                 _log.error("a request failed", exc_info=error)
             self._refuse(error)
         self._on_news()

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-from http_server import Running, alphabet_server
+from http_server import Running, alphabet_server, until
 from paged_openai.app import AppOptions
 from paged_openai.logs import JSONLines
 
@@ -65,6 +65,7 @@ def test_no_byte_that_moves_a_terminal_reaches_the_log() -> None:
 def test_a_path_of_control_characters_is_logged_harmlessly(server: Running, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "paged_openai.requests"), server.client() as client:
         client.get("/%C2%9B31m%C2%85")
+        until(lambda: any(each.message == "request" for each in caplog.records))
     (record,) = [each for each in caplog.records if each.message == "request"]
     line = JSONLines().format(record)
     assert line.isprintable()

@@ -16,6 +16,7 @@ from toy_tokenizers import CharacterTokenizer
 from paged_core import (
     AsyncEngine,
     Engine,
+    EngineBusyError,
     EngineConfig,
     EngineDeadError,
     InvalidRequestError,
@@ -379,6 +380,83 @@ def test_waiting_with_a_timeout_does_not_end_the_request(engine: AsyncEngine, mo
 
 
 # ---- closing and dying -------------------------------------------------------------------------------------------
+
+
+def test_commands_that_never_end_let_steps_go_on(engine: AsyncEngine) -> None:
+    """Each look asks for the next, so the queue is never empty."""
+    neighbour = engine.submit("A", params(max_tokens=40))
+    done = threading.Event()
+
+    def again(_: Engine) -> None:
+        if not done.is_set():
+            engine.look(again)
+
+    engine.look(again)
+    try:
+        assert len(neighbour.result(LIMIT_S).outputs[0].token_ids) == 40
+    finally:
+        done.set()
+
+
+def test_threads_that_submit_and_cancel_in_a_loop_let_steps_go_on(engine: AsyncEngine) -> None:
+    neighbour = engine.submit("A", params(max_tokens=150, ignore_eos=True))
+    done = threading.Event()
+
+    def flood() -> None:
+        while not done.is_set():
+            try:
+                engine.submit("B", LONG).cancel()
+            except EngineBusyError:
+                time.sleep(0.001)
+
+    def wait() -> None:
+        try:
+            assert len(neighbour.result(LIMIT_S).outputs[0].token_ids) == 150
+        finally:
+            done.set()
+
+    in_threads(flood, flood, wait)
+
+
+def test_a_full_engine_refuses_and_takes_more_when_some_have_ended() -> None:
+    gate = Gate()
+    with AsyncEngine(AlphabetModel(gate), tokenizer=CharacterTokenizer(), config=CONFIG, max_requests=9) as engine:
+        streams = [engine.submit("A", params()) for _ in range(9)]
+        for stream in streams[:4]:
+            stream.cancel()  # they are under way until the engine has heard of it
+        with pytest.raises(EngineBusyError, match="9 requests"):
+            engine.submit("A", params())
+        gate.open()
+        assert {stream.result(LIMIT_S).outputs[0].finish_reason for stream in streams[4:]} == {"length"}
+        assert engine.submit("A", params()).result(LIMIT_S).outputs[0].text == "BCDEF"
+
+
+def test_looks_are_bounded_and_cancels_are_told_once() -> None:
+    gate = Gate()
+    with AsyncEngine(AlphabetModel(gate), tokenizer=CharacterTokenizer(), config=CONFIG) as engine:
+        stream = engine.submit("A", params())
+        until(lambda: gate.num_steps == 1)
+        looks = []
+        with pytest.raises(EngineBusyError, match="looks"):
+            for _ in range(100_000):
+                looks.append(engine.look(lambda engine: 7))
+        before = engine._commands.qsize()
+        for _ in range(1000):
+            stream.cancel()
+        assert engine._commands.qsize() == before + 1
+        gate.open()
+        assert {look.result(LIMIT_S) for look in looks} == {7}
+        assert engine.look(lambda engine: 8).result(LIMIT_S) == 8
+
+
+def test_a_full_queue_does_not_keep_an_engine_from_closing() -> None:
+    gate = Gate()
+    engine = AsyncEngine(AlphabetModel(gate), tokenizer=CharacterTokenizer(), config=CONFIG)
+    streams = [engine.submit("A", LONG) for _ in range(3000)]
+    until(lambda: gate.num_steps == 1)
+    gate.open()
+    engine.close(LIMIT_S)
+    assert {stream.result(0).outputs[0].finish_reason for stream in streams} <= {"abort", "length"}
 
 
 def test_close_ends_every_stream_with_an_abort(model: AlphabetModel) -> None:

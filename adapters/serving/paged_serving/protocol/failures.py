@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-from paged_core import EngineDeadError, InvalidRequestError
+from paged_core import EngineBusyError, EngineDeadError, InvalidRequestError
 from paged_serving.protocol.fields import ProtocolError
 
 # What ends a generation by the request's own doing, where nobody could tell before: its error begins so.
@@ -66,6 +66,8 @@ def _told(error: Exception) -> tuple[Failure, str]:
         return error.failure, str(error)
     if isinstance(error, InvalidRequestError):
         return Failure.INVALID, str(error)
+    if isinstance(error, EngineBusyError):
+        return Failure.OVERLOADED, str(error)
     if isinstance(error, EngineDeadError):
         return Failure.UNAVAILABLE, "the engine has stopped: the server is going down, or must be restarted"
     return Failure.INTERNAL, "the server failed; its log says more"
