@@ -21,14 +21,22 @@ class Alphabet:
 
     def answer(self, call: Call) -> Any:
         assert not call.stream
+        compile_grammar(call)
         streams = [self.engine.submit(prompt, call.params) for prompt in call.prompts]
         return call.answer([stream.result(30) for stream in streams])
 
     def chunks(self, call: Call) -> list[dict[str, Any]]:
         assert call.stream
+        compile_grammar(call)
         streams = [self.engine.submit(prompt, call.params) for prompt in call.prompts]
         sent = call.first_chunks()
         for number, stream in enumerate(streams):
             for delta in stream:
                 sent += call.chunks(number, delta)
         return sent + call.last_chunks([stream.result(30) for stream in streams])
+
+
+def compile_grammar(call: Call) -> None:
+    """As a server does before it submits a call."""
+    if call.grammar is not None:
+        call.grammar.compile()

@@ -352,9 +352,10 @@ class Engine:
 
     def _add_processors(self, request: Request) -> None:
         answers = [p for p in self._manager.hook.create_logits_processor(request=request) if p is not None]
-        if answers:
-            processors = (*request.params.logits_processors, *answers)
-            request.params = replace(request.params, logits_processors=processors)
+        asked = request.params.logits_processors
+        own = [each.for_request(request) if hasattr(each, "for_request") else each for each in asked]
+        if answers or own != list(asked):
+            request.params = replace(request.params, logits_processors=(*own, *answers))
 
     def refresh(self) -> None:
         """Catch up with what the user has done to the model: cached K/V may be another model's. Adding a request does

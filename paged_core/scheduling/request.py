@@ -11,10 +11,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 LogitsProcessor = Callable[[Any, Any], Any]
-"""Hugging Face's form, one row at a time: ``processor(input_ids i64 [1, L], scores f32 [1, V]) -> scores``."""
+"""Hugging Face's form, one row at a time: ``processor(input_ids i64 [1, L], scores f32 [1, V]) -> scores``.
+
+One that keeps something of a row has ``for_request(request) -> LogitsProcessor`` instead. It is asked for each row
+when the request is taken in: rows of one prompt, and prompts that share their SamplingParams, then share no state.
+"""
+
+
+class RowsProcessor(Protocol):
+    """What makes a logits processor for each row."""
+
+    def for_request(self, request: Request) -> LogitsProcessor: ...
 
 
 class InvalidRequestError(ValueError):
@@ -84,7 +94,7 @@ class SamplingParams:
     use_beam_search: bool = False  # n beams instead of n samples; the n best sequences come back, best first
     length_penalty: float = 1.0  # a beam's score: sum of log-probabilities / length ** length_penalty
     early_stopping: bool = False  # end the search once n sequences have ended, whatever might still come
-    logits_processors: Sequence[LogitsProcessor] = field(default=(), compare=False)
+    logits_processors: Sequence[LogitsProcessor | RowsProcessor] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         for name, items in _LISTS.items():
@@ -168,6 +178,10 @@ class _Items(NamedTuple):
     optional: bool = False  # None has a meaning of its own; else it stands for ()
 
 
+def _is_processor(item: Any) -> bool:
+    return callable(item) or hasattr(item, "for_request")
+
+
 _LISTS = {
     "stop": _Items(f"{_TEXT}, and not empty", lambda item: _is_text(item) and bool(item), one_is_many=True),
     "stop_token_ids": _Items("a token id (an int)", _is_token),
@@ -176,7 +190,7 @@ _LISTS = {
         "a sequence of token ids (ints)", lambda item: isinstance(item, Sequence) and all(map(_is_token, item))
     ),
     "allowed_token_ids": _Items("a token id (an int)", _is_token, optional=True),
-    "logits_processors": _Items("a function (input_ids, scores) -> scores", callable),
+    "logits_processors": _Items("a function (input_ids, scores) -> scores", _is_processor),
 }
 
 

@@ -141,6 +141,7 @@ class _Routes:
             try:
                 with self._service.arrival() as count:
                     call = await self._service.read(read, await self._body(request, count))
+                    await self._service.compile(call)
             except Exception as error:
                 notes["error"] = error_note(error)
                 if self._options.traces is not None:

@@ -12,7 +12,8 @@ from paged_serving import RequestLimits, add_engine_options, engine_config, whol
 
 from paged_core import Commands, ConfigError, InvalidRequestError, PagedCoreError
 
-_LIMITS = ("max_prompt_tokens", "max_tokens", "max_n", "max_prompts", "max_stop", "max_logprobs", "max_values")
+_LIMITS = ("max_prompt_tokens", "max_tokens", "max_n", "max_prompts", "max_stop", "max_logprobs", "max_values",
+           "max_grammar_ms")  # fmt: skip
 
 
 def register(commands: Commands) -> None:
@@ -67,6 +68,7 @@ def _add_limits(group: Any) -> None:
     for name, of_what in (("max_n", "sequences of one prompt"), ("max_prompts", "of one request"),
                           ("max_stop", "stop strings of one request"), ("max_logprobs", "of one token"),
                           ("max_values", "log-probabilities, or token ids, of one request"),
+                          ("max_grammar_ms", "of processor time, to compile the grammar of one request"),
                           ):  # fmt: skip
         told, default = f"{of_what} (default: %(default)s)", getattr(limits, name)
         add(f"--{name.replace('_', '-')}", type=whole_number, metavar="N", default=default, help=told)

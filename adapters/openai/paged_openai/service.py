@@ -16,6 +16,7 @@ from paged_openai.exchange import Exchange
 
 _T = TypeVar("_T")
 _NUM_READERS = 4  # tokenising is one at a time in any case
+_NUM_COMPILING = 64  # they wait for other processes
 
 
 class Service:
@@ -100,6 +101,19 @@ class Service:
     async def read(self, function: Callable[..., _T], *args: object) -> _T:
         """``function(*args)``, which reads a body, in one of a few threads: it must not hold up the others' streams."""
         return await to_thread.run_sync(function, *args, limiter=self._readers)
+
+    async def compile(self, call: Call) -> None:
+        """Its grammar, if it has one. That may take long; who has none doesn't wait for it.
+
+        Raises:
+            InvalidRequestError: the grammar can't be used, or takes too long.
+        """
+        if call.grammar is not None:
+            await to_thread.run_sync(call.grammar.compile, limiter=self._compilers, abandon_on_cancel=True)
+
+    @cached_property
+    def _compilers(self) -> CapacityLimiter:
+        return CapacityLimiter(_NUM_COMPILING)
 
     @cached_property
     def _readers(self) -> CapacityLimiter:

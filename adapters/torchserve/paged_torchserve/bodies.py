@@ -145,7 +145,7 @@ class PlainCall:
         if stream and self._calls[0].params.n > 1:
             raise ProtocolError("best_of above 1 can't be streamed: the best is known at the end", "best_of")
         self.prompts = [prompt for call in self._calls for prompt in call.prompts]
-        self.params = self._calls[0].params
+        self.params, self.grammar = self._calls[0].params, self._calls[0].grammar
         self.stream = stream
         self._opening = prompts[0] if parameters.get("return_full_text") else ""
 

@@ -11,6 +11,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -24,6 +25,8 @@ from paged_torchserve.replies import MESSAGE_BYTES, Message, Reply
 from paged_torchserve.settings import Settings
 
 _WAIT_S = 0.05  # for news; a client that leaves is noticed after as long
+_COMPILING_S = 0.08  # for a grammar: a refusal that comes later has no status of its own
+_NUM_COMPILERS = 32  # they wait for other processes
 _ADMISSION_S = 1.0  # for a request to be read, and taken in by the engine between two of its steps
 
 
@@ -47,6 +50,7 @@ class Desk:
         self._max_bytes = min(MESSAGE_BYTES, settings.max_reply_bytes)
         self._loop = asyncio.new_event_loop()
         self._news = asyncio.Event()
+        self._compilers = ThreadPoolExecutor(_NUM_COMPILERS, "paged-grammars")
         self._open: dict[str, Exchange] = {}
         self._failure: Exception | None = None
         self._in_step = threading.Lock()
@@ -92,6 +96,7 @@ class Desk:
     def close(self) -> None:
         for request_id in list(self._open):
             self._forget(request_id)
+        self._compilers.shutdown(wait=False, cancel_futures=True)
         self._loop.run_until_complete(self._loop.shutdown_default_executor())
         self._loop.close()
 
@@ -111,7 +116,7 @@ class Desk:
     def _begin(self, request: Request) -> Exchange:
         form = error_form(request)
         reply = Reply(form.content_type, self._max_bytes, begun=request.is_orphan)
-        exchange = Exchange(partial(self._read, request), form, self._engine, reply, self._news.set)
+        exchange = Exchange(partial(self._read, request), form, self._engine, reply, self._news.set, self._compilers)
         if self._failure is not None:
             exchange.fail(self._failure)
         return exchange
@@ -122,7 +127,7 @@ class Desk:
     async def _wait_for_news(self) -> None:
         began = time.monotonic()
         while not self._has_news or not self._settled:
-            left = began + (_WAIT_S if self._settled else _ADMISSION_S) - time.monotonic()
+            left = began + self._patience_s - time.monotonic()
             if left <= 0:
                 return
             self._news.clear()
@@ -136,6 +141,13 @@ class Desk:
     @property
     def _settled(self) -> bool:
         return all(each.settled for each in self._open.values())
+
+    @property
+    def _patience_s(self) -> float:
+        unsettled = [each for each in self._open.values() if not each.settled]
+        if not unsettled:
+            return _WAIT_S
+        return _COMPILING_S if all(each.compiling for each in unsettled) else _ADMISSION_S
 
     def _admitted(self, request_id: str) -> None:
         for each in self._open.values():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from concurrent.futures import Executor
 
 from paged_serving import Call, CallError, Failure
 
@@ -20,7 +21,7 @@ class Exchange:
     """Reads a request, submits its prompts; what comes of them goes into ``reply``. ``on_news`` is called then.
 
     ``read`` is called in a thread: prompts are tokenised there, and a long list of them holds up no one else.
-    ``form`` is the one for what is wrong before it has been read.
+    ``compilers`` has threads that may be kept for long. ``form`` is the one for what is wrong before it has been read.
     """
 
     def __init__(
@@ -30,9 +31,12 @@ class Exchange:
         engine: AsyncEngine,
         reply: Reply,
         on_news: Callable[[], None],
+        compilers: Executor,
     ) -> None:
         self.reply = reply
         self._form, self._engine, self._on_news = form, engine, on_news
+        self._compilers = compilers
+        self.compiling = False  # what its answer must follow: others need not wait for that
         self._streams: list[Stream] = []
         self._streamed = reply.begun  # as far as anyone knows
         self._cancelled = False
@@ -69,6 +73,7 @@ class Exchange:
     async def _run(self, read: Callable[[], tuple[Call, Form]]) -> None:
         try:
             call, self._form = await asyncio.to_thread(read)
+            await self._compile(call)
             self._streamed = call.stream
             self.reply.content_type = self._form.stream_type if call.stream else self._form.content_type
             self._submit(call)
@@ -81,6 +86,12 @@ class Exchange:
                 _log.error("a request failed", exc_info=error)
             self._refuse(error)
         self._on_news()
+
+    async def _compile(self, call: Call) -> None:
+        if call.grammar is not None:
+            self.compiling = True
+            await asyncio.get_running_loop().run_in_executor(self._compilers, call.grammar.compile)
+            self.compiling = False
 
     def _submit(self, call: Call) -> None:
         for prompt in call.prompts:

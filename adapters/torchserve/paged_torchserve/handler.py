@@ -10,7 +10,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from paged_serving import ServedModel
+from paged_serving import RequestLimits, ServedModel
 
 from paged_torchserve.bodies import Request
 from paged_torchserve.desk import Admissions, Desk
@@ -36,7 +36,8 @@ class PagedHandler:
         metrics, admissions = TorchServeMetrics(context.model_name, context.metrics), Admissions()
         plugins = [metrics.observer, admissions]
         self._engine = open_engine(Path(place["model_dir"]), place.get("gpu_id"), settings, plugins)
-        served = ServedModel(self._engine, [context.model_name])
+        limits = RequestLimits(max_grammar_ms=settings.max_grammar_ms)
+        served = ServedModel(self._engine, [context.model_name], limits)
         self._desk = Desk(self._engine, served, settings, admissions)
         max_step_s = float(config.get("responseTimeout") or _RESPONSE_TIMEOUT_S)
         self._watch = Watch(self._engine, self._desk, metrics.flush, settings.heartbeat_s, max_step_s)

@@ -26,7 +26,7 @@ _FRONTEND: Mapping[str, type] = {  # what TorchServe reads itself, as far as it 
     "maxRetryTimeoutInSec": int,
 }
 
-_LEAST: Mapping[str, float] = {"max_new_tokens": 1, "max_reply_bytes": 1, "heartbeat_s": 0.1}
+_LEAST: Mapping[str, float] = {"max_new_tokens": 1, "max_grammar_ms": 1, "max_reply_bytes": 1, "heartbeat_s": 0.1}
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Settings:
     dtype: str | None = None
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    max_grammar_ms: int = 500  # of processor time, to compile what one request's answer must follow
     max_new_tokens: int = 100  # for plain requests that don't say
     return_full_text: bool = True  # whether answers to plain requests begin with the prompt, as stock handlers' do
     max_reply_bytes: int = MAX_REPLY_BYTES  # TorchServe's max_response_size

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from calls import Alphabet
+from calls import Alphabet, compile_grammar
 from paged_serving import (
     CallError,
     ChatCall,
@@ -20,9 +20,9 @@ from paged_serving import (
     openai_error,
     tgi_error,
 )
-from paged_serving.grammar import GrammarProcessor
+from paged_serving.grammars.schemas import FORMATS
 
-from paged_core import SamplingParams
+from paged_core import InvalidRequestError, SamplingParams
 
 SCHEMA = {
     "type": "object",
@@ -100,28 +100,6 @@ def test_every_sample_follows_the_grammar_by_itself(alphabet: Alphabet) -> None:
     assert len(set(texts)) > 12
 
 
-def test_states_that_fell_out_are_made_again(alphabet: Alphabet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paged_serving.grammar._STATES_PER_ROW", 0.25)
-    choices = complete(alphabet, n=8, temperature=40, seed=1, structured_outputs={"regex": "([a-z][0-9]){4}"})
-    assert all(re.fullmatch("([a-z][0-9]){4}", choice["text"]) for choice in choices)
-
-
-def test_a_long_answer_keeps_no_more_of_its_grammar_than_a_short_one(
-    alphabet: Alphabet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[GrammarProcessor] = []
-
-    def make(*args: Any) -> GrammarProcessor:
-        made.append(GrammarProcessor(*args))
-        return made[-1]
-
-    monkeypatch.setattr("paged_serving.grammar.GrammarProcessor", make)
-    choices = complete(alphabet, n=3, temperature=40, seed=1, max_tokens=100, guided_regex="([a-z][0-9]){60}")
-    assert all(re.fullmatch("([a-z][0-9])+", choice["text"]) for choice in choices)
-    (processor,) = made
-    assert len(processor._states) <= 6
-
-
 def test_thousands_of_choices_are_no_trouble(alphabet: Alphabet) -> None:
     choices = [f"x{number}" for number in range(5000)]
     (choice,) = complete(alphabet, guided_choice=choices, temperature=40, seed=3)
@@ -142,6 +120,7 @@ def test_a_structure_and_bans_that_leave_nothing_are_that_requests_own_fault(
 ) -> None:
     other = alphabet.engine.submit("A", SamplingParams(max_tokens=150, temperature=0, ignore_eos=True))
     call = CompletionCall({"prompt": "A", "guided_regex": "aa", "max_tokens": 9, **bans}, alphabet.served, "1")
+    compile_grammar(call)
     result = alphabet.engine.submit(call.prompts[0], call.params).result(30)
     assert [output.finish_reason for output in result.outputs] == ["error"]
     error = CallError(Failure.GENERATION, result.error or "")
@@ -155,6 +134,7 @@ def test_a_structure_and_bans_that_leave_nothing_are_that_requests_own_fault(
 def test_a_grammar_too_tangled_to_follow_is_refused_shortly(alphabet: Alphabet) -> None:
     rules = " | ".join(f'"x{number}"' for number in range(3000))
     call = CompletionCall({"prompt": "A", "guided_grammar": f"start: {rules}", "temperature": 40}, alphabet.served, "1")
+    compile_grammar(call)
     result = alphabet.engine.submit(call.prompts[0], call.params).result(30)
     status, body = openai_error(CallError(Failure.GENERATION, result.error or ""))
     assert status == 400
@@ -168,12 +148,112 @@ def test_a_preempted_row_finds_its_place_in_the_grammar_again() -> None:
     asked = {"structured_outputs": {"regex": pattern}, "temperature": 40, "n": 4, "seed": 1, "max_tokens": 60}
     with alphabet.engine:
         calls = [CompletionCall({"prompt": "A" * 40 + c, **asked}, alphabet.served, c) for c in "ABCDEFGHIJKLMNOP"]
+        for call in calls:
+            compile_grammar(call)
         streams = [alphabet.engine.submit(call.prompts[0], call.params) for call in calls]
         outputs = [output for stream in streams for output in stream.result(60).outputs]
         stats = alphabet.engine.engine.last_stats
     assert all(re.fullmatch(pattern, output.text) for output in outputs)
     assert stats is not None
     assert stats.total_preemptions > 0
+
+
+def test_several_prompts_follow_the_grammar_each_by_itself(alphabet: Alphabet) -> None:
+    body = {"prompt": ["A", "ABCDEFGH", "AB"], "max_tokens": 9, "temperature": 40, "seed": 1, "n": 2}
+    answer = alphabet.answer(CompletionCall({**body, "guided_regex": "[a-c][0-9]{3}"}, alphabet.served, "1"))
+    assert all(re.fullmatch("[a-c][0-9]{3}", choice["text"]) for choice in answer["choices"])
+    assert len(answer["choices"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("schema", "keyword"),
+    [
+        ({"const": 2**53 + 1}, "const"),
+        ({"enum": [1, {"a": [-(2**63)]}]}, "enum"),
+        ({"type": "integer", "maximum": 2**53 + 1}, "maximum"),
+        ({"properties": {"default": {"anyOf": [{"exclusiveMinimum": 10**22}]}}}, "exclusiveMinimum"),
+        ({"$defs": {"x": {"const": 123456789.123456789}}}, "const"),
+        ({"items": {"multipleOf": 1e300}}, "multipleOf"),
+    ],
+)
+def test_numbers_that_would_not_be_followed_exactly_are_refused(
+    alphabet: Alphabet, schema: dict[str, Any], keyword: str
+) -> None:
+    for asked in (schema, json.dumps(schema)):
+        with pytest.raises(ProtocolError, match=f"{keyword} holds .* exact") as refused:
+            complete(alphabet, guided_json=asked)
+        assert refused.value.param == "guided_json"
+
+
+@pytest.mark.parametrize("number", [2**53, -(2**53), 0, 1.5, 1e-7, 123.456789012345])
+def test_numbers_that_are_exact_come_as_they_are(alphabet: Alphabet, number: float) -> None:
+    schema = {"const": number, "default": 2**60, "examples": [2**70]}
+    (choice,) = complete(alphabet, guided_json=schema)
+    assert json.loads(choice["text"]) == number
+
+
+def test_keys_of_patterns_that_are_used_up_are_not_waited_for(alphabet: Alphabet) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}},
+        "patternProperties": {"^a$": {"maximum": 9}, "^[bc]$": {"const": 1}, "^d(e|f)$": {"const": 2}},
+        "additionalProperties": False,
+        "required": ["a"],
+    }
+    sampled: dict[str, Any] = {"temperature": 40, "max_tokens": 150}
+    for seed in range(20):
+        (choice,) = complete(
+            alphabet, structured_outputs={"json": schema, "disable_any_whitespace": True}, **sampled, seed=seed
+        )
+        found = json.loads(choice["text"])
+        assert found.keys() <= {"a", "b", "c", "de", "df"}
+        assert found["a"] <= 9
+
+
+def test_white_space_is_bounded_and_as_it_is_asked_for(alphabet: Alphabet) -> None:
+    schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
+    loves_spaces = {"logit_bias": {"0": 100}, "max_tokens": 200}
+    (choice,) = complete(alphabet, guided_json=schema, **loves_spaces)
+    assert choice["finish_reason"] == "stop", "it does not go on with spaces for ever"
+    assert json.loads(choice["text"]) == {"a": 1}
+    (choice,) = complete(alphabet, structured_outputs={"json": schema, "disable_any_whitespace": True}, **loves_spaces)
+    assert choice["text"] == '{"a":1}'
+    for asked in (
+        {"structured_outputs": {"json": schema, "whitespace_pattern": "[ ]{0,2}"}},
+        {"guided_json": schema, "guided_whitespace_pattern": "[ ]{0,2}"},
+    ):
+        (choice,) = complete(alphabet, **asked, **loves_spaces)
+        assert choice["text"] == '{  "a"  :  1  }'
+    both = {"json": schema, "disable_any_whitespace": True, "whitespace_pattern": " "}
+    with pytest.raises(ProtocolError, match="disable_any_whitespace"):
+        complete(alphabet, structured_outputs=both)
+
+
+def test_formats_that_nobody_knows_are_annotations(alphabet: Alphabet) -> None:
+    for name in ("credit-card", "int64", "idn-email"):
+        (choice,) = complete(alphabet, guided_json={"type": "string", "format": name, "const": "abc"})
+        assert choice["text"] == '"abc"'
+    (choice,) = complete(alphabet, guided_json={"type": "string", "format": "date"}, max_tokens=20)
+    assert re.fullmatch('"[0-9]{4}-[0-9]{2}-[0-9]{2}"', choice["text"])
+    for name in FORMATS:
+        complete(alphabet, guided_json={"type": "string", "format": name}, max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "said", "unsaid"),
+    [
+        ('start "a"', "", "GBNF"),
+        ('start: "a', "lexer error", "GBNF"),
+        ('root: "a"', "start", "GBNF"),
+        ("root ::= nothing", "GBNF.*nothing", "start"),
+    ],
+)
+def test_what_is_wrong_with_a_grammar_is_told_in_its_own_terms(
+    alphabet: Alphabet, grammar: str, said: str, unsaid: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=said) as refused:
+        complete(alphabet, guided_grammar=grammar)
+    assert unsaid not in str(refused.value)
 
 
 def test_chats_and_tgis_route_follow_it_too(alphabet: Alphabet) -> None:
@@ -212,13 +292,12 @@ def test_chats_and_tgis_route_follow_it_too(alphabet: Alphabet) -> None:
         ({"guided_grammar": "start: nothing_there"}, "guided_grammar"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
         ({"guided_regex": "a", "ignore_eos": True}, "guided_regex"),
-        ({"guided_regex": "a", "prompt": ["A", "B"]}, "guided_regex"),
     ],
 )
 def test_a_structure_that_cannot_be_followed_is_refused_by_its_name(
     alphabet: Alphabet, asked: dict[str, Any], param: str
 ) -> None:
-    with pytest.raises(ProtocolError) as refused:
+    with pytest.raises(InvalidRequestError) as refused:
         complete(alphabet, **asked)
     assert refused.value.param == param
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from paged_core import GenerationOutput, Prompt, SamplingParams, StreamDelta
+
+if TYPE_CHECKING:
+    from paged_serving.grammars.grammars import Grammar
 
 
 class Call(Protocol):
@@ -16,6 +19,7 @@ class Call(Protocol):
 
     prompts: list[Prompt]
     params: SamplingParams
+    grammar: Grammar | None  # that ``params`` bring: its ``compile`` comes first, in a thread that may be kept
     stream: bool
 
     def first_chunks(self) -> list[dict[str, Any]]:

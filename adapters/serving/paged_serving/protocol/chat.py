@@ -60,11 +60,11 @@ class ChatCall:
         self.params = served.finish_params(
             options.params,
             self.prompts,
-            options.structure,
+            options.grammar,
             copies=1 if tells_prompt else 0,
             named={**options.named, "echo": "return_token_ids"},
         )
-        self.stream = options.stream
+        self.stream, self.grammar = options.stream, options.grammar
         self._served = served
         self._every_delta = {"role": "assistant", "content": "", "tool_calls": None} if whole_deltas else {}
         self._head = {

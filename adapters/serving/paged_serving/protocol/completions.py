@@ -52,11 +52,11 @@ class CompletionCall:
         self.params = served.finish_params(
             options.params,
             self.prompts,
-            options.structure,
+            options.grammar,
             copies=options.num_choices if tells_prompt else 0,
             named=options.named if self._echo else {**options.named, "echo": "return_token_ids"},
         )
-        self.stream = options.stream
+        self.stream, self.grammar = options.stream, options.grammar
         self._served = served
         self._echoes = [self._text_of(prompt) if self._echo else "" for prompt in self.prompts]
         self._echo_offsets = [

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paged_core import SamplingParams
 from paged_serving.protocol.fields import Fields, ProtocolError
 from paged_serving.protocol.served import Names, ServedModel, sampling_params
-from paged_serving.protocol.structured import Structure, openai_structure
+from paged_serving.protocol.structured import openai_structure
+
+if TYPE_CHECKING:
+    from paged_serving.grammars.grammars import Grammar
 
 _LABELS = ("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 
@@ -32,7 +35,7 @@ class Options:
     include_usage: bool
     usage_in_every_chunk: bool
     return_token_ids: bool
-    structure: Structure | None
+    grammar: Grammar | None
     named: Names
 
 
@@ -81,7 +84,7 @@ def read_options(
         include_usage=include_usage,
         usage_in_every_chunk=every,
         return_token_ids=fields.flag("return_token_ids"),
-        structure=structure,
+        grammar=served.grammar(structure, ignore_eos=params.ignore_eos),
         named=named,
     )
 

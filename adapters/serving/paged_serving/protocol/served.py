@@ -23,7 +23,7 @@ from paged_serving.protocol.tokens import TokenTexts
 
 if TYPE_CHECKING:
     from paged_core import AsyncEngine
-    from paged_serving.grammar import Grammars
+    from paged_serving.grammars.grammars import Grammar, Grammars
 
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer"}}
 PROMPT = {
@@ -47,6 +47,7 @@ class RequestLimits:
     max_prompts: int = 256  # in one request
     max_stop: int = 16  # stop strings and bad words
     max_logprobs: int = 20
+    max_grammar_ms: int = 500  # of processor time, to compile what an answer must follow
     max_values: int = 3_000_000  # log-probabilities, or token ids, that its fields may come to together
 
 
@@ -149,40 +150,43 @@ class ServedModel:
         self,
         params: SamplingParams,
         prompts: Sequence[Prompt],
-        structure: Structure | None,
+        grammar: Grammar | None,
         *,
         copies: int,
         named: Names,
     ) -> SamplingParams:
-        """``params`` with all that takes time done: bad words are token ids, a structure is a processor.
+        """``params`` with all that takes time done, but for compiling ``grammar``: bad words are token ids.
 
         ``copies``: how often the answer tells of each prompt's tokens.
 
         Raises:
-            ProtocolError: the structure can't be followed, or all together come to more than the limit.
+            ProtocolError: all together come to more than the limit.
         """
         params = prepare_params(self.codec, params)
         check_sizes(params, prompts, self.max_model_len, self.limits.max_values, copies=copies, named=named)
-        return params if structure is None else self._structured(params, prompts, structure)
+        return params if grammar is None else replace(params, logits_processors=(grammar,))
 
-    def _structured(self, params: SamplingParams, prompts: Sequence[Prompt], structure: Structure) -> SamplingParams:
+    def grammar(self, structure: Structure | None, *, ignore_eos: bool = False) -> Grammar | None:
+        """What an answer must follow. It is to be compiled before its request goes to the engine.
+
+        Raises:
+            ProtocolError: there is no such grammar.
+        """
+        if structure is None:
+            return None
         name = structure.field
-        if len(prompts) > 1:
-            raise ProtocolError(f"{name} asks for structured output, which takes one prompt at a time", name)
-        if params.ignore_eos:
+        if ignore_eos:
             raise ProtocolError(f"{name} can't go with ignore_eos: a fulfilled structure ends with that token", name)
         try:
-            num_prompt = len(prompts[0].token_ids)
-            processor = self._grammars.processor(structure.kind, structure.value, num_prompt, params.n)
+            return self._grammars.grammar(name, structure.kind, structure.value, structure.form)
         except (InvalidRequestError, PluginError) as error:
             raise ProtocolError(f"{name}: {error}", name) from error
-        return replace(params, logits_processors=(processor,))
 
     @cached_property
     def _grammars(self) -> Grammars:
-        from paged_serving.grammar import Grammars  # needs torch, which is there where an engine is
+        from paged_serving.grammars.grammars import Grammars  # needs torch, which is there where an engine is
 
-        return Grammars(self.codec, self._vocab_size, self._eos_token_ids)
+        return Grammars(self.codec, self._vocab_size, self._eos_token_ids, self.limits.max_grammar_ms)
 
     def default_max_tokens(self, usual: int | None) -> int | None:
         """Of an answer whose length nobody asked for: the ``usual``, as far as the limit allows."""

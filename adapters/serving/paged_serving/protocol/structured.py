@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from paged_serving.grammars.form import Form
 from paged_serving.protocol.fields import Fields, shortened
 
 _OBJECT = {"type": "object"}
@@ -24,12 +25,15 @@ class Structure(NamedTuple):
     field: str  # that asked for it
     kind: str  # "json", "regex", "choice", "grammar"
     value: Any
+    form: Form = Form()  # of JSON
 
 
 def openai_structure(fields: Fields) -> Structure | None:
     """``response_format``, vLLM's ``structured_outputs``, or one of its older ``guided_...`` fields."""
-    found = [_response_format(fields), *_vllm(fields.inner("structured_outputs"), ""), *_vllm(fields, "guided_")]
-    asked = [each for each in found if each is not None]
+    inner = fields.inner("structured_outputs")
+    form = _form(inner, fields)
+    found = [_response_format(fields), *_vllm(inner, ""), *_vllm(fields, "guided_")]
+    asked = [each._replace(form=form) for each in found if each is not None]
     if len(asked) > 1:
         names = " and ".join(each.field for each in asked)
         raise fields.error(asked[1].field, f"is one too many: an answer can't follow {names}")
@@ -48,6 +52,16 @@ def tgi_structure(fields: Fields) -> Structure | None:
     if kind not in ("json", "regex") or not isinstance(value, str if kind == "regex" else (str, Mapping)):
         raise fields.error("grammar", 'must have type "json" and a schema, or type "regex" and an expression')
     return Structure(fields.path("grammar"), kind, value)
+
+
+def _form(inner: Fields, outer: Fields) -> Form:
+    """vLLM's fields for white space: inside ``structured_outputs``, or, as ``guided_...``, beside it."""
+    without = inner.flag("disable_any_whitespace")
+    patterns = [inner.text("whitespace_pattern"), outer.text("guided_whitespace_pattern")]
+    pattern = next((each for each in patterns if each is not None), None)
+    if without and pattern is not None:
+        raise inner.error("whitespace_pattern", "can't go with disable_any_whitespace; leave one of them out")
+    return Form(without, pattern)
 
 
 def _response_format(fields: Fields) -> Structure | None:

@@ -56,13 +56,13 @@ class TGICall:
         self._num_top = inner.integer("top_n_tokens", 0)
         truncate = inner.integer("truncate", low=1)
         self.params = self._params(inner)
-        structure = tgi_structure(inner)
+        self.grammar = served.grammar(tgi_structure(inner))
         inner.finish()
         self._check(inner)
         self.prompts = [served.finish_prompt("inputs", served.encode(inputs), truncate)]
         copies = self.params.n if self._prefill or self._full_text else 0
         named = {**_NAMES, "echo": "parameters.return_full_text"}
-        self.params = served.finish_params(self.params, self.prompts, structure, copies=copies, named=named)
+        self.params = served.finish_params(self.params, self.prompts, self.grammar, copies=copies, named=named)
         self._detokenizer = served.codec.detokenizer(skip_special_tokens=True)
         self._texts: list[str] = []
         self._num_tokens = 0

@@ -1,0 +1,13 @@
+"""How structured output is set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Form:
+    """How JSON is set. The names are vLLM's."""
+
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None  # an expression for what may stand between JSON's tokens

@@ -1,0 +1,151 @@
+"""Grammars: what requests ask for, tried elsewhere, compiled here, and kept for those who ask for the same."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from paged_core import InvalidRequestError, PluginError, Request, TextCodec
+from paged_serving.grammars.bounded import BoundedThread
+from paged_serving.grammars.form import Form
+from paged_serving.grammars.processor import Compiled, GrammarProcessor
+from paged_serving.grammars.spelling import spell
+
+if TYPE_CHECKING:
+    from paged_serving.grammars.trials import Trials
+
+_MAX_KEPT = 64  # compiled grammars, and refusals
+_NUM_COMPILERS = 4
+_COMPILER_NICE = 10
+_STEP_S = 0.06  # of processor time that a row's step may take: other requests' steps wait for it
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer. Callable from any thread.
+
+    Args:
+        vocab_size: columns of the logits.
+        eos_token_ids: allowed where the grammar is fulfilled.
+        max_ms: of processor time that compiling one may take.
+    """
+
+    def __init__(self, codec: TextCodec, vocab_size: int, eos_token_ids: Sequence[int], max_ms: int) -> None:
+        self._codec, self._vocab_size, self._eos_token_ids = codec, vocab_size, list(eos_token_ids)
+        self._max_ms = max_ms
+        self._lock = threading.Lock()  # guards what follows
+        self._parts: tuple[Any, Trials] | None = None
+        self._kept: OrderedDict[str, Future[Compiled]] = OrderedDict()  # last used, last
+        self._steps = BoundedThread(_STEP_S)
+        self._compilers = ThreadPoolExecutor(_NUM_COMPILERS, "paged-compiler", _step_back)
+
+    def grammar(self, field: str, kind: str, value: Any, form: Form) -> Grammar:
+        """``field``: of the request, that asks for it; ``kind`` is "json" (a schema), "regex", "choice" (strings) or
+        "grammar" (Lark or GBNF).
+
+        Raises:
+            InvalidRequestError: it isn't such a grammar.
+            PluginError: llguidance isn't installed.
+        """
+        try:
+            import llguidance  # noqa: F401
+        except ImportError as error:
+            raise PluginError("structured output needs llguidance: pip install 'paged-core[server]'") from error
+        if not self._eos_token_ids:
+            raise InvalidRequestError("structured output needs a model with an end-of-sequence token")
+        return Grammar(field, spell(kind, value, form), self)
+
+    def compiled(self, text: str) -> Compiled:
+        """May take long; those who ask for the same wait together.
+
+        Raises:
+            InvalidRequestError: it can't be used, or not within the limits.
+        """
+        with self._lock:
+            kept = self._kept.pop(text, None)
+            if kept is not None and kept.done() and not _is_good(kept):
+                kept = None
+            mine = kept is None
+            found = self._kept[text] = kept or Future()
+            while len(self._kept) > _MAX_KEPT:
+                self._kept.popitem(last=False)
+        if mine:
+            self._settle(found, lambda: self._compile(text))
+        return found.result()
+
+    def processor(self, compiled: Compiled, num_prompt: int) -> GrammarProcessor:
+        return GrammarProcessor(compiled, num_prompt, self._steps)
+
+    def _settle(self, found: Future[Compiled], make: Callable[[], Compiled]) -> None:
+        try:
+            found.set_result(make())
+        except BaseException as error:
+            found.set_exception(error)
+
+    def _compile(self, text: str) -> Compiled:
+        from paged_serving.grammars.compiling import compile_grammar
+
+        tokenizer, trials = self._ready()
+        verdict = trials.verdict(text)
+        if verdict is not None:
+            raise InvalidRequestError(f"the grammar can't be used: {verdict}")
+        return self._compilers.submit(Compiled, lambda: compile_grammar(tokenizer, text)).result()
+
+    def _ready(self) -> tuple[Any, Trials]:
+        from paged_serving.grammars.compiling import Vocabulary, make_tokenizer
+        from paged_serving.grammars.trials import Trials
+
+        with self._lock:
+            if self._parts is None:
+                codec = self._codec
+                special = getattr(codec.tokenizer, "all_special_ids", None) or ()
+                vocabulary = Vocabulary(
+                    [codec.token_bytes(token) for token in range(self._vocab_size)],
+                    self._eos_token_ids,
+                    sorted({*special, *self._eos_token_ids}),
+                )
+                encode = lambda text: codec.encode(text, add_special_tokens=False)  # noqa: E731
+                self._parts = make_tokenizer(vocabulary, encode), Trials(vocabulary, self._max_ms)
+            return self._parts
+
+
+class Grammar:
+    """What an answer must look like, as a logits processor of each row's own (see ``SamplingParams``)."""
+
+    def __init__(self, field: str, text: str, grammars: Grammars) -> None:
+        self._field, self._text, self._grammars = field, text, grammars
+        self._compiled: Compiled | None = None
+
+    def compile(self) -> None:
+        """To be called before a request goes to the engine, in a thread that may be kept: it may take long.
+
+        Raises:
+            InvalidRequestError: it can't be used, or not within the limits; ``param`` is the field that asked for it.
+        """
+        try:
+            self._compiled = self._grammars.compiled(self._text)
+        except (InvalidRequestError, PluginError) as error:
+            raise InvalidRequestError(f"{self._field}: {error}", self._field) from error
+
+    def for_request(self, request: Request) -> GrammarProcessor:
+        assert self._compiled is not None, "compile() comes before the engine"
+        return self._grammars.processor(self._compiled, request.num_prompt)
+
+
+def _is_good(kept: Future[Compiled]) -> bool:
+    """Whether those who come now should use it. Refusals are kept too; what could not be tried isn't refused."""
+    error = kept.exception()
+    if error is not None:
+        return isinstance(error, InvalidRequestError) and "can't be used" in str(error)
+    return not (kept.result().too_slow or kept.result().worn)
+
+
+def _step_back() -> None:
+    """A compiler's thread: it has been shown to end, and must not keep the engine from its steps."""
+    if hasattr(os, "setpriority"):
+        with suppress(OSError):  # Linux has priorities of threads
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _COMPILER_NICE)

@@ -1,0 +1,88 @@
+"""What a request asks for, spelt as llguidance's grammars."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from paged_core import InvalidRequestError
+from paged_serving.grammars.form import Form
+from paged_serving.grammars.schemas import adapted
+
+_MAX_TEXT = 262_144  # characters of a grammar: a second's work
+_SPACE = r"[\n\r]{0,2}[ \t]{0,32}"  # a line break and its indentation; without an end, some models go on for ever
+_GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
+
+
+def spell(kind: str, value: Any, form: Form) -> str:
+    """``kind`` is "json" (a schema, or its text), "regex", "choice" (strings) or "grammar" (Lark or GBNF).
+
+    Raises:
+        InvalidRequestError: it can't be read, is too long, or asks for what llguidance gets wrong.
+    """
+    if kind == "json":
+        return _json(value, form)
+    if kind == "choice":
+        return _lark(_choice(value))
+    text = _checked(str(value))
+    if kind == "regex":
+        from llguidance import LLMatcher
+
+        spelt: str = LLMatcher.grammar_from_regex(text)
+        return spelt
+    return _lark(_from_gbnf(text) if _GBNF_RULE.search(text) else text)
+
+
+def _json(schema: Any, form: Form) -> str:
+    from llguidance import LLMatcher
+
+    if isinstance(schema, str):
+        schema = _parsed(_checked(schema))
+    if not isinstance(schema, (Mapping, bool)):
+        raise InvalidRequestError(f"a JSON schema must be an object; it is {type(schema).__name__}")
+    text = _checked(json.dumps(adapted(schema), ensure_ascii=False))
+    space = _SPACE if form.whitespace_pattern is None else form.whitespace_pattern
+    options: Any = {"whitespace_flexible": False} if form.disable_any_whitespace else {"whitespace_pattern": space}
+    try:
+        spelt: str = LLMatcher.grammar_from_json_schema(text, overrides=options)
+    except ValueError as error:
+        raise InvalidRequestError(f"the schema can't be read: {error}") from error
+    return spelt
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"the schema can't be read: {error}") from error
+
+
+def _choice(choices: Sequence[str]) -> str:
+    """Spelt here, because llguidance escapes what isn't ASCII, and reads no such escapes. One terminal: of thousands of
+    rules it would take none."""
+    return "start: ANY\nANY: " + " | ".join(json.dumps(each, ensure_ascii=False) for each in choices)
+
+
+def _from_gbnf(text: str) -> str:
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        lark: str = gbnf_to_lark(text)
+    except Exception as error:  # whatever a reader of grammars stumbles over
+        raise InvalidRequestError(f"the GBNF grammar can't be read: {error}") from error
+    return lark
+
+
+def _lark(text: str) -> str:
+    from llguidance import LLMatcher
+
+    spelt: str = LLMatcher.grammar_from_lark(_checked(text))
+    return spelt
+
+
+def _checked(text: str) -> str:
+    if len(text) > _MAX_TEXT:
+        raise InvalidRequestError(f"the grammar has {len(text)} characters; at most {_MAX_TEXT} are taken")
+    return text

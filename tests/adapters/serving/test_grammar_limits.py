@@ -1,0 +1,153 @@
+"""Grammars made to harm: they are refused to who sends them, and nobody else notices."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import llguidance
+import pytest
+from calls import Alphabet, compile_grammar
+from paged_serving import CallError, CompletionCall, Failure, RequestLimits, openai_error
+from paged_serving.grammars import compiling
+from paged_serving.grammars.bounded import BoundedThread, TooSlow
+from paged_serving.grammars.trials import Trials
+
+from paged_core import InvalidRequestError, SamplingParams
+
+PATTERNS = [{"pattern": f".*[a-z]{{{number}}}q.*"} for number in range(20)]
+BOMBS: list[dict[str, Any]] = [
+    {"guided_json": {"type": "integer", "multipleOf": 99999989}},
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "string", "allOf": PATTERNS}}}},
+    {"guided_grammar": "start: T\nT: " + " & ".join(f"/{each['pattern']}/" for each in PATTERNS)},
+    {"guided_regex": "((a{1000}){1000}){1000}"},
+]
+
+
+@pytest.fixture(scope="module")
+def alphabet() -> Iterator[Alphabet]:
+    alphabet = Alphabet()
+    with alphabet.engine:
+        yield alphabet
+
+
+def call(alphabet: Alphabet, **fields: Any) -> CompletionCall:
+    return CompletionCall({"prompt": "A", "max_tokens": 80, "temperature": 0, **fields}, alphabet.served, "1")
+
+
+def text(alphabet: Alphabet, **fields: Any) -> str:
+    told: str = alphabet.answer(call(alphabet, **fields))["choices"][0]["text"]
+    return told
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_bomb_is_refused_by_its_field_and_the_limit_that_it_passes(alphabet: Alphabet, bomb: dict[str, Any]) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InvalidRequestError, match=r"takes more than (500 ms.*--max-grammar-ms|192 MiB)") as refused:
+        compile_grammar(call(alphabet, **bomb))
+    status, body = openai_error(refused.value)
+    assert (status, body["error"]["param"]) == (400, next(iter(bomb)))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 64 * 1024, "it went off elsewhere"
+    assert text(alphabet, guided_regex="abc") == "abc"
+
+
+def test_one_that_takes_too_much_memory_is_refused_too() -> None:
+    alphabet = Alphabet(RequestLimits(max_grammar_ms=60_000))
+    with alphabet.engine, pytest.raises(InvalidRequestError, match="192 MiB"):
+        compile_grammar(call(alphabet, guided_json={"type": "string", "allOf": PATTERNS}))
+
+
+def test_others_get_their_grammars_while_bombs_are_tried(alphabet: Alphabet) -> None:
+    refused: list[Exception] = []
+
+    def send(number: int) -> None:
+        try:
+            compile_grammar(call(alphabet, guided_json={"title": str(number), **BOMBS[0]["guided_json"]}))
+        except InvalidRequestError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    told = [text(alphabet, guided_regex=f"b{number}") for number in range(3)]
+    early = len(refused)
+    for thread in threads:
+        thread.join(60)
+    assert told == ["b0", "b1", "b2"]
+    assert early < len(refused) == 8, "the bombs were still being tried"
+
+
+def test_who_asks_for_the_same_again_waits_for_no_trial(alphabet: Alphabet, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    verdict = Trials.verdict
+
+    def count(trials: Trials, grammar: str) -> str | None:
+        tried.append(grammar)
+        return verdict(trials, grammar)
+
+    monkeypatch.setattr(Trials, "verdict", count)
+    assert [text(alphabet, guided_regex="ccc") for _ in range(3)] == ["ccc"] * 3
+    for _ in range(2):
+        with pytest.raises(InvalidRequestError, match="unknown name"):
+            compile_grammar(call(alphabet, guided_grammar="start: nothing_there"))
+    assert len(tried) == 2
+    for number in range(100):
+        compile_grammar(call(alphabet, guided_regex=f"d{number}"))
+    assert len(alphabet.served._grammars._kept) <= 64
+
+
+def test_a_process_that_has_died_is_started_again(alphabet: Alphabet) -> None:
+    compile_grammar(call(alphabet, guided_regex="e"))
+    (_, trials), numbers = alphabet.served._grammars._parts, []  # type: ignore[misc]
+    for number in range(2):
+        assert trials._open is not None
+        numbers.append(trials._open.pid)
+        os.kill(numbers[-1], signal.SIGKILL)
+        assert text(alphabet, guided_regex=f"e{number}") == f"e{number}"
+    assert len({*numbers, trials._open.pid}) == 3
+
+
+def test_a_step_that_takes_long_ends_its_own_request_only(alphabet: Alphabet) -> None:
+    """Compiling is quick; what comes after the second character isn't."""
+    neighbour = alphabet.engine.submit("A", SamplingParams(max_tokens=150, temperature=0, ignore_eos=True))
+    late = call(alphabet, guided_regex="[a-c][d-f]((a{1000}){1000}){1000}", n=2, temperature=40, seed=1)
+    compile_grammar(late)
+    result = alphabet.engine.submit(late.prompts[0], late.params).result(30)
+    assert result.error is not None
+    assert "takes too long" in result.error
+    assert openai_error(CallError(Failure.GENERATION, result.error))[0] == 400
+    assert len(neighbour.result(30).outputs[0].token_ids) == 150
+    assert text(alphabet, guided_regex="abc") == "abc"
+
+
+def test_rows_share_no_limit_of_the_lexers_states(alphabet: Alphabet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of a matcher share their lexer: what one has used up would be missing to all who come later."""
+    monkeypatch.setattr(compiling, "_LIMITS", llguidance.LLParserLimits(max_lexer_states=400, verbose_errors=False))
+    asked: dict[str, Any] = {"guided_regex": "[a-z]*k[a-z]{30}", "temperature": 40, "max_tokens": 20}
+    results = [alphabet.answer(call(alphabet, seed=seed, **asked)) for seed in range(8)]
+    assert {result["choices"][0]["finish_reason"] for result in results} <= {"length", "stop"}
+
+
+def test_a_call_that_takes_long_is_left_behind() -> None:
+    bounded, free = BoundedThread(0.05), threading.Event()
+
+    def burn() -> None:
+        while not free.is_set():
+            pass
+
+    assert bounded.call(lambda: 1) == 1
+    with pytest.raises(TooSlow):
+        bounded.call(burn)
+    assert bounded.call(lambda: 2) == 2, "another thread takes it"
+    free.set()
+    with pytest.raises(KeyError):
+        bounded.call(lambda: {}["nothing"])
+
+
+def test_a_call_that_waits_for_a_busy_machine_is_waited_for() -> None:
+    assert BoundedThread(0.05).call(lambda: time.sleep(0.3) or 3) == 3
