@@ -242,7 +242,7 @@ def test_formats_that_nobody_knows_are_annotations(alphabet: Alphabet) -> None:
 @pytest.mark.parametrize(
     ("grammar", "said", "unsaid"),
     [
-        ('start "a"', "", "GBNF"),
+        ('start "a"', "guided_grammar", "GBNF"),
         ('start: "a', "lexer error", "GBNF"),
         ('root: "a"', "start", "GBNF"),
         ("root ::= nothing", "GBNF.*nothing", "start"),
