@@ -90,6 +90,7 @@ class Exchange:
     async def _compile(self, call: Call) -> None:
         if call.grammar is not None:
             self.compiling = True
+            self._on_news()  # who waits for us looks how long it is worth it
             await asyncio.get_running_loop().run_in_executor(self._compilers, call.grammar.compile)
             self.compiling = False
 

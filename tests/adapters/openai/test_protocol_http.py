@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from http_server import Running, alphabet_server
+from http_server import LIMIT_S, Running, alphabet_server, until
 
 BODY = {"prompt": "A", "max_tokens": 9, "temperature": 0}
 CONTRADICTION = {**BODY, "guided_regex": "ab", "bad_words": ["b"]}
@@ -57,3 +58,28 @@ def test_when_the_engine_is_gone_calls_are_told_503() -> None:
             assert response.status_code == 503
             assert "restarted" in response.text
         assert client.post("/v1/completions", json={**BODY, "stream": True}).status_code == 503
+
+
+def test_grammars_that_are_being_tried_keep_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = threading.Event()
+    monkeypatch.setattr("paged_serving.grammars.trials.Trials.verdict", lambda *_: tried.wait(LIMIT_S) and "it is bad")
+    answers: list[int] = []
+
+    def ask(number: int) -> None:
+        with server.client() as client:
+            answers.append(client.post("/v1/completions", json={**BODY, "guided_regex": f"a{number}"}).status_code)
+
+    with alphabet_server() as server:
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(20)]
+        for thread in threads:
+            thread.start()
+        until(lambda: server.service._num_open == 20)
+        with server.client() as client:
+            assert client.post("/v1/completions", json=BODY).json()["choices"][0]["text"] == "BCDEFGHIJ"
+            assert client.post("/tokenize", json={"inputs": "A"}).status_code == 200
+        assert not answers
+        tried.set()
+        for thread in threads:
+            thread.join(LIMIT_S)
+        assert answers == [400] * 20
+        server.come_to_rest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 import warnings
@@ -477,6 +478,41 @@ def test_a_request_that_another_worker_had_begun_is_ended_with_an_error(worker):
     assert "ask again" in json.loads(serving.replies["plain"].text)["error"]
     assert b'data: {"error"' in serving.replies["events"].messages[0][0]
     assert serving.replies["plain"].status == 500  # seen if there was no other worker, but a form without a field
+
+
+def test_each_prompt_of_a_list_follows_the_grammar_by_itself(worker):
+    grammar = {"type": "regex", "value": "[a-c][0-9]{3}"}
+    parameters = {"grammar": grammar, "return_full_text": False, "max_new_tokens": 20}
+    reply = worker().ask({"body": {"prompt": ["A", "ABCDEFGH", "AB"], "parameters": parameters}})
+    assert len(reply.json) == 3
+    assert all(re.fullmatch("[a-c][0-9]{3}", text) for text in reply.json), reply.json
+
+
+def test_others_get_their_news_while_a_grammar_is_compiled(worker, monkeypatch):
+    compiled = threading.Event()
+    monkeypatch.setattr("paged_serving.grammars.trials.Trials.verdict", lambda *_: compiled.wait(30) and "it is bad")
+    running = worker()
+    names = [f"slow{number}" for number in range(12)]
+    for number, name in enumerate(names):
+        grammar = {"type": "regex", "value": f"a{number}"}
+        running.post(name, {"body": {"inputs": "A", "parameters": {"grammar": grammar}}})
+    running.step()
+    running.post("quick", {"body": {"prompt": "A", "max_new_tokens": 5, "return_full_text": False}})
+    while "quick" in running.waiting:
+        running.step()
+    assert running.replies["quick"].text == "BCDEF"
+    assert set(names) == set(running.waiting)
+    compiled.set()
+    running.run()
+    assert all("it is bad" in running.replies[name].text for name in names)
+
+
+def test_a_grammar_that_is_refused_soon_has_its_status(worker, monkeypatch):
+    monkeypatch.setattr("paged_torchserve.desk._COMPILING_S", 30.0)
+    grammar = {"type": "json", "value": {"type": 5}}
+    reply = worker().ask({"body": {"inputs": "A", "parameters": {"grammar": grammar}}})
+    assert reply.status == 422
+    assert "parameters.grammar" in reply.text
 
 
 def test_a_long_list_of_prompts_is_read_beside_the_others(worker, monkeypatch):
