@@ -73,9 +73,9 @@ class Exchange:
     async def _run(self, read: Callable[[], tuple[Call, Form]]) -> None:
         try:
             call, self._form = await asyncio.to_thread(read)
-            await self._compile(call)
             self._streamed = call.stream
             self.reply.content_type = self._form.stream_type if call.stream else self._form.content_type
+            await self._compile(call)
             self._submit(call)
             if call.stream:
                 await self._pump_all(call)

@@ -11,7 +11,7 @@ from calls import Alphabet
 from paged_serving import CallError, Failure, ProtocolError, RequestLimits, ServedModel, TGICall, tgi_error
 from toy_tokenizers import SentencePieceTokenizer
 
-from paged_core import AsyncEngine, CompletionOutput, GenerationOutput, Logprob, StreamDelta
+from paged_core import AsyncEngine, CompletionOutput, GenerationOutput, InvalidRequestError, Logprob, StreamDelta
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_post_root_streams_if_the_body_says_so(alphabet: Alphabet) -> None:
     ],
 )
 def test_what_cannot_be_had_is_refused_by_its_name(alphabet: Alphabet, parameters: dict[str, Any], param: str) -> None:
-    with pytest.raises(ProtocolError) as refused:
+    with pytest.raises(InvalidRequestError) as refused:
         generate(alphabet, **parameters)
     assert refused.value.param == param
     status, body = tgi_error(refused.value)
