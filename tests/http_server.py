@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import httpx2
 from alphabet_model import AlphabetModel
 from paged_openai.app import AppOptions, create_app
 from paged_openai.connection import ConnectionLimits
+from paged_openai.logs import JSONLines
 from paged_openai.server import Server
 from paged_openai.service import Service
 from paged_serving import PrometheusMetrics, RequestLimits, ServedModel
@@ -95,6 +97,17 @@ def alphabet_server(
             yield running
         finally:
             running.stop()
+
+
+def request_lines(caplog: Any, num: int) -> list[dict[str, Any]]:
+    """The log's lines of ``num`` requests, in no order: a line may come a moment after its client has the answer."""
+
+    def lines() -> list[dict[str, Any]]:
+        records = [record for record in list(caplog.records) if record.message == "request"]
+        return [json.loads(JSONLines().format(record)) for record in records]
+
+    until(lambda: len(lines()) >= num)
+    return lines()
 
 
 def until(condition: Any, limit_s: float = LIMIT_S) -> None:

@@ -11,7 +11,7 @@ from fuzz.parts import Parts
 from paged_core import Engine, EngineConfig, FinishReason
 from paged_core.sampling.beam_search import ranked
 
-_MOST = 60_000  # answers kept
+_MOST = 10_000  # answers kept
 
 
 class Answer(NamedTuple):

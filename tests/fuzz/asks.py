@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from paged_core import SamplingParams
@@ -29,6 +29,7 @@ _WAYS: dict[str, dict[str, Any]] = {
     "nothing left": {"temperature": 0, "allowed_token_ids": [3], "bad_words_token_ids": [[3, 3]]},
     "edits": {"temperature": 0},
     "raises": {"temperature": 0.5},
+    "exits": {"temperature": 0},
     "answers nonsense": {"temperature": 0},
     "beams": {"use_beam_search": True},
     "beams, at once": {"use_beam_search": True, "early_stopping": True, "length_penalty": 0.5},
@@ -64,13 +65,13 @@ class Ask:
         )
 
 
-def draw_ask(rnd: random.Random, seed: int, told: Sequence[Sequence[int]]) -> Ask:
-    """``seed``: other prompts. ``told``: token ids of rows that have ended, for prompts that go on from there."""
+def draw_ask(rnd: random.Random, chapter: str, told: Sequence[Sequence[int]]) -> Ask:
+    """``chapter``: another, other prompts. ``told``: rows that have ended, for prompts that go on from there."""
     if told and rnd.random() < 0.05:
         history = rnd.choice(told)
-        prompt = (*history[: rnd.randrange(1, len(history) + 1)], *_family(seed, 0)[: rnd.randrange(3)])
+        prompt = (*history[: rnd.randrange(1, len(history) + 1)], *_family(chapter, 0)[: rnd.randrange(3)])
     else:
-        prompt = _family(seed, rnd.randrange(3))[: rnd.choice((1, 3, 8, 12, 16, 17, 24, 33))]
+        prompt = _family(chapter, rnd.randrange(2))[: rnd.choice((1, 5, 12, 16, 17, 33))]
     way = rnd.choice(tuple(_WAYS))
     return Ask(
         prompt,
@@ -83,9 +84,9 @@ def draw_ask(rnd: random.Random, seed: int, told: Sequence[Sequence[int]]) -> As
     )
 
 
-@cache
-def _family(seed: int, which: int) -> tuple[int, ...]:
-    rnd = random.Random(f"{seed}.{which}")
+@lru_cache(100)
+def _family(chapter: str, which: int) -> tuple[int, ...]:
+    rnd = random.Random(f"{chapter}.{which}")
     return tuple(rnd.randrange(NUM_TOKENS) for _ in range(40))
 
 
@@ -101,7 +102,14 @@ def _processors(ask: Ask):
             raise RuntimeError("the client's own bug")
         return scores
 
+    def exits(input_ids, scores):
+        if input_ids.shape[1] - length == 2:
+            raise SystemExit(3)
+        return scores
+
     def answers_nonsense(input_ids, scores):
         return scores if input_ids.shape[1] - length < 2 else scores[:, :-1]
 
-    return {"edits": [edits], "raises": [raises], "answers nonsense": [answers_nonsense]}.get(ask.way, [])
+    return {"edits": [edits], "raises": [raises], "exits": [exits], "answers nonsense": [answers_nonsense]}.get(
+        ask.way, []
+    )

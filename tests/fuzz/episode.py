@@ -10,15 +10,16 @@ import torch
 
 from fuzz.alone import Alone
 from fuzz.asks import draw_ask
-from fuzz.held import Patient
+from fuzz.held import NUM_RUDE_WAYS, Patient, Rude
 from fuzz.model import FuzzModel
 from fuzz.parts import Parts, spoil
 from fuzz.rows import MOMENT, NAN, Judge, Row
-from fuzz.settings import draw_setting
+from fuzz.settings import draw_kind, draw_setting
 from paged_core import Engine, EngineDeadError, FinishReason, InvalidRequestError, SamplingParams
 from paged_core.scheduling.block_pool import NULL_BLOCK
 from paged_core.scheduling.request import Request
 
+CHAPTER = 50  # episodes that have model and prompts in common, so that answers are computed once
 _CROWD = 12  # requests under way; who comes then waits outside
 _PATIENCE = 3000  # steps in which everything must have ended
 
@@ -27,9 +28,9 @@ class Episode:
     """Episode ``number`` of ``seed``. ``counts``: how often what has happened."""
 
     def __init__(self, seed: int, number: int, alone: Alone, counts: Counter[str]) -> None:
-        self._seed, self._name = seed, f"{seed}.{number}"
+        self._name, self._chapter = f"{seed}.{number}", f"{seed}.chapter.{number // CHAPTER}"
         self._alone, self._counts = alone, counts
-        setting = draw_setting(random.Random(self._name))
+        setting = draw_setting(draw_kind(random.Random(self._chapter)), random.Random(self._name))
         self._kind, self._config = setting.kind, setting.config
         self._model, self._parts = FuzzModel(setting.kind), Parts()
         self._engine = Engine(self._model, setting.config, plugins=[self._parts])
@@ -60,12 +61,10 @@ class Episode:
         self._end(random.Random(f"{self._name}.end"))
 
     def _arrive(self, rnd: random.Random) -> None:
-        ask = draw_ask(rnd, self._seed, self._told)
+        ask = draw_ask(rnd, self._chapter, self._told)
         if len(self._rows) >= _CROWD:
             self._step(rnd)
             return
-        if ask.beams:
-            self._parts.sampler.room = None
         self._num_asked += 1
         try:
             requests = self._engine.add_request(str(self._num_asked), ask.prompt, ask.params())
@@ -89,6 +88,20 @@ class Episode:
             self._counts["refused"] += 1
             return
         self._take_in([Row(request, None, self._model.weights) for request in requests])
+
+    def _arrive_rudely(self, rnd: random.Random) -> None:
+        if len(self._rows) >= _CROWD:
+            return
+        self._num_asked += 1
+        params = SamplingParams(max_tokens=9, ignore_eos=True)
+        selector = Rude(rnd.randrange(NUM_RUDE_WAYS))
+        try:
+            requests = self._engine.add_request(str(self._num_asked), [1, 2, 3], params, selector=selector)
+        except InvalidRequestError:
+            self._counts["refused"] += 1
+            return
+        self._take_in([Row(request, None, self._model.weights, rude=True) for request in requests])
+        self._counts["faults: a selector answers nonsense"] += 1
 
     def _take_in(self, rows: list[Row]) -> None:
         self._counts["requests"] += 1
@@ -152,6 +165,7 @@ class Episode:
         for found, expected in zip(self._engine.read_kv(request), truth, strict=bool(truth)):
             for mine, theirs in zip(found, expected, strict=True):
                 near = torch.isclose(mine.double(), theirs, atol=1e-5, rtol=1e-5, equal_nan=True)
+                near |= mine.isnan() & self._judge.nan_seen  # a row that will end because of it
                 assert near[:, there].all(), f"wrong K/V of {request}"
         self._counts["K/V compared"] += 1
 
@@ -174,14 +188,19 @@ class Episode:
         self._judge.nan_seen = True
         self._counts["faults: logits are NaN"] += 1
 
+    def _nan_in_the_cache(self, rnd: random.Random) -> None:
+        self._model.num_nan_kv = 1
+        self._judge.excuses[NAN] += 1
+        self._judge.nan_seen = True
+        self._counts["faults: K/V are NaN"] += 1
+
     def _lack_memory(self, rnd: random.Random) -> None:
         self._model.room = rnd.choice((None, 1, 2, 3, 7))
         self._counts["faults: no memory for a step"] += self._model.room is not None
 
     def _lack_memory_to_choose(self, rnd: random.Random) -> None:
-        if not any(row.ask is not None and row.ask.beams for row in self._rows.values()):
-            self._parts.sampler.room = rnd.choice((None, 1, 2))
-            self._counts["faults: no memory to choose"] += self._parts.sampler.room is not None
+        self._parts.sampler.room = rnd.choice((None, 1, 2))
+        self._counts["faults: no memory to choose"] += self._parts.sampler.room is not None
 
     def _let_all_end(self, rnd: random.Random) -> None:
         self._model.room = None
@@ -288,6 +307,8 @@ _OPERATIONS = {  # and how often they come
     Episode._preempt_held: 1,
     Episode._raise_for_a_moment: 1,
     Episode._nan_for_a_moment: 1,
+    Episode._nan_in_the_cache: 1,
+    Episode._arrive_rudely: 1,
     Episode._lack_memory: 2,
     Episode._lack_memory_to_choose: 2,
     Episode._change_weights: 3,

@@ -1,4 +1,4 @@
-"""Groups whose caller chooses their tokens himself, later: as beam search and stock's own loops do."""
+"""Selectors of a caller's own. Patient ones choose later, as stock's own loops do; rude ones answer what can't be."""
 
 from __future__ import annotations
 
@@ -42,3 +42,32 @@ class Patient:
         tokens = [self._likeliest[requests[parent]] if rnd.random() < 0.7 else rnd.randrange(90) for parent in parents]
         engine.resume(requests, tokens, parents if parents != list(range(len(requests))) else None)
         return []
+
+
+class Rude:
+    """A TokenSelector whose answers become impossible after a few tokens."""
+
+    def __init__(self, way: int) -> None:
+        self._way, self._num_asked = way, 0
+
+    def select(self, logits, requests):
+        self._num_asked += 1
+        if self._num_asked < 3:
+            return Selection([1] * len(requests))
+        answers = (
+            Selection([-5] * len(requests)),
+            Selection([10**6] * len(requests)),
+            Selection([]),
+            Selection([1] * (len(requests) + 1)),
+            Selection([1] * len(requests), parents=[99] * len(requests)),
+            "tokens",
+        )
+        if self._way == len(answers):
+            raise KeyboardInterrupt
+        return answers[self._way]
+
+    def prompt_logprobs(self, logits, next_ids, num):
+        return ()
+
+
+NUM_RUDE_WAYS = 7

@@ -40,6 +40,7 @@ class FuzzModel(TinyModel):
         self.room: int | None = None  # tokens of a step that memory has room for
         self.num_raising = 0  # calls of forward to come that raise
         self.num_nan = 0  # calls of forward to come whose first row of logits is NaN
+        self.num_nan_kv = 0  # and those that compute NaN for their first token, K/V included
 
     def use_weights(self, which: int) -> None:
         self._changed |= which != self.weights
@@ -62,7 +63,11 @@ class FuzzModel(TinyModel):
         fates = self.fates(token_ids, positions)
         if (fates == _RAISES).any():
             raise ValueError("a token that it can't take")
-        logits = self._forward(token_ids, positions, attend, sample_indices, fates == _IS_NAN)
+        is_nan = fates == _IS_NAN
+        if self.num_nan_kv:
+            self.num_nan_kv -= 1
+            is_nan[0] = True
+        logits = self._forward(token_ids, positions, attend, sample_indices, is_nan)
         if self.num_nan and len(logits):
             self.num_nan -= 1
             logits[0] = float("nan")

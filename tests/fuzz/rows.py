@@ -19,11 +19,12 @@ _MODEL_FAILED = "the model failed on this request"
 @dataclass
 class Row:
     request: Request
-    ask: Ask | None  # None: one of a group whose caller chooses its tokens
+    ask: Ask | None  # None: its selector is the caller's own
     weights: int
     collected: Collected = field(default_factory=Collected)
     cancelled: bool = False
     stopped: bool = False
+    rude: bool = False  # its selector is at fault
 
     @property
     def max_tokens(self) -> int:
@@ -50,7 +51,7 @@ class Judge:
         truth, told = answers[row.request.index], row.collected.answer(output, False)
         reason = output.finish_reason
         cut = (row.cancelled and reason is FinishReason.ABORT) or (row.stopped and reason is FinishReason.STOP)
-        cut = cut or self._is_excused(row, output, truth)
+        cut = cut or self._is_excused(row, output, told, truth)
         if not cut and row.ask.n > 1 and not row.ask.beams:
             cut = any(_MODEL_FAILED in (answer.error or "") for answer in answers)  # its samples end with it
         if row.ask.beams:
@@ -72,14 +73,18 @@ class Judge:
         reason = output.finish_reason
         if (row.cancelled and reason is FinishReason.ABORT) or (row.stopped and reason is FinishReason.STOP):
             return
+        if row.rude and reason is FinishReason.ERROR:
+            return
         next_token = self._alone.model(self._kind, row.weights).next_token
         at_fault = any(next_token(member.tokens) is None for member in row.request.group.members)
         assert reason is FinishReason.ERROR, f"{row.request} ended unasked"
-        assert at_fault or self._is_excused(row, output, None), f"{row.request}: {output.error}"
+        assert at_fault or self._is_excused(row, output, None, None), f"{row.request}: {output.error}"
 
-    def _is_excused(self, row: Row, output, truth: Answer | None) -> bool:
-        if output.finish_reason is not FinishReason.ERROR or (truth and output.error == truth.error):
+    def _is_excused(self, row: Row, output, told: Answer | None, truth: Answer | None) -> bool:
+        if output.finish_reason is not FinishReason.ERROR:
             return False
+        if told and truth and told.error == truth.error and len(told.token_ids) == len(truth.token_ids):
+            return False  # its own fault
         if row.request.group in self._excused:
             return True
         for what in (MOMENT, NAN):
@@ -108,6 +113,10 @@ def _alike(found, truth) -> bool:
     """Whether lists of Logprobs say the same."""
     return len(found) == len(truth) and all(
         (one or {}).keys() == (other or {}).keys()
-        and all(math.isclose(one[id].logprob, other[id].logprob, rel_tol=1e-4, abs_tol=1e-5) for id in one or {})
+        and all(_near(one[id].logprob, other[id].logprob) for id in one or {})
         for one, other in zip(found, truth, strict=True)
     )
+
+
+def _near(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-5) or (math.isnan(one) and math.isnan(other))

@@ -17,8 +17,11 @@ class Setting:
     config: EngineConfig
 
 
-def draw_setting(rnd: random.Random) -> Setting:
-    kind = Kind(rnd.choice(_WINDOWS), rnd.choice((None, None, None, "int8", "float8_e4m3fn")))
+def draw_kind(rnd: random.Random) -> Kind:
+    return Kind(rnd.choice(_WINDOWS), rnd.choice((None, None, None, "int8", "float8_e4m3fn")))
+
+
+def draw_setting(kind: Kind, rnd: random.Random) -> Setting:
     num_seqs = rnd.randrange(1, 8)
     block_size = rnd.choice((1, 2, 4, 4, 8, 16))
     config = EngineConfig(

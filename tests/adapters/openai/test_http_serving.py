@@ -18,13 +18,12 @@ from typing import Any
 import httpx2
 import pytest
 from alphabet_model import AlphabetModel, Gate
-from http_server import LIMIT_S, Running, alphabet_server, until
+from http_server import LIMIT_S, Running, alphabet_server, request_lines, until
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import OverloadedError
 from paged_openai.app import AppOptions
 from paged_openai.commands import add_options, main, request_limits, serve
 from paged_openai.keys import read_keys
-from paged_openai.logs import JSONLines
 from paged_openai.responses import _json_pieces, json_bytes, large_json_bytes
 from paged_serving import RequestLimits, engine_config
 from places import TESTS
@@ -376,20 +375,23 @@ def test_each_request_is_one_line_without_its_prompt(caplog: pytest.LogCaptureFi
         ours = client.post("/v1/completions", json={"prompt": "SECRET", "max_tokens": 3}).headers["x-request-id"]
         theirs = client.post("/generate", json={"inputs": "SECRET", "x": 1}, headers={"X-Request-Id": "mine-7"})
         evil = client.post("/generate", json={}, headers={"X-Request-Id": "a b"}).headers["x-request-id"]
-        client.post("/generate", json={"inputs": ["SECRET"]})
+        list_ = client.post("/generate", json={"inputs": ["SECRET"]}).headers["x-request-id"]
         client.get("/health")
+        lines = request_lines(caplog, 4)
     assert theirs.headers["x-request-id"] == "mine-7"
     assert " " not in evil
-    lines = [json.loads(JSONLines().format(record)) for record in caplog.records if record.message == "request"]
-    assert [line["request_id"] for line in lines][:3] == [ours, "mine-7", evil]
-    first = lines[0]
-    assert (first["path"], first["status"], first["prompt_tokens"], first["output_tokens"]) == (
-        "/v1/completions", 200, 6, 3,
-    )  # fmt: skip
+    told = {line["request_id"]: (line["status"], line.get("error")) for line in lines}
+    assert len(lines) == 4
+    assert told == {
+        ours: (200, None),
+        "mine-7": (422, "refused: x"),
+        evil: (422, "refused: inputs"),
+        list_: (422, "refused: inputs"),
+    }
+    first = next(line for line in lines if line["request_id"] == ours)
+    assert (first["path"], first["prompt_tokens"], first["output_tokens"]) == ("/v1/completions", 6, 3)
     assert first["finish_reasons"] == ["length"]
     assert first["duration_ms"] > 0
-    assert [line["status"] for line in lines] == [200, 422, 422, 422]
-    assert [line.get("error") for line in lines] == [None, "refused: x", "refused: inputs", "refused: inputs"]
     assert "SECRET" not in json.dumps(lines)
 
 
@@ -397,7 +399,8 @@ def test_prompts_are_logged_if_the_operator_says_so(caplog: pytest.LogCaptureFix
     caplog.set_level(logging.INFO, "paged_openai")
     with alphabet_server(options=AppOptions(log_prompts=True)) as server, server.client() as client:
         client.post("/v1/completions", json={"prompt": "KNOWN"})
-    assert any("KNOWN" in JSONLines().format(record) for record in caplog.records)
+        (line,) = request_lines(caplog, 1)
+    assert "KNOWN" in json.dumps(line)
 
 
 # ---- the end -----------------------------------------------------------------------------------------------------
