@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
-from paged_serving import Call, CallError, Failure, ProtocolError, ServedModel
+from paged_serving import Call, CallError, Failure, ProtocolError, ServedModel, as_outcome
 
 from paged_core import AsyncEngine
 from paged_openai.exchange import Exchange
@@ -100,7 +100,7 @@ class Service:
 
     async def read(self, function: Callable[..., _T], *args: object) -> _T:
         """``function(*args)``, which reads a body, in one of a few threads: it must not hold up the others' streams."""
-        return await to_thread.run_sync(function, *args, limiter=self._readers)
+        return await to_thread.run_sync(as_outcome, partial(function, *args), limiter=self._readers)
 
     async def compile(self, call: Call) -> None:
         """Its grammar, if it has one. That may take long; who has none doesn't wait for it.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from paged_serving.metrics import PrometheusMetrics
     from paged_serving.options import add_engine_options, engine_config, whole_number
+    from paged_serving.outcomes import as_outcome
     from paged_serving.protocol.call import Call
     from paged_serving.protocol.chat import ChatCall
     from paged_serving.protocol.completions import CompletionCall
@@ -29,6 +30,7 @@ _LAZY = {
     "ServedModel": "protocol.served",
     "TGICall": "protocol.tgi",
     "add_engine_options": "options",
+    "as_outcome": "outcomes",
     "body_schema": "protocol.sketch",
     "engine_config": "options",
     "openai_error": "protocol.failures",
@@ -50,6 +52,7 @@ __all__ = [
     "ServedModel",
     "TGICall",
     "add_engine_options",
+    "as_outcome",
     "body_schema",
     "engine_config",
     "openai_error",

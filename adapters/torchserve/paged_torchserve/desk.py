@@ -76,14 +76,12 @@ class Desk:
 
     def drop_if_silent(self, limit_s: float) -> None:
         """Free what the requests hold, if nobody has asked for their news for longer than that."""
-        if not self._in_step.acquire(blocking=False):
+        if self._in_step.locked():
             return
-        try:
+        with self._in_step:
             if time.monotonic() - self._last_call > limit_s:
                 for exchange in self._open.values():
                     exchange.cancel()
-        finally:
-            self._in_step.release()
 
     def refuse_all_soon(self, error: Exception) -> None:
         """From the next step on: those under way, and all that come."""

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
 
-from paged_serving import Call, CallError, Failure
+from paged_serving import Call, CallError, Failure, as_outcome
 
 from paged_core import AsyncEngine, EngineBusyError, GenerationOutput, InvalidRequestError, Stream
 from paged_torchserve.bodies import JSON, Form, json_bytes
@@ -72,7 +72,7 @@ class Exchange:
 
     async def _run(self, read: Callable[[], tuple[Call, Form]]) -> None:
         try:
-            call, self._form = await asyncio.to_thread(read)
+            call, self._form = await asyncio.to_thread(as_outcome, read)
             self._streamed = call.stream
             self.reply.content_type = self._form.stream_type if call.stream else self._form.content_type
             await self._compile(call)

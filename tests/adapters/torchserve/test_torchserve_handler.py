@@ -592,3 +592,22 @@ def test_settings_of_an_engine_are_checked_by_name_and_type():
     for section in wrong:
         with pytest.raises(ConfigError):
             read_settings({"paged": section})
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, StopIteration])
+def test_a_tokenizer_that_raises_on_one_prompt_costs_that_request_only(worker, monkeypatch, kind):
+    encode = CharacterTokenizer.encode
+
+    def choking(self, text, *args, **options):
+        if "!" in text:
+            raise kind
+        return encode(self, text, *args, **options)
+
+    monkeypatch.setattr(CharacterTokenizer, "encode", choking)
+    served = worker()
+    served.post("bad", {"data": "A!"})
+    served.post("good", {"data": "A"})
+    served.run()
+    assert served.replies["bad"].status == 500
+    assert served.replies["good"].status == 200
+    assert served.ask({"data": "A"}).text.startswith("ABC")

@@ -1,0 +1,26 @@
+"""What code that others have brought (a tokenizer, a template) may raise in a server's thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+_T = TypeVar("_T")
+
+
+def as_outcome(function: Callable[[], _T]) -> _T:
+    """``function()``, for a thread that answers an event loop. Whatever it raises costs one request.
+
+    Raises:
+        RuntimeError: in place of what would end the loop (SystemExit, KeyboardInterrupt, one's own BaseException), pass
+            for the request's cancellation, or be carried by no Future (StopIteration).
+        Exception: any other that ``function`` raises.
+    """
+    try:
+        return function()
+    except StopIteration as error:
+        raise RuntimeError(f"reading the request raised {error!r}") from error
+    except Exception:
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"reading the request raised {error!r}") from error
