@@ -55,7 +55,9 @@ def markdown(rows: Sequence[Row]) -> str:
             "with weights of",
             "bfloat16 and of float16. There, another token is right only where rounding decides: where a float32 "
             "reading of the same",
-            "weights has the two tokens' logits as near as a few times what stock's own logits are off.",
+            "weights has the two tokens' logits as near as a few times what stock's own logits are off. One prompt of "
+            "the three may",
+            "differ by more, as rounding may choose other experts.",
             "",
             f"Made {datetime.date.today().isoformat()} by `python -m paged_coverage --out docs/coverage.md` with "
             f"paged-core {version('paged-core')},",

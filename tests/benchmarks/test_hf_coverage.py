@@ -99,6 +99,15 @@ def test_where_rounding_may_decide_the_nearest_token_may_be_another_and_no_other
     assert "new token 0 is 2, not 1" in answer([[1]], logits).difference([[(2, None)]])
 
 
+def test_one_prompt_of_three_may_have_met_other_experts_where_weights_have_16_bits():
+    logits = torch.tensor([[[0.0, 3.0, 2.9]] * 3])
+    narrow = Answer(torch.tensor([[1]] * 3), logits, doubt=torch.full((1, 3), 0.2))
+    right, wrong = [(1, None)], [(0, None)]
+    assert narrow.difference([right, wrong, right]) is None
+    assert "prompt 1, new token 0 is 0" in narrow.difference([right, wrong, wrong])
+    assert "prompt 1" in Answer(narrow.tokens, logits).difference([right, wrong, right])
+
+
 def test_the_same_tokens_with_other_probabilities_are_a_difference():
     stock = answer([[1]], [[[0.0, 3.0, 1.0]]])
     ((token, logprob),) = stock.rows()[0]

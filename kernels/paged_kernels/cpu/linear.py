@@ -31,12 +31,15 @@ class PackedLinear:
         self.dtype = weights[0].dtype
         self.num_columns = weights[0].shape[0] if gated else sum(w.shape[0] for w in weights)
         self._depth = weights[0].shape[1]
-        whole, vectors = list(weights), [_bias_or_zeros(w, b) for w, b in zip(weights, biases, strict=True)]
-        parts = list(zip(whole, vectors, strict=True)) if gated else [(torch.cat(whole), torch.cat(vectors))]
-        tiles = [_tiles(w) for w, _ in parts]  # [tiles, K, TILE] each
-        columns = [_padded(b).view(-1, TILE) for _, b in parts]
-        self._weight = torch.stack(tiles, dim=1).contiguous() if gated else tiles[0].contiguous()
-        self._bias = torch.stack(columns, dim=1).contiguous() if gated else columns[0].contiguous()
+        vectors = [_bias_or_zeros(w, b) for w, b in zip(weights, biases, strict=True)]
+        parts = [[0], [1]] if gated else [list(range(len(weights)))]  # which weights stand side by side in a tile
+        num_tiles = -(-self.num_columns // TILE)
+        weight = torch.empty(num_tiles, len(parts), self._depth, TILE, dtype=self.dtype, device="cpu")
+        bias = torch.empty(num_tiles, len(parts), 1, TILE, dtype=torch.float32, device="cpu")
+        for number, part in enumerate(parts):
+            _lay([weights[i] for i in part], weight[:, number])
+            _lay([vectors[i][:, None] for i in part], bias[:, number])
+        self._weight, self._bias = weight, bias
         self._run = product.product_f32 if self.dtype is torch.float32 else product.product_bf16
         self._gated = gated
         self._has_bias = any(bias is not None for bias in biases)
@@ -156,16 +159,24 @@ def _bias_or_zeros(weight: Tensor, bias: Tensor | None) -> Tensor:
     return bias.detach().float()
 
 
-def _padded(rows: Tensor) -> Tensor:
-    """Zeros appended up to whole tiles."""
-    missing = -rows.shape[0] % TILE
-    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
-
-
-def _tiles(weight: Tensor) -> Tensor:
-    """``[N, K] -> [tiles, K, TILE]``, a view."""
-    padded = _padded(weight.detach())
-    return padded.reshape(-1, TILE, padded.shape[1]).transpose(1, 2)
+def _lay(weights: Sequence[Tensor], out: Tensor) -> None:
+    """``weights [N_i, K]``, their rows one after another, into the columns of ``out [tiles, K, TILE]``, in one pass:
+    fresh memory costs more than the copy. Columns that are left are zero."""
+    columns, row = out.transpose(1, 2), 0  # [tiles, TILE, K]
+    for weight in weights:
+        weight, done = weight.detach(), 0
+        while done < len(weight):
+            tile, at = divmod(row, TILE)
+            whole = 0 if at else (len(weight) - done) // TILE
+            count = whole * TILE or min(TILE - at, len(weight) - done)
+            rows = weight[done : done + count]
+            if whole:
+                columns[tile : tile + whole].copy_(rows.unflatten(0, (whole, TILE)))
+            else:
+                columns[tile, at : at + count].copy_(rows)
+            row, done = row + count, done + count
+    if row % TILE:
+        columns[-1, row % TILE :] = 0
 
 
 def _version(tensor: Tensor) -> int:
