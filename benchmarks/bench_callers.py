@@ -5,7 +5,8 @@
 Each caller takes the next request of the built-in workload (``paged bench``'s: prompts of 52 tokens, outputs of 109 in
 the mean), calls ``model.generate``, and takes another, until none is left. All systems generate what was asked for,
 greedy. Behind a lock requests run one after another, whoever calls: stock answers every k-th request, as many as it can
-in the time given. Runs alternate: paged, stock, paged.
+in the time given. Runs alternate: paged, stock, paged. Before that: what patching costs (the first time, with all that
+is loaded for it, and once more), and what one call of a tiny model for one token takes, patched and as stock.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import torch
 from paged_bench.report import cpu_name
 from paged_bench.workloads import BenchRequest, synthetic
 from paged_hf import embedded_folder, paged_generate
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 Answers = dict[int, list[int]]
 
@@ -41,6 +42,12 @@ def main() -> None:
     began = time.perf_counter()
     model.generate = paged_generate(model)
     patch_s = time.perf_counter() - began
+    another = AutoModelForCausalLM.from_pretrained(embedded_folder(), dtype=torch.float32)
+    began = time.perf_counter()
+    paged_generate(another)
+    again_s = time.perf_counter() - began
+    call_ms = tiny_call_ms()
+    print(f"patching: {patch_s:.2f} s, once more {again_s:.2f} s; a tiny call: {call_ms}", flush=True)
     requests = synthetic(tokenizer.encode, args.requests).requests
     stock = model.generate.stock
     stock(torch.tensor([requests[0].prompt]), max_new_tokens=2)
@@ -70,8 +77,32 @@ def main() -> None:
             "python": platform.python_version(),
             "date": str(date.today()),
         }
-        found = {"tokens_per_s": speeds, "times": times, "same": f"{same} of {len(few)}", "patch_s": patch_s}
+        found = {
+            "tokens_per_s": speeds,
+            "times": times,
+            "same": f"{same} of {len(few)}",
+            "patch_s": [patch_s, again_s],
+            "tiny_call_ms": call_ms,
+        }
         args.json.write_text(json.dumps({**about, **found}, indent=2) + "\n")
+
+
+def tiny_call_ms(num_calls: int = 500) -> dict[str, float]:
+    """The median of calls for one token, of a model whose own time is next to nothing."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, eos_token_id=None, **sizes)).eval()
+    patched = paged_generate(model)
+    prompt = torch.arange(3, 9)[None]
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 1, "do_sample": False}
+    medians = {}
+    for name, generate in (("stock", patched.stock), ("paged", patched)):
+        times = []
+        for _ in range(num_calls):
+            began = time.perf_counter()
+            generate(prompt, **options)
+            times.append(time.perf_counter() - began)
+        medians[name] = round(1e3 * sorted(times)[num_calls // 2], 3)
+    return medians
 
 
 def run(generate: Callable[..., Any], requests: Sequence[BenchRequest], num_callers: int) -> tuple[Answers, float]:

@@ -84,12 +84,13 @@ from paged_kernels.cpu.vectors import (
     hsum,
     inline,
     lane_numbers,
-    load_bf16,
     load_f32,
+    load_float,
     load_i32,
     load_i64,
     make_mix,
     make_outer,
+    size_of,
     store_f32,
     store_i64,
     vadd,
@@ -227,7 +228,7 @@ def _query(args, item, head, row):  # type: ignore[no-untyped-def]
     row += load_i64(item, FIRST_ROW)
     token = load_i32(load_i64(args, QUERY_STARTS), load_i64(item, REQUEST)) + row // group
     index = token * load_i64(args, Q_TOKEN) + (head * group + row % group) * load_i64(args, Q_HEAD)
-    return load_i64(args, Q) + index * (4 if load_i64(args, DTYPE) == F32 else 2)
+    return load_i64(args, Q) + index * size_of(load_i64(args, DTYPE))
 
 
 @inline
@@ -422,12 +423,8 @@ def _take_queries(args, item, head, queries, state, columns):  # type: ignore[no
             high = first_query + (load_i64(item, FIRST_ROW) + row) // group + 1
             low = max(0, high - load_i64(args, WINDOW))
             source = _query(args, item, head, row)
-            if dtype == F32:
-                for d in range(dim):
-                    store_f32(queries, d * ROWS + row, load_f32(source, d) * scale)
-            else:
-                for d in range(dim):
-                    store_f32(queries, d * ROWS + row, load_bf16(source, d) * scale)
+            for d in range(dim):
+                store_f32(queries, d * ROWS + row, load_float(source, d, dtype) * scale)
         else:
             for d in range(dim):
                 store_f32(queries, d * ROWS + row, float32(0.0))
@@ -562,4 +559,4 @@ def _write(args, item, head, row, m, total, values):  # type: ignore[no-untyped-
     token = load_i32(load_i64(args, QUERY_STARTS), load_i64(item, REQUEST)) + query // group
     index = (token * load_i64(args, NUM_KV_HEADS) * group + query_head) * dim
     dtype = load_i64(args, DTYPE)
-    copy(values, F32, load_i64(args, OUT) + index * (4 if dtype == F32 else 2), dtype, dim)
+    copy(values, F32, load_i64(args, OUT) + index * size_of(dtype), dtype, dim)

@@ -14,9 +14,9 @@ from torch import Tensor
 from paged_kernels.cpu import arguments, codes
 from paged_kernels.cpu import attention as kernels
 from paged_kernels.cpu.attention import ROWS, TILE
-from paged_kernels.cpu.vectors import BF16, F32, LANES
+from paged_kernels.cpu.vectors import BF16, F16, F32, HAS_F16, LANES
 
-_FLOATS = {torch.float32: F32, torch.bfloat16: BF16}
+_FLOATS = {torch.float32: F32, torch.bfloat16: BF16} | ({torch.float16: F16} if HAS_F16 else {})
 _CODES = {torch.int8: codes.INT8, torch.float8_e4m3fn: codes.FP8}
 _EVERYTHING = 1 << 40  # a window wider than any context
 

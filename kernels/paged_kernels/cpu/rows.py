@@ -1,7 +1,8 @@
 """Storing rows and finding them again: a row is one token's keys, or values, of one kv head.
 
-Each of the two is done in two ways: for caches of float32 and bfloat16, and for caches of int8 and float8 codes with
-a scale for each row, ``f32 [blocks, K, bs]``. A kernel is compiled for one of them: it passes None, or CODES.
+Each of the two is done in two ways: for caches of floats (float32, bfloat16, float16), and for caches of int8 and
+float8 codes with a scale for each row, ``f32 [blocks, K, bs]``. A kernel is compiled for one of them: it passes None,
+or CODES.
 """
 
 from __future__ import annotations
@@ -47,27 +48,26 @@ from paged_kernels.cpu.codes import (
     vstore_int8,
 )
 from paged_kernels.cpu.vectors import (
-    BF16,
     F32,
     LANES,
     fetch_add,
     inline,
-    load_bf16,
     load_f32,
+    load_float,
     load_i32,
     load_i64,
     load_shared,
     prefetch,
-    store_bf16,
+    size_of,
     store_f32,
+    store_float,
     store_i64,
     vdiv,
-    vload,
-    vload_bf16,
+    vload_float,
     vmul,
     vsplat,
     vstore,
-    vstore_bf16,
+    vstore_float,
 )
 
 CODES = 1  # in place of None, by whose type numba compiles only the half that is meant
@@ -77,11 +77,6 @@ STORE_TOKENS = 16  # tokens stored by one grab of work
 @inline
 def padded(count):  # type: ignore[no-untyped-def]
     return (count + LANES - 1) // LANES * LANES
-
-
-@inline
-def size_of(dtype):  # type: ignore[no-untyped-def]
-    return 4 if dtype == F32 else 2 if dtype == BF16 else 1
 
 
 # ---- storing ---------------------------------------------------------------------------------------------------
@@ -135,17 +130,9 @@ def copy(source, dtype, target, target_dtype, count):  # type: ignore[no-untyped
     """``count`` floats from one place to another, converted."""
     whole = count // LANES * LANES
     for i in range(0, whole, LANES):
-        x = vload(source, i) if dtype == F32 else vload_bf16(source, i)
-        if target_dtype == F32:
-            vstore(target, i, x)
-        else:
-            vstore_bf16(target, i, x)
+        vstore_float(target, i, target_dtype, vload_float(source, i, dtype))
     for i in range(whole, count):
-        y = load_f32(source, i) if dtype == F32 else load_bf16(source, i)
-        if target_dtype == F32:
-            store_f32(target, i, y)
-        else:
-            store_bf16(target, i, y)
+        store_float(target, i, target_dtype, load_float(source, i, dtype))
 
 
 @inline
@@ -154,20 +141,20 @@ def _to_codes(source, dtype, target, target_dtype, count):  # type: ignore[no-un
     whole = count // LANES * LANES
     top = vsplat(float32(0.0))
     for i in range(0, whole, LANES):
-        top = vlarger(top, vload(source, i) if dtype == F32 else vload_bf16(source, i))
+        top = vlarger(top, vload_float(source, i, dtype))
     for i in range(whole, count):
-        top = vlarger(top, vsplat(load_f32(source, i) if dtype == F32 else load_bf16(source, i)))
+        top = vlarger(top, vsplat(load_float(source, i, dtype)))
     scale = hlargest(top) / float32(127.0 if target_dtype == INT8 else 448.0)
     if scale == 0.0:
         scale = float32(1.0)
     for i in range(0, whole, LANES):
-        x = vdiv(vload(source, i) if dtype == F32 else vload_bf16(source, i), vsplat(scale))
+        x = vdiv(vload_float(source, i, dtype), vsplat(scale))
         if target_dtype == INT8:
             vstore_int8(target, i, x)
         else:
             vstore_fp8(target, i, x)
     for i in range(whole, count):
-        y = (load_f32(source, i) if dtype == F32 else load_bf16(source, i)) / scale
+        y = load_float(source, i, dtype) / scale
         if target_dtype == INT8:
             store_int8(target, i, y)
         else:
@@ -211,7 +198,7 @@ def find_rows(args, item, head, cache, scales, dim, start, count, rows, staging,
             source, target = load_i64(rows, i), staging + 4 * i * width
             if dim == width:
                 for d in range(0, dim, LANES):
-                    vstore(target, d, vload_bf16(source, d))
+                    vstore(target, d, vload_float(source, d, dtype))
             else:
                 widen(source, dtype, target, dim, width)
             store_i64(rows, i, target)
@@ -224,14 +211,10 @@ def find_rows(args, item, head, cache, scales, dim, start, count, rows, staging,
 def widen(source, dtype, target, count, width):  # type: ignore[no-untyped-def]
     """``count`` floats as float32, then zeros up to ``width``."""
     whole = count // LANES * LANES
-    if dtype == F32:
-        for i in range(0, whole, LANES):
-            vstore(target, i, vload(source, i))
-    else:
-        for i in range(0, whole, LANES):
-            vstore(target, i, vload_bf16(source, i))
+    for i in range(0, whole, LANES):
+        vstore(target, i, vload_float(source, i, dtype))
     for i in range(whole, count):
-        store_f32(target, i, load_f32(source, i) if dtype == F32 else load_bf16(source, i))
+        store_f32(target, i, load_float(source, i, dtype))
     for i in range(count, width):
         store_f32(target, i, float32(0.0))
 

@@ -7,6 +7,7 @@ LLVM and nothing of attention.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +22,14 @@ _FEATURES = llvm.get_host_cpu_features()
 LANES = 16 if _FEATURES.get("avx512f") else 8  # floats in a vector
 REGISTERS = 32 if LANES == 16 or not _FEATURES.get("avx") else 16
 
-F32, BF16 = 0, 1  # dtype codes, as kernels are given them
+F32, BF16, F16 = 0, 1, 4  # dtype codes, as kernels are given them; 2 and 3: see codes.py
+HAS_F16 = bool(_FEATURES.get("f16c")) or platform.machine().lower() not in ("x86_64", "amd64")
+"""Whether the host converts float16 by itself. Where it does not, the words for it are there and must not be used."""
 
 _i32, _i64, _f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _vec, _ivec = ir.VectorType(_f32, LANES), ir.VectorType(_i32, LANES)
 _svec = ir.VectorType(ir.IntType(16), LANES)
+_half, _hvec = ir.HalfType(), ir.VectorType(ir.HalfType(), LANES)
 
 inline = njit(error_model="numpy", nogil=True)
 """Compiles a helper that kernels call. No fast-math: sums keep their order, NaN and infinity their meaning."""
@@ -117,6 +121,11 @@ def load_bf16(builder: Any, address: Any, index: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(half, _i32), _i32(16)), _f32)
 
 
+@_define(types.float32, types.int64, types.int64)
+def load_f16(builder: Any, address: Any, index: Any) -> Any:
+    return _widened(builder, builder.load(_at(builder, address, index, _half)), _f32)
+
+
 @_define(types.void, types.int64, types.int64, types.int64)
 def store_i64(builder: Any, address: Any, index: Any, value: Any) -> None:
     builder.store(value, _at(builder, address, index, _i64))
@@ -136,6 +145,11 @@ def store_f32(builder: Any, address: Any, index: Any, value: Any) -> None:
 def store_bf16(builder: Any, address: Any, index: Any, value: Any) -> None:
     bits = _round_bf16(builder, value, builder.bitcast(value, _i32), _i32)
     builder.store(builder.trunc(bits, ir.IntType(16)), _at(builder, address, index, ir.IntType(16)))
+
+
+@_define(types.void, types.int64, types.int64, types.float32)
+def store_f16(builder: Any, address: Any, index: Any, value: Any) -> None:
+    builder.store(_narrowed(builder, value, _half), _at(builder, address, index, _half))
 
 
 @_define(vector, types.int64, types.int64)
@@ -159,6 +173,24 @@ def vstore_bf16(builder: Any, address: Any, index: Any, value: Any) -> None:
     bits = _round_bf16(builder, value, builder.bitcast(value, _ivec), _ivec)
     target = _at(builder, address, index, ir.IntType(16), _svec)
     builder.store(builder.trunc(bits, _svec), target, align=2)
+
+
+@_define(vector, types.int64, types.int64)
+def vload_f16(builder: Any, address: Any, index: Any) -> Any:
+    return _widened(builder, builder.load(_at(builder, address, index, _half, _hvec), align=2), _vec)
+
+
+@_define(types.void, types.int64, types.int64, vector)
+def vstore_f16(builder: Any, address: Any, index: Any, value: Any) -> None:
+    builder.store(_narrowed(builder, value, _hvec), _at(builder, address, index, _half, _hvec), align=2)
+
+
+def _widened(builder: Any, value: Any, kind: Any) -> Any:
+    return builder.fpext(value, kind) if HAS_F16 else ir.Constant(kind, ir.Undefined)
+
+
+def _narrowed(builder: Any, value: Any, kind: Any) -> Any:
+    return builder.fptrunc(value, kind) if HAS_F16 else ir.Constant(kind, ir.Undefined)
 
 
 @_define(vector, vector)
@@ -457,3 +489,46 @@ def _sum_each(builder: Any, vectors: list[Any]) -> Any:
         ]
         bit *= 2
     return vectors[0]
+
+
+# ---- numbers of a dtype that is known only when the kernel runs ---------------------------------------------------
+
+
+@inline
+def size_of(dtype):  # type: ignore[no-untyped-def]
+    """Bytes of one number, or code."""
+    return 4 if dtype == F32 else 2 if dtype in (BF16, F16) else 1
+
+
+@inline
+def load_float(address, index, dtype):  # type: ignore[no-untyped-def]
+    if dtype == F32:
+        return load_f32(address, index)
+    return load_bf16(address, index) if dtype == BF16 else load_f16(address, index)
+
+
+@inline
+def vload_float(address, index, dtype):  # type: ignore[no-untyped-def]
+    if dtype == F32:
+        return vload(address, index)
+    return vload_bf16(address, index) if dtype == BF16 else vload_f16(address, index)
+
+
+@inline
+def store_float(address, index, dtype, value):  # type: ignore[no-untyped-def]
+    if dtype == F32:
+        store_f32(address, index, value)
+    elif dtype == BF16:
+        store_bf16(address, index, value)
+    else:
+        store_f16(address, index, value)
+
+
+@inline
+def vstore_float(address, index, dtype, value):  # type: ignore[no-untyped-def]
+    if dtype == F32:
+        vstore(address, index, value)
+    elif dtype == BF16:
+        vstore_bf16(address, index, value)
+    else:
+        vstore_f16(address, index, value)
