@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import triton
 from paged_kernels import reference
+from paged_kernels.layers import Extras, LayerCache
 from paged_kernels.triton import elementwise, launch, sampling
 from torch import Tensor
 from torch.nn import functional
@@ -137,7 +138,7 @@ def store(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, A
         cache = Cache(num_tokens // 16 + 2, num_kv_heads, dim, dtype, options.device)
 
         def run(cache: Cache = cache) -> None:
-            launch.store_kv(k, v, cache.keys, cache.values, slots, *cache.scales)
+            launch.store_kv(k, v, LayerCache(cache.keys, cache.values, *cache.scales), slots)
 
         seconds = race({"paged": run}, options.repeats, options.device)["paged"]
         moved = 2 * k.numel() * (2 + dtype.itemsize)
@@ -232,7 +233,8 @@ class Step:
 
         def run() -> None:
             for layer in self.layers:
-                plan.run(self.q, k, v, layer.keys, layer.values, dim**-0.5, None, None, None, *layer.scales)
+                cache = LayerCache(layer.keys, layer.values, *layer.scales)
+                plan.run(self.q, k, v, cache, Extras(dim**-0.5))
 
         return run
 

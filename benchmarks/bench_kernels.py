@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from paged_kernels import reference
 from paged_kernels.cpu import elementwise, launch
+from paged_kernels.layers import Extras, LayerCache
 from torch import Tensor
 from torch.nn import functional
 
@@ -166,7 +167,7 @@ class Step:
 
     def run_all(self) -> None:
         for keys, values in self.layers:
-            self.plan.run(self.q, self.k, self.k, keys, values, self.scale)
+            self.plan.run(self.q, self.k, self.k, LayerCache(keys, values), Extras(self.scale))
 
     def codes_all(self) -> Run:
         shape = self.layers[0][0].shape
@@ -176,8 +177,8 @@ class Step:
         ]
 
         def run() -> None:
-            for keys, values, *scales in layers:
-                self.plan.run(self.q, self.k, self.k, keys, values, self.scale, None, None, None, *scales)
+            for layer in layers:
+                self.plan.run(self.q, self.k, self.k, LayerCache(*layer), Extras(self.scale))
 
         return run
 

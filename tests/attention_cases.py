@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from paged_kernels import reference
+from paged_kernels.layers import Extras, LayerCache
 from torch import Tensor
 
 CODED = (torch.int8, torch.float8_e4m3fn)  # caches with a scale for each token and kv head
@@ -14,7 +15,7 @@ CODED = (torch.int8, torch.float8_e4m3fn)  # caches with a scale for each token 
 
 @dataclass
 class Case:
-    """The arguments of ``reference.paged_attention``, in its order."""
+    """The arguments of ``reference.paged_attention``, one by one."""
 
     q: Tensor
     keys: Tensor
@@ -30,8 +31,16 @@ class Case:
     key_scales: Tensor | None = None
     value_scales: Tensor | None = None
 
+    @property
+    def cache(self) -> LayerCache:
+        return LayerCache(self.keys, self.values, self.key_scales, self.value_scales)
+
+    @property
+    def extras(self) -> Extras:
+        return Extras(self.scale, self.sliding_window, self.softcap, self.sinks, self.key_bias)
+
     def run(self, attention) -> Tensor:
-        return attention(*vars(self).values())
+        return attention(self.q, self.cache, self.query_starts, self.seq_lens, self.block_tables, self.extras)
 
     def on(self, device: torch.device) -> Case:
         moved = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -69,7 +78,7 @@ def make_case(
         at = torch.arange(count)
         slots = blocks.long()[at // block_size] * block_size + at % block_size
         k, v = (torch.randn(count, num_kv_heads, d, generator=g).to(dtype) for d in dims)
-        reference.store_kv(k, v, *caches, slots, *scales)
+        reference.store_kv(k, v, LayerCache(*caches, *scales), slots)
         if window is not None:
             tables[r, : max(0, count - queries[r] - window + 1) // block_size] = 0
     longest = max(lens)

@@ -5,6 +5,7 @@ or computed is what it was at the capture, and work that would wait for a device
 """
 
 import torch
+from paged_kernels.layers import LayerCache
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -60,7 +61,7 @@ class CapturableBackend(ReferenceBackend):
         if meta.max_query_len > 1:
             return super().run(layer, q, k, v, cache, sinks, key_bias)
         keys, values = cache.keys[layer], cache.values[layer]
-        self._ops.store_kv(k, v, keys, values, meta.slot_mapping)
+        self._ops.store_kv(k, v, LayerCache(keys, values), meta.slot_mapping)
         tables = meta.block_tables.long()  # [R,B]
         k, v = (x[tables].transpose(2, 3).flatten(1, 2) for x in (keys, values))  # [R,P,K,D]
         k, v = (x.repeat_interleave(facts.num_heads // facts.num_kv_heads, dim=2) for x in (k, v))  # [R,P,H,D]

@@ -14,34 +14,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from paged_kernels.layers import Extras, LayerCache
+
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # what a scaled token's largest magnitude becomes
 
 
-def store_kv(
-    k: Tensor,
-    v: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    slot_mapping: Tensor,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
-) -> None:
-    """``k [T,K,D], v [T,K,Dv]`` into ``key_cache [blocks,K,bs,D], value_cache [blocks,K,bs,Dv]``.
+def store_kv(k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
+    """``k [T,K,D], v [T,K,Dv]`` into the cache at ``slot_mapping i64 [T]``, block * bs + offset.
 
-    ``slot_mapping i64 [T]`` holds block * bs + offset. Values are rounded to the caches' dtype. Caches of int8 or
-    float8_e4m3fn come with ``key_scales, value_scales f32 [blocks,K,bs]``, which are written too: see ``quantize``.
+    Values are rounded to the cache's dtype. Those of quantised caches get scales, which are written too: see
+    ``quantize``.
     """
-    block_size = key_cache.shape[2]
+    block_size = cache.keys.shape[2]
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
-    for x, cache, scales in ((k, key_cache, key_scales), (v, value_cache, value_scales)):
+    for x, into, scales in ((k, cache.keys, cache.key_scales), (v, cache.values, cache.value_scales)):
         if scales is None:
-            if cache.dtype in LARGEST:
-                raise ValueError(f"a cache of {cache.dtype} needs key_scales and value_scales")
-            cache[blocks, :, offsets] = x.to(cache.dtype)
+            if into.dtype in LARGEST:
+                raise ValueError(f"a cache of {into.dtype} needs key_scales and value_scales")
+            into[blocks, :, offsets] = x.to(into.dtype)
         else:
-            codes, scale = quantize(x, cache.dtype)
+            codes, scale = quantize(x, into.dtype)
             # Bits, since not every device can index float8.
-            cache.view(torch.uint8)[blocks, :, offsets] = codes.view(torch.uint8)
+            into.view(torch.uint8)[blocks, :, offsets] = codes.view(torch.uint8)
             scales[blocks, :, offsets] = scale
 
 
@@ -68,33 +62,18 @@ def copy_blocks(caches: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> N
 
 
 def paged_attention(
-    q: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    query_starts: Tensor,
-    seq_lens: Tensor,
-    block_tables: Tensor,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
+    q: Tensor, cache: LayerCache, query_starts: Tensor, seq_lens: Tensor, block_tables: Tensor, extras: Extras
 ) -> Tensor:
     """Causal attention of packed queries over the blocks of their own request.
 
-    ``q [T,H,D]``, caches ``[blocks,K,bs,D]`` and ``[blocks,K,bs,Dv]``, ``query_starts i32 [R+1]``, ``seq_lens
-    i32 [R]``, ``block_tables i32 [R,B]``, ``sinks [H]``, ``key_bias f32 [H,P] -> [T,H,Dv]`` in q's dtype. Query i of a
-    request's n stands at position ``seq_len - n + i`` and sees the keys at ``position - sliding_window < key <=
-    position``. A sink is one more logit of its head: it takes a share of the softmax and gives no value. The bias of
-    a head and a key's position is added to the score, after softcap (ALiBi, whose slope times the query's position
-    is the same for all keys); P is no less than any ``seq_len``. ``key_scales, value_scales f32 [blocks,K,bs]`` are
-    what ``store_kv`` wrote for quantised caches. Slots past ``seq_len``, and blocks that lie wholly before the first
-    query's window, never reach the result. A request with ``seq_len`` 0 is padding: its rows are zeros.
+    ``q [T,H,D], query_starts i32 [R+1], seq_lens i32 [R], block_tables i32 [R,B] -> [T,H,Dv]`` in q's dtype. Query i
+    of a request's n stands at position ``seq_len - n + i``. ALiBi's slope times the query's position is the same for
+    all keys, so its bias goes by the key's position alone. Slots past ``seq_len``, and blocks that lie wholly before
+    the first query's window, never reach the result. A request with ``seq_len`` 0 is padding: its rows are zeros.
     """
-    num_heads, num_kv_heads = q.shape[1], key_cache.shape[1]
-    out = q.new_empty(q.shape[0], num_heads, value_cache.shape[3])
+    scale, sliding_window, softcap, sinks, key_bias = extras
+    num_heads, num_kv_heads = q.shape[1], cache.keys.shape[1]
+    out = q.new_empty(q.shape[0], num_heads, cache.values.shape[3])
     starts = query_starts.tolist()
     for r, seq_len in enumerate(seq_lens.tolist()):
         rows = slice(starts[r], starts[r + 1])
@@ -105,8 +84,8 @@ def paged_attention(
             continue
         first_query = seq_len - num_queries
         first_key = 0 if sliding_window is None else max(0, first_query - sliding_window + 1)
-        keys = _tokens(key_cache, key_scales, block_tables[r], first_key, seq_len)  # f32 [K, n, D]
-        values = _tokens(value_cache, value_scales, block_tables[r], first_key, seq_len)  # f32 [K, n, Dv]
+        keys = _tokens(cache.keys, cache.key_scales, block_tables[r], first_key, seq_len)  # f32 [K, n, D]
+        values = _tokens(cache.values, cache.value_scales, block_tables[r], first_key, seq_len)  # f32 [K, n, Dv]
         keys = keys.repeat_interleave(num_heads // num_kv_heads, 0)  # [H, n, D]
         values = values.repeat_interleave(num_heads // num_kv_heads, 0)  # [H, n, Dv]
 

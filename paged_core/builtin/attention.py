@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from paged_kernels.layers import Extras, LayerCache
 from torch import Tensor
 
 from paged_core.hookspecs import hookimpl
@@ -72,25 +73,14 @@ class ReferenceBackend:
         sinks: Tensor | None = None,
         key_bias: Tensor | None = None,
     ) -> Tensor:
-        meta, facts = self._metadata, self._layers[layer]
+        meta = self._metadata
         assert meta is not None, "plan() comes before run()"
-        keys, values = cache.keys[layer], cache.values[layer]
-        scales = cache.scales(layer)
-        self._ops.store_kv(k, v, keys, values, meta.slot_mapping.to(keys.device), *scales)
-        out: Tensor = self._ops.paged_attention(
-            q,
-            keys,
-            values,
-            meta.query_starts,
-            meta.seq_lens,
-            meta.block_tables.to(keys.device),
-            facts.scale,
-            facts.sliding_window,
-            facts.softcap,
-            sinks,
-            key_bias,
-            *scales,
-        )
+        part = layer_cache(cache, layer)
+        device = part.keys.device
+        self._ops.store_kv(k, v, part, meta.slot_mapping.to(device))
+        tables = meta.block_tables.to(device)
+        extras = layer_extras(self._layers[layer], sinks, key_bias)
+        out: Tensor = self._ops.paged_attention(q, part, meta.query_starts, meta.seq_lens, tables, extras)
         return out
 
     def copy_blocks(self, cache: KVCache, pairs: Sequence[tuple[int, int]]) -> None:
@@ -114,19 +104,8 @@ class PlannedBackend:
         sinks: Tensor | None = None,
         key_bias: Tensor | None = None,
     ) -> Tensor:
-        facts = self._layers[layer]
-        out: Tensor = self._plan_of_layer[layer].run(
-            q,
-            k,
-            v,
-            cache.keys[layer],
-            cache.values[layer],
-            facts.scale,
-            facts.softcap,
-            sinks,
-            key_bias,
-            *cache.scales(layer),
-        )
+        extras = layer_extras(self._layers[layer], sinks, key_bias)
+        out: Tensor = self._plan_of_layer[layer].run(q, k, v, layer_cache(cache, layer), extras)
         return out
 
     def copy_blocks(self, cache: KVCache, pairs: Sequence[tuple[int, int]]) -> None:
@@ -166,3 +145,15 @@ class CpuBackend(PlannedBackend):
     def plan(self, metadata: AttentionMetadata) -> None:
         for plan in self._plans.values():
             plan.plan(metadata.query_starts, metadata.seq_lens, metadata.block_tables, metadata.slot_mapping)
+
+
+def layer_cache(cache: KVCache, layer: int) -> LayerCache:
+    """A layer's K/V as kernels are given them."""
+    if not cache.key_scales:
+        return LayerCache(cache.keys[layer], cache.values[layer])
+    return LayerCache(cache.keys[layer], cache.values[layer], cache.key_scales[layer], cache.value_scales[layer])
+
+
+def layer_extras(facts: LayerSpec, sinks: Tensor | None, key_bias: Tensor | None) -> Extras:
+    """The facts of a layer's attention as kernels are given them."""
+    return Extras(facts.scale, facts.sliding_window, facts.softcap, sinks, key_bias)

@@ -10,9 +10,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+from paged_kernels.layers import LayerCache
 from torch import Tensor
 
-from paged_core.builtin.attention import PlannedBackend
+from paged_core.builtin.attention import PlannedBackend, layer_extras
 from paged_core.builtin.gpu_forwards import triton_works
 from paged_core.hookspecs import hookimpl
 
@@ -101,7 +102,7 @@ class TritonBackend(PlannedBackend):
             plan.plan(starts, lens, tables[:num_rows], slots, max(queries), max(queries))
             q = torch.zeros(num_tokens, layer.num_heads, dims[0], dtype=self._dtype, device=device)
             k, v = (q.new_zeros(num_tokens, layer.num_kv_heads, dim) for dim in dims)
-            plan.run(q, k, v, keys, values, layer.scale, layer.softcap, sinks, bias, *scales)
+            plan.run(q, k, v, LayerCache(keys, values, *scales), layer_extras(layer, sinks, bias))
         self._ops.copy_blocks([keys, values, *(scale for scale in scales if scale is not None)], [(1, 2)])
 
     def plan(self, metadata: AttentionMetadata) -> None:

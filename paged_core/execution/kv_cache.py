@@ -51,10 +51,6 @@ class KVCache:
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors)
 
-    def scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
-        """A layer's scales of keys and of values; Nones if the cache is not quantised."""
-        return (self.key_scales[layer], self.value_scales[layer]) if self.key_scales else (None, None)
-
     def grow(self, num_blocks: int) -> None:
         """Have at least ``num_blocks`` usable blocks. What the blocks hold stays.
 
@@ -81,7 +77,7 @@ class KVCache:
         blocks = torch.tensor(block_table[: -(-num_tokens // self.block_size)], dtype=torch.int64)
         found = []
         for layer, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
-            key_scales, value_scales = self.scales(layer)
+            key_scales, value_scales = (s[layer] if s else None for s in (self.key_scales, self.value_scales))
             found.append((_gather(k, key_scales, blocks, num_tokens), _gather(v, value_scales, blocks, num_tokens)))
         return found
 

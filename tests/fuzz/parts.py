@@ -7,6 +7,7 @@ from paged_kernels import reference
 from torch import Tensor
 
 from paged_core import hookimpl
+from paged_core.builtin.attention import layer_cache
 from paged_core.execution import kv_cache
 from paged_core.sampling.sampler import Sampler
 
@@ -33,12 +34,12 @@ class ExactBackend:
         self._slots = {window: slots.where(seen, self._own[:, None]) for window, seen in self._seen.items()}
 
     def run(self, layer, q, k, v, cache, sinks=None, key_bias=None) -> Tensor:
-        facts, (key_scales, value_scales) = self._layers[layer], cache.scales(layer)
-        reference.store_kv(k, v, cache.keys[layer], cache.values[layer], self._own, key_scales, value_scales)
+        facts, part = self._layers[layer], layer_cache(cache, layer)
+        reference.store_kv(k, v, part, self._own)
         slots, seen = self._slots[facts.sliding_window], self._seen[facts.sliding_window]
         places = slots // self._block_size, slots % self._block_size
-        keys = _gather(cache.keys[layer], key_scales, *places)  # [T,L,K,D]
-        values = _gather(cache.values[layer], value_scales, *places)
+        keys = _gather(part.keys, part.key_scales, *places)  # [T,L,K,D]
+        values = _gather(part.values, part.value_scales, *places)
         q = q.reshape(len(q), keys.shape[2], -1, q.shape[-1])  # [T,K,G,D]
         scores = (q @ keys.permute(0, 2, 3, 1)) * facts.scale  # [T,K,G,L]
         weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)

@@ -9,6 +9,7 @@ import torch
 from attention_cases import CODED, Case, make_case
 from paged_kernels import reference
 from paged_kernels.cpu import launch
+from paged_kernels.layers import LayerCache
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -81,7 +82,7 @@ def test_a_cache_of_codes_without_its_scales_is_refused(cache_dtype):
     with pytest.raises(ValueError, match="needs key_scales and value_scales"):
         case.run(launch.paged_attention)
     with pytest.raises(ValueError, match="needs key_scales and value_scales"):
-        launch.store_kv(torch.randn(1, 2, 64), torch.randn(1, 2, 64), case.keys, case.values, torch.tensor([3]))
+        launch.store_kv(torch.randn(1, 2, 64), torch.randn(1, 2, 64), case.cache, torch.tensor([3]))
 
 
 def test_every_float8_code_reads_as_torch_reads_it():
@@ -173,7 +174,7 @@ def test_offsets_into_a_cache_of_more_than_four_gigabytes_are_right(dtype):
     scales = [torch.empty(blocks, 1, 16) if dtype in CODED else None for _ in range(2)]
     k, v = torch.randn(3, 1, 16), torch.randn(3, 1, 16)
     slots = torch.arange(3) + (blocks - 1) * 16
-    launch.store_kv(k, v, keys, values, slots, *scales)
+    launch.store_kv(k, v, LayerCache(keys, values, *scales), slots)
     table = torch.tensor([[blocks - 1]], dtype=torch.int32)
     one, three = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
     case = Case(torch.randn(1, 2, 16), keys, values, one, three, table, 0.25, None, None, None, None, *scales)
@@ -189,8 +190,8 @@ def test_stored_tokens_are_in_their_slots_and_nothing_else_has_changed(dtype, ca
     slots = torch.randperm(30 * 8, generator=g)[:50]
     caches = [torch.randn(30, 2, 8, d, generator=g).to(cache_dtype) for d in (40, 20)]
     expected = [c.clone() for c in caches]
-    reference.store_kv(k, v, *expected, slots)
-    launch.store_kv(k, v, *caches, slots)
+    reference.store_kv(k, v, LayerCache(*expected), slots)
+    launch.store_kv(k, v, LayerCache(*caches), slots)
     assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True))
 
 
@@ -209,8 +210,8 @@ def test_stored_codes_and_scales_are_those_of_the_reference_bit_for_bit(dtype, c
     caches = [torch.randint(0, 90, (30, 2, 8, d), generator=g).to(cache_dtype) for d in (40, 20)]
     caches += [torch.randn(30, 2, 8, generator=g) for _ in range(2)]
     expected = [c.clone() for c in caches]
-    reference.store_kv(k, v, *expected[:2], slots, *expected[2:])
-    launch.store_kv(k, v, *caches[:2], slots, *caches[2:])
+    reference.store_kv(k, v, LayerCache(*expected), slots)
+    launch.store_kv(k, v, LayerCache(*caches), slots)
     for got, wanted in zip(caches[:2], expected[:2], strict=True):
         assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
     for got, wanted in zip(caches[2:], expected[2:], strict=True):
@@ -220,16 +221,15 @@ def test_stored_codes_and_scales_are_those_of_the_reference_bit_for_bit(dtype, c
 @pytest.mark.parametrize("cache_dtype", [torch.float32, *CODED], ids=str)
 def test_one_launch_stores_and_then_attends_to_what_it_stored(cache_dtype):
     case = make_case([70, 40, 33], [1, 40, 5], cache_dtype=cache_dtype)
-    scales = case.key_scales, case.value_scales
     r = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 40, 5]))
     at = torch.cat([torch.arange(69, 70), torch.arange(40), torch.arange(28, 33)])
     slots = case.block_tables[r, at // 16].long() * 16 + at % 16
     k, v = torch.randn(46, 2, 64), torch.randn(46, 2, 64)
     plan = launch.AttentionPlan(4, 2, 64, 64)
     plan.plan(case.query_starts, case.seq_lens, case.block_tables, slots)
-    got = plan.run(case.q, k, v, case.keys, case.values, case.scale, None, None, None, *scales)
-    again = plan.run(case.q, k, v, case.keys, case.values, case.scale, None, None, None, *scales)
-    reference.store_kv(k, v, case.keys, case.values, slots, *scales)
+    got = plan.run(case.q, k, v, case.cache, case.extras)
+    again = plan.run(case.q, k, v, case.cache, case.extras)
+    reference.store_kv(k, v, case.cache, slots)
     torch.testing.assert_close(got, case.run(reference.paged_attention), rtol=0, atol=1e-5)
     assert torch.equal(got, again)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from paged_kernels import reference
+from paged_kernels.layers import Extras, LayerCache
 
 DTYPES = [torch.int8, torch.float8_e4m3fn]
 BLOCK_SIZE = 4
@@ -89,7 +90,7 @@ def test_codes_and_scales_are_in_their_slots_and_nothing_else_has_changed(dtype)
     k, v = torch.randn(3, 2, 64), torch.randn(3, 2, 32)
     keys, values, key_scales, value_scales = make_caches(dtype)
     slots = torch.tensor([7, 16, 9])
-    reference.store_kv(k, v, keys, values, slots, key_scales, value_scales)
+    reference.store_kv(k, v, LayerCache(keys, values, key_scales, value_scales), slots)
     for x, cache, scales in ((k, keys, key_scales), (v, values, value_scales)):
         codes, scale = reference.quantize(x, dtype)
         for token, slot in enumerate(slots.tolist()):
@@ -107,11 +108,11 @@ def test_attention_over_codes_equals_attention_over_what_they_stand_for(dtype, w
     k, v, q = (torch.randn(11, heads, dim, generator=g) for heads, dim in ((2, 64), (2, 32), (4, 64)))
     caches, floats = make_caches(dtype), make_caches(torch.float32)
     slots = torch.arange(BLOCK_SIZE, BLOCK_SIZE + 11)
-    reference.store_kv(k, v, *caches[:2], slots, *caches[2:])
-    reference.store_kv(stored(k, dtype), stored(v, dtype), *floats[:2], slots)
-    where = (torch.tensor([0, 11]), torch.tensor([11]), torch.tensor([[1, 2, 3]]), 0.125, window)
-    out = reference.paged_attention(q, *caches[:2], *where, key_scales=caches[2], value_scales=caches[3])
-    torch.testing.assert_close(out, reference.paged_attention(q, *floats[:2], *where))
+    reference.store_kv(k, v, LayerCache(*caches), slots)
+    reference.store_kv(stored(k, dtype), stored(v, dtype), LayerCache(*floats[:2]), slots)
+    where = (torch.tensor([0, 11]), torch.tensor([11]), torch.tensor([[1, 2, 3]]), Extras(0.125, window))
+    out = reference.paged_attention(q, LayerCache(*caches), *where)
+    torch.testing.assert_close(out, reference.paged_attention(q, LayerCache(*floats[:2]), *where))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
@@ -120,12 +121,13 @@ def test_a_padding_row_is_zeros_and_changes_nobody_elses(dtype):
     if dtype == torch.float32:
         scales = [None, None]
     k, v, q = torch.randn(2, 2, 64), torch.randn(2, 2, 32), torch.randn(2, 4, 64)
-    reference.store_kv(k, v, keys, values, torch.tensor([4, 0]), *scales)
+    cache = LayerCache(keys, values, *scales)
+    reference.store_kv(k, v, cache, torch.tensor([4, 0]))
 
     def attend(count):
         starts, lens = torch.arange(count + 1), torch.tensor([1, 0])[:count]
-        where = (starts, lens, torch.tensor([[1], [0]])[:count], 0.125)
-        return reference.paged_attention(q[:count], keys, values, *where, None, None, None, None, *scales)
+        where = (starts, lens, torch.tensor([[1], [0]])[:count], Extras(0.125))
+        return reference.paged_attention(q[:count], cache, *where)
 
     assert torch.equal(attend(2)[0], attend(1)[0])
     assert (attend(2)[1] == 0).all()
@@ -135,7 +137,7 @@ def test_a_padding_row_is_zeros_and_changes_nobody_elses(dtype):
 def test_scales_are_copied_as_blocks_are(dtype):
     caches = make_caches(dtype)
     k, v = torch.randn(4, 2, 64), torch.randn(4, 2, 32)
-    reference.store_kv(k, v, *caches[:2], torch.arange(4, 8), *caches[2:])
+    reference.store_kv(k, v, LayerCache(*caches), torch.arange(4, 8))
     reference.copy_blocks(caches, [(1, 3)])
     for cache in caches:
         assert torch.equal(cache[3].float(), cache[1].float())

@@ -12,6 +12,7 @@ import torch
 from attention_cases import CODED, Case, make_case
 from interpreter import DEVICE, ON_GPU, round_as_gpus_do
 from paged_kernels import reference
+from paged_kernels.layers import LayerCache
 from paged_kernels.triton import elementwise, launch, prefill, sampling, tiles
 from torch import Tensor
 
@@ -169,7 +170,7 @@ def test_offsets_into_a_cache_of_more_than_two_to_the_31_elements_are_right(quer
     keys, values = (torch.empty(blocks, 1, 16, 16, dtype=torch.float16, device=DEVICE) for _ in range(2))
     k, v = (torch.randn(3, 1, 16, device=DEVICE).half() for _ in range(2))
     slots = torch.arange(3, device=DEVICE) + (blocks - 1) * 16
-    launch.store_kv(k, v, keys, values, slots)
+    launch.store_kv(k, v, LayerCache(keys, values), slots)
     assert torch.equal(keys[-1, 0, :3], k[:, 0]) and torch.equal(values[-1, 0, :3], v[:, 0])
     launch.copy_blocks([keys, values], [(blocks - 1, blocks - 3)])
     assert torch.equal(keys[-3, 0, :3], k[:, 0]) and torch.equal(values[-3, 0, :3], v[:, 0])
@@ -193,8 +194,8 @@ def test_stored_tokens_are_in_their_slots_and_nothing_else_has_changed(dtype, ca
     if cache_dtype in CODED:
         expected += [torch.rand(shape, generator=g).to(DEVICE) for _ in range(2)]
     got = [x.clone() for x in expected]
-    reference.store_kv(k, v, *expected[:2], slots, *expected[2:])
-    launch.store_kv(k, v, *got[:2], slots, *got[2:])
+    reference.store_kv(k, v, LayerCache(*expected), slots)
+    launch.store_kv(k, v, LayerCache(*got), slots)
     assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(got, expected, strict=True))
 
 
@@ -204,7 +205,7 @@ def test_a_row_that_holds_an_infinity_or_a_nan_reads_as_nan_and_no_other_does(ca
     k[1, 0, 3], k[2, 1, 5] = torch.inf, torch.nan
     caches = [torch.zeros(1, 2, 4, 16, device=DEVICE).to(cache_dtype) for _ in range(2)]
     scales = [torch.zeros(1, 2, 4, device=DEVICE) for _ in range(2)]
-    launch.store_kv(k, k, *caches, torch.arange(4, device=DEVICE), *scales)
+    launch.store_kv(k, k, LayerCache(*caches, *scales), torch.arange(4, device=DEVICE))
     read = caches[0].float() * scales[0][..., None]
     spoilt = torch.zeros(1, 2, 4, dtype=torch.bool, device=DEVICE)
     spoilt[0, 0, 1] = spoilt[0, 1, 2] = True
@@ -221,7 +222,7 @@ def test_every_e4m3_number_is_stored_as_itself_and_between_two_the_nearest():
     k = torch.cat([torch.cat([x, -x]), torch.full((2 * len(x), 1, 1), 448.0)], -1)  # so that each row's scale is 1
     caches = [torch.zeros(8, 1, 16, 16, device=DEVICE).to(torch.float8_e4m3fn) for _ in range(2)]
     scales = [torch.zeros(8, 1, 16, device=DEVICE) for _ in range(2)]
-    launch.store_kv(k.to(DEVICE), k.to(DEVICE), *caches, torch.arange(len(k), device=DEVICE), *scales)
+    launch.store_kv(k.to(DEVICE), k.to(DEVICE), LayerCache(*caches, *scales), torch.arange(len(k), device=DEVICE))
     got = caches[0].view(torch.uint8).view(-1, 16)[: len(k)].cpu()
     assert torch.equal(got, k.to(torch.float8_e4m3fn).view(torch.uint8).view(-1, 16))
 
@@ -234,9 +235,9 @@ def test_a_planned_run_stores_and_then_attends_to_what_it_stored():
     k, v = (torch.randn(46, 2, 64, device=DEVICE) for _ in range(2))
     plan = launch.AttentionPlan(4, 2, 64, 64, dtype=torch.float32)
     plan.plan(case.query_starts, case.seq_lens, case.block_tables, slots, 40, 70)
-    got = plan.run(case.q, k, v, case.keys, case.values, case.scale)
-    again = plan.run(case.q, k, v, case.keys, case.values, case.scale)
-    reference.store_kv(k, v, case.keys, case.values, slots)
+    got = plan.run(case.q, k, v, case.cache, case.extras)
+    again = plan.run(case.q, k, v, case.cache, case.extras)
+    reference.store_kv(k, v, case.cache, slots)
     torch.testing.assert_close(got, case.run(reference.paged_attention), rtol=0, atol=2e-5)
     assert torch.equal(got, again)
 
@@ -306,7 +307,7 @@ if ON_GPU:
 
         def step() -> Tensor:
             plan.plan(case.query_starts, case.seq_lens, case.block_tables, no_slots, 1, 900)
-            return plan.run(case.q, None, None, case.keys, case.values, case.scale)
+            return plan.run(case.q, None, None, case.cache, case.extras)
 
         step()
         graph = torch.cuda.CUDAGraph()

@@ -15,6 +15,7 @@ from paged_kernels.cpu import arguments, codes
 from paged_kernels.cpu import attention as kernels
 from paged_kernels.cpu.attention import ROWS, TILE
 from paged_kernels.cpu.vectors import BF16, F16, F32, HAS_F16, LANES
+from paged_kernels.layers import Extras, LayerCache
 
 _FLOATS = {torch.float32: F32, torch.bfloat16: BF16} | ({torch.float16: F16} if HAS_F16 else {})
 _CODES = {torch.int8: codes.INT8, torch.float8_e4m3fn: codes.FP8}
@@ -107,26 +108,14 @@ class AttentionPlan:
             self._buffers[name] = buffer
         self._set[name] = buffer.data_ptr()
 
-    def run(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        scale: float,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-        key_bias: Tensor | None = None,
-        key_scales: Tensor | None = None,
-        value_scales: Tensor | None = None,
-    ) -> Tensor:
+    def run(self, q: Tensor, k: Tensor | None, v: Tensor | None, cache: LayerCache, extras: Extras) -> Tensor:
         """Store ``k [T,K,D], v [T,K,Dv]`` (if given) at the planned slots, then attend: ``q [T,H,D] -> [T,H,Dv]``.
 
-        ``key_bias f32 [H,P]`` is used as it lies if P is ``LANES`` more than the longest sequence, else copied.
-        ``key_scales, value_scales f32 [blocks,K,bs]`` come with caches of int8 or float8_e4m3fn.
+        The window is the plan's own. ``key_bias f32 [H,P]`` is used as it lies if P is ``LANES`` more than the longest
+        sequence, else copied.
         """
-        dtype = q.dtype
+        dtype, (key_cache, value_cache, key_scales, value_scales) = q.dtype, cache
+        scale, _, softcap, sinks, key_bias = extras
         cache_code = _cache_code(key_cache, key_scales)
         out = torch.empty((q.shape[0], *self._out_shape), dtype=dtype)
         num_stores = self._num_stores
@@ -181,16 +170,9 @@ def warm_up(progress: Callable[[str, int, int], None] | None = None, cache_dtype
         progress("attention kernels", len(todo), len(todo))
 
 
-def store_kv(
-    k: Tensor,
-    v: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    slot_mapping: Tensor,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
-) -> None:
-    """``k [T,K,D], v [T,K,Dv]`` into the caches at ``slot_mapping i64 [T]``; see ``reference.store_kv``."""
+def store_kv(k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
+    """``k [T,K,D], v [T,K,Dv]`` into the cache at ``slot_mapping i64 [T]``; see ``reference.store_kv``."""
+    key_cache, value_cache, key_scales, value_scales = cache
     cache_code = _cache_code(key_cache, key_scales)
     args = torch.zeros(arguments.NUM_ARGS, dtype=torch.int64)
     given = memoryview(args.numpy())
@@ -216,24 +198,13 @@ def copy_blocks(caches: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> N
 
 
 def paged_attention(
-    q: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    query_starts: Tensor,
-    seq_lens: Tensor,
-    block_tables: Tensor,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
+    q: Tensor, cache: LayerCache, query_starts: Tensor, seq_lens: Tensor, block_tables: Tensor, extras: Extras
 ) -> Tensor:
     """Causal attention of packed queries over the blocks of their own request; see ``reference.paged_attention``."""
-    plan = AttentionPlan(q.shape[1], key_cache.shape[1], q.shape[2], value_cache.shape[3], sliding_window)
+    shape = (q.shape[1], cache.keys.shape[1], q.shape[2], cache.values.shape[3])
+    plan = AttentionPlan(*shape, extras.sliding_window)
     plan.plan(query_starts, seq_lens, block_tables, torch.empty(0, dtype=torch.int64))
-    return plan.run(q, None, None, key_cache, value_cache, scale, softcap, sinks, key_bias, key_scales, value_scales)
+    return plan.run(q, None, None, cache, extras)
 
 
 def _cache_code(cache: Tensor, scales: Tensor | None) -> int:

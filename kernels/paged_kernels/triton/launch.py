@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from paged_kernels.layers import Extras, LayerCache
 from paged_kernels.triton import attention, decode, elementwise, prefill, sampling, store, tiles
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -101,29 +102,18 @@ class AttentionPlan:
                 **tiles.LIST_TILE,
             )  # fmt: skip
 
-    def run(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        scale: float,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-        key_bias: Tensor | None = None,
-        key_scales: Tensor | None = None,
-        value_scales: Tensor | None = None,
-    ) -> Tensor:
-        """Store ``k [T,K,D], v [T,K,Dv]`` (if given) at the planned slots, then attend: ``q [T,H,D] -> [T,H,Dv]``."""
+    def run(self, q: Tensor, k: Tensor | None, v: Tensor | None, cache: LayerCache, extras: Extras) -> Tensor:
+        """Store ``k [T,K,D], v [T,K,Dv]`` (if given) at the planned slots, then attend: ``q [T,H,D] -> [T,H,Dv]``. The
+        window is the plan's own."""
         if k is not None and v is not None:
-            store_kv(k, v, key_cache, value_cache, self._slots, key_scales, value_scales)
-        for cache in (key_cache, value_cache, key_scales, value_scales):
-            if cache is not None and not cache.is_contiguous():
+            store_kv(k, v, cache, self._slots)
+        for part in cache:
+            if part is not None and not part.is_contiguous():
                 raise ValueError(
-                    f"a cache is read as one piece of memory, and one has strides {cache.stride()}: make it contiguous"
+                    f"a cache is read as one piece of memory, and one has strides {part.stride()}: make it contiguous"
                 )
-        key_cache, value_cache = _bits(key_cache), _bits(value_cache)
+        key_cache, value_cache = _bits(cache.keys), _bits(cache.values)
+        scale, _, softcap, sinks, key_bias = extras
         if key_bias is not None:
             key_bias = key_bias.detach().to(torch.float32)
             key_bias = key_bias if key_bias.stride(1) == 1 else key_bias.contiguous()
@@ -131,7 +121,7 @@ class AttentionPlan:
             sinks = sinks.detach().contiguous()
         q, *q_strides = _rows(q)
         out = torch.empty((q.shape[0], self._num_heads, self._dims[1]), dtype=q.dtype, device=q.device)
-        cache_arguments = (key_cache, value_cache, key_scales, value_scales, key_bias)
+        cache_arguments = (key_cache, value_cache, cache.key_scales, cache.value_scales, key_bias)
         step = (self._query_starts, self._seq_lens, self._tables, self._seq_lens.shape[0], self._num_heads, *q_strides)
         strides = (self._tables.stride(0), None if key_bias is None else key_bias.stride(0))
         facts = (self._window, float(scale), None if softcap is None else float(softcap))
@@ -167,21 +157,14 @@ class AttentionPlan:
         )
 
 
-def store_kv(
-    k: Tensor,
-    v: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    slot_mapping: Tensor,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
-) -> None:
-    """``k [T,K,D], v [T,K,Dv]`` into the caches at ``slot_mapping i64 [T]``; see ``reference.store_kv``."""
+def store_kv(k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
+    """``k [T,K,D], v [T,K,Dv]`` into the cache at ``slot_mapping i64 [T]``; see ``reference.store_kv``."""
     num_tokens, num_kv_heads, dim = k.shape
     if num_tokens == 0:
         return
     (k, *k_strides), (v, *v_strides) = _rows(k), _rows(v)
-    key_cache, value_cache = _bits(key_cache), _bits(value_cache)
+    key_cache, value_cache = _bits(cache.keys), _bits(cache.values)
+    key_scales, value_scales = cache.key_scales, cache.value_scales
     tile = tiles.store(num_kv_heads, dim, v.shape[2])
     with _on(k.device):
         store.store_kernel[num_tokens, -(-num_kv_heads // tile["HEADS"])](
@@ -218,27 +201,15 @@ def move_blocks(sources: Sequence[Tensor], targets: Sequence[Tensor], pairs: Seq
 
 
 def paged_attention(
-    q: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    query_starts: Tensor,
-    seq_lens: Tensor,
-    block_tables: Tensor,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
+    q: Tensor, cache: LayerCache, query_starts: Tensor, seq_lens: Tensor, block_tables: Tensor, extras: Extras
 ) -> Tensor:
     """Causal attention of packed queries over the blocks of their own request; see ``reference.paged_attention``."""
-    dims = (q.shape[1], key_cache.shape[1], q.shape[2], value_cache.shape[3])
-    plan = AttentionPlan(*dims, sliding_window, q.dtype, key_cache.dtype)
-    longest = block_tables.shape[1] * key_cache.shape[2]
+    dims = (q.shape[1], cache.keys.shape[1], q.shape[2], cache.values.shape[3])
+    plan = AttentionPlan(*dims, extras.sliding_window, q.dtype, cache.keys.dtype)
+    longest = block_tables.shape[1] * cache.keys.shape[2]
     no_slots = torch.empty(0, dtype=torch.int64, device=q.device)
     plan.plan(query_starts, seq_lens, block_tables, no_slots, q.shape[0], longest)
-    return plan.run(q, None, None, key_cache, value_cache, scale, softcap, sinks, key_bias, key_scales, value_scales)
+    return plan.run(q, None, None, cache, extras)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

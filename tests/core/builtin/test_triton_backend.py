@@ -70,9 +70,9 @@ def test_a_models_facts_reach_the_kernels(monkeypatch):
     seen = []
     run = launch.AttentionPlan.run
 
-    def watch(plan, q, k, v, keys, values, scale, softcap, sinks, key_bias, *scales):
-        seen.append((keys.shape[1], softcap, sinks is not None, key_bias is not None))
-        return run(plan, q, k, v, keys, values, scale, softcap, sinks, key_bias, *scales)
+    def watch(plan, q, k, v, cache, extras):
+        seen.append((cache.keys.shape[1], extras.softcap, extras.sinks is not None, extras.key_bias is not None))
+        return run(plan, q, k, v, cache, extras)
 
     monkeypatch.setattr(launch.AttentionPlan, "run", watch)
     told = []
@@ -109,9 +109,9 @@ def test_warming_up_writes_to_no_slot_that_is_not_there(monkeypatch):
     written = []
     store = launch.store_kv
 
-    def watched(keys, values, key_cache, value_cache, slots, *scales):
-        written.append((int(slots.max()), key_cache.shape[0] * key_cache.shape[2]))
-        return store(keys, values, key_cache, value_cache, slots, *scales)
+    def watched(k, v, cache, slots):
+        written.append((int(slots.max()), cache.keys.shape[0] * cache.keys.shape[2]))
+        return store(k, v, cache, slots)
 
     monkeypatch.setattr(launch, "store_kv", watched)
     spec = tiny().spec
