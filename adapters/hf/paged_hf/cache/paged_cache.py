@@ -8,20 +8,16 @@ stock's own. A cache owns its memory and gives it back when it is dropped. It do
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, DynamicLayer, PreTrainedConfig
 
 from paged_core import UnsupportedModel
 from paged_hf.cache.block_tables import BlockTables
-
-# crop(0) empties the layer in versions of transformers that crop to a length, and leaves it where tokens are counted
-_CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
+from paged_hf.upstream import CROPS_TO_LENGTH
 
 
 class PagedCache(DynamicCache):
@@ -155,7 +151,7 @@ class PagedLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Take tokens off the end: as many as a negative number says; a positive one is the length that is left."""
         tokens_to_remove = int(tokens_to_remove)  # some versions bring a tensor, which += would change in place
-        if tokens_to_remove > 0 or (tokens_to_remove == 0 and _CROPS_TO_LENGTH):
+        if tokens_to_remove > 0 or (tokens_to_remove == 0 and CROPS_TO_LENGTH):
             self.tables.crop(tokens_to_remove)
         elif tokens_to_remove < 0:
             self.tables.crop(max(0, self.tables.num_tokens + tokens_to_remove))

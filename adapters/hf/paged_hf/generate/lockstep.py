@@ -9,15 +9,13 @@ This file knows stock's loops by what they call: the model, and ``reorder_cache`
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
-from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers import Cache, DynamicCache, StoppingCriteriaList
 
 from paged_core import (
     Engine,
@@ -29,11 +27,11 @@ from paged_core import (
     Selection,
     UnsupportedModel,
 )
+from paged_hf import upstream
 from paged_hf.generate import views
 from paged_hf.generate.calls import Call, NotStarted, check_length, check_tokens
 from paged_hf.generate.host import EngineHost
 from paged_hf.model.rounding import allowed_beside, difference, narrow_dtype, reading, tolerance
-from paged_hf.upstream import cache_argument, output_with_cache
 
 
 class LockstepCall(Call):
@@ -227,23 +225,13 @@ def _answered(kind: type) -> type:
     def call(self: Any, input_ids: Tensor | None = None, use_cache: bool | None = None, **inputs: Any) -> Any:
         rows: EngineRows = self._paged_part
         next_ids = None if input_ids is None else input_ids[:, -1]
-        return output_with_cache(rows.forward(next_ids), None if use_cache is False else rows)
-
-    @contextlib.contextmanager
-    def as_it_is(self: Any) -> Iterator[None]:
-        yield  # the model's settings are not this call's to change: others may be running
+        return upstream.output_with_cache(rows.forward(next_ids), None if use_cache is False else rows)
 
     def reorder_cache(self: Any, cache: Any, beam_idx: Tensor) -> Any:
         self._paged_part.reorder_cache(beam_idx)
         return cache
 
-    own = {
-        "__call__": call,
-        "_optimize_model_for_decode": as_it_is,
-        "_reorder_cache": reorder_cache,
-        "_valid_auto_compile_criteria": lambda self, *args, **kwargs: False,
-    }
-    return views.subclass(kind, own)
+    return views.subclass(kind, upstream.answering(call, reorder_cache))
 
 
 def keeps_stocks_kv(model: Any, host: EngineHost) -> bool:
@@ -280,7 +268,7 @@ def _stocks_kv(model: Any, ids: Tensor) -> list[Tensor]:
     """What one call of the model puts into stock's cache for ``ids [1,n]``: keys and values of each layer, [K,n,D]."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     with torch.no_grad():
-        model(ids, use_cache=True, **{cache_argument(type(model).forward): cache})
+        model(ids, use_cache=True, **{upstream.cache_argument(type(model).forward): cache})
     layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     return [part[0] for layer in layers for part in (layer.keys, layer.values)]
 

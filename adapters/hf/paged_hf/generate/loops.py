@@ -31,7 +31,6 @@ from paged_hf.model.intercepted import compiled_part
 from paged_hf.model.reach import Reach
 from paged_hf.model.watch import Watch
 
-_LOOPS = ("_sample", "_beam_search", "_assisted_decoding")
 _LOOP_ARGUMENTS = ("synced_gpus", "streamer", "tokenizer", "assistant_tokenizer")
 
 
@@ -198,11 +197,9 @@ class Run:
         )
         if embeds is None and free_to_run:
             eos = [token for c in self._criteria if hasattr(c, "eos_token_id") for token in c.eos_token_id.tolist()]
-            pad = self._config._pad_token_tensor
+            pad = upstream.pad_token(self._config)
             max_tokens = max(1, min(limits) - width)
-            sequences = free.generate(
-                host, self.input_ids, prompts, max_tokens, eos, 0 if pad is None else int(pad), streamer
-            )
+            sequences = free.generate(host, self.input_ids, prompts, max_tokens, eos, pad or 0, streamer)
             note(Report("native", "free", len(prompts)))
             return sequences
         room = max(
@@ -216,7 +213,7 @@ class Run:
 
     def _in_lockstep(self, model: nn.Module, rows: lockstep.EngineRows) -> Any:
         criteria = self._criteria
-        if self.name == "_sample" and tiers.may_drop_ended(self._processors, criteria, self._config):
+        if self.name == upstream.SAMPLE and tiers.may_drop_ended(self._processors, criteria, self._config):
             criteria = lockstep.Ended(criteria, rows)
         uses_cache = self._rest.get("use_cache", True)
         rest = upstream.with_cache(self._rest, rows) if uses_cache else self._rest
@@ -241,7 +238,7 @@ def custom_loop(custom: Callable[..., Any], ways: Tiers) -> Callable[..., Any]:
 
 @functools.cache
 def _loops_of(kind: type) -> type:
-    own = {name: _instead_of(name, getattr(kind, name)) for name in _LOOPS if hasattr(kind, name)}
+    own = {name: _instead_of(name, getattr(kind, name)) for name in upstream.LOOPS if hasattr(kind, name)}
     return views.subclass(kind, own)
 
 

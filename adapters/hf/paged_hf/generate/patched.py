@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,12 +17,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from paged_core import EngineConfig
+from paged_core import EngineConfig, UnsupportedModel
+from paged_hf import upstream
 from paged_hf.generate import loops, selfcheck
 from paged_hf.generate.host import EngineHost
 from paged_hf.generate.report import Report, forget, last_report, note
-from paged_hf.upstream import cache_in
 
+_log = logging.getLogger("paged_hf")
 _MAX_NUM_SEQS = 256  # rows of all calls that run at once
 _SLAB_BYTES = 64 << 20  # K/V memory that is taken at a time
 _GPU_SLAB_BYTES = 1 << 30  # there each growth also costs the CUDA graphs, which are captured anew
@@ -100,7 +102,7 @@ class PagedGenerate:
             return "custom_generate is passed by position"
         if given.get("cache_implementation") == "paged":
             return "cache_implementation='paged' asks for stock's own continuous batching"
-        if cache_in(given) is not None:
+        if upstream.cache_in(given) is not None:
             return "a cache of the caller's own was passed"
         if "prepare_inputs_for_generation" in vars(self.model):
             return "its prepare_inputs_for_generation has been replaced"
@@ -145,11 +147,11 @@ class PagedGenerate:
         return (
             type(self),
             (self.model, self.kv_cache_memory, self.over_budget),
-            {"_dropped": self.tiers.found_wanting()},
+            {"dropped": self.tiers.found_wanting()},
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.tiers.dropped = dict(state["_dropped"])
+        self.tiers.dropped = dict(state["dropped"])
 
     def __repr__(self) -> str:
         return f"<paged generate of {type(self.model).__name__}>"
@@ -207,7 +209,12 @@ class PagedWrapper(PagedGenerate):
 
 
 def paged_generate(
-    model: Any, *, kv_cache_memory: int | None = None, over_budget: str = "stock", check: bool = True
+    model: Any,
+    *,
+    kv_cache_memory: int | None = None,
+    over_budget: str = "stock",
+    check: bool = True,
+    strict: bool = False,
 ) -> PagedGenerate:
     """A stand-in for ``model.generate``: the same arguments, the same answers, from paged K/V memory.
 
@@ -217,14 +224,19 @@ def paged_generate(
         model: a transformers model for causal language modelling, or a PEFT model of one.
         kv_cache_memory: bytes that K/V may take at most; None: a quarter of the device's free memory, at most 4 GiB.
         over_budget: what becomes of a call that needs more: "stock" (with a warning) or "raise".
-        check: compare every way of answering with stock first, on a few tokens, and drop those that differ.
+        check: compare every way of answering with stock first, on a few tokens, and drop those that differ. A warning
+            tells if not even plain greedy calls will run on the engine.
+        strict: raise in place of that warning.
 
     Raises:
         TypeError: the model has no ``generate``.
-        ValueError: ``over_budget`` is neither.
+        ValueError: ``over_budget`` is neither, or ``strict`` is asked for without ``check``.
+        UnsupportedModel: plain greedy calls won't run on the engine, and ``strict`` is asked for.
     """
     if over_budget not in ("stock", "raise"):
         raise ValueError(f"over_budget is {over_budget!r}; use 'stock' or 'raise'")
+    if strict and not check:
+        raise ValueError("strict=True goes by what the self-check finds; leave check=True")
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     if not isinstance(model, nn.Module) or not hasattr(type(model), "generate"):
         raise TypeError(
@@ -236,7 +248,7 @@ def paged_generate(
         if (before.kv_cache_memory, before.over_budget) == (kv_cache_memory, over_budget):
             patched = before
             obstacles = (patched.inner if isinstance(patched, PagedWrapper) else patched).tiers.dropped
-            if not obstacles:
+            if not obstacles and not strict:
                 return patched
             obstacles.clear()  # the model may have changed since
         else:
@@ -246,8 +258,23 @@ def paged_generate(
         wraps = _transformers_model(model) is not model
         patched = (PagedWrapper if wraps else PagedGenerate)(model, kv_cache_memory, over_budget)
     if check:
-        selfcheck.run((patched.inner if isinstance(patched, PagedWrapper) else patched).tiers)
+        _check(patched, strict)
     return patched
+
+
+def _check(patched: PagedGenerate, strict: bool) -> None:
+    tiers = (patched.inner if isinstance(patched, PagedWrapper) else patched).tiers
+    obstacle = selfcheck.run(tiers)
+    if obstacle is None:
+        return
+    message = (
+        f"not even plain greedy calls of {type(tiers.model).__name__} will run in the native tier: {obstacle} "
+        f"({upstream.way_out()})"
+    )
+    if strict:
+        patched._drop()
+        raise UnsupportedModel(message)
+    _log.warning("paged_generate: %s", message)
 
 
 paged_generate.last_report = last_report  # type: ignore[attr-defined]

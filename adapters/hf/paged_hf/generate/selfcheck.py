@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor
 
 from paged_hf.generate import loops
-from paged_hf.generate.report import last_report, trying
+from paged_hf.generate.report import forget, last_report, trying
 from paged_hf.model.rounding import allowed_beside, difference, narrow_dtype, reading, tolerance
 
 _log = logging.getLogger("paged_hf")
@@ -29,13 +29,14 @@ _KEPT_SETTINGS = ("pad_token_id", "bos_token_id", "decoder_start_token_id")
 _LONGEST = 64  # windows up to here are outgrown by the longer prompt
 
 
-def run(ways: loops.Tiers) -> None:
+def run(ways: loops.Tiers) -> str | None:
     """Try every tier of ``ways`` on two prompts, the shorter one padded on the left, and drop those that differ.
 
-    The model is left as it was, and so are the random numbers that the caller will draw.
+    The model is left as it was, and so are the random numbers that the caller will draw. Returns why plain greedy calls
+    won't run natively; None: they will.
     """
     if getattr(ways.model.config, "is_encoder_decoder", False):
-        return
+        return "it is an encoder-decoder model"
     with trying(), _random_numbers_kept(ways.model):
         model = _stand_in(ways.model)
 
@@ -46,10 +47,22 @@ def run(ways: loops.Tiers) -> None:
         try:
             ask(0)
         except Exception as error:
-            _log.debug("no self-check: stock's own generate() fails on a plain prompt: %r", error)
-            return
+            return f"stock's own generate() fails on a plain prompt: {error!r}"
         for tier in ("native", "cache"):
             _try(ways, model, tier, ask)
+        return ways.dropped.get("native") or _obstacle(ways, model, ask(0).question)
+
+
+def _obstacle(ways: loops.Tiers, model: nn.Module, question: _Question) -> str | None:
+    """Why a call that asks for nothing but tokens isn't answered natively: what a release passes to its loops, say."""
+    forget()
+    alone = loops.Tiers(model, ways.host, strict_memory=False)
+    alone.dropped = dict(ways.dropped)
+    question.put_plainly_to(loops.view(model, alone))
+    report = last_report()
+    if report is None:
+        return "stock's generate() calls none of the decoding loops that are known"
+    return None if report.tier == "native" else report.reason
 
 
 def _try(ways: loops.Tiers, model: nn.Module, tier: str, ask: Callable[[int], _Trial]) -> None:
@@ -71,7 +84,8 @@ def _try(ways: loops.Tiers, model: nn.Module, tier: str, ask: Callable[[int], _T
         if why is None:
             return
     ways.dropped[tier] = f"self-check: {why}"
-    _log.warning("paged_generate won't use the %s tier for %s: %s", tier, type(ways.model).__name__, why)
+    if tier != "native":  # of which the caller will tell
+        _log.warning("paged_generate won't use the %s tier for %s: %s", tier, type(ways.model).__name__, why)
 
 
 @dataclass(frozen=True)
@@ -142,6 +156,9 @@ class _Question:
             use_cache=use_cache,
         )
         return torch.stack(output.logits)
+
+    def put_plainly_to(self, seen: Any) -> None:
+        type(seen).generate(seen, self.ids, attention_mask=self.mask, max_new_tokens=1, do_sample=False, num_beams=1)
 
 
 class _Leading(LogitsProcessor):  # type: ignore[misc]

@@ -10,11 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PretrainedConfig
-from transformers.generation import logits_process, stopping_criteria
+from transformers import (
+    DynamicCache,
+    EosTokenCriteria,
+    LogitsProcessor,
+    MaxLengthCriteria,
+    PretrainedConfig,
+    StoppingCriteria,
+)
 
+from paged_hf import upstream
 from paged_hf.model.intercepted import interception, modules_of
-from paged_hf.upstream import cache_in, is_fresh, without_cache
 
 _OURS = frozenset({"attention_mask", "position_ids", "inputs_embeds", "use_cache", "logits_to_keep", "cache_position"})
 _SAME_ANSWERS = (
@@ -53,8 +59,8 @@ def why_stock(model: nn.Module, input_ids: Tensor, config: Any, loop_kwargs: Map
     positions = loop_kwargs.get("position_ids")
     if positions is not None and positions.ndim == 2 and positions.shape[0] not in (1, len(input_ids)):
         return f"position_ids have {positions.shape[0]} rows, the prompts {len(input_ids)}"
-    cache = cache_in(loop_kwargs)
-    if cache is not None and not is_fresh(cache):
+    cache = upstream.cache_in(loop_kwargs)
+    if cache is not None and not upstream.is_fresh(cache):
         return "a cache of the caller's own was passed"
     if any(module.training for module in modules_of(model)) and (noise := _noise_in_training(model)):
         return f"the model is in training mode and has {noise}: call model.eval() before generate()"
@@ -65,14 +71,14 @@ def why_not_native(
     model: nn.Module, loop: str, input_ids: Tensor, config: Any, kwargs: Mapping[str, Any]
 ) -> str | None:
     """Why the engine can't run the rows of this call. ``kwargs``: what goes to the model."""
-    if loop not in ("_sample", "_beam_search"):
+    if loop not in (upstream.SAMPLE, upstream.BEAM_SEARCH):
         return "the engine has no such decoding loop: " + loop.strip("_")
     embeds = kwargs.get("inputs_embeds")
     shape = input_ids.shape if embeds is None else embeds.shape[:2]
-    unknown = sorted(name for name in without_cache(kwargs).keys() - _OURS if _given(kwargs[name]))
+    unknown = sorted(name for name in upstream.without_cache(kwargs).keys() - _OURS if _given(kwargs[name]))
     if unknown:
         return f"{', '.join(unknown)} is passed to the model"
-    if loop == "_beam_search" and not kwargs.get("use_cache", True):
+    if loop == upstream.BEAM_SEARCH and not kwargs.get("use_cache", True):
         return "beam search without a cache tells nobody which beams go on"
     if getattr(config, "prefill_chunk_size", None) is not None:
         return "prefill_chunk_size is set"
@@ -112,23 +118,23 @@ def runs_free(
     num_rows: int,
 ) -> bool:
     """Whether each row may run on its own: plain greedy search, of which nobody sees more than the tokens."""
-    known = (stopping_criteria.MaxLengthCriteria, stopping_criteria.EosTokenCriteria)
+    known = (MaxLengthCriteria, EosTokenCriteria)
     return (
-        loop == "_sample"
-        and type(model)._sample is GenerationMixin._sample
+        loop == upstream.SAMPLE
+        and upstream.has_the_usual_sampling(type(model))
         and not config.do_sample
         and not config.return_dict_in_generate
         and not len(processors)
         and all(type(criterion) in known for criterion in criteria)
         and (streamer is None or num_rows == 1)
-        and (config._pad_token_tensor is not None or not _ends_at_tokens(criteria))
+        and (upstream.pad_token(config) is not None or not _ends_at_tokens(criteria))
     )
 
 
 def may_drop_ended(processors: Sequence[Any], criteria: Sequence[Any], config: Any) -> bool:
     """Whether nobody can tell that rows which have ended are computed no further."""
-    stocks_own = all(type(processor).__module__ == logits_process.__name__ for processor in processors) and all(
-        type(criterion).__module__ == stopping_criteria.__name__ for criterion in criteria
+    stocks_own = all(type(processor).__module__ == LogitsProcessor.__module__ for processor in processors) and all(
+        type(criterion).__module__ == StoppingCriteria.__module__ for criterion in criteria
     )
     return _ends_at_tokens(criteria) and stocks_own and not config.return_dict_in_generate
 
@@ -142,7 +148,7 @@ def prompts_of(given: Tensor, mask: Tensor | None) -> list[Any]:
 
 def fresh_cache(cache: Any) -> bool:
     """Whether it is the cache that stock makes when nobody asks for one."""
-    return type(cache) is DynamicCache and not cache.offloading and is_fresh(cache)
+    return type(cache) is DynamicCache and not cache.offloading and upstream.is_fresh(cache)
 
 
 def _ends_at_tokens(criteria: Sequence[Any]) -> bool:

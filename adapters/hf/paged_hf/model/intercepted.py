@@ -16,8 +16,9 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as every_module
 
+from paged_hf import upstream
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_RECORDER = "transformers.utils.output_capturing"  # its hooks stay on once anyone has asked for hidden states
 _FOR_TRAINING = ("make_inputs_require_grads", "make_inputs_require_grad")  # transformers' and PEFT's: no matter here
 _PLACEMENT = "accelerate.hooks"  # move tensors between devices
 _FUNCTIONS = (types.FunctionType, staticmethod, classmethod)
@@ -59,7 +60,7 @@ def listened_to(module: nn.Module) -> bool:
 
 
 def is_users_hook(hook: Any) -> bool:
-    return getattr(hook, "__module__", None) != _RECORDER and getattr(hook, "__name__", None) not in _FOR_TRAINING
+    return not upstream.is_recorder(hook) and getattr(hook, "__name__", None) not in _FOR_TRAINING
 
 
 def replaced_methods(module: nn.Module) -> list[str]:

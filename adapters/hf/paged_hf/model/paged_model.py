@@ -24,6 +24,7 @@ from paged_hf.model.rules import apply_rules
 from paged_hf.model.shadow import Shadow
 from paged_hf.model.state import state_outside_attention
 from paged_hf.model.watch import Watch
+from paged_hf.upstream import is_marked_stateful
 
 CreateForward = Callable[[nn.Module], ModuleForward | None]
 _ANY_LENGTH = 1 << 17  # for models that name no limit
@@ -182,7 +183,7 @@ class HFPagedModel:
         placed = apply_rules(self._shadow, self._under_way, max_length, self._takes_positions)
         if not (self._takes_positions or placed):
             raise UnsupportedModel(f"{type(self._base).__name__}.forward takes no position_ids")
-        if getattr(self._base, "_is_stateful", False):
+        if is_marked_stateful(self._base):
             raise UnsupportedModel(f"{type(self._base).__name__} keeps state outside attention")
         self._keeps_logits = "logits_to_keep" in parameters
         self._takes_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from paged_hf import upstream
 from paged_hf.model.intercepted import is_users_hook
 from paged_hf.model.places import Places, is_plain
 from paged_hf.model.watch import Watch
@@ -34,9 +35,7 @@ _LONGEST = 4096  # entries of one container that are compared; a longer one hold
 _TORCHS_OWN = frozenset(vars(nn.Module()))  # parameters, buffers, children and hooks are looked at by themselves
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _NEVER_READ = frozenset({"training", "_compiled_call_impl", "generate", "generation_config"})  # in a twin's forward
-_GIVEN_BY_CALLS = frozenset(
-    {"_output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "use_cache"}
-)  # attributes of configs
+_GIVEN_BY_CALLS = upstream.QUIET.keys()  # attributes of configs
 _READ_BY_PYTHON = frozenset(
     {"__call__", "__getattr__", "__getattribute__", "__getitem__", "__iter__", "__len__", "__contains__"}
     | {"__enter__", "__exit__", "__bool__", "__float__", "__get__", "__add__", "__radd__", "__mul__", "__rmul__"}

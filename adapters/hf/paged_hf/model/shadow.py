@@ -18,12 +18,11 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
+from paged_hf import upstream
 from paged_hf.model.intercepted import uncompiled, uncompiled_method
 
 _SHARED = frozenset(vars(nn.Module())) - {"training", "_modules"}  # parameters, buffers, hooks: the same objects
 _NOT_MENDED = _SHARED | {"training", "_modules", "_compiled_call_impl", "generate", "generation_config"}
-_QUIET = {"_output_attentions": False, "output_hidden_states": False, "output_router_logits": False,
-          "return_dict": True, "use_cache": False}  # fmt: skip
 
 
 class Shadow:
@@ -55,8 +54,8 @@ class Shadow:
     def use_attention(self, name: str | None) -> None:
         """Have the twin run attention through the implementation called ``name``; None: the user's own choice."""
         for config, copy in self._configs.values():
-            own = config.__dict__.get("_attn_implementation_internal")
-            copy.__dict__["_attn_implementation_internal"] = own if name is None else name
+            own = config.__dict__.get(upstream.ATTENTION)
+            copy.__dict__[upstream.ATTENTION] = own if name is None else name
 
     def _twin(self, module: nn.Module) -> nn.Module:
         module = uncompiled(module)
@@ -139,9 +138,9 @@ class Shadow:
         copy = object.__new__(type(config))
         copy.__dict__.update(config.__dict__)
         self._configs[id(config)] = (config, copy)
-        copy.__dict__.update({key: value for key, value in _QUIET.items() if key in config.__dict__})
+        copy.__dict__.update({key: value for key, value in upstream.QUIET.items() if key in config.__dict__})
         for name, value in config.__dict__.items():
-            if name not in _QUIET:
+            if name not in upstream.QUIET:
                 copy.__dict__[name] = self._mended(value, depth=2)
         return copy
 
