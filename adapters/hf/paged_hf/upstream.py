@@ -35,18 +35,16 @@ def way_out() -> str:
 
 @functools.cache
 def cache_argument(forward: Callable[..., Any]) -> str:
-    """The name under which ``forward`` takes its K/V cache.
-
-    Raises:
-        TypeError: it takes none.
-    """
-    for name, parameter in inspect.signature(forward).parameters.items():
-        if "Cache" in str(parameter.annotation):
-            return name
-    raise TypeError(f"{forward.__qualname__} takes no cache")
+    """The name under which ``forward`` takes its K/V cache; the usual one if its signature doesn't tell."""
+    return _typed_as_cache(forward) or CACHE
 
 
-CACHE = cache_argument(GenerationMixin.prepare_inputs_for_generation)
+def _typed_as_cache(function: Callable[..., Any]) -> str | None:
+    parameters = inspect.signature(function).parameters.values()
+    return next((parameter.name for parameter in parameters if "Cache" in str(parameter.annotation)), None)
+
+
+CACHE = _typed_as_cache(GenerationMixin.prepare_inputs_for_generation) or "cache"
 """What generate() and its decoding loops call the K/V cache."""
 
 
