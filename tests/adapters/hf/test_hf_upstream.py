@@ -32,8 +32,9 @@ RENAMED = {"past_key_values", "cache_params", "ALL_CACHE_NAMES", "_is_user_defin
 SINGLE_MODELS = {"rules.py", "stand_ins.py"}  # they know the modules of the models that they stand for
 OF_TORCH = {*dir(nn.Module), *dir(torch.Tensor), *vars(nn.Module()), *dir(torch_module), *dir(nn.modules.dropout)}
 OF_OTHERS = {
-    *("_orig_mod", "_schema"),  # torch's: compiled modules, operators
-    *("_hf_hook", "_slotnames"),  # accelerate's, Python's
+    *("_orig_mod", "_schema", "_torchdynamo_orig_callable", "_dynamo_"),  # torch's: compiled modules, operators
+    *("_hf_hook", "_old_forward"),  # accelerate's
+    *("_slotnames", "_lru_cache_wrapper", "_abc_impl"),  # Python's
 }
 
 
