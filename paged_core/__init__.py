@@ -18,6 +18,7 @@ from paged_core.errors import (
 )
 from paged_core.hookspecs import Commands, hookimpl
 from paged_core.scheduling.block_pool import BlockPool
+from paged_core.scheduling.block_table import BlockTable
 from paged_core.scheduling.policies import SchedulingPolicy
 from paged_core.scheduling.request import (
     FinishReason,
@@ -87,6 +88,7 @@ __all__ = [
     "AttentionMetadata",
     "BlockCells",
     "BlockPool",
+    "BlockTable",
     "Commands",
     "CompletionOutput",
     "ConfigError",

@@ -31,8 +31,8 @@ class BlockTables:
         table = request.block_table
         if row is None:
             row = self._rows[request] = _Row(self._take_row())
-        if row.version != request.table_version:
-            row.version, row.length = request.table_version, 0
+        if row.version != table.version:
+            row.version, row.length = table.version, 0
         if row.length < len(table):
             self._news.append((row.index, row.length, table[row.length :]))
             row.length = len(table)

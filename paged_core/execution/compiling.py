@@ -16,6 +16,7 @@ from paged_core.execution.batch import BatchBuilder
 from paged_core.execution.model import AttentionBackend, CompilableModel, PagedModel
 from paged_core.execution.model_runner import ModelRunner
 from paged_core.execution.spec import ModelSpec
+from paged_core.scheduling.block_table import BlockTable
 from paged_core.scheduling.request import Request, SamplingParams
 from paged_core.scheduling.schedule import Schedule, ScheduledChunk
 
@@ -63,7 +64,7 @@ def _step(spec: ModelSpec, sizes: tuple[int, ...], block_size: int) -> tuple[Sch
         row = Request(f"compile-{index}", (), SamplingParams(temperature=0))
         row.tokens = [(7 * index + 3 * i + 1) % spec.vocab_size for i in range(size)]
         needed = -(-size // block_size)
-        row.block_table = list(range(num_blocks + 1, num_blocks + 1 + needed))
+        row.block_table = BlockTable(range(num_blocks + 1, num_blocks + 1 + needed))
         num_blocks += needed
         chunks.append(ScheduledChunk(row, 0, size, (row,)))
     return Schedule(chunks, (), ()), num_blocks

@@ -13,7 +13,7 @@ from paged_core.execution.batch import Batch
 from paged_core.execution.graphs import DecodeGraphs
 from paged_core.execution.kv_cache import KVCache
 from paged_core.execution.model import Attend, AttentionBackend, CompilableModel, PagedModel
-from paged_core.scheduling.schedule import BlockMove
+from paged_core.scheduling.block_table import BlockMove
 
 
 class ModelRunner:

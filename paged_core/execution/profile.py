@@ -16,6 +16,8 @@ from paged_core.execution.batch import BatchBuilder
 from paged_core.execution.model import AttentionBackend, PagedModel, TokenSelector
 from paged_core.execution.model_runner import ModelRunner
 from paged_core.execution.spec import ModelSpec
+from paged_core.scheduling.block_pool import NULL_BLOCK
+from paged_core.scheduling.block_table import BlockTable
 from paged_core.scheduling.request import Request, SamplingParams
 from paged_core.scheduling.schedule import Limits, Schedule, ScheduledChunk
 
@@ -112,7 +114,7 @@ def _largest_steps(limits: Limits, block_size: int) -> list[Schedule]:
     """As many tokens as a step may have, shared by as many requests; then all of these at their full length. Their
     K/V go to the null block and come from there."""
     length, num = limits.max_model_len, limits.max_num_seqs
-    tokens, table = [0] * length, [0] * -(-length // block_size)
+    tokens, table = [0] * length, BlockTable([NULL_BLOCK] * -(-length // block_size))
     rows = []
     for i in range(num):
         row = Request(f"profile-{i}", (), SamplingParams(temperature=0.9, top_p=0.9))

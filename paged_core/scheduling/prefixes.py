@@ -50,8 +50,7 @@ class Prefixes:
     def take(self, request: Request, hit: Sequence[int]) -> None:
         """The request starts from the blocks that ``lookup`` has found, and will compute the others."""
         self._pool.share(hit)
-        request.block_table = list(hit)
-        request.table_version += 1
+        request.block_table.replace(self._pool, hit)
         request.num_computed = len(hit) * self._pool.block_size
         request.num_published = len(hit)
         if not request.num_recomputed_to:

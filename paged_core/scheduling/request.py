@@ -13,6 +13,8 @@ from enum import Enum
 from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
+from paged_core.scheduling.block_table import BlockTable
+
 LogitsProcessor = Callable[[Any, Any], Any]
 """Hugging Face's form, one row at a time: ``processor(input_ids i64 [1, L], scores f32 [1, V]) -> scores``.
 
@@ -301,7 +303,6 @@ class Request:
         "selector",
         "status",
         "stop_token_ids",
-        "table_version",
         "tokens",
     )
 
@@ -336,8 +337,7 @@ class Request:
         self.max_total = self.num_prompt + 1  # len(tokens) at which it ends; the scheduler knows it once it is added
         self.num_computed = 0  # tokens whose K/V are in the cache
         self.num_cached = 0  # of those, found in the prefix cache
-        self.block_table: list[int] = []
-        self.table_version = 0  # grows whenever block_table changes other than by appending
+        self.block_table = BlockTable()
         self.digests: list[bytes] = []  # prefix digests of the leading full blocks
         self.num_published = 0  # leading blocks known to the prefix index
         self.num_recomputed_to = 0  # len(tokens) at the last preemption: past it, progress has been made

@@ -4,22 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import NamedTuple
 
+from paged_core.scheduling.block_table import BlockMove
 from paged_core.scheduling.request import Request
-
-
-class MoveKind(Enum):
-    COPY = "copy"  # within the device's cache: copy-on-write. Swap to host memory will add its kinds here.
-
-
-class BlockMove(NamedTuple):
-    """A block whose K/V the runner moves before the step computes."""
-
-    source: int
-    target: int
-    kind: MoveKind = MoveKind.COPY
 
 
 class ScheduledChunk(NamedTuple):

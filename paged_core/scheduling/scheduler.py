@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from paged_core.scheduling import tables
+from paged_core.scheduling import forks
 from paged_core.scheduling.admission import Admission
 from paged_core.scheduling.block_pool import BlockPool
+from paged_core.scheduling.block_table import BlockMove
 from paged_core.scheduling.capacity import set_max_total
 from paged_core.scheduling.policies import SchedulingPolicy
 from paged_core.scheduling.prefixes import Prefixes
@@ -26,7 +27,7 @@ from paged_core.scheduling.request import (
     Selection,
 )
 from paged_core.scheduling.roster import Roster, by_prompt, lockstep_rows
-from paged_core.scheduling.schedule import BlockMove, Limits, Schedule, ScheduledChunk
+from paged_core.scheduling.schedule import Limits, Schedule, ScheduledChunk
 
 
 class Scheduler:
@@ -91,7 +92,7 @@ class Scheduler:
         ``parents``: request i goes on from ``requests[parents[i]]``'s tokens and blocks (a beam step).
         """
         if parents is not None:
-            tables.continue_from_parents(self.pool, requests, parents)
+            forks.continue_from_parents(self.pool, requests, parents)
         for request, token in zip(requests, token_ids, strict=True):
             assert request.held and not request.finished, request
             request.tokens.append(token)
@@ -160,12 +161,12 @@ class Scheduler:
             if position + 1 >= request.max_total:
                 continue
             if position == len(request.block_table) * self.pool.block_size:
-                without_block.append(request)  # else its last block is its own: ``schedule`` writes to it
+                without_block.append((request, position))  # else its last block is its own: ``schedule`` writes to it
             chunks.append(ScheduledChunk(request, position, 1, samples))
         if not chunks or self.pool.num_available < len(without_block):
             return None
-        for request in without_block:
-            request.block_table.append(self.pool.allocate())
+        for request, position in without_block:
+            request.block_table.extend(self.pool, position, 1)
         return Schedule(chunks, (), ())
 
     def fills_blocks(self, schedule: Schedule) -> list[bool]:
@@ -193,14 +194,14 @@ class Scheduler:
             elif computed // size > request.num_published:
                 self._prefixes.publish(request)
             if len(samples) > 1:
-                tables.fork(self.pool, request, self._roster.bear(request))
+                forks.fork(self.pool, request, self._roster.bear(request))
             rows.extend(samples)
         if selection.parents is not None:
-            tables.continue_from_parents(self.pool, rows, selection.parents)
+            forks.continue_from_parents(self.pool, rows, selection.parents)
         outputs = self._append_all(rows, selection)
         if self.limits.sliding_window is not None:
             for chunk in schedule.chunks:
-                tables.give_back_behind_window(self.pool, chunk.request, self.limits.sliding_window)
+                self._leave_window(chunk.request, self.limits.sliding_window)
         if any(request.status is RequestStatus.FINISHED for request in rows):
             self._roster.drop_finished()
         return outputs
@@ -240,7 +241,9 @@ class Scheduler:
                 continue
             if len(request.tokens) - request.num_computed > 1:
                 self._schedule_rows((request,), step)
-            elif tables.has_slot(self.pool, request) or self._make_room(request, 1, (request,), step):
+            elif request.block_table.has_slot(self.pool, request.num_computed) or self._make_room(
+                request, 1, (request,), step
+            ):
                 self._emit(request, 1, step)
 
     def _schedule_rows(self, rows: Sequence[Request], step: _Step) -> None:
@@ -279,12 +282,12 @@ class Scheduler:
     def _make_room(self, request: Request, num_tokens: int, rows: Sequence[Request], step: _Step) -> bool:
         """Blocks for the next ``num_tokens`` tokens; a shared last block is copied on write. False: not now."""
         # Counted anew after each preemption: a block that only the victim shared needs no copy any more.
-        while self.pool.num_available < tables.num_blocks_needed(self.pool, request, num_tokens):
+        while self.pool.num_available < request.block_table.num_lacking(self.pool, request.num_computed, num_tokens):
             victim = None if step.admitting else self._victim(rows)
             if victim is None:
                 return False
             self._preempt(victim, step)
-        step.moves += tables.extend(self.pool, request, num_tokens)
+        step.moves += request.block_table.extend(self.pool, request.num_computed, num_tokens)
         return True
 
     def _victim(self, rows: Sequence[Request]) -> Request | None:
@@ -354,16 +357,21 @@ class Scheduler:
     def _end(self, request: Request, reason: FinishReason, error: str | None) -> None:
         heir = self._roster.end(request)
         if heir is not None:
-            tables.fork(self.pool, request, (heir,))  # it goes on with what has been computed of their prompt
+            forks.fork(self.pool, request, (heir,))  # it goes on with what has been computed of their prompt
         self._release(request)
         request.finish_reason = reason
         request.error = error
 
+    def _has_slot(self, request: Request) -> bool:
+        return request.block_table.has_slot(self.pool, request.num_computed)
+
+    def _leave_window(self, request: Request, window: int) -> None:
+        """Blocks that no later query can see are given back, in a model whose layers all have a sliding window."""
+        request.block_table.leave_behind(self.pool, (request.num_computed + 1 - window) // self.pool.block_size)
+
     def _release(self, request: Request) -> None:
-        self.pool.release(request.block_table)
+        request.block_table.shorten(self.pool, 0)
         self._prefixes.abandon(request)
-        request.block_table = []
-        request.table_version += 1
         request.num_computed = request.num_published = 0
 
 

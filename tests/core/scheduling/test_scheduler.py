@@ -278,7 +278,7 @@ def test_samples_of_one_prompt_share_its_blocks_and_copy_on_write():
     schedule, outputs = step(scheduler)
     assert work_of(schedule) == {"a": 6}
     assert [output.request.index for output in outputs] == [0, 1, 2]
-    assert rows[0].block_table == rows[1].block_table == rows[2].block_table
+    assert [*rows[0].block_table] == [*rows[1].block_table] == [*rows[2].block_table]
     schedule, _ = step(scheduler)
     assert len(schedule.moves) == 2, "two of three must copy the half-filled block; the last may write in place"
     assert len({row.block_table[1] for row in rows}) == 3
@@ -452,7 +452,7 @@ def test_beams_continue_from_their_parents_and_share_their_blocks():
     assert rows[0].tokens == [*histories[1], 1000]
     assert rows[1].tokens == [*histories[1], 1001]
     assert rows[2].tokens == [*histories[0], 1002]
-    assert rows[0].block_table == rows[1].block_table
+    assert [*rows[0].block_table] == [*rows[1].block_table]
     schedule, _ = step(scheduler)
     assert len(schedule.moves) == 1, "of two beams in one block one copies"
     run_to_end(scheduler)

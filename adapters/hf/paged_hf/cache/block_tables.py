@@ -7,9 +7,8 @@ not know K/V, heads or devices.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
 
-from paged_core import BlockPool
+from paged_core import BlockPool, BlockTable
 
 
 class BlockTables:
@@ -21,54 +20,37 @@ class BlockTables:
 
     def __init__(self, block_size: int) -> None:
         self.pool = BlockPool(0, block_size)
-        self.rows: list[list[int]] = []  # block ids; each row has just the blocks that num_tokens need
+        self.rows: list[BlockTable] = []  # each has just the blocks that num_tokens need
         self.num_tokens = 0  # of every row
         self.version = 0  # another number whenever the block ids in rows have changed
 
     def start(self, num_rows: int) -> None:
         """Empty rows, in place of those that are there."""
         self.crop(0)
-        self.rows = [[] for _ in range(num_rows)]
+        self.rows = [BlockTable() for _ in range(num_rows)]
 
     def extend(self, num_tokens: int) -> list[tuple[int, int]]:
         """Room for more tokens in every row. Returns the blocks to copy first, as (source, target)."""
-        last_is_partial = bool(num_tokens and self.num_tokens % self.pool.block_size)
-        num_blocks = self._num_blocks(self.num_tokens + num_tokens)
-        shared = sum(self.pool.is_shared(row[-1]) for row in self.rows) if last_is_partial else 0
-        self._reserve(shared + sum(num_blocks - len(row) for row in self.rows))
-        copies = []
-        for row in self.rows:
-            if last_is_partial and self.pool.is_shared(row[-1]):
-                copies.append((row[-1], self.pool.allocate()))
-                self.pool.release([row[-1]])
-                row[-1] = copies[-1][1]
-            if len(row) < num_blocks:
-                row += [self.pool.allocate() for _ in range(num_blocks - len(row))]
-                self.version += 1
+        self._reserve(sum(row.num_lacking(self.pool, self.num_tokens, num_tokens) for row in self.rows))
+        before = [len(row) for row in self.rows]
+        moves = [move for row in self.rows for move in row.extend(self.pool, self.num_tokens, num_tokens)]
         self.num_tokens += num_tokens
-        self.version += len(copies)
-        return copies
+        self.version += bool(moves) or before != [len(row) for row in self.rows]
+        return [(move.source, move.target) for move in moves]
 
     def crop(self, num_tokens: int) -> None:
         """Forget all tokens but the first ``num_tokens`` of each row."""
         self.num_tokens = min(self.num_tokens, num_tokens)
         keep = self._num_blocks(self.num_tokens)
         for row in self.rows:
-            self.pool.release(row[keep:])
-            del row[keep:]
+            row.shorten(self.pool, keep)
         self.version += 1
 
     def select(self, parents: Sequence[int]) -> None:
         """Row i becomes a fork of what row ``parents[i]`` was."""
-        before, self.rows = self.rows, [list(self.rows[parent]) for parent in parents]
-        changes = [
-            (old, new)
-            for old_row, new_row in zip_longest(before, self.rows, fillvalue=[])
-            for old, new in zip_longest(old_row, new_row)
-            if old != new
-        ]
-        self.pool.share([new for _, new in changes if new is not None])
-        self.pool.release([old for old, _ in changes if old is not None])
+        before, self.rows = self.rows, [BlockTable(self.rows[parent].share(self.pool)) for parent in parents]
+        for row in before:
+            row.shorten(self.pool, 0)
         self.version += 1
 
     def check(self) -> None:
