@@ -36,7 +36,14 @@ if TYPE_CHECKING:
     from paged_core.engine.view import BlockCells, EngineView
     from paged_core.execution.batch import AttentionMetadata
     from paged_core.execution.kv_cache import KVCache
-    from paged_core.execution.model import Attend, AttentionBackend, ModuleForward, PagedModel, TokenSelector
+    from paged_core.execution.model import (
+        Attend,
+        AttentionBackend,
+        ModuleForward,
+        PagedModel,
+        RequestSampler,
+        TokenSelector,
+    )
     from paged_core.execution.spec import LayerSpec, ModelSpec
     from paged_core.frontends.async_engine import AsyncEngine, Stream
     from paged_core.frontends.llm import LLM
@@ -69,6 +76,7 @@ _LAZY = {
     "ModuleForward": "execution.model",
     "PagedModel": "execution.model",
     "Prompt": "text.codec",
+    "RequestSampler": "execution.model",
     "RequestStatus": "scheduling.request",
     "Stream": "frontends.async_engine",
     "StreamDelta": "text.outputs",
@@ -117,6 +125,7 @@ __all__ = [
     "Request",
     "RequestError",
     "RequestOutput",
+    "RequestSampler",
     "RequestStatus",
     "SamplingParams",
     "SchedulingPolicy",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from paged_core.config import EngineConfig, EngineSizes, StepSizes
     from paged_core.engine.stats import StepStats
     from paged_core.execution.kv_cache import KVCache
-    from paged_core.execution.model import AttentionBackend, ModuleForward, PagedModel, TokenSelector
+    from paged_core.execution.model import AttentionBackend, ModuleForward, PagedModel, RequestSampler
     from paged_core.execution.spec import ModelSpec
     from paged_core.scheduling.policies import SchedulingPolicy
     from paged_core.scheduling.request import LogitsProcessor, Request, RequestOutput
@@ -71,7 +71,7 @@ def create_scheduling_policy(name: str, config: EngineConfig) -> SchedulingPolic
 
 
 @hookspec(firstresult=True)
-def create_sampler(spec: ModelSpec, config: EngineConfig) -> TokenSelector | None:
+def create_sampler(spec: ModelSpec, config: EngineConfig) -> RequestSampler | None:
     """The TokenSelector for requests that bring none of their own."""
 
 

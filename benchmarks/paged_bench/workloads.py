@@ -154,7 +154,8 @@ def output_lengths(num: int) -> list[int]:
 
 def prose(encode: Encode, num_tokens: int, rng: random.Random) -> tuple[int, ...]:
     """Exactly ``num_tokens`` tokens of an English task; it may break off in the middle of a sentence."""
-    text, ids = "", ()
+    text = ""
+    ids: tuple[int, ...] = ()
     while len(ids) < num_tokens:
         topic = rng.choice(TOPICS)
         sentences = rng.sample(ELABORATIONS, k=len(ELABORATIONS))

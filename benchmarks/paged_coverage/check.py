@@ -139,7 +139,7 @@ def _in_blocks(model: Any) -> bool:
         answer(model.generate, prompts(), **{argument: cache})
     except ValueError:  # it takes no cache
         return False
-    return cache.num_blocks_used > 0
+    return bool(cache.num_blocks_used)
 
 
 def _paged(engine: Engine) -> list[Tokens]:

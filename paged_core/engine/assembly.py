@@ -16,7 +16,13 @@ from paged_core.errors import ConfigError, PluginError, UnsupportedModel
 from paged_core.execution import compiling, kv_cache
 from paged_core.execution.graphs import CudaRecorder, DecodeGraphs, Record
 from paged_core.execution.kv_cache import KVCache
-from paged_core.execution.model import AcceleratedModel, AttentionBackend, CompilableModel, PagedModel, TokenSelector
+from paged_core.execution.model import (
+    AcceleratedModel,
+    AttentionBackend,
+    CompilableModel,
+    PagedModel,
+    RequestSampler,
+)
 from paged_core.execution.model_runner import ModelRunner
 from paged_core.execution.spec import ModelSpec
 from paged_core.plugins import Plugins, describe
@@ -55,7 +61,7 @@ def load_model(
     return loaded  # type: ignore[no-any-return]
 
 
-def create_sampler(manager: Plugins, spec: ModelSpec, config: EngineConfig, sizes: StepSizes) -> TokenSelector:
+def create_sampler(manager: Plugins, spec: ModelSpec, config: EngineConfig, sizes: StepSizes) -> RequestSampler:
     """The TokenSelector of requests that bring none."""
     sampler = manager.hook.create_sampler(spec=spec, config=filled(config, sizes))
     if sampler is None:

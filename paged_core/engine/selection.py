@@ -16,7 +16,7 @@ from torch import Tensor
 
 from paged_core.engine.answers import FAILED, checked
 from paged_core.execution.batch import PromptRows
-from paged_core.execution.model import Chosen, ForesightedSelector, TokenSelector
+from paged_core.execution.model import Chosen, ForesightedSelector, RequestSampler, TokenSelector
 from paged_core.interrupts import interrupts_the_process
 from paged_core.scheduling.request import FinishReason, Group, Request, Selection
 
@@ -31,7 +31,9 @@ class PromptLogprobs(NamedTuple):
     logprobs: list[Any]
 
 
-def choose_rows(logits: Tensor, requests: Sequence[Request], sampler: TokenSelector, num_unknown: int) -> Chosen | None:
+def choose_rows(
+    logits: Tensor, requests: Sequence[Request], sampler: RequestSampler, num_unknown: int
+) -> Chosen | None:
     """As ``select_rows``, but nobody waits, and ``logits [S, vocab]`` stay as they are. None: the host is needed.
 
     ``num_unknown``: tokens that each request has beside those the host knows.
@@ -73,7 +75,7 @@ def fetch_rows(chosen: Chosen, requests: Sequence[Request], vocab_size: int) -> 
         return _failed(requests, error)
 
 
-def select_rows(logits: Tensor, requests: Sequence[Request], sampler: TokenSelector) -> Selection:
+def select_rows(logits: Tensor, requests: Sequence[Request], sampler: RequestSampler) -> Selection:
     """Each selector gets its own rows, once.
 
     Raises:
@@ -103,7 +105,7 @@ def select_rows(logits: Tensor, requests: Sequence[Request], sampler: TokenSelec
 
 
 def prompt_logprobs_of(
-    logits: Tensor, prompt_rows: Sequence[PromptRows], sampler: TokenSelector
+    logits: Tensor, prompt_rows: Sequence[PromptRows], sampler: RequestSampler
 ) -> tuple[list[PromptLogprobs], dict[Group, str]]:
     """``logits [P, vocab]`` of prompt positions -> Logprobs of the tokens that follow them there; and the requests for
     which the sampler can't tell them.
@@ -134,7 +136,7 @@ def prompt_logprobs_of(
 class OneByOne:
     """A selector's choice with the memory of a single row. For selectors whose rows don't depend on each other."""
 
-    def __init__(self, selector: TokenSelector) -> None:
+    def __init__(self, selector: RequestSampler) -> None:
         self._selector = selector
 
     def select(self, logits: Tensor, requests: Sequence[Request]) -> Selection:
@@ -153,7 +155,7 @@ class OneByOne:
             yield from self._selector.prompt_logprobs(logits[row : row + 1], [next_id], num)
 
 
-def _ask(requests: Sequence[Request], logits: Tensor, sampler: TokenSelector) -> Selection:
+def _ask(requests: Sequence[Request], logits: Tensor, sampler: RequestSampler) -> Selection:
     """What the one selector of all these rows chooses."""
     selector = _selector_of(requests[0], sampler)
     return _select(selector, logits, requests, again=selector is sampler and not isinstance(sampler, OneByOne))
@@ -179,7 +181,7 @@ def _is_no_requests(error: BaseException) -> bool:
     return isinstance(error, torch.AcceleratorError) or interrupts_the_process(error)
 
 
-def _selector_of(request: Request, sampler: TokenSelector) -> TokenSelector:
+def _selector_of(request: Request, sampler: RequestSampler) -> TokenSelector:
     return sampler if request.selector is None else request.selector
 
 

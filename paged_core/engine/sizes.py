@@ -9,7 +9,7 @@ import torch
 from paged_core.config import EngineConfig, EngineSizes, StepSizes
 from paged_core.errors import ConfigError
 from paged_core.execution import kv_cache, profile
-from paged_core.execution.model import AttentionBackend, PagedModel, TokenSelector
+from paged_core.execution.model import AttentionBackend, PagedModel, RequestSampler
 from paged_core.execution.spec import ModelSpec
 from paged_core.scheduling.schedule import Limits
 
@@ -30,7 +30,7 @@ def step_sizes(config: EngineConfig, spec: ModelSpec) -> StepSizes:
 
 
 def engine_sizes(
-    steps: StepSizes, config: EngineConfig, model: PagedModel, backend: AttentionBackend, sampler: TokenSelector
+    steps: StepSizes, config: EngineConfig, model: PagedModel, backend: AttentionBackend, sampler: RequestSampler
 ) -> EngineSizes:
     """With the number of blocks: as wished, as a budget of bytes holds, or as a profiling step leaves room for.
 
@@ -93,7 +93,7 @@ def _blocks_left(
     config: EngineConfig,
     model: PagedModel,
     backend: AttentionBackend,
-    sampler: TokenSelector,
+    sampler: RequestSampler,
     share: float,
 ) -> int:
     """The devices' memory less all that isn't K/V, found by running the largest step."""

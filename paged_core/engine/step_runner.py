@@ -24,7 +24,7 @@ from paged_core.engine.selection import (
 from paged_core.errors import EngineDeadError
 from paged_core.execution.batch import BatchBuilder
 from paged_core.execution.finite import FiniteCheck
-from paged_core.execution.model import Chosen, TokenSelector
+from paged_core.execution.model import Chosen, RequestSampler
 from paged_core.execution.model_runner import ModelRunner
 from paged_core.execution.parts import Computed, compute
 from paged_core.interrupts import interrupts_the_process
@@ -63,7 +63,7 @@ class StepRunner:
     """
 
     def __init__(
-        self, scheduler: Scheduler, builder: BatchBuilder, runner: ModelRunner, sampler: TokenSelector, *, ahead: bool
+        self, scheduler: Scheduler, builder: BatchBuilder, runner: ModelRunner, sampler: RequestSampler, *, ahead: bool
     ) -> None:
         self.num_divided = 0  # steps computed in parts
         self._scheduler = scheduler
@@ -202,7 +202,7 @@ class StepRunner:
             raise EngineDeadError(f"the model fails on batches: {error!r}") from error
 
 
-def _select(sampler: TokenSelector, now: Launched) -> Selected:
+def _select(sampler: RequestSampler, now: Launched) -> Selected:
     sampled, of_prompts, _ = now.computed.divide()
     told, failed = prompt_logprobs_of(of_prompts, now.computed.prompt_rows, sampler)
     selection = select_rows(sampled, now.computed.sample_requests, sampler)

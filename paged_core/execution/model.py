@@ -148,6 +148,10 @@ class TokenSelector(Protocol):
         ``Selection.errors``, never raised."""
         ...
 
+
+class RequestSampler(TokenSelector, Protocol):
+    """The TokenSelector of all requests that bring none: it also tells logprobs of prompts."""
+
     def prompt_logprobs(self, logits: Tensor, next_ids: Sequence[int], num: int) -> Iterable[dict[int, Any]]:
         """``logits [N, vocab]`` at N prompt positions -> Logprobs of the next token and the ``num`` best."""
         ...

@@ -13,7 +13,7 @@ import torch
 
 from paged_core.execution import kv_cache
 from paged_core.execution.batch import BatchBuilder
-from paged_core.execution.model import AttentionBackend, PagedModel, TokenSelector
+from paged_core.execution.model import AttentionBackend, PagedModel, RequestSampler
 from paged_core.execution.model_runner import ModelRunner
 from paged_core.execution.spec import ModelSpec
 from paged_core.scheduling.block_pool import NULL_BLOCK
@@ -71,7 +71,7 @@ GAUGES: dict[str, Callable[[torch.device], Gauge]] = {"cuda": CudaGauge}
 def bytes_left(
     model: PagedModel,
     backend: AttentionBackend,
-    sampler: TokenSelector,
+    sampler: RequestSampler,
     limits: Limits,
     block_size: int,
     dtype: torch.dtype,

@@ -8,8 +8,8 @@ beams count too. With ``early_stopping`` it is over as soon as as many sequences
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,9 +62,6 @@ class BeamSearch:
             return _failed(width, f"the model allows fewer than {width} continuations; ask for a smaller n")
         finished = {i: self.best[i].finish_reason for i in range(width)} if over else None
         return Selection(token_ids, parents=parents, finished=finished)
-
-    def prompt_logprobs(self, logits: Tensor, next_ids: Sequence[int], num: int) -> Iterable[dict[int, Any]]:
-        return ()  # never asked for: SamplingParams refuses them beside beams
 
     def _begin_step(self, length: int) -> None:
         before, best, sums = self._before

@@ -239,7 +239,8 @@ def _json(value: Any) -> bytes:
 def _yaml(value: Any) -> bytes:
     import yaml
 
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True).encode()
+    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+    return text.encode()
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------
