@@ -18,6 +18,7 @@ import pytest
 import torch
 from paged_hf import paged_generate
 from paged_hf.generate import report
+from rounded_parity import HALVES, Rounded
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -153,6 +154,22 @@ def test_fifty_threads_with_calls_of_all_kinds_get_what_each_gets_alone(model: A
         assert not isinstance(answer, BaseException), (kind, answer)
         assert answer[0] == expected, kind
         assert answer[1].tier == KINDS[kind][1], (kind, answer[1])
+    assert used_blocks(model) == 0
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_threads_whose_model_has_16_bits_get_stocks_answers_up_to_near_ties(dtype: str, tiny: Any) -> None:
+    model = tiny("llama", **SMALL).to(HALVES[dtype])
+    model.generate = paged_generate(model, check=False)
+    calls, judges = [], []
+    for number, kind in enumerate(["greedy", "greedy batch", "penalty", "processor", "streamer", "prefix"] * 2):
+        fresh, _ = KINDS[kind]
+        given = {**prompt(number, rows=1 if kind in SINGLE else 3), "max_new_tokens": 8, "pad_token_id": 0}
+        judges.append(Rounded.of(model.generate.stock, **given, fresh=fresh))
+        calls.append(lambda given=given, fresh=fresh: model.generate(**given, **fresh()))
+    for judge, answer in zip(judges, together(calls), strict=True):
+        judge.assert_sequences(answer)
+    assert sum(judge.compared for judge in judges) >= 40
     assert used_blocks(model) == 0
 
 

@@ -25,6 +25,7 @@ from generate_parity import (
 )
 from paged_hf import paged_generate
 from paged_hf.upstream import CACHE, cache_in_result
+from rounded_parity import HALVES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
@@ -241,6 +242,36 @@ def test_guidance_with_a_negative_prompt(patched: Any, rows: Options, do_sample:
         tier="native",
         loop="_sample",
     )
+
+
+# ---- weights of 16 bits ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=HALVES)
+def half(request: Any, tiny: Any) -> Any:
+    made = tiny("llama", num_hidden_layers=2, hidden_size=32).to(HALVES[request.param])
+    return paged_generate(made, check=False)
+
+
+@pytest.mark.parametrize("name", ["repetition_penalty", "guidance_scale", "everything"])
+def test_processors_where_near_ties_decide(half: Any, rows: Options, name: str) -> None:
+    options = {**SHORT, **rows, **GREEDY_PROCESSORS[name]}
+    assert assert_same(half, **options, **FULL, tier="native", loop="_sample").num_compared >= 8
+
+
+def test_objects_of_the_callers_where_near_ties_decide(half: Any, rows: Options) -> None:
+    def fresh() -> Options:
+        return {"logits_processor": [Recorder()], "stopping_criteria": [EndsAtTurns()]}
+
+    assert assert_same(half, **SHORT, **rows, fresh=fresh, tier="native", loop="_sample").num_compared >= 8
+    single = {"inputs": rows["inputs"][1:2], "attention_mask": rows["attention_mask"][1:2]}
+    assert_same(half, **SHORT, **single, fresh=lambda: {"streamer": RecordingStreamer()}, tier="native")
+
+
+def test_temperature_and_samples_where_near_ties_decide(half: Any, rows: Options) -> None:
+    options = {"do_sample": True, "top_k": 0, "num_return_sequences": 2, "temperature": 0.7, **SHORT, **rows}
+    for seed in range(2):
+        assert assert_same(half, **options, seed=seed, tier="native", loop="_sample").num_compared >= 30
 
 
 # ---- beams -----------------------------------------------------------------------------------------------------------

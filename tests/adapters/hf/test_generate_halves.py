@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from mistakes import MISTAKES, Mutate
 from paged_hf import embedded_folder, paged_generate
-from paged_hf.generate import tiers
-from paged_hf.model import paged_model, probe
+from paged_hf.model import probe
 from paged_hf.model.paged_model import HFPagedModel
-from torch import Tensor
 
 from paged_core import UnsupportedModel
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 FAMILIES = ("llama", "mistral", "gemma2", "gemma3_text", "gpt2", "opt", "qwen3", "mixtral", "gpt_oss", "deepseek_v3")
-Mutate = Callable[[pytest.MonkeyPatch], None]
 
 
 @HALVES
@@ -52,52 +48,6 @@ def test_a_real_model_runs_natively_and_gives_back_a_cache(
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
-
-
-def _told(**facts: Any) -> Mutate:
-    """The engine is told other facts about attention than the probe has found. (It refuses what outgrows a window that
-    no layer knows of: a wide one means none.)"""
-
-    def mutate(monkeypatch: pytest.MonkeyPatch) -> None:
-        found = paged_model.probe
-
-        def forgetful(*args: Any) -> Any:
-            findings = found(*args)
-            assert any(getattr(layer, name) is not None for layer in findings.layers for name in facts)
-            return dataclasses.replace(
-                findings, layers=tuple(dataclasses.replace(layer, **facts) for layer in findings.layers)
-            )
-
-        monkeypatch.setattr(paged_model, "probe", forgetful)
-
-    return mutate
-
-
-def _keep_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiers, "prompts_of", lambda given, mask: given.tolist())
-
-
-def _shift(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Positions are one too high from the seventh on: all of them would be the same to rotary embeddings."""
-    forward = HFPagedModel.forward
-
-    def shifted(self: Any, token_ids: Tensor, positions: Tensor, *rest: Any) -> Tensor:
-        return forward(self, token_ids, positions + (positions > 5), *rest)
-
-    monkeypatch.setattr(HFPagedModel, "forward", shifted)
-
-
-MISTAKES = {
-    **{f"{name}-padding": (name, _keep_padding) for name in ("llama", "gpt2", "gemma2", "mixtral", "gpt_oss")},
-    **{f"{name}-positions": (name, _shift) for name in ("llama", "gpt2", "opt", "gemma3_text", "deepseek_v3")},
-    **{
-        f"{name}-window": (name, _told(sliding_window=4096)) for name in ("mistral", "gemma2", "gemma3_text", "gpt_oss")
-    },
-    "gemma2-softcap": ("gemma2", _told(softcap=None)),
-    "gemma2-another-softcap": ("gemma2", _told(softcap=2.0)),
-    "qwen3-scale": ("qwen3", _told(scale=0.4)),
-    "gpt2-scale": ("gpt2", _told(scale=0.4)),
-}
 
 
 @HALVES

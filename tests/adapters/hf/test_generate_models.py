@@ -16,6 +16,7 @@ from generate_parity import Options, Recorder, answer, assert_alike, assert_same
 from paged_hf import paged_generate
 from paged_hf.loading.embedded import embedded_folder
 from paged_hf.upstream import CACHE, cache_in_result
+from rounded_parity import HALVES
 
 ENDS = list(range(5, 96, 9))
 FULL: Options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
@@ -115,6 +116,20 @@ def test_a_processor_with_a_memory_and_a_cache_that_stock_goes_on_from(case: Cas
         for each in (ours, theirs)
     ]
     assert_alike(found[0], found[1], "continued")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2"])
+def test_weights_of_16_bits(name: str, dtype: str, tiny: Any) -> None:
+    model = tiny(name).to(HALVES[dtype])
+    patched = paged_generate(model, check=False)
+    ids, mask = some_rows((5, 17, 1, 30, 9, 22))
+    options = {"attention_mask": mask, "pad_token_id": 0}
+    sampling = {"do_sample": True, "top_k": 0, **FULL}
+    greedy = assert_same(patched, ids, **options, eos_token_id=ENDS, max_new_tokens=8, tier="native", loop="free")
+    sampled = assert_same(patched, ids, **options, **sampling, max_new_tokens=5, tier="native", loop="_sample")
+    assert_same(patched, ids, **options, num_beams=2, max_new_tokens=3, tier="native", loop="_beam_search")
+    assert greedy.num_compared >= 15 and sampled.num_compared >= 20
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounded_parity import HALVES, assert_rows
 
 from paged_core import LLM, Engine, SamplingParams
 
@@ -50,6 +51,20 @@ def test_without_stop_tokens_all_beams_are_stocks(
         )
         assert [list(output.token_ids) for output in found.outputs] == rows[:, len(prompt) :].tolist()
     llm.close()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_in_16_bits_beams_differ_from_stocks_at_near_ties_alone(
+    tiny: Callable[..., Any], engine: Callable[..., Engine], dtype: str
+) -> None:
+    model = tiny("gpt2").to(HALVES[dtype])
+    prompts = [[7 * i % 90 + 3, 50, 41 + i, 6, 30 + 2 * i] for i in range(24)]
+    llm = LLM(engine(model, max_num_seqs=8), tokenizer=NoText())
+    found = llm.generate(prompts, SamplingParams(n=2, max_tokens=2, use_beam_search=True))
+    answers = [[list(output.token_ids) for output in each.outputs] for each in found]
+    llm.close()
+    options = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 2}
+    assert assert_rows(model, prompts, answers, **options) >= 6
 
 
 def test_with_a_stop_token_the_best_beam_is_stocks_if_lengths_do_not_count(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from paged_hf.model.paged_model import HFPagedModel
+from rounded_parity import HALVES, assert_rows
 
 from paged_core import Engine, EngineConfig
 
@@ -39,6 +40,15 @@ def test_a_layer_made_as_llamas_are_is_stood_for_and_others_are_not(
     tokens = paged(fast_engine(taken), prompts, 12)
     assert layers_stood_for(taken) == num_layers
     assert tokens == stock(model, prompts, 12)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_changed_weights_of_16_bits_are_in_the_next_answer(dtype: str, tiny: Any, paged: Any, prompts: Any) -> None:
+    model = tiny("llama").to(HALVES[dtype])
+    engine = fast_engine(model)
+    assert assert_rows(model, prompts, paged(engine, prompts, 9), max_new_tokens=9) >= 9
+    model.model.layers[1].self_attn.o_proj.weight.data.mul_(-1.5)
+    assert assert_rows(model, prompts, paged(engine, prompts, 9), max_new_tokens=9) >= 9
 
 
 def test_changed_weights_are_in_the_next_answer(tiny: Any, stock: Any, paged: Any, prompts: Any) -> None:

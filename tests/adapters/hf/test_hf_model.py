@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from paged_hf.model.paged_model import HFPagedModel
+from rounded_parity import HALVES, assert_rows
 from torch import nn
 
 from paged_core import EngineDeadError, LayerSpec, PagedModel, UnsupportedModel
@@ -45,6 +46,18 @@ def test_greedy_tokens_are_those_of_stock_generate(
     expected = stock(model, prompts, 12)
     assert len({token for row in expected for token in row}) > 6, "a degenerate model proves nothing"
     assert paged(engine(model, attention_backend=backend), prompts, 12) == expected
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("family", "backend"), [("llama", "reference"), ("llama", "cpu"), ("mistral", "cpu"), ("gemma2", "cpu")]
+)
+def test_greedy_tokens_in_16_bits_differ_from_stocks_at_near_ties_alone(
+    family: str, backend: str, dtype: str, tiny: Any, engine: Any, paged: Any, prompts: Any
+) -> None:
+    model = tiny(family).to(HALVES[dtype])
+    tokens = paged(engine(model, attention_backend=backend), prompts, 9)
+    assert assert_rows(model, prompts, tokens, max_new_tokens=9) >= 9
 
 
 def test_layers_tell_their_windows_softcaps_and_sinks(tiny: Any) -> None:
