@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 from paged_hf import PagedGenerate, paged_generate
+from paged_hf.cache.paged_cache import PagedLayer
 from paged_hf.generate import report
 from paged_hf.upstream import CACHE
 from torch import Tensor, nn
@@ -890,6 +891,21 @@ def test_a_tier_that_differs_is_dropped_with_a_warning_and_stock_answers(
     assert torch.equal(model.generate(**prompts(), **GREEDY), expected)
     taken = model.generate.last_report()
     assert taken.tier == "cache" and "self-check" in taken.reason
+
+
+@pytest.mark.parametrize("what", ["_read", "get_seq_length"])
+def test_a_cache_in_blocks_that_answers_otherwise_is_not_used(
+    make: Any, what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = getattr(PagedLayer, what)
+    monkeypatch.setattr(PagedLayer, what, lambda self, *args: right(self, *args) * 2)
+    model = make()
+    with caplog.at_level(logging.WARNING, "paged_hf"):
+        model.generate = paged_generate(model)
+    assert model.generate.tiers.dropped.keys() == {"cache"}
+    assert "cache tier" in caplog.text
+    model.register_forward_hook(lambda *args: None)
+    agrees(model, "stock")
 
 
 def test_the_self_check_leaves_no_trace_on_a_model_that_stock_would_compile(make: Any) -> None:

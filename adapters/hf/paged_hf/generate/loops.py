@@ -15,10 +15,10 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers import MaxLengthCriteria
+from transformers import Cache, MaxLengthCriteria
 
 from paged_core import ConfigError, InvalidRequestError, UnsupportedModel
 from paged_hf import upstream
@@ -32,6 +32,13 @@ from paged_hf.model.reach import Reach
 from paged_hf.model.watch import Watch
 
 _LOOP_ARGUMENTS = ("synced_gpus", "streamer", "tokenizer", "assistant_tokenizer")
+
+
+class Ways(Protocol):
+    """How a patched model answers."""
+
+    def run(self, run: Run) -> Any:
+        """Answer a call of stock's decoding loop."""
 
 
 class Tiers:
@@ -171,15 +178,19 @@ class Run:
 
     def over_blocks(self, model: nn.Module, reason: str) -> Any:
         cache = PagedCache(model.config.get_text_config(decoder=True))
-        rest = upstream.with_cache(self._rest, cache)
         try:
-            result = self._loop(model, self.input_ids, stopping_criteria=self._criteria, **rest)
+            result = self.over(model, cache)
         finally:
             tier: Tier = "cache" if cache.get_seq_length() else "stock"  # some models have no use for a cache
             note(Report(tier, self.name, self.input_ids.shape[0], reason))
         if upstream.cache_in_result(result) is cache:
             upstream.set_cache_in_result(result, cache.to_dynamic())
         return result
+
+    def over(self, model: nn.Module, cache: Cache) -> Any:
+        """What stock's loop returns over another cache than its own."""
+        rest = upstream.with_cache(self._rest, cache)
+        return self._loop(model, self.input_ids, stopping_criteria=self._criteria, **rest)
 
     def natively(self, model: nn.Module, host: EngineHost) -> Any:
         """
@@ -226,7 +237,7 @@ class Run:
         return result
 
 
-def view(model: nn.Module, ways: Tiers) -> Any:
+def view(model: nn.Module, ways: Ways) -> Any:
     """The model with decoding loops of ours."""
     return views.view(model, _loops_of(type(model)), ways)
 

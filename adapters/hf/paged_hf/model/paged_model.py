@@ -134,10 +134,11 @@ class HFPagedModel:
             UnsupportedModel: it can't run on paged memory any more.
             EngineDeadError: it has become another model (dtype, device, vocabulary): this needs a new engine.
         """
-        if self._reach.changed() or self._watch.retyped():
+        news = "retyped" if self._reach.changed() else self._watch.news()
+        if news == "retyped":
             self._take_in_again()
             return True
-        self._behind |= self._watch.changed()
+        self._behind |= news is not None
         for twin, forward in list(self._fast.items()):
             asked = self._behind or not getattr(forward, "follows_module", False)
             if asked and getattr(forward, "stale", bool)():

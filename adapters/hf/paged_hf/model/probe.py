@@ -116,7 +116,7 @@ def _record(shadow: Shadow, call: Call, ids: Tensor) -> _Recorder:
         latest = _Recorder(_positions(ids), makes_masks=implementation == PROBE)
         shadow.use_attention(implementation)
         try:
-            call(ids, _positions(ids), latest)
+            call(ids, _positions(ids), latest, ids.new_zeros(1))  # of whose logits one row is computed
         except UnsupportedModel:
             raise
         except Exception as error:

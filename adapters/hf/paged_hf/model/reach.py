@@ -71,7 +71,7 @@ class Reach:
     def changed(self) -> str | None:
         """Where something else lies now."""
         place = self._places.changed()
-        if place is None and self._watch is not None and (self._watch.retyped() or self._watch.changed()):
+        if place is None and self._watch is not None and self._watch.news() is not None:
             return "a tensor that is no parameter"
         return place
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from itertools import chain
+from operator import attrgetter, is_, methodcaller
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +44,28 @@ class Watch:
         self._remember()
         return True
 
+    def news(self) -> Literal["retyped", "changed"] | None:
+        """Which of both is so, in one look. What was retyped is told again by the next."""
+        if self._types is None:
+            return "retyped"
+        untouched = self._untouched()
+        if untouched and self._values_are_the_same():
+            return None
+        if not untouched and self._types_now() != self._types:
+            return "retyped"
+        self._remember()
+        return "changed"
+
     def _untouched(self) -> bool:
-        """Whether the same tensors lie where they lay, and nobody has written to one without hiding it."""
-        return all([*own] == names for own, names in zip(self._owners, self._names, strict=True)) and all(
-            own.get(name) is tensor and (tensor.data_ptr(), _version(tensor)) == mark
-            for own, name, tensor, mark in self._marks
+        """Whether the same tensors lie where they lay, and nobody has written to one without hiding it. Loops run in
+        C: models have hundreds."""
+        return (
+            not any(self._empty)
+            and list(map(len, self._filled)) == self._lengths
+            and list(chain.from_iterable(self._filled)) == self._names
+            and all(map(is_, chain.from_iterable(map(_entries, self._filled)), self._entries))
+            and list(map(_address, self._tensors)) == self._addresses
+            and _versions(self._tensors) == self._versions
         )
 
     def _values_are_the_same(self) -> bool:
@@ -61,12 +80,17 @@ class Watch:
         ]
 
     def _remember(self) -> None:
-        self._names = [[*own] for own in self._owners]
-        self._marks = []  # (dict, key, tensor, (address, version))
+        self._empty = [own for own in self._owners if not own]  # as most are
+        self._filled = [own for own in self._owners if own]
+        self._lengths = list(map(len, self._filled))
+        self._names = list(chain.from_iterable(self._filled))
+        self._entries = list(chain.from_iterable(map(_entries, self._filled)))  # some are None
+        self._tensors = [tensor for tensor in self._entries if tensor is not None]
+        self._addresses = list(map(_address, self._tensors))
+        self._versions = _versions(self._tensors)
         self._views: dict[torch.device, dict[torch.dtype, list[Tensor]]] = {}
         sampled = set()  # tied weights stand in several places
-        for own, name, tensor in self._slots():
-            self._marks.append((own, name, tensor, (tensor.data_ptr(), _version(tensor))))
+        for tensor in self._tensors:
             if id(tensor) in sampled:
                 continue
             sampled.add(id(tensor))
@@ -74,18 +98,21 @@ class Watch:
                 self._views.setdefault(view.device, {}).setdefault(view.dtype, []).append(view)
         self._seen = self._values()
 
-    def _slots(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-        for own in self._owners:
-            for name, tensor in own.items():
-                if tensor is not None:
-                    yield own, name, tensor
-
     def _types_now(self) -> list[tuple[Any, ...]]:
-        return [(tensor.shape, tensor.dtype, tensor.device) for _, _, tensor in self._slots()]
+        held = chain.from_iterable(map(_entries, self._owners))
+        return [(tensor.shape, tensor.dtype, tensor.device) for tensor in held if tensor is not None]
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+_entries = methodcaller("values")
+_address = methodcaller("data_ptr")
+_version = attrgetter("_version")
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    try:
+        return list(map(_version, tensors))
+    except RuntimeError:  # those of inference mode have none
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:

@@ -1,0 +1,71 @@
+"""ComparedCache: stock's cache, with blocks beside it that are told the same. It says whether they answer the same.
+
+What a model is given is stock's own, so one run shows both what stock answers, and that the paged cache would have had
+the model answer the same: to the bit, which no comparison of logits could tell. It does not know models, nor loops.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from paged_hf.cache.paged_cache import PagedCache, PagedLayer
+
+
+class ComparedCache(DynamicCache):
+    """In place of ``DynamicCache(config=config)``, and the same for its user.
+
+    Raises:
+        UnsupportedModel: as ``PagedCache``.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
+        paged = PagedCache(config).layers
+        self.layers = [
+            _ComparedLayer(blocks) if isinstance(blocks, PagedLayer) else own
+            for own, blocks in zip(self.layers, paged, strict=True)
+        ]
+
+    @property
+    def same(self) -> bool:
+        """Whether something was kept, and all that was read until now would be the same from blocks."""
+        compared = [layer for layer in self.layers if isinstance(layer, _ComparedLayer) and layer.is_initialized]
+        return bool(compared) and all(layer.holds_the_same() for layer in compared)
+
+
+class _ComparedLayer(DynamicLayer):
+    def __init__(self, blocks: PagedLayer) -> None:
+        super().__init__()
+        self._blocks = blocks
+        self._same = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As the paged layer's."""
+        own: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+        try:
+            paged = self._blocks.update(key_states, value_states, *args, **kwargs)
+            self._same &= all(map(_equal, own, paged))
+        except Exception:  # whatever it is, the paged cache can't do what was asked
+            self._same = False
+        return own
+
+    def holds_the_same(self) -> bool:
+        return (
+            self._same
+            and self.get_seq_length() == self._blocks.get_seq_length()
+            and _equal(self.keys, self._blocks.keys)
+            and _equal(self.values, self._blocks.values)
+        )
+
+
+def _equal(own: Tensor, paged: Tensor | None) -> bool:
+    return (
+        paged is not None
+        and (own.shape, own.dtype, own.device) == (paged.shape, paged.dtype, paged.device)
+        and torch.allclose(own, paged, rtol=0.0, atol=0.0, equal_nan=True)
+    )
