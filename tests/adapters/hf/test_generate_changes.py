@@ -497,11 +497,15 @@ def test_a_replaced_forward_sees_stocks_batches(model: Any, name: str, act: Any,
 def test_a_class_whose_forward_acts_on_rows_is_not_run_by_the_engine(model: Any, name: str, act: Any) -> None:
     module = model.get_submodule(name)
     kind = type(module)
-    module.__class__ = type(kind.__name__, (kind,), {"forward": lambda self, *args, **kwargs: act(
-        self, functools.partial(kind.forward, self), *args, **kwargs)})  # fmt: skip
+
+    @functools.wraps(kind.forward)  # its arguments are looked at
+    def acting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return act(self, functools.partial(kind.forward, self), *args, **kwargs)
+
+    module.__class__ = type(kind.__name__, (kind,), {"forward": acting})
     model.generate = paged_generate(model, check=False)
     agrees(model, "cache")
-    with pytest.raises(UnsupportedModel):
+    with pytest.raises(UnsupportedModel, match="its logits differ"):
         HFPagedModel(model)
 
 
@@ -510,6 +514,7 @@ def test_one_logit_of_a_large_vocabulary_is_seen(tiny: Any) -> None:
     model = tiny("llama", **SMALL, vocab_size=20_000)
     own = type(model).forward
 
+    @functools.wraps(own)  # its arguments are looked at
     def steered(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = own(self, *args, **kwargs)
         output.logits[:, -1, 42] += output.logits.std() / 2

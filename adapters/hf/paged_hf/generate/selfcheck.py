@@ -1,8 +1,9 @@
 """Before a model is patched: each tier answers a few tokens beside stock. A tier that differs is not used.
 
-All are led through the same tokens, so that every step can be compared. Stock's own answer shows at the same time
-whether its cache and the paged one hold the same to the bit: only if not, the cache tier is asked by itself. Where weights have 16 bits, both stock and ours
-are held against a float32 reading of the same weights: rounding can't be told from a mistake by their distance alone.
+All are led through the same tokens, so that every step can be compared. Stock's own answer shows on its way whether
+its cache and the paged one hold the same to the bit: only if they don't, the cache tier is asked by itself. Where
+weights have 16 bits, both stock and ours are held against a float32 reading of the same weights: rounding can't be told
+from a mistake by their distance alone.
 """
 
 from __future__ import annotations
