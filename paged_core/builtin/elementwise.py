@@ -139,9 +139,10 @@ def rotary_forward(
     """For a module whose forward calls apply_rotary_pos_emb: the same forward, calling ``rotated`` instead, which takes
     tensors of ``dtypes`` on devices of this type."""
     forward = type(module).forward
-    if not isinstance(forward, types.FunctionType) or _ROTATES not in forward.__code__.co_names:
+    inner = inspect.unwrap(forward)
+    if not isinstance(inner, types.FunctionType) or _ROTATES not in inner.__code__.co_names:
         return None
-    theirs = forward.__globals__.get(_ROTATES)
+    theirs = inner.__globals__.get(_ROTATES)
     if not callable(theirs):
         return None
     ours = _rotation(theirs, rotated, device.type, dtypes)
@@ -167,11 +168,7 @@ class _Rotating:
     def __init__(
         self, module: nn.Module, forward: types.FunctionType, theirs: Callable[..., Any], ours: Callable[..., Any]
     ) -> None:
-        scope = {**forward.__globals__, _ROTATES: ours}
-        self._run = types.FunctionType(
-            forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__
-        )
-        self._run.__kwdefaults__ = forward.__kwdefaults__
+        self._run, self._scope = _copied(forward, ours), inspect.unwrap(forward).__globals__
         self._module, self._forward, self._theirs = weakref.ref(module), forward, theirs
 
     def __call__(self, *args: Any, **named: Any) -> Any:
@@ -181,10 +178,22 @@ class _Rotating:
         """Whether someone has put another function in the place of the one we stand for."""
         module = self._module()
         return (
-            module is None
-            or type(module).forward is not self._forward
-            or self._forward.__globals__.get(_ROTATES) is not self._theirs
+            module is None or type(module).forward is not self._forward or self._scope.get(_ROTATES) is not self._theirs
         )
+
+
+def _copied(forward: types.FunctionType, ours: Callable[..., Any]) -> types.FunctionType:
+    """``forward`` over a copy of its globals; decorators around it are copied too, each over the copy of what it
+    wraps: transformers puts one there that renames old arguments."""
+    wrapped, scope, cells = getattr(forward, "__wrapped__", None), forward.__globals__, forward.__closure__
+    if wrapped is None:
+        scope = {**scope, _ROTATES: ours}
+    else:
+        inner = _copied(wrapped, ours)
+        cells = tuple(types.CellType(inner) if cell.cell_contents is wrapped else cell for cell in cells or ())
+    made = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, cells)
+    made.__kwdefaults__ = forward.__kwdefaults__
+    return made
 
 
 def _rotation(
