@@ -140,7 +140,9 @@ def rotary_forward(
     tensors of ``dtypes`` on devices of this type."""
     forward = type(module).forward
     inner = inspect.unwrap(forward)
-    if not isinstance(inner, types.FunctionType) or _ROTATES not in inner.__code__.co_names:
+    if not (isinstance(forward, types.FunctionType) and isinstance(inner, types.FunctionType)):
+        return None
+    if _ROTATES not in inner.__code__.co_names:
         return None
     theirs = inner.__globals__.get(_ROTATES)
     if not callable(theirs):
