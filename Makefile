@@ -13,7 +13,7 @@ OUT    ?= bench-output
 BENCH_MODEL ?= smollm2
 BENCH_ARGS  ?=
 FUZZ_ARGS   ?=
-WORKERS     ?= 0
+WORKERS     ?= 2
 
 .PHONY: fuzz help demo test bench matrix lint types unit docs clean
 .DEFAULT_GOAL := help
@@ -26,7 +26,7 @@ help:
 	@echo "make fuzz    random traffic and faults for the whole engine: FUZZ_ARGS='--hours 2 --seed 5'"
 	@echo "make matrix  the tests on the oldest and the newest releases of what we need; MATRIX='--help' says more"
 	@echo "make clean   remove $(VENV), $(OUT) and caches"
-	@echo "Variables:   PYTHON=python3.12  VENV=.venv  BENCH_MODEL=smollm2  BENCH_ARGS='--dtype bfloat16'  WORKERS=2 (tests side by side)"
+	@echo "Variables:   PYTHON=python3.12  VENV=.venv  BENCH_MODEL=smollm2  BENCH_ARGS='--dtype bfloat16'  WORKERS=0 (tests in one process)"
 
 demo: $(STAMP)
 	$(BIN)/paged bench $(BENCH_MODEL) --quick --baseline hf-static:16,hf-sequential \
@@ -48,8 +48,9 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# Several workers compute with a thread each: more would only wait for one another's cores.
 unit: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(if $(filter-out 0 1,$(WORKERS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=15
 
 matrix: $(STAMP)
 	$(BIN)/python scripts/matrix.py $(MATRIX)
