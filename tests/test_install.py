@@ -138,7 +138,7 @@ def test_a_swapped_archive_as_its_page_says_answers_in_a_clean_environment(
             content=words[-1], headers={"content-type": "text/plain"}, timeout=LIMIT_S, trust_env=False,
         )  # fmt: skip
     finally:
-        server.send_signal(signal.SIGINT)
+        server.send_signal(signal.SIGTERM)  # what a shell runs in its background ignores SIGINT
         server.communicate(timeout=LIMIT_S)
     assert answer.status_code == 200, answer.text
     assert answer.text.startswith("Once upon a time") and len(answer.text) > len("Once upon a time")

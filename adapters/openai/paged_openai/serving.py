@@ -66,8 +66,7 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
 
 def _max_requests(engine: Engine, max_queue: int) -> int:
     """Those that are served at once, and as many whose clients have left: the engine hears of these between steps."""
-    assert engine.config.max_num_seqs is not None, "a built engine knows it"
-    return 2 * (engine.config.max_num_seqs + max_queue)
+    return 2 * (engine.sizes.max_num_seqs + max_queue)
 
 
 def _close(engine: AsyncEngine) -> None:
