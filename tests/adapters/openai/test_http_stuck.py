@@ -153,7 +153,9 @@ def forever(token_ids):
 
 stuck = AlphabetModel(forever)
 serving.Engine = lambda model, config, **options: Engine(stuck, config, plugins=options["plugins"])
-serving.AsyncEngine = lambda engine, old=serving.AsyncEngine: old(engine, tokenizer=CharacterTokenizer())
+serving.AsyncEngine = lambda engine, old=serving.AsyncEngine, **options: old(
+    engine, tokenizer=CharacterTokenizer(), **options
+)
 serving._LAST_STEP_S = 0.5
 from paged_openai.commands import main
 sys.exit(main(["--model", "x", "--port", "0", "--shutdown-timeout", "0.2", "--attention-backend", "reference",
