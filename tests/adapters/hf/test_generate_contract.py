@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from case_ids import told
 from generate_parity import (
     EndsAtTurns,
     Options,
@@ -651,7 +652,7 @@ def test_generation_config_objects_and_what_overrides_them(patched: Any, own: An
         {"assistant_model": "none", "num_beams": 2},
         {CACHE: ((1, 2),)},
     ],
-    ids=str,
+    ids=told,
 )
 def test_mistakes_are_told_as_stock_tells_them(patched: Any, rows: Options, options: Options) -> None:
     options = {"pad_token_id": 0} | rows | options

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from case_ids import told
 from tiny_model import VOCAB, TinyModel
 
 from paged_core import (
@@ -367,7 +368,7 @@ class Incomparable:
 
 
 @pytest.mark.parametrize(
-    "key", [ValueError("no key for you"), MyOwn(), None, "text", (1, 2), float("nan"), Incomparable()], ids=repr
+    "key", [ValueError("no key for you"), MyOwn(), None, "text", (1, 2), float("nan"), Incomparable()], ids=told
 )
 def test_a_policy_without_a_usable_key_for_a_request_refuses_that_one(key: Any) -> None:
     policy = ByAnything({"bad": key})

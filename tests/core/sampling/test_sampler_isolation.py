@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from case_ids import told
 
 from paged_core.plugins import load_plugins
 from paged_core.sampling.draw import top_rows, uniform
@@ -90,7 +91,7 @@ def test_a_token_chosen_ahead_is_the_one_that_is_selected_once_the_token_before_
         {"logits_processors": [lambda input_ids, scores: scores]},
         {"allowed_token_ids": [VOCAB]},
     ],
-    ids=str,
+    ids=told,
 )
 def test_a_batch_with_a_row_that_needs_the_host_is_not_chosen_ahead(way):
     plain, other = (Request("r", [1], SamplingParams(**params)) for params in ({}, way))

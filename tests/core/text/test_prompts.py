@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from alphabet_model import AlphabetModel
+from case_ids import told
 from toy_tokenizers import CharacterTokenizer
 
 from paged_core import LLM, AsyncEngine, InvalidRequestError, SamplingParams
@@ -67,7 +68,7 @@ def tensors(**more: Any) -> UserDict[str, Any]:
         (Prompt("A", [B]), ["CD"]),
         ([], []),
     ],
-    ids=lambda value: repr(value)[:40],
+    ids=lambda value: told(value)[:40],
 )
 def test_every_form_that_people_know_is_completed(llm: LLM, prompts: Any, texts: list[str]) -> None:
     outputs = llm.generate(prompts, GREEDY)
