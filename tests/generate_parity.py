@@ -29,7 +29,7 @@ class Answer:
     result: Any = None
     error: BaseException | None = None
     warnings: list[tuple[type[Warning], str]] = field(default_factory=list)
-    num_threads: int = 0  # that were not there before
+    new_threads: set[threading.Thread] = field(default_factory=set)  # that it has left running
     random_state: Tensor = field(default_factory=lambda: torch.empty(0))
     seen: list[Any] = field(default_factory=list)  # by objects of the caller's that generate() calls
     num_compared: int = 0  # tokens that had to be right, where weights of 16 bits leave some open
@@ -72,7 +72,7 @@ class RecordingStreamer(Watcher, BaseStreamer):
 def answer(generate: Callable[..., Any], args: tuple[Any, ...], options: Options, seed: int = 0) -> Answer:
     found = Answer()
     torch.manual_seed(seed)
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -80,7 +80,7 @@ def answer(generate: Callable[..., Any], args: tuple[Any, ...], options: Options
         except Exception as error:
             found.error = error
     found.warnings = [(warning.category, str(warning.message)) for warning in caught]
-    found.num_threads = threading.active_count() - before
+    found.new_threads = set(threading.enumerate()) - before
     found.random_state = torch.get_rng_state()
     found.seen = [things for watcher in _watchers(options) for things in watcher.seen]
     return found
@@ -105,7 +105,7 @@ def assert_same(
         raise got.error
     assert repr(got.error) == repr(expected.error)
     assert got.warnings == expected.warnings
-    assert got.num_threads == 0
+    assert not got.new_threads
     if expected.error is not None or narrow_dtype(patched.model) is None:
         _assert_same_numbers(got, expected)
     else:

@@ -18,6 +18,7 @@ from paged_hf.generate import host as hosts
 from paged_hf.generate.changes import Changes, StuckError
 
 LIMIT_S = 60
+NO_BIRTHS = threading.Lock()  # held where a thread is started, and where a strike is sent
 PROMPT = {"input_ids": torch.tensor([[5, 9, 40, 7, 3]]), "attention_mask": torch.ones(1, 5, dtype=torch.int64)}
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 WAYS = {"free": GREEDY, "lockstep": {**GREEDY, "repetition_penalty": 1.3}, "beams": {**GREEDY, "num_beams": 2}}
@@ -32,6 +33,19 @@ def model(tiny: Any) -> Any:
     model = tiny("llama", hidden_size=32, num_hidden_layers=2, head_dim=8, intermediate_size=48)
     model.generate = paged_generate(model, check=False)
     return model
+
+
+@pytest.fixture(autouse=True)
+def no_strike_is_sent_while_a_thread_is_born(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython knows a thread under its parent's identity until it runs: a strike that is sent in this moment may hit
+    the child instead, which dies of it, and Thread.start() then waits for it for ever."""
+    start = threading.Thread.start
+
+    def starts_unstruck(thread: threading.Thread) -> None:
+        with NO_BIRTHS:
+            start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", starts_unstruck)
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +66,8 @@ def strike_until_it_ends(work: Callable[[], object], delay_s: float) -> None:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     time.sleep(delay_s)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Struck))
+    with NO_BIRTHS:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Struck))
     thread.join(LIMIT_S)
     assert not thread.is_alive(), "a caller hangs"
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, DynamicLayer, PreTrainedConfig
 
 from paged_hf.cache.paged_cache import PagedCache, PagedLayer
 
