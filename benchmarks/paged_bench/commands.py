@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from paged_hf.commands import add_engine, add_model, quiet_imports
-from paged_serving import engine_config, whole_number
+from paged_hf.commands import add_engine, add_model
+from paged_serving import engine_config, quiet_imports, whole_number
 
 from paged_core import Commands
 

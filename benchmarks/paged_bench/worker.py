@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from paged_hf.commands import quiet_imports
+from paged_serving import quiet_imports
 
 from paged_bench.memory import PeakMemory, resident_bytes
 from paged_bench.results import Run

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from paged_hf.commands import quiet_imports
+from paged_serving import quiet_imports
 
 
 def main(argv: list[str] | None = None) -> int:

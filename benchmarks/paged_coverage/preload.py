@@ -1,6 +1,6 @@
 """What the server of processes imports before it forks the first: all that every check needs, and takes seconds."""
 
-from paged_hf.commands import quiet_imports
+from paged_serving import quiet_imports
 
 quiet_imports()
 

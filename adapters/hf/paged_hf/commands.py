@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 
-from paged_serving import add_engine_options, engine_config, whole_number
+from paged_serving import add_engine_options, engine_config, quiet_imports, whole_number
 
 from paged_core import Commands, ConfigError, SamplingParams
 
@@ -49,13 +48,6 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
     engine.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: as the model is stored)")
     add_engine_options(engine, leave_out=_NOT_HERE)
-
-
-def quiet_imports() -> None:
-    """torchao, where it is installed, tells each process at length what it couldn't load on a CPU; the hub's client
-    has a line for each retry."""
-    for name in ("torchao", "torch.utils._pytree", "huggingface_hub.utils._http"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def generate(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ import time
 import uuid
 from typing import Any
 
+from paged_serving import quiet_imports
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _log = logging.getLogger("paged_openai.requests")
@@ -73,8 +74,7 @@ def _printable(text: str) -> str:
 
 
 def log_to_stderr(level: str) -> None:
-    """Our loggers, the core's and uvicorn's, as JSON lines, without what torchao couldn't load on a CPU and the
-    retries of the hub's client."""
+    """Our loggers, the core's and uvicorn's, as JSON lines."""
     handler = logging.StreamHandler()
     handler.setFormatter(JSONLines())
     for name in ("paged_core", "paged_openai", "uvicorn"):
@@ -82,8 +82,7 @@ def log_to_stderr(level: str) -> None:
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level.upper())
     logging.getLogger("uvicorn.error").addFilter(_is_no_cut)
-    for name in ("torchao", "torch.utils._pytree", "huggingface_hub.utils._http"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_imports()
 
 
 def _is_no_cut(record: logging.LogRecord) -> bool:

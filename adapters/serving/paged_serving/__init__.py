@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from paged_serving.protocol.sketch import body_schema
     from paged_serving.protocol.tgi import TGICall
     from paged_serving.protocol.tokenize import tokenize
+    from paged_serving.quiet import quiet_imports
 
 # Imported when first used: plugins are looked through without loading torch.
 _LAZY = {
@@ -35,6 +36,7 @@ _LAZY = {
     "engine_config": "options",
     "openai_error": "protocol.failures",
     "parse_json": "protocol.fields",
+    "quiet_imports": "quiet",
     "tgi_error": "protocol.failures",
     "tokenize": "protocol.tokenize",
     "whole_number": "options",
@@ -57,6 +59,7 @@ __all__ = [
     "engine_config",
     "openai_error",
     "parse_json",
+    "quiet_imports",
     "tgi_error",
     "tokenize",
     "whole_number",

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from paged_serving import RequestLimits, ServedModel
+from paged_serving import RequestLimits, ServedModel, quiet_imports
 
 from paged_torchserve.bodies import Request
 from paged_torchserve.desk import Admissions, Desk
@@ -32,6 +32,7 @@ class PagedHandler:
         settings = read_settings(config)
         if not config.get("continuousBatching"):
             raise ValueError("model-config.yaml must say continuousBatching: true; paged torchserve swap writes it")
+        quiet_imports()
         place = context.system_properties
         metrics, admissions = TorchServeMetrics(context.model_name, context.metrics), Admissions()
         plugins = [metrics.observer, admissions]

@@ -176,6 +176,12 @@ def test_stock_handlers_clients_find_their_shapes_answered(running, stock):
     assert running.post("tiny/1.0/generate", json=body).json() == {"generated_text": stock("Hello", 9)}
 
 
+def test_a_workers_log_isnt_filled_by_what_torchao_couldnt_load(running):
+    told = running.server.log.read_text(encoding="utf-8", errors="replace")
+    assert "tiny is ready" in told
+    assert not re.search("torchao|_pytree", told)
+
+
 def test_unicode_goes_in_and_comes_out_whole(running, stock):
     prompt = "日本語 é 😀\n\x00 ﷽"
     assert running.post("tiny", json={"prompt": prompt, "max_new_tokens": 30}).text == stock(prompt, 30)
