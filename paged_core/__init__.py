@@ -19,16 +19,9 @@ from paged_core.errors import (
 from paged_core.hookspecs import Commands, hookimpl
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.block_table import BlockTable
+from paged_core.scheduling.params import LogitsProcessor, SamplingParams
 from paged_core.scheduling.policies import SchedulingPolicy
-from paged_core.scheduling.request import (
-    FinishReason,
-    LogitsProcessor,
-    Logprob,
-    Request,
-    RequestOutput,
-    SamplingParams,
-    Selection,
-)
+from paged_core.scheduling.request import FinishReason, Logprob, Request, RequestOutput, Selection
 
 if TYPE_CHECKING:
     from paged_core.engine.engine import Engine

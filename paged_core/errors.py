@@ -11,7 +11,7 @@ PagedCoreError
 InvalidRequestError (ValueError)     the request can't be served as asked (raised to who asks: add_request, read_kv)
 """
 
-from paged_core.scheduling.request import InvalidRequestError
+from paged_core.scheduling.params import InvalidRequestError
 
 __all__ = [
     "ConfigError",

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from paged_core.execution.kv_cache import KVCache
     from paged_core.execution.model import AttentionBackend, ModuleForward, PagedModel, RequestSampler
     from paged_core.execution.spec import ModelSpec
+    from paged_core.scheduling.params import LogitsProcessor
     from paged_core.scheduling.policies import SchedulingPolicy
-    from paged_core.scheduling.request import LogitsProcessor, Request, RequestOutput
+    from paged_core.scheduling.request import Request, RequestOutput
 
 
 class Commands(Protocol):

@@ -6,12 +6,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from paged_core.config import EngineConfig, EngineSizes, StepSizes
-from paged_core.engine.sizes import filled, limits
+from paged_core.engine.sizes import engine_sizes, filled, limits, step_sizes
 from paged_core.errors import ConfigError, PluginError, UnsupportedModel
 from paged_core.execution import compiling, kv_cache
 from paged_core.execution.graphs import CudaRecorder, DecodeGraphs, Record
@@ -36,6 +36,41 @@ _DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # torch has both names
 
 RECORDERS: dict[str, Callable[[torch.device], Record]] = {"cuda": CudaRecorder}
 """By type of device: what makes a graph of a decode step."""
+
+
+class Parts(NamedTuple):
+    """What an engine is built of."""
+
+    model: PagedModel
+    sizes: EngineSizes
+    sampler: RequestSampler  # of requests that bring no selector
+    scheduler: Scheduler
+    runner: ModelRunner
+
+
+def assemble(
+    manager: Plugins,
+    model: Any,
+    config: EngineConfig,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    progress: Progress | None,
+) -> Parts:
+    """All parts for ``model``, which is as Engine takes it.
+
+    Raises:
+        PluginError, UnsupportedModel, ConfigError: as Engine does.
+    """
+    loaded = load_model(manager, model, device, dtype)
+    steps = step_sizes(config, loaded.spec)
+    sampler = create_sampler(manager, loaded.spec, config, steps)
+    backend = create_backend(manager, loaded.spec, config, steps, progress)
+    compile_model(loaded, backend, config, steps, progress)
+    accelerate(manager, loaded, config)
+    sizes = engine_sizes(steps, config, loaded, backend, sampler)
+    scheduler = create_scheduler(manager, loaded.spec, config, sizes)
+    runner = create_runner(manager, loaded, backend, config, sizes, progress)
+    return Parts(loaded, sizes, sampler, scheduler, runner)
 
 
 def load_model(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from paged_core.scheduling.request import InvalidRequestError, Request, SamplingParams
+from paged_core.scheduling.params import InvalidRequestError, SamplingParams
+from paged_core.scheduling.request import Request
 
 
 def check_prompt(prompt: Sequence[int], vocab_size: int, knows: Callable[[int], bool] | None = None) -> None:

@@ -6,11 +6,8 @@ runs inside a step (the model, selectors, logits processors) may not call them.
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,27 +16,21 @@ from torch import Tensor
 from paged_core.config import EngineConfig
 from paged_core.engine import assembly
 from paged_core.engine.assembly import Progress
-from paged_core.engine.checks import check_prompt, check_resumed, check_token_ids
+from paged_core.engine.checks import check_resumed
+from paged_core.engine.intake import Intake
+from paged_core.engine.lifecycle import Lifecycle
 from paged_core.engine.lookahead import Lookahead
 from paged_core.engine.observers import Observers
 from paged_core.engine.open_requests import OpenRequests
-from paged_core.engine.sizes import engine_sizes, step_sizes
 from paged_core.engine.stats import StepStats
 from paged_core.engine.step_runner import StepRunner
 from paged_core.engine.view import EngineView
-from paged_core.errors import EngineDeadError, ReentryError
 from paged_core.execution.batch import BatchBuilder
 from paged_core.execution.model import AcceleratedModel, EmbeddingModel, TokenSelector
 from paged_core.plugins import load_plugins
 from paged_core.sampling.beam_search import BeamSearch
-from paged_core.scheduling.request import (
-    FinishReason,
-    Group,
-    InvalidRequestError,
-    Request,
-    RequestOutput,
-    SamplingParams,
-)
+from paged_core.scheduling.params import InvalidRequestError, SamplingParams
+from paged_core.scheduling.request import FinishReason, Request, RequestOutput
 from paged_core.scheduling.schedule import Schedule
 
 
@@ -71,30 +62,22 @@ class Engine:
         progress: Progress | None = None,
     ) -> None:
         self._manager = load_plugins(plugins)
-        self._model = assembly.load_model(self._manager, model, device, dtype)
-        self.spec = self._model.spec
-        self._knows = self._model.knows if isinstance(self._model, EmbeddingModel) else None
-        self.config = config = config or EngineConfig()
-        steps = step_sizes(config, self.spec)
         self._tokenizer_source = model
-        sampler = assembly.create_sampler(self._manager, self.spec, config, steps)
-        self._backend = backend = assembly.create_backend(self._manager, self.spec, config, steps, progress)
-        assembly.compile_model(self._model, backend, config, steps, progress)
-        assembly.accelerate(self._manager, self._model, config)
-        self.sizes = sizes = engine_sizes(steps, config, self._model, backend, sampler)
-        self._scheduler = assembly.create_scheduler(self._manager, self.spec, config, sizes)
+        self.config = config = config or EngineConfig()
+        parts = assembly.assemble(self._manager, model, config, device, dtype, progress)
+        self._model, self._scheduler, self._runner = parts.model, parts.scheduler, parts.runner
+        self.spec, self.sizes = parts.model.spec, parts.sizes
         self._pool = self._scheduler.pool
-        self._runner = assembly.create_runner(self._manager, self._model, backend, config, sizes, progress)
         self._num_compiles = self._runner.num_compiles
         builder = BatchBuilder(self.sizes.block_size, self.spec.device)
         ahead = config.lookahead if config.lookahead is not None else self.spec.device.type == "cuda"
-        self._steps = StepRunner(self._scheduler, builder, self._runner, sampler, ahead=ahead)
+        self._steps = StepRunner(self._scheduler, builder, self._runner, parts.sampler, ahead=ahead)
         self._lookahead = Lookahead(self._scheduler, self._steps)
-        self._seeds = random.Random(self.config.seed)
+        knows = self._model.knows if isinstance(self._model, EmbeddingModel) else None
+        self._intake = Intake(self.spec, knows, self._manager, config.seed)
         self._observers = Observers(self._manager)
         self._open = OpenRequests(self._observers)
-        self._dead: str | None = None
-        self._in_step = False
+        self._lifecycle = Lifecycle()
         self._refreshed = False  # whether the model was looked at since the last step
         self.last_stats: StepStats | None = None
 
@@ -158,39 +141,39 @@ class Engine:
 
         ``parents``: row i continues from ``requests[parents[i]]``'s tokens and K/V, which it then shares (a beam step).
         """
-        self._check_between_steps("resume()")
+        self._lifecycle.check_between_steps("resume()")
         check_resumed(requests, token_ids, parents, self.spec.vocab_size)
         self._scheduler.resume(requests, token_ids, parents)
 
     def recompute(self, requests: Iterable[Request]) -> None:
         """Compute the K/V of held rows again, where they were preempted meanwhile. Their selectors are asked again."""
-        self._check_between_steps("recompute()")
+        self._lifecycle.check_between_steps("recompute()")
         self._scheduler.recompute(requests)
 
     def preempt_held(self) -> bool:
         """Let the last held rows give their blocks to those who wait: their owner takes his time. They compute their
         tokens again once they are resumed. False: nobody waits, or nobody is held."""
-        self._check_between_steps("preempt_held()")
+        self._lifecycle.check_between_steps("preempt_held()")
         return self._scheduler.preempt_held()
 
     def abort(self, request_id: str) -> None:
         """Cancel a request. Each of its unfinished rows gets its final output from the next step. Unknown ids are
         ignored: the request may have ended a moment ago."""
-        self._check_between_steps("abort()")
+        self._lifecycle.check_between_steps("abort()")
         self._open.tell_later(self._finish(self._open.rows(request_id), FinishReason.ABORT))
 
     def stop(self, request: Request) -> RequestOutput | None:
         """End a row whose text has reached a stop string. Returns its final output; None if it had ended already."""
-        self._check_between_steps("stop()")
+        self._lifecycle.check_between_steps("stop()")
         outputs = self._finish((request,), FinishReason.STOP)
         return outputs[0] if outputs else None
 
     def close(self) -> None:
         """Abort what is left; take no more requests."""
-        self._check_between_steps("close()")
+        self._lifecycle.check_between_steps("close()")
         for request_id in self._open:
             self.abort(request_id)
-        self._dead = "it was closed"
+        self._lifecycle.end("it was closed")
 
     # ---- memory --------------------------------------------------------------------------------------------------
 
@@ -213,7 +196,7 @@ class Engine:
     def release_memory(self) -> bool:
         """Give back all K/V memory, cached prefixes included; the next request takes it anew. False: nothing was
         given back, since running requests need it. A plugin's cache that can't grow keeps its memory."""
-        self._check_between_steps("release_memory()")
+        self._lifecycle.check_between_steps("release_memory()")
         if self._pool.num_used:
             return False
         self._pool.shrink()
@@ -222,9 +205,7 @@ class Engine:
 
     def view(self) -> EngineView:
         """What runs, what waits and what every block is. Between two steps; the view itself is for any thread."""
-        references, cached = self._pool.snapshot()
-        num_running, num_waiting = len(self._scheduler.running), len(self._scheduler.waiting)
-        return EngineView(num_running, num_waiting, self.sizes.block_size, references, cached)
+        return EngineView.of(self._scheduler)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -235,10 +216,10 @@ class Engine:
             EngineDeadError: the device or the model has failed for good, or has no memory for a single token.
             ReentryError: it was called from inside a step.
         """
-        self._check_between_steps("step()")
+        self._lifecycle.check_between_steps("step()")
         began = time.perf_counter()
         self._refreshed = False
-        with self._one_step():
+        with self._lifecycle.step(undo=self._lookahead.forget):  # whose tokens follow those of a step not taken in
             now = self._lookahead.take() or self._steps.launch(self._scheduler.schedule())
             failed, outputs = dict(now.failed), []
             if now.schedule.chunks:
@@ -252,43 +233,6 @@ class Engine:
         if now.schedule.chunks:
             self._report(now.schedule, len(now.computed.sample_requests), time.perf_counter() - began)
         return self._open.tell(outputs)
-
-    @contextmanager
-    def _one_step(self) -> Iterator[None]:
-        """Inside, requests are between two states. Whatever ends a step early leaves them as they were before it."""
-        self._in_step = True
-        try:
-            with self._death_noted(), self._device_looked_after():
-                yield
-        except BaseException:
-            self._lookahead.forget()  # its tokens follow those of a step that has not been taken in
-            raise
-        finally:
-            self._in_step = False
-
-    def _check_between_steps(self, call: str) -> None:
-        if self._in_step:
-            raise ReentryError(
-                f"{call} was called during a step of the same engine, which has to end first: from inside it (by a "
-                "logits processor, a selector or the model, say) or from another thread; call it between two steps"
-            )
-
-    @contextmanager
-    def _death_noted(self) -> Iterator[None]:
-        try:
-            yield
-        except EngineDeadError as error:
-            self._dead = str(error)
-            raise
-
-    @contextmanager
-    def _device_looked_after(self) -> Iterator[None]:
-        """An error of the device is no request's: after most of them it computes nothing more in this process."""
-        try:
-            yield
-        except torch.AcceleratorError as error:
-            self._dead = f"its device has failed, which takes a new process: {error}"
-            raise EngineDeadError(self._dead) from error
 
     def _finish(
         self, requests: Iterable[Request], reason: FinishReason, error: str | None = None
@@ -319,43 +263,15 @@ class Engine:
         lockstep: bool,
         eos_token_ids: Collection[int] = (),
     ) -> list[Request]:
-        self._check_between_steps("adding a request")
-        if self._dead is not None:
-            raise EngineDeadError(f"the engine takes no more requests: {self._dead}")
+        self._lifecycle.check_between_steps("adding a request")
+        self._lifecycle.check_alive()
         if request_id in self._open:
             raise InvalidRequestError(f"request id {request_id!r} is in use; choose another")
         self.refresh()  # the vocabulary may be another
-        for prompt in prompts if lockstep else prompts[:1]:
-            check_prompt(prompt, self.spec.vocab_size, self._knows)
-        check_token_ids(params, self.spec.vocab_size)
-        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
-        stops = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            stops = stops.union(self.spec.eos_token_ids, eos_token_ids)
-        group = Group(lockstep)
-        for index, prompt in enumerate(prompts):
-            Request(
-                request_id,
-                prompt,
-                params,
-                index=index,
-                group=group,
-                seed=seed,
-                stop_token_ids=stops,
-                selector=selector,
-            )
-        for request in group.members:
-            self._add_processors(request)
-        self._scheduler.add(group.members)
-        self._open.add(group.members)
-        return list(group.members)
-
-    def _add_processors(self, request: Request) -> None:
-        answers = [p for p in self._manager.hook.create_logits_processor(request=request) if p is not None]
-        asked = request.params.logits_processors
-        own = [each.for_request(request) if hasattr(each, "for_request") else each for each in asked]
-        if answers or own != list(asked):
-            request.params = replace(request.params, logits_processors=(*own, *answers))
+        rows = self._intake.rows(request_id, prompts, params, selector, lockstep, eos_token_ids)
+        self._scheduler.add(rows)
+        self._open.add(rows)
+        return rows
 
     def refresh(self) -> None:
         """Catch up with what the user has done to the model: cached K/V may be another model's. Adding a request does
@@ -365,7 +281,7 @@ class Engine:
             EngineDeadError: it has become another model (dtype, device, vocabulary): this needs a new engine.
         """
         if isinstance(self._model, AcceleratedModel) and not (self._refreshed and len(self._open)):
-            with self._device_looked_after():
+            with self._lifecycle.device_looked_after():
                 changed = self._model.refresh()
             if changed:
                 self._scheduler.forget_cached()

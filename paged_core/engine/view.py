@@ -1,4 +1,4 @@
-"""EngineView: what an engine holds at one moment, for people who watch. Plain copies; it knows no engine."""
+"""EngineView: what an engine holds at one moment, for people who watch. Plain copies."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from paged_core.scheduling.scheduler import Scheduler
 
 
 class BlockCells(NamedTuple):
@@ -27,6 +29,13 @@ class EngineView(NamedTuple):
     block_size: int
     references: Sequence[int]  # of blocks 1, 2, ...
     cached: Sequence[int]  # ids of blocks that are kept for prefix hits only
+
+    @classmethod
+    def of(cls, scheduler: Scheduler) -> EngineView:
+        """The scheduler's state now."""
+        references, cached = scheduler.pool.snapshot()
+        num_running, num_waiting = len(scheduler.running), len(scheduler.waiting)
+        return cls(num_running, num_waiting, scheduler.pool.block_size, references, cached)
 
     @property
     def num_saved(self) -> int:

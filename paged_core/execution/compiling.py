@@ -17,7 +17,8 @@ from paged_core.execution.model import AttentionBackend, CompilableModel, PagedM
 from paged_core.execution.model_runner import ModelRunner
 from paged_core.execution.spec import ModelSpec
 from paged_core.scheduling.block_table import BlockTable
-from paged_core.scheduling.request import Request, SamplingParams
+from paged_core.scheduling.params import SamplingParams
+from paged_core.scheduling.request import Request
 from paged_core.scheduling.schedule import Schedule, ScheduledChunk
 
 _STEPS = ((3, 2, 1), (1,), (4,))  # tokens of each request

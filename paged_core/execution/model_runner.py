@@ -35,6 +35,10 @@ class ModelRunner:
         return self._cache
 
     @property
+    def backend(self) -> AttentionBackend:
+        return self._backend
+
+    @property
     def num_compiles(self) -> int:
         """Graphs captured and kernels compiled so far."""
         captures = self._graphs.num_captures if self._graphs is not None else 0

@@ -18,7 +18,8 @@ from paged_core.execution.model_runner import ModelRunner
 from paged_core.execution.spec import ModelSpec
 from paged_core.scheduling.block_pool import NULL_BLOCK
 from paged_core.scheduling.block_table import BlockTable
-from paged_core.scheduling.request import Request, SamplingParams
+from paged_core.scheduling.params import SamplingParams
+from paged_core.scheduling.request import Request
 from paged_core.scheduling.schedule import Limits, Schedule, ScheduledChunk
 
 

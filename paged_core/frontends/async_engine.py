@@ -29,7 +29,8 @@ from paged_core.engine.openmp import release_helper_threads
 from paged_core.errors import EngineBusyError, EngineDeadError, InvalidRequestError, ReentryError, RequestError
 from paged_core.frontends.opening import open_engine
 from paged_core.frontends.stream import Channel, Stream, Wakeups
-from paged_core.scheduling.request import RequestOutput, SamplingParams
+from paged_core.scheduling.params import SamplingParams
+from paged_core.scheduling.request import RequestOutput
 from paged_core.text.codec import prepare_params
 from paged_core.text.generation import Generation, deliver
 from paged_core.text.outputs import StreamDelta

@@ -16,7 +16,7 @@ from paged_core.engine.engine import Engine
 from paged_core.errors import EngineDeadError, InvalidRequestError, ReentryError
 from paged_core.frontends.opening import open_engine
 from paged_core.interrupts import interrupts_the_process
-from paged_core.scheduling.request import SamplingParams
+from paged_core.scheduling.params import SamplingParams
 from paged_core.text.codec import TextCodec, prepare_params
 from paged_core.text.generation import Generation, deliver
 from paged_core.text.outputs import GenerationOutput, refused

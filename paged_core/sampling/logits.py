@@ -16,7 +16,8 @@ from torch import Tensor
 
 from paged_core.execution.staging import upload
 from paged_core.interrupts import interrupts_the_process
-from paged_core.scheduling.request import InvalidRequestError, Request
+from paged_core.scheduling.params import InvalidRequestError
+from paged_core.scheduling.request import Request
 
 Work = Sequence[tuple[int, Request, "RowEdits"]]  # (row of scores, its request, its edits)
 Processed = MutableMapping[Request, Tensor | str]  # what processors answered this step: scores [1,V], or an error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from paged_core.scheduling.request import InvalidRequestError, Request
+from paged_core.scheduling.params import InvalidRequestError
+from paged_core.scheduling.request import Request
 from paged_core.scheduling.schedule import Limits
 
 

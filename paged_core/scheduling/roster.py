@@ -9,8 +9,9 @@ from bisect import insort
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from paged_core.scheduling.params import InvalidRequestError
 from paged_core.scheduling.policies import SchedulingPolicy
-from paged_core.scheduling.request import InvalidRequestError, Request, RequestStatus
+from paged_core.scheduling.request import Request, RequestStatus
 
 
 class Roster:

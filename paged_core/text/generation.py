@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from paged_core.interrupts import interrupts_the_process
 from paged_core.sampling.beam_search import ranked
-from paged_core.scheduling.request import FinishReason, Logprob, RequestOutput, SamplingParams
-from paged_core.text.codec import Prompt, StopStringChecker, StopStrings, TextCodec, stop_strings
+from paged_core.scheduling.params import SamplingParams
+from paged_core.scheduling.request import FinishReason, Logprob, RequestOutput
+from paged_core.text.codec import Prompt, TextCodec
 from paged_core.text.detokenizer import Detokenizer
 from paged_core.text.outputs import CompletionOutput, GenerationOutput, RequestMetrics, StreamDelta, TokenLogprobs
+from paged_core.text.stop_strings import StopStringChecker, StopStrings, stop_strings
 
 if TYPE_CHECKING:
     from paged_core.engine.engine import Engine

@@ -87,7 +87,7 @@ def answer_with_and_without_the_example() -> dict:
     return {
         "plain": plain,
         "changed": changed,
-        "backend": type(engine._backend).__module__,
+        "backend": type(engine._runner.backend).__module__,
         "policy": type(engine._scheduler.policy).__module__,
         "plugin": paged_example.__file__,
         "core": core.__file__,
@@ -149,13 +149,13 @@ class Named:
 def test_the_first_answer_wins_and_later_plugins_are_asked_first():
     asked: list[str] = []
     engine = engine_of(Named("one", asked), Named("two", asked), attention_backend="auto")
-    assert (engine._backend.name, asked) == ("two", ["two"])
+    assert (engine._runner.backend.name, asked) == ("two", ["two"])
 
 
 def test_who_passes_lets_the_next_one_answer():
     asked: list[str] = []
     engine = engine_of(Named("one", asked), Named("two", asked), attention_backend="one")
-    assert (engine._backend.name, asked) == ("one", ["two", "one"])
+    assert (engine._runner.backend.name, asked) == ("one", ["two", "one"])
 
 
 def test_the_plugins_given_are_asked_before_the_built_in_ones():
@@ -190,8 +190,8 @@ def test_each_engine_has_its_own_plugins():
     asked: list[str] = []
     first = engine_of(Named("mine", asked), attention_backend="auto")
     second = engine_of(attention_backend="auto")
-    assert first._backend.name == "mine"
-    assert second._backend.name != "mine"
+    assert first._runner.backend.name == "mine"
+    assert second._runner.backend.name != "mine"
     assert asked == ["mine"]
 
 

@@ -233,7 +233,7 @@ def test_bad_words_are_spelt_once_a_request_and_before_it_is_submitted() -> None
 def test_prompts_of_one_request_share_what_finds_their_stop_strings(
     alphabet: Alphabet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from paged_core.text.codec import StopStrings
+    from paged_core.text.stop_strings import StopStrings
 
     built: list[Any] = []
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from paged_core.sampling.draw import argmax_rows, top_rows, uniform
 from paged_core.sampling.sampler import Sampler
-from paged_core.scheduling.request import Logprob, Request, SamplingParams
+from paged_core.scheduling.params import SamplingParams
+from paged_core.scheduling.request import Logprob, Request
 
 NINF = float("-inf")
 

@@ -12,7 +12,8 @@ from case_ids import told
 from paged_core.plugins import load_plugins
 from paged_core.sampling.draw import top_rows, uniform
 from paged_core.sampling.sampler import Sampler
-from paged_core.scheduling.request import Request, SamplingParams
+from paged_core.scheduling.params import SamplingParams
+from paged_core.scheduling.request import Request
 
 VOCAB = 2500
 WAYS = [

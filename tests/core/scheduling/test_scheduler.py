@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from paged_core.scheduling.block_pool import NULL_BLOCK, BlockPool
+from paged_core.scheduling.params import InvalidRequestError, SamplingParams
 from paged_core.scheduling.policies import Fcfs, Priority
-from paged_core.scheduling.request import FinishReason, Group, InvalidRequestError, Request, SamplingParams, Selection
+from paged_core.scheduling.request import FinishReason, Group, Request, Selection
 from paged_core.scheduling.schedule import Limits, Schedule
 from paged_core.scheduling.scheduler import Scheduler
 

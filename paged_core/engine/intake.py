@@ -1,0 +1,76 @@
+"""Intake: from what a caller asks to Requests that can be queued: checked, seeded, with all their logits processors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+
+from paged_core.engine.checks import check_prompt, check_token_ids
+from paged_core.execution.spec import ModelSpec
+from paged_core.plugins import Plugins
+from paged_core.scheduling.params import SamplingParams
+from paged_core.scheduling.request import Group, Request
+
+
+class Intake:
+    """Makes the rows of requests for one model.
+
+    Args:
+        spec: what is known of the model.
+        knows: whether the model takes a token id beyond its vocabulary in prompts; None: it takes none.
+        manager: the plugins, which may bring logits processors.
+        seed: of the seeds of requests that bring none.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, knows: Callable[[int], bool] | None, manager: Plugins, seed: int | None
+    ) -> None:
+        self._spec = spec
+        self._knows = knows
+        self._manager = manager
+        self._seeds = random.Random(seed)
+
+    def rows(
+        self,
+        request_id: str,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        selector: object | None,
+        lockstep: bool,
+        eos_token_ids: Collection[int],
+    ) -> list[Request]:
+        """A row for each of ``prompts``, which are all the same unless they advance in ``lockstep``.
+
+        Raises:
+            InvalidRequestError: a prompt is empty, or an id is outside the vocabulary.
+        """
+        for prompt in prompts if lockstep else prompts[:1]:
+            check_prompt(prompt, self._spec.vocab_size, self._knows)
+        check_token_ids(params, self._spec.vocab_size)
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
+        stops = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stops = stops.union(self._spec.eos_token_ids, eos_token_ids)
+        group = Group(lockstep)
+        for index, prompt in enumerate(prompts):
+            Request(
+                request_id,
+                prompt,
+                params,
+                index=index,
+                group=group,
+                seed=seed,
+                stop_token_ids=stops,
+                selector=selector,
+            )
+        for request in group.members:
+            self._add_processors(request)
+        return list(group.members)
+
+    def _add_processors(self, request: Request) -> None:
+        answers = [p for p in self._manager.hook.create_logits_processor(request=request) if p is not None]
+        asked = request.params.logits_processors
+        own = [each.for_request(request) if hasattr(each, "for_request") else each for each in asked]
+        if answers or own != list(asked):
+            request.params = replace(request.params, logits_processors=(*own, *answers))
