@@ -23,11 +23,11 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
-from paged_core.config import EngineConfig, EngineSizes
+from paged_core.config import EngineConfig
 from paged_core.engine.engine import Engine
 from paged_core.engine.openmp import release_helper_threads
 from paged_core.errors import EngineBusyError, EngineDeadError, InvalidRequestError, ReentryError, RequestError
-from paged_core.frontends.opening import open_engine
+from paged_core.frontends.frontend import Frontend
 from paged_core.frontends.stream import Channel, Stream, Wakeups
 from paged_core.scheduling.params import SamplingParams
 from paged_core.scheduling.request import RequestOutput
@@ -81,7 +81,7 @@ class _Close(NamedTuple):
     pass
 
 
-class AsyncEngine:
+class AsyncEngine(Frontend):
     """An Engine for servers. Its thread starts with the first request, sleeps when there is nothing to do, and ends
     with ``close()`` (or the ``with`` block).
 
@@ -106,7 +106,7 @@ class AsyncEngine:
         max_requests: int = 16_384,
         **options: Any,
     ) -> None:
-        self.engine, self.codec = open_engine(model, tokenizer, config, options)
+        super().__init__(model, tokenizer, config, options)
         release_helper_threads()  # loading has taken some; from now on only the stepping thread computes
         self._max_requests = max_requests
         self._closed = False
@@ -125,20 +125,6 @@ class AsyncEngine:
         self._num_looks = 0  # that have not been answered
         self._running: dict[str, _Submit] = {}  # the stepping thread's own
         self._began: float | None = None  # when it took up what it is at; None: it waits for something to do
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.codec.tokenizer
-
-    @property
-    def config(self) -> EngineConfig:
-        """What was wished."""
-        return self.engine.config
-
-    @property
-    def sizes(self) -> EngineSizes:
-        """What became of it."""
-        return self.engine.sizes
 
     @property
     def alive(self) -> bool:

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from paged_core.config import EngineConfig, EngineSizes
+from paged_core.config import EngineConfig
 from paged_core.engine.engine import Engine
 from paged_core.errors import EngineDeadError, InvalidRequestError, ReentryError
-from paged_core.frontends.opening import open_engine
+from paged_core.frontends.frontend import Frontend
 from paged_core.interrupts import interrupts_the_process
 from paged_core.scheduling.params import SamplingParams
 from paged_core.text.codec import TextCodec, prepare_params
@@ -23,7 +23,7 @@ from paged_core.text.outputs import GenerationOutput, refused
 from paged_core.text.prompts import as_conversations, as_prompts, encode_prompt
 
 
-class LLM:
+class LLM(Frontend):
     """A model for offline use.
 
     ``LLM("a/folder").generate(["Hello"], SamplingParams(n=3))[0].outputs[2].text``
@@ -44,24 +44,10 @@ class LLM:
     def __init__(
         self, model: Any, *, tokenizer: Any = None, config: EngineConfig | None = None, **options: Any
     ) -> None:
-        self.engine, self.codec = open_engine(model, tokenizer, config, options)
+        super().__init__(model, tokenizer, config, options)
         self._lock = threading.Lock()
         self._caller: threading.Thread | None = None  # who has it
         self._numbers = itertools.count()
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.codec.tokenizer
-
-    @property
-    def config(self) -> EngineConfig:
-        """What was wished."""
-        return self.engine.config
-
-    @property
-    def sizes(self) -> EngineSizes:
-        """What became of it."""
-        return self.engine.sizes
 
     def generate(
         self,

@@ -281,6 +281,17 @@ def test_released_memory_is_given_back_and_taken_anew(model: Any) -> None:
     assert model.generate.release() is True
 
 
+def test_what_was_wished_of_the_engine_and_what_became_of_it_can_be_read(make: Any) -> None:
+    model = make()
+    patched = model.generate = paged_generate(model, kv_cache_memory=1 << 20, check=False)
+    assert patched.config.kv_cache_bytes == 1 << 20
+    assert patched.sizes is None, "nothing was computed yet"
+    agrees(model)
+    sizes = patched.sizes
+    assert sizes.max_num_seqs == patched.config.max_num_seqs
+    assert sizes.num_slab_blocks == sizes.num_blocks, "the budget is less than a slab"
+
+
 def test_memory_is_not_given_back_under_a_running_call(model: Any) -> None:
     answers: list[bool] = []
 

@@ -281,6 +281,16 @@ def test_dtype_device_and_plugins_go_to_the_engine(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [LLM, AsyncEngine])
+def test_what_was_wished_what_became_of_it_and_the_tokenizer_can_be_read(kind: Any, model: AlphabetModel) -> None:
+    tokenizer = CharacterTokenizer()
+    frontend = kind(model, tokenizer=tokenizer, num_blocks=32, attention_backend="reference")
+    assert frontend.tokenizer is tokenizer
+    assert (frontend.config.num_blocks, frontend.config.block_size) == (32, None)
+    assert (frontend.sizes.num_blocks, frontend.sizes.block_size) == (32, 8)
+    frontend.close()
+
+
+@pytest.mark.parametrize("kind", [LLM, AsyncEngine])
 def test_an_option_that_nobody_knows_is_refused_by_its_name(kind: Any, model: AlphabetModel) -> None:
     with pytest.raises(TypeError, match="no option called 'max_modellen'; did you mean max_model_len"):
         kind(model, max_modellen=8)

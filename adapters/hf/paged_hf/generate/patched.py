@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from paged_core import EngineConfig, UnsupportedModel
+from paged_core import EngineConfig, EngineSizes, UnsupportedModel
 from paged_hf import upstream
 from paged_hf.generate import loops, selfcheck
 from paged_hf.generate.host import EngineHost
@@ -41,8 +41,8 @@ class PagedGenerate:
         self.kv_cache_memory = kv_cache_memory
         self.over_budget = over_budget
         slab = _SLAB_BYTES if str(getattr(model, "device", "cpu")) == "cpu" else _GPU_SLAB_BYTES
-        config = EngineConfig(kv_cache_bytes=kv_cache_memory, kv_cache_slab_bytes=slab, max_num_seqs=_MAX_NUM_SEQS)
-        self.tiers = loops.Tiers(model, EngineHost(model, config), strict_memory=over_budget == "raise")
+        self.config = EngineConfig(kv_cache_bytes=kv_cache_memory, kv_cache_slab_bytes=slab, max_num_seqs=_MAX_NUM_SEQS)
+        self.tiers = loops.Tiers(model, EngineHost(model, self.config), strict_memory=over_budget == "raise")
         self._here = threading.local()  # .paused: calls of this thread go to stock
         self._before: list[Any] = []  # what the model had at each entry
         for name in functools.WRAPPER_ASSIGNMENTS:
@@ -122,6 +122,12 @@ class PagedGenerate:
         """How the calling thread's latest call was answered."""
         return last_report()
 
+    @property
+    def sizes(self) -> EngineSizes | None:
+        """What became of ``config``; None until a call has needed the engine."""
+        engine = self.tiers.host.engine
+        return engine.sizes if engine is not None else None
+
     def release(self) -> bool:
         """Give back the K/V memory; the next call takes it anew. False: calls are under way, and nothing was done."""
         return self.tiers.host.release()
@@ -199,6 +205,10 @@ class PagedWrapper(PagedGenerate):
             return self._as_stock(args, kwargs, "adapter_names are one a row of stock's batch")
         with self.inner.called():
             return self.stock(*args, **kwargs)
+
+    @property
+    def sizes(self) -> EngineSizes | None:
+        return self.inner.sizes
 
     def release(self) -> bool:
         return self.inner.release()
