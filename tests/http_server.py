@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,6 +67,7 @@ def alphabet_server(
     model: AlphabetModel | None = None,
     *,
     tokenizer: Any = None,
+    plugins: Sequence[Any] = (),
     config: EngineConfig | None = None,
     limits: RequestLimits | None = None,
     options: AppOptions | None = None,
@@ -81,7 +82,7 @@ def alphabet_server(
     metrics = PrometheusMetrics("alphabet")
     config = config or EngineConfig(num_blocks=512, attention_backend="reference")
     with AsyncEngine(
-        Engine(model or AlphabetModel(), config, plugins=[metrics]),
+        Engine(model or AlphabetModel(), config, plugins=[metrics, *plugins]),
         tokenizer=tokenizer or CharacterTokenizer(),
         max_requests=max_requests,
     ) as engine:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from anyio import CancelScope, to_thread
-from paged_serving import Call, CallError, Failure
+from paged_serving import Call, CallError, Failure, as_outcome
 
 from paged_core import AsyncEngine, EngineBusyError, GenerationOutput, Stream, StreamDelta
 
@@ -83,9 +83,9 @@ class Exchange:
         async for number, delta in _merge(self._streams):
             self._check(delta.finish_reason, delta.error)
             if delta.prompt_logprobs is None:
-                chunks += self.call.chunks(number, delta)
+                chunks += as_outcome(self.call.chunks, number, delta)
             else:  # large: a thread's work, and not the event loop's
-                chunks += await to_thread.run_sync(self.call.chunks, number, delta)
+                chunks += await to_thread.run_sync(as_outcome, self.call.chunks, number, delta)
             yield chunks
             chunks = []
         if last := self.call.last_chunks(await self.finish()):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from paged_serving import Call, CallError, Failure, openai_error, tgi_error
+from paged_serving import Call, CallError, Failure, as_outcome, openai_error, tgi_error
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.responses import Response
@@ -105,7 +105,8 @@ class CallResponse(Response):
                     else:
                         with exchange.until_cut():
                             results = await exchange.finish()
-                            body = await run_in_threadpool(lambda: large_json_bytes(self._call.answer(results)))
+                            answer = await run_in_threadpool(as_outcome, self._call.answer, results)
+                            body = await run_in_threadpool(large_json_bytes, answer)
                         await _json(body)(scope, receive, send)
                 finally:
                     watcher.cancel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
@@ -71,7 +71,8 @@ class Service:
             told = f"{num_sequences} sequences were asked for at once; this server holds {self.max_open} at most"
             raise ProtocolError(told, "n")
         if self._num_open + num_sequences > self.max_open:
-            raise CallError(Failure.OVERLOADED, "the queue is full; try again soon")
+            told = f"the queue is full: {self.max_open} sequences are under way, the limit; try again soon"
+            raise CallError(Failure.OVERLOADED, told)
 
     @contextmanager
     def arrival(self) -> Iterator[Callable[[int], None]]:
@@ -100,7 +101,7 @@ class Service:
 
     async def read(self, function: Callable[..., _T], *args: object) -> _T:
         """``function(*args)``, which reads a body, in one of a few threads: it must not hold up the others' streams."""
-        return await to_thread.run_sync(as_outcome, partial(function, *args), limiter=self._readers)
+        return await to_thread.run_sync(as_outcome, function, *args, limiter=self._readers)
 
     async def compile(self, call: Call) -> None:
         """Its grammar, if it has one. That may take long; who has none doesn't wait for it.
@@ -109,7 +110,8 @@ class Service:
             InvalidRequestError: the grammar can't be used, or takes too long.
         """
         if call.grammar is not None:
-            await to_thread.run_sync(call.grammar.compile, limiter=self._compilers, abandon_on_cancel=True)
+            compile_it = call.grammar.compile
+            await to_thread.run_sync(as_outcome, compile_it, limiter=self._compilers, abandon_on_cancel=True)
 
     @cached_property
     def _compilers(self) -> CapacityLimiter:

@@ -8,8 +8,8 @@ from typing import TypeVar
 _T = TypeVar("_T")
 
 
-def as_outcome(function: Callable[[], _T]) -> _T:
-    """``function()``, for a thread that answers an event loop. Whatever it raises costs one request.
+def as_outcome(function: Callable[..., _T], *args: object) -> _T:
+    """``function(*args)``, inside an event loop or in a thread that answers one. Whatever it raises costs one request.
 
     Raises:
         RuntimeError: in place of what would end the loop (SystemExit, KeyboardInterrupt, one's own BaseException), pass
@@ -17,10 +17,10 @@ def as_outcome(function: Callable[[], _T]) -> _T:
         Exception: any other that ``function`` raises.
     """
     try:
-        return function()
+        return function(*args)
     except StopIteration as error:
-        raise RuntimeError(f"reading the request raised {error!r}") from error
+        raise RuntimeError(f"serving the request raised {error!r}") from error
     except Exception:
         raise
     except BaseException as error:
-        raise RuntimeError(f"reading the request raised {error!r}") from error
+        raise RuntimeError(f"serving the request raised {error!r}") from error

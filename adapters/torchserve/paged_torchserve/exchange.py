@@ -91,7 +91,7 @@ class Exchange:
         if call.grammar is not None:
             self.compiling = True
             self._on_news()  # who waits for us looks how long it is worth it
-            await asyncio.get_running_loop().run_in_executor(self._compilers, call.grammar.compile)
+            await asyncio.get_running_loop().run_in_executor(self._compilers, as_outcome, call.grammar.compile)
             self.compiling = False
 
     def _submit(self, call: Call) -> None:
@@ -107,7 +107,7 @@ class Exchange:
         async def pump(number: int, stream: Stream) -> None:
             async for delta in stream:
                 _check(delta.finish_reason, delta.error)
-                for chunk in [*opening, *call.chunks(number, delta)]:
+                for chunk in [*opening, *as_outcome(call.chunks, number, delta)]:
                     self.reply.say(self._form.event(chunk))
                 opening.clear()
                 self._on_news()
@@ -128,7 +128,7 @@ class Exchange:
                 self.reply.say(self._form.event(chunk))
             self.reply.say(self._form.last_event)
         else:
-            self.reply.say(self._form.answer(call.answer(results)))
+            self.reply.say(self._form.answer(as_outcome(call.answer, results)))
         self.reply.end()
 
     def _refuse(self, error: Exception) -> None:

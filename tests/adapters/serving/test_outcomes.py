@@ -20,7 +20,7 @@ def test_an_event_loop_survives_whatever_its_threads_raise(kind: type[BaseExcept
         raise kind("from a tokenizer")
 
     async def main() -> str:
-        with pytest.raises(RuntimeError, match=f"reading the request raised {kind.__name__}"):
+        with pytest.raises(RuntimeError, match=f"serving the request raised {kind.__name__}"):
             await asyncio.wait_for(asyncio.to_thread(as_outcome, read), 30)
         return await asyncio.to_thread(as_outcome, lambda: "the next one")
 

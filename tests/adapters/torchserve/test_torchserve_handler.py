@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -18,7 +19,7 @@ from alphabet_model import AlphabetModel, Gate
 from paged_torchserve import bodies, metrics
 from toy_tokenizers import CharacterTokenizer, DeafTokenizer, PartsTokenizer
 
-from paged_core import AsyncEngine, Engine, EngineConfig
+from paged_core import AsyncEngine, Engine, EngineConfig, TextCodec
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", ResourceWarning)  # it leaves a file open
@@ -611,3 +612,38 @@ def test_a_tokenizer_that_raises_on_one_prompt_costs_that_request_only(worker, m
     assert served.replies["bad"].status == 500
     assert served.replies["good"].status == 200
     assert served.ask({"data": "A"}).text.startswith("ABC")
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, asyncio.CancelledError, StopIteration])
+@pytest.mark.parametrize("route", ["generate", "generate_stream"])
+def test_a_tokenizer_that_raises_as_the_answer_is_told_costs_that_request_only(worker, monkeypatch, kind, route):
+    decode = CharacterTokenizer.decode
+
+    def choking(self, token_ids, **options):
+        text = decode(self, token_ids, **options)
+        if "!" in text and threading.current_thread().name != "paged-engine":
+            raise kind
+        return text
+
+    monkeypatch.setattr(CharacterTokenizer, "decode", choking)
+    served = worker()
+    served.post("bad", {"body": {"inputs": " ", "parameters": {"details": True}}}, route)
+    served.post("good", {"data": "A"})
+    served.run()
+    assert '"error":"the server failed' in served.replies["bad"].text  # its status may have gone out before
+    assert served.replies["good"].status == 200
+    assert served.ask({"data": "A"}).text.startswith("ABC")
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, asyncio.CancelledError, StopIteration])
+def test_a_tokenizer_whose_vocabulary_cant_be_read_costs_requests_with_grammars_only(worker, monkeypatch, kind):
+    def choking(self, token):
+        raise kind
+
+    monkeypatch.setattr(TextCodec, "token_bytes", choking)
+    served = worker()
+    served.post("bad", {"data": "A", "grammar": {"type": "regex", "value": "B+"}})
+    served.post("good", {"data": "A"})
+    served.run()
+    assert '"error":"the server failed' in served.replies["bad"].text
+    assert served.replies["good"].status == 200
