@@ -1,53 +1,52 @@
-"""A server's memory over thousands of requests, and what its clients see when it is killed.
+"""A server's memory over thousands of requests, what its clients see when it is killed, and what one of them feels
+beside others that mean harm.
 
     python benchmarks/bench_reliability.py memory MODEL --requests 10000
     python benchmarks/bench_reliability.py kill MODEL --clients 16
+    python benchmarks/bench_reliability.py flood MODEL --clients 16
+    python benchmarks/bench_reliability.py bombs MODEL --rate 4
 
-MODEL is whatever ``paged serve`` takes. The requests are of all kinds: whole answers, streams, several samples, clients
-that leave in the middle, bodies that are refused.
+MODEL is whatever ``paged serve`` takes. The requests of ``memory`` are of all kinds: whole answers, streams, several
+samples, clients that leave in the middle, bodies that are refused. ``flood`` is clients that submit and leave in a
+loop; ``bombs`` are schemas that take seconds to compile, no two the same. Beside both a neighbour reads streams, and it
+reads as many alone, in turns: told are the times between two of its events.
 """
 
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
+import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from statistics import median
+from typing import Any
 
 import psutil
-
-_READY_S = 300.0
-_LONG = 1900  # tokens of an answer that is still under way when its client or its server goes
-
-
-class Seen(NamedTuple):
-    """What one client saw of a stream."""
-
-    num_events: int
-    end: str  # "[DONE]", or the error that its reading ended with
-    at: float  # time.monotonic()
+from paged_bench.results import percentile
+from reliability_clients import LONG, Seen, Trouble, ask, beside, bombs, flood, read_stream, serving
 
 
 def main() -> int:
+    measure = {"memory": measure_memory, "kill": measure_kill, "flood": measure_flood, "bombs": measure_bombs}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["memory", "kill"])
+    parser.add_argument("what", choices=list(measure))
     parser.add_argument("model")
-    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--requests", type=int, default=10_000, help="of memory")
     parser.add_argument("--clients", type=int, default=8, help="at once")
+    parser.add_argument("--max-queue", type=int, default=8, help="of the server, for flood")
+    parser.add_argument("--rate", type=float, default=4.0, help="bombs a second")
+    parser.add_argument("--rounds", type=int, default=5, help="of a stream alone and one beside, for flood and bombs")
+    parser.add_argument("--tokens", type=int, default=100, help="of each stream")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    result = measure_memory(args) if args.what == "memory" else measure_kill(args)
-    print(json.dumps(result, indent=2))
+    print(json.dumps(measure[args.what](args), indent=2))
     return 0
 
 
@@ -70,7 +69,7 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
 def measure_kill(args: argparse.Namespace) -> dict[str, Any]:
     """SIGKILL while every client reads a stream: how each stream ended, and when; when the next server answers."""
     with serving(args.model) as (process, port), ThreadPoolExecutor(args.clients) as pool:
-        streams = [pool.submit(read_stream, port, _LONG) for _ in range(args.clients)]
+        streams = [pool.submit(read_stream, port, LONG) for _ in range(args.clients)]
         time.sleep(2)
         killed_at = time.monotonic()
         process.send_signal(signal.SIGKILL)
@@ -89,90 +88,42 @@ def measure_kill(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def serving(model: str, port: int | None = None) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """``paged serve``, in a process of its own."""
-    port = port or _free_port()
-    command = [sys.executable, "-m", "paged_openai", "--model", model, "--served-model-name", "it", "--port", str(port)]
-    process = subprocess.Popen([*command, "--log-level", "error"])
-    try:
-        _wait_until_ready(process, port)
-        yield process, port
-    finally:
-        process.terminate()
-        process.wait(60)
+def measure_flood(args: argparse.Namespace) -> dict[str, Any]:
+    """A neighbour's streams, alone and beside clients that submit and leave in a loop."""
+    return _neighbour(args, flood, args.clients, ["--max-queue", str(args.max_queue)])
 
 
-def ask(port: int, rnd: random.Random) -> str:
-    """One request of any kind. Returns what came of it."""
-    way = rnd.choice(["whole", "stream", "several", "leaves", "refused"])
-    body: dict[str, Any] = {"model": "it", "prompt": _prompt(rnd), "max_tokens": rnd.randrange(1, 24)}
-    body |= {"several": {"n": 3}, "refused": {"temperature": "hot"}}.get(way, {})
-    body |= {"stream": True} if way in ("stream", "leaves") else {}
-    connection = _post(port, {**body, "max_tokens": _LONG} if way == "leaves" else body)
-    try:
-        response = connection.getresponse()
-        if way == "leaves":
-            response.readline()
-            return "left"
-        response.read()
-        return str(response.status)
-    finally:
-        connection.close()
+def measure_bombs(args: argparse.Namespace) -> dict[str, Any]:
+    """A neighbour's streams, alone and beside schemas that take seconds to compile."""
+    return _neighbour(args, bombs, args.rate, [])
 
 
-def read_stream(port: int, max_tokens: int) -> Seen:
-    """A stream, to its end or to that of its server."""
-    body = {"model": "it", "prompt": "Once", "max_tokens": max_tokens, "temperature": 0, "stream": True}
-    told, end = b"", "an end without [DONE]"
-    connection = None
-    try:
-        connection = _post(port, body)
-        told = connection.getresponse().read()
-    except http.client.IncompleteRead as error:
-        told, end = error.partial, "IncompleteRead"
-    except (OSError, http.client.HTTPException) as error:
-        end = type(error).__name__
-    finally:
-        if connection is not None:
-            connection.close()
-    if told.endswith(b"data: [DONE]\n\n"):
-        end = "[DONE]"
-    return Seen(told.count(b"data: {"), end, time.monotonic())
+def _neighbour(args: argparse.Namespace, trouble: Trouble, how_much: float, options: Sequence[str]) -> dict[str, Any]:
+    alone: list[Seen] = []
+    troubled: list[Seen] = []
+    outcomes: Counter[str] = Counter()
+    load = os.getloadavg()[0]
+    with serving(args.model, options=options) as (_, port):
+        read_stream(port, 10)  # what is done once
+        for _ in range(args.rounds):
+            alone.append(read_stream(port, args.tokens))
+            with beside(trouble, port, how_much) as told:
+                troubled.append(read_stream(port, args.tokens))
+            outcomes += told
+    about = {"cores": os.cpu_count(), "load_before": load, "tokens": args.tokens, "rounds": args.rounds}
+    return {**about, "alone": _felt(alone), "beside": _felt(troubled), "of_the_others": dict(outcomes)}
 
 
-def _post(port: int, body: dict[str, Any]) -> http.client.HTTPConnection:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    return connection
-
-
-def _prompt(rnd: random.Random) -> str:
-    words: Sequence[str] = ("a", "tale", "of", "two", "rivers", "and", "their", "bridge")
-    return " ".join(rnd.choice(words) for _ in range(rnd.randrange(1, 40)))
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
-    deadline = time.monotonic() + _READY_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise SystemExit("the server has ended")
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        try:
-            connection.request("GET", "/ready")
-            if connection.getresponse().status == 200:
-                return
-        except OSError:
-            time.sleep(0.1)
-        finally:
-            connection.close()
-    raise SystemExit(f"the server is not ready after {_READY_S:g} s")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _felt(streams: Sequence[Seen]) -> dict[str, Any]:
+    gaps_ms = [gap for each in streams for gap in each.gaps_ms]
+    return {
+        "ends": dict(Counter(each.end for each in streams)),
+        "tokens": sum(each.num_tokens for each in streams),
+        "events": sum(each.num_events for each in streams),
+        "first_ms": [round(each.first_ms, 1) for each in streams],
+        "gap_ms": {"p50": round(median(gaps_ms), 1), "p99": round(percentile(gaps_ms, 99), 1)},
+        "worst_gap_ms": [round(max(each.gaps_ms), 1) for each in streams],
+    }
 
 
 def _rss_mb(process: subprocess.Popen[bytes]) -> int:
