@@ -19,7 +19,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class Cell:
     constraints: tuple[str, ...]  # lines of a pip constraints file
     tests: tuple[str, ...] = TOUCHED
     isolated: bool = False  # whether pip sees no configuration: the index as it is for everybody
+    workers: int = 0  # processes that share the files of tests; 0: one process
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Failed(Exception):
     """A cell could not be made."""
 
 
-def run_cell(cell: Cell, python: Path, workdir: Path, tests: Sequence[str], say: Callable[[str], None]) -> Result:
+def run_cell(cell: Cell, python: Path, workdir: Path, say: Callable[[str], None]) -> Result:
     folder = workdir / cell.name
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -141,7 +142,7 @@ def run_cell(cell: Cell, python: Path, workdir: Path, tests: Sequence[str], say:
         inside = make_environment(cell, python, folder, say)
         result = Result(**{**asdict(result), "versions": versions(inside)})
         say(f"testing with {told(result.versions)}; log: {folder / 'pytest.log'}")
-        counts = run_tests(inside, tests or cell.tests, folder)
+        counts = run_tests(inside, cell, folder)
     except Failed as error:
         counts = {"error": str(error)}
     return Result(**{**asdict(result), **counts, "seconds": round(time.monotonic() - began, 1)})
@@ -185,13 +186,16 @@ def told(found: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
-def run_tests(inside: Path, tests: Sequence[str], folder: Path) -> dict[str, Any]:
+def run_tests(inside: Path, cell: Cell, folder: Path) -> dict[str, Any]:
     """Counts and failures, as fields of a Result."""
     report = folder / "junit.xml"
     report.unlink(missing_ok=True)
-    command = [inside, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}", *tests]
+    command = [inside, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=15", f"--junit-xml={report}"]
+    command += ["-n", str(cell.workers), "--dist", "loadfile"] if cell.workers else []
+    # Workers compute with a thread each: more would only wait for one another's cores.
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"} if cell.workers else None
     with (folder / "pytest.log").open("w", encoding="utf-8") as out:
-        status = subprocess.run(command, stdout=out, stderr=out, cwd=ROOT).returncode
+        status = subprocess.run([*command, *cell.tests], stdout=out, stderr=out, env=environ, cwd=ROOT).returncode
     if status not in (0, 1) or not report.is_file():
         raise Failed(f"pytest ended with status {status} ({folder / 'pytest.log'})")
     return counts_of(report)
@@ -231,7 +235,11 @@ def _complaints(results: Sequence[Result]) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     cells = plan()
     args = _parser([cell.name for cell in cells]).parse_args(argv)
-    chosen = [cell for cell in cells if not args.only or cell.name in args.only]
+    chosen = [
+        replace(cell, tests=tuple(args.tests) or cell.tests, workers=args.workers)
+        for cell in cells
+        if not args.only or cell.name in args.only
+    ]
     results = []
     for number, cell in enumerate(chosen, 1):
         say = _teller(f"[{number}/{len(chosen)}] {cell.name}")
@@ -239,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if python is None:
             results.append(Result(cell.name, cell.python, error=f"there is no Python {cell.python}: --python PATH"))
         else:
-            results.append(run_cell(cell, python, args.workdir.resolve(), args.tests, say))
+            results.append(run_cell(cell, python, args.workdir.resolve(), say))
         say("done" if results[-1].is_good else "FAILED")
     when = datetime.now(timezone.utc).strftime("%Y-%m-%d")
     args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -258,6 +266,7 @@ def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--only", action="append", choices=names, help="run this cell; may be repeated (default: all)")
     add("--tests", action="append", default=[], metavar="PATH", help="in place of each cell's own; may be repeated")
+    add("--workers", type=int, default=2, help="processes that run a cell's tests (default: %(default)s)")
     add("--python", action="append", default=[], metavar="PATH", help="an interpreter to look at first; repeatable")
     add("--workdir", type=Path, default=Path(".matrix"), help="where environments are kept (default: %(default)s)")
     add("--json", type=Path, default=Path("bench-output/matrix.json"), help="the result (default: %(default)s)")

@@ -54,13 +54,15 @@ def test_an_interpreter_is_found_on_the_path_or_with_pyenv(tmp_path: Path, monke
     assert matrix.find_python(".".join(map(str, sys.version_info[:2]))) == Path(sys.executable)
 
 
-def test_what_pytest_found_is_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_pytest_found_is_counted(tmp_path: Path, workers: int) -> None:
     (tmp_path / "test_it.py").write_text(
         "import pytest\ndef test_good(): pass\ndef test_bad(): assert False\n"
         "@pytest.fixture\ndef broken(): raise RuntimeError\ndef test_error(broken): pass\n"
         "@pytest.mark.skip\ndef test_skipped(): pass\n"
     )
-    counts = matrix.run_tests(Path(sys.executable), [str(tmp_path)], tmp_path)
+    cell = matrix.Cell("this", "3", (), tests=(str(tmp_path),), workers=workers)
+    counts = matrix.run_tests(Path(sys.executable), cell, tmp_path)
     assert (counts["passed"], counts["failed"], counts["skipped"]) == (1, 2, 1)
     assert [name.split("::")[-1] for name in counts["failures"]] == ["test_bad", "test_error"]
 
@@ -70,7 +72,7 @@ def test_a_cell_whose_tests_fail_or_that_has_no_python_is_told_and_fails_the_run
 ) -> None:
     monkeypatch.setattr(matrix, "find_python", lambda version, given: None if version == "3.10" else Path("python"))
 
-    def run(cell: Any, python: Path, workdir: Path, tests: list[str], say: Any) -> Any:
+    def run(cell: Any, python: Path, workdir: Path, say: Any) -> Any:
         failures = ("tests.core::test_x",) if cell.name == "newest" else ()
         return matrix.Result(cell.name, "3.13.0", {"torch": "2.13.0"}, 7, len(failures), 0, 66.0, failures)
 
