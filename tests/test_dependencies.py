@@ -18,7 +18,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT, GROUPS = PYPROJECT["project"], PYPROJECT["dependency-groups"]
 EXTRAS = PROJECT["optional-dependencies"]
 SHELVES = [ROOT, ROOT / "kernels", *(ROOT / "adapters").iterdir(), ROOT / "benchmarks"]
 OURS = {path.name for shelf in SHELVES if shelf.is_dir() for path in shelf.glob("paged_*") if path.is_dir()}
@@ -71,7 +72,7 @@ def foreign_modules(source: str) -> set[str]:
 
 @cache
 def distributions_of(module: str) -> frozenset[str]:
-    return frozenset(canonicalize_name(name) for name in _all_distributions()[module])
+    return frozenset(canonicalize_name(name) for name in _all_distributions().get(module, [module]))
 
 
 _all_distributions = cache(packages_distributions)  # it reads the records of all that is installed
@@ -99,6 +100,35 @@ def test_every_import_is_declared_by_what_the_docs_tell_people_to_install(packag
         for module in undeclared(package, path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
     }
     assert found == set()
+
+
+def in_group(name: str) -> list[str]:
+    """Requirements of a dependency group, and of the groups that it includes."""
+    lines = [in_group(entry["include-group"]) if isinstance(entry, dict) else [entry] for entry in GROUPS[name]]
+    return [line for some in lines for line in some]
+
+
+def test_what_tests_and_scripts_import_is_declared_for_developers() -> None:
+    files = [path for folder in ("tests", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    files.remove(ROOT / "tests" / "tgi_calls.py")  # it runs in an environment of its own
+    helpers = {path.stem for path in files} | {"fuzz", "troubles"}  # the latter is written by a test
+    asked = declared(set(EXTRAS)).keys() | {canonicalize_name(Requirement(line).name) for line in in_group("dev")}
+    found = {
+        f"{path.relative_to(ROOT)}: {module}"
+        for path in files
+        for module in foreign_modules(path.read_text(encoding="utf-8")) - helpers
+        if not distributions_of(module) & asked
+    }
+    assert found == set()
+
+
+def test_users_are_not_offered_what_only_developers_install() -> None:
+    of_users = declared(set(EXTRAS)).keys()
+    assert {canonicalize_name(Requirement(line).name) for group in GROUPS for line in in_group(group)}.isdisjoint(
+        of_users
+    )
+    (everything,) = map(Requirement, EXTRAS["all"])
+    assert everything.extras == EXTRAS.keys() - {"all"}
 
 
 def test_an_undeclared_import_would_be_found() -> None:
@@ -135,6 +165,6 @@ def test_what_we_derive_classes_from_has_an_upper_bound() -> None:
     sources_of_all = [path for package in OURS for path in sources(package)]
     modules = {module for path in sources_of_all for module in derived_from(path.read_text(encoding="utf-8"))}
     assert {"uvicorn", "numba", "transformers"} <= modules
-    asked = declared(set(EXTRAS) - {"dev"})
+    asked = declared(set(EXTRAS) - {"all"})
     names = {name for module in modules for name in distributions_of(module)}
     assert [name for name in sorted(names) if not any(bound.operator == "<" for bound in asked[name].specifier)] == []

@@ -20,7 +20,7 @@ spec.loader.exec_module(matrix)
 
 
 def test_the_oldest_cell_has_the_lowest_release_of_all_that_users_install() -> None:
-    declared = matrix.project()
+    declared = matrix.pyproject()["project"]
     oldest = {Requirement(line).name: line for line in matrix.plan()[0].constraints}
     lines = [*declared["dependencies"], *declared["optional-dependencies"]["hf"]]
     for requirement in map(Requirement, [*lines, *declared["optional-dependencies"]["server"]]):
@@ -32,7 +32,7 @@ def test_the_oldest_cell_has_the_lowest_release_of_all_that_users_install() -> N
 
 def test_the_cells_have_the_oldest_and_the_newest_python_that_we_take() -> None:
     oldest, newest, ordinary = matrix.plan()
-    versions = matrix.supported(matrix.project())
+    versions = matrix.supported(matrix.pyproject())
     assert (oldest.python, newest.python, ordinary.python) == (versions[0], versions[-1], versions[-1])
     assert newest.constraints == () and any(line.startswith("torch==") for line in ordinary.constraints)
     assert ordinary.isolated and not oldest.isolated
