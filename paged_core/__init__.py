@@ -26,7 +26,7 @@ from paged_core.scheduling.request import FinishReason, Logprob, Request, Reques
 if TYPE_CHECKING:
     from paged_core.engine.engine import Engine
     from paged_core.engine.openmp import release_helper_threads
-    from paged_core.engine.view import BlockCells, EngineView
+    from paged_core.engine.view import BlockCells, EngineView, MemoryUse
     from paged_core.execution.batch import AttentionMetadata
     from paged_core.execution.kv_cache import KVCache
     from paged_core.execution.model import (
@@ -65,6 +65,7 @@ _LAZY = {
     "LLM": "frontends.llm",
     "LayerSpec": "execution.spec",
     "Likeliest": "sampling.sampler",
+    "MemoryUse": "engine.view",
     "ModelSpec": "execution.spec",
     "ModuleForward": "execution.model",
     "PagedModel": "execution.model",
@@ -108,6 +109,7 @@ __all__ = [
     "Likeliest",
     "LogitsProcessor",
     "Logprob",
+    "MemoryUse",
     "ModelSpec",
     "ModuleForward",
     "PagedCoreError",

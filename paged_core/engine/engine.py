@@ -24,7 +24,7 @@ from paged_core.engine.observers import Observers
 from paged_core.engine.open_requests import OpenRequests
 from paged_core.engine.stats import StepStats
 from paged_core.engine.step_runner import StepRunner
-from paged_core.engine.view import EngineView
+from paged_core.engine.view import EngineView, MemoryUse
 from paged_core.execution.batch import BatchBuilder
 from paged_core.execution.model import AcceleratedModel, EmbeddingModel, TokenSelector
 from paged_core.plugins import load_plugins
@@ -193,6 +193,11 @@ class Engine:
             )
         return self._runner.cache.read(request.block_table, request.num_computed)
 
+    @property
+    def memory(self) -> MemoryUse:
+        """What the K/V cache takes and holds now."""
+        return MemoryUse.of(self._pool, self._runner.cache)
+
     def release_memory(self) -> bool:
         """Give back all K/V memory, cached prefixes included; the next request takes it anew. False: nothing was
         given back, since running requests need it. A plugin's cache that can't grow keeps its memory."""
@@ -206,6 +211,16 @@ class Engine:
     def view(self) -> EngineView:
         """What runs, what waits and what every block is. Between two steps; the view itself is for any thread."""
         return EngineView.of(self._scheduler)
+
+    @property
+    def captured_steps(self) -> frozenset[tuple[int, int]] | None:
+        """Decode steps that are replayed as CUDA graphs now: (rows, tokens of the longest sequence) of each graph.
+        None: this engine captures none."""
+        return self._runner.captured
+
+    def check(self) -> None:
+        """Assert that requests and blocks agree: no block is lost, shared unknown or used twice. Between two steps."""
+        self._scheduler.check()
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""EngineView: what an engine holds at one moment, for people who watch. Plain copies."""
+"""EngineView and MemoryUse: what an engine holds at one moment, for people who watch. Plain copies."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from paged_core.execution.kv_cache import KVCache
+from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.scheduler import Scheduler
 
 
@@ -52,3 +54,18 @@ class EngineView(NamedTuple):
         states = (is_cached, references == 1, references > 1)
         cached, used, shared = (np.add.reduceat(state.astype(np.int64), starts).tolist() for state in states)
         return BlockCells(len(references), per_cell, cached, used, shared)
+
+
+class MemoryUse(NamedTuple):
+    """The K/V cache at one moment between two steps."""
+
+    num_blocks: int  # that there can be
+    num_blocks_backed: int  # that have memory
+    num_blocks_used: int  # referenced by requests
+    num_blocks_cached: int  # kept for prefix hits only
+    num_bytes: int  # of memory that is taken, the null block's included
+
+    @classmethod
+    def of(cls, pool: BlockPool, cache: KVCache) -> MemoryUse:
+        """Of a pool whose blocks lie in that cache."""
+        return cls(pool.num_blocks, cache.num_blocks, pool.num_used, pool.num_cached, cache.num_bytes)

@@ -61,6 +61,11 @@ class DecodeGraphs:
         self._logits: Tensor | None = None  # [rows, vocab], of whichever graph ran last
         self._num_filled = 0  # rows of the inputs from here on are padding
 
+    @property
+    def captured(self) -> frozenset[tuple[int, int]]:
+        """(rows, longest sequence) of each graph that is there."""
+        return frozenset(self._replays)
+
     def warm_up(
         self, forward: Forward, replayable: Callable[[], bool], progress: Callable[[str, int, int], None]
     ) -> None:

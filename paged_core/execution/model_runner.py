@@ -44,6 +44,11 @@ class ModelRunner:
         captures = self._graphs.num_captures if self._graphs is not None else 0
         return captures + int(getattr(self._backend, "num_compiles", 0))
 
+    @property
+    def captured(self) -> frozenset[tuple[int, int]] | None:
+        """(rows, longest sequence) of each graph; None: there are no graphs."""
+        return self._graphs.captured if self._graphs is not None else None
+
     @torch.inference_mode()
     def warm_up(self, progress: Callable[[str, int, int], None]) -> None:
         """Capture every graph now. Not on a cache that will grow: its addresses will change, and graphs hold them."""

@@ -56,7 +56,7 @@ class Episode:
             self.place = place
             operation(self, rnd)
             self._counts["operations"] += 1
-            self._engine._scheduler.check()
+            self._engine.check()
         self.place = None
         self._end(random.Random(f"{self._name}.end"))
 
@@ -228,7 +228,7 @@ class Episode:
                 row.cancelled = True
             self._engine.close()
         self._drain(rnd)
-        assert self._engine._pool.num_used == 0, "blocks are lost"
+        assert self._engine.memory.num_blocks_used == 0, "blocks are lost"
         assert self._engine._pool.num_available == self._config.num_blocks
         assert not self._rows, f"never ended: {list(self._rows)}"
         assert not len(self._engine._open)
@@ -242,7 +242,7 @@ class Episode:
             if not self._engine.has_work:
                 return
             self._step(rnd)
-            self._engine._scheduler.check()
+            self._engine.check()
         raise AssertionError(f"{_PATIENCE} steps, and these have not ended: {list(self._rows)}")
 
     def _die(self, rnd: random.Random) -> None:

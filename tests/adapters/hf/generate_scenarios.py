@@ -108,7 +108,7 @@ class Others:
             thread.join()
         assert not self.wrong
         assert threading.enumerate() == [threading.main_thread()]
-        assert MODEL.generate.tiers.host.engine._pool.num_used == 0
+        assert MODEL.generate.tiers.host.engine.memory.num_blocks_used == 0
 
 
 # ---- scenarios ---------------------------------------------------------------------------------------------------

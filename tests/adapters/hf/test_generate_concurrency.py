@@ -48,7 +48,7 @@ def host_of(model: Any) -> Any:
 
 def used_blocks(model: Any) -> int:
     engine = host_of(model).engine
-    return engine._pool.num_used if engine is not None else 0
+    return engine.memory.num_blocks_used if engine is not None else 0
 
 
 def prompt(seed: int, rows: int = 1) -> dict[str, Tensor]:
@@ -436,7 +436,7 @@ def test_calls_that_preempt_and_wait_for_one_another_all_end_with_the_right_toke
     assert {answer[1].tier for answer in answers} == {"native"}
     engine = host_of(model).engine
     assert engine.last_stats.total_preemptions > 0
-    assert engine._pool.num_used == 0
+    assert engine.memory.num_blocks_used == 0
     engine._pool.check()
 
 
@@ -463,7 +463,7 @@ def test_a_call_larger_than_the_budget_goes_to_stock_with_a_warning_or_raises(
     if kv_cache_memory > BLOCK_BYTES:
         strict(**prompt(2), max_new_tokens=3, do_sample=False)
         assert strict.last_report().tier == "native"
-    assert strict.tiers.host.engine is None or strict.tiers.host.engine._pool.num_used == 0
+    assert strict.tiers.host.engine is None or strict.tiers.host.engine.memory.num_blocks_used == 0
 
 
 # ---- processes ---------------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ def test_calls_struck_at_any_point_leave_the_model_as_it_was(model: Any, way: st
         assert answers(model, options) == expected
     until(lambda: host._thread is None)
     assert host.num_open == 0
-    assert host.engine._pool.num_used == 0
+    assert host.engine.memory.num_blocks_used == 0
     model.generate(**PROMPT, **options)
     assert model.generate.last_report().tier == "native"
 
@@ -160,7 +160,7 @@ def test_a_call_whose_caller_is_gone_is_ended(model: Any, monkeypatch: pytest.Mo
     thread.join(LIMIT_S)
     until(lambda: host._thread is None)
     assert host.num_open == 0
-    assert host.engine._pool.num_used == 0
+    assert host.engine.memory.num_blocks_used == 0
 
 
 def test_a_lock_that_is_never_given_back_is_noticed_and_stock_answers(model: Any) -> None:

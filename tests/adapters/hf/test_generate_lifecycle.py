@@ -145,7 +145,7 @@ def test_as_a_context_manager_it_gives_back_what_the_model_had(make: Any) -> Non
         agrees(model)
         raise ZeroDivisionError
     assert model.generate is own
-    assert patched.tiers.host.engine is None or patched.tiers.host.engine._pool.num_backed == 0
+    assert patched.tiers.host.engine is None or patched.tiers.host.engine.memory.num_blocks_backed == 0
 
 
 def test_patching_twice_is_harmless(model: Any) -> None:
@@ -274,9 +274,9 @@ def test_a_dropped_model_is_freed_with_all_that_was_made_for_it(make: Any, check
 def test_released_memory_is_given_back_and_taken_anew(model: Any) -> None:
     before = agrees(model)
     engine = host_of(model).engine
-    assert engine._pool.num_backed > 0
+    assert engine.memory.num_blocks_backed > 0
     assert model.generate.release() is True
-    assert engine._pool.num_backed == 0
+    assert engine.memory.num_blocks_backed == 0
     assert agrees(model) == before
     assert model.generate.release() is True
 

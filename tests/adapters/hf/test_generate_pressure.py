@@ -21,7 +21,7 @@ def model(tiny: Any) -> Iterator[Any]:
     made = tiny("llama", num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
     made.generate = paged_generate(made, kv_cache_memory=12 * BLOCK_BYTES, check=False)
     yield made
-    assert made.generate.tiers.host.engine._pool.num_used == 0
+    assert made.generate.tiers.host.engine.memory.num_blocks_used == 0
 
 
 def ids(length: int) -> torch.Tensor:

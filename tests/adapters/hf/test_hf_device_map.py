@@ -74,4 +74,4 @@ def test_layers_run_and_keep_their_cache_where_they_were_placed(count):
     assert found == tokens(make_model())[0]
     cached = [str(keys.device) for keys in engine._runner.cache.keys]
     assert cached == [places[f"model.layers.{i}"] for i in range(4)]
-    assert engine._runner._graphs is None  # of one device only
+    assert engine.captured_steps is None  # of one device only

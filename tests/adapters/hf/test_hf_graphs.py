@@ -51,7 +51,7 @@ def test_a_models_decode_steps_are_captured_and_replayed_with_the_same_tokens(na
     plain, _ = tokens(model, cuda_graphs=False)
     replayed, engine = tokens(model, cuda_graphs=True)
     assert replayed == plain
-    assert engine._runner._graphs._replays
+    assert engine.captured_steps
     assert engine.last_stats.total_late_compiles == 0
 
 
@@ -64,7 +64,7 @@ def test_frequencies_that_follow_the_longest_request_are_not_captured_and_the_to
         eager, engine = tokens(model, cuda_graphs=True)
     assert eager == plain
     assert "without CUDA graphs" in caplog.text
-    assert engine._runner._graphs.num_captures == 0
+    assert engine.captured_steps == set()
 
 
 def make_engine(model, **config):
@@ -100,7 +100,7 @@ def test_what_a_user_does_in_python_is_done_in_every_step(way, monkeypatch):
 
     plain = run(make_engine(model), [1, 2, 3])
     engine = make_engine(model)
-    assert engine._runner._graphs._replays
+    assert engine.captured_steps
     handle = None
     if way == "hook":
         handle = module.register_forward_hook(lambda _, given, out: add(out))
@@ -119,7 +119,7 @@ def test_what_a_user_does_in_python_is_done_in_every_step(way, monkeypatch):
     else:
         del module.forward
     assert run(engine, [1, 2, 3]) == plain
-    assert engine._runner._graphs._replays
+    assert engine.captured_steps
 
 
 def test_prompts_that_are_embeddings_do_not_cost_others_their_graphs(monkeypatch):
@@ -130,14 +130,14 @@ def test_prompts_that_are_embeddings_do_not_cost_others_their_graphs(monkeypatch
     engine = make_engine(paged, kv_cache_slab_bytes=4096)  # nothing is captured ahead
     ids = paged.lend(model.get_input_embeddings()(torch.tensor([1, 2, 3])).detach())
     assert run(engine, ids) == plain
-    assert not engine._runner._graphs._replays
+    assert not engine.captured_steps
     paged.take_back(ids)
     assert run(engine, [1, 2, 3]) == plain
-    assert engine._runner._graphs._replays
-    captures = engine._runner._graphs.num_captures
+    assert engine.captured_steps
+    captures = engine.last_stats.total_late_compiles
     ids = paged.lend(model.get_input_embeddings()(torch.tensor([1, 2, 3])).detach())
     assert run(engine, ids) == plain
-    assert engine._runner._graphs.num_captures == captures, "what is captured is replayed"
+    assert engine.last_stats.total_late_compiles == captures, "what is captured is replayed"
 
 
 def test_a_model_that_outlives_its_engine_keeps_none_of_its_memory():

@@ -28,8 +28,8 @@ def run(engine):
     outputs = []
     while engine.has_work:
         outputs += engine.step()
-        engine._scheduler.check()
-    assert engine._pool.num_used == 0
+        engine.check()
+    assert engine.memory.num_blocks_used == 0
     return outputs
 
 
@@ -207,7 +207,7 @@ def test_when_the_model_raises_only_the_culprit_ends():
     assert all("I don't like 13" in output.error for output in errors)
     assert tokens_of(outputs)["a", 0] == TinyModel().generate([1, 2, 3], 5)
     assert tokens_of(outputs)["b", 0] == TinyModel().generate([6, 7], 5)
-    assert engine._pool.num_used == 0
+    assert engine.memory.num_blocks_used == 0
 
 
 def test_a_model_that_always_raises_answers_every_request():
@@ -244,7 +244,7 @@ def test_a_row_can_be_stopped_between_steps():
     assert final.finish_reason is FinishReason.STOP
     assert engine.stop(row) is None
     assert not engine.has_work
-    assert engine._pool.num_used == 0
+    assert engine.memory.num_blocks_used == 0
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -499,7 +499,7 @@ def test_beams_whose_tokens_are_brought_from_outside_are_those_of_plain_beam_sea
     for _ in range(12):
         while not all(row.held for row in rows):
             outputs += engine.step()
-            engine._scheduler.check()
+            engine.check()
         choice = beams.select(torch.stack([later.logits[row] for row in rows]), rows)
         engine.resume(rows, choice.token_ids, choice.parents)
     assert [row.output_token_ids for row in rows] == beam_search(model, prompt, 4, 12)
@@ -518,8 +518,8 @@ def test_rows_of_a_group_with_one_prompt_share_the_blocks_of_that_prompt():
     assert torch.equal(later.logits[rows[0]], later.logits[rows[3]])
     engine.resume(rows, [1, 1, 2, 3])
     engine.step()
-    engine._scheduler.check()
-    assert engine._pool.num_used == 6 + 2, "two of the three rows that share a half-filled block have copied it"
+    engine.check()
+    assert engine.memory.num_blocks_used == 6 + 2, "two of the three rows that share a half-filled block have copied it"
     truth = TinyModel().generate([5] * 10 + [3], 1)
     assert [int(later.logits[rows[3]].argmax())] == truth
 
@@ -591,4 +591,4 @@ def test_the_cache_is_sized_from_a_budget_of_bytes():
     bytes_per_block = 2 * 2 * 4 * 2 * 16 * 4  # layers, K and V, slots, kv heads, head dim, float32
     engine = make_engine(num_blocks=None, kv_cache_bytes=10 * bytes_per_block + 5)
     assert engine.sizes.num_blocks == 10
-    assert engine._runner.cache.num_bytes == 11 * bytes_per_block  # and the null block
+    assert engine.memory.num_bytes == 11 * bytes_per_block  # and the null block

@@ -45,7 +45,7 @@ def run(engine: Engine) -> dict[str, list[Any]]:
         for output in engine.step():
             if output.finish_reason is not None:
                 ends.setdefault(output.request.id, []).append(output)
-        engine._scheduler.check()
+        engine.check()
     return ends
 
 

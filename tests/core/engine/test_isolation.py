@@ -51,8 +51,8 @@ def run(engine: Engine) -> dict[str, Any]:
         for output in engine.step():
             if output.finish_reason is not None:
                 ends.setdefault(output.request.id, output)
-        engine._scheduler.check()
-    assert engine._pool.num_used == 0
+        engine.check()
+    assert engine.memory.num_blocks_used == 0
     return ends
 
 
@@ -342,7 +342,7 @@ def test_tokens_and_parents_that_cant_be_resumed_are_refused_and_change_nothing(
     ):
         with pytest.raises(InvalidRequestError):
             engine.resume(given, tokens, parents)
-        engine._scheduler.check()
+        engine.check()
         assert [row.tokens for row in (*rows, *other)] == [PROMPT, PROMPT, [1, 2]]
     engine.resume(rows, [4, 5], [0, 0])
     assert [row.tokens for row in rows] == [[*PROMPT, 4], [*PROMPT, 5]]
@@ -378,7 +378,7 @@ def test_a_policy_without_a_usable_key_for_a_request_refuses_that_one(key: Any) 
         engine.add_request(str(i), [1, 2, 3], greedy(9))
     with pytest.raises((ValueError, MyOwn, TypeError)):
         engine.add_request("bad", PROMPT, greedy(9))
-    engine._scheduler.check()
+    engine.check()
     assert "bad" not in engine._open
     ends = run(engine)
     assert [ends[str(i)].request.output_token_ids for i in range(3)] == [TinyModel().generate([1, 2, 3], 9)] * 3

@@ -29,9 +29,9 @@ def run(engine, between=lambda: None):
             if output.finish_reason is not None:
                 assert key not in ends
                 ends[key] = str(output.finish_reason)
-        engine._scheduler.check()
+        engine.check()
         between()
-    assert engine._pool.num_used == 0
+    assert engine.memory.num_blocks_used == 0
     return tokens, ends, ahead
 
 

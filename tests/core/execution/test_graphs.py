@@ -13,6 +13,7 @@ from tiny_model import VOCAB, TinyModel
 from paged_core import ConfigError, Engine, EngineConfig, SamplingParams, Selection
 from paged_core.engine import assembly
 from paged_core.engine.sizes import step_sizes
+from paged_core.execution import graphs
 from paged_core.execution.graphs import length_classes, row_classes
 
 
@@ -44,7 +45,7 @@ def run(engine):
         for output in engine.step():
             tokens.setdefault((output.request.id, output.request.index), []).extend(output.token_ids)
             assert output.error is None
-        engine._scheduler.check()
+        engine.check()
     return tokens
 
 
@@ -118,16 +119,15 @@ def test_classes_cover_every_size_and_waste_little():
     assert length_classes(32768) == [1024, 4096, 16384, 32768]
 
 
-def test_each_length_has_a_graph_of_its_own():
+def test_each_length_has_a_graph_of_its_own(monkeypatch):
     engine = make_engine(TinyModel(), max_model_len=200)
-    assert [key[1] for key in engine._runner._graphs._replays] == [200] * 4
-    graphs = engine._runner._graphs
-    graphs._lengths = [32, 200]
-    graphs._tables[32] = torch.zeros(6, 8, dtype=torch.int32)
-    graphs.drop()
+    assert engine.captured_steps == {(rows, 200) for rows in (6, 4, 2, 1)}
+    monkeypatch.setattr(graphs, "length_classes", lambda longest: [32, longest])
+    engine = make_engine(TinyModel(), max_model_len=200)
+    engine.release_memory()  # and the graphs: they are captured again when a step wants them
     engine.add_request("a", [1, 2, 3], greedy(60))
     assert run(engine)["a", 0] == TinyModel().generate([1, 2, 3], 60)
-    assert set(graphs._replays) == {(1, 32), (1, 200)}
+    assert engine.captured_steps == {(1, 32), (1, 200)}
 
 
 def test_sampled_tokens_are_those_of_an_engine_without_graphs():
@@ -153,12 +153,12 @@ def test_a_padding_row_writes_over_nothing():
 def test_a_growing_cache_is_not_captured_ahead_and_each_growth_drops_the_graphs():
     block_bytes = 2 * 2 * 4 * 2 * 16 * 4
     engine = make_engine(kv_cache_slab_bytes=8 * block_bytes)
-    assert engine._runner.num_compiles == 0
+    assert engine.captured_steps == set()
     truth = workload(engine)
     assert run(engine) == truth
     assert engine.last_stats.total_late_compiles > 0
     assert engine.release_memory()
-    assert not engine._runner._graphs._replays
+    assert not engine.captured_steps
     truth = workload(engine, seed=2)
     assert run(engine) == truth
 
@@ -200,7 +200,7 @@ def test_a_model_that_waits_for_its_device_runs_without_graphs_and_the_log_says_
     assert "not permitted when stream is capturing" in told[0]
 
 
-def test_a_failing_step_is_searched_for_its_culprit_without_graphs():
+def test_a_failing_step_is_searched_for_its_culprit_without_graphs(monkeypatch):
     class Trap(TinyModel):
         def forward(self, token_ids, positions, attend, sample_indices):
             if 95 in token_ids.tolist():  # tolist is no operation: the capture doesn't see it
@@ -208,15 +208,14 @@ def test_a_failing_step_is_searched_for_its_culprit_without_graphs():
             return super().forward(token_ids, positions, attend, sample_indices)
 
     engine = make_engine(Trap())
-    graphs = engine._runner._graphs
-    rerun = graphs.run
+    rerun = graphs.DecodeGraphs.run
 
-    def failing(batch, *how):
+    def failing(these, batch, *how):
         if 95 in batch.token_ids.tolist():
             raise RuntimeError("a replay failed")
-        return rerun(batch, *how)
+        return rerun(these, batch, *how)
 
-    graphs.run = failing
+    monkeypatch.setattr(graphs.DecodeGraphs, "run", failing)
     prompts = {i: [i, 2, 3] for i in range(4)}
     for i, prompt in prompts.items():
         engine.add_request(str(i), prompt, greedy(20, logit_bias={95: 1000.0 if i == 2 else -1000.0}))
@@ -251,7 +250,7 @@ def test_asking_for_graphs_where_there_can_be_none_is_refused_with_the_reason(mo
     monkeypatch.delitem(assembly.RECORDERS, "cpu")
     with pytest.raises(ConfigError, match="the model is on cpu, not on a CUDA device"):
         make_engine()
-    assert make_engine(cuda_graphs=None)._runner._graphs is None
+    assert make_engine(cuda_graphs=None).captured_steps is None
 
 
 def test_a_model_on_several_devices_has_no_graphs_and_asking_for_them_is_refused():
@@ -300,7 +299,7 @@ def test_a_step_without_memory_for_its_graph_takes_a_larger_one_or_none_and_the_
     model = TinyModel()
     with caplog.at_level(logging.WARNING, "paged_core"):
         engine = make_engine(model)  # the largest is captured first
-    assert len(engine._runner._graphs._replays) == room
+    assert len(engine.captured_steps) == room
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["no memory for more CUDA graphs"]
     calls = counting(model)
     engine.add_request("a", [1, 2, 3], greedy(10))
@@ -310,7 +309,7 @@ def test_a_step_without_memory_for_its_graph_takes_a_larger_one_or_none_and_the_
     assert engine.release_memory()  # and with it what was remembered of memory
     engine.add_request("a", [1, 2, 3], greedy(10))
     assert run(engine)["a", 0] == TinyModel().generate([1, 2, 3], 10)
-    assert set(engine._runner._graphs._replays) == {(1, 200)}
+    assert engine.captured_steps == {(1, 200)}
 
 
 def test_a_late_capture_without_memory_leaves_the_running_graphs_alone(monkeypatch):
@@ -323,4 +322,4 @@ def test_a_late_capture_without_memory_leaves_the_running_graphs_alone(monkeypat
     monkeypatch.setattr(Scarce, "room", 0)
     engine.add_request("b", [4, 5], greedy(5))
     assert run(engine)["b", 0] == TinyModel().generate([4, 5], 5)
-    assert set(engine._runner._graphs._replays) == {(1, 200)}
+    assert engine.captured_steps == {(1, 200)}

@@ -60,8 +60,8 @@ def run(engine):
     while engine.has_work:
         for output in engine.step():
             tokens.setdefault((output.request.id, output.request.index), []).extend(output.token_ids)
-        engine._scheduler.check()
-        assert engine._runner.cache.num_blocks >= engine._pool.num_backed
+        engine.check()
+        assert engine.memory.num_blocks_backed >= engine._pool.num_backed
     return tokens
 
 
@@ -91,25 +91,25 @@ def test_tokens_are_the_same_while_the_cache_grows_under_them(plugins, window):
     while engine.has_work:
         for output in engine.step():
             found.setdefault((output.request.id, output.request.index), []).extend(output.token_ids)
-        sizes.add(engine._runner.cache.num_blocks)
+        sizes.add(engine.memory.num_blocks_backed)
     assert found == wanted
     assert len(sizes) >= 4
 
 
 def test_memory_is_what_requests_need_and_not_what_the_limit_allows():
     engine = make_engine()
-    assert engine._runner.cache.num_bytes == 3 * BLOCK_BYTES  # two blocks, and the null block
+    assert engine.memory.num_bytes == 3 * BLOCK_BYTES  # two blocks, and the null block
     for i in range(6):  # one after another: 10 blocks each
         engine.add_request(str(i), prompt_of(20, seed=i), greedy(20))
         run(engine)
-    assert 10 <= engine._runner.cache.num_blocks <= 15
-    assert engine._runner.cache.num_bytes == (engine._runner.cache.num_blocks + 1) * BLOCK_BYTES
+    assert 10 <= engine.memory.num_blocks_backed <= 15
+    assert engine.memory.num_bytes == (engine.memory.num_blocks_backed + 1) * BLOCK_BYTES
     assert engine.last_stats.num_blocks == 400
 
 
 def test_what_fits_into_the_limit_runs_and_what_does_not_is_refused_however_small_the_slabs_are():
     engine = make_engine(num_blocks=12, kv_cache_slab_bytes=1)
-    assert engine._pool.num_backed == 1
+    assert engine.memory.num_blocks_backed == 1
     with pytest.raises(InvalidRequestError, match="may need 13 K/V blocks but the cache has 12"):
         engine.add_request("long", prompt_of(30), greedy(20))
     engine.add_request("a", prompt_of(30), greedy(19))
@@ -117,12 +117,12 @@ def test_what_fits_into_the_limit_runs_and_what_does_not_is_refused_however_smal
     found = run(engine)
     assert found["a", 0] == TinyModel().generate(prompt_of(30), 19)
     assert found["b", 0] == TinyModel().generate(prompt_of(30, seed=1), 19)
-    assert engine._runner.cache.num_blocks == 12
+    assert engine.memory.num_blocks_backed == 12
 
 
 def test_without_slabs_the_cache_is_whole_from_the_start():
     engine = make_engine(kv_cache_slab_bytes=None)
-    assert engine._runner.cache.num_blocks == engine._pool.num_backed == 400
+    assert engine.memory.num_blocks_backed == engine._pool.num_backed == 400
     with pytest.raises(ConfigError, match="kv_cache_slab_bytes is 0"):
         make_engine(kv_cache_slab_bytes=0)
 
@@ -204,8 +204,8 @@ def test_released_memory_is_gone_with_its_prefixes_and_the_next_request_takes_it
         assert run(engine)["a", 0] == TinyModel().generate(prompt, 10)
         assert engine.last_stats.total_prefix_hits == 0
         assert engine.release_memory()
-        engine._scheduler.check()
-        assert (engine._runner.cache.num_blocks, engine._pool.num_cached) == (0, 0)
+        engine.check()
+        assert (engine.memory.num_blocks_backed, engine.memory.num_blocks_cached) == (0, 0)
         assert engine.release_memory()  # twice is harmless
 
 

@@ -42,7 +42,7 @@ def run(engine):
         for output in engine.step():
             assert output.error is None
             found.setdefault((output.request.id, output.request.index), []).append(output)
-        engine._scheduler.check()
+        engine.check()
     return found
 
 

@@ -48,7 +48,7 @@ def run(engine):
     while engine.has_work:
         for output in engine.step():
             tokens.setdefault((output.request.id, output.request.index), []).extend(output.token_ids)
-        engine._scheduler.check()
+        engine.check()
     return tokens
 
 
@@ -120,7 +120,7 @@ def test_the_same_bytes_hold_more_blocks(dtype):
     def blocks(kv_cache_dtype):
         engine = make_engine(num_blocks=None, kv_cache_bytes=100_000, kv_cache_dtype=kv_cache_dtype)
         assert engine._runner.cache.num_blocks == engine.sizes.num_blocks
-        assert engine._runner.cache.num_bytes <= 100_000 * (1 + 1 / engine.sizes.num_blocks)
+        assert engine.memory.num_bytes <= 100_000 * (1 + 1 / engine.sizes.num_blocks)
         return engine.sizes.num_blocks
 
     # A head of 16 dims takes 16 bytes and 4 for its scale, in place of 64 or 32.

@@ -77,7 +77,7 @@ def test_the_best_beams_are_those_of_a_plain_search_among_other_requests(config:
     truth = plain_search(model, PROMPT, width, 14, 1.0, {EOS}, False)
     check_rows(found.outputs, truth)
     assert [output.token_ids for each in others for output in each.outputs] == [model.generate(p, 20) for p in prompts]
-    assert llm.engine._pool.num_used == 0
+    assert llm.engine.memory.num_blocks_used == 0
     if config is TIGHT and width > 1:
         assert llm.engine.last_stats.total_preemptions > 0
     llm.close()
@@ -117,7 +117,7 @@ def test_a_search_ends_as_soon_as_no_running_beam_can_win() -> None:
     num_steps = 0
     while engine.has_work:
         outputs = engine.step()
-        engine._scheduler.check()
+        engine.check()
         num_steps += 1
     assert len(truth) <= num_steps < 40
     assert outputs[0].request.selector.best[0].token_ids == truth
@@ -128,11 +128,11 @@ def test_beams_share_the_blocks_of_what_they_have_in_common() -> None:
     engine.add_request("beams", list(range(40)), beams(8, 4, ignore_eos=True))
     engine.step()
     engine.step()
-    assert engine._pool.num_used < 10 + 2 * 8
+    assert engine.memory.num_blocks_used < 10 + 2 * 8
     assert engine.last_stats.num_blocks_shared > 0
     engine.abort("beams")
     assert {str(output.finish_reason) for output in engine.step()} == {"abort"}
-    assert engine._pool.num_used == 0
+    assert engine.memory.num_blocks_used == 0
 
 
 def test_a_stream_tells_beams_when_they_are_known_and_a_cancelled_search_ends() -> None:
