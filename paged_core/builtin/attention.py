@@ -14,13 +14,13 @@ import torch
 from paged_kernels.layers import Extras, LayerCache
 from torch import Tensor
 
+from paged_core.execution.model import AttentionBackend
 from paged_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from paged_core.config import StepSizes
     from paged_core.execution.batch import AttentionMetadata
     from paged_core.execution.kv_cache import KVCache
-    from paged_core.execution.model import AttentionBackend
     from paged_core.execution.spec import LayerSpec, ModelSpec
 
 
@@ -47,7 +47,7 @@ def create_reference_backend(name: str, spec: ModelSpec) -> AttentionBackend | N
     return ReferenceBackend(spec) if name in ("auto", "reference") else None
 
 
-class ReferenceBackend:
+class ReferenceBackend(AttentionBackend):
     """Attention in plain torch, on any device: the answer the others are held against."""
 
     name = "reference"
@@ -87,7 +87,7 @@ class ReferenceBackend:
         self._ops.copy_blocks(cache.tensors, pairs)
 
 
-class PlannedBackend:
+class PlannedBackend(AttentionBackend):
     """What backends have in common whose kernels are given a plan: each layer runs by its own, a launch or more."""
 
     _ops: Any  # the module of launchers

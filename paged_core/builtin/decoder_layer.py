@@ -8,16 +8,14 @@ What is saved is not arithmetic but the way between it: some hundred calls of sm
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paged_core.builtin.elementwise import alike, norm_forward
 from paged_core.builtin.packed import Layers
-
-if TYPE_CHECKING:
-    from paged_core.execution.model import ModuleForward
+from paged_core.execution.model import ModuleForward
 
 _ROWS = 5
 _HONOURED = frozenset({"attend", "position_embeddings", "position_ids"})  # the last are in the angles already
@@ -68,7 +66,7 @@ def _matters(value: Any) -> bool:
     return value is not None and value is not False
 
 
-class _DecoderLayer:
+class _DecoderLayer(ModuleForward):
     """Stands for one layer's forward. Calls that are not the engine's own go to the module."""
 
     follows_module = True

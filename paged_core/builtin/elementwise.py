@@ -11,13 +11,12 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from paged_core.execution.model import ModuleForward
+from paged_core.execution.model import ModuleForward
 
 Rotated = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """``q [T,H,D], k [T,K,D], cos [T,D], sin [T,D] -> (q, k)``, into new tensors."""
@@ -95,7 +94,7 @@ def norm_forward(module: nn.Module) -> ModuleForward | None:
     return None
 
 
-class _RMSNorm:
+class _RMSNorm(ModuleForward):
     """x / rms(x) * weight, or * (1 + weight), in one pass."""
 
     follows_module = True
@@ -161,7 +160,7 @@ def rotated_on_cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
     return q, k
 
 
-class _Rotating:
+class _Rotating(ModuleForward):
     """The module's own forward over a copy of its globals, in which one function is another. Its children are called
     as always."""
 

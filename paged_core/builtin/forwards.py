@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,8 @@ from torch import Tensor, nn
 from paged_core.builtin.decoder_layer import decoder_layer_forward, is_decoder_layer
 from paged_core.builtin.elementwise import alike, norm_forward, rotary_forward, rotated_on_cpu, stock
 from paged_core.builtin.packed import Layers, packable
+from paged_core.execution.model import ModuleForward
 from paged_core.hookspecs import hookimpl
-
-if TYPE_CHECKING:
-    from paged_core.execution.model import ModuleForward
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called on one input, the first one first
 _PROBE_ROWS = 5
@@ -68,19 +66,21 @@ def _have_kernels() -> bool:
     return find_spec("numba") is not None
 
 
-class _Linear:
+class _Linear(ModuleForward):
     """One linear layer from its packed weight."""
 
     follows_module = True
 
     def __init__(self, module: nn.Module) -> None:
         self._layers = Layers([module])
-        self.stale = self._layers.stale
 
     def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())
         product = self._layers.packed(x)
         return self._layers.alone(0, x) if product is None else product(x)
+
+    def stale(self) -> bool:
+        return self._layers.stale()
 
 
 class _Left(threading.local):
@@ -95,7 +95,7 @@ class _Left(threading.local):
 _LEFT = _Left()
 
 
-class _Sibling:
+class _Sibling(ModuleForward):
     """One of several linear layers over one input: the first computes for all, the others take what it left them.
 
     Another input, one that was written to, another order or a second call finds nothing and is computed alone.
@@ -105,7 +105,6 @@ class _Sibling:
 
     def __init__(self, layers: Layers, sizes: Sequence[int], index: int) -> None:
         self._layers, self._sizes, self._index = layers, list(sizes), index
-        self.stale = layers.stale
 
     def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())
@@ -120,8 +119,11 @@ class _Sibling:
             left.product = left.x = None
         return self._layers.alone(index, x) if part is None else part
 
+    def stale(self) -> bool:
+        return self._layers.stale()
 
-class _GatedMLP:
+
+class _GatedMLP(ModuleForward):
     """down(silu(gate(x)) * up(x)) in two products."""
 
     follows_module = True

@@ -12,17 +12,15 @@ import logging
 import weakref
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paged_core.builtin.decoder_layer import mixing_attend
 from paged_core.builtin.elementwise import CLOSE, alike, eps_of, norm_trial, rotary_forward, stock
+from paged_core.execution.model import ModuleForward
 from paged_core.hookspecs import hookimpl
-
-if TYPE_CHECKING:
-    from paged_core.execution.model import ModuleForward
 
 _log = logging.getLogger("paged_core")
 _DTYPES = tuple(CLOSE)
@@ -64,7 +62,7 @@ def gpu_forward(module: nn.Module, device: torch.device) -> ModuleForward | None
 # ---- norms -----------------------------------------------------------------------------------------------------
 
 
-class _Norm:
+class _Norm(ModuleForward):
     """round(x / rms(x)) * weight, in one pass. The weight is the module's own, looked up at each call."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -107,7 +105,7 @@ def _rotary_forward(module: nn.Module, device: torch.device) -> ModuleForward | 
 # ---- gated MLPs ------------------------------------------------------------------------------------------------
 
 
-class _GatedMLP:
+class _GatedMLP(ModuleForward):
     """down(silu(gate(x)) * up(x)): the three are called as modules, what stands between them is one kernel."""
 
     calls_children = True
@@ -156,7 +154,7 @@ def _mlp_forward(module: nn.Module) -> _GatedMLP | None:
 # ---- decoder layers --------------------------------------------------------------------------------------------
 
 
-class _DecoderLayer:
+class _DecoderLayer(ModuleForward):
     """norm, attention, sum and norm at once, MLP, sum. All parts but the second norm are called as modules."""
 
     calls_children = True

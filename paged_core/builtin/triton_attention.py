@@ -15,12 +15,12 @@ from torch import Tensor
 
 from paged_core.builtin.attention import PlannedBackend, layer_extras
 from paged_core.builtin.gpu_forwards import triton_works
+from paged_core.execution.model import AttentionBackend
 from paged_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from paged_core.config import StepSizes
     from paged_core.execution.batch import AttentionMetadata
-    from paged_core.execution.model import AttentionBackend
     from paged_core.execution.spec import LayerSpec, ModelSpec
 
 

@@ -16,13 +16,7 @@ from paged_core.errors import ConfigError, PluginError, UnsupportedModel
 from paged_core.execution import compiling, kv_cache
 from paged_core.execution.graphs import CudaRecorder, DecodeGraphs, Record
 from paged_core.execution.kv_cache import KVCache
-from paged_core.execution.model import (
-    AcceleratedModel,
-    AttentionBackend,
-    CompilableModel,
-    PagedModel,
-    RequestSampler,
-)
+from paged_core.execution.model import AttentionBackend, PagedModel, RequestSampler
 from paged_core.execution.model_runner import ModelRunner
 from paged_core.execution.spec import ModelSpec
 from paged_core.plugins import Plugins, describe
@@ -83,9 +77,9 @@ def load_model(
         PluginError: nobody can load it.
     """
     device_name, dtype_name = None if device is None else str(device), _dtype_name(dtype)
-    if isinstance(model, PagedModel):
+    if PagedModel.is_met_by(model):
         _check_placed(model.spec, device_name, dtype_name)
-        return model
+        return PagedModel.of(model)
     loaded = manager.hook.load_model(source=model, device=device_name, dtype=dtype_name)
     if loaded is None:
         _refuse_missing(model)
@@ -93,7 +87,7 @@ def load_model(
             f"no plugin can load {_short(model)}; loaded plugins: {describe(manager)}. "
             "For Hugging Face models: pip install 'paged-core[hf]'"
         )
-    return loaded  # type: ignore[no-any-return]
+    return PagedModel.of(loaded)
 
 
 def create_sampler(manager: Plugins, spec: ModelSpec, config: EngineConfig, sizes: StepSizes) -> RequestSampler:
@@ -109,25 +103,26 @@ def create_backend(
 ) -> AttentionBackend:
     """The attention backend, warmed up: its kernels are compiled here, never inside a request."""
     name = config.attention_backend
-    backend = manager.hook.create_attention_backend(name=name, spec=spec, config=filled(config, sizes), sizes=sizes)
-    if backend is None:
+    ask = manager.hook.create_attention_backend
+    found = ask(name=name, spec=spec, config=filled(config, sizes), sizes=sizes)
+    if found is None:
         raise UnsupportedModel(
             f"no attention backend called {name!r} can run this model here; leave attention_backend out for one that "
             f"can; loaded plugins: {describe(manager)}"
         )
-    if sizes.kv_dtype in kv_cache.QUANTIZED and not getattr(backend, "reads_scales", False):
+    backend = AttentionBackend.of(found)
+    if sizes.kv_dtype in kv_cache.QUANTIZED and not backend.reads_scales:
         raise ConfigError(
             f"attention backend {backend.name!r} does not read the scales of a K/V cache in {config.kv_cache_dtype}; "
             "leave kv_cache_dtype out, or set attention_backend to one that does (reference runs every model)"
         )
-    if hasattr(backend, "warm_up"):
-        backend.warm_up(progress or _show)
-    return backend  # type: ignore[no-any-return]
+    backend.warm_up(progress or _show)
+    return backend
 
 
 def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig) -> None:
     """Let plugins stand in for submodules, if the model lets them and the config wants it."""
-    if config.fast_forwards and not config.compile_model and isinstance(model, AcceleratedModel):
+    if config.fast_forwards and not config.compile_model:
         ask, device = manager.hook.create_module_forward, model.spec.device
         model.accelerate(lambda module: ask(module=module, device=device))
 
@@ -136,11 +131,11 @@ def compile_model(
     model: PagedModel, backend: AttentionBackend, config: EngineConfig, sizes: StepSizes, progress: Progress | None
 ) -> None:
     """Let torch compile the model if the config wants it, warmed up. What another engine had compiled is let go."""
-    if isinstance(model, CompilableModel) and (config.compile_model or model.compiled):
+    if model.compilable and (config.compile_model or model.compiled):
         model.compile_forward(False)
     if not config.compile_model:
         return
-    if not isinstance(model, CompilableModel):
+    if not model.compilable:
         raise ConfigError(f"compile_model is True, but {_short(model)} can't be compiled; leave it out")
     moved = compiling.compile_and_compare(model, backend, sizes.block_size, sizes.kv_dtype, progress or _show)
     if not moved <= compiling.tolerance(model.spec.dtype):
@@ -201,7 +196,7 @@ def create_graphs(
         obstacle = f"the model is on {spec.device}, not on a CUDA device"
     elif any(layer.device != spec.device for layer in spec.layers):
         obstacle = "the model's layers are on several devices"
-    elif not getattr(backend, "capturable", False):
+    elif not backend.capturable:
         obstacle = f"attention backend {backend.name!r} can't be captured"
     if config.cuda_graphs and obstacle:
         raise ConfigError(f"cuda_graphs is True, but {obstacle}; leave it out, and they are used where they can be")
@@ -244,4 +239,4 @@ def _refuse_missing(model: Any) -> None:
 
 
 def _short(model: Any) -> str:
-    return repr(model) if isinstance(model, str) else f"an object of type {type(model).__name__}"
+    return repr(model) if isinstance(model, str) else f"an object of type {model.__class__.__name__}"

@@ -8,8 +8,9 @@ from paged_core.scheduling.params import InvalidRequestError, SamplingParams
 from paged_core.scheduling.request import Request
 
 
-def check_prompt(prompt: Sequence[int], vocab_size: int, knows: Callable[[int], bool] | None = None) -> None:
-    """Raises InvalidRequestError if it is empty, holds ids that the model does not know, or is a byte string."""
+def check_prompt(prompt: Sequence[int], vocab_size: int, knows: Callable[[int], bool]) -> None:
+    """Raises InvalidRequestError if it is empty, is a byte string, or holds ids that are none of the vocabulary's and
+    that the model does not know (``knows``)."""
     if isinstance(prompt, (bytes, bytearray, memoryview)):
         told = f"the prompt is of type {type(prompt).__name__}; give token ids"
         raise InvalidRequestError(told, "prompt")
@@ -17,7 +18,7 @@ def check_prompt(prompt: Sequence[int], vocab_size: int, knows: Callable[[int], 
         told = "the prompt is empty; give at least one token (for example the model's bos token)"
         raise InvalidRequestError(told, "prompt")
     for token in prompt:
-        if not isinstance(token, int) or not (0 <= token < vocab_size or (knows is not None and knows(token))):
+        if not isinstance(token, int) or not (0 <= token < vocab_size or knows(token)):
             told = f"the prompt holds token id {token!r}; ids go from 0 to {vocab_size - 1}"
             raise InvalidRequestError(told, "prompt")
 

@@ -26,7 +26,7 @@ from paged_core.engine.stats import StepStats
 from paged_core.engine.step_runner import StepRunner
 from paged_core.engine.view import EngineView, MemoryUse
 from paged_core.execution.batch import BatchBuilder
-from paged_core.execution.model import AcceleratedModel, EmbeddingModel, TokenSelector
+from paged_core.execution.model import TokenSelector
 from paged_core.plugins import load_plugins
 from paged_core.sampling.beam_search import BeamSearch
 from paged_core.scheduling.params import InvalidRequestError, SamplingParams
@@ -73,8 +73,7 @@ class Engine:
         ahead = config.lookahead if config.lookahead is not None else self.spec.device.type == "cuda"
         self._steps = StepRunner(self._scheduler, builder, self._runner, parts.sampler, ahead=ahead)
         self._lookahead = Lookahead(self._scheduler, self._steps)
-        knows = self._model.knows if isinstance(self._model, EmbeddingModel) else None
-        self._intake = Intake(self.spec, knows, self._manager, config.seed)
+        self._intake = Intake(self._model, self._manager, config.seed)
         self._observers = Observers(self._manager)
         self._open = OpenRequests(self._observers)
         self._lifecycle = Lifecycle()
@@ -295,10 +294,11 @@ class Engine:
         Raises:
             EngineDeadError: it has become another model (dtype, device, vocabulary): this needs a new engine.
         """
-        if isinstance(self._model, AcceleratedModel) and not (self._refreshed and len(self._open)):
-            with self._lifecycle.device_looked_after():
-                changed = self._model.refresh()
-            if changed:
-                self._scheduler.forget_cached()
-                self._runner.drop_graphs()
-            self._refreshed = True
+        if self._refreshed and len(self._open):
+            return
+        with self._lifecycle.device_looked_after():
+            changed = self._model.refresh()
+        if changed:
+            self._scheduler.forget_cached()
+            self._runner.drop_graphs()
+        self._refreshed = True

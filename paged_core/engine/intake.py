@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from paged_core.engine.checks import check_prompt, check_token_ids
-from paged_core.execution.spec import ModelSpec
+from paged_core.execution.model import PagedModel, TokenSelector
 from paged_core.plugins import Plugins
-from paged_core.scheduling.params import SamplingParams
+from paged_core.scheduling.params import SamplingParams, for_row
 from paged_core.scheduling.request import Group, Request
 
 
@@ -17,17 +17,14 @@ class Intake:
     """Makes the rows of requests for one model.
 
     Args:
-        spec: what is known of the model.
-        knows: whether the model takes a token id beyond its vocabulary in prompts; None: it takes none.
+        model: the model that will compute them.
         manager: the plugins, which may bring logits processors.
         seed: of the seeds of requests that bring none.
     """
 
-    def __init__(
-        self, spec: ModelSpec, knows: Callable[[int], bool] | None, manager: Plugins, seed: int | None
-    ) -> None:
-        self._spec = spec
-        self._knows = knows
+    def __init__(self, model: PagedModel, manager: Plugins, seed: int | None) -> None:
+        self._model = model
+        self._spec = model.spec
         self._manager = manager
         self._seeds = random.Random(seed)
 
@@ -36,7 +33,7 @@ class Intake:
         request_id: str,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
-        selector: object | None,
+        selector: TokenSelector | None,
         lockstep: bool,
         eos_token_ids: Collection[int],
     ) -> list[Request]:
@@ -46,7 +43,7 @@ class Intake:
             InvalidRequestError: a prompt is empty, or an id is outside the vocabulary.
         """
         for prompt in prompts if lockstep else prompts[:1]:
-            check_prompt(prompt, self._spec.vocab_size, self._knows)
+            check_prompt(prompt, self._spec.vocab_size, self._model.knows)
         check_token_ids(params, self._spec.vocab_size)
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         stops = frozenset(params.stop_token_ids)
@@ -71,6 +68,6 @@ class Intake:
     def _add_processors(self, request: Request) -> None:
         answers = [p for p in self._manager.hook.create_logits_processor(request=request) if p is not None]
         asked = request.params.logits_processors
-        own = [each.for_request(request) if hasattr(each, "for_request") else each for each in asked]
+        own = [for_row(each, request) for each in asked]
         if answers or own != list(asked):
             request.params = replace(request.params, logits_processors=(*own, *answers))

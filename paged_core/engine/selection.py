@@ -8,7 +8,7 @@ room for all of its rows: it is asked first, before anybody else.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from paged_core.engine.answers import FAILED, checked
 from paged_core.execution.batch import PromptRows
-from paged_core.execution.model import Chosen, ForesightedSelector, RequestSampler, TokenSelector
+from paged_core.execution.model import Chosen, RequestSampler, TokenSelector
 from paged_core.interrupts import interrupts_the_process
 from paged_core.scheduling.request import FinishReason, Group, Request, Selection
 
@@ -45,7 +45,7 @@ def choose_rows(
     if len(selectors) != 1:
         return None
     selector = _selector_of(requests[0], sampler)
-    if not isinstance(selector, ForesightedSelector) or not _chooses_as_it_selects(type(selector)):
+    if not _chooses_as_it_selects(type(selector)):
         return None
     try:
         chosen = selector.choose(logits, requests, num_unknown)
@@ -75,16 +75,18 @@ def fetch_rows(chosen: Chosen, requests: Sequence[Request], vocab_size: int) -> 
         return _failed(requests, error)
 
 
-def select_rows(logits: Tensor, requests: Sequence[Request], sampler: RequestSampler) -> Selection:
-    """Each selector gets its own rows, once.
+def select_rows(
+    logits: Tensor, requests: Sequence[Request], sampler: RequestSampler, *, again: bool = True
+) -> Selection:
+    """Each selector gets its own rows, once. ``again``: ``sampler`` can be asked again, should memory run out.
 
     Raises:
         torch.OutOfMemoryError: ``sampler`` has no room for its rows, and no other selector has been asked. Some logits
-            may be overwritten.
+            may be overwritten. Only if it can be asked again.
         torch.AcceleratorError: the device has failed.
     """
     if requests and all(request.selector is requests[0].selector for request in requests):
-        return _ask(requests, logits, sampler)
+        return _ask(requests, logits, sampler, again)
     rows_of: dict[int, list[int]] = {id(sampler): []}  # first of all
     for row, request in enumerate(requests):
         rows_of.setdefault(id(_selector_of(request, sampler)), []).append(row)
@@ -94,7 +96,7 @@ def select_rows(logits: Tensor, requests: Sequence[Request], sampler: RequestSam
     errors: dict[int, str] = {}
     finished: dict[int, FinishReason] = {}
     for rows in filter(None, rows_of.values()):
-        part = _ask([requests[row] for row in rows], logits[rows], sampler)
+        part = _ask([requests[row] for row in rows], logits[rows], sampler, again)
         for i, row in enumerate(rows):
             token_ids[row] = part.token_ids[i]
             logprobs[row] = part.logprobs[i] if part.logprobs is not None else None
@@ -105,13 +107,13 @@ def select_rows(logits: Tensor, requests: Sequence[Request], sampler: RequestSam
 
 
 def prompt_logprobs_of(
-    logits: Tensor, prompt_rows: Sequence[PromptRows], sampler: RequestSampler
+    logits: Tensor, prompt_rows: Sequence[PromptRows], sampler: RequestSampler, *, again: bool = True
 ) -> tuple[list[PromptLogprobs], dict[Group, str]]:
     """``logits [P, vocab]`` of prompt positions -> Logprobs of the tokens that follow them there; and the requests for
-    which the sampler can't tell them.
+    which the sampler can't tell them. ``again``: as for ``select_rows``.
 
     Raises:
-        torch.OutOfMemoryError: ``sampler`` has no room.
+        torch.OutOfMemoryError: ``sampler`` has no room, and can be asked again.
         torch.AcceleratorError: the device has failed.
     """
     told, failed, row = [], {}, 0
@@ -124,16 +126,14 @@ def prompt_logprobs_of(
                 raise ValueError(f"logprobs of {len(found)} positions came for {num}")
             told.append(PromptLogprobs(request, start + 1, found))
         except BaseException as error:
-            if _is_no_requests(error) or (
-                isinstance(error, torch.OutOfMemoryError) and not isinstance(sampler, OneByOne)
-            ):
+            if _is_no_requests(error) or (again and isinstance(error, torch.OutOfMemoryError)):
                 raise
             failed[request.group] = f"the logprobs of its prompt could not be told: {error!r}"
         row += num
     return told, failed
 
 
-class OneByOne:
+class OneByOne(RequestSampler):
     """A selector's choice with the memory of a single row. For selectors whose rows don't depend on each other."""
 
     def __init__(self, selector: RequestSampler) -> None:
@@ -150,15 +150,15 @@ class OneByOne:
             {row: part.errors[0] for row, part in enumerate(parts) if part.errors},
         )
 
-    def prompt_logprobs(self, logits: Tensor, next_ids: Sequence[int], num: int) -> Iterable[dict[int, Any]]:
+    def prompt_logprobs(self, logits: Tensor, next_ids: Sequence[int], num: int) -> Iterable[Mapping[int, Any]]:
         for row, next_id in enumerate(next_ids):
             yield from self._selector.prompt_logprobs(logits[row : row + 1], [next_id], num)
 
 
-def _ask(requests: Sequence[Request], logits: Tensor, sampler: RequestSampler) -> Selection:
+def _ask(requests: Sequence[Request], logits: Tensor, sampler: RequestSampler, again: bool) -> Selection:
     """What the one selector of all these rows chooses."""
     selector = _selector_of(requests[0], sampler)
-    return _select(selector, logits, requests, again=selector is sampler and not isinstance(sampler, OneByOne))
+    return _select(selector, logits, requests, again=again and selector is sampler)
 
 
 def _select(selector: TokenSelector, logits: Tensor, requests: Sequence[Request], *, again: bool) -> Selection:
@@ -186,7 +186,8 @@ def _selector_of(request: Request, sampler: RequestSampler) -> TokenSelector:
 
 
 def _chooses_as_it_selects(kind: type) -> bool:
-    """Whether ``choose`` was written by whoever wrote ``select`` last, or after: else it chooses something else."""
+    """Whether ``choose`` was written by whoever wrote ``select`` last, or after: else it chooses something else. A
+    stranger's selector may have none."""
     for base in kind.__mro__:
         if "choose" in vars(base):
             return True

@@ -121,13 +121,13 @@ class StepRunner:
             selection = fetch_rows(now.chosen, computed.sample_requests, computed.logits.shape[1])
             return Selected(selection, (), now.finite.failed(), {})
         try:
-            return _select(self._sampler, now)
+            return _select(self._sampler, now, again=True)
         except torch.OutOfMemoryError:
             pass
         # Once more, with logits that nobody has written to and as little memory as can be.
         computed = self._compute(now.schedule.chunks, eager=True)
-        again = now._replace(computed=computed, finite=self._look(now.schedule, computed))
-        return _select(OneByOne(self._sampler), again)
+        once_more = now._replace(computed=computed, finite=self._look(now.schedule, computed))
+        return _select(OneByOne(self._sampler), once_more, again=False)
 
     def _launched(
         self, schedule: Schedule, computed: Computed, failed: Mapping[Group, str], num_unknown: int = 0
@@ -202,10 +202,10 @@ class StepRunner:
             raise EngineDeadError(f"the model fails on batches: {error!r}") from error
 
 
-def _select(sampler: RequestSampler, now: Launched) -> Selected:
+def _select(sampler: RequestSampler, now: Launched, *, again: bool) -> Selected:
     sampled, of_prompts, _ = now.computed.divide()
-    told, failed = prompt_logprobs_of(of_prompts, now.computed.prompt_rows, sampler)
-    selection = select_rows(sampled, now.computed.sample_requests, sampler)
+    told, failed = prompt_logprobs_of(of_prompts, now.computed.prompt_rows, sampler, again=again)
+    selection = select_rows(sampled, now.computed.sample_requests, sampler, again=again)
     return Selected(selection, told, now.finite.failed(), failed)
 
 

@@ -12,7 +12,7 @@ from paged_core.execution.attend_op import AttendOp
 from paged_core.execution.batch import Batch
 from paged_core.execution.graphs import DecodeGraphs
 from paged_core.execution.kv_cache import KVCache
-from paged_core.execution.model import Attend, AttentionBackend, CompilableModel, PagedModel
+from paged_core.execution.model import Attend, AttentionBackend, PagedModel
 from paged_core.scheduling.block_table import BlockMove
 
 
@@ -26,9 +26,8 @@ class ModelRunner:
         self._backend = backend
         self._cache = cache
         self._graphs = graphs
-        compiled = isinstance(model, CompilableModel) and model.compiled
         attend: Attend = partial(_run_layer, backend, cache)  # a method of ours would keep the cache alive
-        self._attend = AttendOp(attend) if compiled else attend
+        self._attend = AttendOp(attend) if model.compiled else attend
 
     @property
     def cache(self) -> KVCache:
@@ -42,7 +41,7 @@ class ModelRunner:
     def num_compiles(self) -> int:
         """Graphs captured and kernels compiled so far."""
         captures = self._graphs.num_captures if self._graphs is not None else 0
-        return captures + int(getattr(self._backend, "num_compiles", 0))
+        return captures + self._backend.num_compiles
 
     @property
     def captured(self) -> frozenset[tuple[int, int]] | None:
@@ -91,7 +90,7 @@ class ModelRunner:
         return self._forward(batch)
 
     def _replayable(self) -> bool:
-        return bool(getattr(self._model, "replayable", True))
+        return self._model.replayable
 
     def _forward(self, batch: Batch) -> Tensor:
         self._backend.plan(batch.attention)

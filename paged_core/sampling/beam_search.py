@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from paged_core.execution.model import TokenSelector
 from paged_core.sampling.draw import top_rows
 from paged_core.scheduling.request import FinishReason, Request, RequestOutput, Selection
 
@@ -27,7 +28,7 @@ class Beam(NamedTuple):
     finish_reason: FinishReason
 
 
-class BeamSearch:
+class BeamSearch(TokenSelector):
     """One search; its width is the number of rows. ``best``: the sequences that have ended, best first.
 
     It may be asked again for a step whose answer was not taken in.

@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from paged_core.execution.model import RequestSampler, TokenSelector
 from paged_core.execution.staging import Download, take_rows, upload
 from paged_core.sampling.draw import ArgmaxRows, TopRows, argmax_rows, draw_rows, draw_waits, top_rows
 from paged_core.sampling.logits import RowEdits, edit_rows
@@ -30,7 +31,7 @@ from paged_core.sampling.logprobs import top_logprobs
 from paged_core.scheduling.request import Logprob, Request, Selection
 
 
-class Sampler:
+class Sampler(RequestSampler):
     """Chooses the next token of every row. State belongs to requests, never to batch positions.
 
     ``argmax``: ``logits [S,V] of any float dtype -> (id i64 [S], largest float [S])``, where the lowest id wins among
@@ -119,7 +120,7 @@ class Sampler:
         return edits if edits.any else None
 
 
-class Likeliest:
+class Likeliest(TokenSelector):
     """The likeliest token of each row and nothing more: for requests whose parameters are no matter."""
 
     def choose(self, logits: Tensor, requests: Sequence[Request], num_unknown: int = 0) -> TokensOnDevice:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard, cast
 
 LogitsProcessor = Callable[[Any, Any], Any]
 """Hugging Face's form, one row at a time: ``processor(input_ids i64 [1, L], scores f32 [1, V]) -> scores``.
@@ -20,6 +20,11 @@ class RowsProcessor(Protocol):
     """What makes a logits processor for each row."""
 
     def for_request(self, request: Any) -> LogitsProcessor: ...  # of a Request, which has SamplingParams of its own
+
+
+def for_row(processor: LogitsProcessor | RowsProcessor, request: Any) -> LogitsProcessor:
+    """The processor of one row."""
+    return processor.for_request(request) if _is_for_rows(processor) else cast(LogitsProcessor, processor)
 
 
 class InvalidRequestError(ValueError):
@@ -155,7 +160,11 @@ class _Items(NamedTuple):
 
 
 def _is_processor(item: Any) -> bool:
-    return callable(item) or hasattr(item, "for_request")
+    return callable(item) or _is_for_rows(item)
+
+
+def _is_for_rows(item: Any) -> TypeGuard[RowsProcessor]:
+    return hasattr(item, "for_request")
 
 
 _LISTS = {

@@ -10,10 +10,12 @@ import copy
 import dataclasses
 import re
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from paged_core.errors import InvalidRequestError
+from paged_core.roles import Role
 from paged_core.scheduling.params import SamplingParams
 from paged_core.text.chat import ChatTemplate
 from paged_core.text.detokenizer import (
@@ -29,12 +31,24 @@ from paged_core.text.detokenizer import (
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
-class Tokenizer(Protocol):
-    """What we ask of a tokenizer; Hugging Face's have it. Chat prompts need ``apply_chat_template`` too."""
+class Tokenizer(Role):
+    """What we ask of a tokenizer; Hugging Face's have all of it."""
 
+    eos_token_id: int | Sequence[int] | None = None
+    """What it ends texts with."""
+    all_special_ids: Sequence[int] = ()
+    """Tokens that are no text."""
+
+    @abstractmethod
     def encode(self, text: str, *, add_special_tokens: bool = True) -> Sequence[int]: ...
 
+    @abstractmethod
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
+
+    convert_ids_to_tokens: Callable[[int], str | None] | None = None
+    """How the vocabulary spells a token."""
+    apply_chat_template: Callable[..., str] | None = None
+    """``apply_chat_template(messages, tokenize=False, ...)``: messages in the model's chat format."""
 
 
 class Prompt(NamedTuple):
@@ -52,13 +66,18 @@ class TextCodec:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._encoder, self._decoder = _private_copy(tokenizer), _private_copy(tokenizer)
-        self.eos_token_ids = _eos_token_ids(tokenizer)
+        self._encoder, self._decoder = _private_copies(tokenizer)
+        self.eos_token_ids = _eos_token_ids(self._encoder)
         self.renew_locks()
         self._chat = ChatTemplate(self._apply_chat_template)
-        self._byte_level = is_byte_level(tokenizer)
+        self._byte_level = is_byte_level(self._decoder)
         self._pieces: dict[bool, BytePieces] = {}  # by skip_special_tokens
         self._inert: dict[bool, InertTokens] = {}
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Tokens that are no text."""
+        return frozenset(self._encoder.all_special_ids or ())
 
     def renew_locks(self) -> None:
         """For a forked child: who held one in the parent isn't there to let it go."""
@@ -106,7 +125,7 @@ class TextCodec:
 
     def _lone_byte(self, token: int) -> bytes | None:
         """Of a SentencePiece byte token: spelt <0xE2>, and no character by itself."""
-        if not hasattr(self.tokenizer, "convert_ids_to_tokens"):
+        if self._decoder.convert_ids_to_tokens is None:
             return None
         found = _BYTE_TOKEN.fullmatch(self._decoder.convert_ids_to_tokens(token) or "")
         return bytes.fromhex(found[1]) if found else None
@@ -120,7 +139,7 @@ class TextCodec:
             InvalidRequestError: there is no template; these are no messages of text; or the template refuses them, or
                 leaves out what the user says.
         """
-        if not hasattr(self.tokenizer, "apply_chat_template"):
+        if self._encoder.apply_chat_template is None:
             raise InvalidRequestError("chat messages need a tokenizer with a chat template (apply_chat_template)")
         if any("role" not in message or "content" not in message for message in messages):
             raise InvalidRequestError("a chat message must be a dict with 'role' and 'content'")
@@ -128,8 +147,9 @@ class TextCodec:
             return self._chat.render(messages, options)
 
     def _apply_chat_template(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
+        assert self._encoder.apply_chat_template is not None, "see render_chat"
         try:
-            rendered: str = self._encoder.apply_chat_template(
+            rendered = self._encoder.apply_chat_template(
                 [dict(message) for message in messages],
                 **{"add_generation_prompt": True, **options, "tokenize": False},
             )
@@ -170,16 +190,20 @@ class _NoText:
         return ""
 
 
-def _eos_token_ids(tokenizer: Any) -> tuple[int, ...]:
+def _eos_token_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """What the tokenizer ends texts with. Of a chat model it may be the only one to know the end of a turn."""
-    found = getattr(tokenizer, "eos_token_id", None)
+    found = tokenizer.eos_token_id
     if found is None:
         return ()
     return tuple(found) if isinstance(found, Sequence) else (int(found),)
 
 
-def _private_copy(tokenizer: Any) -> Any:
+def _private_copies(tokenizer: Any) -> tuple[Tokenizer, Tokenizer]:
+    """Two; or the tokenizer itself, twice, if it is one of the user's own that can't be copied: it is then shared,
+    behind one lock."""
     try:
-        return copy.deepcopy(tokenizer)
-    except Exception:  # a tokenizer of the user's own that can't be copied is shared, behind our locks
-        return tokenizer
+        first, second = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    except Exception:
+        first = second = tokenizer
+    encoder = Tokenizer.of(first)
+    return encoder, encoder if first is second else Tokenizer.of(second)

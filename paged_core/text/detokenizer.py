@@ -150,7 +150,7 @@ class InertTokens(dict[int, bool]):
 def is_byte_level(tokenizer: Any) -> bool:
     """Whether this is a Hugging Face fast tokenizer whose decoder joins bytes and does nothing else."""
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-    return type(decoder).__name__ == "ByteLevel" and hasattr(tokenizer, "convert_ids_to_tokens")
+    return type(decoder).__name__ == "ByteLevel" and tokenizer.convert_ids_to_tokens is not None
 
 
 def _without_unfinished_character(text: str) -> str:

@@ -87,7 +87,7 @@ def answer_with_and_without_the_example() -> dict:
     return {
         "plain": plain,
         "changed": changed,
-        "backend": type(engine._runner.backend).__module__,
+        "backend": engine._runner.backend.run.__module__,
         "policy": type(engine._scheduler.policy).__module__,
         "plugin": paged_example.__file__,
         "core": core.__file__,

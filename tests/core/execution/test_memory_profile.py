@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_model import TinyModel
 
-from paged_core import ConfigError, Engine, EngineConfig, SamplingParams
+from paged_core import ConfigError, Engine, EngineConfig, PagedModel, SamplingParams
 from paged_core.execution import kv_cache, profile
 from paged_core.sampling.sampler import Sampler
 from paged_core.scheduling.schedule import Limits
@@ -139,7 +139,7 @@ def test_memory_is_told_where_the_layers_are_though_token_ids_be_elsewhere(monke
     monkeypatch.setitem(profile.GAUGES, "meta", FakeGauge)
     monkeypatch.delitem(profile.GAUGES, "cpu")
     backend, limits = SimpleNamespace(plan=lambda metadata: None), Limits(2, 8, 20, 0, 1)
-    room = profile.bytes_left(model, backend, Sampler(), limits, BLOCK, torch.float32, 0.9)
+    room = profile.bytes_left(PagedModel.of(model), backend, Sampler(), limits, BLOCK, torch.float32, 0.9)
     assert room == {there: 9_000_000 - 6_000_000 - 1_000_000}
 
 

@@ -25,6 +25,7 @@ from paged_core import (
     RequestOutput,
     SamplingParams,
     Selection,
+    TokenSelector,
     UnsupportedModel,
 )
 from paged_hf import upstream
@@ -34,7 +35,7 @@ from paged_hf.generate.host import EngineHost
 from paged_hf.model.rounding import allowed_beside, difference, narrow_dtype, reading, tolerance
 
 
-class LockstepCall(Call):
+class LockstepCall(Call, TokenSelector):
     """A group of rows whose tokens the caller chooses. It is the group's own selector.
 
     A prompt is a list of token ids, or embeddings ``[n, hidden]``.

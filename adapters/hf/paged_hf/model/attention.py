@@ -31,6 +31,11 @@ class Step:
         self.layer = 0
         self.positions = positions  # i64 [T], for models whose forward doesn't take them
 
+    def record(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, facts: dict[str, Any]
+    ) -> None:
+        """Told of each attention call, with all that it brings, while a model is taken in."""
+
     def rewind(self) -> None:
         """The pass begins anew."""
         self.layer = 0
@@ -84,8 +89,7 @@ def attend_through(
     step: Step, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **facts: Any
 ) -> Tensor:
     """For modules that don't ask the registry: ``query [1,H,T,D], key [1,K,T,D], value [1,K,T,Dv] -> [1,T,H,Dv]``."""
-    attention = _probing_attention if hasattr(step, "record") else _paged_attention
-    return attention(module, query, key, value, mask, step, **facts)[0]
+    return _probing_attention(module, query, key, value, mask, step, **facts)[0]
 
 
 def _mask_with_its_rule(q_length: int, kv_length: int, mask_function: Any, **_: Any) -> Tensor:

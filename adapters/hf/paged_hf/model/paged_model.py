@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from paged_core import Attend, EngineDeadError, LayerSpec, ModelSpec, ModuleForward, UnsupportedModel
+from paged_core import Attend, EngineDeadError, LayerSpec, ModelSpec, ModuleForward, PagedModel, UnsupportedModel
 from paged_hf.model.attention import PAGED, UNDER_WAY, Step
 from paged_hf.model.compiled import CompiledRoot
 from paged_hf.model.embeds import Embeds, takes_embeds
@@ -26,7 +26,7 @@ from paged_hf.model.state import state_outside_attention
 from paged_hf.model.watch import Watch
 from paged_hf.upstream import is_marked_stateful
 
-CreateForward = Callable[[nn.Module], ModuleForward | None]
+CreateForward = Callable[[nn.Module], Any]  # a ModuleForward, or what does as one; None: the module stays
 _ANY_LENGTH = 1 << 17  # for models that name no limit
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _LENGTHS = (  # what configs call the positions that the model knows
@@ -39,7 +39,7 @@ _LENGTHS = (  # what configs call the positions that the model knows
 )
 
 
-class HFPagedModel:
+class HFPagedModel(PagedModel):
     """Runs ``model`` for the engine without ever writing to it. ``model`` stays usable, by other threads too.
 
     Raises:
@@ -109,6 +109,8 @@ class HFPagedModel:
             raise RuntimeError(f"attention was called {step.layer} times, not {len(self._spec.layers)}")
         return logits[: sample_indices.numel()]
 
+    compilable = True
+
     @property
     def compiled(self) -> bool:
         return self._compiled is not None
@@ -140,8 +142,8 @@ class HFPagedModel:
             return True
         self._behind |= news is not None
         for twin, forward in list(self._fast.items()):
-            asked = self._behind or not getattr(forward, "follows_module", False)
-            if asked and getattr(forward, "stale", bool)():
+            asked = self._behind or not forward.follows_module
+            if asked and forward.stale():
                 self._behind = True
                 self._replace(twin)
         changed, self._behind = self._behind, False
@@ -267,7 +269,7 @@ class HFPagedModel:
         return logits if rows is None or self._keeps_logits else logits[rows]
 
     def _ask(self, twin: nn.Module) -> None:
-        if not self._replace(twin) or getattr(self._fast[twin], "calls_children", False):
+        if not self._replace(twin) or self._fast[twin].calls_children:
             for child in twin.children():
                 self._ask(child)
 
@@ -280,7 +282,7 @@ class HFPagedModel:
             return False
         forward = self._create(twin)
         if forward is not None:
-            self._fast[twin] = twin.__dict__["forward"] = forward
+            self._fast[twin], twin.__dict__["forward"] = ModuleForward.of(forward), forward
         return forward is not None
 
 

@@ -102,11 +102,10 @@ class Grammars:
         with self._lock:
             if self._parts is None:
                 codec = self._codec
-                special = getattr(codec.tokenizer, "all_special_ids", None) or ()
                 vocabulary = Vocabulary(
                     [codec.token_bytes(token) for token in range(self._vocab_size)],
                     self._eos_token_ids,
-                    sorted({*special, *self._eos_token_ids}),
+                    sorted({*codec.special_token_ids, *self._eos_token_ids}),
                 )
                 encode = lambda text: codec.encode(text, add_special_tokens=False)  # noqa: E731
                 self._parts = make_tokenizer(vocabulary, encode), Trials(vocabulary, self._max_ms)

@@ -16,7 +16,7 @@ class TokenTexts(dict[int, str]):
     def __init__(self, codec: TextCodec) -> None:
         super().__init__()
         self._codec = codec
-        self.special = frozenset(getattr(codec.tokenizer, "all_special_ids", None) or ())
+        self.special = codec.special_token_ids
 
     def __missing__(self, token: int) -> str:
         text = self[token] = self.bytes(token).decode(errors="replace")
