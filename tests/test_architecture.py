@@ -69,7 +69,10 @@ EVERYBODYS = {"paged_core.interrupts", "paged_core.roles"}  # they know the stan
 
 # folder: (what its files may import beside the standard library, what they may not even so)
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
-    "kernels/paged_kernels": ({"paged_kernels", "torch", "triton", "numba", "llvmlite", "numpy"}, set()),
+    "kernels/paged_kernels": (
+        {"paged_kernels", "torch", "triton", "numba", "llvmlite", "numpy", "platformdirs"},
+        set(),
+    ),
     "paged_core/scheduling": ({"paged_core.scheduling"}, set()),
     "paged_core/execution": ({"paged_core.execution", "paged_core.scheduling", "torch", "numpy"} | EVERYBODYS, set()),
     "paged_core/sampling": (

@@ -13,13 +13,9 @@ from torch import Tensor
 
 from paged_core.execution import kv_cache
 from paged_core.execution.batch import BatchBuilder
+from paged_core.execution.fake_steps import first_step
 from paged_core.execution.model import AttentionBackend, PagedModel
 from paged_core.execution.model_runner import ModelRunner
-from paged_core.execution.spec import ModelSpec
-from paged_core.scheduling.block_table import BlockTable
-from paged_core.scheduling.params import SamplingParams
-from paged_core.scheduling.request import Request
-from paged_core.scheduling.schedule import Schedule, ScheduledChunk
 
 _STEPS = ((3, 2, 1), (1,), (4,))  # tokens of each request
 
@@ -51,20 +47,7 @@ def tolerance(dtype: torch.dtype) -> float:
 def _logits(
     model: PagedModel, backend: AttentionBackend, block_size: int, cache_dtype: torch.dtype, sizes: tuple[int, ...]
 ) -> Tensor:
-    schedule, num_blocks = _step(model.spec, sizes, block_size)
+    schedule, num_blocks = first_step(model.spec, sizes, block_size)
     runner = ModelRunner(model, backend, kv_cache.allocate(model.spec, num_blocks, block_size, cache_dtype))
     batch = BatchBuilder(block_size, model.spec.device).build(schedule)
     return runner.run(batch, eager=True).clone()
-
-
-def _step(spec: ModelSpec, sizes: tuple[int, ...], block_size: int) -> tuple[Schedule, int]:
-    """A first chunk of as many tokens for each request, and how many blocks they take."""
-    chunks, num_blocks = [], 0
-    for index, size in enumerate(sizes):
-        row = Request(f"compile-{index}", (), SamplingParams(temperature=0))
-        row.tokens = [(7 * index + 3 * i + 1) % spec.vocab_size for i in range(size)]
-        needed = -(-size // block_size)
-        row.block_table = BlockTable(range(num_blocks + 1, num_blocks + 1 + needed))
-        num_blocks += needed
-        chunks.append(ScheduledChunk(row, 0, size, (row,)))
-    return Schedule(chunks, (), ()), num_blocks

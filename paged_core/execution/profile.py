@@ -13,14 +13,11 @@ import torch
 
 from paged_core.execution import kv_cache
 from paged_core.execution.batch import BatchBuilder
+from paged_core.execution.fake_steps import largest_steps
 from paged_core.execution.model import AttentionBackend, PagedModel, RequestSampler
 from paged_core.execution.model_runner import ModelRunner
 from paged_core.execution.spec import ModelSpec
-from paged_core.scheduling.block_pool import NULL_BLOCK
-from paged_core.scheduling.block_table import BlockTable
-from paged_core.scheduling.params import SamplingParams
-from paged_core.scheduling.request import Request
-from paged_core.scheduling.schedule import Limits, Schedule, ScheduledChunk
+from paged_core.scheduling.schedule import Limits
 
 
 class Gauge(Protocol):
@@ -87,7 +84,7 @@ def bytes_left(
     runner, builder = ModelRunner(model, backend, cache), BatchBuilder(block_size, model.spec.device)
     for gauge in gauges.values():
         gauge.start()
-    for schedule in _largest_steps(limits, block_size):
+    for schedule in largest_steps(limits, block_size):
         batch = builder.build(schedule)
         sampler.select(runner.run(batch, eager=True), batch.sample_requests)
     peaks = {device: gauge.peak() for device, gauge in gauges.items()}
@@ -109,21 +106,3 @@ def blocks_within(spec: ModelSpec, room: Mapping[torch.device, int], block_size:
 
 def _on(spec: ModelSpec, device: torch.device) -> ModelSpec:
     return replace(spec, layers=tuple(layer for layer in spec.layers if layer.device == device))
-
-
-def _largest_steps(limits: Limits, block_size: int) -> list[Schedule]:
-    """As many tokens as a step may have, shared by as many requests; then all of these at their full length. Their
-    K/V go to the null block and come from there."""
-    length, num = limits.max_model_len, limits.max_num_seqs
-    tokens, table = [0] * length, BlockTable([NULL_BLOCK] * -(-length // block_size))
-    rows = []
-    for i in range(num):
-        row = Request(f"profile-{i}", (), SamplingParams(temperature=0.9, top_p=0.9))
-        row.tokens, row.block_table = tokens, table
-        rows.append(row)
-    sizes = [min(length, limits.max_num_batched_tokens // num)] * num
-    sizes[0] = min(length, sizes[0] + limits.max_num_batched_tokens - sum(sizes))
-    return [
-        Schedule([ScheduledChunk(row, 0, size, (row,)) for row, size in zip(rows, sizes, strict=True)], (), ()),
-        Schedule([ScheduledChunk(row, length - 1, 1, (row,)) for row in rows], (), ()),
-    ]

@@ -24,6 +24,7 @@ import numba
 import torch
 from numba import types
 from numba.core import ccallback
+from platformdirs import user_cache_path
 
 
 class Kernel:
@@ -160,10 +161,8 @@ def _is_ours(folder: Path) -> bool:
 def _cache_parents() -> list[Path]:
     if chosen := os.environ.get("PAGED_CORE_CACHE"):
         return [Path(chosen)]
-    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    user = Path(home) if home else Path("~/.cache").expanduser()
-    name = getattr(os, "getuid", lambda: "user")()
-    return [user / "paged-core", Path(tempfile.gettempdir()) / f"paged-core-{name}"]
+    whose = os.getuid() if hasattr(os, "getuid") else "user"
+    return [user_cache_path("paged-core", appauthor=False), Path(tempfile.gettempdir()) / f"paged-core-{whose}"]
 
 
 _launch = _find_launcher()

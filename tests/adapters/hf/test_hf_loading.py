@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from paged_hf.loading import embedded, load
+from paged_hf.loading import embedded
 from paged_hf.loading.load import load_model, load_tokenizer
+from paged_kernels.cpu import parallel
 
 from paged_core import ConfigError, Engine, EngineConfig, UnsupportedModel, cli
 
@@ -172,6 +173,18 @@ def test_the_plugin_imports_only_paged_core_until_it_is_asked() -> None:
 
 
 # ---- the embedded model ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variable", ["PAGED_CORE_CACHE", "XDG_CACHE_HOME"])
+def test_the_embedded_model_lies_beside_the_compiled_kernels(
+    variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("PAGED_CORE_CACHE", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    kernels = parallel.cache_folder()
+    assert kernels is not None
+    assert embedded.cache_folder() == kernels.parent.parent
+    assert tmp_path in (embedded.cache_folder(), embedded.cache_folder().parent)
 
 
 def test_without_its_package_the_embedded_model_says_how_to_get_it(

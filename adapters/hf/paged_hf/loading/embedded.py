@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from platformdirs import user_cache_path
+
 from paged_core import ConfigError
 
 NAME = "smollm2"
@@ -36,8 +38,8 @@ def embedded_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """``$PAGED_CORE_CACHE``, or ``~/.cache/paged-core``."""
-    return Path(os.environ.get("PAGED_CORE_CACHE") or Path.home() / ".cache" / "paged-core")
+    """``$PAGED_CORE_CACHE``, or the user's cache of the name "paged-core", wherever the platform keeps caches."""
+    return Path(os.environ.get("PAGED_CORE_CACHE") or user_cache_path("paged-core", appauthor=False))
 
 
 def _find_gguf() -> Path:
