@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         TokenSelector,
     )
     from paged_core.execution.spec import LayerSpec, ModelSpec
+    from paged_core.execution.watched import WatchedTensors
     from paged_core.frontends.async_engine import AsyncEngine, Stream
     from paged_core.frontends.llm import LLM
     from paged_core.sampling.sampler import Likeliest
@@ -77,6 +78,7 @@ _LAZY = {
     "TextCodec": "text.codec",
     "TokenLogprobs": "text.outputs",
     "TokenSelector": "execution.model",
+    "WatchedTensors": "execution.watched",
     "encode_prompt": "text.prompts",
     "prepare_params": "text.codec",
     "release_helper_threads": "engine.openmp",
@@ -133,6 +135,7 @@ __all__ = [
     "TokenLogprobs",
     "TokenSelector",
     "UnsupportedModel",
+    "WatchedTensors",
     "__version__",
     "encode_prompt",
     "hookimpl",

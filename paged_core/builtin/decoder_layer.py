@@ -13,25 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paged_core.builtin.elementwise import alike, norm_forward
+from paged_core.builtin.elementwise import norm_forward
+from paged_core.builtin.modules import head_dim, hooks_of, is_decoder_layer
 from paged_core.builtin.packed import Layers
+from paged_core.builtin.trials import layer_agrees, random_rows
 from paged_core.execution.model import ModuleForward
 
-_ROWS = 5
 _HONOURED = frozenset({"attend", "position_embeddings", "position_ids"})  # the last are in the angles already
 
 
-def is_decoder_layer(module: nn.Module) -> bool:
-    """By the names of its parts; what is in them the caller finds out."""
-    attention = module._modules.get("self_attn")
-    return (
-        set(module._modules) == {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-        and not (module._parameters or module._buffers)
-        and attention is not None
-        and set(attention._modules) == {"q_proj", "k_proj", "v_proj", "o_proj"}
-        and not (attention._parameters or attention._buffers)
-        and isinstance(getattr(attention, "head_dim", None), int)
-    )
+def is_plain_decoder_layer(module: nn.Module) -> bool:
+    """A decoder layer whose attention is four projections; what they are the caller finds out."""
+    if not is_decoder_layer(module):
+        return False
+    attention = module.get_submodule("self_attn")
+    own_nothing = not (attention._parameters or attention._buffers)
+    return own_nothing and set(attention._modules) == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def decoder_layer_forward(module: nn.Module) -> ModuleForward | None:
@@ -41,24 +38,7 @@ def decoder_layer_forward(module: nn.Module) -> ModuleForward | None:
     if None in norms or weight.dtype is not torch.float32:  # bfloat16 rounds between the parts, as the module does
         return None
     ours = _DecoderLayer(module, *norms)
-    dim = ours.head_dim
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, _ROWS, weight.shape[1], generator=generator)
-    angles = torch.rand(1, _ROWS, dim // 2, generator=generator).repeat(1, 1, 2)
-    given = {"position_embeddings": (angles.cos(), angles.sin()), "attend": mixing_attend}
-    try:
-        with torch.no_grad():
-            return ours if alike(ours(x, **given), type(module).forward(module, x, **given)) else None
-    except Exception:  # it wants more than we know to give, or its parts have other shapes
-        return None
-
-
-def mixing_attend(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, key_bias: Tensor | None = None
-) -> Tensor:
-    """Some function of all three that tells heads and tokens apart."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return q.tanh() * k + v.cumsum(0)
+    return ours if layer_agrees(ours, module, random_rows(weight, weight.shape[1])) else None
 
 
 def _matters(value: Any) -> bool:
@@ -74,21 +54,17 @@ class _DecoderLayer(ModuleForward):
     def __init__(self, module: nn.Module, norm: Any, second_norm: Any) -> None:
         attention, mlp = module.get_submodule("self_attn"), module.get_submodule("mlp")
         q, k, v = (attention.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj"))
-        self.head_dim: int = attention.head_dim  # type: ignore[assignment]
-        self._module = weakref.ref(module)
+        dim = head_dim(module)
+        assert dim is not None, "see is_plain_decoder_layer"
+        self._module, self._head_dim = weakref.ref(module), dim
         self._parts = [(part, dict(part._modules)) for part in (module, attention, mlp)]
         self._norm, self._second_norm = norm, second_norm
         self._qkv = Layers([q, k, v])
         self._out = Layers([attention.get_submodule("o_proj")])
         self._inner = Layers([mlp.get_submodule(name) for name in ("gate_proj", "up_proj")], gated=True)
         self._outer = Layers([mlp.get_submodule("down_proj")])
-        self._heads = [layer.out_features // self.head_dim for layer in (q, k, v)]  # type: ignore[operator]
-        self._hooks = [
-            hooks
-            for part in module.modules()
-            if part is not module
-            for hooks in (part._forward_hooks, part._forward_pre_hooks)
-        ]
+        self._heads = [layer.out_features // dim for layer in (q, k, v)]  # type: ignore[operator]
+        self._hooks = [hooks for part in module.modules() if part is not module for hooks in hooks_of(part)]
 
     def __call__(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:
         """``hidden_states [1,T,N] -> [1,T,N]``"""
@@ -109,7 +85,7 @@ class _DecoderLayer(ModuleForward):
             return type(module).forward(module, hidden_states, *rest, **named)  # type: ignore[union-attr, no-any-return]
         qkv, out, inner, outer = products
         x = hidden_states[0]  # [T,N]
-        heads = qkv(self._norm(x)).view(len(x), -1, self.head_dim)  # type: ignore[misc]
+        heads = qkv(self._norm(x)).view(len(x), -1, self._head_dim)  # type: ignore[misc]
         q, k, v = heads.split(self._heads, dim=1)  # [T,H,D], [T,K,D], [T,K,D]
         cos, sin = rotation
         rotary(q, k, cos[0], sin[0])

@@ -6,7 +6,6 @@ norm or a rotation is known is the same on every device; the forwards of norms h
 
 from __future__ import annotations
 
-import copy
 import inspect
 import types
 import weakref
@@ -16,70 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paged_core.builtin.modules import eps_of
+from paged_core.builtin.trials import CLOSE, ROWS, alike, generator, norm_trial, stock
 from paged_core.execution.model import ModuleForward
+from paged_core.execution.watched import WatchedTensors
 
 Rotated = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """``q [T,H,D], k [T,K,D], cos [T,D], sin [T,D] -> (q, k)``, into new tensors."""
 
-_ROWS = 5
 _DTYPES = (torch.float32, torch.bfloat16)  # that the CPU's kernels know
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest value, for other orders
-CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # where only the last bit may differ
 _ROTATES = "apply_rotary_pos_emb"  # (q [B,H,T,D], k [B,K,T,D], cos [B,T,D], sin [B,T,D]) -> (q, k)
 
 
-# ---- held against the module itself ----------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def stock(module: nn.Module, x: Tensor) -> Tensor:
-    """What the module's own forward gives, hooks left out."""
-    return type(module).forward(module, x)  # type: ignore[no-any-return]
-
-
-def alike(ours: Tensor, theirs: Tensor, tolerances: dict[torch.dtype, float] = _TOLERANCE) -> bool:
-    if type(theirs) is not Tensor or ours.shape != theirs.shape or ours.dtype is not theirs.dtype:
-        return False
-    a, b = ours.float(), theirs.float()
-    scale = b.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
-    return torch.allclose(a, b, rtol=0.0, atol=tolerances[ours.dtype] * scale, equal_nan=True)
-
-
 # ---- norms -----------------------------------------------------------------------------------------------------
-
-
-def _is_rms_norm(module: nn.Module) -> bool:
-    """One vector of weights and an epsilon; what it computes with them is found out by trying."""
-    weight = module._parameters.get("weight")
-    return (
-        len(module._parameters) == 1
-        and not module._modules
-        and not module._buffers
-        and type(weight) in (Tensor, nn.Parameter)
-        and weight is not None
-        and weight.ndim == 1
-        and eps_of(module) is not None
-        and len(inspect.signature(type(module).forward).parameters) == 2
-    )
-
-
-def eps_of(module: nn.Module) -> float | None:
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    return eps if isinstance(eps, float) else None
-
-
-def norm_trial(module: nn.Module, dtypes: Sequence[torch.dtype]) -> tuple[nn.Module, Tensor] | None:
-    """A copy of what looks like an RMS norm, and rows to try it on. The copy has weights of its own: those of the
-    module may not tell one formula from another."""
-    if not _is_rms_norm(module):
-        return None
-    weight, generator = module._parameters["weight"], torch.Generator().manual_seed(0)
-    assert weight is not None
-    if weight.dtype not in dtypes:
-        return None
-    twin = copy.copy(module)
-    twin.__dict__["_parameters"] = {"weight": torch.rand(weight.shape, generator=generator).to(weight)}
-    return twin, torch.randn(1, _ROWS, len(weight), generator=generator).to(weight)
 
 
 def norm_forward(module: nn.Module) -> ModuleForward | None:
@@ -108,7 +56,7 @@ class _RMSNorm(ModuleForward):
 
     def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())
-        if not self._watch.same([self._owner.get("weight")]):
+        if not self._watched.same([self._owner.get("weight")]):
             self._take()
         if x.dtype is not self._weight.dtype or x.device.type != "cpu":
             module = self._module()
@@ -118,14 +66,12 @@ class _RMSNorm(ModuleForward):
 
     def stale(self) -> bool:
         module = self._module()
-        return module is None or eps_of(module) != self._eps or bool(self._watch.stale([self._owner.get("weight")]))
+        return module is None or eps_of(module) != self._eps or self._watched.stale([self._owner.get("weight")])
 
     def _take(self) -> None:
-        from paged_kernels.cpu.linear import WatchedTensors
-
         weight = self._owner["weight"]
         assert weight is not None
-        self._watch = WatchedTensors([weight])
+        self._watched = WatchedTensors([weight])
         self._weight = 1 + weight.detach() if self._plus_one else weight.detach()
 
 
@@ -223,10 +169,10 @@ def _can_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
 def _rotates_as_llama(
     theirs: Callable[..., Any], ours: Callable[..., Any], device: torch.device, dtypes: Sequence[torch.dtype], dim: int
 ) -> bool:
-    generator = torch.Generator().manual_seed(0)
+    random = generator()
     for dtype in dtypes:
-        q, k = (torch.randn(1, heads, _ROWS, dim, generator=generator).to(device, dtype) for heads in (4, 2))
-        cos, sin = (torch.randn(1, _ROWS, dim, generator=generator).to(device, dtype) for _ in range(2))
+        q, k = (torch.randn(1, heads, ROWS, dim, generator=random).to(device, dtype) for heads in (4, 2))
+        cos, sin = (torch.randn(1, ROWS, dim, generator=random).to(device, dtype) for _ in range(2))
         try:
             pair = theirs(q.clone(), k.clone(), cos, sin)
         except Exception:  # another signature, or another layout

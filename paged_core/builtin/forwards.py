@@ -7,7 +7,6 @@ weight, a hook, a wrapped child) is left alone. This file knows torch modules; i
 
 from __future__ import annotations
 
-import inspect
 import threading
 import weakref
 from collections.abc import Sequence
@@ -17,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paged_core.builtin.decoder_layer import decoder_layer_forward, is_decoder_layer
-from paged_core.builtin.elementwise import alike, norm_forward, rotary_forward, rotated_on_cpu, stock
-from paged_core.builtin.packed import Layers, packable
+from paged_core.builtin.decoder_layer import decoder_layer_forward, is_plain_decoder_layer
+from paged_core.builtin.elementwise import norm_forward, rotary_forward, rotated_on_cpu
+from paged_core.builtin.modules import hooks_of, is_gated_mlp, is_listened_to
+from paged_core.builtin.packed import Layers, is_packable, shape_of
+from paged_core.builtin.trials import alike, random_rows, stock
 from paged_core.execution.model import ModuleForward
+from paged_core.execution.watched import version_of
 from paged_core.hookspecs import hookimpl
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called on one input, the first one first
-_PROBE_ROWS = 5
 
 
 @hookimpl
@@ -32,34 +33,30 @@ def create_module_forward(module: nn.Module, device: torch.device) -> ModuleForw
     """Asked for parents before their children: a parent that is left alone tells which children belong together."""
     if device.type != "cpu" or "forward" in module.__dict__ or not _have_kernels():
         return None
-    if _is_linear(module):
+    if is_packable(module):
         group = _GROUPS.get(module)
         sibling = None if group is None else group.forward_of(module)
         return sibling or _checked(_Linear(module), module, module)
-    if _is_gated_mlp(module):
+    if _is_packable_mlp(module):
         return _checked(_GatedMLP(module), module, module.get_submodule("gate_proj"))
     layer = _decoder_layer(module)
     if layer is not None:
         return layer
     for names in _SIBLINGS:
         children = [module._modules.get(name) for name in names]
-        if all(_is_linear(child) for child in children):
+        if all(is_packable(child) for child in children):
             _remember([child for child in children if child is not None])
     return norm_forward(module) or rotary_forward(module, rotated_on_cpu, device)
 
 
 def _decoder_layer(module: nn.Module) -> ModuleForward | None:
     """A whole decoder layer, where all its parts are plain."""
-    if not is_decoder_layer(module):
+    if not is_plain_decoder_layer(module):
         return None
     attention, mlp = module.get_submodule("self_attn"), module.get_submodule("mlp")
-    plain = all(_is_linear(child) for child in attention.children()) and _is_gated_mlp(mlp)
-    listened = any(_listened_to(part) for part in module.modules() if part is not module)
+    plain = all(is_packable(child) for child in attention.children()) and _is_packable_mlp(mlp)
+    listened = any(is_listened_to(part) for part in module.modules() if part is not module)
     return decoder_layer_forward(module) if plain and not listened else None
-
-
-def _listened_to(module: nn.Module) -> bool:
-    return bool(any(_hooks(module))) or "forward" in module.__dict__
 
 
 def _have_kernels() -> bool:
@@ -110,9 +107,9 @@ class _Sibling(ModuleForward):
         (x,) = (*args, *named.values())
         product, left, index = self._layers.packed(x), _LEFT, self._index
         if product is not None and index == 0:
-            left.product, left.x, left.version = product, x, _version(x)
+            left.product, left.x, left.version = product, x, version_of(x)
             left.parts = list(product(x).split(self._sizes, -1))
-        elif product is None or left.product is not product or left.x is not x or left.version != _version(x):
+        elif product is None or left.product is not product or left.x is not x or left.version != version_of(x):
             return self._layers.alone(index, x)
         part, left.parts[index] = left.parts[index], None
         if index == len(left.parts) - 1:
@@ -133,7 +130,7 @@ class _GatedMLP(ModuleForward):
         self._children = dict(module._modules)
         gate, up, down = linears = [module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj")]
         self._inner, self._outer = Layers([gate, up], gated=True), Layers([down])
-        self._hooks = [h for part in (*linears, module.get_submodule("act_fn")) for h in _hooks(part)]
+        self._hooks = [h for part in (*linears, module.get_submodule("act_fn")) for h in hooks_of(part)]
 
     def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())
@@ -152,34 +149,12 @@ class _GatedMLP(ModuleForward):
 # ---- which module is what --------------------------------------------------------------------------------------
 
 
-def _is_linear(module: nn.Module | None) -> bool:
-    """nn.Linear itself, or a Conv1D as GPT-2 has it (weight [K, N]), over plain weights."""
-    if type(module) is nn.Linear:
-        return "forward" not in module.__dict__ and packable(module._parameters.get("weight")) is not None
-    if module is None or type(module).__name__ != "Conv1D" or "forward" in module.__dict__:
+def _is_packable_mlp(module: nn.Module) -> bool:
+    """A gated MLP of three plain linear layers that nobody listens to."""
+    if not is_gated_mlp(module):
         return False
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    return set(module._parameters) == {"weight", "bias"} and bias is not None and packable(weight) is not None
-
-
-def _is_gated_mlp(module: nn.Module) -> bool:
-    children = module._modules
-    if set(children) != {"gate_proj", "up_proj", "down_proj", "act_fn"} or module._parameters or module._buffers:
-        return False
-    parts = [children[name] for name in ("gate_proj", "up_proj", "down_proj")]
-    act = children["act_fn"]
-    return (
-        all(type(part) is nn.Linear and _is_linear(part) for part in parts)
-        and type(act).__name__ in ("SiLU", "SiLUActivation")
-        and act is not None
-        and "forward" not in act.__dict__
-        and not any(h for part in (*parts, act) for h in _hooks(part))
-        and len(inspect.signature(type(module).forward).parameters) == 2
-    )
-
-
-def _hooks(module: nn.Module | None) -> tuple[Any, ...]:
-    return () if module is None else (module._forward_hooks, module._forward_pre_hooks)
+    parts = [module._modules[name] for name in ("gate_proj", "up_proj", "down_proj")]
+    return all(type(part) is nn.Linear and is_packable(part) and not is_listened_to(part) for part in parts)
 
 
 # ---- siblings --------------------------------------------------------------------------------------------------
@@ -193,13 +168,13 @@ class _Group:
         self._layers: Layers | None = None
 
     def forward_of(self, module: nn.Module) -> _Sibling | None:
-        modules = [m for m in (ref() for ref in self._modules) if m is not None and _is_linear(m)]
-        if len(modules) < len(self._modules) or len({_shape(m)[1:] for m in modules}) > 1:
+        modules = [m for m in (ref() for ref in self._modules) if m is not None and is_packable(m)]
+        if len(modules) < len(self._modules) or len({shape_of(m)[1:] for m in modules}) > 1:
             return None
-        sizes = [_shape(m)[0] for m in modules]
+        sizes = [shape_of(m)[0] for m in modules]
         if self._layers is None or self._layers.stale():
             layers = Layers(modules)
-            x = _probe(module)
+            x = _rows_for(module)
             product = layers.packed(x)
             if product is None or not all(
                 alike(part, stock(m, x)) for m, part in zip(modules, product(x).split(sizes, -1), strict=True)
@@ -223,24 +198,12 @@ def _remember(children: Sequence[nn.Module]) -> None:
 
 def _checked(forward: ModuleForward, module: nn.Module, first: nn.Module) -> ModuleForward | None:
     """``forward``, if it computes what ``module`` computes; ``first`` is the linear layer that takes its input."""
-    x = _probe(first)
+    x = _rows_for(first)
     return forward if alike(forward(x), stock(module, x)) else None
 
 
-def _probe(linear: nn.Module) -> Tensor:
-    """Random rows for a linear layer. Its own generator: the user's random numbers stay as they are."""
-    weight, generator = linear._parameters["weight"], torch.Generator().manual_seed(0)
+def _rows_for(linear: nn.Module) -> Tensor:
+    """Random rows for a linear layer."""
+    weight = linear._parameters["weight"]
     assert weight is not None
-    return torch.randn(1, _PROBE_ROWS, _shape(linear)[1], generator=generator).to(weight.dtype)
-
-
-def _shape(linear: nn.Module) -> tuple[int, int, bool]:
-    """(outputs, inputs, whether the weight lies turned)"""
-    weight, turned = linear._parameters["weight"], type(linear) is not nn.Linear
-    assert weight is not None
-    rows, columns = weight.shape
-    return (columns, rows, turned) if turned else (rows, columns, turned)
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+    return random_rows(weight, shape_of(linear)[1])

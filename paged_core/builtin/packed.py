@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from paged_core.execution.watched import WatchedTensors
+
 if TYPE_CHECKING:
     from paged_kernels.cpu.linear import PackedLinear
 
@@ -27,12 +29,12 @@ class Layers:
 
     def packed(self, x: Tensor) -> Any | None:
         """The product of all; None if x or the weights are not of a kind that it takes."""
-        if not self._watch.same(self._tensors()):
+        if not self._watched.same(self._tensors()):
             self._pack()
         return self._product if x.dtype is self._dtype and x.device.type == "cpu" else None
 
     def stale(self) -> bool:
-        return bool(self._watch.stale(self._tensors()))
+        return self._watched.stale(self._tensors())
 
     def alone(self, index: int, x: Tensor) -> Tensor:
         """One of them, as torch computes it."""
@@ -44,10 +46,10 @@ class Layers:
         return [owner.get(name) for owner in self._owners for name in ("weight", "bias")]
 
     def _pack(self) -> None:
-        from paged_kernels.cpu.linear import PackedLinear, WatchedTensors
+        from paged_kernels.cpu.linear import PackedLinear
 
         tensors = self._tensors()
-        self._watch = WatchedTensors(tensors)
+        self._watched = WatchedTensors(tensors)
         self._product: PackedLinear | None = None
         self._dtype: torch.dtype | None = None
         weights = [packable(weight) for weight in tensors[::2]]
@@ -60,3 +62,22 @@ def packable(weight: Tensor | None) -> Tensor | None:
     from paged_kernels.cpu.linear import can_pack
 
     return weight if type(weight) in (Tensor, nn.Parameter) and can_pack(weight) else None
+
+
+def is_packable(module: nn.Module | None) -> bool:
+    """nn.Linear itself, or a Conv1D as GPT-2 has it (weight [K, N]), over plain weights."""
+    if module is None or "forward" in module.__dict__:
+        return False
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if type(module) is nn.Linear:
+        return packable(weight) is not None
+    is_conv1d = type(module).__name__ == "Conv1D" and set(module._parameters) == {"weight", "bias"}
+    return is_conv1d and bias is not None and packable(weight) is not None
+
+
+def shape_of(linear: nn.Module) -> tuple[int, int, bool]:
+    """(outputs, inputs, whether the weight lies turned)"""
+    weight, turned = linear._parameters["weight"], type(linear) is not nn.Linear
+    assert weight is not None
+    rows, columns = weight.shape
+    return (columns, rows, turned) if turned else (rows, columns, turned)

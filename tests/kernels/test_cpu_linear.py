@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from paged_kernels.cpu.linear import PackedLinear, WatchedTensors, can_pack
+from paged_kernels.cpu.linear import PackedLinear, can_pack
 from torch.nn.functional import linear, silu
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03}  # outputs are of size 1; bfloat16 rounds the result
@@ -89,24 +89,3 @@ def test_only_dense_matrices_of_two_dtypes_are_taken():
     assert can_pack(draw(3, 4)) and can_pack(draw(3, 4, dtype=torch.bfloat16))
     assert not can_pack(draw(3, 4).half()) and not can_pack(draw(3)) and not can_pack(draw(3, 4).to_sparse())
     assert not can_pack(torch.empty(3, 4, device="meta")) and not can_pack(torch.empty(0, 4))
-
-
-@pytest.mark.parametrize("rows, columns", [(60, 96), (96, 60), (64, 64), (97, 48), (1, 30), (30, 1), (2, 9)])
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("spare", [0, 3])
-def test_a_row_or_column_that_was_written_through_data_is_noticed_when_asked(rows, columns, turned, spare):
-    weight = torch.zeros(columns, rows + spare)[:, :rows].t() if turned else torch.zeros(rows, columns + spare)
-    weight = weight[:, :columns]
-    for line in (*weight.data.unbind(0), *weight.data.unbind(1)):
-        watch = WatchedTensors([weight, None])
-        assert not watch.stale([weight, None])
-        line += 1
-        assert watch.stale([weight, None])
-
-
-def test_every_value_of_a_bias_is_looked_at():
-    bias = torch.zeros(300)
-    for place in range(300):
-        watch = WatchedTensors([bias])
-        bias.data[place] = 1
-        assert watch.stale([bias])

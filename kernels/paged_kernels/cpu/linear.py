@@ -6,7 +6,6 @@ number of columns rounded up to whole tiles. A row's result does not depend on t
 
 from __future__ import annotations
 
-import math
 import struct
 import threading
 from collections.abc import Sequence
@@ -92,36 +91,6 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
-class WatchedTensors:
-    """Notices when tensors change: replaced, updated in place, or written through ``.data``."""
-
-    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
-        self._marks = [None if t is None else (t, _version(t), t.data_ptr()) for t in tensors]
-        self._samples = [None if t is None else _sample(t) for t in tensors]
-
-    def same(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Constant time: identities and version counters, what every call can afford to look at."""
-        for tensor, mark in zip(tensors, self._marks, strict=True):
-            if tensor is None or mark is None:
-                if tensor is not mark:
-                    return False
-            elif tensor is not mark[0] or _version(tensor) != mark[1]:
-                return False
-        return True
-
-    def stale(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Reads memory too: a new address, or other values in a row or column of a matrix, or anywhere in a vector.
-        Milliseconds for a model's weights: for when there is reason to ask."""
-        if not self.same(tensors):
-            return True
-        for tensor, mark, sample in zip(tensors, self._marks, self._samples, strict=True):
-            if tensor is None or mark is None or sample is None:
-                continue
-            if tensor.data_ptr() != mark[2] or not torch.equal(_sample(tensor), sample):
-                return True
-        return False
-
-
 class _Workspace:
     """A kernel's arguments and its threads' scratch memory, kept between calls of one Python thread."""
 
@@ -177,23 +146,3 @@ def _lay(weights: Sequence[Tensor], out: Tensor) -> None:
             row, done = row + count, done + count
     if row % TILE:
         columns[-1, row % TILE :] = 0
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """A copy of a vector, or of values in every row and every column of a matrix."""
-    values = tensor.detach()
-    if values.ndim < 2 or 1 in values.shape:
-        return values.reshape(-1).clone()
-    if not values.is_contiguous():
-        values = values.t()
-    if not values.is_contiguous():
-        return torch.cat([values[0], values[:, 0]])
-    rows, columns = values.shape
-    step = min(rows, columns - 1)  # one in each row; in each column, when no divisor is common to both
-    while math.gcd(step, columns) != 1:
-        step -= 1
-    return values.view(-1)[::step].clone()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from paged_hf.loading import embedded
+from paged_hf.loading import embedded, load
 from paged_hf.loading.load import load_model, load_tokenizer
 from paged_kernels.cpu import parallel
 

@@ -1,0 +1,76 @@
+"""Forwards held against the modules they stand for, on random numbers, before they are handed out.
+
+All draw from generators of their own: the user's random numbers stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from paged_core.builtin.modules import head_dim, is_rms_norm
+
+ROWS = 5
+ROUGHLY = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest value, for other orders
+CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # where only the last bit may differ
+
+
+@torch.no_grad()
+def stock(module: nn.Module, x: Tensor) -> Tensor:
+    """What the module's own forward gives, hooks left out."""
+    return type(module).forward(module, x)  # type: ignore[no-any-return]
+
+
+def alike(ours: Tensor, theirs: Tensor, tolerances: dict[torch.dtype, float] = ROUGHLY) -> bool:
+    if type(theirs) is not Tensor or ours.shape != theirs.shape or ours.dtype is not theirs.dtype:
+        return False
+    a, b = ours.float(), theirs.float()
+    scale = b.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+    return torch.allclose(a, b, rtol=0.0, atol=tolerances[ours.dtype] * scale, equal_nan=True)
+
+
+def random_rows(like: Tensor, width: int) -> Tensor:
+    """``[1,ROWS,width]``, of the dtype and on the device of ``like``."""
+    return torch.randn(1, ROWS, width, generator=generator()).to(like.device, like.dtype)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def norm_trial(module: nn.Module, dtypes: Sequence[torch.dtype]) -> tuple[nn.Module, Tensor] | None:
+    """A copy of what looks like an RMS norm, and rows to try it on. The copy has weights of its own: those of the
+    module may not tell one formula from another."""
+    weight = module._parameters.get("weight")
+    if not is_rms_norm(module) or weight is None or weight.dtype not in dtypes:
+        return None
+    twin, random = copy.copy(module), generator()
+    twin.__dict__["_parameters"] = {"weight": torch.rand(weight.shape, generator=random).to(weight)}
+    return twin, torch.randn(1, ROWS, len(weight), generator=random).to(weight)
+
+
+def layer_agrees(
+    forward: Callable[..., Tensor], layer: nn.Module, x: Tensor, tolerances: dict[torch.dtype, float] = ROUGHLY
+) -> bool:
+    """Whether ``forward`` computes what a decoder layer computes of ``x [1,T,N]``, given what the engine gives."""
+    dim = head_dim(layer)
+    assert dim is not None, "see is_decoder_layer"
+    angles = torch.rand(1, x.shape[1], dim // 2, generator=generator()).repeat(1, 1, 2)
+    rotation = (angles.cos().to(x), angles.sin().to(x))
+    given = {"position_embeddings": rotation, "attention_mask": None, "attend": mixing_attend}
+    try:
+        with torch.no_grad():
+            return alike(forward(x, **given), type(layer).forward(layer, x, **given), tolerances)
+    except Exception:  # it wants more than we know to give, or its parts have other shapes
+        return False
+
+
+def mixing_attend(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, key_bias: Tensor | None = None
+) -> Tensor:
+    """Some function of all three that tells heads and tokens apart."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return q.tanh() * k + v.cumsum(0)
