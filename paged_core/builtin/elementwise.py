@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paged_core.builtin.modules import eps_of
+from paged_core.builtin.modules import eps_of, known_eps
 from paged_core.builtin.trials import CLOSE, ROWS, alike, generator, norm_trial, stock
 from paged_core.execution.model import ModuleForward
 from paged_core.execution.watched import WatchedTensors
@@ -51,7 +51,7 @@ class _RMSNorm(ModuleForward):
         from paged_kernels.cpu.elementwise import rms_norm
 
         self._kernel, self._module, self._owner = rms_norm, weakref.ref(module), module._parameters
-        self._eps, self._plus_one = eps_of(module), plus_one
+        self._eps, self._plus_one = known_eps(module), plus_one
         self._take()
 
     def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from paged_core.builtin.elementwise import rotary_forward
-from paged_core.builtin.modules import device_type, dtype_among, eps_of, is_decoder_layer, is_gated_mlp, is_listened_to
+from paged_core.builtin.modules import (
+    device_type,
+    dtype_among,
+    eps_of,
+    is_decoder_layer,
+    is_gated_mlp,
+    is_listened_to,
+    known_eps,
+)
 from paged_core.builtin.trials import CLOSE, alike, layer_agrees, norm_trial, random_rows, stock
 from paged_core.execution.model import ModuleForward
 from paged_core.hookspecs import hookimpl
@@ -68,7 +76,7 @@ class _Norm(ModuleForward):
         from paged_kernels.triton.elementwise import rms_norm
 
         self._kernel, self._module, self._owner = rms_norm, weakref.ref(module), module._parameters
-        self._eps = eps_of(module)
+        self._eps = known_eps(module)
 
     def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())
@@ -150,7 +158,7 @@ class _DecoderLayer(ModuleForward):
 
         self._kernel, self._module = add_rms_norm, weakref.ref(module)
         self._norm = weakref.ref(module.get_submodule("post_attention_layernorm"))
-        self._eps = eps_of(_there(self._norm))
+        self._eps = known_eps(_there(self._norm))
 
     def __call__(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:
         module: Any = _there(self._module)

@@ -56,8 +56,16 @@ def is_rms_norm(module: nn.Module) -> bool:
 
 
 def eps_of(norm: nn.Module) -> float | None:
+    """An RMS norm's epsilon, by any of its names."""
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     return eps if isinstance(eps, float) else None
+
+
+def known_eps(norm: nn.Module) -> float:
+    """Of a module that is_rms_norm says is one."""
+    eps = eps_of(norm)
+    assert eps is not None, "see is_rms_norm"
+    return eps
 
 
 def is_listened_to(module: nn.Module) -> bool:

@@ -61,7 +61,7 @@ class Layers:
 def packable(weight: Tensor | None) -> Tensor | None:
     from paged_kernels.cpu.linear import can_pack
 
-    return weight if type(weight) in (Tensor, nn.Parameter) and can_pack(weight) else None
+    return weight if weight is not None and type(weight) in (Tensor, nn.Parameter) and can_pack(weight) else None
 
 
 def is_packable(module: nn.Module | None) -> bool:

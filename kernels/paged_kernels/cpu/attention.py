@@ -127,7 +127,7 @@ mix_1x1, mix_2x1, mix_3x1, mix_4x1 = make_mix(1, 1), make_mix(2, 1), make_mix(3,
 
 
 @kernel
-def plan_items(args):  # type: ignore[no-untyped-def]
+def plan_items(args):
     """Write the items of this step to ITEMS, or, while that is 0, only count items, partial rows and counters."""
     items = load_i64(args, ITEMS)
     group = load_i64(args, GROUP)
@@ -174,9 +174,9 @@ def plan_items(args):  # type: ignore[no-untyped-def]
     store_i64(args, NUM_COUNTERS, num_counters)
 
 
-def _make_store_and_attend(codes):  # type: ignore[no-untyped-def]
+def _make_store_and_attend(codes):
     @kernel
-    def store_and_attend(args):  # type: ignore[no-untyped-def]
+    def store_and_attend(args):
         """Store this step's K and V, then compute every item."""
         store_all(args, codes)
         items = load_i64(args, ITEMS)
@@ -207,9 +207,9 @@ def _make_store_and_attend(codes):  # type: ignore[no-untyped-def]
     return store_and_attend
 
 
-def _make_store(codes):  # type: ignore[no-untyped-def]
+def _make_store(codes):
     @kernel
-    def store(args):  # type: ignore[no-untyped-def]
+    def store(args):
         """Store this step's K and V."""
         store_all(args, codes)
 
@@ -222,7 +222,7 @@ store_and_attend, store_and_attend_codes = _make_store_and_attend(None), _make_s
 
 
 @inline
-def _query(args, item, head, row):  # type: ignore[no-untyped-def]
+def _query(args, item, head, row):
     """The address of a row's query."""
     group = load_i64(args, GROUP)
     row += load_i64(item, FIRST_ROW)
@@ -232,14 +232,14 @@ def _query(args, item, head, row):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _cap(scores, softcap):  # type: ignore[no-untyped-def]
+def _cap(scores, softcap):
     """softcap * tanh(scores / softcap), of scores in base 2."""
     inner = vmul(scores, vsplat(float32(1.0) / (softcap * float32(LOG2E))))
     return vmul(vtanh(inner), vsplat(softcap * float32(LOG2E)))
 
 
 @inline
-def _bias_of(args, head):  # type: ignore[no-untyped-def]
+def _bias_of(args, head):
     """The address of the bias of a group's first head, or 0."""
     bias = load_i64(args, KEY_BIAS)
     return bias + 4 * head * load_i64(args, GROUP) * load_i64(args, BIAS_STRIDE) if bias != 0 else bias
@@ -249,7 +249,7 @@ def _bias_of(args, head):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _decode(args, item, head, scratch, next_item, next_head, codes):  # type: ignore[no-untyped-def]
+def _decode(args, item, head, scratch, next_item, next_head, codes):
     num_rows = load_i64(item, NUM_ROWS)
     dim, value_dim = load_i64(args, HEAD_DIM), load_i64(args, VALUE_DIM)
     width, value_width = padded(dim), padded(value_dim)
@@ -324,7 +324,7 @@ def _decode(args, item, head, scratch, next_item, next_head, codes):  # type: ig
 
 
 @inline
-def _mix(height, p, p_row, p_key, rows, out, width, alphas, count):  # type: ignore[no-untyped-def]
+def _mix(height, p, p_row, p_key, rows, out, width, alphas, count):
     """out[height, width] = out * alphas + p @ rows, in register tiles."""
     at = 0
     while at < width:
@@ -365,7 +365,7 @@ def _mix(height, p, p_row, p_key, rows, out, width, alphas, count):  # type: ign
 
 
 @inline
-def _chunk(args, item, head, scratch, codes):  # type: ignore[no-untyped-def]
+def _chunk(args, item, head, scratch, codes):
     num_rows = load_i64(item, NUM_ROWS)
     dim, value_dim = load_i64(args, HEAD_DIM), load_i64(args, VALUE_DIM)
     value_width = padded(value_dim)
@@ -409,7 +409,7 @@ def _chunk(args, item, head, scratch, codes):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _take_queries(args, item, head, queries, state, columns):  # type: ignore[no-untyped-def]
+def _take_queries(args, item, head, queries, state, columns):
     """The tile's queries, scaled and transposed to [D, ROWS]; which keys each row sees; an empty softmax."""
     num_rows, group = load_i64(item, NUM_ROWS), load_i64(args, GROUP)
     dim, dtype = load_i64(args, HEAD_DIM), load_i64(args, DTYPE)
@@ -435,7 +435,7 @@ def _take_queries(args, item, head, queries, state, columns):  # type: ignore[no
 
 
 @inline
-def _scores(key_rows, queries, scores, columns, dim, count):  # type: ignore[no-untyped-def]
+def _scores(key_rows, queries, scores, columns, dim, count):
     """scores[keys, rows] = keys @ queries, in register tiles; keys rounded up to a multiple of 8."""
     at = 0
     while at < columns:
@@ -460,7 +460,7 @@ def _scores(key_rows, queries, scores, columns, dim, count):  # type: ignore[no-
 
 
 @inline
-def _add_bias(args, scores, first_row, bias, start, count):  # type: ignore[no-untyped-def]
+def _add_bias(args, scores, first_row, bias, start, count):
     """Add the keys' bias to a vector of rows, in base 2; the rows of a group have different heads."""
     group, stride = load_i64(args, GROUP), load_i64(args, BIAS_STRIDE)
     if group == 1:
@@ -476,7 +476,7 @@ def _add_bias(args, scores, first_row, bias, start, count):  # type: ignore[no-u
 
 
 @inline
-def _softmax(scores, state, start, count, masked):  # type: ignore[no-untyped-def]
+def _softmax(scores, state, start, count, masked):
     """One more tile of keys for a vector of rows: scores to weights in place, and the running state."""
     before = vload(state, _M * ROWS)
     if masked:
@@ -503,7 +503,7 @@ def _softmax(scores, state, start, count, masked):  # type: ignore[no-untyped-de
 
 
 @inline
-def _finish(args, item, head, scratch):  # type: ignore[no-untyped-def]
+def _finish(args, item, head, scratch):
     """Write the tile's rows; or keep them as partial, and write the tile if this was its last stretch to end."""
     num_rows, num_splits = load_i64(item, NUM_ROWS), load_i64(item, NUM_SPLITS)
     width = padded(load_i64(args, VALUE_DIM))
@@ -542,7 +542,7 @@ def _finish(args, item, head, scratch):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _write(args, item, head, row, m, total, values):  # type: ignore[no-untyped-def]
+def _write(args, item, head, row, m, total, values):
     """One row of the result: values / total, the sink's share taken into account."""
     group, dim = load_i64(args, GROUP), load_i64(args, VALUE_DIM)
     query = load_i64(item, FIRST_ROW) + row

@@ -266,7 +266,7 @@ class _Arguments(threading.local):
     def __init__(self) -> None:
         self.buffer = torch.zeros(24, dtype=torch.int64)
         self.address = self.buffer.data_ptr()
-        self.view = memoryview(self.buffer.numpy()).cast("B")
+        self.view = self.buffer.numpy().data.cast("B")
 
 
 _arguments = _Arguments()

@@ -43,7 +43,7 @@ class AttentionPlan:
     ) -> None:
         self._args = torch.zeros(arguments.NUM_ARGS, dtype=torch.int64)
         self._address = self._args.data_ptr()
-        self._set = memoryview(self._args.numpy())
+        self._set = self._args.numpy().data
         self._bytes = self._set.cast("B")
         self._group = num_heads // num_kv_heads
         self._out_shape = (num_heads, value_head_dim)
@@ -175,7 +175,7 @@ def store_kv(k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> N
     key_cache, value_cache, key_scales, value_scales = cache
     cache_code = _cache_code(key_cache, key_scales)
     args = torch.zeros(arguments.NUM_ARGS, dtype=torch.int64)
-    given = memoryview(args.numpy())
+    given = args.numpy().data
     slot_mapping = slot_mapping.contiguous()
     (k, *k_strides), (v, *v_strides) = _side_by_side(k), _side_by_side(v.to(k.dtype))
     arguments.EACH_LAYER.pack_into(
@@ -226,7 +226,8 @@ def _side_by_side(x: Tensor) -> tuple[Tensor, int, int]:
     if number == 1:
         return x, token, head
     x = x.contiguous()
-    return x, *x.stride()[:2]
+    token, head, _ = x.stride()
+    return x, token, head
 
 
 def _padded(dim: int) -> int:

@@ -102,7 +102,7 @@ class _Workspace:
         self._args = torch.zeros(size + LINE, dtype=torch.uint8)
         self.address = -(-self._args.data_ptr() // LINE) * LINE
         offset = self.address - self._args.data_ptr()
-        self._view = memoryview(self._args.numpy())[offset : offset + size]
+        self._view = self._args.numpy().data[offset : offset + size]
         self._tail = (num_threads, self._scratch.data_ptr(), stride)
         self._zeros = bytes(size - 8 * TICKET)
         self._format = struct.Struct(f"={TICKET}q")
@@ -140,7 +140,7 @@ def _lay(weights: Sequence[Tensor], out: Tensor) -> None:
             count = whole * TILE or min(TILE - at, len(weight) - done)
             rows = weight[done : done + count]
             if whole:
-                columns[tile : tile + whole].copy_(rows.unflatten(0, (whole, TILE)))
+                columns[tile : tile + whole].copy_(rows.view(whole, TILE, -1))
             else:
                 columns[tile, at : at + count].copy_(rows)
             row, done = row + count, done + count

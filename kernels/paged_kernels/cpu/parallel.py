@@ -68,7 +68,7 @@ def _find_launcher() -> Callable[[int, int, int, int], None]:
             continue
         launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         launch.restype = None
-        return launch  # type: ignore[no-any-return]
+        return launch
 
     call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -87,7 +87,7 @@ def _compile(function: Callable[[int], None]) -> int:
 
 def _compile_with(function: Callable[[int], None], cache: Any) -> int:
     signature = types.void(types.int64)
-    compiled = ccallback.CFunc(function, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
+    compiled: Any = ccallback.CFunc(function, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
     if cache is not None:
         compiled._cache = cache
     compiled.compile()
@@ -102,12 +102,14 @@ def _disk_cache(function: Callable[[int], None]) -> Any:
     if folder is None:
         return None
 
+    stamp = folder.name  # holds all that the code depends on
+
     class Locator(caching._CacheLocator):  # type: ignore[misc]
         def get_cache_path(self) -> str:
             return str(folder)
 
         def get_source_stamp(self) -> str:
-            return folder.name
+            return stamp
 
         def get_disambiguator(self) -> str:
             return ""

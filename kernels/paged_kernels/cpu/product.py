@@ -118,7 +118,7 @@ def make_pass(rows: int, bf16: bool, num_prefetches: int) -> Any:
         return context.get_dummy_value()
 
     @intrinsic
-    def one_pass(typingctx, x, x_stride, w, count, y, y_stride, start, start_stride, ahead, ahead_step):  # type: ignore[no-untyped-def]
+    def one_pass(typingctx, x, x_stride, w, count, y, y_stride, start, start_stride, ahead, ahead_step):
         return types.void(*[types.int64] * 10), codegen
 
     return one_pass
@@ -135,7 +135,7 @@ def make_passes(bf16: bool) -> Any:
     r4, r5, r6, r7 = rest[4:] or [r3] * 4  # with four rows in registers there are never more than three left
 
     @inline
-    def passes(x, x_stride, w, count, num_rows, y, y_stride, start, start_stride, ahead):  # type: ignore[no-untyped-def]
+    def passes(x, x_stride, w, count, num_rows, y, y_stride, start, start_stride, ahead):
         share = -(-step // -(-num_rows // ROWS))  # bytes fetched at each step of k
         row = 0
         while row < num_rows:
@@ -171,7 +171,7 @@ passes_bf16 = make_passes(True)
 
 
 @inline
-def tile_f32(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, wide):  # type: ignore[no-untyped-def]
+def tile_f32(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, wide):
     """One tile for a block of rows, into y; ``w`` the tile's address."""
     start, start_stride = bias, bias_stride
     for k in range(0, depth, STRETCH):
@@ -182,7 +182,7 @@ def tile_f32(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, wi
 
 
 @inline
-def tile_bf16(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, wide):  # type: ignore[no-untyped-def]
+def tile_bf16(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, wide):
     """As tile_f32. When many rows will read a stretch, it is widened to float32 once, at ``wide``."""
     start, start_stride = bias, bias_stride
     for k in range(0, depth, STRETCH):
@@ -198,7 +198,7 @@ def tile_bf16(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, w
 
 
 @inline
-def write_out(sums, num_rows, num_columns, y, y_stride, out_bf16):  # type: ignore[no-untyped-def]
+def write_out(sums, num_rows, num_columns, y, y_stride, out_bf16):
     """Sums [num_rows, TILE of 2 * TILE] to y, in its dtype, as many columns as there are."""
     for row in range(num_rows):
         column = 0
@@ -219,7 +219,7 @@ def write_out(sums, num_rows, num_columns, y, y_stride, out_bf16):  # type: igno
 
 
 @inline
-def gate_in_place(sums, num_rows):  # type: ignore[no-untyped-def]
+def gate_in_place(sums, num_rows):
     """Each row of sums holds TILE of gate, then TILE of up: silu(gate) * up goes where gate was."""
     one, top = vsplat(1.0), vsplat(126.0)
     for row in range(num_rows):
@@ -236,7 +236,7 @@ def make_compute(tile: Any, weight_bytes: int) -> Any:
     of its own and helps the others when that is done."""
 
     @inline
-    def compute(args):  # type: ignore[no-untyped-def]
+    def compute(args):
         num_rows, num_columns, depth = load_i64(args, NUM_ROWS), load_i64(args, NUM_COLUMNS), load_i64(args, DEPTH)
         x_stride, y_stride, out_bf16 = load_i64(args, X_STRIDE), load_i64(args, Y_STRIDE), load_i64(args, OUT_BF16)
         num_blocks = -(-num_rows // BLOCK)
@@ -282,12 +282,12 @@ compute_f32, compute_bf16 = make_compute(tile_f32, 4), make_compute(tile_bf16, 2
 
 
 @kernel
-def product_f32(args):  # type: ignore[no-untyped-def]
+def product_f32(args):
     compute_f32(args)
 
 
 @kernel
-def product_bf16(args):  # type: ignore[no-untyped-def]
+def product_bf16(args):
     compute_bf16(args)
 
 

@@ -75,7 +75,7 @@ STORE_TOKENS = 16  # tokens stored by one grab of work
 
 
 @inline
-def padded(count):  # type: ignore[no-untyped-def]
+def padded(count):
     return (count + LANES - 1) // LANES * LANES
 
 
@@ -83,7 +83,7 @@ def padded(count):  # type: ignore[no-untyped-def]
 
 
 @inline
-def store_all(args, codes):  # type: ignore[no-untyped-def]
+def store_all(args, codes):
     """Take batches of tokens until none are left, then wait for those that other threads have taken."""
     num_tokens = load_i64(args, NUM_TOKENS)
     num_batches = (num_tokens + STORE_TOKENS - 1) // STORE_TOKENS
@@ -99,7 +99,7 @@ def store_all(args, codes):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _store_token(args, token, codes):  # type: ignore[no-untyped-def]
+def _store_token(args, token, codes):
     slot = load_i64(load_i64(args, SLOTS), token)
     block_size, num_kv_heads = load_i64(args, BLOCK_SIZE), load_i64(args, NUM_KV_HEADS)
     block = slot // block_size
@@ -116,7 +116,7 @@ def _store_token(args, token, codes):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _write(args, source, cache, scales, row, dim, codes):  # type: ignore[no-untyped-def]
+def _write(args, source, cache, scales, row, dim, codes):
     dtype, cache_dtype = load_i64(args, DTYPE), load_i64(args, CACHE_DTYPE)
     if codes is None:
         copy(source, dtype, cache + row * dim * size_of(cache_dtype), cache_dtype, dim)
@@ -126,7 +126,7 @@ def _write(args, source, cache, scales, row, dim, codes):  # type: ignore[no-unt
 
 
 @inline
-def copy(source, dtype, target, target_dtype, count):  # type: ignore[no-untyped-def]
+def copy(source, dtype, target, target_dtype, count):
     """``count`` floats from one place to another, converted."""
     whole = count // LANES * LANES
     for i in range(0, whole, LANES):
@@ -136,7 +136,7 @@ def copy(source, dtype, target, target_dtype, count):  # type: ignore[no-untyped
 
 
 @inline
-def _to_codes(source, dtype, target, target_dtype, count):  # type: ignore[no-untyped-def]
+def _to_codes(source, dtype, target, target_dtype, count):
     """``count`` floats as codes, and their scale; as ``reference.quantize`` does it, bit for bit."""
     whole = count // LANES * LANES
     top = vsplat(float32(0.0))
@@ -166,7 +166,7 @@ def _to_codes(source, dtype, target, target_dtype, count):  # type: ignore[no-un
 
 
 @inline
-def find_rows(args, item, head, cache, scales, dim, start, count, rows, staging, codes):  # type: ignore[no-untyped-def]
+def find_rows(args, item, head, cache, scales, dim, start, count, rows, staging, codes):
     """Put the addresses of keys (or values) start..start+count into the table ``rows``, and fill it up to a multiple
     of LANES with the last one. Rows the products can't read as they lie are first copied to ``staging``, as
     float32 and padded with zeros."""
@@ -208,7 +208,7 @@ def find_rows(args, item, head, cache, scales, dim, start, count, rows, staging,
 
 
 @inline
-def widen(source, dtype, target, count, width):  # type: ignore[no-untyped-def]
+def widen(source, dtype, target, count, width):
     """``count`` floats as float32, then zeros up to ``width``."""
     whole = count // LANES * LANES
     for i in range(0, whole, LANES):
@@ -220,7 +220,7 @@ def widen(source, dtype, target, count, width):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _from_codes(source, dtype, scale, target, count, width):  # type: ignore[no-untyped-def]
+def _from_codes(source, dtype, scale, target, count, width):
     """``count`` codes times their scale as float32, then zeros up to ``width``."""
     whole, scales = count // LANES * LANES, vsplat(scale)
     if dtype == INT8:
@@ -236,7 +236,7 @@ def _from_codes(source, dtype, scale, target, count, width):  # type: ignore[no-
 
 
 @inline
-def call_for(args, item, head, start, stop, codes):  # type: ignore[no-untyped-def]
+def call_for(args, item, head, start, stop, codes):
     """Ask memory for keys and values start..stop, which are needed soon: blocks lie apart, so the hardware's own
     prefetching starts anew with each."""
     num_kv_heads, block_size = load_i64(args, NUM_KV_HEADS), load_i64(args, BLOCK_SIZE)
@@ -256,6 +256,6 @@ def call_for(args, item, head, start, stop, codes):  # type: ignore[no-untyped-d
 
 
 @inline
-def _call_run(address, num_bytes):  # type: ignore[no-untyped-def]
+def _call_run(address, num_bytes):
     for i in range(0, num_bytes, 64):
         prefetch(address, i)

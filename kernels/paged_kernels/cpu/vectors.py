@@ -350,7 +350,7 @@ def vtanh_near(builder: Any, x: Any) -> Any:
 
 
 @inline
-def vtanh(x):  # type: ignore[no-untyped-def]
+def vtanh(x):
     """tanh(x) to a few units in the last place; NaN for NaN."""
     one = vsplat(1.0)
     size = vmax(x, vsub(vsplat(0.0), x))
@@ -495,27 +495,27 @@ def _sum_each(builder: Any, vectors: list[Any]) -> Any:
 
 
 @inline
-def size_of(dtype):  # type: ignore[no-untyped-def]
+def size_of(dtype):
     """Bytes of one number, or code."""
     return 4 if dtype == F32 else 2 if dtype in (BF16, F16) else 1
 
 
 @inline
-def load_float(address, index, dtype):  # type: ignore[no-untyped-def]
+def load_float(address, index, dtype):
     if dtype == F32:
         return load_f32(address, index)
     return load_bf16(address, index) if dtype == BF16 else load_f16(address, index)
 
 
 @inline
-def vload_float(address, index, dtype):  # type: ignore[no-untyped-def]
+def vload_float(address, index, dtype):
     if dtype == F32:
         return vload(address, index)
     return vload_bf16(address, index) if dtype == BF16 else vload_f16(address, index)
 
 
 @inline
-def store_float(address, index, dtype, value):  # type: ignore[no-untyped-def]
+def store_float(address, index, dtype, value):
     if dtype == F32:
         store_f32(address, index, value)
     elif dtype == BF16:
@@ -525,7 +525,7 @@ def store_float(address, index, dtype, value):  # type: ignore[no-untyped-def]
 
 
 @inline
-def vstore_float(address, index, dtype, value):  # type: ignore[no-untyped-def]
+def vstore_float(address, index, dtype, value):
     if dtype == F32:
         vstore(address, index, value)
     elif dtype == BF16:

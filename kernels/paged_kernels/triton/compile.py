@@ -69,7 +69,7 @@ class Job(NamedTuple):
 
     module: str
     every: bool
-    index: int
+    place: int
     target: str
 
 
@@ -101,7 +101,7 @@ def variants_of(module: str, target: str, every: bool) -> list[Variant]:
 
 def run(job: Job) -> Compiled:
     """Compile one variant, or take it from Triton's cache. What doesn't compile is told as what breaks a limit is."""
-    variant = variants_of(job.module, job.target, job.every)[job.index]
+    variant = variants_of(job.module, job.target, job.every)[job.place]
     try:
         return compile_variant(variant, job.target)
     except Exception as error:
