@@ -93,7 +93,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "paged_core": (CORE, {"paged_core.builtin"}),
     "adapters/serving/paged_serving": (
-        {"paged_serving", "paged_core", "torch", "llguidance", "prometheus_client"},
+        {"paged_serving", "paged_core", "torch", "llguidance", "prometheus_client", "msgspec"},
         set(),
     ),
 }

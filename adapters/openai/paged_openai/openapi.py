@@ -1,41 +1,39 @@
 """GET /openapi.json: our routes as an OpenAPI 3.1 document.
 
-The routes are read from the application, and what bodies may hold from the core's readers; only what a route answers
-is written down here.
+The routes are read from the application, and what bodies may hold from the classes that they are read with; only what
+a route answers is written down here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from paged_serving import ChatCall, CompletionCall, Failure, ServedModel, TGICall, body_schema, tokenize
+from paged_serving import ChatBody, CompletionBody, Failure, ServedModel, TGIBody, TokenizeBody, body_schema
 from starlette.routing import BaseRoute, Route
 
 from paged_core import __version__
 from paged_openai.responses import OPENAI, TGI
 
-_CHAT = {"messages": [{"role": "user", "content": "A"}]}
-_EVENTS = "text/event-stream"
+_JSON, _EVENTS = "application/json", "text/event-stream"
 
 
 class _Body(NamedTuple):
-    """How a route reads its body."""
+    """What a route takes."""
 
-    read: Callable[[Any, ServedModel], object]
-    samples: tuple[Mapping[str, Any], ...]  # see body_schema
-    media_types: tuple[str, ...] = ("application/json", _EVENTS)  # of the answer
+    declared: type[Any]
+    media_types: tuple[str, ...] = (_JSON, _EVENTS)  # of the answer
+    one_of: tuple[str, ...] = ()  # fields of which one must be there
 
 
 _BODIES = {
-    "/v1/completions": _Body(partial(CompletionCall, request_id=""), ({"prompt": "A"},)),
-    "/v1/chat/completions": _Body(partial(ChatCall, request_id=""), (_CHAT,)),
-    "/": _Body(TGICall, ({"inputs": "A"},)),
-    "/generate": _Body(partial(TGICall, stream=False), ({"inputs": "A"},), ("application/json",)),
-    "/generate_stream": _Body(partial(TGICall, stream=True), ({"inputs": "A"},), (_EVENTS,)),
-    "/tokenize": _Body(tokenize, ({"inputs": "A"}, {"prompt": "A"}), ("application/json",)),
+    "/v1/completions": _Body(CompletionBody),
+    "/v1/chat/completions": _Body(ChatBody),
+    "/": _Body(TGIBody),
+    "/generate": _Body(TGIBody, (_JSON,)),
+    "/generate_stream": _Body(TGIBody, (_EVENTS,)),
+    "/tokenize": _Body(TokenizeBody, (_JSON,), ("inputs", "prompt")),
 }
 _OTHER_MEDIA = {"/metrics": "text/plain", "/health": None, "/ready": None}  # None: an empty answer
 _ERRORS = {
@@ -93,14 +91,10 @@ def _operation(method: str, path: str, served: ServedModel) -> dict[str, Any]:
         ]
     body = _BODIES.get(path) if method == "POST" else None
     if body is not None:
-        schema = body_schema(partial(_read, body, served), *body.samples)
+        schema = body_schema(body.declared, served, one_of=body.one_of)
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     operation["responses"] = {"200": _good(path, body), **_failures(path)}
     return operation
-
-
-def _read(body: _Body, served: ServedModel, value: Any) -> object:
-    return body.read(value, served)
 
 
 def _good(path: str, body: _Body | None) -> dict[str, Any]:

@@ -8,34 +8,39 @@ if TYPE_CHECKING:
     from paged_serving.options import add_engine_options, engine_config, whole_number
     from paged_serving.outcomes import as_outcome
     from paged_serving.protocol.call import Call
-    from paged_serving.protocol.chat import ChatCall
-    from paged_serving.protocol.completions import CompletionCall
+    from paged_serving.protocol.chat import ChatBody, ChatCall
+    from paged_serving.protocol.completions import CompletionBody, CompletionCall
+    from paged_serving.protocol.document import body_schema
     from paged_serving.protocol.failures import CallError, Failure, openai_error, tgi_error
-    from paged_serving.protocol.fields import ProtocolError, parse_json
+    from paged_serving.protocol.parsing import ProtocolError, parse_json
     from paged_serving.protocol.served import RequestLimits, ServedModel
-    from paged_serving.protocol.sketch import body_schema
     from paged_serving.protocol.tgi import TGICall
-    from paged_serving.protocol.tokenize import tokenize
+    from paged_serving.protocol.tgi_body import TGIBody
+    from paged_serving.protocol.tokenize import TokenizeBody, tokenize
     from paged_serving.quiet import quiet_imports
 
 # Imported when first used: plugins are looked through without loading torch.
 _LAZY = {
     "Call": "protocol.call",
     "CallError": "protocol.failures",
+    "ChatBody": "protocol.chat",
     "ChatCall": "protocol.chat",
+    "CompletionBody": "protocol.completions",
     "CompletionCall": "protocol.completions",
     "Failure": "protocol.failures",
     "PrometheusMetrics": "metrics",
-    "ProtocolError": "protocol.fields",
+    "ProtocolError": "protocol.parsing",
     "RequestLimits": "protocol.served",
     "ServedModel": "protocol.served",
+    "TGIBody": "protocol.tgi_body",
     "TGICall": "protocol.tgi",
+    "TokenizeBody": "protocol.tokenize",
     "add_engine_options": "options",
     "as_outcome": "outcomes",
-    "body_schema": "protocol.sketch",
+    "body_schema": "protocol.document",
     "engine_config": "options",
     "openai_error": "protocol.failures",
-    "parse_json": "protocol.fields",
+    "parse_json": "protocol.parsing",
     "quiet_imports": "quiet",
     "tgi_error": "protocol.failures",
     "tokenize": "protocol.tokenize",
@@ -45,14 +50,18 @@ _LAZY = {
 __all__ = [
     "Call",
     "CallError",
+    "ChatBody",
     "ChatCall",
+    "CompletionBody",
     "CompletionCall",
     "Failure",
     "PrometheusMetrics",
     "ProtocolError",
     "RequestLimits",
     "ServedModel",
+    "TGIBody",
     "TGICall",
+    "TokenizeBody",
     "add_engine_options",
     "as_outcome",
     "body_schema",

@@ -4,25 +4,151 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from paged_core import CompletionOutput, GenerationOutput, InvalidRequestError, Prompt, StreamDelta
-from paged_serving.protocol.fields import Fields, ProtocolError, fields_of
-from paged_serving.protocol.openai_fields import read_options, truncation
+from msgspec import Meta
+
+from paged_core import CompletionOutput, GenerationOutput, InvalidRequestError, Prompt, SamplingParams, StreamDelta
+from paged_serving.protocol.bodies import Body, Ignored, Positive, Whole, must, only
+from paged_serving.protocol.openai_body import OpenAIBody, Options, check_truncation, to_options
+from paged_serving.protocol.parsing import ProtocolError, refuse
+from paged_serving.protocol.reading import read_body
 from paged_serving.protocol.served import ServedModel
 from paged_serving.protocol.usage import Usage, best
 
 _OURS = ("tokenize", "chat_template", "add_generation_prompt", "continue_final_message", "tools", "documents")
 _RETURNS = ("return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length")
-_PART = {"type", "text", "cache_control"}  # of a text part; the last is a hint that changes no answer
-_CONTENT = {
-    "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "object", "required": ["type", "text"],
-                                    "properties": {"type": {"const": "text"}, "text": {"type": "string"}}}},
-    ]
-}  # fmt: skip
 _NO_TOOLS = "asks for tools, which this server doesn't call; describe them in the prompt"
+_IN_THE_TEMPLATE = "can't be honoured; if the chat template has such a switch, use chat_template_kwargs"
+
+
+class TextPart(Body, frozen=True):
+    type: Literal["text"]
+    text: str
+    cache_control: Ignored = None
+
+
+class Message(Body, frozen=True):
+    role: str
+    content: Annotated[str | list[TextPart], must("a string or a list of text parts; this server reads text only")]
+    name: str | None = None
+    tool_calls: Annotated[Any, only([], why=_NO_TOOLS)] = None
+    function_call: Annotated[Any, only([], why=_NO_TOOLS)] = None
+    tool_call_id: Annotated[Any, only([], why=_NO_TOOLS)] = None
+    audio: Annotated[Any, only(why="asks for sound; this server reads and writes text")] = None
+    refusal: Ignored = None  # this and what follows: of an answer that is sent back
+    annotations: Ignored = None
+    reasoning: Ignored = None
+    reasoning_content: Ignored = None
+
+
+class ChatBody(OpenAIBody, frozen=True, kw_only=True):
+    messages: Annotated[list[Message], Meta(min_length=1), must("a list of at least one object")]
+    add_special_tokens: bool = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    logprobs: bool = False
+    top_logprobs: Whole | None = None
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None
+
+    chat_template: Annotated[Any, only(why="can't be set by a request: a template is a program")] = None
+    tools: Annotated[Any, only([], why=_NO_TOOLS)] = None
+    functions: Annotated[Any, only([], why=_NO_TOOLS)] = None
+    tool_choice: Annotated[Any, only("none", "auto", why=_NO_TOOLS)] = None
+    function_call: Annotated[Any, only("none", "auto", why=_NO_TOOLS)] = None
+    parallel_tool_calls: Ignored = None  # there are none
+    modalities: Annotated[Any, only(["text"], why='can only be ["text"]')] = None
+    audio: Annotated[Any, only(why="asks for sound; this server writes text")] = None
+    prediction: Annotated[Any, only(why="can't be honoured: this server takes no predicted output")] = None
+    web_search_options: Annotated[Any, only(why="can't be honoured: this server searches nothing")] = None
+    moderation: Annotated[Any, only(why="can't be honoured: this server moderates nothing")] = None
+    reasoning_effort: Annotated[Any, only(why=_IN_THE_TEMPLATE)] = None
+    verbosity: Annotated[Any, only(why=_IN_THE_TEMPLATE)] = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a body comes to."""
+
+    options: Options
+    prompt: Prompt
+    params: SamplingParams  # as the engine gets them
+    num_top: int | None  # log-probabilities beside each token; None: none are told
+    num_prompt_top: int | None
+
+
+def read_chat(value: Any, served: ServedModel) -> ChatBody:
+    """Raises ProtocolError as ``read_body`` does; of more messages than the model has places none is read."""
+    messages = value.get("messages") if isinstance(value, Mapping) else None
+    if isinstance(messages, list) and len(messages) > served.max_model_len:
+        refuse("messages", f"holds {len(messages)} objects; at most {served.max_model_len} can be served")
+    return read_body(ChatBody, value, served)
+
+
+def to_call(body: ChatBody, served: ServedModel) -> Asked:
+    """
+    Raises:
+        ProtocolError: ``body`` asks for something that can't be had, or the chat template refuses the messages.
+    """
+    check_truncation(body)
+    if body.top_logprobs and not body.logprobs:
+        refuse("top_logprobs", "needs logprobs to be true")
+    num_top = body.top_logprobs or 0 if body.logprobs else None
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    own = {} if body.max_tokens is not None else {"max_tokens": "max_completion_tokens"}
+    options = to_options(
+        body,
+        served,
+        max_tokens=served.default_max_tokens(None) if max_tokens is None else max_tokens,
+        num_top=num_top,
+        prompt_logprobs=body.prompt_logprobs,
+        named={"logprobs": "top_logprobs" if num_top else "logprobs", "prompt": "messages", **own},
+    )
+    prompt = served.finish_prompt("messages", _rendered(body, served), body.truncate_prompt_tokens)
+    tells_prompt = body.return_token_ids or body.prompt_logprobs is not None
+    params = served.finish_params(
+        options.params,
+        [prompt],
+        options.grammar,
+        copies=1 if tells_prompt else 0,
+        named={**options.named, "echo": "return_token_ids"},
+    )
+    return Asked(options, prompt, params, num_top, body.prompt_logprobs)
+
+
+def _rendered(body: ChatBody, served: ServedModel) -> Prompt:
+    """The messages as one text."""
+    messages = [_message(each, f"messages[{place}]") for place, each in enumerate(body.messages)]
+    options = _template_options(body.chat_template_kwargs or {})
+    if not body.add_generation_prompt:
+        options["add_generation_prompt"] = False
+    if body.continue_final_message:
+        options.update(add_generation_prompt=False, continue_final_message=True)
+    try:
+        text = served.codec.render_chat(messages, **options)
+    except InvalidRequestError as error:
+        raise ProtocolError(str(error), "messages") from error
+    return served.encode(text, add_special_tokens=body.add_special_tokens)
+
+
+def _message(message: Message, path: str) -> dict[str, Any]:
+    """As templates read it. Of a content in parts the template gets the form that it reads."""
+    if message.role in ("tool", "function"):
+        refuse(f"{path}.role", _NO_TOOLS)
+    content = message.content
+    parts = content if isinstance(content, str) else [{"type": "text", "text": part.text} for part in content]
+    name = {} if message.name is None else {"name": message.name}
+    return {"role": message.role, "content": parts, **name}
+
+
+def _template_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    for name in options:
+        if name in _OURS + _RETURNS or name.startswith("_"):
+            refuse("chat_template_kwargs", f"may not hold {name!r}")
+    return dict(options)
 
 
 class ChatCall:
@@ -36,35 +162,10 @@ class ChatCall:
     """
 
     def __init__(self, body: Any, served: ServedModel, request_id: str, *, whole_deltas: bool = False) -> None:
-        fields = fields_of(body)
-        _refuse(fields)
-        render, truncate = _Rendering(fields, served), truncation(fields)
-        self._num_top = _num_top(fields)
-        self._num_prompt_top = fields.integer("prompt_logprobs")
-        limit = fields.integer("max_tokens", low=1)
-        own_limit = fields.integer("max_completion_tokens", limit, low=1)
-        named = {"logprobs": "top_logprobs" if self._num_top else "logprobs", "prompt": "messages"}
-        if limit is None:
-            named["max_tokens"] = "max_completion_tokens"
-        self.options = options = read_options(
-            fields,
-            served,
-            max_tokens=served.default_max_tokens(None) if own_limit is None else own_limit,
-            num_top=self._num_top,
-            prompt_logprobs=self._num_prompt_top,
-            named=named,
-        )
-        fields.finish()
-        self.prompts = [served.finish_prompt("messages", render.prompt(served), truncate)]
-        tells_prompt = options.return_token_ids or self._num_prompt_top is not None
-        self.params = served.finish_params(
-            options.params,
-            self.prompts,
-            options.grammar,
-            copies=1 if tells_prompt else 0,
-            named={**options.named, "echo": "return_token_ids"},
-        )
-        self.stream, self.grammar = options.stream, options.grammar
+        asked = to_call(read_chat(body, served), served)
+        self.options, self.prompts, self.params = asked.options, [asked.prompt], asked.params
+        self.stream, self.grammar = asked.options.stream, asked.options.grammar
+        self._num_top, self._num_prompt_top = asked.num_top, asked.num_prompt_top
         self._served = served
         self._every_delta = {"role": "assistant", "content": "", "tool_calls": None} if whole_deltas else {}
         self._head = {
@@ -134,91 +235,3 @@ class ChatCall:
 
     def _prompt_logprobs(self, entries: Any) -> Any:
         return self._served.tokens.prompt_logprobs(entries, self._num_prompt_top or 0)
-
-
-class _Rendering:
-    """The messages, and how they become one text."""
-
-    def __init__(self, fields: Fields, served: ServedModel) -> None:
-        # Each message takes a token at least.
-        self._messages = [_message(each) for each in fields.objects("messages", served.max_model_len)]
-        self._add_special_tokens = fields.flag("add_special_tokens")
-        self._options: dict[str, Any] = dict(_template_options(fields))
-        if not fields.flag("add_generation_prompt", True):
-            self._options["add_generation_prompt"] = False
-        if fields.flag("continue_final_message"):
-            self._options.update(add_generation_prompt=False, continue_final_message=True)
-
-    def prompt(self, served: ServedModel) -> Prompt:
-        try:
-            text = served.codec.render_chat(self._messages, **self._options)
-        except InvalidRequestError as error:
-            raise ProtocolError(str(error), "messages") from error
-        return served.encode(text, add_special_tokens=self._add_special_tokens)
-
-
-def _message(fields: Fields) -> dict[str, Any]:
-    role, name = fields.text("role"), fields.text("name")
-    if role is None:
-        raise fields.error("role", "is missing")
-    if role in ("tool", "function"):
-        raise fields.error("role", _NO_TOOLS)
-    for each in ("tool_calls", "function_call", "tool_call_id"):
-        fields.only(each, [[]], _NO_TOOLS)
-    fields.only("audio", [], "asks for sound; this server reads and writes text")
-    fields.ignore("refusal", "annotations", "reasoning", "reasoning_content")  # of an answer that is sent back
-    message = {"role": role, "content": _content(fields)}
-    fields.finish()
-    return message if name is None else {**message, "name": name}
-
-
-def _content(fields: Fields) -> str | list[dict[str, str]]:
-    """A string or text parts; the template gets the one that it reads."""
-    content = fields.any("content", _CONTENT)
-    if isinstance(content, str):
-        return content
-    told = fields.error("content", "must be a string or a list of text parts; this server reads text only")
-    if not isinstance(content, list):
-        raise told
-    parts = []
-    for part in content:
-        text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
-        if not isinstance(text, str) or not part.keys() <= _PART:
-            raise told
-        parts.append({"type": "text", "text": text})
-    return parts
-
-
-def _template_options(fields: Fields) -> Mapping[str, Any]:
-    fields.only("chat_template", [], "can't be set by a request: a template is a program")
-    options = fields.any("chat_template_kwargs", {"type": "object"})
-    if options is None:
-        return {}
-    if not isinstance(options, Mapping):
-        raise fields.error("chat_template_kwargs", "must be a JSON object")
-    for name in options:
-        if name in _OURS + _RETURNS or name.startswith("_"):
-            raise fields.error("chat_template_kwargs", f"may not hold {name!r}")
-    return options
-
-
-def _num_top(fields: Fields) -> int | None:
-    wanted, num_top = fields.flag("logprobs"), fields.integer("top_logprobs")
-    if num_top and not wanted:
-        raise fields.error("top_logprobs", "needs logprobs to be true")
-    return num_top or 0 if wanted else None
-
-
-def _refuse(fields: Fields) -> None:
-    for name in ("tools", "functions"):
-        fields.only(name, [[]], _NO_TOOLS)
-    for name in ("tool_choice", "function_call"):
-        fields.only(name, ["none", "auto"], _NO_TOOLS)
-    fields.ignore("parallel_tool_calls")  # there are none
-    fields.only("modalities", [["text"]], 'can only be ["text"]')
-    fields.only("audio", [], "asks for sound; this server writes text")
-    fields.only("prediction", [], "can't be honoured: this server takes no predicted output")
-    fields.only("web_search_options", [], "can't be honoured: this server searches nothing")
-    fields.only("moderation", [], "can't be honoured: this server moderates nothing")
-    for name in ("reasoning_effort", "verbosity"):
-        fields.only(name, [], "can't be honoured; if the chat template has such a switch, use chat_template_kwargs")

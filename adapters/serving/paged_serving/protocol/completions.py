@@ -3,19 +3,79 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, TypeVar
 
-from paged_core import CompletionOutput, GenerationOutput, Prompt, StreamDelta, TokenLogprobs
-from paged_serving.protocol.fields import fields_of
+from paged_core import CompletionOutput, GenerationOutput, Prompt, SamplingParams, StreamDelta, TokenLogprobs
+from paged_serving.protocol.bodies import Defaults, Whole, must, only
 from paged_serving.protocol.offsets import Placed, prompt_offsets
-from paged_serving.protocol.openai_fields import read_options, truncation
-from paged_serving.protocol.served import PROMPT, ServedModel
+from paged_serving.protocol.openai_body import OpenAIBody, Options, check_truncation, to_options
+from paged_serving.protocol.parsing import refuse
+from paged_serving.protocol.reading import read_body
+from paged_serving.protocol.served import ServedModel
 from paged_serving.protocol.usage import Usage, best
 
 _MAX_TOKENS = 16  # OpenAI's default
 _News = TypeVar("_News", StreamDelta, CompletionOutput)
+
+
+class CompletionBody(OpenAIBody, frozen=True, kw_only=True):
+    prompt: Annotated[str | list[str | int | list[int]], must("a string, token ids, or a list of these")]
+    add_special_tokens: bool = True
+    echo: bool = False
+    max_tokens: Whole = _MAX_TOKENS
+    logprobs: Whole | None = None
+    suffix: Annotated[Any, only("", why="can't be honoured: the model continues texts, it doesn't fill gaps")] = None
+
+    @classmethod
+    def defaults(cls, served: ServedModel, wished: Mapping[str, Any]) -> Defaults:
+        advised = super().defaults(served, wished)[cls]
+        return {cls: {**advised, "max_tokens": served.default_max_tokens(_MAX_TOKENS)}}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a body comes to."""
+
+    options: Options
+    prompts: list[Prompt]
+    params: SamplingParams  # as the engine gets them
+    echo: bool
+    num_top: int | None  # log-probabilities beside each token; None: none are told
+    num_prompt_top: int | None
+    only_echo: bool  # nothing is added to the prompt: the engine's one token is left out
+
+
+def to_call(body: CompletionBody, served: ServedModel) -> Asked:
+    """
+    Raises:
+        ProtocolError: ``body`` asks for something that can't be had.
+    """
+    check_truncation(body)
+    if body.max_tokens == 0 and not body.echo:
+        refuse("max_tokens", "is 0; that needs echo: else there is nothing to answer")
+    of_prompt = body.prompt_logprobs
+    if body.echo and body.logprobs is not None:
+        of_prompt = max(body.logprobs, of_prompt or 0)
+    options = to_options(
+        body,
+        served,
+        max_tokens=body.max_tokens or 1,
+        num_top=body.logprobs,
+        prompt_logprobs=of_prompt,
+        named={"prompt_logprobs": "logprobs"} if body.prompt_logprobs is None else {},  # asked for by echo
+    )
+    prompts = served.prompts("prompt", body.prompt, body.add_special_tokens, body.truncate_prompt_tokens)
+    tells_prompt = body.echo or body.return_token_ids or of_prompt is not None
+    params = served.finish_params(
+        options.params,
+        prompts,
+        options.grammar,
+        copies=options.num_choices if tells_prompt else 0,
+        named=options.named if body.echo else {**options.named, "echo": "return_token_ids"},
+    )
+    return Asked(options, prompts, params, body.echo, body.logprobs, body.prompt_logprobs, body.max_tokens == 0)
 
 
 class CompletionCall:
@@ -26,44 +86,18 @@ class CompletionCall:
     """
 
     def __init__(self, body: Any, served: ServedModel, request_id: str) -> None:
-        fields = fields_of(body)
-        fields.only("suffix", [""], "can't be honoured: the model continues texts, it doesn't fill gaps")
-        raw, add_special_tokens = fields.any("prompt", PROMPT), fields.flag("add_special_tokens", True)
-        truncate = truncation(fields)
-        self._echo = fields.flag("echo")
-        max_tokens = fields.integer("max_tokens", served.default_max_tokens(_MAX_TOKENS))
-        if max_tokens == 0 and not self._echo:
-            raise fields.error("max_tokens", "is 0; that needs echo: else there is nothing to answer")
-        self._num_top = num_top = fields.integer("logprobs")
-        self._num_prompt_top = of_prompt = fields.integer("prompt_logprobs")
-        if self._echo and num_top is not None:
-            of_prompt = max(num_top, of_prompt or 0)
-        self.options = options = read_options(
-            fields,
-            served,
-            max_tokens=max_tokens or 1,
-            num_top=num_top,
-            prompt_logprobs=of_prompt,
-            named={"prompt_logprobs": "logprobs"} if self._num_prompt_top is None else {},  # asked for by echo
-        )
-        fields.finish()
-        self.prompts = served.prompts("prompt", raw, add_special_tokens, truncate)
-        tells_prompt = self._echo or options.return_token_ids or of_prompt is not None
-        self.params = served.finish_params(
-            options.params,
-            self.prompts,
-            options.grammar,
-            copies=options.num_choices if tells_prompt else 0,
-            named=options.named if self._echo else {**options.named, "echo": "return_token_ids"},
-        )
-        self.stream, self.grammar = options.stream, options.grammar
-        self._served = served
-        self._echoes = [self._text_of(prompt) if self._echo else "" for prompt in self.prompts]
+        asked = to_call(read_body(CompletionBody, body, served), served)
+        self.options, self.prompts, self.params = asked.options, asked.prompts, asked.params
+        self.stream, self.grammar = asked.options.stream, asked.options.grammar
+        self._served, self._echo, self._only_echo = served, asked.echo, asked.only_echo
+        self._num_top, self._num_prompt_top = asked.num_top, asked.num_prompt_top
+        self._echoes = [self._text_of(prompt) if asked.echo else "" for prompt in self.prompts]
         self._echo_offsets = [
-            prompt_offsets(prompt, text, served.tokens, served.codec) if self._echo and num_top is not None else []
+            prompt_offsets(prompt, text, served.tokens, served.codec)
+            if asked.echo and asked.num_top is not None
+            else []
             for prompt, text in zip(self.prompts, self._echoes, strict=True)
         ]
-        self._only_echo = max_tokens == 0  # the engine's one token is left out
         self._head = {
             "id": f"cmpl-{request_id}",
             "object": "text_completion",

@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Any
 
 from paged_core import EngineBusyError, EngineDeadError, InvalidRequestError
-from paged_serving.protocol.fields import ProtocolError
+from paged_serving.protocol.parsing import ProtocolError
 
 # What ends a generation by the request's own doing, where nobody could tell before: its error begins so.
 _OWN_FAULT = ("no token is left to choose", "the grammar can't be followed")

@@ -16,7 +16,7 @@ from paged_core import (
     encode_prompt,
     prepare_params,
 )
-from paged_serving.protocol.fields import Fields, ProtocolError, is_integers, shortened
+from paged_serving.protocol.parsing import ProtocolError, shortened
 from paged_serving.protocol.sizes import check_sizes
 from paged_serving.protocol.structured import Structure
 from paged_serving.protocol.tokens import TokenTexts
@@ -25,13 +25,6 @@ if TYPE_CHECKING:
     from paged_core import AsyncEngine
     from paged_serving.grammars.grammars import Grammar, Grammars
 
-_TOKEN_IDS = {"type": "array", "items": {"type": "integer"}}
-PROMPT = {
-    "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "integer"}, _TOKEN_IDS]}},
-    ]
-}
 _MAX_TEXT = 16_384  # characters of a request's stop strings together: each takes memory of its own
 Names = Mapping[str, str]  # a field of SamplingParams -> what the protocol at hand calls it, where that differs
 _ANY_MODEL = ("tgi", "dummy")  # what TGI's clients call it where they weren't told a name
@@ -114,16 +107,18 @@ class ServedModel:
             told = f"{name} has {num_tokens} tokens; at most {self.max_prompt_tokens} can be served (the model's length"
             raise ProtocolError(f"{told} is {self.max_model_len})", name, code="context_length_exceeded")
 
-    def prompts(self, name: str, value: Any, add_special_tokens: bool, truncate: int | None) -> list[Prompt]:
+    def prompts(
+        self, name: str, value: str | Sequence[str | int | list[int]], add_special_tokens: bool, truncate: int | None
+    ) -> list[Prompt]:
         """OpenAI's four forms: a string, strings, token ids, lists of token ids."""
-        several = value if isinstance(value, list) and value and not is_integers(value) else [value]
+        several: Sequence[Any] = [value] if isinstance(value, str) or _are_integers(value) else value
         if len(several) > self.limits.max_prompts:
             raise ProtocolError(f"{name} holds {len(several)} prompts; the limit is {self.limits.max_prompts}", name)
         found = []
         for each in several:
             if isinstance(each, str):
                 prompt = self.encode(each, add_special_tokens=add_special_tokens)
-            elif is_integers(each):
+            elif isinstance(each, list):
                 self.check_ids(name, each)
                 prompt = Prompt(None, each)
             else:
@@ -131,12 +126,15 @@ class ServedModel:
             found.append(self.finish_prompt(name, prompt, truncate))
         return found
 
-    def token_ids(self, fields: Fields, name: str) -> list[int] | None:
-        """A field of token ids, each told once."""
-        ids = fields.integers(name)
+    def token_ids(self, name: str, ids: Sequence[int] | None) -> list[int] | None:
+        """A field of token ids, each told once.
+
+        Raises:
+            ProtocolError: some are outside the vocabulary.
+        """
         if ids is None:
             return None
-        self.check_ids(fields.path(name), ids)
+        self.check_ids(name, ids)
         return list(dict.fromkeys(ids))
 
     def check_ids(self, name: str, ids: Collection[int]) -> None:
@@ -212,6 +210,10 @@ class ServedModel:
             if value is not None and most is not None and value > most:
                 own = named.get(name, name)
                 raise ProtocolError(f"{own} asks for {value}; this server's limit is {most}", own)
+
+
+def _are_integers(values: Sequence[Any]) -> bool:
+    return all(isinstance(each, int) for each in values)
 
 
 def _max_prompt_tokens(engine: AsyncEngine, limits: RequestLimits) -> int:

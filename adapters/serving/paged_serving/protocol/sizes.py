@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from paged_core import Prompt, SamplingParams
-from paged_serving.protocol.fields import ProtocolError
+from paged_serving.protocol.parsing import ProtocolError
 
 _IDS = ("allowed_token_ids", "logit_bias", "stop_token_ids", "bad_words_token_ids")
 

@@ -1,31 +1,19 @@
 """TGI's generate routes: one body in, and what is to be sent for the engine's news.
 
-As in TGI, stop strings stay in the text, sampling is on as soon as a parameter asks for it, and every streamed token
-is a chunk of its own.
+As in TGI, every streamed token is a chunk of its own.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from paged_core import CompletionOutput, Detokenizer, GenerationOutput, Logprob, SamplingParams, StreamDelta
-from paged_serving.protocol.fields import Fields, fields_of
-from paged_serving.protocol.served import ServedModel, sampling_params
-from paged_serving.protocol.structured import tgi_structure
+from paged_core import CompletionOutput, Detokenizer, GenerationOutput, Logprob, StreamDelta
+from paged_serving.protocol.reading import read_body
+from paged_serving.protocol.served import ServedModel
+from paged_serving.protocol.tgi_body import TGIBody, to_call
 from paged_serving.protocol.tokens import finite
 from paged_serving.protocol.usage import best
-
-_MAX_NEW_TOKENS = 100  # TGI's default
-_NAMES = {
-    "n": "parameters.best_of",
-    "max_tokens": "parameters.max_new_tokens",
-    "stop": "parameters.stop",
-    "logprobs": "parameters.top_n_tokens",
-    "prompt_logprobs": "parameters.decoder_input_details",
-    "prompt": "inputs",
-}
 
 
 class TGICall:
@@ -39,76 +27,17 @@ class TGICall:
     """
 
     def __init__(self, body: Any, served: ServedModel, stream: bool | None = None) -> None:
-        fields = fields_of(body)
-        asked = fields.flag("stream")
-        self.stream = asked if stream is None else stream
-        inputs = fields.text("inputs")
-        if inputs is None:
-            raise fields.error("inputs", "is missing")
-        fields.ignore("model")  # some clients name it; there is one
-        inner = fields.inner("parameters")
-        fields.finish()
-        self._served = served
+        wished = read_body(TGIBody, body, served)
+        self.stream = wished.stream if stream is None else stream
+        asked = to_call(wished, served, stream=self.stream)
+        self.prompts, self.params, self.grammar = [asked.prompt], asked.params, asked.grammar
+        self._served, self._seed = served, asked.seed
         self._listed = stream is None
-        self._details = inner.flag("details")
-        self._prefill = inner.flag("decoder_input_details")
-        self._full_text = inner.flag("return_full_text")
-        self._num_top = inner.integer("top_n_tokens", 0)
-        truncate = inner.integer("truncate", low=1)
-        self.params = self._params(inner)
-        self.grammar = served.grammar(tgi_structure(inner))
-        inner.finish()
-        self._check(inner)
-        self.prompts = [served.finish_prompt("inputs", served.encode(inputs), truncate)]
-        copies = self.params.n if self._prefill or self._full_text else 0
-        named = {**_NAMES, "echo": "parameters.return_full_text"}
-        self.params = served.finish_params(self.params, self.prompts, self.grammar, copies=copies, named=named)
+        self._details, self._full_text = wished.parameters.details, wished.parameters.return_full_text
+        self._num_top = wished.parameters.top_n_tokens
         self._detokenizer = served.codec.detokenizer(skip_special_tokens=True)
         self._texts: list[str] = []
         self._num_tokens = 0
-
-    # ---- the way in ----------------------------------------------------------------------------------------------
-
-    def _params(self, fields: Fields) -> SamplingParams:
-        fields.only("watermark", [False], "can't be honoured: this server marks no text")
-        fields.only("typical_p", [1, 1.0], "can't be honoured; use top_p")
-        fields.only("adapter_id", [""], "can't be honoured: this server has no adapters")
-        temperature, top_k, top_p = (
-            fields.number("temperature", low=1e-6),
-            fields.integer("top_k", 0),
-            fields.number("top_p", 1.0, low=1e-12, high=1),
-        )
-        sampled = fields.flag("do_sample") or (temperature or 1.0) != 1.0 or top_k > 0 or top_p < 1
-        seed = fields.integer("seed", high=2**64 - 1)
-        if sampled and seed is None:
-            seed = random.getrandbits(64)
-        self._seed = seed if sampled else None
-        best_of = fields.integer("best_of", 1, low=1)
-        if best_of > 1 and not sampled:
-            raise fields.error("best_of", "needs sampling; set do_sample")
-        return sampling_params(
-            n=best_of,
-            temperature=(temperature or 1.0) if sampled else 0.0,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=fields.number("repetition_penalty", 1.0, low=1e-6),
-            frequency_penalty=fields.number("frequency_penalty", 0.0, low=-2, high=2),
-            seed=self._seed,
-            max_tokens=fields.integer("max_new_tokens", self._served.default_max_tokens(_MAX_NEW_TOKENS), low=1),
-            stop=fields.texts("stop"),
-            include_stop_str_in_output=True,
-            logprobs=self._num_top if self.stream or self._details or best_of > 1 else None,
-            prompt_logprobs=0 if self._prefill else None,
-        )
-
-    def _check(self, fields: Fields) -> None:
-        self._served.check_limits(self.params, _NAMES)
-        if self.stream and self._prefill:
-            raise fields.error("decoder_input_details", "can't be streamed")
-        if self.stream and self.params.n > 1:
-            raise fields.error("best_of", "above 1 can't be streamed: the best is known at the end")
-
-    # ---- the way back --------------------------------------------------------------------------------------------
 
     def first_chunks(self) -> list[dict[str, Any]]:
         return []

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from paged_serving.protocol.fields import fields_of
+from paged_serving.protocol.bodies import Body
+from paged_serving.protocol.parsing import refuse
+from paged_serving.protocol.reading import read_body
 from paged_serving.protocol.served import ServedModel
+
+
+class TokenizeBody(Body, frozen=True):
+    inputs: str | None = None
+    prompt: str | None = None
+    add_special_tokens: bool = True
+    model: str | None = None
 
 
 def tokenize(body: Any, served: ServedModel) -> Any:
@@ -14,19 +23,16 @@ def tokenize(body: Any, served: ServedModel) -> Any:
     Raises:
         ProtocolError: it holds no text, or more than can be served, or a field that isn't known.
     """
-    fields = fields_of(body)
-    inputs, prompt = fields.text("inputs"), fields.text("prompt")
-    add_special_tokens = fields.flag("add_special_tokens", True)
-    served.check_name(fields.text("model"))
-    fields.finish()
-    if inputs is not None and prompt is not None:
-        raise fields.error("prompt", "can't go with inputs: they are two names for the text")
-    text = prompt if inputs is None else inputs
+    asked = read_body(TokenizeBody, body, served)
+    served.check_name(asked.model)
+    if asked.inputs is not None and asked.prompt is not None:
+        refuse("prompt", "can't go with inputs: they are two names for the text")
+    text = asked.prompt if asked.inputs is None else asked.inputs
     if text is None:
-        raise fields.error("inputs", "is missing")
-    ids = served.encode(text, add_special_tokens=add_special_tokens).token_ids
-    served.check_length("prompt" if inputs is None else "inputs", len(ids))
-    if inputs is not None:
+        refuse("inputs", "is missing; it must be a string")
+    ids = served.encode(text, add_special_tokens=asked.add_special_tokens).token_ids
+    served.check_length("prompt" if asked.inputs is None else "inputs", len(ids))
+    if asked.inputs is not None:
         return _with_places(ids, served)
     return {"count": len(ids), "max_model_len": served.max_model_len, "tokens": ids}
 

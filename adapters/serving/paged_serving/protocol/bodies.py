@@ -1,0 +1,120 @@
+"""What bodies are declared with: a class says which fields there are, what each may hold, and what it is when left out.
+
+``reading`` makes a class's object of a body, ``faults`` says what is wrong with one, ``document`` makes JSON schemas.
+Knows no protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import msgspec
+from msgspec import Meta, inspect
+
+if TYPE_CHECKING:
+    from paged_serving.protocol.served import ServedModel
+
+HUGE = 1e300  # JSON's integers have no bound, floats have
+MAX_INTEGER = 2**31 - 1
+
+Defaults = Mapping[type, Mapping[str, Any]]  # class of a body -> its fields' values where they are left out
+
+
+class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A JSON object. What its fields are when left out stands in the class; what of that depends on the model, in
+    ``defaults``."""
+
+    @classmethod
+    def defaults(cls, served: ServedModel, wished: Mapping[str, Any]) -> Defaults:
+        """What fields of a body are where ``wished``, the body as it came, leaves them out."""
+        return {}
+
+
+# ---- what fields may hold ----------------------------------------------------------------------------------------
+
+
+def between(low: float, high: float = MAX_INTEGER) -> Meta:
+    """Bounds of a number, both included."""
+    return Meta(ge=low, le=high)
+
+
+def wide(low: int, high: int) -> Meta:
+    """The same for an integer of more than 63 bits."""
+    told = {"minimum": low, "maximum": high}
+    return Meta(extra={"must": f"an integer from {low} to {high}", "range": (low, high)}, extra_json_schema=told)
+
+
+def must(be: str) -> Meta:
+    """For an error, in place of a description of the type: it must be ..."""
+    return Meta(extra={"must": be})
+
+
+def only(*neutral: Any, why: str) -> Meta:
+    """A field that can't be honoured: every value is refused but those that ask for nothing."""
+    apart = [each for place, each in enumerate(neutral) if each not in neutral[:place]]  # JSON's 1.0 is 1
+    told = {"enum": apart, "description": f"it {why}"}
+    return Meta(extra={"neutral": neutral, "why": why}, extra_json_schema=told)
+
+
+Ignored = Annotated[Any, Meta(description="taken, and without effect")]  # labels and hints that change no answer
+Whole = Annotated[int, between(0)]
+Positive = Annotated[int, between(1)]
+Number = Annotated[float, between(-HUGE, HUGE)]
+Share = Annotated[float, between(0, 1)]
+Penalty = Annotated[float, between(-2, 2)]
+Text = Annotated[str, Meta(min_length=1)]
+Texts = Annotated[Text | list[Text], must("a string or a list of strings, none of them empty")]
+TokenIds = Annotated[list[int], must("a list of integers")]
+
+
+def listed(texts: str | list[str]) -> list[str]:
+    """``Texts`` as a list: a lone one counts as a list of it."""
+    return [texts] if isinstance(texts, str) else texts
+
+
+# ---- what a class declares ---------------------------------------------------------------------------------------
+
+
+class Field(NamedTuple):
+    """One field of a Body."""
+
+    annotation: Any  # as msgspec converts to it
+    kind: inspect.Type  # without its Metas, and without None where it may be left out
+    extra: Mapping[str, Any]  # of its Metas
+    required: bool
+    body: type[Body] | None  # the class of an object
+    item: type[Body] | None  # the class of a list's objects
+    filled: bool  # an object that is there, and made of defaults, where it is left out
+
+
+@cache
+def fields_of(body: type[Body]) -> Mapping[str, Field]:
+    """By name, in the order in which they are declared."""
+    return {each.name: _field(each) for each in msgspec.structs.fields(body)}
+
+
+def body_of(kind: inspect.Type) -> type[Body] | None:
+    return kind.cls if isinstance(kind, inspect.StructType) and issubclass(kind.cls, Body) else None
+
+
+def _field(info: msgspec.structs.FieldInfo) -> Field:
+    kind, extra = _bare(inspect.type_info(info.type))
+    body = body_of(kind)
+    item = body_of(kind.item_type) if isinstance(kind, inspect.ListType) else None
+    filled = body is not None and not info.required and info.default is not None
+    return Field(info.type, kind, extra, info.required, body, item, filled)
+
+
+def _bare(kind: inspect.Type) -> tuple[inspect.Type, dict[str, Any]]:
+    extra: dict[str, Any] = {}
+    while isinstance(kind, inspect.Metadata):
+        extra |= kind.extra or {}
+        kind = kind.type
+    if isinstance(kind, inspect.UnionType):
+        rest = [each for each in kind.types if not isinstance(each, inspect.NoneType)]
+        if len(rest) == 1:
+            kind, inner = _bare(rest[0])
+            extra = inner | extra
+    return kind, extra

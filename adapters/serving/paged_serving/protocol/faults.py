@@ -1,0 +1,108 @@
+"""What is wrong with a body: which field, what it holds, and what it must be. Knows no protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import msgspec
+from msgspec import inspect
+
+from paged_serving.protocol.bodies import HUGE, Body, Field, fields_of
+from paged_serving.protocol.parsing import ProtocolError, shortened, shown
+
+Fault = tuple[str | None, str]  # the field as the whole body knows it, None for the body itself; what is wrong with it
+
+
+def refusal(fault: Fault) -> ProtocolError:
+    path, why = fault
+    return ProtocolError(f"{'the body' if path is None else path} {why}", path)
+
+
+def faults(value: Any, body: type[Body], path: str | None = None) -> Iterator[Fault]:
+    """Of ``value``, which can't be converted to ``body``: fields that hold what they must not, then unknown ones."""
+    if not isinstance(value, Mapping):
+        yield path, "must be a JSON object"
+        return
+    fields = fields_of(body)
+    for name, field in fields.items():
+        if name in value:
+            yield from _faults_of_field(value[name], field, _joined(path, name))
+        elif field.required:
+            yield _joined(path, name), f"is missing; it must be {_wanted(field)}"
+    for name in value:
+        if name not in fields:
+            yield _joined(path, shortened(name)), "is not a field that this server knows"
+
+
+def unheeded(body: Body, path: str | None = None) -> Iterator[Fault]:
+    """What ``body`` asks for that types can't rule out: wishes that can't be honoured, integers beyond 63 bits."""
+    for name, field in _watched(type(body)):
+        value, where = getattr(body, name), _joined(path, name)
+        if field.body is not None and value is not None:
+            yield from unheeded(value, where)
+        elif field.item is not None:
+            for place, item in enumerate(value or ()):
+                yield from unheeded(item, f"{where}[{place}]")
+        elif value is not None and not _is_heeded(value, field):
+            yield where, field.extra.get("why") or _told(value, field)
+
+
+@cache
+def _watched(body: type[Body]) -> list[tuple[str, Field]]:
+    return [
+        (name, field)
+        for name, field in fields_of(body).items()
+        if field.body or field.item or field.extra.keys() & {"neutral", "range"}
+    ]
+
+
+def _is_heeded(value: Any, field: Field) -> bool:
+    if "range" in field.extra:
+        low, high = field.extra["range"]
+        return bool(low <= value <= high)
+    return any(value == each and type(value) is type(each) for each in field.extra["neutral"])
+
+
+def _faults_of_field(value: Any, field: Field, path: str) -> Iterator[Fault]:
+    try:
+        msgspec.convert(value, field.annotation)
+    except msgspec.ValidationError:
+        if field.body is not None:
+            yield from faults(value, field.body, path)
+        elif field.item is not None and isinstance(value, list) and value:
+            for place, item in enumerate(value):
+                yield from faults(item, field.item, f"{path}[{place}]")
+        else:
+            yield path, _told(value, field)
+
+
+def _joined(path: str | None, name: str) -> str:
+    return name if path is None else f"{path}.{name}"
+
+
+def _told(value: Any, field: Field) -> str:
+    return f"is {shown(value)}; it must be {_wanted(field)}"
+
+
+def _wanted(field: Field) -> str:
+    return str(field.extra.get("must") or _described(field.kind))
+
+
+def _described(kind: inspect.Type) -> str:
+    if isinstance(kind, inspect.BoolType):
+        return "true or false"
+    if isinstance(kind, inspect.IntType):
+        return f"an integer from {kind.ge} to {kind.le}"
+    if isinstance(kind, inspect.FloatType):
+        return "a number" + _between(kind.ge, kind.le)
+    if isinstance(kind, inspect.StrType):
+        return "a string that isn't empty" if kind.min_length else "a string"
+    return "a JSON object"
+
+
+def _between(low: float | None, high: float | None) -> str:
+    if high is None or high == HUGE:
+        return "" if low is None or low == -HUGE else f" of at least {low:g}"
+    return f" from {low:g} to {high:g}"

@@ -1,0 +1,82 @@
+"""Bytes to JSON values, strictly, and the error for what is refused. Knows no field.
+
+Why the standard library's reader: msgspec's takes the last of two fields of one name, so that one wish would be left
+out silently.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from paged_core import InvalidRequestError
+
+_MAX_DEPTH = 100  # objects and lists in each other: more than any schema needs, less than any reader's stack takes
+_SHOWN = 60  # characters of a wrong value, or of its name, that an error repeats
+
+
+class ProtocolError(InvalidRequestError):
+    """A body that is refused. ``param`` is the field at fault; ``status`` the HTTP status, where one is decided."""
+
+    def __init__(self, message: str, param: str | None = None, *, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message, param)
+        self.status = status
+        self.code = code
+
+
+def refuse(name: str, why: str) -> NoReturn:
+    """Raises the ProtocolError of field ``name``."""
+    raise ProtocolError(f"{name} {why}", name)
+
+
+def parse_json(raw: bytes) -> Any:
+    """The value of a body. Strict: no NaN, no halves of surrogate pairs, no field twice, no depth beyond reason.
+
+    Raises:
+        ProtocolError: it isn't JSON.
+    """
+    try:
+        text = raw.decode()
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
+        if text.count("[") + text.count("{") > _MAX_DEPTH:
+            _check_depth(value)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"the body isn't JSON that can be read: {error}") from None
+    return value
+
+
+def shortened(text: str, most: int = _SHOWN) -> str:
+    """The beginning of what a client sent, for an error that quotes it."""
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def shown(value: Any) -> str:
+    """The beginning of a JSON value, for an error that quotes it."""
+    return shortened(json.dumps(value))
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of a field that stands there twice, one wish would be left out silently."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{shown(name)} stands twice in one object")  # escaped: it may hold half a pair
+    return found
+
+
+def _check_depth(value: Any) -> None:
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(_MAX_DEPTH):
+        inside = [each.values() if isinstance(each, dict) else each for each in level]
+        level = [each for values in inside for each in values if isinstance(each, (dict, list))]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
