@@ -29,6 +29,7 @@ _OTHER_FORMATS = (*PICKLES, ".h5", ".msgpack", ".onnx", ".ot")  # of the same we
 # A delay of 0 lets TorchServe hand over only one new request a step; with 1 ms it hands over all that wait.
 _OURS = {"minWorkers": 1, "maxWorkers": 1, "maxBatchDelay": 1, "continuousBatching": True}
 _BATCH_SIZE = 64
+_STARTUP_S = 600  # of TorchServe's own 120 the first start alone may take more: it compiles kernels
 _NOT_WITH_US = ("asyncCommunication", "sequenceBatching", "useJobTicket", "torchrun", "pippy", "deepspeed", "tp",
                 "micro_batching")  # fmt: skip
 
@@ -179,7 +180,12 @@ def _config(old: Mapping[str, Any], model: str | None, settings: _Pairs, allow_p
     if kept.get("parallelType", "custom") != "custom":
         del kept["parallelType"]
     size = old.get("batchSize")
-    config = {**kept, **_OURS, "batchSize": max(_BATCH_SIZE, size if isinstance(size, int) else 1)}
+    config = {
+        "startupTimeout": _STARTUP_S,
+        **kept,
+        **_OURS,
+        "batchSize": max(_BATCH_SIZE, size if isinstance(size, int) else 1),
+    }
     section = {key: value for key, value in _section(old).items() if key not in _RIGHTS}
     theirs = old.get("handler")
     if isinstance(theirs, dict) and isinstance(theirs.get("max_new_tokens"), int):

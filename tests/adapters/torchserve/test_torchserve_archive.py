@@ -90,7 +90,8 @@ def test_a_swap_replaces_handler_and_mode_and_keeps_all_else(stock, model, tmp_p
                         "configFile": "their-config.yaml"}  # fmt: skip
     assert config == {
         "minWorkers": 1, "maxWorkers": 1, "batchSize": 16, "maxBatchDelay": 1, "continuousBatching": True,
-        "responseTimeout": 300, "deviceType": "cpu", "handler": {"model_path": "model", "max_new_tokens": 50},
+        "responseTimeout": 300, "startupTimeout": 600, "deviceType": "cpu",
+        "handler": {"model_path": "model", "max_new_tokens": 50},
         "paged": {"max_new_tokens": 50, "kv_cache_bytes": 1000000},
     }  # fmt: skip
     theirs = contents_of_stock(old)
