@@ -75,16 +75,22 @@ def pyproject() -> dict[str, Any]:
 
 
 def lower_bounds(declared: dict[str, Any]) -> tuple[str, ...]:
-    """What users' installs may hold at the least, and the clients that tests call us with, as ``name==version``."""
+    """What users' installs may hold at the least, as ``name==version``: what we need, what they load models with, and
+    the client that they call us with."""
     project = declared["project"]
     lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
-    lines += [line for line in declared["dependency-groups"]["test"] if Requirement(line).name in TOLD]
+    groups = declared["dependency-groups"]
+    lines += [*groups["models"], *(line for line in groups["test"] if isinstance(line, str) and _is_told(line))]
     bounds = {}
     for requirement in map(Requirement, lines):
         lowest = [bound.version for bound in requirement.specifier if bound.operator == ">="]
         if lowest:
             bounds[canonicalize_name(requirement.name)] = lowest[0]
     return tuple(f"{name}=={version}" for name, version in sorted(bounds.items()))
+
+
+def _is_told(line: str) -> bool:
+    return Requirement(line).name in TOLD
 
 
 def supported(declared: dict[str, Any]) -> list[str]:
@@ -189,7 +195,8 @@ def run_tests(inside: Path, cell: Cell, folder: Path) -> dict[str, Any]:
     """Counts and failures, as fields of a Result."""
     report = folder / "junit.xml"
     report.unlink(missing_ok=True)
-    command = [inside, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=15", f"--junit-xml={report}"]
+    command = [inside, "-m", "pytest", "-q", "--durations=15", f"--junit-xml={report}"]
+    command += ["-o", f"cache_dir={folder / 'cache'}"]
     command += ["-n", str(cell.workers), "--dist", "loadfile"] if cell.workers else []
     # Workers compute with a thread each: more would only wait for one another's cores.
     environ = {**os.environ, "OMP_NUM_THREADS": "1"} if cell.workers else None

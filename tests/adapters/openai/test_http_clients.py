@@ -259,9 +259,9 @@ def test_a_failed_generation_is_told_in_each_form() -> None:
 
     with alphabet_server(AlphabetModel(fail)) as server:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-            with pytest.raises(openai.InternalServerError, match="can't say A"):
+            with pytest.raises(openai.InternalServerError, match="say A"):
                 client.completions.create(model="alphabet", prompt="A")
-            with pytest.raises(openai.APIError, match="can't say A"):
+            with pytest.raises(openai.APIError, match="say A"):
                 # It fails after a few tokens: "@" is followed by "A".
                 list(client.completions.create(model="alphabet", prompt="=", max_tokens=9, stream=True))
             assert client.completions.create(model="alphabet", prompt="B").choices[0].text
