@@ -9,18 +9,11 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from declared import EXTRAS, GROUPS, PROJECT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from places import ROOT
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-PROJECT, GROUPS = PYPROJECT["project"], PYPROJECT["dependency-groups"]
-EXTRAS = PROJECT["optional-dependencies"]
 SHELVES = [ROOT, ROOT / "kernels", *(ROOT / "adapters").iterdir(), ROOT / "benchmarks"]
 OURS = {path.name for shelf in SHELVES if shelf.is_dir() for path in shelf.glob("paged_*") if path.is_dir()}
 

@@ -228,8 +228,8 @@ class Episode:
                 row.cancelled = True
             self._engine.close()
         self._drain(rnd)
-        assert self._engine.memory.num_blocks_used == 0, "blocks are lost"
-        assert self._engine._pool.num_available == self._config.num_blocks
+        memory = self._engine.memory
+        assert (memory.num_blocks_used, memory.num_blocks) == (0, self._config.num_blocks), "blocks are lost"
         assert not self._rows, f"never ended: {list(self._rows)}"
         assert not len(self._engine._open)
         self._counts["preemptions"] += self._engine._scheduler.num_preemptions

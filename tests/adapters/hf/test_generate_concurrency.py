@@ -437,7 +437,7 @@ def test_calls_that_preempt_and_wait_for_one_another_all_end_with_the_right_toke
     engine = host_of(model).engine
     assert engine.last_stats.total_preemptions > 0
     assert engine.memory.num_blocks_used == 0
-    engine._pool.check()
+    engine.check()
 
 
 @pytest.mark.parametrize("kv_cache_memory", [5 * BLOCK_BYTES, 10])

@@ -307,11 +307,11 @@ def test_memory_is_not_given_back_under_a_running_call(model: Any) -> None:
 def test_memory_grows_by_slabs_up_to_the_budget(model: Any) -> None:
     model.generate.tiers.host._config = replace(model.generate.tiers.host._config, kv_cache_slab_bytes=8 * 2048)
     agrees(model)
-    pool = host_of(model).engine._pool
-    backed = pool.num_backed
-    assert 0 < backed <= 32 < pool.num_blocks
+    memory = host_of(model).engine.memory
+    assert 0 < memory.num_blocks_backed <= 32 < memory.num_blocks
     model.generate(**prompts(rows=8), **GREEDY | {"max_new_tokens": 60})
-    assert backed < pool.num_backed < 200 < pool.num_blocks
+    backed = host_of(model).engine.memory.num_blocks_backed
+    assert memory.num_blocks_backed < backed < 200 < memory.num_blocks
 
 
 # ---- callers' ways of calling ------------------------------------------------------------------------------------

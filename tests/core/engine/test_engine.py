@@ -1,8 +1,11 @@
 """Engine: the tokens are those of the model, whatever else runs beside them; each request's trouble is its own."""
 
+from functools import partial
+
 import pytest
 import torch
 from mixed_workload import CHUNKED, ROOMY, TIGHT, add_mixed_requests, greedy, in_every_size, in_every_way
+from tiny_engine import ends_of, run, tiny_engine, tokens_of
 from tiny_model import EOS, VOCAB, TinyModel
 
 from paged_core import (
@@ -17,36 +20,7 @@ from paged_core import (
     hookimpl,
 )
 
-
-def make_engine(model=None, **config):
-    config = {"block_size": 4, "max_num_seqs": 8, "attention_backend": "reference", "seed": 0, **ROOMY, **config}
-    return Engine(model or TinyModel(), EngineConfig(**config))
-
-
-def run(engine):
-    """All outputs until nothing is left, with every invariant after every step."""
-    outputs = []
-    while engine.has_work:
-        outputs += engine.step()
-        engine.check()
-    assert engine.memory.num_blocks_used == 0
-    return outputs
-
-
-def tokens_of(outputs):
-    found = {}
-    for output in outputs:
-        found.setdefault((output.request.id, output.request.index), []).extend(output.token_ids)
-    return found
-
-
-def ends_of(outputs):
-    ends = {}
-    for output in outputs:
-        if output.finish_reason is not None:
-            assert output.request.id not in ends, "two final outputs for one request"
-            ends[output.request.id] = (str(output.finish_reason), output.error)
-    return ends
+make_engine = partial(tiny_engine, max_num_batched_tokens=256)
 
 
 @in_every_way

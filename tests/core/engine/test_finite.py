@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
+from tiny_engine import tiny_engine
 from tiny_model import TinyModel
 
-from paged_core import Engine, EngineConfig, Likeliest, SamplingParams, Selection
+from paged_core import Engine, Likeliest, SamplingParams, Selection
+
+make_engine = partial(tiny_engine, num_blocks=100, max_num_batched_tokens=16)
 
 PROMPT = [(7 * i) % 90 for i in range(41)]
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -32,11 +36,6 @@ class Flaky(TinyModel):
             return super().forward(token_ids, positions, attend, sample_indices)
         finally:
             self.embed = embed
-
-
-def make_engine(model: Any, **config: Any) -> Engine:
-    usual = {"block_size": 4, "num_blocks": 100, "max_num_batched_tokens": 16, "attention_backend": "reference"}
-    return Engine(model, EngineConfig(**{**usual, **config}))
 
 
 def run(engine: Engine) -> dict[str, list[Any]]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from case_ids import told
+from tiny_engine import greedy, tiny_engine
 from tiny_model import VOCAB, TinyModel
 
 from paged_core import (
     Engine,
-    EngineConfig,
     FinishReason,
     InvalidRequestError,
     ReentryError,
@@ -23,6 +24,8 @@ from paged_core import (
     hookimpl,
 )
 from paged_core.sampling.sampler import Sampler
+
+make_engine = partial(tiny_engine, num_blocks=200, max_num_batched_tokens=None)
 
 PROMPT = [8, 6, 7, 5, 3, 0, 9]
 
@@ -33,15 +36,6 @@ class MyOwn(BaseException):
 
 BASE_EXCEPTIONS = [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, MyOwn]
 of_every_kind = pytest.mark.parametrize("kind", BASE_EXCEPTIONS)
-
-
-def make_engine(model: Any = None, plugins: Any = (), **config: Any) -> Engine:
-    usual = {"block_size": 4, "num_blocks": 200, "max_num_seqs": 8, "attention_backend": "reference", "seed": 0}
-    return Engine(model or TinyModel(), EngineConfig(**{**usual, **config}), plugins=plugins)
-
-
-def greedy(num_tokens: int, **more: Any) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, **more)
 
 
 def run(engine: Engine) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from graph_stand_in import CapturablePlugin, OpRecorder
+from tiny_engine import greedy
 from tiny_model import TinyModel
 
-from paged_core import Engine, EngineConfig, EngineDeadError, SamplingParams, hookimpl
+from paged_core import Engine, EngineConfig, EngineDeadError, hookimpl
 from paged_core.engine import assembly
 from paged_core.sampling.sampler import Sampler
 
@@ -51,10 +52,6 @@ class SamplerPlugin:
     @hookimpl
     def create_sampler(self, spec):
         return self._sampler
-
-
-def greedy(num_tokens):
-    return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
 
 
 def fails_once_begun(engine, device):

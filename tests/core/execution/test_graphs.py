@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from graph_stand_in import CapturablePlugin, OpRecorder
+from tiny_engine import greedy, run, tokens_of
 from tiny_model import VOCAB, TinyModel
 
 from paged_core import ConfigError, Engine, EngineConfig, SamplingParams, Selection
@@ -33,20 +34,6 @@ def make_engine(model=None, plugins=(), **config):
         "max_model_len": 200,
     }
     return Engine(model or TinyModel(), EngineConfig(**{**usual, **config}), plugins=[*plugins, CapturablePlugin()])
-
-
-def greedy(num_tokens, **more):
-    return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, **more)
-
-
-def run(engine):
-    tokens = {}
-    while engine.has_work:
-        for output in engine.step():
-            tokens.setdefault((output.request.id, output.request.index), []).extend(output.token_ids)
-            assert output.error is None
-        engine.check()
-    return tokens
 
 
 def counting(model):
@@ -104,7 +91,7 @@ def test_all_graphs_are_captured_while_the_engine_is_built_the_largest_first():
     assert calls == [size for size in sizes for _ in range(2)]  # once to warm up, once to capture
     assert told == [("capturing decode steps", done, 5) for done in range(6)]
     workload(engine)
-    run(engine)
+    tokens_of(run(engine))
     assert engine.last_stats.total_late_compiles == 0
 
 
@@ -126,7 +113,7 @@ def test_each_length_has_a_graph_of_its_own(monkeypatch):
     engine = make_engine(TinyModel(), max_model_len=200)
     engine.release_memory()  # and the graphs: they are captured again when a step wants them
     engine.add_request("a", [1, 2, 3], greedy(60))
-    assert run(engine)["a", 0] == TinyModel().generate([1, 2, 3], 60)
+    assert tokens_of(run(engine))["a", 0] == TinyModel().generate([1, 2, 3], 60)
     assert engine.captured_steps == {(1, 32), (1, 200)}
 
 
@@ -137,7 +124,7 @@ def test_sampled_tokens_are_those_of_an_engine_without_graphs():
         for i in range(8):
             params = SamplingParams(temperature=0.9, top_p=0.9, seed=i, max_tokens=20, logprobs=2, prompt_logprobs=1)
             engine.add_request(str(i), [i, 4, 5], params)
-        found.append(run(engine))
+        found.append(tokens_of(run(engine)))
     assert found[0] == found[1]
 
 
@@ -147,7 +134,7 @@ def test_a_padding_row_writes_over_nothing():
     lengths = {0: 40, 1: 40, 2: 40, 3: 6}
     for i, num in lengths.items():
         engine.add_request(str(i), [i] * 7, greedy(num))
-    assert run(engine) == {(str(i), 0): TinyModel().generate([i] * 7, num) for i, num in lengths.items()}
+    assert tokens_of(run(engine)) == {(str(i), 0): TinyModel().generate([i] * 7, num) for i, num in lengths.items()}
 
 
 def test_a_growing_cache_is_not_captured_ahead_and_each_growth_drops_the_graphs():
@@ -155,12 +142,12 @@ def test_a_growing_cache_is_not_captured_ahead_and_each_growth_drops_the_graphs(
     engine = make_engine(kv_cache_slab_bytes=8 * block_bytes)
     assert engine.captured_steps == set()
     truth = workload(engine)
-    assert run(engine) == truth
+    assert tokens_of(run(engine)) == truth
     assert engine.last_stats.total_late_compiles > 0
     assert engine.release_memory()
     assert not engine.captured_steps
     truth = workload(engine, seed=2)
-    assert run(engine) == truth
+    assert tokens_of(run(engine)) == truth
 
 
 def test_weights_that_change_drop_the_graphs():
@@ -177,12 +164,12 @@ def test_weights_that_change_drop_the_graphs():
     model, other = Changing(), TinyModel(seed=5)
     engine = make_engine(model)
     engine.add_request("a", [1, 2, 3], greedy(10))
-    assert run(engine)["a", 0] == TinyModel().generate([1, 2, 3], 10)
+    assert tokens_of(run(engine))["a", 0] == TinyModel().generate([1, 2, 3], 10)
     model.unembed, model.embed, model.qkv, model.out, model.place, model.changed = (
         other.unembed, other.embed, other.qkv, other.out, other.place, True,
     )  # fmt: skip
     engine.add_request("b", [1, 2, 3], greedy(10))
-    assert run(engine)["b", 0] == other.generate([1, 2, 3], 10)
+    assert tokens_of(run(engine))["b", 0] == other.generate([1, 2, 3], 10)
 
 
 def test_a_model_that_waits_for_its_device_runs_without_graphs_and_the_log_says_so_once(caplog):
@@ -194,7 +181,7 @@ def test_a_model_that_waits_for_its_device_runs_without_graphs_and_the_log_says_
     with caplog.at_level(logging.WARNING, "paged_core"):
         engine = make_engine(Waiting())
         truth = workload(engine)
-        assert run(engine) == truth
+        assert tokens_of(run(engine)) == truth
     told = [record.getMessage() for record in caplog.records if "without CUDA graphs" in record.getMessage()]
     assert len(told) == 1
     assert "not permitted when stream is capturing" in told[0]
@@ -240,7 +227,7 @@ def test_logits_that_a_requests_own_selector_keeps_are_not_overwritten():
     selector = Keeping()
     engine.add_request("a", [1, 2, 3], greedy(12), selector=selector)
     engine.add_request("b", [4, 5], greedy(15))
-    assert run(engine)["a", 0] == TinyModel().generate([1, 2, 3], 12)
+    assert tokens_of(run(engine))["a", 0] == TinyModel().generate([1, 2, 3], 12)
     assert all(torch.equal(kept, seen) for kept, seen in selector.kept)
 
 
@@ -277,7 +264,7 @@ def test_a_recorder_repeats_work_on_the_same_memory(device):
 def test_no_token_of_the_vocabulary_is_out_of_a_graphs_reach():
     engine = make_engine()
     engine.add_request("a", [VOCAB - 1, 0], greedy(5))
-    assert run(engine)["a", 0] == TinyModel().generate([VOCAB - 1, 0], 5)
+    assert tokens_of(run(engine))["a", 0] == TinyModel().generate([VOCAB - 1, 0], 5)
 
 
 class Scarce(OpRecorder):
@@ -303,12 +290,12 @@ def test_a_step_without_memory_for_its_graph_takes_a_larger_one_or_none_and_the_
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["no memory for more CUDA graphs"]
     calls = counting(model)
     engine.add_request("a", [1, 2, 3], greedy(10))
-    assert run(engine)["a", 0] == TinyModel().generate([1, 2, 3], 10)
+    assert tokens_of(run(engine))["a", 0] == TinyModel().generate([1, 2, 3], 10)
     assert len(calls) == (1 if room else 10)
     monkeypatch.setattr(Scarce, "room", 100)
     assert engine.release_memory()  # and with it what was remembered of memory
     engine.add_request("a", [1, 2, 3], greedy(10))
-    assert run(engine)["a", 0] == TinyModel().generate([1, 2, 3], 10)
+    assert tokens_of(run(engine))["a", 0] == TinyModel().generate([1, 2, 3], 10)
     assert engine.captured_steps == {(1, 200)}
 
 
@@ -321,5 +308,5 @@ def test_a_late_capture_without_memory_leaves_the_running_graphs_alone(monkeypat
         engine.step()
     monkeypatch.setattr(Scarce, "room", 0)
     engine.add_request("b", [4, 5], greedy(5))
-    assert run(engine)["b", 0] == TinyModel().generate([4, 5], 5)
+    assert tokens_of(run(engine))["b", 0] == TinyModel().generate([4, 5], 5)
     assert engine.captured_steps == {(1, 200)}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from places import TESTS
+from tiny_engine import greedy
 from tiny_model import VOCAB, TinyModel
 
 from paged_core import (
@@ -18,7 +19,6 @@ from paged_core import (
     EngineDeadError,
     InvalidRequestError,
     KVCache,
-    SamplingParams,
     hookimpl,
 )
 from paged_core.execution import kv_cache
@@ -49,10 +49,6 @@ def make_engine(model=None, plugins=(), **config):
         "kv_cache_slab_bytes": 2 * BLOCK_BYTES,
     }
     return Engine(model or TinyModel(), EngineConfig(**{**usual, **config}), plugins=plugins)
-
-
-def greedy(num_tokens, **more):
-    return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, **more)
 
 
 def run(engine):

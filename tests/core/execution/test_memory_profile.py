@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_engine import greedy
 from tiny_model import TinyModel
 
-from paged_core import ConfigError, Engine, EngineConfig, PagedModel, SamplingParams
+from paged_core import ConfigError, Engine, EngineConfig, PagedModel
 from paged_core.execution import kv_cache, profile
 from paged_core.sampling.sampler import Sampler
 from paged_core.scheduling.schedule import Limits
@@ -49,14 +50,10 @@ def make_engine(model=None, **config):
     return Engine(model or TinyModel(), EngineConfig(**{**usual, **config}))
 
 
-def greedy(num_tokens):
-    return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-
-
 def test_the_cache_takes_the_share_that_is_left_beside_model_and_step():
     engine = make_engine(gpu_memory_utilization=0.9)
     assert engine.sizes.num_blocks == (9_000_000 - 6_000_000 - 1_000_000) // BLOCK_BYTES
-    assert engine._runner.cache.num_blocks == engine.sizes.num_blocks
+    assert engine.memory.num_blocks_backed == engine.sizes.num_blocks
     engine.add_request("a", [1, 2, 3], greedy(9))
     tokens = []
     while engine.has_work:

@@ -2,14 +2,18 @@
 
 import logging
 import random
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_engine import greedy, tiny_engine
 from tiny_model import TinyModel
 
-from paged_core import Engine, EngineConfig, EngineDeadError, SamplingParams, hookimpl
+from paged_core import EngineDeadError, SamplingParams, hookimpl
 from paged_core.sampling.sampler import Sampler
+
+make_engine = partial(tiny_engine, max_num_seqs=4)
 
 
 class Narrow(TinyModel):
@@ -25,15 +29,6 @@ class Narrow(TinyModel):
         if len(token_ids) > self.room:
             raise torch.OutOfMemoryError(f"no room for {len(token_ids)} tokens")
         return super().forward(token_ids, positions, attend, sample_indices)
-
-
-def make_engine(model, plugins=(), **config):
-    usual = {"block_size": 4, "num_blocks": 400, "max_num_seqs": 4, "max_num_batched_tokens": 64, "seed": 0}
-    return Engine(model, EngineConfig(**{**usual, "attention_backend": "reference", **config}), plugins=plugins)
-
-
-def greedy(num_tokens, **more):
-    return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, **more)
 
 
 def run(engine):

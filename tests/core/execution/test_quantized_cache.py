@@ -2,14 +2,18 @@
 
 import functools
 import random
+from functools import partial
 
 import pytest
 import torch
 from paged_kernels import reference
+from tiny_engine import greedy, run, tiny_engine, tokens_of
 from tiny_model import TinyModel
 
-from paged_core import ConfigError, Engine, EngineConfig, KVCache, SamplingParams, hookimpl
+from paged_core import ConfigError, EngineConfig, KVCache, hookimpl
 from paged_core.execution.kv_cache import allocate, bytes_per_block
+
+make_engine = partial(tiny_engine, kv_cache_dtype="int8", max_num_batched_tokens=256)
 
 DTYPES = ["int8", "float8_e4m3fn"]
 BACKENDS = ["reference", "cpu"]
@@ -32,24 +36,6 @@ class Rounded(TinyModel):
     def _round(self, x):
         codes, scale = reference.quantize(x, self.kv_dtype)
         return codes.float() * scale[..., None]
-
-
-def make_engine(model=None, plugins=(), **config):
-    usual = {"block_size": 4, "max_num_seqs": 8, "attention_backend": "reference", "kv_cache_dtype": "int8", "seed": 0}
-    return Engine(model or TinyModel(), EngineConfig(**{**usual, **ROOMY, **config}), plugins=plugins)
-
-
-def greedy(num_tokens, **more):
-    return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, **more)
-
-
-def run(engine):
-    tokens = {}
-    while engine.has_work:
-        for output in engine.step():
-            tokens.setdefault((output.request.id, output.request.index), []).extend(output.token_ids)
-        engine.check()
-    return tokens
 
 
 @functools.cache
@@ -79,7 +65,7 @@ def test_greedy_tokens_are_those_of_rounded_keys_and_values_whatever_else_runs(b
     engine = make_engine(TinyModel(window=window), attention_backend=backend, kv_cache_dtype=dtype, **config)
     for i, (prompt, num_tokens, n) in enumerate(workload()):
         engine.add_request(str(i), prompt, greedy(num_tokens, n=n))
-    found = run(engine)
+    found = tokens_of(run(engine))
     assert len(found) == sum(n for _, _, n in workload())
     assert {int(id): tokens for (id, _), tokens in found.items()} == dict(enumerate(truth(dtype, window)))
     if window is None:
@@ -97,7 +83,7 @@ def test_a_prompt_found_in_the_cache_goes_on_as_one_that_was_computed(backend, d
     prompt = list(range(30))
     for name in ("first", "again"):
         engine.add_request(name, prompt, greedy(20))
-        found = run(engine)
+        found = tokens_of(run(engine))
         assert found[name, 0] == Rounded(dtype).generate(prompt, 20)
     assert engine.last_stats.total_prefix_hits >= 28
 
@@ -107,7 +93,7 @@ def test_a_prompt_found_in_the_cache_goes_on_as_one_that_was_computed(backend, d
 def test_samples_that_part_in_the_middle_of_a_block_take_their_scales_along(backend, dtype):
     engine, prompt = make_engine(attention_backend=backend, kv_cache_dtype=dtype), list(range(30))
     engine.add_request("a", prompt, greedy(12, n=3))
-    found = run(engine)
+    found = tokens_of(run(engine))
     assert len(found) == 3
     assert set(map(tuple, found.values())) == {tuple(Rounded(dtype).generate(prompt, 12))}
 
@@ -119,7 +105,7 @@ def test_samples_that_part_in_the_middle_of_a_block_take_their_scales_along(back
 def test_the_same_bytes_hold_more_blocks(dtype):
     def blocks(kv_cache_dtype):
         engine = make_engine(num_blocks=None, kv_cache_bytes=100_000, kv_cache_dtype=kv_cache_dtype)
-        assert engine._runner.cache.num_blocks == engine.sizes.num_blocks
+        assert engine.memory.num_blocks_backed == engine.sizes.num_blocks
         assert engine.memory.num_bytes <= 100_000 * (1 + 1 / engine.sizes.num_blocks)
         return engine.sizes.num_blocks
 
@@ -179,7 +165,7 @@ def test_a_plugins_cache_without_scales_works_whatever_the_config_says():
     for backend in BACKENDS:
         engine = make_engine(plugins=[Floats()], attention_backend=backend)
         engine.add_request("a", list(range(9)), greedy(12, n=2))
-        assert set(map(tuple, run(engine).values())) == {tuple(TinyModel().generate(list(range(9)), 12))}
+        assert set(map(tuple, tokens_of(run(engine)).values())) == {tuple(TinyModel().generate(list(range(9)), 12))}
 
 
 def test_a_plugins_quantized_cache_without_scales_is_refused():
