@@ -180,7 +180,7 @@ def _config(old: Mapping[str, Any], model: str | None, settings: _Pairs, allow_p
     if kept.get("parallelType", "custom") != "custom":
         del kept["parallelType"]
     size = old.get("batchSize")
-    config = {
+    config: dict[str, Any] = {
         "startupTimeout": _STARTUP_S,
         **kept,
         **_OURS,
