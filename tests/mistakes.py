@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from paged_hf.generate import tiers
+from paged_hf.generate import carry_out
 from paged_hf.model import paged_model
 from paged_hf.model.paged_model import HFPagedModel
 from torch import Tensor
@@ -35,7 +35,7 @@ def _told(**facts: Any) -> Mutate:
 
 
 def _keep_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiers, "prompts_of", lambda given, mask: given.tolist())
+    monkeypatch.setattr(carry_out, "unpadded", lambda call: call.prompts.tolist())
 
 
 def _shift(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """``model.generate = paged_generate(model)``: stock's generate() on paged memory, concurrent callers batched together.
 
 This file is the object that stands in for the method: patching, giving the original back, copying, pickling. What a
-call means is stock's business, and which way it takes is decided in loops.py.
+call means is stock's business, and which way it takes is decided in decide.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -20,8 +21,11 @@ from torch import Tensor, nn
 from paged_core import EngineConfig, EngineSizes, UnsupportedModel
 from paged_hf import upstream
 from paged_hf.generate import loops, selfcheck
+from paged_hf.generate.asked import Asked
+from paged_hf.generate.decide import TO_STOCK_AROUND_PEFT, decide_as_asked
 from paged_hf.generate.host import EngineHost
 from paged_hf.generate.report import Report, forget, last_report, note
+from paged_hf.generate.tiers import Tiers
 
 _log = logging.getLogger("paged_hf")
 _MAX_NUM_SEQS = 256  # rows of all calls that run at once
@@ -42,7 +46,7 @@ class PagedGenerate:
         self.over_budget = over_budget
         slab = _SLAB_BYTES if str(getattr(model, "device", "cpu")) == "cpu" else _GPU_SLAB_BYTES
         self.config = EngineConfig(kv_cache_bytes=kv_cache_memory, kv_cache_slab_bytes=slab, max_num_seqs=_MAX_NUM_SEQS)
-        self.tiers = loops.Tiers(model, EngineHost(model, self.config), strict_memory=over_budget == "raise")
+        self.tiers = Tiers(model, EngineHost(model, self.config), strict_memory=over_budget == "raise")
         self._here = threading.local()  # .paused: calls of this thread go to stock
         self._before: list[Any] = []  # what the model had at each entry
         for name in functools.WRAPPER_ASSIGNMENTS:
@@ -74,39 +78,21 @@ class PagedGenerate:
             return self._generate(args, kwargs)
 
     def _generate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        reason = self._why_stock(args, kwargs)
-        if reason is not None:
-            return self._as_stock(args, kwargs, reason)
+        decision = decide_as_asked(self._asked(args, kwargs))
+        if decision is not None:
+            return self._as_stock(args, kwargs, decision.reason)
         if callable(kwargs.get("custom_generate")):
             kwargs["custom_generate"] = loops.custom_loop(kwargs["custom_generate"], self.tiers)
         return type(self.model).generate(loops.view(self.model, self.tiers), *args, **kwargs)
+
+    def _asked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Asked:
+        return Asked(self.model, args, kwargs, as_stock=getattr(self._here, "paused", False))
 
     def _as_stock(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Any:
         result = self.stock(*args, **kwargs)
         sequences = getattr(result, "sequences", result)
         note(Report("stock", "generate", len(sequences) if isinstance(sequences, Tensor) else 0, reason))
         return result
-
-    def _why_stock(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """What can be told before stock has prepared the call, and must be, since it would notice us."""
-        try:
-            given = _signature(type(self.model)).bind_partial(self.model, *args, **kwargs).arguments
-        except TypeError:
-            return "the arguments don't fit"  # stock will say how
-        given = given | given.get("kwargs", {})
-        if getattr(self._here, "paused", False):
-            return "as_stock() is in force"
-        if isinstance(given.get("custom_generate"), str):
-            return "custom_generate names a repository, which replaces generate() altogether"
-        if "custom_generate" in given and "custom_generate" not in kwargs:
-            return "custom_generate is passed by position"
-        if given.get("cache_implementation") == "paged":
-            return "cache_implementation='paged' asks for stock's own continuous batching"
-        if upstream.cache_in(given) is not None:
-            return "a cache of the caller's own was passed"
-        if "prepare_inputs_for_generation" in vars(self.model):
-            return "its prepare_inputs_for_generation has been replaced"
-        return None
 
     @contextmanager
     def as_stock(self) -> Iterator[None]:
@@ -175,10 +161,8 @@ class PagedPart(PagedGenerate):
         finally:
             self._here.called = False
 
-    def _why_stock(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        if not getattr(self._here, "called", False):
-            return "not this model is patched, but the one around it"
-        return super()._why_stock(args, kwargs)
+    def _asked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Asked:
+        return replace(super()._asked(args, kwargs), by_wrapper=getattr(self._here, "called", False))
 
 
 class PagedWrapper(PagedGenerate):
@@ -199,10 +183,9 @@ class PagedWrapper(PagedGenerate):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forget()
-        if getattr(self._here, "paused", False):
-            return self._as_stock(args, kwargs, "as_stock() is in force")
-        if "adapter_names" in kwargs:
-            return self._as_stock(args, kwargs, "adapter_names are one a row of stock's batch")
+        decision = decide_as_asked(self._asked(args, kwargs), TO_STOCK_AROUND_PEFT)
+        if decision is not None:
+            return self._as_stock(args, kwargs, decision.reason)
         with self.inner.called():
             return self.stock(*args, **kwargs)
 
@@ -288,11 +271,6 @@ def _check(patched: PagedGenerate, strict: bool) -> None:
 
 
 paged_generate.last_report = last_report  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _signature(kind: type) -> inspect.Signature:
-    return inspect.signature(kind.generate)  # type: ignore[attr-defined]
 
 
 def _transformers_model(model: Any) -> Any:

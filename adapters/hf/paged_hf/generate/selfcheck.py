@@ -23,7 +23,11 @@ from transformers import GenerationConfig, LogitsProcessor
 from paged_core import UnsupportedModel
 from paged_hf.cache.compared_cache import ComparedCache
 from paged_hf.generate import loops
-from paged_hf.generate.report import forget, last_report, trying
+from paged_hf.generate.carry_out import as_stock
+from paged_hf.generate.decide import OverBlocks, decide
+from paged_hf.generate.prepared import Prepared
+from paged_hf.generate.report import Tier, forget, last_report, trying
+from paged_hf.generate.tiers import Tiers
 from paged_hf.model.rounding import allowed_beside, difference, narrow_dtype, reading, tolerance
 
 _log = logging.getLogger("paged_hf")
@@ -33,16 +37,16 @@ _KEPT_SETTINGS = ("pad_token_id", "bos_token_id", "decoder_start_token_id")
 _LONGEST = 64  # windows up to here are outgrown by the longer prompt
 
 
-def run(ways: loops.Tiers) -> str | None:
-    """Try every tier of ``ways`` on two prompts, the shorter one padded on the left, and drop those that differ.
+def run(tiers: Tiers) -> str | None:
+    """Try every tier of ``tiers`` on two prompts, the shorter one padded on the left, and drop those that differ.
 
     The model is left as it was, and so are the random numbers that the caller will draw. Returns why plain greedy calls
     won't run natively; None: they will.
     """
-    if getattr(ways.model.config, "is_encoder_decoder", False):
+    if getattr(tiers.model.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder model"
-    with trying(), _random_numbers_kept(ways.model):
-        model = _stand_in(ways.model)
+    with trying(), _random_numbers_kept(tiers.model):
+        model = _stand_in(tiers.model)
         beside = _Beside(model)
 
         @functools.cache
@@ -54,17 +58,17 @@ def run(ways: loops.Tiers) -> str | None:
         except Exception as error:
             return f"stock's own generate() fails on a plain prompt: {error!r}"
         proven = beside.same
-        _try(ways, model, "native", ask)
+        _try(tiers, model, "native", ask)
         if not proven:
-            _try(ways, model, "cache", ask)
-        return ways.dropped.get("native") or _obstacle(ways, model, ask(0).question)
+            _try(tiers, model, "cache", ask)
+        return tiers.dropped.get("native") or _obstacle(tiers, model, ask(0).question)
 
 
-def _obstacle(ways: loops.Tiers, model: nn.Module, question: _Question) -> str | None:
+def _obstacle(tiers: Tiers, model: nn.Module, question: _Question) -> str | None:
     """Why a call that asks for nothing but tokens isn't answered natively: what a release passes to its loops, say."""
     forget()
-    alone = loops.Tiers(model, ways.host, strict_memory=False)
-    alone.dropped = dict(ways.dropped)
+    alone = Tiers(model, tiers.host, strict_memory=False)
+    alone.dropped = dict(tiers.dropped)
     question.put_plainly_to(loops.view(model, alone))
     report = last_report()
     if report is None:
@@ -88,24 +92,25 @@ class _Beside:
             self.same = False
             return question.put_to(self.model)
 
-    def run(self, run: loops.Run) -> Any:
-        cache = self._cache_for(run)
+    def answer(self, call: Prepared) -> Any:
+        decision = decide(call, {"native": "it is stock that is asked"})
+        cache = self._cache() if isinstance(decision, OverBlocks) else None
         if cache is None:
-            return run.as_stock(self.model, "it is stock that is asked")
-        result = run.over(self.model, cache)
+            return as_stock(call, "it is stock that is asked")
+        result = call.run(call.model, cache=cache)
         self.same = cache.same
         return result
 
-    def _cache_for(self, run: loops.Run) -> ComparedCache | None:
-        if run.why_stock(self.model) is None and run.why_not_cache(self.model) is None:
-            with suppress(UnsupportedModel):
-                return ComparedCache(self.model.config.get_text_config(decoder=True))
+    def _cache(self) -> ComparedCache | None:
+        with suppress(UnsupportedModel):
+            return ComparedCache(self.model.config.get_text_config(decoder=True))
         return None
 
 
-def _try(ways: loops.Tiers, model: nn.Module, tier: str, ask: Callable[[int], _Trial]) -> None:
-    alone = loops.Tiers(model, ways.host, strict_memory=False)
-    alone.dropped = {other: "not this time" for other in ("native", "cache") if other != tier}
+def _try(tiers: Tiers, model: Any, tier: Tier, ask: Callable[[int], _Trial]) -> None:
+    alone = Tiers(model, tiers.host, strict_memory=False)
+    other: Tier = "cache" if tier == "native" else "native"
+    alone.dropped = {other: "not this time"}
     why: str | None = None
     for seed in range(_NUM_TRIES):
         trial = ask(seed)
@@ -116,14 +121,14 @@ def _try(ways: loops.Tiers, model: nn.Module, tier: str, ask: Callable[[int], _T
             break
         report = last_report()
         if tier in alone.dropped:  # it has found out by itself that it can't
-            ways.refuse(tier, alone.dropped[tier])
+            tiers.refuse(tier, alone.dropped[tier])
             return
         why = trial.fault(got) if report is not None and report.tier == tier else None
         if why is None:
             return
-    ways.dropped[tier] = f"self-check: {why}"
+    tiers.dropped[tier] = f"self-check: {why}"
     if tier != "native":  # of which the caller will tell
-        _log.warning("paged_generate won't use the %s tier for %s: %s", tier, type(ways.model).__name__, why)
+        _log.warning("paged_generate won't use the %s tier for %s: %s", tier, type(tiers.model).__name__, why)
 
 
 @dataclass(frozen=True)

@@ -1,196 +1,109 @@
-"""What each tier can answer exactly as stock does. Every function gives the reason why not, or None.
-
-Looked at once for each call, when stock has prepared everything: nothing here repeats its rules for that.
-"""
+"""The tiers of one patched model, and what is known of them: a call is decided upon, carried out, and decided upon
+anew if that turns out to be impossible."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import (
-    DynamicCache,
-    EosTokenCriteria,
-    LogitsProcessor,
-    MaxLengthCriteria,
-    PretrainedConfig,
-    StoppingCriteria,
-)
-
-from paged_hf import upstream
-from paged_hf.model.intercepted import interception, modules_of
-
-_OURS = frozenset({"attention_mask", "position_ids", "inputs_embeds", "use_cache", "logits_to_keep", "cache_position"})
-_SAME_ANSWERS = (
-    None,
-    "dynamic",
-    "offloaded",
-    "static",
-    "offloaded_static",
-    "sliding_window",
-    "hybrid",
-    "hybrid_chunked",
-)
+from paged_core import ConfigError, InvalidRequestError, UnsupportedModel
+from paged_hf.generate import lockstep
+from paged_hf.generate.calls import NotStarted
+from paged_hf.generate.carry_out import carry_out
+from paged_hf.generate.decide import Decision, Native, OverBlocks, Stock, decide
+from paged_hf.generate.host import EngineHost
+from paged_hf.generate.prepared import Prepared
+from paged_hf.generate.report import Tier, warn_once
+from paged_hf.model.reach import Reach
+from paged_hf.model.watch import Watch
 
 
-_MEDIA = ("pixel", "image", "video", "audio", "input_features", "input_values", "mm_encoder")
+class Tiers:
+    """How one patched model answers. ``dropped``: tiers that aren't used, and why. ``refused``: those of them that only
+    the model as it was stood in the way of."""
+
+    def __init__(self, model: Any, host: EngineHost, *, strict_memory: bool) -> None:
+        self.model = model
+        self.host = host
+        self.strict_memory = strict_memory
+        self.dropped: dict[Tier, str] = {}
+        self.refused: Refused | None = None
+        self._alike: bool | None = None
+
+    def answer(self, call: Prepared) -> Any:
+        """What stock's loop would return for a call of this model.
+
+        Raises:
+            InvalidRequestError, ConfigError: it is larger than the K/V budget, and ``strict_memory`` was asked for.
+        """
+        self._reconsider()
+        decision = decide(call, self.dropped)
+        while not isinstance(decision, Stock):
+            try:
+                if isinstance(decision, Native):
+                    self._refuse_foreign_kv(call)
+                return carry_out(decision, call, self.host)
+            except NotStarted as failure:
+                decision = self._instead(decision, call, failure)
+        return carry_out(decision, call, self.host)
+
+    def found_wanting(self) -> dict[Tier, str]:
+        """Tiers that the self-check has dropped, and why: those that refuse the model will do so again."""
+        refused = self.refused.tiers if self.refused is not None else set()
+        return {tier: why for tier, why in self.dropped.items() if tier not in refused}
+
+    def refuse(self, tier: Tier, why: str) -> None:
+        """Drop a tier as long as the model stays as it is."""
+        refused = self.refused or Refused(self.model)
+        refused.tiers.add(tier)
+        self.dropped[tier], self.refused = why, refused
+
+    def _instead(self, decision: Native | OverBlocks, call: Prepared, failure: NotStarted) -> Decision:
+        """What else may answer a call for which ``decision`` couldn't be carried out."""
+        cause = failure.__cause__
+        reason = str(failure) or str(cause)
+        if isinstance(cause, (InvalidRequestError, ConfigError)):
+            if self.strict_memory:
+                raise cause
+            return Stock(reason)
+        tier: Tier = "native" if isinstance(decision, Native) else "cache"
+        if isinstance(cause, UnsupportedModel):
+            self.refuse(tier, reason)
+        elif cause is not None:
+            warn_once(f"the engine could not run a call, which runs without it: {reason}")
+        found: Mapping[Tier, str] = {tier: reason}
+        if isinstance(decision, OverBlocks):
+            found = {"native": decision.reason, **found}
+        return decide(call, {**self.dropped, **found})
+
+    def _reconsider(self) -> None:
+        """Tiers that have refused the model may take it as it is now."""
+        refused = self.refused
+        if refused is not None and refused.outdated():
+            self.refused = None
+            for tier in refused.tiers:
+                self.dropped.pop(tier, None)
+
+    def _refuse_foreign_kv(self, call: Prepared) -> None:
+        """Only the engine can tell: it runs the model for it, once."""
+        if not call.returns_cache:
+            return
+        if self._alike is None:
+            self._alike = lockstep.keeps_stocks_kv(self.model, self.host)
+        if not self._alike:
+            raise NotStarted("its cache is to come back, and keeps something else than attention's K/V")
 
 
-def why_stock(model: nn.Module, input_ids: Tensor, config: Any, loop_kwargs: Mapping[str, Any]) -> str | None:
-    """Why no part of the call can be ours. ``config``: the call's GenerationConfig, resolved."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder model"
-    if loop_kwargs.get("synced_gpus"):
-        return "synced_gpus: every process must call the model in step with the others"
-    for name in ("output_attentions", "output_hidden_states"):
-        if getattr(config, name, False) and config.return_dict_in_generate:
-            return f"{name} is asked for"
-    if config.cache_implementation not in _SAME_ANSWERS:
-        return f"cache_implementation={config.cache_implementation!r} is asked for, which gives other answers"
-    if getattr(config, "compile_config", None) is not None:
-        return "compile_config is set, and stock compiles the model"
-    if getattr(config, "is_assistant", False):
-        return "the model is another one's assistant"
-    media = sorted(name for name in loop_kwargs if _given(loop_kwargs[name]) and any(kind in name for kind in _MEDIA))
-    if media:
-        return f"it is multimodal: {', '.join(media)}"
-    positions = loop_kwargs.get("position_ids")
-    if positions is not None and positions.ndim == 2 and positions.shape[0] not in (1, len(input_ids)):
-        return f"position_ids have {positions.shape[0]} rows, the prompts {len(input_ids)}"
-    cache = upstream.cache_in(loop_kwargs)
-    if cache is not None and not upstream.is_fresh(cache):
-        return "a cache of the caller's own was passed"
-    if any(module.training for module in modules_of(model)) and (noise := _noise_in_training(model)):
-        return f"the model is in training mode and has {noise}: call model.eval() before generate()"
-    return None
+class Refused:
+    """Tiers that can't run the model, as it was then."""
 
+    def __init__(self, model: Any) -> None:
+        self.tiers: set[Tier] = set()
+        self._reach = Reach(model)
+        self._watch = Watch(self._reach.modules)
+        self._lock = threading.Lock()
 
-def why_not_native(
-    model: nn.Module, loop: str, input_ids: Tensor, config: Any, kwargs: Mapping[str, Any]
-) -> str | None:
-    """Why the engine can't run the rows of this call. ``kwargs``: what goes to the model."""
-    if loop not in (upstream.SAMPLE, upstream.BEAM_SEARCH):
-        return "the engine has no such decoding loop: " + loop.strip("_")
-    embeds = kwargs.get("inputs_embeds")
-    shape = input_ids.shape if embeds is None else embeds.shape[:2]
-    unknown = sorted(name for name in upstream.without_cache(kwargs).keys() - _OURS if _given(kwargs[name]))
-    if unknown:
-        return f"{', '.join(unknown)} is passed to the model"
-    if loop == upstream.BEAM_SEARCH and not kwargs.get("use_cache", True):
-        return "beam search without a cache tells nobody which beams go on"
-    if getattr(config, "prefill_chunk_size", None) is not None:
-        return "prefill_chunk_size is set"
-    devices = {input_ids.device.type, model.device.type} - {"meta"}  # where weights are that are offloaded
-    if any(map(torch.is_autocast_enabled, devices)):
-        return "autocast is on"
-    if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
-        return f"the prompts are {input_ids.dtype} {list(input_ids.shape)}"
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is not None:
-        if mask.shape != shape:
-            return f"the attention mask is {list(mask.shape)}, not {list(shape)} as the prompts"
-        real = mask == 1
-        if not bool(real.all()) and (odd_padding := _odd_padding(model, input_ids, mask, real)):
-            return odd_padding
-    if positions is not None:
-        usual = torch.arange(shape[1], device=positions.device).expand(shape)
-        if mask is not None:
-            usual = mask.long().cumsum(-1) - 1
-        if positions.shape[-1] != shape[1] or positions.ndim != 2:
-            return f"position_ids are {list(positions.shape)}"
-        odd = positions != usual
-        if bool((odd if mask is None else odd & (mask != 0)).any()):
-            return "position_ids aren't those that the attention mask gives"
-    if not type(model).prepare_inputs_for_generation.__module__.startswith("transformers."):
-        return "its class has a prepare_inputs_for_generation of its own"
-    return interception(model)
-
-
-def runs_free(
-    model: nn.Module,
-    loop: str,
-    processors: Sequence[Any],
-    criteria: Sequence[Any],
-    config: Any,
-    streamer: Any,
-    num_rows: int,
-) -> bool:
-    """Whether each row may run on its own: plain greedy search, of which nobody sees more than the tokens."""
-    known = (MaxLengthCriteria, EosTokenCriteria)
-    return (
-        loop == upstream.SAMPLE
-        and upstream.has_the_usual_sampling(type(model))
-        and not config.do_sample
-        and not config.return_dict_in_generate
-        and not len(processors)
-        and all(type(criterion) in known for criterion in criteria)
-        and (streamer is None or num_rows == 1)
-        and (upstream.pad_token(config) is not None or not _ends_at_tokens(criteria))
-    )
-
-
-def may_drop_ended(processors: Sequence[Any], criteria: Sequence[Any], config: Any) -> bool:
-    """Whether nobody can tell that rows which have ended are computed no further."""
-    stocks_own = all(type(processor).__module__ == LogitsProcessor.__module__ for processor in processors) and all(
-        type(criterion).__module__ == StoppingCriteria.__module__ for criterion in criteria
-    )
-    return _ends_at_tokens(criteria) and stocks_own and not config.return_dict_in_generate
-
-
-def prompts_of(given: Tensor, mask: Tensor | None) -> list[Any]:
-    """``input_ids [B,L]`` without padding, as lists; or ``inputs_embeds [B,L,hidden]``, as tensors."""
-    real = None if mask is None else (mask != 0).to(given.device)  # bool [B,L]
-    rows = list(given) if real is None else [row[kept] for row, kept in zip(given, real, strict=True)]
-    return rows if given.is_floating_point() else [row.tolist() for row in rows]
-
-
-def fresh_cache(cache: Any) -> bool:
-    """Whether it is the cache that stock makes when nobody asks for one."""
-    return type(cache) is DynamicCache and not cache.offloading and upstream.is_fresh(cache)
-
-
-def _ends_at_tokens(criteria: Sequence[Any]) -> bool:
-    """Stock's own question: then it pads rows that have ended."""
-    return any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-
-
-def _given(value: Any) -> bool:
-    return value is not None and not (isinstance(value, dict) and not value)
-
-
-def _odd_padding(model: nn.Module, input_ids: Tensor, mask: Tensor, real: Tensor) -> str | None:
-    """``real bool [B,L]``: where the mask is 1, which it isn't everywhere."""
-    if bool(mask[~real].any()):
-        return "the attention mask has other values than 0 and 1"
-    if not bool(real[:, -1].all()) or bool((real[:, :-1] & ~real[:, 1:]).any()):
-        return "the attention mask has holes, or padding on the right"
-    size = getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
-    if size is not None and input_ids.shape == mask.shape:
-        padding = input_ids[~real.to(input_ids.device)]
-        if bool(((padding < 0) | (padding >= size)).any()):  # stock looks up padding too, and fails
-            return f"the padding holds a token that isn't among the model's {size}"
-    return None
-
-
-def _noise_in_training(model: nn.Module) -> str | None:
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            return f"dropout ({module.p})"
-        if getattr(module, "gradient_checkpointing", False):
-            return "gradient checkpointing, with which its layers ignore the cache"
-    for config in _with_parts(model.config):
-        for name, value in vars(config).items():
-            elsewhere = name.startswith(("summary_", "classifier_"))  # heads of other tasks
-            if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0 and not elsewhere:
-                return f"{name}={value}"
-    return None
-
-
-def _with_parts(config: Any) -> Iterator[Any]:
-    """A model's config, and those of its parts."""
-    yield config
-    for value in vars(config).values():
-        if isinstance(value, PretrainedConfig):
-            yield from _with_parts(value)
+    def outdated(self) -> bool:
+        with self._lock:
+            return self._reach.changed() is not None or self._watch.retyped()

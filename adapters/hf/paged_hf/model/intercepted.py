@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 import types
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -24,11 +25,11 @@ _PLACEMENT = "accelerate.hooks"  # move tensors between devices
 _FUNCTIONS = (types.FunctionType, staticmethod, classmethod)
 
 
-def interception(model: nn.Module) -> str | None:
-    """Who looks at batches on their way through ``model``; None: nobody."""
+def interception(model: nn.Module, modules: Iterable[nn.Module]) -> str | None:
+    """Who looks at batches on their way through ``model`` and its ``modules``; None: nobody."""
     if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
         return "there is a forward hook on all modules"
-    for module in modules_of(model):
+    for module in modules:
         own = module.__dict__
         if not (own["_forward_hooks"] or own["_forward_pre_hooks"]) and own.keys().isdisjoint(_methods(type(module))):
             continue  # as nearly all are

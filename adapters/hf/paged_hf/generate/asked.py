@@ -1,0 +1,100 @@
+"""Asked: a generate() call as its caller has written it, and what sends it to stock before stock has looked at it.
+
+Each rule looks at one thing. It returns a reason, or None: nothing is in the way. The first line of its docstring says
+when that is, for docs/generate.md. Here is what stock would refuse or do otherwise if it saw us; what can wait until
+stock has prepared the call stands in obstacles.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from paged_hf import upstream
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """Arguments of a call of a patched ``generate``."""
+
+    model: Any  # has a generate() of its own
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    as_stock: bool  # whether as_stock() is in force
+    by_wrapper: bool = True  # whether the one who is patched calls, and not a part of it by itself
+
+    @functools.cached_property
+    def given(self) -> Mapping[str, Any] | None:
+        """By their names; None: they fit into no call."""
+        try:
+            found = _signature(type(self.model)).bind_partial(self.model, *self.args, **self.kwargs).arguments
+        except TypeError:
+            return None
+        return {**found, **found.get("kwargs", {})}
+
+
+@functools.cache
+def _signature(kind: Any) -> inspect.Signature:
+    return inspect.signature(kind.generate)
+
+
+def not_patched_itself(asked: Asked) -> str | None:
+    """The transformers model inside a patched PEFT model is called by itself."""
+    return None if asked.by_wrapper else "not this model is patched, but the one around it"
+
+
+def arguments_fit_no_call(asked: Asked) -> str | None:
+    """The arguments don't fit `generate`: stock says how."""
+    return "the arguments don't fit" if asked.given is None else None
+
+
+def stock_is_in_force(asked: Asked) -> str | None:
+    """The call stands inside `model.generate.as_stock()`."""
+    return "as_stock() is in force" if asked.as_stock else None
+
+
+def names_another_generate(asked: Asked) -> str | None:
+    """`custom_generate` names a repository."""
+    if isinstance(_given(asked, "custom_generate"), str):
+        return "custom_generate names a repository, which replaces generate() altogether"
+    return None
+
+
+def passes_a_loop_by_position(asked: Asked) -> str | None:
+    """`custom_generate` is passed by position."""
+    if "custom_generate" in (asked.given or {}) and "custom_generate" not in asked.kwargs:
+        return "custom_generate is passed by position"
+    return None
+
+
+def wants_stocks_own_batching(asked: Asked) -> str | None:
+    """`cache_implementation="paged"` is passed: stock's own continuous batching."""
+    if _given(asked, "cache_implementation") == "paged":
+        return "cache_implementation='paged' asks for stock's own continuous batching"
+    return None
+
+
+def passes_a_cache(asked: Asked) -> str | None:
+    """A cache is passed (`cache`, or `past_key_values` before transformers 5.24)."""
+    if upstream.cache_in(asked.given or {}) is not None:
+        return "a cache of the caller's own was passed"
+    return None
+
+
+def model_prepares_inputs_otherwise(asked: Asked) -> str | None:
+    """The model's `prepare_inputs_for_generation` has been replaced."""
+    if "prepare_inputs_for_generation" in vars(asked.model):
+        return "its prepare_inputs_for_generation has been replaced"
+    return None
+
+
+def names_an_adapter_for_each_row(asked: Asked) -> str | None:
+    """A PEFT model is called with `adapter_names`."""
+    return "adapter_names are one a row of stock's batch" if "adapter_names" in asked.kwargs else None
+
+
+def _given(asked: Asked, name: str) -> Any:
+    return (asked.given or {}).get(name)
