@@ -349,6 +349,17 @@ def test_what_was_read_stays_as_it_was() -> None:
 
 
 @torch.enable_grad()
+def test_an_only_row_is_read_where_it_lies() -> None:
+    layer = PagedLayer(block_size=4)
+    states = torch.randn(1, 2, 3, 8)
+    layer.update(states, states)
+    first, second = (layer.update(states[:, :, :1], states[:, :, :1])[0] for _ in range(2))
+    assert first.shape[2] == 4 and second.shape[2] == 5
+    layer.update(states, states)  # within what two blocks hold
+    third, fourth = (layer.update(states[:, :, :0], states[:, :, :0])[0] for _ in range(2))
+    assert third.data_ptr() == fourth.data_ptr(), "nothing was copied"
+
+
 def test_states_with_gradients_are_refused() -> None:
     state = torch.zeros(1, 1, 2, 4, requires_grad=True)
     with pytest.raises(RuntimeError, match="DynamicCache"):

@@ -15,7 +15,7 @@ from transformers import DynamicCache, DynamicLayer, PreTrainedConfig
 from paged_hf.cache.paged_cache import PagedCache, PagedLayer
 
 
-class ComparedCache(DynamicCache):
+class ComparedCache(DynamicCache):  # type: ignore[misc]
     """In place of ``DynamicCache(config=config)``, and the same for its user.
 
     Raises:
@@ -24,6 +24,7 @@ class ComparedCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config=config)
+        self.layers: list[Any]
         paged = PagedCache(config).layers
         self.layers = [
             _ComparedLayer(blocks) if isinstance(blocks, PagedLayer) else own
@@ -37,7 +38,7 @@ class ComparedCache(DynamicCache):
         return bool(compared) and all(layer.holds_the_same() for layer in compared)
 
 
-class _ComparedLayer(DynamicLayer):
+class _ComparedLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, blocks: PagedLayer) -> None:
         super().__init__()
         self._blocks = blocks
@@ -66,5 +67,5 @@ def _equal(own: Tensor, paged: Tensor | None) -> bool:
     return (
         paged is not None
         and (own.shape, own.dtype, own.device) == (paged.shape, paged.dtype, paged.device)
-        and torch.allclose(own, paged, rtol=0.0, atol=0.0, equal_nan=True)
+        and (torch.equal(own, paged) or torch.allclose(own, paged, rtol=0.0, atol=0.0, equal_nan=True))
     )

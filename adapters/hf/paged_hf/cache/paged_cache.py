@@ -19,8 +19,10 @@ from paged_core import UnsupportedModel
 from paged_hf.cache.block_tables import BlockTables
 from paged_hf.upstream import CROPS_TO_LENGTH
 
+_NO_BLOCKS = torch.empty(0, 0, dtype=torch.int64, device="cpu")
 
-class PagedCache(DynamicCache):
+
+class PagedCache(DynamicCache):  # type: ignore[misc]
     """In place of ``DynamicCache(config=config)``: the same answers from K/V in blocks.
 
     ``layer.keys`` and ``layer.values`` are copies, made when they are read. Writing to them is an error, told at the
@@ -36,6 +38,7 @@ class PagedCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig, block_size: int = 16) -> None:
         super().__init__(config=config)
+        self.layers: list[Any]
         self._config = config
         kinds = sorted({type(layer).__name__ for layer in self.layers})
         self.layers = [PagedLayer(block_size) if type(layer) is DynamicLayer else layer for layer in self.layers]
@@ -70,7 +73,7 @@ class PagedCache(DynamicCache):
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
 
-class PagedLayer(DynamicLayer):
+class PagedLayer(DynamicLayer):  # type: ignore[misc]
     """K/V of one layer in blocks, behind the interface of stock's layer.
 
     B rows, K kv heads, T new tokens, D head dim. K and V may differ in D and dtype.
@@ -80,7 +83,7 @@ class PagedLayer(DynamicLayer):
         super().__init__()
         self.tables = BlockTables(block_size)
         self._located = -1  # the version of the tables that _table and _run are of
-        self._table: Tensor | None = None  # int64 [B, blocks]
+        self._table = _NO_BLOCKS  # int64 [B, blocks]
         self._run: int | None = None  # the first block of an only row whose blocks stand in order
         self._blocks: tuple[_Blocks, ...] = ()  # of K, and of V
         self._shown: list[tuple[Tensor, int]] = []  # copies that were read since the last update, and their versions
@@ -134,14 +137,15 @@ class PagedLayer(DynamicLayer):
             raise ValueError(f"the cache holds {num_rows} rows, the new keys have {key_states.shape[0]}")
         copies = self.tables.extend(key_states.shape[2])
         self._locate()
-        slots = self._slots(start, self.tables.num_tokens) if self._run is None else None
+        run, end = self._run, self.tables.num_tokens
+        slots = self._slots(start, end) if run is None else None
         for blocks, states in zip(self._blocks, (key_states, value_states), strict=True):
             blocks.fit(self.tables.pool.num_blocks + 1, states.dtype)  # block ids begin with 1
             if copies:
                 blocks.copy(*torch.tensor(copies, device=self.device).T)
-            if slots is None:
-                blocks.span(self._run, start, self.tables.num_tokens).copy_(states)
-            else:
+            if run is not None:
+                blocks.span(run, start, end).copy_(states)
+            elif slots is not None:
                 blocks.store(slots, states)
         return (key_states, value_states) if start == 0 else (self._read(0), self._read(1))
 
@@ -168,7 +172,7 @@ class PagedLayer(DynamicLayer):
     def reset(self) -> None:
         self.is_initialized = False
         self.tables = BlockTables(self.tables.pool.block_size)
-        self._located, self._table, self._run, self._blocks = -1, None, None, ()
+        self._located, self._table, self._run, self._blocks = -1, _NO_BLOCKS, None, ()
 
     def offload(self) -> None:
         for blocks in self._blocks:
@@ -187,7 +191,7 @@ class PagedLayer(DynamicLayer):
         if self._located != self.tables.version:
             rows = self.tables.rows
             self._table = torch.tensor(rows, dtype=torch.int64, device=self.device)
-            self._run = rows[0][0] if len(rows) == 1 and _are_in_order(rows[0]) else None
+            self._run = rows[0][0] if len(rows) == 1 and _are_in_order(list(rows[0])) else None
             self._located = self.tables.version
 
     def _slots(self, start: int, end: int) -> Tensor:
@@ -215,7 +219,7 @@ class _Blocks:
         with torch.inference_mode(False):  # an inference tensor could not be written to later, outside of that mode
             self.data = states.new_empty((states.shape[1], 0, block_size, states.shape[3]))
         self._indexed: Tensor | None = None  # the table that _index was made from
-        self._index: Tensor | None = None  # int64 [B * K * blocks]: heads' blocks, counted through data
+        self._index = _NO_BLOCKS  # int64 [B * K * blocks]: heads' blocks, counted through data
 
     def fit(self, num_blocks: int, dtype: torch.dtype) -> None:
         """Memory for so many blocks, in a dtype that holds the new states too, as torch.cat would have it."""

@@ -29,16 +29,17 @@ class Asked:
     @functools.cached_property
     def given(self) -> Mapping[str, Any] | None:
         """By their names; None: they fit into no call."""
+        kind: type = type(self.model)
         try:
-            found = _signature(type(self.model)).bind_partial(self.model, *self.args, **self.kwargs).arguments
+            found = _signature(kind).bind_partial(self.model, *self.args, **self.kwargs).arguments
         except TypeError:
             return None
         return {**found, **found.get("kwargs", {})}
 
 
 @functools.cache
-def _signature(kind: Any) -> inspect.Signature:
-    return inspect.signature(kind.generate)
+def _signature(kind: type) -> inspect.Signature:
+    return inspect.signature(kind.generate)  # type: ignore[attr-defined]
 
 
 def not_patched_itself(asked: Asked) -> str | None:

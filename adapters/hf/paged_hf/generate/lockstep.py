@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache, StoppingCriteriaList
 
 from paged_core import (
@@ -99,7 +99,7 @@ class LockstepCall(Call, TokenSelector):
             self.tell(RequestError(output.request.id, output.error or "it was aborted"))
 
 
-class EngineRows(DynamicCache):
+class EngineRows(DynamicCache):  # type: ignore[misc]
     """What stock's loop takes for the K/V cache of its call: rows of the engine's batch, not tensors."""
 
     def __init__(self, host: EngineHost, prompts: Sequence[Any], width: int, max_tokens: int) -> None:
@@ -125,6 +125,8 @@ class EngineRows(DynamicCache):
                 return self._logits.new_zeros(self._num_rows, 1, self._logits.shape[-1])
             self._host.post(self._call, lambda engine: self._resume(engine, tokens, parents, ended))
         self._parents = None
+        order: list[int]
+        logits: Tensor  # [S, vocab]: of the rows in that order
         try:
             order, logits = self._call.wait()
         except NotStarted:
@@ -203,7 +205,7 @@ class EngineRows(DynamicCache):
     crop = batch_repeat_interleave = batch_select_indices = update
 
 
-class Ended(StoppingCriteriaList):
+class Ended(StoppingCriteriaList):  # type: ignore[misc]
     """The call's criteria, telling ``rows`` which of them have ended."""
 
     def __init__(self, criteria: StoppingCriteriaList, rows: EngineRows) -> None:
@@ -211,14 +213,15 @@ class Ended(StoppingCriteriaList):
         self._rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        ended = super().__call__(input_ids, scores, **kwargs)
+        ended: Tensor = super().__call__(input_ids, scores, **kwargs)
         self._rows.ended = ended if self._rows.ended is None else self._rows.ended | ended
         return ended
 
 
-def view(model: nn.Module, rows: EngineRows) -> Any:
+def view(model: Any, rows: EngineRows) -> Any:
     """The model, its calls answered by the engine."""
-    return views.view(model, _answered(type(model)), rows)
+    kind: type = type(model)
+    return views.view(model, _answered(kind), rows)
 
 
 @functools.cache

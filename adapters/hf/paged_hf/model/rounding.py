@@ -21,14 +21,14 @@ _PEAK = 50.0  # the largest of many rounding errors is a few times their mean: t
 _COARSE = 0.06  # the same for bfloat16 and anything smaller
 
 
-class Widened(TorchDispatchMode):
+class Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, in this thread, every operation takes float16 and bfloat16 as float32, and gives float32.
 
     Nothing is written: what an operation changes in place keeps its dtype.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # by id of a weight: it, and what it is as float32
         self._room = _KEPT_BYTES
 

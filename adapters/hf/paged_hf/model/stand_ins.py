@@ -184,7 +184,8 @@ def mpt(module: Any, bias: KeyBias) -> StandIn:
 
     def alibi(ones: Tensor) -> Tensor:
         before_last = file.build_mpt_alibi_tensor(module.n_heads, 2, device=ones.device)[:, 0, :1]  # minus the slopes
-        return -before_last * (ones.cumsum(-1) - 1)
+        slopes: Tensor = -before_last
+        return slopes * (ones.cumsum(-1) - 1)
 
     def forward(step: Step, hidden_states: Tensor, *args: Any, **rest: Any) -> Any:
         qkv = module.Wqkv(hidden_states)
