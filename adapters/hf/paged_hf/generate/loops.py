@@ -28,7 +28,8 @@ class Answering(Protocol):
 
 def view(model: Any, answering: Answering) -> Any:
     """The model with decoding loops of ours."""
-    return views.view(model, _loops_of(type(model)), answering)
+    kind: type = type(model)
+    return views.view(model, _loops_of(kind), answering)
 
 
 def custom_loop(custom: Callable[..., Any], answering: Answering) -> Callable[..., Any]:
@@ -37,9 +38,11 @@ def custom_loop(custom: Callable[..., Any], answering: Answering) -> Callable[..
 
 
 @functools.cache
-def _loops_of(kind: Any) -> type:
-    own = {name: _instead_of(name, getattr(kind, name)) for name in upstream.LOOPS if hasattr(kind, name)}
-    return views.subclass(kind, own)
+def _loops_of(kind: type) -> type:
+    own: dict[str, Any] = {
+        name: _instead_of(name, getattr(kind, name)) for name in upstream.LOOPS if hasattr(kind, name)
+    }
+    return views.subclass(kind, own | {"forward": views.ToldForward(kind)})
 
 
 def _instead_of(name: str, stock: Callable[..., Any], always: Answering | None = None) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ earlier one has refused never reaches them. Stock has prepared everything by the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def cache_is_the_callers(call: Prepared) -> str | None:
 
 def trains_with_noise(call: Prepared) -> str | None:
     """The model is in training mode, and has dropout or gradient checkpointing."""
-    if any(module.training for module in call.modules) and (noise := _noise_in_training(call)):
+    if any(map(attrgetter("training"), call.modules)) and (noise := _noise_in_training(call)):
         return f"the model is in training mode and has {noise}: call model.eval() before generate()"
     return None
 
@@ -133,7 +134,7 @@ def prefills_in_chunks(call: Prepared) -> str | None:
 
 def computes_under_autocast(call: Prepared) -> str | None:
     """Autocast is on."""
-    devices = {call.input_ids.device.type, call.model.device.type} - {"meta"}  # where weights are that are offloaded
+    devices = {call.input_ids.device.type, call.device.type} - {"meta"}  # where weights are that are offloaded
     return "autocast is on" if any(torch.is_autocast_enabled(device) for device in devices) else None
 
 
@@ -171,8 +172,10 @@ def padding_is_not_on_the_left(call: Prepared) -> str | None:
 def padding_is_no_token(call: Prepared) -> str | None:
     """The padding holds a token that the model doesn't have: stock fails on it."""
     hidden, ids = call.hidden, call.input_ids
+    if hidden is None or ids.shape != hidden.shape:
+        return None
     size = getattr(call.model.get_input_embeddings(), "num_embeddings", None)
-    if hidden is None or size is None or ids.shape != hidden.shape:
+    if size is None:
         return None
     padding = ids[hidden.to(ids.device)]
     if bool(((padding < 0) | (padding >= size)).any()):
@@ -194,10 +197,10 @@ def positions_are_unusual(call: Prepared) -> str | None:
     if positions is None:
         return None
     if mask is None or call.hidden is None:
-        odd = positions != torch.arange(positions.shape[1], device=positions.device)
+        usual = torch.equal(positions, torch.arange(positions.shape[1], device=positions.device).expand_as(positions))
     else:
-        odd = (positions != mask.long().cumsum(-1) - 1) & (mask != 0)
-    return "position_ids aren't those that the attention mask gives" if bool(odd.any()) else None
+        usual = bool(((positions == mask.long().cumsum(-1) - 1) | (mask == 0)).all())
+    return None if usual else "position_ids aren't those that the attention mask gives"
 
 
 def class_prepares_inputs_otherwise(call: Prepared) -> str | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from paged_hf import upstream
@@ -92,6 +93,13 @@ class Prepared:
             return None
         hidden = self.mask != 1
         return hidden if bool(hidden.any()) else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first parameter is: what ``model.device`` says, in a fraction of the time."""
+        first = (weight for module in self.modules for weight in module._parameters.values() if weight is not None)
+        found = next(first, None)
+        return self.input_ids.device if found is None else found.device
 
     @cached_property
     def modules(self) -> list[nn.Module]:

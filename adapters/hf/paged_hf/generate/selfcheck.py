@@ -201,7 +201,10 @@ class _Question:
         return torch.stack(output.logits)
 
     def put_plainly_to(self, seen: Any) -> None:
-        type(seen).generate(seen, self.ids, attention_mask=self.mask, max_new_tokens=1, do_sample=False, num_beams=1)
+        """Which way the call takes is of interest, not its answer: a few tokens do."""
+        ids, mask = self.ids[:, -2:], torch.ones_like(self.mask[:, -2:])
+        mask[1, 0] = 0
+        type(seen).generate(seen, ids, attention_mask=mask, max_new_tokens=1, do_sample=False, num_beams=1)
 
 
 class _Leading(LogitsProcessor):  # type: ignore[misc]

@@ -6,6 +6,9 @@ others there for one call, while the user's object stays as it is and other thre
 
 from __future__ import annotations
 
+import functools
+import inspect
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -18,9 +21,28 @@ def subclass(kind: type, own: dict[str, Any]) -> type:
     return type(kind)(kind.__name__, (kind,), own | {"__qualname__": kind.__qualname__})
 
 
+class ToldForward:
+    """The forward of a class, for a view of it. Stock's generate() asks for its signature five times in a call, and
+    each time Python works it out anew: here it is known."""
+
+    def __init__(self, kind: Any) -> None:
+        self._kind = kind
+        self._known: tuple[Any, inspect.Signature] | None = None
+
+    def __get__(self, seen: Any, made: type) -> Any:
+        function, known = self._kind.forward, self._known
+        if seen is None:
+            return function
+        if known is None or known[0] is not function:  # anyone may replace it
+            known = self._known = function, inspect.signature(MethodType(function, seen))
+        forward = functools.partial(function, seen)
+        forward.__signature__ = known[1]  # type: ignore[attr-defined]
+        return forward
+
+
 def view(model: nn.Module, made: type, part: Any) -> Any:
     """``model`` as an instance of ``made``, a ``subclass`` of its own class."""
-    seen = object.__new__(made)
+    seen: Any = object.__new__(made)
     object.__setattr__(seen, "__dict__", model.__dict__)
     object.__setattr__(seen, "_paged_model", model)
     object.__setattr__(seen, "_paged_part", part)

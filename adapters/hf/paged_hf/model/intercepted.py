@@ -11,7 +11,9 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from torch import nn
@@ -22,22 +24,28 @@ from paged_hf import upstream
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _FOR_TRAINING = ("make_inputs_require_grads", "make_inputs_require_grad")  # transformers' and PEFT's: no matter here
 _PLACEMENT = "accelerate.hooks"  # move tensors between devices
+_disjoint: Callable[[Any, frozenset[str]], bool] = type({}.keys()).isdisjoint
 _FUNCTIONS = (types.FunctionType, staticmethod, classmethod)
 
 
-def interception(model: nn.Module, modules: Iterable[nn.Module]) -> str | None:
+def interception(model: nn.Module, modules: Sequence[nn.Module]) -> str | None:
     """Who looks at batches on their way through ``model`` and its ``modules``; None: nobody."""
     if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
         return "there is a forward hook on all modules"
-    for module in modules:
-        own = module.__dict__
-        if not (own["_forward_hooks"] or own["_forward_pre_hooks"]) and own.keys().isdisjoint(_methods(type(module))):
-            continue  # as nearly all are
+    for module in modules if _any_stands_between(modules) else ():
         if listened_to(module):
             return f"there is a forward hook on {_name_of(module, model)}"
         for method in replaced_methods(module):
             return f"{method} of {_name_of(module, model)} has been replaced"
     return None
+
+
+def _any_stands_between(modules: Sequence[nn.Module]) -> bool:
+    """Whether one of them has a hook or a method of its own. Loops run in C, since models have hundreds of modules and
+    nearly all have neither."""
+    own = list(map(attrgetter("__dict__"), modules))
+    hooks = chain(*(map(itemgetter(kind), own) for kind in _HOOKS))
+    return any(hooks) or not all(map(_disjoint, map(dict.keys, own), map(_methods, map(type, modules))))
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
@@ -73,7 +81,8 @@ def replaced_methods(module: nn.Module) -> list[str]:
     What a class defines as its forward, put on an instance of another one, is a model's code as that of its own class
     is: libraries of kernels do this.
     """
-    own, methods = module.__dict__, _methods(type(module))
+    kind: type = type(module)
+    own, methods = module.__dict__, _methods(kind)
     if own.keys().isdisjoint(methods) or uncompiled(module) is not module:
         return []
     return [name for name in methods & own.keys() if not _computes_the_same(module, name, own[name])]
@@ -139,7 +148,7 @@ def _only_places(hook: Any) -> bool:
 
 
 def _is_a_classes_forward(function: Any) -> bool:
-    owner = sys.modules.get(getattr(function, "__module__", None) or "")
+    owner: Any = sys.modules.get(getattr(function, "__module__", None) or "")
     *path, name = getattr(function, "__qualname__", "").split(".")
     for part in path:
         owner = getattr(owner, part, None)

@@ -24,7 +24,7 @@ from paged_hf.model.rules import apply_rules
 from paged_hf.model.shadow import Shadow
 from paged_hf.model.state import state_outside_attention
 from paged_hf.model.watch import Watch
-from paged_hf.upstream import is_marked_stateful
+from paged_hf.upstream import cache_in_result, is_marked_stateful
 
 CreateForward = Callable[[nn.Module], Any]  # a ModuleForward, or what does as one; None: the module stays
 _ANY_LENGTH = 1 << 17  # for models that name no limit
@@ -55,6 +55,7 @@ class HFPagedModel(PagedModel):
         self._spec: ModelSpec
         self._create: CreateForward | None = None
         self._embeds = Embeds()
+        self._takes_embeds: bool | None  # None: not known yet
         self._behind = False  # whether a change was noticed and isn't caught up with
         self._take_in()
 
@@ -177,7 +178,7 @@ class HFPagedModel(PagedModel):
         self._look()
         self._unheard = not any(_listened_to(module) and not _aligned(module) for module in self._base.modules())
         self._fast = {}
-        self._takes_embeds: bool | None = None  # not known yet
+        self._takes_embeds = None
         config = self._base.config.get_text_config()
         _refuse_by_config(self._base)
         max_length = _max_length(self._base, config)
@@ -193,8 +194,7 @@ class HFPagedModel(PagedModel):
         device = self._base.get_input_embeddings().weight.device
         if device.type == "meta":
             raise UnsupportedModel("its embeddings are offloaded, and the engine wants them on a device")
-        self._refuse_state(torch.arange(1, 5, device=device)[None])
-        found = probe(self._shadow, self._call, config.vocab_size, device)
+        found = probe(self._shadow, self._call, self._as_stock, config.vocab_size, device)
         self._restless = self._settle(device) or not self._reach.whole
         self._spec = ModelSpec(
             layers=found.layers,
@@ -212,15 +212,6 @@ class HFPagedModel(PagedModel):
         self._reach = Reach(self._base)
         self._watch = Watch(self._reach.modules)
 
-    @torch.no_grad()
-    def _refuse_state(self, ids: Tensor) -> None:
-        """``ids i64 [1,T]``: a short prompt."""
-        options = {"position_ids": ids - 1} if self._takes_positions else {}
-        self._shadow.use_attention(None)
-        place = state_outside_attention(self._shadow.root, input_ids=ids, use_cache=True, **options)
-        if place is not None:
-            raise UnsupportedModel(f"{type(self._base).__name__} keeps state outside attention, in {place}")
-
     def _settle(self, device: torch.device) -> bool:
         """Whether forward passes change what they can read. What only the first one made, such as a table, is there
         now; what each of them writes, such as a counter, is compared no longer."""
@@ -234,6 +225,26 @@ class HFPagedModel(PagedModel):
         return self._reach.settle()
 
     @torch.no_grad()
+    def _as_stock(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """``token_ids i64 [B,T], positions i64 [T] -> logits [B,T,vocab]``, over a cache that the model makes itself.
+
+        Raises:
+            UnsupportedModel: it keeps state outside attention.
+        """
+        options: dict[str, Any] = {"input_ids": token_ids, "attention_mask": None}
+        if self._takes_positions:
+            options["position_ids"] = positions.expand_as(token_ids)
+        try:
+            output = self._shadow.root(**options, use_cache=True)
+        except Exception:  # if that is no fault of the cache, the next call says so
+            output = self._shadow.root(**options, use_cache=False)
+        place = state_outside_attention(cache_in_result(output))
+        if place is not None:
+            raise UnsupportedModel(f"{type(self._base).__name__} keeps state outside attention, in {place}")
+        logits: Tensor = output.logits
+        return logits
+
+    @torch.no_grad()
     def _call(
         self,
         token_ids: Tensor,
@@ -242,13 +253,12 @@ class HFPagedModel(PagedModel):
         rows: Tensor | None = None,
         compiled: CompiledRoot | None = None,
     ) -> Tensor:
-        """One forward pass of the twin over ``token_ids i64 [T]``, or several rows of them: logits of ``rows``, or of
-        all."""
-        ids = token_ids if token_ids.ndim == 2 else token_ids[None]
+        """One forward pass of the twin over ``token_ids i64 [T]``: logits of ``rows``, or of all."""
+        ids = token_ids[None]
         self._under_way[0] = step
         options: dict[str, Any] = {"attend": step} if step is not None and self._takes_kwargs else {}
         if self._takes_positions:
-            options["position_ids"] = positions.expand_as(ids)
+            options["position_ids"] = positions[None]
         if rows is not None and self._keeps_logits:
             options["logits_to_keep"] = rows
         if self._embeds.among(token_ids):
@@ -265,7 +275,7 @@ class HFPagedModel(PagedModel):
                 output = self._shadow.root(**options)
         finally:
             self._under_way[0] = None  # through it, the cache of an engine that is gone would live on
-        logits: Tensor = output.logits if token_ids.ndim == 2 else output.logits[0]
+        logits: Tensor = output.logits[0]
         return logits if rows is None or self._keeps_logits else logits[rows]
 
     def _ask(self, twin: nn.Module) -> None:

@@ -32,7 +32,7 @@ class Places:
         self._sequences = _Group(_itself)
         self._functions = _Group(attrgetter("__code__", "__defaults__", "__kwdefaults__"))
         self._cells = _Group(attrgetter("cell_contents", "cell_contents"))
-        self._rest = _Group(lambda read: read())
+        self._rest = _Group(methodcaller("__call__"))
         self._groups = [
             self._types,
             self._empty,

@@ -23,8 +23,10 @@ from paged_hf.model.rounding import Widened, difference, narrow_dtype, tolerance
 from paged_hf.model.shadow import Shadow
 
 Call = Callable[..., Tensor]
-"""``call(token_ids [T] or [B,T], positions [T], step | None) -> logits [T, vocab] or [B,T,vocab]``: one forward pass of
-the twin."""
+"""``call(token_ids [T], positions [T], step | None) -> logits [T, vocab]``: one forward pass of the twin."""
+
+AsStock = Callable[[Tensor, Tensor], Tensor]
+"""``as_stock(token_ids [B,T], positions [T]) -> logits [B,T,vocab]``: the same, over a cache of the model's own."""
 
 _LENGTHS = (13, 21)  # of the two prompts: longer than the windows of models made for tests
 _SPLITS = (6, 12)  # where their second chunk begins
@@ -43,15 +45,15 @@ class Findings:
     max_length: int  # up to which its masks are what the layers say
 
 
-def probe(shadow: Shadow, call: Call, vocab_size: int, device: torch.device) -> Findings:
-    """Look at the model behind ``call``, and leave it switched to paged attention.
+def probe(shadow: Shadow, call: Call, as_stock: AsStock, vocab_size: int, device: torch.device) -> Findings:
+    """Look at the model behind ``call`` and ``as_stock``, and leave it switched to paged attention.
 
     Raises:
         UnsupportedModel: with the reason.
     """
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(vocab_size, (n,), generator=generator).to(device) for n in _LENGTHS]
-    expected, exactly = _by_itself(shadow, call, prompts)
+    expected, exactly = _by_itself(shadow, as_stock, prompts)
     recorder = _record(shadow, call, prompts[1])
     layers = tuple(recorder.layers)
     shadow.use_attention(PAGED)
@@ -64,27 +66,31 @@ def probe(shadow: Shadow, call: Call, vocab_size: int, device: torch.device) -> 
 
 
 def _by_itself(
-    shadow: Shadow, call: Call, prompts: Sequence[Tensor]
+    shadow: Shadow, as_stock: AsStock, prompts: Sequence[Tensor]
 ) -> tuple[list[Tensor], contextlib.AbstractContextManager[Any]]:
     """Logits of each prompt by the model's own attention, in float32 if the model can be computed so: there, what
     differs is wrong. Also the context in which that is done."""
     shadow.use_attention(None)
-    exact: list[contextlib.AbstractContextManager[Any]] = [] if narrow_dtype(shadow.root) is None else [Widened()]
-    for way in (*exact, contextlib.nullcontext()):
+    ways: list[contextlib.AbstractContextManager[Any]] = [contextlib.nullcontext()]
+    if narrow_dtype(shadow.root) is not None:
+        ways.insert(0, Widened())
+    for way in ways:
         try:
             with way:
-                return _in_a_batch(call, prompts), way
+                return _in_a_batch(as_stock, prompts), way
+        except UnsupportedModel:
+            raise
         except Exception as error:
             failure = error
     raise UnsupportedModel(f"its own forward fails on a plain prompt: {failure!r}") from failure
 
 
-def _in_a_batch(call: Call, prompts: Sequence[Tensor]) -> list[Tensor]:
+def _in_a_batch(as_stock: AsStock, prompts: Sequence[Tensor]) -> list[Tensor]:
     """Logits [T, vocab] of each prompt, as stock's rows, the shorter ones padded behind: who acts on one row, or on the
     last token of each, does so here in other places than where prompts are packed."""
     longest = max(prompts, key=len)
     batch = torch.stack([torch.cat([ids, longest[len(ids) :]]) for ids in prompts])  # [B,L]
-    logits = call(batch, _positions(longest), None)  # [B,L,vocab]
+    logits = as_stock(batch, _positions(longest))  # [B,L,vocab]
     return [own[: len(ids)] for own, ids in zip(logits, prompts, strict=True)]
 
 

@@ -6,24 +6,18 @@ inputs of a convolution or the sums of linear attention, depends on all tokens b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 from transformers import Cache
 
-from paged_hf.upstream import cache_in_result
-
 _ATTENTIONS = ("keys", "values")
 _DEEPEST = 8
 
 
-def state_outside_attention(forward: Callable[..., Any], **inputs: Any) -> str | None:
-    """Where ``forward(**inputs)`` has put it; None: nowhere, or the forward fails, which others will say."""
-    try:
-        cache = cache_in_result(forward(**inputs))
-    except Exception:
-        return None
+def state_outside_attention(cache: Any) -> str | None:
+    """Where the cache that a forward has made keeps it; None: nowhere, or there is no cache."""
     return next((name for name, tensor in _tensors(cache, "", _DEEPEST) if tensor.is_floating_point()), None)
 
 

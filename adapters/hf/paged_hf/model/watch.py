@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from operator import methodcaller
 from typing import Any, Literal
@@ -17,7 +17,9 @@ class Watch:
     of tensors, and whether some came or went."""
 
     def __init__(self, modules: Iterable[nn.Module], loose: dict[str, Tensor] | None = None) -> None:
-        self._owners = [own for module in modules for own in (module._parameters, module._buffers)]
+        self._owners: list[Mapping[str, Tensor | None]] = []
+        for module in modules:
+            self._owners += (module._parameters, module._buffers)
         if loose:
             self._owners.append(loose)
         self._types: list[tuple[Any, ...]] | None = self._types_now()
