@@ -874,7 +874,7 @@ def test_each_reason_for_stock_is_told_once(model: Any, caplog: Any, monkeypatch
 
 
 class Stateful(nn.Module):
-    """Attention that remembers how often it ran: another answer for whoever calls it in another way."""
+    """Attention that remembers how often it ran: another answer for whoever goes on over a cache of stock's."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -883,8 +883,10 @@ class Stateful(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.num_calls += 1
+        cache = kwargs.get(CACHE)
+        goes_on = cache is not None and cache.get_seq_length() > 0
         output, weights = self.inner(*args, **kwargs)
-        return output * (1 if kwargs.get(CACHE) is not None else -1), weights
+        return output * (-1 if goes_on else 1), weights
 
 
 def test_a_tier_that_differs_is_dropped_with_a_warning_and_stock_answers(

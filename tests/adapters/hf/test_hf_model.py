@@ -12,6 +12,7 @@ import torch
 from paged_hf.model.paged_model import HFPagedModel
 from rounded_parity import HALVES, assert_rows
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from paged_core import EngineDeadError, LayerSpec, PagedModel, UnsupportedModel
 
@@ -428,6 +429,18 @@ def test_modules_that_someone_listens_to_are_not_swallowed_by_their_parents(tiny
 def test_an_unsupported_model_is_refused_with_the_reason(family: str, own: Any, reason: str, tiny: Any) -> None:
     with pytest.raises(UnsupportedModel, match=reason):
         HFPagedModel(tiny(family, **own))
+
+
+def test_a_model_that_can_keep_no_cache_is_taken_in(tiny: Any) -> None:
+    class Forgetful(LlamaForCausalLM):
+        def forward(self, input_ids: Any = None, position_ids: Any = None, use_cache: Any = None, **rest: Any) -> Any:
+            if use_cache:
+                raise NotImplementedError("it keeps nothing")
+            return super().forward(input_ids=input_ids, position_ids=position_ids, use_cache=False, **rest)
+
+    model = tiny("llama")
+    model.__class__ = Forgetful
+    assert len(HFPagedModel(model).spec.layers) == model.config.num_hidden_layers
 
 
 def test_something_that_is_no_transformers_model_is_refused() -> None:
