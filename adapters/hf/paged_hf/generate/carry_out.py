@@ -90,9 +90,11 @@ def _in_lockstep(call: Prepared, host: EngineHost, drops_ended: bool) -> Any:
 
 def unpadded(call: Prepared) -> list[Any]:
     """The prompts without padding: lists of token ids, or embeddings ``[n, hidden]``."""
-    given, mask = call.prompts, call.mask
-    real = None if mask is None else (mask != 0).to(given.device)  # bool [B,L]
-    rows = list(given) if real is None else [row[kept] for row, kept in zip(given, real, strict=True)]
+    given, hidden = call.prompts, call.hidden
+    if hidden is None:
+        return list(given) if given.is_floating_point() else given.tolist()
+    real = (~hidden).to(given.device)  # bool [B,L]
+    rows = [row[kept] for row, kept in zip(given, real, strict=True)]
     return rows if given.is_floating_point() else [row.tolist() for row in rows]
 
 

@@ -23,10 +23,6 @@ _Call = TypeVar("_Call")
 Rule = Callable[[_Call], "str | None"]
 """The reason against it, or None."""
 
-TO_STOCK_AROUND_PEFT: tuple[Rule[Asked], ...] = (  # of a PEFT model's call, which calls the model inside
-    asked.stock_is_in_force,
-    asked.names_an_adapter_for_each_row,
-)
 TO_STOCK_AS_ASKED: tuple[Rule[Asked], ...] = (
     asked.not_patched_itself,
     asked.arguments_fit_no_call,
@@ -36,6 +32,10 @@ TO_STOCK_AS_ASKED: tuple[Rule[Asked], ...] = (
     asked.wants_stocks_own_batching,
     asked.passes_a_cache,
     asked.model_prepares_inputs_otherwise,
+)
+TO_STOCK_AROUND_PEFT: tuple[Rule[Asked], ...] = (  # of a PEFT model's call, which calls the model inside
+    asked.stock_is_in_force,
+    asked.names_an_adapter_for_each_row,
 )
 TO_STOCK: tuple[Rule[Prepared], ...] = (
     obstacles.model_has_an_encoder,
