@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 _L2_BYTES = 256 << 20  # well beyond any device's
-Run = Callable[[], Any]
+Work = Callable[[], Any]
 Heads = tuple[int, int, int]  # query heads, kv heads, head dim
 _HEAD_START = 4_000_000  # cycles: about 2 ms, in which the host launches what is timed
 _RIVALS = ("sdpa", "flex", "torch")  # torch's, which may fail
@@ -219,7 +219,7 @@ class Step:
         self.q = torch.randn(rows * queries, num_heads, dim, device=device).bfloat16()
         self.k, self.v = (torch.randn(rows * queries, num_kv_heads, dim, device=device).bfloat16() for _ in range(2))
 
-    def paged(self) -> Run:
+    def paged(self) -> Work:
         """All layers. Decode stores its token too; torch's rivals have all K/V already, and so has a prompt here."""
         rows, context, queries, (num_heads, num_kv_heads, dim) = self.shape
         starts = torch.arange(0, rows * queries + 1, queries, dtype=torch.int32, device=self.device)
@@ -238,7 +238,7 @@ class Step:
 
         return run
 
-    def sdpa(self) -> Run:
+    def sdpa(self) -> Work:
         """Torch's own, over contiguous K/V."""
         q, layers = self._contiguous()
         causal = self.shape[2] > 1
@@ -249,7 +249,7 @@ class Step:
 
         return run
 
-    def flex(self) -> Run:
+    def flex(self) -> Work:
         """Torch's compiled one, over contiguous K/V."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -285,9 +285,9 @@ def device_name(device: torch.device | str) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} (not a GPU)"
 
 
-def race(rivals: dict[str, Run], repeats: int, device: torch.device, per: int = 1) -> dict[str, float]:
+def race(rivals: dict[str, Work], repeats: int, device: torch.device, per: int = 1) -> dict[str, float]:
     """Median seconds of each, divided by ``per``. A rival that fails is left out, and said."""
-    ready: dict[str, Run] = {}
+    ready: dict[str, Work] = {}
     for name, run in rivals.items():
         if name not in _RIVALS:
             ready[name] = _captured(run) if device.type == "cuda" else run
@@ -305,7 +305,7 @@ def race(rivals: dict[str, Run], repeats: int, device: torch.device, per: int = 
     return {name: median(found) / per for name, found in times.items()}
 
 
-def _captured(run: Run) -> Run:
+def _captured(run: Work) -> Work:
     for _ in range(3):
         run()
     torch.cuda.synchronize()
@@ -316,7 +316,7 @@ def _captured(run: Run) -> Run:
     return graph.replay
 
 
-def _timed(run: Run, device: torch.device) -> float:
+def _timed(run: Work, device: torch.device) -> float:
     if device.type != "cuda":
         began = time.perf_counter()
         run()
@@ -346,7 +346,7 @@ def _filled(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
     return torch.randn(tuple(shape), device=device, dtype=dtype)
 
 
-def _bound(module: Any, name: str, args: tuple[Any, ...]) -> Run:
+def _bound(module: Any, name: str, args: tuple[Any, ...]) -> Work:
     function = getattr(module, name)
     return lambda: function(*args)
 

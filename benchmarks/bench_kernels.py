@@ -26,7 +26,7 @@ from torch.nn import functional
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SMOLLM2, LLAMA_8B = (9, 3, 64), (32, 8, 128)  # query heads, kv heads, head dim
 STREAM_BYTES = 400 << 20  # more than the caches hold
-Run = Callable[[], Any]
+Work = Callable[[], Any]
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def _decode(num_rows: int, context: int, heads: tuple[int, int, int], block_size
             options: argparse.Namespace) -> Any:  # fmt: skip
     step = Step(num_rows, context, 1, heads, block_size, dtype)
     num_bytes = sum(t.numel() * t.element_size() for t in step.layers[0])
-    rivals: dict[str, Run] = {"paged": step.run_all, "paged int8": step.codes_all(), "gather + sdpa": step.gather_all,
+    rivals: dict[str, Work] = {"paged": step.run_all, "paged int8": step.codes_all(), "gather + sdpa": step.gather_all,
                               "sdpa": step.sdpa_all()}  # fmt: skip
     best = race(rivals, options.repeats)
     per_layer = {name: seconds / len(step.layers) for name, seconds in best.items()}
@@ -112,7 +112,7 @@ def launches(options: argparse.Namespace) -> Any:
     longer = Step(1, 100, 1, SMOLLM2, 16, torch.float32, stream=False)
     many = Step(64, 170, 1, SMOLLM2, 16, torch.float32, stream=False)
     step.run_all()  # after which its work is all taken: what is left of a launch is the launch
-    rivals: dict[str, Run] = {
+    rivals: dict[str, Work] = {
         "one kernel launch": lambda: launch.kernels.store_and_attend(step.plan._address, options.threads),
         "a layer, one row, context 1": step.run_all,
         "a layer, one row, context 100": longer.run_all,
@@ -169,7 +169,7 @@ class Step:
         for keys, values in self.layers:
             self.plan.run(self.q, self.k, self.k, LayerCache(keys, values), Extras(self.scale))
 
-    def codes_all(self) -> Run:
+    def codes_all(self) -> Work:
         shape = self.layers[0][0].shape
         layers = [
             [*(torch.randint(-127, 128, shape, dtype=torch.int8) for _ in "kv"), *(torch.rand(shape[:3]) for _ in "kv")]
@@ -195,7 +195,7 @@ class Step:
         for layer in self.layers:
             self.attend(*self.gather(*layer))
 
-    def sdpa_all(self) -> Run:
+    def sdpa_all(self) -> Work:
         contiguous = [tuple(t.contiguous() for t in self.gather(*layer)) for layer in self.layers]
 
         def run() -> None:
@@ -205,7 +205,7 @@ class Step:
         return run
 
 
-def race(rivals: dict[str, Run], repeats: int) -> dict[str, float]:
+def race(rivals: dict[str, Work], repeats: int) -> dict[str, float]:
     """The best time of each, in seconds; they run in turn."""
     best = dict.fromkeys(rivals, float("inf"))
     for _ in range(repeats + 1):
@@ -216,7 +216,7 @@ def race(rivals: dict[str, Run], repeats: int) -> dict[str, float]:
     return best
 
 
-def _bound(module: Any, name: str, args: tuple[Any, ...]) -> Run:
+def _bound(module: Any, name: str, args: tuple[Any, ...]) -> Work:
     return lambda: getattr(module, name)(*args)
 
 

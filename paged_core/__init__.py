@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from paged_core.execution.watched import WatchedTensors
     from paged_core.frontends.async_engine import AsyncEngine, Stream
     from paged_core.frontends.llm import LLM
-    from paged_core.sampling.sampler import Likeliest
+    from paged_core.sampling.sampler import Greedy, Likeliest
     from paged_core.scheduling.request import RequestStatus
     from paged_core.text.codec import Prompt, TextCodec, prepare_params
     from paged_core.text.detokenizer import Detokenizer
@@ -62,6 +62,7 @@ _LAZY = {
     "Engine": "engine.engine",
     "EngineView": "engine.view",
     "GenerationOutput": "text.outputs",
+    "Greedy": "sampling.sampler",
     "KVCache": "execution.kv_cache",
     "LLM": "frontends.llm",
     "LayerSpec": "execution.spec",
@@ -105,6 +106,7 @@ __all__ = [
     "EngineView",
     "FinishReason",
     "GenerationOutput",
+    "Greedy",
     "InvalidRequestError",
     "KVCache",
     "LayerSpec",

@@ -160,7 +160,7 @@ def _is_packable_mlp(module: nn.Module) -> bool:
 # ---- siblings --------------------------------------------------------------------------------------------------
 
 
-class _Group:
+class _Siblings:
     """Siblings that their parent named; packed when the first of them is asked for."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -184,11 +184,11 @@ class _Group:
         return _Sibling(self._layers, sizes, next(i for i, m in enumerate(modules) if m is module))
 
 
-_GROUPS: weakref.WeakKeyDictionary[nn.Module, _Group] = weakref.WeakKeyDictionary()
+_GROUPS: weakref.WeakKeyDictionary[nn.Module, _Siblings] = weakref.WeakKeyDictionary()
 
 
 def _remember(children: Sequence[nn.Module]) -> None:
-    group = _Group(children)
+    group = _Siblings(children)
     for child in children:
         _GROUPS[child] = group
 

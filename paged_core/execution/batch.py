@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from paged_core.execution.block_tables import BlockTables
-from paged_core.execution.staging import ship
+from paged_core.execution.staging import upload_fields
+from paged_core.execution.table_rows import TableRows
 from paged_core.scheduling.request import Request
 from paged_core.scheduling.schedule import Schedule, ScheduledChunk
 
@@ -61,7 +61,7 @@ class BatchBuilder:
     def __init__(self, block_size: int, device: torch.device) -> None:
         self._block_size = block_size
         self._device = device
-        self._tables = BlockTables(device)
+        self._tables = TableRows(device)
 
     def build(self, schedule: Schedule, known: Tensor | None = None) -> Batch:
         """The batch of a schedule that has at least one chunk. ``known i64 [T]``: the token ids are on the device and
@@ -108,7 +108,7 @@ class BatchBuilder:
         places, blocks = self._tables.news()
         longs = [(values, torch.int64) for values in (token_ids, positions, slots, sample_indices, places)]
         ints = [(values, torch.int32) for values in (query_starts, seq_lens, rows, blocks)]
-        ids, at, slot_mapping, wanted, table_places, starts, lens, table_rows, table_blocks = ship(
+        ids, at, slot_mapping, wanted, table_places, starts, lens, table_rows, table_blocks = upload_fields(
             [*longs, *ints], self._device
         )
         max_seq_len = max(seq_lens)

@@ -15,7 +15,7 @@ Field = tuple[Sequence[int], torch.dtype]
 """Values, and whether they arrive as int64 or int32."""
 
 
-def ship(fields: Sequence[Field], device: torch.device) -> list[Tensor]:
+def upload_fields(fields: Sequence[Field], device: torch.device) -> list[Tensor]:
     """Each field as a tensor ``[len(values)]`` on ``device``; together they take one copy, which nobody waits for.
 
     The tensors are views of one piece of memory. On a CPU that is where the values were written: nothing is copied.

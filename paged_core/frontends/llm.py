@@ -82,18 +82,18 @@ class LLM(Frontend):
             _interrupts_between_steps() as check_interrupt,
             _progress(len(asked), use_tqdm) as progress,
         ):
-            run = _Run(self.engine, self.codec, progress)
+            call = _GenerateCall(self.engine, self.codec, progress)
             try:
                 for prompt, params in zip(asked, each, strict=True):
-                    run.add(f"llm-{next(self._numbers)}", prompt, params)
+                    call.add(f"llm-{next(self._numbers)}", prompt, params)
                     check_interrupt()
-                while run.num_open:
-                    run.step()
+                while call.num_open:
+                    call.step()
                     check_interrupt()
             except BaseException:
-                run.cancel()
+                call.cancel()
                 raise
-            return run.results()
+            return call.results()
 
     def chat(
         self,
@@ -135,7 +135,7 @@ class LLM(Frontend):
             self._caller = None
 
 
-class _Run:
+class _GenerateCall:
     """The prompts of one ``generate`` call."""
 
     def __init__(self, engine: Engine, codec: TextCodec, progress: _Progress) -> None:

@@ -120,7 +120,7 @@ class Sampler(RequestSampler):
         return edits if edits.any else None
 
 
-class Likeliest(TokenSelector):
+class Greedy(TokenSelector):
     """The likeliest token of each row and nothing more: for requests whose parameters are no matter."""
 
     def choose(self, logits: Tensor, requests: Sequence[Request], num_unknown: int = 0) -> TokensOnDevice:
@@ -129,6 +129,9 @@ class Likeliest(TokenSelector):
 
     def select(self, logits: Tensor, requests: Sequence[Request]) -> Selection:
         return self.choose(logits, requests).fetch()
+
+
+Likeliest = Greedy  # its name before 0.2
 
 
 class TokensOnDevice:

@@ -15,10 +15,11 @@ from paged_core.scheduling.params import SamplingParams
 
 
 class RequestStatus(Enum):
-    UNBORN = "unborn"  # will fork from a sibling of the same prompt, once that one has computed it
+    PENDING_FORK = "pending fork"  # it forks from a sibling of the same prompt, once that one has computed it
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+    UNBORN = PENDING_FORK  # its name before 0.2
 
 
 class FinishReason(str, Enum):

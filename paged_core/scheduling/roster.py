@@ -21,15 +21,15 @@ class Roster:
         self.waiting: list[Request] = []  # sorted by policy; of rows with one prompt only the first
         self.running: list[Request] = []  # sorted by policy
         self._policy = policy
-        self._unborn: dict[Request, list[Request]] = {}  # siblings that will fork from a request's prompt
+        self._pending_forks: dict[Request, list[Request]] = {}  # rows that will fork from a request's prompt
         self._num_arrivals = 0
         self._kind: str | None = None  # what the policy's keys are
 
     @property
     def num_seats(self) -> int:
         """Rows that run, or will as soon as a running one has computed their prompt."""
-        unborn = (len(rows) for leader, rows in self._unborn.items() if leader.status is RequestStatus.RUNNING)
-        return len(self.running) + sum(unborn)
+        forks = (len(rows) for leader, rows in self._pending_forks.items() if leader.status is RequestStatus.RUNNING)
+        return len(self.running) + sum(forks)
 
     def arrive(self, siblings_of: Mapping[Request, list[Request]]) -> None:
         """Queue the requests of one group: those that will compute a prompt, and who will fork from each.
@@ -52,9 +52,9 @@ class Roster:
             self._wait(leader)
         for leader, siblings in siblings_of.items():
             for sibling in siblings:
-                sibling.status = RequestStatus.UNBORN
+                sibling.status = RequestStatus.PENDING_FORK
             if siblings:
-                self._unborn[leader] = siblings
+                self._pending_forks[leader] = siblings
 
     def start(self, request: Request) -> None:
         self.waiting.remove(request)
@@ -66,11 +66,11 @@ class Roster:
 
     def samples(self, leader: Request) -> tuple[Request, ...]:
         """The rows that sample when this one has computed its tokens: itself, and who then forks from it."""
-        return (leader, *self._unborn.get(leader, ())) if self._unborn else (leader,)
+        return (leader, *self._pending_forks.get(leader, ())) if self._pending_forks else (leader,)
 
-    def bear(self, leader: Request) -> list[Request]:
-        """Its siblings run from now on."""
-        siblings = self._unborn.pop(leader)
+    def take_forks(self, leader: Request) -> list[Request]:
+        """The rows that were to fork from it: they run from now on."""
+        siblings = self._pending_forks.pop(leader)
         for sibling in siblings:
             self._run(sibling)
         return siblings
@@ -78,22 +78,22 @@ class Roster:
     def end(self, request: Request) -> Request | None:
         """It has ended, and leaves its list with the next ``drop_finished``. Returns who waits or runs in its place:
         the first of those that were to fork from it; the others fork from that one."""
-        heir = None
-        if request.status is RequestStatus.UNBORN:
-            leader = next(row for row in request.group.members if request in self._unborn.get(row, ()))
-            self._unborn[leader].remove(request)
-            if not self._unborn[leader]:
-                del self._unborn[leader]
-        elif request in self._unborn:
-            heir, *siblings = self._unborn.pop(request)
+        first_fork = None
+        if request.status is RequestStatus.PENDING_FORK:
+            leader = next(row for row in request.group.members if request in self._pending_forks.get(row, ()))
+            self._pending_forks[leader].remove(request)
+            if not self._pending_forks[leader]:
+                del self._pending_forks[leader]
+        elif request in self._pending_forks:
+            first_fork, *siblings = self._pending_forks.pop(request)
             if siblings:
-                self._unborn[heir] = siblings
+                self._pending_forks[first_fork] = siblings
             if request.status is RequestStatus.RUNNING:
-                self._run(heir)
+                self._run(first_fork)
             else:
-                self._wait(heir)
+                self._wait(first_fork)
         request.status = RequestStatus.FINISHED
-        return heir
+        return first_fork
 
     def drop_finished(self) -> None:
         self.running = [request for request in self.running if not request.finished]
@@ -103,8 +103,8 @@ class Roster:
     def check(self) -> None:
         assert all(r.status is RequestStatus.RUNNING for r in self.running)
         assert all(r.status is RequestStatus.WAITING and not r.block_table for r in self.waiting)
-        assert all(r.status is RequestStatus.UNBORN for rows in self._unborn.values() for r in rows)
-        assert all(rows and not leader.finished for leader, rows in self._unborn.items())
+        assert all(r.status is RequestStatus.PENDING_FORK for rows in self._pending_forks.values() for r in rows)
+        assert all(rows and not leader.finished for leader, rows in self._pending_forks.items())
         assert self.running == sorted(self.running, key=_rank)
         assert self.waiting == sorted(self.waiting, key=_rank)
 
@@ -124,7 +124,7 @@ class Roster:
                 f"the scheduling policy's key is {key!r}; those of other requests are {self._kind}"
             )
         try:
-            others = (request.rank[0] for request in (*self.waiting, *self.running, *self._unborn))
+            others = (request.rank[0] for request in (*self.waiting, *self.running, *self._pending_forks))
             if kind in _ORDERED or all(_in_order(key, other) for other in (key, *others)):
                 self._kind = kind
                 return
@@ -167,6 +167,6 @@ def by_prompt(requests: Sequence[Request]) -> dict[Request, list[Request]]:
 
 
 def lockstep_rows(request: Request) -> list[Request]:
-    """The rows of its group that are there to be computed; those that will fork from them are not born yet."""
-    ended_or_unborn = (RequestStatus.FINISHED, RequestStatus.UNBORN)
-    return [row for row in request.group.members if row.status not in ended_or_unborn]
+    """The rows of its group that are there to be computed; pending forks are not."""
+    not_there = (RequestStatus.FINISHED, RequestStatus.PENDING_FORK)
+    return [row for row in request.group.members if row.status not in not_there]

@@ -194,7 +194,7 @@ class Scheduler:
             elif computed // size > request.num_published:
                 self._prefixes.publish(request)
             if len(samples) > 1:
-                forks.fork(self.pool, request, self._roster.bear(request))
+                forks.fork(self.pool, request, self._roster.take_forks(request))
             rows.extend(samples)
         if selection.parents is not None:
             forks.continue_from_parents(self.pool, rows, selection.parents)
@@ -355,9 +355,9 @@ class Scheduler:
             yield RequestOutput(row, (), None, FinishReason.ERROR, error)
 
     def _end(self, request: Request, reason: FinishReason, error: str | None) -> None:
-        heir = self._roster.end(request)
-        if heir is not None:
-            forks.fork(self.pool, request, (heir,))  # it goes on with what has been computed of their prompt
+        first_fork = self._roster.end(request)
+        if first_fork is not None:
+            forks.fork(self.pool, request, (first_fork,))  # it goes on with what has been computed of their prompt
         self._release(request)
         request.finish_reason = reason
         request.error = error

@@ -24,7 +24,7 @@ from paged_core.builtin.attention import CpuBackend, ReferenceBackend
 from paged_core.builtin.triton_attention import TritonBackend
 from paged_core.engine.selection import OneByOne
 from paged_core.sampling.beam_search import BeamSearch
-from paged_core.sampling.sampler import Likeliest, Sampler
+from paged_core.sampling.sampler import Greedy, Sampler
 
 
 class Gather:
@@ -64,7 +64,7 @@ def test_what_must_be_there_has_no_default() -> None:
 
 def test_our_own_inherit_from_their_roles() -> None:
     assert issubclass(Sampler, RequestSampler) and issubclass(OneByOne, RequestSampler)
-    assert issubclass(BeamSearch, TokenSelector) and issubclass(Likeliest, TokenSelector)
+    assert issubclass(BeamSearch, TokenSelector) and issubclass(Greedy, TokenSelector)
     assert all(issubclass(kind, AttentionBackend) for kind in (CpuBackend, ReferenceBackend, TritonBackend))
     model = AlphabetModel()
     assert not isinstance(model, PagedModel) and PagedModel.is_met_by(model), "a stranger's, for all these tests"

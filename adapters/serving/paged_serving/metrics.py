@@ -211,6 +211,6 @@ class PrometheusMetrics:
 
 def _waits(request: Request) -> bool:
     """Whether nothing of it was computed yet. A sample that will fork starts with the one that computes its prompt."""
-    if request.status is RequestStatus.UNBORN:
+    if request.status is RequestStatus.PENDING_FORK:
         return all(row.status is not RequestStatus.RUNNING for row in request.group.members)
     return request.status is RequestStatus.WAITING

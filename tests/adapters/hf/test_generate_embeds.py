@@ -29,7 +29,7 @@ def test_prompts_of_embeddings_and_of_tokens_run_in_one_batch(model: Any) -> Non
         got = list(callers.map(lambda call: model.generate(**call, **options), calls))
     for ours, theirs in zip(got, want, strict=True):
         assert torch.equal(ours, theirs)
-    assert not model.generate.tiers.host.paged_model._embeds._rows, "what was lent is taken back"
+    assert not model.generate.tiers.host.paged_model._embeds._rows, "what was acquired is released"
 
 
 def test_beams_over_one_prompt_of_embeddings_share_its_blocks(model: Any) -> None:
@@ -42,11 +42,11 @@ def test_beams_over_one_prompt_of_embeddings_share_its_blocks(model: Any) -> Non
 
 def test_embeddings_that_are_no_longer_there_are_no_tokens(model: Any) -> None:
     paged = model.generate.tiers.host.paged_model
-    lent = paged.lend(torch.zeros(2, 32))
-    assert all(paged.knows(token) for token in lent)
-    paged.take_back(lent)
-    assert not any(paged.knows(token) for token in lent)
-    assert not set(lent) & set(paged.lend(torch.zeros(2, 32))), "the prefix cache would take them for the same"
+    ids = paged.acquire_ids(torch.zeros(2, 32))
+    assert all(paged.knows(token) for token in ids)
+    paged.release_ids(ids)
+    assert not any(paged.knows(token) for token in ids)
+    assert not set(ids) & set(paged.acquire_ids(torch.zeros(2, 32))), "the prefix cache would take them for the same"
 
 
 class LooksAtIds(LlamaForCausalLM):

@@ -128,14 +128,14 @@ def test_prompts_that_are_embeddings_do_not_cost_others_their_graphs(monkeypatch
     paged = HFPagedModel(model)
     plain = run(make_engine(model), [1, 2, 3])
     engine = make_engine(paged, kv_cache_slab_bytes=4096)  # nothing is captured ahead
-    ids = paged.lend(model.get_input_embeddings()(torch.tensor([1, 2, 3])).detach())
+    ids = paged.acquire_ids(model.get_input_embeddings()(torch.tensor([1, 2, 3])).detach())
     assert run(engine, ids) == plain
     assert not engine.captured_steps
-    paged.take_back(ids)
+    paged.release_ids(ids)
     assert run(engine, [1, 2, 3]) == plain
     assert engine.captured_steps
     captures = engine.last_stats.total_late_compiles
-    ids = paged.lend(model.get_input_embeddings()(torch.tensor([1, 2, 3])).detach())
+    ids = paged.acquire_ids(model.get_input_embeddings()(torch.tensor([1, 2, 3])).detach())
     assert run(engine, ids) == plain
     assert engine.last_stats.total_late_compiles == captures, "what is captured is replayed"
 

@@ -10,7 +10,7 @@ import pytest
 from tiny_engine import tiny_engine
 from tiny_model import TinyModel
 
-from paged_core import Engine, Likeliest, SamplingParams, Selection
+from paged_core import Engine, Greedy, SamplingParams, Selection
 
 make_engine = partial(tiny_engine, num_blocks=100, max_num_batched_tokens=16)
 
@@ -52,7 +52,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "plain": {"params": GREEDY},
     "samples": {"params": SamplingParams(n=3, temperature=0, max_tokens=6, ignore_eos=True)},
     "beams": {"params": SamplingParams(n=3, use_beam_search=True, max_tokens=6)},
-    "likeliest": {"params": GREEDY, "selector": Likeliest()},
+    "likeliest": {"params": GREEDY, "selector": Greedy()},
 }
 
 

@@ -8,7 +8,7 @@ from graph_stand_in import CapturablePlugin, OpRecorder
 from mixed_workload import ROOMY, add_mixed_requests, greedy, in_every_size, in_every_way
 from tiny_model import EOS, TinyModel
 
-from paged_core import Engine, EngineConfig, Likeliest, SamplingParams, hookimpl
+from paged_core import Engine, EngineConfig, Greedy, SamplingParams, hookimpl
 from paged_core.engine import assembly
 from paged_core.sampling.sampler import Sampler, TokensOnDevice
 
@@ -254,8 +254,8 @@ def test_nobody_waits_before_the_tokens_are_needed(monkeypatch):
 
 
 def test_rows_of_one_selector_that_can_choose_without_the_host_are_run_ahead_and_mixed_ones_are_not():
-    likeliest = Likeliest()
-    for selectors, wanted in (((likeliest, likeliest), 14), ((likeliest, None), 5)):
+    greedy = Greedy()
+    for selectors, wanted in (((greedy, greedy), 14), ((greedy, None), 5)):
         engine = make_engine()
         engine.add_request("a", [1, 2], greedy(9), selector=selectors[0])
         engine.add_request("b", [4], greedy(15), selector=selectors[1])

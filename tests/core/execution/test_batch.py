@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from paged_core.execution.batch import BatchBuilder
-from paged_core.execution.staging import ship
+from paged_core.execution.staging import upload_fields
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.params import SamplingParams
 from paged_core.scheduling.policies import Fcfs
@@ -115,7 +115,7 @@ def test_a_step_is_a_decode_if_each_request_computes_the_token_it_was_given_last
 @pytest.mark.parametrize("device", DEVICES)
 def test_shipped_fields_arrive_as_they_were(device):
     fields = [([1, 2, 1 << 40], torch.int64), ([], torch.int64), ([5, -6, 7], torch.int32), ([8], torch.int32)]
-    arrived = ship(fields, torch.device(device))
+    arrived = upload_fields(fields, torch.device(device))
     for tensor, (values, dtype) in zip(arrived, fields, strict=True):
         assert (tensor.tolist(), tensor.dtype, tensor.device.type) == (values, dtype, device)
     assert len({tensor.untyped_storage().data_ptr() for tensor in arrived}) == 1  # one copy
@@ -123,9 +123,9 @@ def test_shipped_fields_arrive_as_they_were(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_step_in_flight_is_not_overwritten_by_the_next(device):
-    first = ship([([1] * 1000, torch.int64)], torch.device(device))
+    first = upload_fields([([1] * 1000, torch.int64)], torch.device(device))
     for _ in range(50):
-        ship([([2] * 1000, torch.int64)], torch.device(device))
+        upload_fields([([2] * 1000, torch.int64)], torch.device(device))
     assert first[0].eq(1).all()
 
 

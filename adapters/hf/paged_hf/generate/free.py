@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paged_core import Engine, FinishReason, Likeliest, Request, RequestError, RequestOutput, SamplingParams
+from paged_core import Engine, FinishReason, Greedy, Request, RequestError, RequestOutput, SamplingParams
 from paged_hf.generate.calls import Call, NotStarted, check_length, check_tokens
 from paged_hf.generate.host import EngineHost
 
 # Stock's choice. The engine's own sampler would let plugins have a say, which stock's users haven't asked for. One for
 # all calls, so that their rows are looked at together.
-_LIKELIEST = Likeliest()
+_GREEDY = Greedy()
 
 
 class FreeCall(Call):
@@ -42,7 +42,7 @@ class FreeCall(Call):
         rows: list[Request] = []
         try:
             for i, prompt in enumerate(self._prompts):
-                rows += engine.add_request(f"{name}.{i}", prompt, params, selector=_LIKELIEST)
+                rows += engine.add_request(f"{name}.{i}", prompt, params, selector=_GREEDY)
         except BaseException:
             for row in rows:
                 engine.stop(row)

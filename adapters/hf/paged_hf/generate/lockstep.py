@@ -46,7 +46,7 @@ class LockstepCall(Call, TokenSelector):
         self._host = host
         self._prompts = prompts
         self._max_tokens = max_tokens
-        self._lent: list[int] = []
+        self._ids: list[int] = []
         self.num_blocks = self.num_blocks_shared = 0  # as of the latest step: used, and saved by sharing them
 
     def enter(self, engine: Engine, name: str) -> list[Request]:
@@ -71,16 +71,16 @@ class LockstepCall(Call, TokenSelector):
         try:
             for i, rows in enumerate(prompts):
                 if i == 0 or not torch.equal(rows, prompts[i - 1]):
-                    ids = self._host.paged_model.lend(rows)
-                    self._lent += ids
+                    ids = self._host.paged_model.acquire_ids(rows)
+                    self._ids += ids
                 made.append(ids)
         except UnsupportedModel as error:
             raise NotStarted(str(error)) from None  # of this call, not of the model
         return made
 
     def leave(self) -> None:
-        if self._lent:
-            self._host.paged_model.take_back(self._lent)
+        if self._ids:
+            self._host.paged_model.release_ids(self._ids)
 
     def select(self, logits: Tensor, requests: Sequence[Request]) -> Selection:
         """Hand ``logits [S, vocab]`` to the caller; the tokens come later."""

@@ -11,7 +11,7 @@ _FIRST = 1 << 40  # no id is used twice: the prefix cache takes equal ids for eq
 
 
 class Embeds:
-    """The embeddings that are lent to one model, by id."""
+    """The embeddings of one model's prompts, by id."""
 
     def __init__(self) -> None:
         self._next = _FIRST
@@ -23,14 +23,14 @@ class Embeds:
     def __contains__(self, token_id: int) -> bool:
         return token_id in self._rows
 
-    def lend(self, rows: Tensor) -> list[int]:
-        """``rows [n, hidden]`` -> their ids."""
+    def acquire(self, rows: Tensor) -> list[int]:
+        """``rows [n, hidden]`` -> their ids, until ``release``."""
         ids = list(range(self._next, self._next + len(rows)))
         self._next += len(rows)
         self._rows.update(zip(ids, rows.detach().unbind(), strict=True))
         return ids
 
-    def take_back(self, ids: Sequence[int]) -> None:
+    def release(self, ids: Sequence[int]) -> None:
         for token_id in ids:
             self._rows.pop(token_id, None)
 
@@ -39,12 +39,12 @@ class Embeds:
         return bool(self._rows) and bool((token_ids >= _FIRST).any())
 
     def of(self, token_ids: Tensor, embedding: nn.Module) -> Tensor:
-        """``i64 [T] -> [T, hidden]``: the model's own, and those that are lent."""
-        lent = token_ids >= _FIRST
-        embeds: Tensor = embedding(token_ids.masked_fill(lent, 0)).clone()
-        if bool(lent.any()):
-            own = torch.stack([self._rows[token_id] for token_id in token_ids[lent].tolist()])
-            embeds[lent] = own.to(embeds.device)
+        """``i64 [T] -> [T, hidden]``: the model's own, and those of prompts."""
+        given = token_ids >= _FIRST
+        embeds: Tensor = embedding(token_ids.masked_fill(given, 0)).clone()
+        if bool(given.any()):
+            own = torch.stack([self._rows[token_id] for token_id in token_ids[given].tolist()])
+            embeds[given] = own.to(embeds.device)
         return embeds
 
 

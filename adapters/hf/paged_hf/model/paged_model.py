@@ -71,12 +71,12 @@ class HFPagedModel(PagedModel):
 
     @property
     def embedding_dtype(self) -> torch.dtype:
-        """What ``lend`` takes."""
+        """What ``acquire_ids`` takes."""
         dtype: torch.dtype = self._base.get_input_embeddings().weight.dtype
         return dtype
 
-    def lend(self, embeds: Tensor) -> list[int]:
-        """Take ``embeds [n, hidden]`` for a prompt. Returns token ids that stand for them, until they are taken back.
+    def acquire_ids(self, embeds: Tensor) -> list[int]:
+        """Take ``embeds [n, hidden]`` for a prompt. Returns token ids that stand for them, until ``release_ids``.
 
         Raises:
             UnsupportedModel: the model computes something else from embeddings than from token ids.
@@ -85,14 +85,14 @@ class HFPagedModel(PagedModel):
             self._takes_embeds = takes_embeds(self._base)
         if not self._takes_embeds:
             raise UnsupportedModel("it makes more of token ids than embeddings")
-        return self._embeds.lend(embeds)
+        return self._embeds.acquire(embeds)
 
-    def take_back(self, token_ids: Sequence[int]) -> None:
-        """Forget what was lent."""
-        self._embeds.take_back(token_ids)
+    def release_ids(self, token_ids: Sequence[int]) -> None:
+        """Forget the embeddings that they stand for."""
+        self._embeds.release(token_ids)
 
     def knows(self, token_id: int) -> bool:
-        """Whether the id stands for an embedding that is lent."""
+        """Whether the id stands for an embedding."""
         return token_id in self._embeds
 
     @property

@@ -22,7 +22,7 @@ from paged_hf.model.masks import FAR, WIDEST, causal_until, window_of
 from paged_hf.model.rounding import Widened, difference, narrow_dtype, tolerance, usual_difference
 from paged_hf.model.shadow import Shadow
 
-Call = Callable[..., Tensor]
+ForwardPass = Callable[..., Tensor]
 """``call(token_ids [T], positions [T], step | None) -> logits [T, vocab]``: one forward pass of the twin."""
 
 AsStock = Callable[[Tensor, Tensor], Tensor]
@@ -45,7 +45,7 @@ class Findings:
     max_length: int  # up to which its masks are what the layers say
 
 
-def probe(shadow: Shadow, call: Call, as_stock: AsStock, vocab_size: int, device: torch.device) -> Findings:
+def probe(shadow: Shadow, call: ForwardPass, as_stock: AsStock, vocab_size: int, device: torch.device) -> Findings:
     """Look at the model behind ``call`` and ``as_stock``, and leave it switched to paged attention.
 
     Raises:
@@ -95,7 +95,7 @@ def _in_a_batch(as_stock: AsStock, prompts: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _explain(
-    shadow: Shadow, call: Call, layers: Sequence[LayerSpec], ids: Tensor, expected: Tensor, error: float
+    shadow: Shadow, call: ForwardPass, layers: Sequence[LayerSpec], ids: Tensor, expected: Tensor, error: float
 ) -> None:
     """Raise for an error above tolerance, unless the model is as inexact when stock runs it: 8-bit activations, say,
     are rounded by what else is in the batch."""
@@ -115,7 +115,7 @@ def _explain(
     )
 
 
-def _record(shadow: Shadow, call: Call, ids: Tensor) -> _Recorder:
+def _record(shadow: Shadow, call: ForwardPass, ids: Tensor) -> _Recorder:
     """Every attention call of one forward pass."""
     recorder: _Recorder | None = None
     for implementation in (PROBE_WITH_MASKS, PROBE):  # some models compute with the mask and can't take a marked one
@@ -225,7 +225,7 @@ class _Recorder(Step):
 
 
 def _in_chunks(
-    call: Call, layers: Sequence[LayerSpec], prompts: Sequence[Tensor], splits: Sequence[int]
+    call: ForwardPass, layers: Sequence[LayerSpec], prompts: Sequence[Tensor], splits: Sequence[int]
 ) -> list[Tensor]:
     """Logits [T, vocab] of each prompt, all of them packed in one row, in two steps."""
     attend = DenseAttend(layers)

@@ -1,4 +1,4 @@
-"""Block tables as rows of one tensor that lives where attention reads it, from step to step.
+"""TableRows: block tables as rows of one tensor that lives where attention reads it, from step to step.
 
 Which blocks a request has is the scheduler's; here each request's table has a row, and only what the row lacks is
 written. On a device those few entries travel with the step's other integers.
@@ -14,7 +14,7 @@ from torch import Tensor
 from paged_core.scheduling.request import Request
 
 
-class BlockTables:
+class TableRows:
     """``rows``, then ``news``, then ``gather``: once a step each."""
 
     def __init__(self, device: torch.device) -> None:
