@@ -1,4 +1,4 @@
-"""The ``paged`` command. Knows two things to do by itself, ``--version`` and ``plugins``; plugins add the rest."""
+"""The ``paged`` command. It has two things to do by itself, ``--version`` and ``plugins``; plugins add the rest."""
 
 from __future__ import annotations
 

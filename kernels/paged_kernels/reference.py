@@ -1,6 +1,6 @@
 """The truth: each operation in plain torch, with the same signature as its fast launchers.
 
-Written to be read and to be right, on any device and in any float dtype. Attention and norms compute in
+It is written to be read and to be right, on any device and in any float dtype. Attention and norms compute in
 float32.
 
 Shape letters: T tokens, R requests, B blocks per table, H query heads, K kv heads, D head dim, Dv value head

@@ -1,8 +1,8 @@
 """Faster forwards of the same meaning for a CPU's modules: packed linears, siblings in one product, gated MLPs.
 
-Answers create_module_forward. A module is known by what it is made of, never by a model's name, and every forward is
-held against the module it stands for before it is handed out. What is not plainly understood (a subclass, a quantised
-weight, a hook, a wrapped child) is left alone. This file knows torch modules; it never writes to one.
+This plugin answers create_module_forward. A module is known by what it is made of, never by a model's name, and every
+forward is held against the module it stands for before it is handed out. What is not plainly understood (a subclass, a
+quantised weight, a hook, a wrapped child) is left alone. This file knows torch modules; it never writes to one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Faster forwards of the same meaning for modules on a GPU: norms, gated MLPs, rotations, a layer's sum and norm.
 
-Answers create_module_forward. What is fused is only what stands between the products: linear layers are called as the
-modules they are, so that quantised weights, adapters and hooks stay in place. Every forward is held against the module
-it stands for, and none waits for the device. This file knows torch modules; it never writes to one.
+This plugin answers create_module_forward. What is fused is only what stands between the products: linear layers are
+called as the modules they are, so that quantised weights, adapters and hooks stay in place. Every forward is held
+against the module it stands for, and none waits for the device. This file knows torch modules; it never writes to one.
 """
 
 from __future__ import annotations

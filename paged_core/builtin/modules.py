@@ -1,4 +1,4 @@
-"""What a module is, told by what it is made of, never by a model's name. The same for CPUs and GPUs.
+"""What a module is, told by what it is made of, never by a model's name. It is the same for CPUs and GPUs.
 
 Whether the parts are put together as we think is found out by trying (trials.py). What is not plainly understood (a
 subclass, a quantised weight, a hook, a wrapped child) is nothing here.

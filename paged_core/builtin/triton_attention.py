@@ -1,4 +1,4 @@
-"""Attention on GPUs, by kernels that Triton compiles. Answers create_attention_backend.
+"""Attention on GPUs, by kernels that Triton compiles. This plugin answers create_attention_backend.
 
 This file knows which layers it can honour and which device each is on; what a kernel does is paged_kernels' business.
 """

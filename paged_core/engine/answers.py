@@ -1,6 +1,6 @@
 """What a selector may answer. A row for which it answers something else ends with an error; nobody else's does.
 
-Knows selections and the rows they are for; knows nothing of how tokens are chosen.
+This file knows selections and the rows they are for, and nothing of how tokens are chosen.
 """
 
 from __future__ import annotations

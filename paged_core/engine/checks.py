@@ -1,4 +1,5 @@
-"""What a request must be before it is queued. Token ids only; sizes are the scheduler's business."""
+"""What a request must be before it is queued. These checks look at token ids only; sizes are the scheduler's
+business."""
 
 from __future__ import annotations
 

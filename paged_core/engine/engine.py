@@ -1,7 +1,7 @@
-"""Engine: builds the parts through hooks, then turns the wheel. Token ids in, token ids out; it knows nothing of text.
+"""Engine: builds the parts through hooks, then turns the wheel. Token ids go in and come out; it knows nothing of text.
 
-Single-threaded: one owner calls add_request, abort, stop and step. AsyncEngine is such an owner, for many threads. What
-runs inside a step (the model, selectors, logits processors) may not call them.
+An engine is single-threaded: one owner calls add_request, abort, stop and step. AsyncEngine is such an owner, for many
+threads. What runs inside a step (the model, selectors, logits processors) may not call them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The requests of an engine that have not ended, and what their callers have yet to be told.
 
-Knows ids, rows and outputs; the Scheduler alone knows how far each row has come.
+This file knows ids, rows and outputs; the Scheduler alone knows how far each row has come.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The helper threads that share out a CPU operation: torch's OpenMP. Knows no engine.
+"""The helper threads that share out a CPU operation: torch's OpenMP. This file knows no engine.
 
 Every thread that computes is given helpers of its own. As soon as all of them together are more than the cores, GNU
 OpenMP's no longer wait for the next operation awake, and each of the hundreds in a step begins by waking them: on two

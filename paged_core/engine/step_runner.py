@@ -1,7 +1,7 @@
 """Runs one step: a Schedule in; its logits, then its tokens out.
 
-Knows how a step may fail (memory runs out, the model raises, a selector raises, logits are no numbers) and what can be
-done about it within that step. It ends no request: those that failed are told to the Engine.
+This file knows how a step may fail (memory runs out, the model raises, a selector raises, logits are no numbers) and
+what can be done about it within that step. It ends no request: those that failed are told to the Engine.
 """
 
 from __future__ import annotations

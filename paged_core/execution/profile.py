@@ -1,6 +1,6 @@
 """How many blocks a device has room for beside the model and its largest step, found by running that step.
 
-Knows memory and tensors. What share of a device an engine may take is told by its config.
+This file knows memory and tensors. What share of a device an engine may take is told by its config.
 """
 
 from __future__ import annotations

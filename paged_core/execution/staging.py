@@ -1,6 +1,6 @@
 """Numbers between host and device: one copy for all integers of a step; copies that nobody waits for.
 
-Knows lists and tensors; knows nothing of what the numbers mean.
+This file knows lists and tensors and nothing of what the numbers mean.
 """
 
 from __future__ import annotations

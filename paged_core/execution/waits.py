@@ -1,6 +1,7 @@
 """Work that would have the host wait for its device is told before it does: none of it can be captured.
 
-Knows torch's operators by name, and tells what they would wait for from their arguments. It runs what doesn't wait.
+This file knows torch's operators by name, and tells what they would wait for from their arguments. It runs what doesn't
+wait.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""WatchedTensors: have these tensors changed? Told from identities, versions, addresses and some values of each.
+"""WatchedTensors: have these tensors changed? It is told from identities, versions, addresses and some values of each.
 
-Knows tensors, quantised ones too; knows nothing of modules.
+This file knows tensors, quantised ones too, and nothing of modules.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LLM: a list of prompts in, a list of texts out. Drives an Engine in the caller's own thread."""
+"""LLM: a list of prompts in, a list of texts out. It drives an Engine in the caller's own thread."""
 
 from __future__ import annotations
 

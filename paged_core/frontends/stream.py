@@ -1,4 +1,4 @@
-"""Stream: one request's news, read by a thread or an event loop. Knows nothing of engines.
+"""Stream: one request's news, read by a thread or an event loop. This file knows nothing of engines.
 
 A Channel is what the producing side and the reading side share; a Stream is the reader's handle. The producer never
 waits, and wakes each event loop once for all the streams that have news in it.

@@ -1,4 +1,4 @@
-"""BeamSearch: the TokenSelector of one lockstep group, whose rows are the beams. Knows no text.
+"""BeamSearch: the TokenSelector of one lockstep group, whose rows are the beams. This file knows no text.
 
 The rules are vLLM's. A sequence scores ``sum of its log-probabilities / length ** length_penalty``; the length counts
 the prompt and leaves out the stop token. Beams that a stop token ends are set aside, the likeliest others take their

@@ -1,7 +1,7 @@
 """From final scores to tokens: argmax, the k largest, and one draw a row by inverse CDF.
 
-Knows temperature, min_p, top_k, top_p and seeds. Reductions over the vocabulary go by chunks of consecutive ids: one
-fast pass for the chunks' maxima or sums, then a close look at the few chunks that matter.
+This file knows temperature, min_p, top_k, top_p and seeds. Reductions over the vocabulary go by chunks of consecutive
+ids: one fast pass for the chunks' maxima or sums, then a close look at the few chunks that matter.
 
 Every result depends on its own row only, bit for bit: random numbers are counted, not drawn from a stream; sums run in
 float64 in a fixed order; no reduction has a single output (torch would split that one over threads).

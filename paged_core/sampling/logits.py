@@ -1,8 +1,8 @@
 """What requests change in their logits before a token is chosen: masks, bias, penalties, their own processors.
 
-Knows one request's parameters and history, compiled once into index tensors (RowEdits), and applies many rows' edits
-at once by scattering at (row, token): the cost grows with the tokens named, not with the vocabulary. Knows nothing of
-temperature or drawing.
+This file knows one request's parameters and history, compiled once into index tensors (RowEdits), and applies many
+rows' edits at once by scattering at (row, token): the cost grows with the tokens named, not with the vocabulary. It
+knows nothing of temperature or drawing.
 """
 
 from __future__ import annotations

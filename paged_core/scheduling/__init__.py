@@ -1,1 +1,2 @@
-"""Decides which tokens are computed next and where they live. Integers only; standard library only."""
+"""This room decides which tokens are computed next and where they live. It knows integers and the standard library
+only."""

@@ -1,7 +1,7 @@
 """Admission: which waiting requests start in this step.
 
-Knows seats and blocks: what waiting requests need, and what running ones were promised. Nobody is preempted for a
-newcomer.
+This file knows seats and blocks: what waiting requests need, and what running ones were promised. Nobody is preempted
+for a newcomer.
 """
 
 from __future__ import annotations

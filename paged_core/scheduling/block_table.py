@@ -1,7 +1,7 @@
 """BlockTable: which blocks hold one row's tokens, in order. It grows, copies on write, forks and shrinks.
 
-Knows blocks and their pool; which row it is, and that there are blocks enough, is its owner's business. All that holds
-references to blocks goes through here.
+It knows blocks and their pool; which row it is, and that there are blocks enough, is its owner's business. All that
+holds references to blocks goes through here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Prefixes: which leading blocks of a request need not be computed, since another one has computed them, or does.
 
-Knows requests and the pool's index of blocks by content; decides nothing about who runs.
+This file knows requests and the pool's index of blocks by content, and decides nothing about who runs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Roster: who waits, who runs, and who will fork from whom. Each request that has not ended is in one place.
 
-Knows the order of requests; knows nothing of tokens, blocks or budgets.
+This file knows the order of requests and nothing of tokens, blocks or budgets.
 """
 
 from __future__ import annotations

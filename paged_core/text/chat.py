@@ -3,7 +3,7 @@
 Most templates print a message's content as a string. Some go over its parts (``{% for c in message['content'] %}``):
 of a string they print nothing, and raise no error. Others print a list of parts as Python writes lists. So each form is
 rendered once with words of our own in place of the texts, and what comes out says which form each role's messages need.
-Knows templates by what they print; knows nothing of how they are written.
+This file knows templates by what they print and nothing of how they are written.
 """
 
 from __future__ import annotations

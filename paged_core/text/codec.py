@@ -1,4 +1,4 @@
-"""Between people's text and the engine's token ids: prompts in, text out. Knows nothing of engines.
+"""Between people's text and the engine's token ids: prompts in, text out. This file knows nothing of engines.
 
 A Hugging Face tokenizer is a Tokenizer as it is. It isn't safe to share between threads, so that TextCodec works on
 private copies of it, each behind a lock.

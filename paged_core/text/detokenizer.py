@@ -1,4 +1,4 @@
-"""Token ids in, text out, a few tokens at a time. Knows nothing of requests, threads or stop strings.
+"""Token ids in, text out, a few tokens at a time. This file knows nothing of requests, threads or stop strings.
 
 What has been shown never changes, and half a character is never shown. For every tokenizer whose text only grows when
 tokens are added, the pieces put together are ``decode(all ids)``. One kind does not only grow: a byte fallback that

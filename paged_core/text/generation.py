@@ -1,4 +1,4 @@
-"""One user's prompt under way: the engine's RequestOutputs of its rows become text. Knows nothing of threads.
+"""One user's prompt under way: the engine's RequestOutputs of its rows become text. This file knows nothing of threads.
 
 LLM and AsyncEngine both keep Generations; which of them steps the engine, and when, is their business.
 """

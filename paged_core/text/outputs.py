@@ -1,4 +1,5 @@
-"""What users get: finished generations and pieces of running ones. Data only; the names are those vLLM's users know."""
+"""What users get: finished generations and pieces of running ones. They are data only, under the names that vLLM's
+users know."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Prompts in every form that people know, as token ids: text, ids, chat messages, vLLM's dicts, a tokenizer's result.
 
 What looks like a prompt and is none is refused: neither the keys of a dict nor the numbers of a byte string are ever
-completed. Knows nothing of engines.
+completed. This file knows nothing of engines.
 """
 
 from __future__ import annotations

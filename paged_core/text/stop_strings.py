@@ -1,6 +1,6 @@
 """Stop strings: looked for while text comes in pieces, and held back while it may be the beginning of one.
 
-Knows strings; knows nothing of tokens.
+This file knows strings and nothing of tokens.
 """
 
 from __future__ import annotations

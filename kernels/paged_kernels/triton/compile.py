@@ -2,7 +2,7 @@
 
     python -m paged_kernels.triton.compile --target sm_80,sm_90,gfx942
 
-Which kernels, with which sizes, the modules of this package say themselves (``variants``). Nothing is run.
+Which kernels, with which sizes, the modules of this package say themselves (``variants``). No kernel is run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""How much of the work one program does, with how many warps and stages: by head dims, dtype and card. No kernel here.
+"""How much of the work one program does, with how many warps and stages: by head dims, dtype and card. There is no
+kernel here.
 
 A tile is a dict: constexprs and compiler options, as a launch takes them.
 """
