@@ -36,6 +36,8 @@ class Tokenizer(Role):
 
     eos_token_id: int | Sequence[int] | None = None
     """What it ends texts with."""
+    chat_template: Any = None
+    """How it writes messages, if it does."""
     all_special_ids: Sequence[int] = ()
     """Tokens that are no text."""
 
@@ -73,6 +75,10 @@ class TextCodec:
         self._byte_level = is_byte_level(self._decoder)
         self._pieces: dict[bool, BytePieces] = {}  # by skip_special_tokens
         self._inert: dict[bool, InertTokens] = {}
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._encoder.chat_template)
 
     @property
     def special_token_ids(self) -> frozenset[int]:

@@ -67,7 +67,7 @@ def generate(args: argparse.Namespace) -> int:
     with AsyncEngine(Engine(args.model, engine_config(args), dtype=args.dtype)) as served:
         if served.tokenizer is None:
             raise ConfigError(f"{args.model} has no tokenizer to read text with; put its tokenizer.json beside it")
-        chat = bool(getattr(served.tokenizer, "chat_template", None)) if args.chat is None else args.chat
+        chat = served.codec.has_chat_template if args.chat is None else args.chat
         prompt = [{"role": "user", "content": text}] if chat else text
         for delta in served.submit(prompt, params):
             print(delta.text, end="", flush=True)
