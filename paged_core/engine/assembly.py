@@ -152,7 +152,7 @@ def create_scheduler(manager: Plugins, spec: ModelSpec, config: EngineConfig, si
     if policy is None:
         raise PluginError(f"no scheduling policy is called {name!r}; loaded plugins: {describe(manager)}")
     pool = BlockPool(sizes.num_blocks, sizes.block_size, sizes.num_slab_blocks)
-    return Scheduler(pool, policy, limits(sizes, config, spec))
+    return Scheduler(pool, policy, limits(sizes, config, spec, sizes.watermark_blocks))
 
 
 def create_cache(manager: Plugins, spec: ModelSpec, config: EngineConfig, sizes: EngineSizes) -> KVCache:

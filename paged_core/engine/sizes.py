@@ -54,14 +54,14 @@ def engine_sizes(
     )
 
 
-def limits(steps: StepSizes, config: EngineConfig, spec: ModelSpec) -> Limits:
+def limits(steps: StepSizes, config: EngineConfig, spec: ModelSpec, watermark_blocks: int = 0) -> Limits:
     """What the scheduler keeps to. The watermark is 0 until the blocks are counted."""
     windows = [layer.sliding_window for layer in spec.layers]
     return Limits(
         max_num_seqs=steps.max_num_seqs,
         max_num_batched_tokens=steps.max_num_batched_tokens,
         max_model_len=steps.max_model_len,
-        watermark_blocks=steps.watermark_blocks if isinstance(steps, EngineSizes) else 0,
+        watermark_blocks=watermark_blocks,
         max_prompt_logprob_rows=config.max_prompt_logprob_rows,
         sliding_window=None if None in windows else max(w for w in windows if w is not None),
         enable_prefix_caching=config.enable_prefix_caching,

@@ -566,3 +566,12 @@ def test_the_cache_is_sized_from_a_budget_of_bytes():
     engine = make_engine(num_blocks=None, kv_cache_bytes=10 * bytes_per_block + 5)
     assert engine.sizes.num_blocks == 10
     assert engine.memory.num_bytes == 11 * bytes_per_block  # and the null block
+
+
+@pytest.mark.parametrize(("watermark", "num_running"), [(0.0, 2), (0.5, 1)])
+def test_a_newcomer_leaves_those_who_run_the_share_of_blocks_that_was_wished(watermark, num_running):
+    engine = make_engine(num_blocks=10, watermark=watermark)
+    for name in ("first", "second"):
+        engine.add_request(name, [len(name)] * 15, SamplingParams(max_tokens=2, ignore_eos=True))  # four blocks each
+    engine.step()
+    assert engine.view().num_running == num_running

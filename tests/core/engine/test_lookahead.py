@@ -254,8 +254,8 @@ def test_nobody_waits_before_the_tokens_are_needed(monkeypatch):
 
 
 def test_rows_of_one_selector_that_can_choose_without_the_host_are_run_ahead_and_mixed_ones_are_not():
-    greedy = Greedy()
-    for selectors, wanted in (((greedy, greedy), 14), ((greedy, None), 5)):
+    likeliest = Greedy()
+    for selectors, wanted in (((likeliest, likeliest), 14), ((likeliest, None), 5)):
         engine = make_engine()
         engine.add_request("a", [1, 2], greedy(9), selector=selectors[0])
         engine.add_request("b", [4], greedy(15), selector=selectors[1])
