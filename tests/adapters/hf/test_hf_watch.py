@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from paged_hf.model.watch import Watch
+from paged_hf.model.watch import WatchedModules
 from torch import nn
 
 DTYPES = [
@@ -25,7 +25,7 @@ def of_all_dtypes() -> nn.Module:
 @pytest.mark.parametrize("place", range(len(DTYPES)), ids=lambda place: str(DTYPES[place]))
 def test_an_edit_through_data_is_told_once_whatever_the_dtype(place: int) -> None:
     model = of_all_dtypes()
-    watch = Watch(model.modules())
+    watch = WatchedModules(model.modules())
     assert not watch.changed()
     getattr(model, f"b{place}").data.copy_(torch.ones(1000))
     assert watch.changed()
@@ -35,11 +35,11 @@ def test_an_edit_through_data_is_told_once_whatever_the_dtype(place: int) -> Non
 def test_weights_that_hold_nan_have_not_changed_for_that() -> None:
     model = nn.Linear(3, 3)
     model.weight.data[1] = float("nan")
-    assert not Watch(model.modules()).changed()
+    assert not WatchedModules(model.modules()).changed()
 
 
 def test_the_device_is_waited_for_once_however_many_dtypes_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    watch, waits = Watch([of_all_dtypes()]), []
+    watch, waits = WatchedModules([of_all_dtypes()]), []
     for owner, name in ((torch.Tensor, "__bool__"), (torch.Tensor, "item"), (torch.Tensor, "tolist"), (torch, "equal")):
         original = getattr(owner, name)
 
@@ -65,7 +65,7 @@ def part_of_a_wider_one(rows: int, columns: int) -> torch.Tensor:
 def test_every_row_and_every_column_that_is_written_through_data_is_told(make: Any, shape: tuple[int, int]) -> None:
     layer = nn.Linear(1, 1, bias=False)
     layer.weight = nn.Parameter(make(*shape))
-    watch, weight = Watch([layer]), layer.weight.data
+    watch, weight = WatchedModules([layer]), layer.weight.data
     for line in (*weight.unbind(0), *weight.unbind(1)):
         line += 1
         assert watch.changed()
@@ -75,7 +75,7 @@ def test_every_row_and_every_column_that_is_written_through_data_is_told(make: A
 def test_every_row_and_column_of_each_expert_is_told() -> None:
     model = nn.Module()
     model.experts = nn.Parameter(torch.zeros(3, 20, 48))
-    watch = Watch(model.modules())
+    watch = WatchedModules(model.modules())
     for expert in model.experts.data:
         for line in (*expert.unbind(0), *expert.unbind(1)):
             line += 1
@@ -84,11 +84,11 @@ def test_every_row_and_column_of_each_expert_is_told() -> None:
 
 def test_every_value_of_a_vector_is_told() -> None:
     norm = nn.LayerNorm(500)
-    watch = Watch([norm])
+    watch = WatchedModules([norm])
     for place in range(500):
         norm.bias.data[place] = -1
         assert watch.changed()
 
 
 def test_a_model_without_weights_never_changes() -> None:
-    assert not Watch([nn.Module()]).changed()
+    assert not WatchedModules([nn.Module()]).changed()

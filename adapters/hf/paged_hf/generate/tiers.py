@@ -16,7 +16,7 @@ from paged_hf.generate.host import EngineHost
 from paged_hf.generate.prepared import Prepared
 from paged_hf.generate.report import Tier, warn_once
 from paged_hf.model.reach import Reach
-from paged_hf.model.watch import Watch
+from paged_hf.model.watch import WatchedModules
 
 
 class Tiers:
@@ -101,7 +101,7 @@ class Refused:
     def __init__(self, model: Any) -> None:
         self.tiers: set[Tier] = set()
         self._reach = Reach(model)
-        self._watch = Watch(self._reach.modules)
+        self._watch = WatchedModules(self._reach.modules)
         self._lock = threading.Lock()
 
     def outdated(self) -> bool:

@@ -23,7 +23,7 @@ from paged_hf.model.reach import Reach
 from paged_hf.model.rules import apply_rules
 from paged_hf.model.shadow import Shadow
 from paged_hf.model.state import state_outside_attention
-from paged_hf.model.watch import Watch
+from paged_hf.model.watch import WatchedModules
 from paged_hf.upstream import cache_in_result, is_marked_stateful
 
 CreateForward = Callable[[nn.Module], Any]  # a ModuleForward, or what does as one; None: the module stays
@@ -210,7 +210,7 @@ class HFPagedModel(PagedModel):
     def _look(self) -> None:
         """Remember all that a forward can read."""
         self._reach = Reach(self._base)
-        self._watch = Watch(self._reach.modules)
+        self._watch = WatchedModules(self._reach.modules)
 
     def _settle(self, device: torch.device) -> bool:
         """Whether forward passes change what they can read. What only the first one made, such as a table, is there

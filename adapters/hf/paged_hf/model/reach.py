@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from paged_hf import upstream
 from paged_hf.model.intercepted import is_users_hook
 from paged_hf.model.places import Places, is_plain
-from paged_hf.model.watch import Watch
+from paged_hf.model.watch import WatchedModules
 
 _MOST = 200_000  # objects that are looked through
 _LONGEST = 4096  # entries of one container that are compared; a longer one holds data, such as a vocabulary
@@ -65,7 +65,7 @@ class Reach:
                 read = functools.partial(itemgetter(min(names), *names), space)
                 self._places.add_values(read, f"a global of {space.get('__name__')}")
         loose = {str(key): tensor for key, tensor in self._tensors.items() if key not in self._weights}
-        self._watch = Watch([], loose) if loose else None
+        self._watch = WatchedModules([], loose) if loose else None
         del self._tensors, self._weights, self._seen, self._named, self._open
 
     def changed(self) -> str | None:

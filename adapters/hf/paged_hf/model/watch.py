@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from paged_core import WatchedTensors
 
 
-class Watch:
+class WatchedModules:
     """Remembers every parameter and buffer of ``modules``, and the ``loose`` tensors besides: what WatchedTensors tells
     of tensors, and whether some came or went."""
 
