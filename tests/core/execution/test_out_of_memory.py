@@ -153,3 +153,19 @@ def test_choosing_tokens_is_done_in_parts_too():
             engine.add_request(str(i), [i, 2], SamplingParams(seed=i, max_tokens=9, logprobs=1))
         found.append({key: [o[1:] for o in outputs] for key, outputs in run(engine).items()})
     assert found[0] == found[1]
+
+
+def test_a_prompt_whose_logprobs_never_fit_ends_its_own_request_only():
+    class Cramped(Sampler):
+        def prompt_logprobs(self, logits, next_ids, num):
+            raise torch.OutOfMemoryError("no room for a single row")
+
+    engine = make_engine(TinyModel(), [SimpleNamespace(create_sampler=hookimpl(lambda spec: Cramped()))])
+    engine.add_request("asks", [1, 2, 3], greedy(5, prompt_logprobs=0))
+    engine.add_request("good", [3] * 12, greedy(5))
+    ends = {}
+    while engine.has_work:
+        ends |= {output.request.id: output for output in engine.step() if output.finish_reason}
+    assert {id: str(output.finish_reason) for id, output in ends.items()} == {"asks": "error", "good": "length"}
+    assert "logprobs of its prompt" in ends["asks"].error
+    assert ends["good"].request.output_token_ids == TinyModel().generate([3] * 12, 5)
