@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from paged_core.execution.spec import LayerSpec, ModelSpec
     from paged_core.execution.watched import WatchedTensors
     from paged_core.frontends.async_engine import AsyncEngine, Stream
+    from paged_core.frontends.engine_thread import EngineThread, ThreadPolicy
     from paged_core.frontends.llm import LLM
     from paged_core.sampling.sampler import Greedy, Likeliest
     from paged_core.scheduling.request import RequestStatus
@@ -60,6 +61,7 @@ _LAZY = {
     "CompletionOutput": "text.outputs",
     "Detokenizer": "text.detokenizer",
     "Engine": "engine.engine",
+    "EngineThread": "frontends.engine_thread",
     "EngineView": "engine.view",
     "GenerationOutput": "text.outputs",
     "Greedy": "sampling.sampler",
@@ -77,6 +79,7 @@ _LAZY = {
     "Stream": "frontends.async_engine",
     "StreamDelta": "text.outputs",
     "TextCodec": "text.codec",
+    "ThreadPolicy": "frontends.engine_thread",
     "TokenLogprobs": "text.outputs",
     "TokenSelector": "execution.model",
     "WatchedTensors": "execution.watched",
@@ -103,6 +106,7 @@ __all__ = [
     "EngineConfig",
     "EngineDeadError",
     "EngineSizes",
+    "EngineThread",
     "EngineView",
     "FinishReason",
     "GenerationOutput",
@@ -134,6 +138,7 @@ __all__ = [
     "Stream",
     "StreamDelta",
     "TextCodec",
+    "ThreadPolicy",
     "TokenLogprobs",
     "TokenSelector",
     "UnsupportedModel",

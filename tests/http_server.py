@@ -52,7 +52,7 @@ class Running:
 
     def wait_until_told_to_cancel(self, num_prompts: int = 1) -> None:
         """The engine's step is held meanwhile: what it is told waits."""
-        until(lambda: self.engine._commands.qsize() >= num_prompts)
+        until(lambda: self.engine._served.thread.num_commands >= num_prompts)
 
     def come_to_rest(self) -> None:
         """Wait until nothing runs, and see that nothing was left behind."""

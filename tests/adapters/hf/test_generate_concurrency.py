@@ -186,7 +186,7 @@ def test_asyncio_callers_get_what_each_gets_alone(model: Any) -> None:
 
 def step_when_all_are_there(host: Any, num_calls: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The first step waits for so many calls. Returns how many rows each step samples."""
-    step, sampled = host._step, []
+    step, sampled = host.step, []
 
     def when_all_are_there() -> bool:
         if not sampled and host.num_open < num_calls:
@@ -196,7 +196,7 @@ def step_when_all_are_there(host: Any, num_calls: int, monkeypatch: pytest.Monke
         sampled.append(host.engine.last_stats.num_sampled)
         return worked
 
-    monkeypatch.setattr(host, "_step", when_all_are_there)
+    monkeypatch.setattr(host, "step", when_all_are_there)
     return sampled
 
 

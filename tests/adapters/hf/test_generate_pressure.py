@@ -95,7 +95,7 @@ def test_a_cache_that_comes_back_is_whole_though_its_rows_were_preempted(model: 
         ended = torch.tensor([input_ids.shape[1] >= 44])
         if ended:  # what others would do to a row that is held: see Scheduler._victim
             done = threading.Event()
-            call = next(iter(host._open))
+            call = next(iter(host._thread.holders))
 
             def take(engine: Any) -> None:
                 scheduler = engine._scheduler

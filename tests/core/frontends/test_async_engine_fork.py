@@ -193,7 +193,9 @@ engine.close()
 """)
 
 
-@pytest.mark.parametrize("lock", ["engine._lock", "engine.codec._encode_lock", "stream._channel._lock"])
+@pytest.mark.parametrize(
+    "lock", ["engine._served.thread._lock.bare()", "engine.codec._encode_lock", "stream._channel._lock"]
+)
 def test_locks_that_were_held_at_the_fork_stop_nobody(run: Run, lock: str) -> None:
     run(f"""
 stream = engine.submit("A", LONG)
