@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-LIMIT_S = 60
+LIMIT_S = 60.0
 _NO_BIRTHS = threading.Lock()  # held where a thread is started, and where a strike is sent
 
 
