@@ -40,8 +40,9 @@ if TYPE_CHECKING:
     from paged_core.execution.spec import LayerSpec, ModelSpec
     from paged_core.execution.watched import WatchedTensors
     from paged_core.frontends.async_engine import AsyncEngine, Stream
-    from paged_core.frontends.engine_thread import EngineThread, ThreadPolicy
+    from paged_core.frontends.engine_thread import EngineThread
     from paged_core.frontends.llm import LLM
+    from paged_core.frontends.thread_policy import ThreadPolicy
     from paged_core.sampling.sampler import Greedy, Likeliest
     from paged_core.scheduling.request import RequestStatus
     from paged_core.text.codec import Prompt, TextCodec, prepare_params
@@ -79,7 +80,7 @@ _LAZY = {
     "Stream": "frontends.async_engine",
     "StreamDelta": "text.outputs",
     "TextCodec": "text.codec",
-    "ThreadPolicy": "frontends.engine_thread",
+    "ThreadPolicy": "frontends.thread_policy",
     "TokenLogprobs": "text.outputs",
     "TokenSelector": "execution.model",
     "WatchedTensors": "execution.watched",

@@ -23,39 +23,12 @@ from paged_core.errors import EngineBusyError, EngineDeadError, ReentryError
 from paged_core.frontends.answer import Answer
 from paged_core.frontends.locks import PatientLock, StuckError
 from paged_core.frontends.stream import Bell
+from paged_core.frontends.thread_policy import ThreadPolicy
 
 _T = TypeVar("_T")
 _COMMANDS_S = 0.01  # for commands between two steps; what has begun is finished
 _MAX_CALLS = 1024  # that wait
 _RECHECK_S = 1.0  # how long somebody sleeps whose bell was lost with the thread that was to ring it
-
-
-class ThreadPolicy:
-    """What an EngineThread does, and for whom. ``step``, ``idle`` and ``failed`` are called in it."""
-
-    @property
-    def idle_s(self) -> float | None:
-        """With nothing to compute, how long it waits for a command before it calls ``idle``. None: for ever."""
-        return None
-
-    def step(self) -> bool:
-        """Compute a batch, and hand out what is new. False: nothing can be computed until a command comes."""
-        raise NotImplementedError
-
-    def idle(self) -> None:
-        """Nothing could be computed, and nothing was asked for. A step follows."""
-
-    def failed(self, error: BaseException) -> None:
-        """A step or a command has raised, or nobody gives the lock back: tell those who wait for what won't come."""
-        raise NotImplementedError
-
-    def forked(self, holders: set[Any], ran: bool) -> None:
-        """In a forked child. In the parent the thread had those holders, and ``ran`` or not."""
-        raise NotImplementedError
-
-    def shut_down(self) -> None:
-        """The interpreter exits: end the thread. One that is inside torch then takes the process down with it."""
-        raise NotImplementedError
 
 
 class EngineThread:
