@@ -227,6 +227,14 @@ def test_padding_on_the_left_and_its_positions_are_native(greedy: Prepared) -> N
     assert decide.decide(placed, {}) == Native(free=True, drops_ended=False)
 
 
+def test_a_hole_in_the_mask_is_no_padding_and_padded_rows_have_positions_of_their_own(greedy: Prepared) -> None:
+    holes = masked([1, 0, 1], [1, 1, 1])(greedy)
+    assert decide.decide(holes, {}) == OverBlocks("the attention mask has holes, or padding on the right")
+    padded = masked([0, 1, 1], [1, 1, 1])(greedy)
+    unplaced = passing(position_ids=torch.tensor([[0, 1, 2], [0, 1, 2]]))(padded)
+    assert decide.decide(unplaced, {}) == OverBlocks("position_ids aren't those that the attention mask gives")
+
+
 def test_who_sees_more_than_tokens_advances_with_the_loop(model: Any) -> None:
     lockstep = Native(free=False, drops_ended=False)
     for options in (
