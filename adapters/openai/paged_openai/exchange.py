@@ -1,53 +1,34 @@
-"""One call under way in the engine: its prompts' streams, joined into what is sent. Knows no HTTP."""
+"""A call under way that can be ended from outside: by a timeout, or by the end of the server."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from anyio import CancelScope, to_thread
-from paged_serving import Call, CallError, Failure, as_outcome
+from paged_serving import Call, CallError, Exchange
 
-from paged_core import AsyncEngine, EngineBusyError, GenerationOutput, Stream, StreamDelta
-
-_News = tuple[int, StreamDelta | Exception | None]  # None: that stream has ended
+from paged_core import AsyncEngine
 
 
-class Exchange:
-    """Submits all prompts of ``call`` at once; ``close`` must follow, whatever happens.
-
-    Raises:
-        CallError: the engine has its hands full.
-        EngineDeadError: the engine takes no requests any more.
-    """
+class CuttableExchange(Exchange):
+    """An Exchange whose ``cut`` reaches who waits for it, and doesn't ask the engine: its step may never end."""
 
     def __init__(self, engine: AsyncEngine, call: Call) -> None:
-        self.call = call
-        self.results: list[GenerationOutput] = []  # one a prompt, when all have ended
-        self._cut: CallError | None = None
         self._scope = CancelScope()
-        self._streams: list[Stream] = []
-        try:
-            for prompt in call.prompts:
-                self._streams.append(engine.submit(prompt, call.params))
-        except EngineBusyError as error:
-            self.close()
-            raise CallError(Failure.OVERLOADED, str(error)) from error
-        except BaseException:
-            self.close()
-            raise
+        self._is_cut = False
+        super().__init__(engine, call, in_thread=to_thread.run_sync)
 
     def cut(self, error: CallError) -> None:
         """End it early: who is inside ``until_cut`` gets ``error``, whatever it waits for."""
-        self._cut = self._cut or error
+        if not self._is_cut:
+            self._is_cut, self.aborted = True, error
         self.close()
         self._scope.cancel()
 
     @contextmanager
     def until_cut(self) -> Iterator[None]:
-        """A block that a cut ends at once. It doesn't ask the engine, whose step may never end. To be entered once.
+        """A block that a cut ends at once. To be entered once.
 
         Raises:
             CallError: it was cut.
@@ -55,78 +36,4 @@ class Exchange:
         with self._scope:
             yield
         if self._scope.cancelled_caught:
-            assert self._cut is not None
-            raise self._cut
-
-    def close(self) -> None:
-        """Cancel what still runs."""
-        for stream in self._streams:
-            stream.cancel()
-
-    async def finish(self) -> Sequence[GenerationOutput]:
-        """The results, when all have ended.
-
-        Raises:
-            CallError: it was cut, or the engine could not finish it.
-            InvalidRequestError: the engine refused it.
-        """
-        self.results = list(await asyncio.gather(*[stream.aresult() for stream in self._streams]))
-        for result in self.results:
-            for output in result.outputs:
-                self._check(output.finish_reason, result.error)
-        return self.results
-
-    async def chunks(self) -> AsyncIterator[list[dict[str, Any]]]:
-        """The chunks of a streamed call, several at a time. The first come with the first news of the engine, so that
-        what it refuses is told before anything was sent. Raises as ``finish``."""
-        chunks = self.call.first_chunks()
-        async for number, delta in _merge(self._streams):
-            self._check(delta.finish_reason, delta.error)
-            if delta.prompt_logprobs is None:
-                chunks += as_outcome(self.call.chunks, number, delta)
-            else:  # large: a thread's work, and not the event loop's
-                chunks += await to_thread.run_sync(as_outcome, self.call.chunks, number, delta)
-            yield chunks
-            chunks = []
-        if last := self.call.last_chunks(await self.finish()):
-            yield last
-
-    def _check(self, finish_reason: str | None, error: str | None) -> None:
-        if finish_reason == "abort":
-            raise self._cut or CallError(Failure.CUT, "the request was cancelled")
-        if finish_reason == "error":
-            raise CallError(Failure.GENERATION, error or "the generation failed")
-
-
-async def _merge(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, StreamDelta]]:
-    """(number of the stream, its delta), as they come."""
-    if len(streams) == 1:
-        async for delta in streams[0]:
-            yield 0, delta
-        return
-    news: asyncio.Queue[_News] = asyncio.Queue(maxsize=len(streams))
-    tasks = [asyncio.ensure_future(_pump(number, stream, news)) for number, stream in enumerate(streams)]
-    try:
-        num_open = len(streams)
-        while num_open:
-            number, piece = await news.get()
-            if piece is None:
-                num_open -= 1
-            elif isinstance(piece, Exception):
-                raise piece
-            else:
-                yield number, piece
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _pump(number: int, stream: Stream, news: asyncio.Queue[_News]) -> None:
-    try:
-        async for delta in stream:
-            await news.put((number, delta))
-    except Exception as error:
-        await news.put((number, error))
-    else:
-        await news.put((number, None))
+            raise self.aborted

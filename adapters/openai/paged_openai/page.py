@@ -14,14 +14,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from paged_serving import CallError, Failure
+from paged_serving import CallError, Failure, json_bytes
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from paged_core import Engine, EngineBusyError, EngineDeadError, EngineView
-from paged_openai.responses import TGI, error_response, json_bytes
+from paged_openai.responses import TGI, error_response
 from paged_openai.service import Service
 
 MAX_CELLS = 2048  # of the block map, however many blocks there are

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from paged_serving import Call, CallError, Failure, as_outcome, openai_error, tgi_error
+from paged_serving import (
+    LAST_EVENT,
+    Call,
+    CallError,
+    Failure,
+    as_event,
+    event_bytes,
+    json_bytes,
+    json_text,
+    openai_error,
+    tgi_error,
+)
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from paged_core import GenerationOutput, InvalidRequestError
-from paged_openai.exchange import Exchange
+from paged_openai.exchange import CuttableExchange
 from paged_openai.service import Service
 from paged_openai.tracing import Traces
 
@@ -34,7 +44,7 @@ class Form(NamedTuple):
     last_event: bytes
 
 
-OPENAI = Form(openai_error, b"data: [DONE]\n\n")
+OPENAI = Form(openai_error, LAST_EVENT)
 OPENAI_WITHOUT_DONE = Form(openai_error, b"")  # for clients that read every event as JSON
 TGI = Form(tgi_error, b"")
 
@@ -44,13 +54,9 @@ def form_of(path: str) -> Form:
     return OPENAI if path.startswith("/v1") else TGI
 
 
-def json_bytes(value: Any) -> bytes:
-    return _dumps(value).encode()
-
-
 def large_json_bytes(value: Any) -> bytes:
     """The same, a little at a time: no other thread runs while the encoder is at a large value."""
-    return "".join(_json_pieces(value)).encode()
+    return "".join(_json_pieces(value)).encode(errors="backslashreplace")
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -104,9 +110,7 @@ class CallResponse(Response):
                         await self._send_events(exchange, scope, receive, send)
                     else:
                         with exchange.until_cut():
-                            results = await exchange.finish()
-                            answer = await run_in_threadpool(as_outcome, self._call.answer, results)
-                            body = await run_in_threadpool(large_json_bytes, answer)
+                            body = await run_in_threadpool(large_json_bytes, await exchange.answer())
                         await _json(body)(scope, receive, send)
                 finally:
                     watcher.cancel()
@@ -115,7 +119,7 @@ class CallResponse(Response):
             self._error, self._notes["error"] = error, error_note(error)
             await error_response(self._form, error)(scope, receive, send)
 
-    async def _send_events(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send_events(self, exchange: CuttableExchange, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises only while nothing has been sent; later errors are events themselves."""
         started = False
         try:
@@ -125,7 +129,7 @@ class CallResponse(Response):
                         await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
                         started = True
                     if self._call.params.prompt_logprobs is None:
-                        events = b"".join([_event(chunk) for chunk in chunks])
+                        events = b"".join([event_bytes(chunk) for chunk in chunks])
                     else:
                         events = await run_in_threadpool(_large_events, chunks)
                     await _send_body(send, events, more=True)
@@ -133,7 +137,7 @@ class CallResponse(Response):
             if not started:
                 raise
             self._error, self._notes["error"] = error, error_note(error)
-            await _send_body(send, _event(_told(self._form, error)[1]), more=True)
+            await _send_body(send, event_bytes(_told(self._form, error)[1]), more=True)
         await _send_body(send, self._form.last_event, more=False)
 
     def _note(self, results: Sequence[GenerationOutput]) -> None:
@@ -152,7 +156,7 @@ def _json(body: bytes, status: int = 200, headers: Mapping[str, str] | None = No
 def _json_pieces(value: Any) -> Iterator[str]:
     if isinstance(value, dict) and any(isinstance(each, dict | list) for each in value.values()):
         for number, (name, each) in enumerate(value.items()):
-            yield f"{',' if number else '{'}{_dumps(str(name))}:"
+            yield f"{',' if number else '{'}{json_text(str(name))}:"
             yield from _json_pieces(each)
         yield "}"
     elif isinstance(value, list) and value:
@@ -164,14 +168,10 @@ def _json_pieces(value: Any) -> Iterator[str]:
                     yield "," if number else ""
                     yield from _json_pieces(each)
             else:
-                yield _dumps(piece)[1:-1]
+                yield json_text(piece)[1:-1]
         yield "]"
     else:
-        yield _dumps(value)
-
-
-def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        yield json_text(value)
 
 
 async def _until_disconnect(receive: Receive, left: Callable[[], None]) -> None:
@@ -184,12 +184,8 @@ async def _send_body(send: Send, body: bytes, *, more: bool) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
-def _event(value: Any) -> bytes:
-    return b"data: " + json_bytes(value) + b"\n\n"
-
-
 def _large_events(values: Sequence[Any]) -> bytes:
-    return b"".join([b"data: " + large_json_bytes(value) + b"\n\n" for value in values])
+    return b"".join([as_event(large_json_bytes(value)) for value in values])
 
 
 def _told(form: Form, error: Exception) -> tuple[int, dict[str, Any]]:

@@ -9,10 +9,10 @@ from functools import cached_property
 from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
-from paged_serving import Call, CallError, Failure, ProtocolError, ServedModel, as_outcome
+from paged_serving import Call, CallError, Failure, ProtocolError, ServedModel, as_outcome, trouble
 
 from paged_core import AsyncEngine
-from paged_openai.exchange import Exchange
+from paged_openai.exchange import CuttableExchange
 
 _T = TypeVar("_T")
 _NUM_READERS = 4  # tokenising is one at a time in any case
@@ -44,18 +44,14 @@ class Service:
         self.draining = False
         self._timeout_s, self._step_timeout_s = timeout_s, step_timeout_s
         self._max_unread_bytes, self._num_unread_bytes = max_unread_bytes, 0
-        self._open: set[Exchange] = set()
+        self._open: set[CuttableExchange] = set()
         self._num_open = 0  # sequences
         self.max_open = engine.engine.sizes.max_num_seqs + max_queue
 
     @property
     def trouble(self) -> str | None:
         """What is wrong with the engine, if anything is."""
-        if not self.engine.alive:
-            return "the engine has failed"
-        if self.engine.busy_s > self._step_timeout_s:
-            return f"the engine's step has not ended in {self._step_timeout_s:g} s"
-        return None
+        return trouble(self.engine, self._step_timeout_s, "--step-timeout")
 
     @property
     def ready(self) -> bool:
@@ -122,7 +118,7 @@ class Service:
         return CapacityLimiter(_NUM_READERS)
 
     @contextmanager
-    def exchange(self, call: Call) -> Iterator[Exchange]:
+    def exchange(self, call: Call) -> Iterator[CuttableExchange]:
         """``call`` under way, for as long as the block lasts.
 
         Raises:
@@ -131,7 +127,7 @@ class Service:
         """
         num_sequences = len(call.prompts) * call.params.n
         self.check_room(num_sequences)
-        exchange = Exchange(self.engine, call)
+        exchange = CuttableExchange(self.engine, call)
         self._open.add(exchange)
         self._num_open += num_sequences
         timer = None

@@ -1,9 +1,12 @@
-"""What every server needs: protocols, grammars, metrics."""
+"""What every server needs: protocols, grammars, a call under way, health, metrics."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from paged_serving.exchange import Exchange
+    from paged_serving.health import trouble
+    from paged_serving.messages import LAST_EVENT, as_event, event_bytes, json_bytes, json_text
     from paged_serving.metrics import PrometheusMetrics
     from paged_serving.options import add_engine_options, engine_config, whole_number
     from paged_serving.outcomes import as_outcome
@@ -27,7 +30,9 @@ _LAZY = {
     "ChatCall": "protocol.chat",
     "CompletionBody": "protocol.completions",
     "CompletionCall": "protocol.completions",
+    "Exchange": "exchange",
     "Failure": "protocol.failures",
+    "LAST_EVENT": "messages",
     "PrometheusMetrics": "metrics",
     "ProtocolError": "protocol.parsing",
     "RequestLimits": "protocol.served",
@@ -36,24 +41,31 @@ _LAZY = {
     "TGICall": "protocol.tgi",
     "TokenizeBody": "protocol.tokenize",
     "add_engine_options": "options",
+    "as_event": "messages",
     "as_outcome": "outcomes",
     "body_schema": "protocol.document",
     "engine_config": "options",
+    "event_bytes": "messages",
+    "json_bytes": "messages",
+    "json_text": "messages",
     "openai_error": "protocol.failures",
     "parse_json": "protocol.parsing",
     "quiet_imports": "quiet",
     "tgi_error": "protocol.failures",
     "tokenize": "protocol.tokenize",
+    "trouble": "health",
     "whole_number": "options",
 }
 
 __all__ = [
+    "LAST_EVENT",
     "Call",
     "CallError",
     "ChatBody",
     "ChatCall",
     "CompletionBody",
     "CompletionCall",
+    "Exchange",
     "Failure",
     "PrometheusMetrics",
     "ProtocolError",
@@ -63,14 +75,19 @@ __all__ = [
     "TGICall",
     "TokenizeBody",
     "add_engine_options",
+    "as_event",
     "as_outcome",
     "body_schema",
     "engine_config",
+    "event_bytes",
+    "json_bytes",
+    "json_text",
     "openai_error",
     "parse_json",
     "quiet_imports",
     "tgi_error",
     "tokenize",
+    "trouble",
     "whole_number",
 ]
 

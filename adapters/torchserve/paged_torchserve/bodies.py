@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from paged_serving import (
+    LAST_EVENT,
     Call,
     CallError,
     ChatCall,
@@ -19,6 +20,9 @@ from paged_serving import (
     ProtocolError,
     ServedModel,
     TGICall,
+    as_event,
+    event_bytes,
+    json_bytes,
     openai_error,
     parse_json,
     tgi_error,
@@ -66,25 +70,12 @@ class Request(NamedTuple):
         return not self.parts and lengths not in ([], ["0"])
 
 
-def json_bytes(value: Any) -> bytes:
-    """Whatever ``value`` holds: half a surrogate pair, quoted from a request, is written as JSON's escape of it."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
-
-
-def event_bytes(value: Any) -> bytes:
-    return _as_event(json_bytes(value))
-
-
-def _as_event(told: bytes) -> bytes:
-    return b"data: " + told + b"\n\n"
-
-
 def _as_line(told: bytes) -> bytes:
     return b"\n" + told + b"\n"
 
 
-OPENAI = Form(openai_error, JSON, EVENTS, json_bytes, event_bytes, _as_event, b"data: [DONE]\n\n")
-TGI = Form(tgi_error, JSON, EVENTS, json_bytes, event_bytes, _as_event, b"")
+OPENAI = Form(openai_error, JSON, EVENTS, json_bytes, event_bytes, as_event, LAST_EVENT)
+TGI = Form(tgi_error, JSON, EVENTS, json_bytes, event_bytes, as_event, b"")
 TEXT = Form(tgi_error, PLAIN, PLAIN, str.encode, str.encode, _as_line, b"")
 TEXTS = Form(tgi_error, JSON, PLAIN, json_bytes, str.encode, _as_line, b"")
 

@@ -20,7 +20,7 @@ from paged_serving import Call, ServedModel
 
 from paged_core import AsyncEngine, hookimpl
 from paged_torchserve.bodies import Form, Request, error_form, read_call
-from paged_torchserve.exchange import Exchange
+from paged_torchserve.errand import Errand
 from paged_torchserve.replies import MESSAGE_BYTES, Message, Reply
 from paged_torchserve.settings import Settings
 
@@ -51,7 +51,7 @@ class Desk:
         self._loop = asyncio.new_event_loop()
         self._news = asyncio.Event()
         self._compilers = ThreadPoolExecutor(_NUM_COMPILERS, "paged-grammars")
-        self._open: dict[str, Exchange] = {}
+        self._open: dict[str, Errand] = {}
         self._failure: Exception | None = None
         self._in_step = threading.Lock()
         self._last_call = time.monotonic()
@@ -80,8 +80,8 @@ class Desk:
             return
         with self._in_step:
             if time.monotonic() - self._last_call > limit_s:
-                for exchange in self._open.values():
-                    exchange.cancel()
+                for errand in self._open.values():
+                    errand.cancel()
 
     def refuse_all_soon(self, error: Exception) -> None:
         """From the next step on: those under way, and all that come."""
@@ -111,13 +111,13 @@ class Desk:
                 self._forget(request.id)
         return messages
 
-    def _begin(self, request: Request) -> Exchange:
+    def _begin(self, request: Request) -> Errand:
         form = error_form(request)
         reply = Reply(form.content_type, self._max_bytes, begun=request.is_orphan)
-        exchange = Exchange(partial(self._read, request), form, self._engine, reply, self._news.set, self._compilers)
+        errand = Errand(partial(self._read, request), form, self._engine, reply, self._news.set, self._compilers)
         if self._failure is not None:
-            exchange.fail(self._failure)
-        return exchange
+            errand.fail(self._failure)
+        return errand
 
     def _read(self, request: Request) -> tuple[Call, Form]:
         return read_call(request, self._served, self._settings)

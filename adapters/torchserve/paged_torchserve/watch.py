@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from paged_serving import trouble
+
 from paged_core import AsyncEngine, EngineDeadError
 from paged_torchserve.desk import Desk
 
@@ -57,17 +59,9 @@ class Watch:
                 self._give_up(1)
                 self._ended.set()
             return
-        failure = self._failure()
+        failure = trouble(self._engine, self._max_step_s, "responseTimeout")
         if failure is not None:
             _log.error("%s; this worker ends", failure)
             self._failed_at = time.monotonic()
             self._desk.refuse_all_soon(EngineDeadError(failure))
         self._desk.drop_if_silent(self._heartbeat_s)
-
-    def _failure(self) -> str | None:
-        if not self._engine.alive:
-            return "the engine has failed"
-        busy_s = self._engine.busy_s
-        if busy_s > self._max_step_s:
-            return f"a step of the engine has not ended in {busy_s:.0f} s (responseTimeout is {self._max_step_s:g})"
-        return None

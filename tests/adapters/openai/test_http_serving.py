@@ -24,8 +24,8 @@ from huggingface_hub.errors import OverloadedError
 from paged_openai.app import AppOptions
 from paged_openai.commands import add_options, main, request_limits, serve
 from paged_openai.keys import read_keys
-from paged_openai.responses import _json_pieces, json_bytes, large_json_bytes
-from paged_serving import RequestLimits, engine_config
+from paged_openai.responses import _json_pieces, large_json_bytes
+from paged_serving import RequestLimits, engine_config, json_bytes
 from places import TESTS
 
 from paged_core import ConfigError, Engine, EngineConfig

@@ -16,7 +16,7 @@ import httpx2
 import pytest
 from alphabet_model import AlphabetModel, Gate
 from http_server import LIMIT_S, alphabet_server, until
-from paged_openai.exchange import Exchange
+from paged_openai.exchange import CuttableExchange
 from paged_serving import CallError
 from places import TESTS
 from toy_tokenizers import CharacterTokenizer
@@ -77,15 +77,15 @@ def test_a_request_that_takes_too_long_is_answered_though_the_engine_is_stuck(ga
 def test_a_stream_that_has_begun_gets_its_last_event_though_the_engine_is_stuck(
     gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, cut = threading.Event(), Exchange.cut
+    begun, cut = threading.Event(), CuttableExchange.cut
 
-    def cut_what_has_begun(exchange: Exchange, error: CallError) -> None:
+    def cut_what_has_begun(exchange: CuttableExchange, error: CallError) -> None:
         if begun.is_set():
             cut(exchange, error)
         else:
             asyncio.get_running_loop().call_later(0.01, exchange.cut, error)
 
-    monkeypatch.setattr(Exchange, "cut", cut_what_has_begun)
+    monkeypatch.setattr(CuttableExchange, "cut", cut_what_has_begun)
     gate.shuts_at = 6
     with alphabet_server(AlphabetModel(gate), timeout_s=0.3) as server, server.client() as client:
         with client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:

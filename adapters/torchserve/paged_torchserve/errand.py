@@ -1,4 +1,4 @@
-"""Exchange: one request, from its body to the last message of its reply. Belongs to the event loop that the desk
+"""Errand: one request, from its body to the last message of its reply. Belongs to the event loop that the desk
 runs."""
 
 from __future__ import annotations
@@ -8,16 +8,17 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
 
-from paged_serving import Call, CallError, Failure, as_outcome
+from paged_serving import Call, CallError, Exchange, as_outcome, json_bytes
 
-from paged_core import AsyncEngine, EngineBusyError, GenerationOutput, InvalidRequestError, Stream
-from paged_torchserve.bodies import JSON, Form, json_bytes
+from paged_core import AsyncEngine, InvalidRequestError
+from paged_torchserve.bodies import JSON, Form
 from paged_torchserve.replies import Reply
 
+_ABORTED = "the request was cut off; TorchServe did not ask for its news in time"
 _log = logging.getLogger("paged_torchserve")
 
 
-class Exchange:
+class Errand:
     """Reads a request, submits its prompts; what comes of them goes into ``reply``. ``on_news`` is called then.
 
     ``read`` is called in a thread: prompts are tokenised there, and a long list of them holds up no one else.
@@ -37,7 +38,7 @@ class Exchange:
         self._form, self._engine, self._on_news = form, engine, on_news
         self._compilers = compilers
         self.compiling = False  # what its answer must follow: others need not wait for that
-        self._streams: list[Stream] = []
+        self._exchange: Exchange | None = None  # once it is submitted
         self._streamed = reply.begun  # as far as anyone knows
         self._cancelled = False
         self._not_admitted: set[str] | None = None  # None: not submitted yet
@@ -56,8 +57,8 @@ class Exchange:
     def cancel(self) -> None:
         """End it soon: the client hears an error, if it still listens. Callable from any thread."""
         self._cancelled = True
-        for stream in self._streams:
-            stream.cancel()
+        if self._exchange is not None:
+            self._exchange.close()
 
     def fail(self, error: Exception) -> None:
         """End it now, whatever becomes of it in the engine."""
@@ -76,13 +77,10 @@ class Exchange:
             self._streamed = call.stream
             self.reply.content_type = self._form.stream_type if call.stream else self._form.content_type
             await self._compile(call)
-            self._submit(call)
-            if call.stream:
-                await self._pump_all(call)
-            self._finish(call, [await stream.aresult() for stream in self._streams])
+            await self._carry_out(self._submit(call))
         except Exception as error:
             self.cancel()
-            if not isinstance(error, CallError | EngineBusyError | InvalidRequestError):
+            if not isinstance(error, CallError | InvalidRequestError):
                 _log.error("a request failed", exc_info=error)
             self._refuse(error)
         self._on_news()
@@ -94,41 +92,22 @@ class Exchange:
             await asyncio.get_running_loop().run_in_executor(self._compilers, as_outcome, call.grammar.compile)
             self.compiling = False
 
-    def _submit(self, call: Call) -> None:
-        for prompt in call.prompts:
-            self._streams.append(self._engine.submit(prompt, call.params))
-        self._not_admitted = {stream.request_id for stream in self._streams}
+    def _submit(self, call: Call) -> Exchange:
+        self._exchange = Exchange(self._engine, call, aborted=_ABORTED)
+        self._not_admitted = self._exchange.request_ids
         if self._cancelled:  # while it was read
             self.cancel()
+        return self._exchange
 
-    async def _pump_all(self, call: Call) -> None:
-        opening = call.first_chunks()
-
-        async def pump(number: int, stream: Stream) -> None:
-            async for delta in stream:
-                _check(delta.finish_reason, delta.error)
-                for chunk in [*opening, *as_outcome(call.chunks, number, delta)]:
+    async def _carry_out(self, exchange: Exchange) -> None:
+        if exchange.call.stream:
+            async for chunks in exchange.chunks():
+                for chunk in chunks:
                     self.reply.say(self._form.event(chunk))
-                opening.clear()
                 self._on_news()
-
-        pumps = [asyncio.ensure_future(pump(number, stream)) for number, stream in enumerate(self._streams)]
-        try:
-            await asyncio.gather(*pumps)
-        finally:
-            for each in pumps:  # those beside one that failed
-                each.cancel()
-
-    def _finish(self, call: Call, results: list[GenerationOutput]) -> None:
-        for result in results:
-            for output in result.outputs:
-                _check(output.finish_reason, result.error)
-        if call.stream:
-            for chunk in call.last_chunks(results):
-                self.reply.say(self._form.event(chunk))
             self.reply.say(self._form.last_event)
         else:
-            self.reply.say(self._form.answer(as_outcome(call.answer, results)))
+            self.reply.say(self._form.answer(await exchange.answer()))
         self.reply.end()
 
     def _refuse(self, error: Exception) -> None:
@@ -149,10 +128,3 @@ class Exchange:
         else:
             self.reply.say(told)
         self.reply.end()
-
-
-def _check(finish_reason: str | None, error: str | None) -> None:
-    if finish_reason == "abort":
-        raise CallError(Failure.CUT, "the request was cut off; TorchServe did not ask for its news in time")
-    if finish_reason == "error":
-        raise CallError(Failure.GENERATION, error or "the generation failed")

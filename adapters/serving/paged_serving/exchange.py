@@ -1,0 +1,131 @@
+"""One call under way in the engine: its prompts' streams, joined into what is sent. Knows no HTTP and no TorchServe."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+from paged_core import AsyncEngine, EngineBusyError, GenerationOutput, Stream, StreamDelta
+from paged_serving.outcomes import as_outcome
+from paged_serving.protocol.call import Call
+from paged_serving.protocol.failures import CallError, Failure
+
+_News = tuple[int, StreamDelta | Exception | None]  # None: that stream has ended
+
+
+class Exchange:
+    """Submits all prompts of ``call`` at once; ``close`` must follow, whatever happens. Belongs to one event loop.
+
+    Args:
+        aborted: what the client is told when its requests end in an abort.
+        in_thread: awaits what a function returns in a thread.
+
+    Raises:
+        CallError: the engine has its hands full.
+        EngineDeadError: the engine takes no requests any more.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        call: Call,
+        *,
+        aborted: str = "the request was cancelled",
+        in_thread: Callable[..., Awaitable[Any]] = asyncio.to_thread,
+    ) -> None:
+        self.call = call
+        self.results: list[GenerationOutput] = []  # one a prompt, when all have ended
+        self.aborted = CallError(Failure.CUT, aborted)
+        self._in_thread = in_thread
+        self._streams: list[Stream] = []
+        try:
+            for prompt in call.prompts:
+                self._streams.append(engine.submit(prompt, call.params))
+        except EngineBusyError as error:
+            self.close()
+            raise CallError(Failure.OVERLOADED, str(error)) from error
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def request_ids(self) -> set[str]:
+        return {stream.request_id for stream in self._streams}
+
+    def close(self) -> None:
+        """Cancel what still runs. Callable from any thread."""
+        for stream in self._streams:
+            stream.cancel()
+
+    async def finish(self) -> Sequence[GenerationOutput]:
+        """The results, when all have ended.
+
+        Raises:
+            CallError: it was cut, or the engine could not finish it.
+            InvalidRequestError: the engine refused it.
+        """
+        self.results = list(await asyncio.gather(*[stream.aresult() for stream in self._streams]))
+        for result in self.results:
+            for output in result.outputs:
+                self._check(output.finish_reason, result.error)
+        return self.results
+
+    async def answer(self) -> Any:
+        """The body of a call that isn't streamed, when all has ended. Raises as ``finish``."""
+        return await self._in_thread(as_outcome, self.call.answer, await self.finish())
+
+    async def chunks(self) -> AsyncIterator[list[Any]]:
+        """The chunks of a streamed call, several at a time. The first come with the first news of the engine, so that
+        what it refuses is told before anything was sent. Raises as ``finish``."""
+        chunks = list(self.call.first_chunks())
+        async for number, delta in _merge(self._streams):
+            self._check(delta.finish_reason, delta.error)
+            if delta.prompt_logprobs is None:
+                chunks += as_outcome(self.call.chunks, number, delta)
+            else:  # large: a thread's work, and not the event loop's
+                chunks += await self._in_thread(as_outcome, self.call.chunks, number, delta)
+            yield chunks
+            chunks = []
+        if last := self.call.last_chunks(await self.finish()):
+            yield last
+
+    def _check(self, finish_reason: str | None, error: str | None) -> None:
+        if finish_reason == "abort":
+            raise self.aborted
+        if finish_reason == "error":
+            raise CallError(Failure.GENERATION, error or "the generation failed")
+
+
+async def _merge(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, StreamDelta]]:
+    """(number of the stream, its delta), as they come."""
+    if len(streams) == 1:
+        async for delta in streams[0]:
+            yield 0, delta
+        return
+    news: asyncio.Queue[_News] = asyncio.Queue(maxsize=len(streams))
+    tasks = [asyncio.ensure_future(_pump(number, stream, news)) for number, stream in enumerate(streams)]
+    try:
+        num_open = len(streams)
+        while num_open:
+            number, piece = await news.get()
+            if piece is None:
+                num_open -= 1
+            elif isinstance(piece, Exception):
+                raise piece
+            else:
+                yield number, piece
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(number: int, stream: Stream, news: asyncio.Queue[_News]) -> None:
+    try:
+        async for delta in stream:
+            await news.put((number, delta))
+    except Exception as error:
+        await news.put((number, error))
+    else:
+        await news.put((number, None))

@@ -1,0 +1,107 @@
+"""A call under way, as every server carries it; and whether an engine does its work."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from alphabet_model import AlphabetModel, Gate
+from calls import Alphabet
+from http_server import LIMIT_S, until
+from paged_serving import CallError, CompletionCall, Exchange, Failure, trouble
+from toy_tokenizers import CharacterTokenizer
+
+from paged_core import AsyncEngine, Engine, EngineConfig
+
+CONFIG = EngineConfig(num_blocks=256, attention_backend="reference")
+
+
+@pytest.fixture(scope="module")
+def alphabet() -> Iterator[Alphabet]:
+    alphabet = Alphabet()
+    with alphabet.engine:
+        yield alphabet
+
+
+def call(alphabet: Alphabet, **fields: Any) -> CompletionCall:
+    return CompletionCall({"prompt": ["A", "B"], "max_tokens": 3, "temperature": 0, **fields}, alphabet.served, "1")
+
+
+def open_engine(model: AlphabetModel | None = None, **options: Any) -> AsyncEngine:
+    return AsyncEngine(Engine(model or AlphabetModel(), CONFIG), tokenizer=CharacterTokenizer(), **options)
+
+
+def test_streams_of_all_prompts_come_as_one(alphabet: Alphabet) -> None:
+    async def main() -> list[Any]:
+        exchange = Exchange(alphabet.engine, call(alphabet, stream=True, stream_options={"include_usage": True}))
+        return [chunk async for chunks in exchange.chunks() for chunk in chunks]
+
+    *chunks, last = asyncio.run(main())
+    texts = ["", ""]
+    for chunk in chunks:
+        texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert texts == ["BCD", "CDE"]
+    assert last["usage"]["completion_tokens"] == 6
+
+
+def test_an_answer_is_made_in_a_thread(alphabet: Alphabet) -> None:
+    made = []
+
+    async def in_thread(function: Any, *args: Any) -> Any:
+        made.append(args)
+        return await asyncio.to_thread(function, *args)
+
+    async def main() -> Any:
+        return await Exchange(alphabet.engine, call(alphabet), in_thread=in_thread).answer()
+
+    assert [choice["text"] for choice in asyncio.run(main())["choices"]] == ["BCD", "CDE"]
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_that_is_closed_ends_with_what_the_server_says_of_it(gate: Gate, stream: bool) -> None:
+    gate.shut()
+    with open_engine(AlphabetModel(gate)) as engine:
+        alphabet = Alphabet()
+        alphabet.engine.close()
+
+        async def main() -> Any:
+            exchange = Exchange(engine, call(alphabet, stream=stream), aborted="you were too slow")
+            exchange.close()
+            gate.open()
+            return [each async for each in exchange.chunks()] if stream else await exchange.answer()
+
+        with pytest.raises(CallError, match="you were too slow") as cut:
+            asyncio.run(main())
+        assert cut.value.failure is Failure.CUT
+        gate.open()
+
+
+def test_one_that_an_engine_has_no_room_for_leaves_nothing_behind(gate: Gate, alphabet: Alphabet) -> None:
+    gate.shut()
+    with open_engine(AlphabetModel(gate), max_requests=2) as engine:
+        first = engine.submit("A")
+        with pytest.raises(CallError, match="2 requests are under way") as refused:
+            Exchange(engine, call(alphabet))
+        assert refused.value.failure is Failure.OVERLOADED
+        gate.open()
+        assert first.result(LIMIT_S).finished
+        until(lambda: not engine.engine.has_work)
+        both = [engine.submit("A"), engine.submit("B")]  # the prompt that had found room has given it back
+        assert all(stream.result(LIMIT_S).finished for stream in both)
+
+
+def test_an_engine_that_is_stuck_or_has_failed_is_in_trouble(gate: Gate) -> None:
+    engine = open_engine(AlphabetModel(gate))
+    assert trouble(engine, 0.1, "the limit") is None
+    gate.shut()
+    stream = engine.submit("A")
+    until(lambda: trouble(engine, 0.1, "the limit") is not None)
+    told = trouble(engine, 0.1, "the limit")
+    assert told is not None and told.endswith("the limit is 0.1 s")
+    gate.open()
+    assert stream.result(LIMIT_S).finished
+    engine.close()
+    assert trouble(engine, 0.1, "the limit") == "the engine has failed"
