@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import msgspec
 from msgspec import Meta, inspect
-
-if TYPE_CHECKING:
-    from paged_serving.protocol.served import ServedModel
 
 HUGE = 1e300  # JSON's integers have no bound, floats have
 MAX_INTEGER = 2**31 - 1
@@ -22,12 +19,21 @@ MAX_INTEGER = 2**31 - 1
 Defaults = Mapping[type, Mapping[str, Any]]  # class of a body -> its fields' values where they are left out
 
 
+class Served(Protocol):
+    """What ``defaults`` may depend on: a ServedModel."""
+
+    @property
+    def defaults(self) -> Mapping[str, float]: ...
+
+    def default_max_tokens(self, usual: int | None) -> int | None: ...
+
+
 class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A JSON object. What its fields are when left out stands in the class; what of that depends on the model, in
     ``defaults``."""
 
     @classmethod
-    def defaults(cls, served: ServedModel, wished: Mapping[str, Any]) -> Defaults:
+    def defaults(cls, served: Served, wished: Mapping[str, Any]) -> Defaults:
         """What fields of a body are where ``wished``, the body as it came, leaves them out."""
         return {}
 

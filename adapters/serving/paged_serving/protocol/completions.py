@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeVar
 
 from paged_core import CompletionOutput, GenerationOutput, Prompt, SamplingParams, StreamDelta, TokenLogprobs
-from paged_serving.protocol.bodies import Defaults, Whole, must, only
+from paged_serving.protocol.bodies import Defaults, Served, Whole, must, only
 from paged_serving.protocol.offsets import Placed, prompt_offsets
 from paged_serving.protocol.openai_body import OpenAIBody, Options, check_truncation, to_options
 from paged_serving.protocol.parsing import refuse
@@ -29,7 +29,7 @@ class CompletionBody(OpenAIBody, frozen=True, kw_only=True):
     suffix: Annotated[Any, only("", why="can't be honoured: the model continues texts, it doesn't fill gaps")] = None
 
     @classmethod
-    def defaults(cls, served: ServedModel, wished: Mapping[str, Any]) -> Defaults:
+    def defaults(cls, served: Served, wished: Mapping[str, Any]) -> Defaults:
         advised = super().defaults(served, wished)[cls]
         return {cls: {**advised, "max_tokens": served.default_max_tokens(_MAX_TOKENS)}}
 

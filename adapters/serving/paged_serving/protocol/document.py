@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
-from paged_serving.protocol.bodies import Body, Defaults
-
-if TYPE_CHECKING:
-    from paged_serving.protocol.served import ServedModel
+from paged_serving.protocol.bodies import Body, Defaults, Served
 
 Schema = dict[str, Any]
 _NAMED = "#/{name}"
 
 
-def body_schema(body: type[Body], served: ServedModel, *, one_of: Sequence[str] = ()) -> Schema:
+def body_schema(body: type[Body], served: Served, *, one_of: Sequence[str] = ()) -> Schema:
     """The JSON schema of what ``read_body`` takes. It may be wider than that, and is never narrower.
 
     ``one_of``: fields of which one must be there.

@@ -17,6 +17,7 @@ from paged_serving.protocol.bodies import (
     Number,
     Penalty,
     Positive,
+    Served,
     Share,
     Texts,
     TokenIds,
@@ -102,7 +103,7 @@ class OpenAIBody(OpenAIStructures, frozen=True):
     prompt_cache_retention: Ignored = None
 
     @classmethod
-    def defaults(cls, served: ServedModel, wished: Mapping[str, Any]) -> Defaults:
+    def defaults(cls, served: Served, wished: Mapping[str, Any]) -> Defaults:
         """As the model's makers advise. Beams take the likeliest: nothing is drawn."""
         return {cls: {} if wished.get("use_beam_search") is True else served.defaults}
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import inspect
 
-from paged_serving.protocol.bodies import Body, Defaults, body_of, fields_of
+from paged_serving.protocol.bodies import Body, Defaults, Served, body_of, fields_of
 from paged_serving.protocol.faults import faults, refusal, unheeded
-
-if TYPE_CHECKING:
-    from paged_serving.protocol.served import ServedModel
 
 _Body = TypeVar("_Body", bound=Body)
 
 
-def read_body(body: type[_Body], value: Any, served: ServedModel) -> _Body:
+def read_body(body: type[_Body], value: Any, served: Served) -> _Body:
     """``value``, parsed JSON, as a ``body``. A field that is null counts as left out.
 
     Raises:

@@ -20,6 +20,7 @@ from paged_serving.protocol.bodies import (
     Ignored,
     Penalty,
     Positive,
+    Served,
     Texts,
     Whole,
     between,
@@ -76,7 +77,7 @@ class TGIBody(Body, frozen=True):
     model: Ignored = None  # some clients name it; there is one
 
     @classmethod
-    def defaults(cls, served: ServedModel, wished: Mapping[str, Any]) -> Defaults:
+    def defaults(cls, served: Served, wished: Mapping[str, Any]) -> Defaults:
         return {TGIParameters: {"max_new_tokens": served.default_max_tokens(_MAX_NEW_TOKENS)}}
 
 
