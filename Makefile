@@ -15,14 +15,17 @@ BENCH_MODEL ?= smollm2
 BENCH_ARGS  ?=
 FUZZ_ARGS   ?=
 WORKERS     ?= 2
+# Several workers compute with a thread each: more would only wait for one another's cores.
+PYTEST      := $(if $(filter-out 0 1,$(WORKERS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=15
 
-.PHONY: fuzz help demo test bench matrix lint types unit docs clean
+.PHONY: help demo test lint types unit bench coverage docs fuzz matrix clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    SmolLM2-135M answers 64 requests, beside stock Hugging Face: table, $(OUT)/demo.json, .png"
 	@echo "make test    lint, types, import rules and all tests"
 	@echo "make bench   the full A/B: every request, three repeats of every system (about 40 minutes on 2 cores)"
+	@echo "make coverage  all tests, and the share of our lines that they run"
 	@echo "make docs    the documentation as a site, in site/; warnings are errors"
 	@echo "make fuzz    random traffic and faults for the whole engine: FUZZ_ARGS='--hours 2 --seed 5'"
 	@echo "make matrix  the tests on the oldest and the newest releases of what we need; MATRIX='--help' says more"
@@ -49,9 +52,11 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-# Several workers compute with a thread each: more would only wait for one another's cores.
 unit: $(STAMP)
-	$(if $(filter-out 0 1,$(WORKERS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=15
+	$(PYTEST)
+
+coverage: $(STAMP)
+	$(PYTEST) --cov --cov-report=term
 
 matrix: $(STAMP)
 	$(BIN)/python scripts/matrix.py $(MATRIX)
@@ -73,5 +78,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OUT) .matrix site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OUT) .matrix site .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

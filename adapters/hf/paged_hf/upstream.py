@@ -12,14 +12,12 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import Tensor
 from transformers import Cache, DynamicLayer, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import import_utils
 
 _KNOWN_TO_WORK = {"5.24.0": "", "5.20.2": " on Python 3.10"}  # those that constraints.txt pins
 
@@ -128,16 +126,6 @@ def answering(call: Callable[..., Any], reorder: Callable[..., Any]) -> dict[str
         "_optimize_model_for_decode": lambda self: contextlib.nullcontext(),
         "_valid_auto_compile_criteria": lambda self, *args, **kwargs: False,
     }
-
-
-# ---- loading ----------------------------------------------------------------------------------------------------
-
-
-def from_gguf(path: Path) -> dict[str, Any]:
-    """The options of ``from_pretrained(path.parent, ...)`` that read a GGUF file."""
-    # Releases before 5.18 look the version of its reader up where Python before 3.12 has none, and fail.
-    getattr(import_utils, "PACKAGE_DISTRIBUTION_MAPPING", {}).setdefault("gguf", ["gguf"])
-    return {"gguf_file": path.name}
 
 
 # ---- configs and hooks ------------------------------------------------------------------------------------------

@@ -72,14 +72,11 @@ def _write(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from paged_hf.upstream import from_gguf
-
-    options = from_gguf(gguf)
     # transformers shows its own progress bars, for reading as for writing
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, **options, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     unmark_quantized(model)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
 def unmark_quantized(model: Any) -> None:

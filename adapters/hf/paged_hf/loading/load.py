@@ -20,7 +20,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paged_core import ConfigError, UnsupportedModel
-from paged_hf import upstream
 from paged_hf.loading import embedded
 from paged_hf.model.paged_model import HFPagedModel
 
@@ -126,7 +125,7 @@ def _place(source: Any) -> tuple[Path | str, dict[str, Any]] | None:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ConfigError(f"{path} doesn't exist")
-        return path.parent, upstream.from_gguf(path)
+        return path.parent, {"gguf_file": path.name}
     if path.is_dir():
         return path, {}
     return (source, {}) if isinstance(source, str) and _HUB_ID.fullmatch(source) else None

@@ -1,0 +1,60 @@
+"""The adapter also works with the oldest transformers that pyproject.toml allows: a sample of its tests, run with that.
+
+`make matrix` runs all of them, on the oldest of everything. This one notices earlier: with each `make test`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from declared import EXTRAS
+from packaging.requirements import Requirement
+from places import ROOT
+
+# The seam and its self-check, calls in each tier, 16-bit weights, the paged cache, models with rules of their own.
+SAMPLE = ("test_hf_upstream.py", "test_generate_halves.py", "test_hf_cache.py", "test_hf_rules.py")
+CHOSEN_WITH_IT = ("transformers", "huggingface-hub", "tokenizers")  # pip finds those that go with it
+LIMIT_S = 1200
+
+
+def oldest() -> str:
+    """``transformers==5.18``"""
+    (line,) = (line for line in EXTRAS["hf"] if Requirement(line).name == "transformers")
+    (lowest,) = (bound.version for bound in Requirement(line).specifier if bound.operator == ">=")
+    return f"transformers=={lowest}"
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with that release and what it needs, but for torch, which it doesn't ask for."""
+    folder = tmp_path_factory.mktemp("oldest")
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    others = [line for line in pins if line.split("==")[0] not in CHOSEN_WITH_IT]
+    (folder / "constraints.txt").write_text("\n".join(others), encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+    command += ["-c", str(folder / "constraints.txt"), "--target", str(folder / "packages"), oldest()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"this test installs from the package index\n{done.stderr}"
+    return folder / "packages"
+
+
+def run(packages: Path, *command: str) -> str:
+    """What Python prints, where those packages come before the installed ones."""
+    path = os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, *command], env={**environment, "PYTHONPATH": path}, cwd=ROOT,
+        capture_output=True, text=True, timeout=LIMIT_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
+    return done.stdout
+
+
+def test_a_sample_of_the_adapters_tests_passes(packages: Path) -> None:
+    told = run(packages, "-c", "import transformers; print(transformers.__version__)")
+    assert Requirement(oldest()).specifier.contains(told.strip())
+    run(packages, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/adapters/hf/{name}" for name in SAMPLE))
