@@ -1,7 +1,10 @@
-"""Linear layers of a decode step: torch's own against packed products, and whole steps without attention.
+"""Linear layers of a decode step: torch's own and oneDNN prepacked against packed products, and whole steps without
+attention.
 
-Weights are read from memory as in a real step: each shape has as many copies as fill --megabytes, used in turn. Stock
-and ours are interleaved; the least of --repeats counts, because whatever else runs can only add.
+Weights are read from memory as in a real step: each shape has as many copies as fill --megabytes, used in turn. All
+are interleaved, and the least of --repeats counts, because whatever else runs can only add. With one thread its CPU
+time is taken, so that a busy machine disturbs less. The peak is the most that any of them reaches in a product of
+1024 x 1024 x 1024.
 """
 
 from __future__ import annotations
@@ -11,12 +14,19 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator
+from datetime import date
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import llvmlite
+import numba
 import torch
+from paged_bench.report import cpu_name
+from paged_kernels.cpu import fma, host
 from paged_kernels.cpu.linear import PackedLinear
+from paged_kernels.cpu.product import Product
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
@@ -29,7 +39,11 @@ SHAPES = [
     ("lm_head", (49152,), 576, False),
 ]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRODUCTS = {torch.float32: (fma.FLOAT32,), torch.bfloat16: host.BF16}
+FEATURES = ("avx2", "fma", "avx512f", "avx512bf16", "avx512vnni", "amx-tile", "amx-bf16", "amx-int8")
 LAYERS = 30
+
+Calls = dict[str, Callable[[Tensor], Any]]
 
 
 def main() -> None:
@@ -41,18 +55,27 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     with torch.inference_mode():
         for name in args.dtypes.split(","):
-            for result in (*products(DTYPES[name], rows, args), *steps(DTYPES[name], rows, args)):
-                results.append({"dtype": name, **result})
+            dtype = DTYPES[name]
+            ways = [product for product in PRODUCTS[dtype] if wanted(product, dtype, args.paths)]
+            peak = measure_peak(dtype, ways, args)
+            print(f"{name}: ours by {', '.join(w.name for w in ways)}; peak {peak:.0f} GFLOP/s", flush=True)
+            for result in chain(products(dtype, ways, rows, args), steps(dtype, rows, args)):
+                results.append({"dtype": name, "peak_gflops": peak, **result})
                 print_line(results[-1])
     if args.json:
-        about = {"machine": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        args.json.write_text(json.dumps({**about, "results": results}, indent=1))
+        args.json.write_text(json.dumps({**about(), "results": results}, indent=1) + "\n", encoding="utf-8")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", default="1,4,8,16,32,64,256", help="rows of x, by commas")
     parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument(
+        "--paths",
+        default="chosen",
+        help="how ours compute: 'chosen' by the host, 'all' that it can run, or names by commas: "
+        + ", ".join(product.name for product in host.BF16),
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--megabytes", type=int, default=64, help="weights of one shape, at least one copy")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
@@ -62,41 +85,79 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def products(dtype: torch.dtype, rows: list[int], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def about() -> dict[str, Any]:
+    """What the results were made with."""
+    return {
+        "date": date.today().isoformat(),
+        "cpu": cpu_name(),
+        "target": llvmlite.binding.get_host_cpu_name(),
+        "instructions": [feature for feature in FEATURES if host.has(feature)],
+        "chosen": {name: host.choose(dtype).name for name, dtype in DTYPES.items()},
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numba": numba.__version__,
+            "llvmlite": llvmlite.__version__,
+        },
+    }
+
+
+def wanted(product: Product, dtype: torch.dtype, paths: str) -> bool:
+    if paths == "chosen":
+        return product is host.choose(dtype)
+    return host.can_run(product) and (paths == "all" or product.name in paths.split(","))
+
+
+def products(
+    dtype: torch.dtype, ways: list[Product], rows: list[int], args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
     for name, sizes, depth, gated in SHAPES:
         size = sum(sizes) * depth * dtype.itemsize
         copies = max(1, args.megabytes * 2**20 // size)
         weights = [[torch.randn(n, depth).mul_(0.02).to(dtype) for n in sizes] for _ in range(copies)]
-        packed = [PackedLinear(ws, [None] * len(ws), gated) for ws in weights]
-        calls = stock_calls(weights, gated), packed_calls(packed)
+        ours = {way.name: [PackedLinear(ws, [None] * len(ws), gated, way) for ws in weights] for way in ways}
         for num_rows in rows:
-            x = torch.randn(num_rows, depth).to(dtype)
-            stock_s, ours_s = fastest(*(partial(call, x) for call in calls), repeats=args.repeats)
-            yield {
-                "what": name,
-                "rows": num_rows,
-                "stock_us": stock_s / copies * 1e6,
-                "ours_us": ours_s / copies * 1e6,
-                "ours_gflops": 2 * num_rows * sum(sizes) * depth * copies / ours_s / 1e9,
-            }
+            calls = {"stock": torch_calls(weights, gated, linear), **prepacked(weights, gated, num_rows)}
+            calls |= {name: partial(call_all, packed) for name, packed in ours.items()}
+            us = timed(calls, torch.randn(num_rows, depth).to(dtype), args)
+            us = {who: each / copies for who, each in us.items()}
+            flop = 2 * num_rows * sum(sizes) * depth
+            gflops = {who: flop / each / 1e3 for who, each in us.items()}
+            yield {"what": name, "rows": num_rows, "us": us, "gflops": gflops}
 
 
-def stock_calls(copies: list[list[Tensor]], gated: bool) -> Callable[[Tensor], None]:
+def measure_peak(dtype: torch.dtype, ways: list[Product], args: argparse.Namespace) -> float:
+    """GFLOP/s"""
+    x, weight = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
+    calls: Calls = {"stock": torch_calls([[weight]], False, linear), **prepacked([[weight]], False, 1024)}
+    calls |= {way.name: PackedLinear([weight], [None], product=way) for way in ways}
+    return 2 * 1024**3 / min(timed(calls, x, args).values()) / 1e3
+
+
+def torch_calls(copies: list[list[Any]], gated: bool, product: Callable[[Tensor, Any], Tensor]) -> Any:
     def call(x: Tensor) -> None:
         for weights in copies:
-            parts = [linear(x, weight) for weight in weights]
+            parts = [product(x, weight) for weight in weights]
             if gated:
                 silu(parts[0]).mul_(parts[1])
 
     return call
 
 
-def packed_calls(copies: list[PackedLinear]) -> Callable[[Tensor], None]:
-    def call(x: Tensor) -> None:
-        for product in copies:
-            product(x)
+def prepacked(copies: list[list[Tensor]], gated: bool, num_rows: int) -> Calls:
+    """oneDNN over weights that it has laid out for so many rows, where this torch has that."""
+    pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+    run = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if not torch.backends.mkldnn.is_available() or pack is None or run is None:
+        return {}
+    packed = [[pack(weight, num_rows) for weight in weights] for weights in copies]
+    return {"prepacked": torch_calls(packed, gated, lambda x, weight: run(x, weight, None, "none", [], ""))}
 
-    return call
+
+def call_all(copies: list[PackedLinear], x: Tensor) -> None:
+    for product in copies:
+        product(x)
 
 
 def steps(dtype: torch.dtype, rows: list[int], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -118,33 +179,34 @@ def steps(dtype: torch.dtype, rows: list[int], args: argparse.Namespace) -> Iter
     fast.accelerate(lambda module: create_module_forward(module, torch.device("cpu")))
     print(f"{'':>8}  taking in the model: {time.perf_counter() - start:.1f} s")
 
-    def step(paged: HFPagedModel, num_rows: int) -> Tensor:
-        ids, sampled = torch.arange(num_rows), torch.arange(min(num_rows, 64))
-        return paged.forward(ids, ids, lambda layer, q, k, v, sinks=None: q, sampled)
+    def step(paged: HFPagedModel, ids: Tensor) -> Tensor:
+        return paged.forward(ids, ids, lambda layer, q, k, v, sinks=None: q, ids[:64])
 
     for num_rows in rows:
-        stock_s, ours_s = fastest(partial(step, plain, num_rows), partial(step, fast, num_rows), repeats=args.repeats)
-        yield {"what": "step", "rows": num_rows, "stock_us": stock_s * 1e6, "ours_us": ours_s * 1e6}
+        calls: Calls = {"stock": partial(step, plain), host.choose(dtype).name: partial(step, fast)}
+        yield {"what": "step", "rows": num_rows, "us": timed(calls, torch.arange(num_rows), args)}
 
 
-def fastest(*calls: Callable[[], Any], repeats: int) -> list[float]:
-    best = [float("inf")] * len(calls)
-    for turn in range(repeats + 1):
-        for i, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
+def timed(calls: Calls, x: Tensor, args: argparse.Namespace) -> dict[str, float]:
+    """Microseconds of each, the least of all repeats."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    best = dict.fromkeys(calls, float("inf"))
+    for turn in range(args.repeats + 1):
+        for name, call in calls.items():
+            start = clock()
+            call(x)
             if turn:  # the first is for warming up
-                best[i] = min(best[i], time.perf_counter() - start)
-    return best
+                best[name] = min(best[name], clock() - start)
+    return {name: seconds * 1e6 for name, seconds in best.items()}
 
 
 def print_line(r: dict[str, Any]) -> None:
-    gflops = f"{r['ours_gflops']:6.0f} GFLOP/s" if "ours_gflops" in r else ""
-    print(
-        f"{r['dtype']:>8} {r['what']:>8} {r['rows']:4d} rows  stock {r['stock_us']:9.0f} us  "
-        f"ours {r['ours_us']:9.0f} us  {r['stock_us'] / r['ours_us']:5.2f}x  {gflops}",
-        flush=True,
-    )
+    columns = []
+    for name, us in r["us"].items():
+        gflops = r.get("gflops", {}).get(name)
+        rate = "" if gflops is None else f" {gflops:5.0f} GFLOP/s {gflops / r['peak_gflops']:4.0%}"
+        columns.append(f"{name} {us:8.0f} us{rate}")
+    print(f"{r['dtype']:>8} {r['what']:>8} {r['rows']:4d} rows  " + "  ".join(columns), flush=True)
 
 
 if __name__ == "__main__":

@@ -136,11 +136,11 @@ class CpuBackend(PlannedBackend):
     def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None:
         """Compile, or load from disk, all that a step needs, so that no request waits for it: attention, and what the
         forwards and the sampler of this folder use. ``progress(what, done, total)``."""
-        from paged_kernels.cpu import elementwise, product
+        from paged_kernels.cpu import elementwise, linear
 
         self._ops.warm_up(progress, self._cache_dtype)
         elementwise.warm_up(progress)
-        product.warm_up(self._dtype, progress)
+        linear.warm_up(self._dtype, progress)
 
     def plan(self, metadata: AttentionMetadata) -> None:
         for plan in self._plans.values():

@@ -138,7 +138,7 @@ class _GatedMLP(ModuleForward):
         if inner is None or outer is None or any(self._hooks):
             module = self._module()
             return type(module).forward(module, x)  # type: ignore[union-attr, no-any-return]
-        out: Tensor = outer(inner(x, torch.float32), x.dtype)  # what lies between needs no rounding
+        out: Tensor = outer(inner(x, outer.x_dtype), x.dtype)  # what lies between is rounded once at most
         return out
 
     def stale(self) -> bool:

@@ -1,20 +1,20 @@
 """Linear layers from a packed copy of their weights; several over one input, or a gated pair, as one product.
 
 Knows tensors; knows nothing of modules. The packed copy costs the weights' size once more (``num_bytes``), for a
-number of columns rounded up to whole tiles. A row's result does not depend on the other rows (see product.py).
+number of columns rounded up to whole tiles, and of inputs to whole steps (see product.py and host.py).
 """
 
 from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from paged_kernels.cpu import product
-from paged_kernels.cpu.product import COUNTERS, LINE, TICKET, TILE
+from paged_kernels.cpu import host
+from paged_kernels.cpu.product import COUNTERS, LINE, TICKET, Product
 
 
 class PackedLinear:
@@ -24,22 +24,34 @@ class PackedLinear:
         weights: ``[N_i, K]`` each, float32 or bfloat16 (one dtype), on the CPU.
         biases: ``[N_i]`` or None each.
         gated: of two weights, gate and up, the result is silu(gate) * up, ``[..., N_1]``.
+        product: how it is computed; by default as ``host.choose`` says.
+
+    Raises:
+        ValueError: the host can't run ``product``, or it is for other weights.
     """
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], gated: bool = False) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        gated: bool = False,
+        product: Product | None = None,
+    ) -> None:
         self.dtype = weights[0].dtype
+        self.product = product = host.choose(self.dtype, product)
         self.num_columns = weights[0].shape[0] if gated else sum(w.shape[0] for w in weights)
         self._depth = weights[0].shape[1]
+        self._filled = -(-self._depth // product.depth_step) * product.depth_step
+        self._units = self._filled * self.dtype.itemsize // product.element.itemsize
         vectors = [_bias_or_zeros(w, b) for w, b in zip(weights, biases, strict=True)]
         parts = [[0], [1]] if gated else [list(range(len(weights)))]  # which weights stand side by side in a tile
-        num_tiles = -(-self.num_columns // TILE)
-        weight = torch.empty(num_tiles, len(parts), self._depth, TILE, dtype=self.dtype, device="cpu")
-        bias = torch.empty(num_tiles, len(parts), 1, TILE, dtype=torch.float32, device="cpu")
+        num_tiles, columns = -(-self.num_columns // product.columns), product.columns
+        weight = torch.empty(num_tiles, len(parts), self._units, columns, dtype=product.element, device="cpu")
+        bias = torch.empty(num_tiles, len(parts), 1, columns, dtype=torch.float32, device="cpu")
         for number, part in enumerate(parts):
-            _lay([weights[i] for i in part], weight[:, number])
-            _lay([vectors[i][:, None] for i in part], bias[:, number])
+            _lay((self._elements(weights[i]) for i in part), weight[:, number])
+            _lay((vectors[i][:, None] for i in part), bias[:, number])
         self._weight, self._bias = weight, bias
-        self._run = product.product_f32 if self.dtype is torch.float32 else product.product_bf16
         self._gated = gated
         self._has_bias = any(bias is not None for bias in biases)
         self._addresses = self._weight.data_ptr(), self._bias.data_ptr()
@@ -48,8 +60,14 @@ class PackedLinear:
     def num_bytes(self) -> int:
         return self._weight.numel() * self._weight.element_size() + self._bias.numel() * 4
 
+    @property
+    def x_dtype(self) -> torch.dtype:
+        """What the kernel reads x in. Another dtype is converted to it: where float32 becomes bfloat16, as a module
+        of bfloat16 would have rounded it."""
+        return self.product.x_dtype
+
     def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None, residual: Tensor | None = None) -> Tensor:
-        """x of the weights' dtype or float32, in which all is computed; the result as x, or as asked of the two.
+        """x of the weights' dtype or float32; sums are in float32; the result as x, or as asked of the two.
 
         ``residual [..., N]`` is added to it.
         """
@@ -59,25 +77,50 @@ class PackedLinear:
         num_rows = out.numel() // self.num_columns
         if num_rows == 0:
             return out
-        rows = x if x.dtype is torch.float32 else x.float()
-        rows = rows.reshape(num_rows, self._depth)
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
+        rows = self._rows(x, num_rows)
         num_threads = torch.get_num_threads()
-        space = _workspace(num_threads)
+        space = _workspace(num_threads, self.product.scratch_bytes)
         weight, bias = self._addresses
         start, stride = (bias, 0) if residual is None else (residual.data_ptr(), self.num_columns)
         space.fill(
-            rows.data_ptr(), rows.stride(0), weight, start, stride, out.data_ptr(), self.num_columns, num_rows,
-            self.num_columns, self._depth, self._gated, out.dtype is torch.bfloat16,
+            rows.data_ptr(), rows.stride(0) * rows.element_size(), weight, start, stride, out.data_ptr(),
+            self.num_columns, num_rows, self.num_columns, self._units, self._gated, out.dtype is torch.bfloat16,
         )  # fmt: skip
-        self._run(space.address, num_threads)
+        self.product.kernel(space.address, num_threads)
         return out
+
+    def _rows(self, x: Tensor, num_rows: int) -> Tensor:
+        """x as the kernel reads it: ``[num_rows, K]``, K filled up, each row's numbers side by side."""
+        rows = x if x.dtype is self.product.x_dtype else x.to(self.product.x_dtype)
+        rows = rows.reshape(num_rows, self._depth)
+        if self._filled != self._depth:
+            return torch.nn.functional.pad(rows, (0, self._filled - self._depth))
+        return rows if rows.stride(1) == 1 else rows.contiguous()
+
+    def _elements(self, weight: Tensor) -> Tensor:
+        """``[N, K]`` as ``[N, elements]``, which are laid into tiles."""
+        weight, product = weight.detach(), self.product
+        if product.element is weight.dtype:
+            return weight
+        if self._filled != self._depth:
+            weight = torch.nn.functional.pad(weight, (0, self._filled - self._depth))
+        weight = weight.contiguous()
+        pairs = product.element.itemsize // weight.element_size()
+        return (weight if weight.storage_offset() % pairs == 0 else weight.clone()).view(product.element)
 
     def _can_start_from(self, residual: Tensor) -> bool:
         """Whether the kernel's sums can start from it as they do from a bias: whole tiles, and no bias besides."""
-        whole = self.num_columns % TILE == 0 and not self._gated and not self._has_bias
+        whole = self.num_columns % self.product.columns == 0 and not self._gated and not self._has_bias
         return whole and residual.dtype is torch.float32 and residual.is_contiguous()
+
+
+def warm_up(dtype: torch.dtype, progress: Callable[[str, int, int], None] | None = None) -> None:
+    """Compile, or load from disk, the product for a model of this dtype. ``progress(what, done, total)``."""
+    if progress is not None:
+        progress("product", 0, 1)
+    host.choose(dtype if dtype is torch.bfloat16 else torch.float32).kernel.compile()
+    if progress is not None:
+        progress("product", 1, 1)
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -94,16 +137,17 @@ def can_pack(weight: Tensor) -> bool:
 class _Workspace:
     """A kernel's arguments and its threads' scratch memory, kept between calls of one Python thread."""
 
-    def __init__(self, num_threads: int) -> None:
-        self.num_threads = num_threads
-        stride = product.scratch_bytes()
-        self._scratch = torch.empty(num_threads * stride, dtype=torch.uint8)
+    def __init__(self, num_threads: int, scratch_bytes: int) -> None:
+        self.num_threads, self.scratch_bytes = num_threads, scratch_bytes
+        stride = -(-scratch_bytes // LINE) * LINE
+        self._scratch = torch.empty(num_threads * stride + LINE, dtype=torch.uint8)
+        scratch = -(-self._scratch.data_ptr() // LINE) * LINE
         size = 8 * COUNTERS + LINE * num_threads
         self._args = torch.zeros(size + LINE, dtype=torch.uint8)
         self.address = -(-self._args.data_ptr() // LINE) * LINE
         offset = self.address - self._args.data_ptr()
         self._view = self._args.numpy().data[offset : offset + size]
-        self._tail = (num_threads, self._scratch.data_ptr(), stride)
+        self._tail = (num_threads, scratch, stride)
         self._zeros = bytes(size - 8 * TICKET)
         self._format = struct.Struct(f"={TICKET}q")
 
@@ -115,10 +159,10 @@ class _Workspace:
 _local = threading.local()
 
 
-def _workspace(num_threads: int) -> _Workspace:
+def _workspace(num_threads: int, scratch_bytes: int) -> _Workspace:
     space: _Workspace | None = getattr(_local, "space", None)
-    if space is None or space.num_threads != num_threads:
-        space = _local.space = _Workspace(num_threads)
+    if space is None or space.num_threads != num_threads or space.scratch_bytes < scratch_bytes:
+        space = _local.space = _Workspace(num_threads, scratch_bytes)
     return space
 
 
@@ -128,21 +172,22 @@ def _bias_or_zeros(weight: Tensor, bias: Tensor | None) -> Tensor:
     return bias.detach().float()
 
 
-def _lay(weights: Sequence[Tensor], out: Tensor) -> None:
-    """``weights [N_i, K]``, their rows one after another, into the columns of ``out [tiles, K, TILE]``, in one pass:
+def _lay(weights: Iterable[Tensor], out: Tensor) -> None:
+    """``weights [N_i, K]``, their rows one after another, into the columns of ``out [tiles, K, columns]``, in one pass:
     fresh memory costs more than the copy. Columns that are left are zero."""
-    columns, row = out.transpose(1, 2), 0  # [tiles, TILE, K]
+    columns, row = out.transpose(1, 2), 0  # [tiles, columns, K]
+    width = columns.shape[1]
     for weight in weights:
         weight, done = weight.detach(), 0
         while done < len(weight):
-            tile, at = divmod(row, TILE)
-            whole = 0 if at else (len(weight) - done) // TILE
-            count = whole * TILE or min(TILE - at, len(weight) - done)
+            tile, at = divmod(row, width)
+            whole = 0 if at else (len(weight) - done) // width
+            count = whole * width or min(width - at, len(weight) - done)
             rows = weight[done : done + count]
             if whole:
-                columns[tile : tile + whole].copy_(rows.view(whole, TILE, -1))
+                columns[tile : tile + whole].copy_(rows.view(whole, width, -1))
             else:
                 columns[tile, at : at + count].copy_(rows)
             row, done = row + count, done + count
-    if row % TILE:
-        columns[-1, row % TILE :] = 0
+    if row % width:
+        columns[-1, row % width :] = 0

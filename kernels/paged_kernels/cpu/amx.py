@@ -1,0 +1,158 @@
+"""Products of bfloat16 by AMX's ``tdpbf16ps``: 16 rows of x meet 16 columns of weights over 32 steps of k at once.
+
+Weights lie as pairs that follow each other in K, 32 columns side by side. Rows are cut into groups of up to 32, as
+large as each other but for one row, and a group into two halves that may overlap: so one size of half does for a whole
+launch, and no row is read that isn't there. A sum starts from the bias and runs over k in order, 32 at a time: in
+each, first all even and all odd ones by themselves. That order is the instruction's, for one row as for many. It takes
+denormal numbers, its sums among them, for zero.
+
+The kernel's tiles are set up at a thread's start and given back at its end. The process must have been permitted to
+use them: host.py asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from paged_kernels.cpu.parallel import kernel
+from paged_kernels.cpu.passes import emit_prefetch
+from paged_kernels.cpu.product import LINE, Product, make_compute, scratch_bytes
+from paged_kernels.cpu.vectors import inline, store_i64
+
+TILE = 32  # output columns
+GROUP = 32  # rows of x that meet in registers
+PAIRS = 16  # pairs of k in one step
+STEP_BYTES = PAIRS * TILE * 4  # of weights
+AHEAD = 16384  # bytes between the weights that are met and those that are fetched meanwhile
+
+# Registers: sums of both halves of a group with both halves of the columns; rows of x; weights.
+SUMS, X, W = ((0, 1), (2, 3)), (4, 5), (6, 7)
+
+_i8, _i64 = ir.IntType(8), ir.IntType(64)
+_byte = _i8.as_pointer()
+
+
+def _call(b: Any, name: str, *args: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
+    b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.x86.{name}"), args)
+
+
+def _move(b: Any, name: str, register: int, address: Any, stride: Any) -> None:
+    _call(b, name, _i8(register), b.inttoptr(address, _byte), stride)
+
+
+def emit_group(halves: int, num_prefetches: int, b: Any, args: Any) -> None:
+    """``y = start + x @ w`` for one or two halves of a group and one tile. ``down``: rows from the first row of one to
+    the first row of the other. Addresses; strides count bytes; at each step lines from ``ahead`` on are fetched."""
+    x, x_stride, w, count, y, y_stride, start, start_stride, down, ahead = args
+    cells = [(h, c) for h in range(halves) for c in range(2)]
+
+    def cell(base: Any, stride: Any, h: int, c: int) -> Any:
+        return b.add(b.add(base, b.mul(b.mul(stride, down), _i64(h))), _i64(c * LINE))
+
+    for h, c in cells:
+        _move(b, "tileloadd64", SUMS[h][c], cell(start, start_stride, h, c), start_stride)
+    with cgutils.for_range(b, count) as loop:
+        rows = b.add(x, b.mul(loop.index, _i64(LINE)))
+        done = b.mul(loop.index, _i64(STEP_BYTES))
+        for c in range(2):
+            _move(b, "tileloadd64", W[c], b.add(b.add(w, done), _i64(c * LINE)), _i64(TILE * 4))
+        for h in range(halves):
+            _move(b, "tileloadd64", X[h], cell(rows, x_stride, h, 0), x_stride)
+        for h, c in cells:
+            _call(b, "tdpbf16ps", _i8(SUMS[h][c]), _i8(X[h]), _i8(W[c]))
+        for n in range(num_prefetches):
+            emit_prefetch(b, b.add(b.add(ahead, done), _i64(n * LINE)))
+    for h, c in cells:
+        _move(b, "tilestored64", SUMS[h][c], cell(y, y_stride, h, c), y_stride)
+
+
+def _make_group(halves: int, num_prefetches: int) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit_group(halves, num_prefetches, builder, args)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def group(typingctx, x, x_stride, w, count, y, y_stride, start, start_stride, down, ahead):
+        return types.void(*[types.int64] * 10), codegen
+
+    return group
+
+
+def _word(emit: Callable[..., None], *kinds: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit(builder, *args)
+        return context.get_dummy_value()
+
+    if kinds:
+        return intrinsic(lambda typingctx, a: (types.void(*kinds), codegen))
+    return intrinsic(lambda typingctx: (types.void(), codegen))
+
+
+_load_config = _word(lambda b, address: _call(b, "ldtilecfg", b.inttoptr(address, _byte)), types.int64)
+_release = _word(lambda b: _call(b, "tilerelease"))
+_LINES = STEP_BYTES // LINE
+_one, _two, _two_of_two = _make_group(1, _LINES), _make_group(2, _LINES), _make_group(2, _LINES // 2)
+
+
+@inline
+def _half(total_rows):
+    """Rows of each half, the same in all of a launch."""
+    if total_rows <= GROUP // 2:
+        return total_rows
+    largest = -(-total_rows // -(-total_rows // GROUP))
+    return -(-largest // 2)
+
+
+@inline
+def _begin(total_rows, config):
+    """Set the tiles up: 64 bytes in each row; sums and x have a half's rows, weights 16."""
+    for word in range(8):
+        store_i64(config, word, 0)
+    store_i64(config, 0, 1)
+    store_i64(config, 2, 0x0040004000400040)
+    store_i64(config, 3, 0x0040004000400040)
+    store_i64(config, 6, 0x1010000000000000 + _half(total_rows) * 0x010101010101)
+    _load_config(config)
+
+
+@inline
+def _end():
+    _release()
+
+
+@inline
+def _tile(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, total_rows, scratch):
+    count, half = depth // PAIRS, _half(total_rows)
+    num_groups, ahead = -(-num_rows // GROUP), w + AHEAD
+    for group in range(num_groups):
+        row = num_rows * group // num_groups
+        rows = num_rows * (group + 1) // num_groups - row
+        xr, yr, br = x + row * x_stride, y + 4 * row * y_stride, bias + 4 * row * bias_stride
+        if rows == half:
+            _one(xr, x_stride, w, count, yr, 4 * y_stride, br, 4 * bias_stride, 0, ahead)
+        elif num_groups == 1:
+            _two(xr, x_stride, w, count, yr, 4 * y_stride, br, 4 * bias_stride, rows - half, ahead)
+        else:  # the other group of the block fetches the other half
+            _two_of_two(xr, x_stride, w, count, yr, 4 * y_stride, br, 4 * bias_stride, rows - half, ahead)
+        ahead += STEP_BYTES // 2
+
+
+_compute = make_compute(_tile, TILE, 4, GROUP, True, _begin, _end)
+
+
+@kernel
+def product_amx_bf16(args):
+    _compute(args)
+
+
+AMX = Product(
+    "amx_bf16", product_amx_bf16, TILE, torch.bfloat16, torch.bfloat16, 32, torch.int32, scratch_bytes(TILE) + LINE
+)

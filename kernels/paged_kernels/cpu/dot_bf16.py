@@ -1,0 +1,80 @@
+"""Products of bfloat16 by AVX-512's ``vdpbf16ps``: two products and two additions in each lane of a float32 sum.
+
+Weights lie as pairs that follow each other in K; x is bfloat16, and one of its pairs is spread over a vector. Each sum
+runs over pairs of k in order, stretch by stretch, the bias first. The instruction takes denormal numbers, its sums
+among them, for zero, whatever the processor's modes say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.binding as llvm
+import torch
+from llvmlite import ir
+from numba.core import cgutils
+
+from paged_kernels.cpu.parallel import kernel
+from paged_kernels.cpu.passes import Step, emit_splat, make_passes
+from paged_kernels.cpu.product import Product, make_compute, scratch_bytes
+from paged_kernels.cpu.vectors import inline
+
+LANES = 16  # of the instruction, whatever the width of other kernels' vectors
+ROWS = 8
+STRETCH = 96  # pairs
+
+
+class _BFloat:
+    """LLVM's bfloat, which llvmlite doesn't name: what a vector asks of its elements' type."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+
+_i32 = ir.IntType(32)
+_sums, _ints = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_i32, LANES)
+_pairs = ir.VectorType(_BFloat(), 2 * LANES) if llvm.llvm_version_info >= (16,) else _ints  # what the intrinsic takes
+
+
+def _load(b: Any, pointer: Any) -> Any:
+    return b.bitcast(b.load(b.bitcast(pointer, _ints.as_pointer()), align=4), _pairs)
+
+
+def _spread(b: Any, pointer: Any) -> Any:
+    pair = b.load(b.bitcast(pointer, _i32.as_pointer()), align=2)
+    return b.bitcast(emit_splat(b, pair, LANES), _pairs)
+
+
+def _add(b: Any, x: Any, weights: Any, sums: Any) -> Any:
+    kind = ir.FunctionType(_sums, [_sums, _pairs, _pairs])
+    return b.call(
+        cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512"), [sums, x, weights]
+    )
+
+
+STEP = Step(LANES, ROWS, 4, _load, _spread, _add)
+TILE = STEP.columns
+_passes = make_passes(STEP)
+
+
+@inline
+def _tile(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, total_rows, scratch):
+    start, start_stride = bias, bias_stride
+    for k in range(0, depth, STRETCH):
+        count = min(STRETCH, depth - k)
+        ahead = w + 4 * count * TILE
+        _passes(x + 4 * k, x_stride, w, count, num_rows, y, y_stride, start, start_stride, ahead)
+        start, start_stride, w = y, y_stride, ahead
+
+
+_compute = make_compute(_tile, TILE, 4, ROWS, False)
+
+
+@kernel
+def product_dot_bf16(args):
+    _compute(args)
+
+
+DOT = Product(
+    "avx512_bf16", product_dot_bf16, TILE, torch.bfloat16, torch.bfloat16, 2, torch.int32, scratch_bytes(TILE)
+)

@@ -1,0 +1,67 @@
+"""What the host's processor can do, and which product is taken for it: the one place where that is decided."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+from functools import cache
+
+import llvmlite.binding as llvm
+import torch
+
+from paged_kernels.cpu import amx, dot_bf16, fma
+from paged_kernels.cpu.product import Product
+
+BF16 = (amx.AMX, dot_bf16.DOT, fma.WIDENED)
+"""Products of bfloat16, in the order in which they are asked for."""
+
+_OF = {torch.float32: (fma.FLOAT32,), torch.bfloat16: BF16}
+
+# Processors that spend two cycles on vdpbf16ps and half a cycle on a float32 multiply-add: bfloat16 is faster widened.
+_SLOW_DOT = frozenset({"sapphirerapids", "emeraldrapids", "graniterapids", "graniterapids-d"})
+
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18  # of Linux on x86-64
+
+
+def choose(dtype: torch.dtype, wanted: Product | None = None) -> Product:
+    """The product that this host takes for weights of ``dtype``, for all numbers of rows: two products don't add in
+    the same order, and a row's result must not depend on how many come with it.
+
+    Raises:
+        ValueError: ``wanted`` is for another dtype, or can't run here.
+    """
+    if wanted is None:
+        return next(product for product in _OF[dtype] if can_run(product) and not _is_slow(product))
+    if wanted.dtype is not dtype or not can_run(wanted):
+        raise ValueError(f"{wanted.name!r} for weights of {wanted.dtype} can't compute weights of {dtype} on this host")
+    return wanted
+
+
+def can_run(product: Product) -> bool:
+    """Whether this host has the product's instructions, and may use them."""
+    if product is amx.AMX:
+        return has("amx-tile", "amx-bf16") and _tiles_are_permitted()
+    return product is not dot_bf16.DOT or has("avx512f", "avx512bf16")
+
+
+def has(*features: str) -> bool:
+    """Whether the processor has all of these, as LLVM names them, and the operating system saves their registers."""
+    found = llvm.get_host_cpu_features()
+    return all(found.get(feature) for feature in features)
+
+
+def _is_slow(product: Product) -> bool:
+    by_name = llvm.get_host_cpu_name() in _SLOW_DOT  # where the tiles are hidden; an older LLVM doesn't know the name
+    return product is dot_bf16.DOT and (by_name or has("amx-tile"))
+
+
+@cache
+def _tiles_are_permitted() -> bool:
+    """Ask Linux, once a process, for the right to use AMX's tiles: they make a thread's saved state larger by 8 KiB.
+    It holds for all threads, those that are there included."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    call = ctypes.CDLL(None).syscall
+    call.argtypes, call.restype = [ctypes.c_long] * 3, ctypes.c_long
+    return bool(call(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0)

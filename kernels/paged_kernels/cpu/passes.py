@@ -1,0 +1,152 @@
+"""Sums of a tile held in vector registers: rows of x, each number spread over a vector, meet vectors of weights.
+
+A tile lies as [K, columns], so that one step of k reads whole vectors that lie side by side. While a stretch of a tile
+meets the rows of x, each pass fetches its share of the next stretch: memory and arithmetic are busy at the same time.
+What one step of k does is a ``Step``: fma.py and dot_bf16.py bring theirs. This file knows LLVM; it knows no dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from paged_kernels.cpu.product import LINE
+from paged_kernels.cpu.vectors import inline
+
+VECTORS = 3  # vectors side by side in a tile
+
+_f32, _i32, _i64, _byte = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of k: four bytes of each row of x, and ``columns`` elements of weights."""
+
+    lanes: int  # float32 sums in a vector
+    rows: int  # of x in registers: rows * VECTORS sums, VECTORS weights and one x
+    weight_bytes: int  # of one element
+    load: Callable[[Any, Any], Any]  # builder, pointer to bytes -> a vector of weights
+    spread: Callable[[Any, Any], Any]  # builder, pointer to bytes -> a vector, all of whose lanes are the x there
+    add: Callable[[Any, Any, Any, Any], Any]  # builder, x, weights, sums -> sums
+
+    @property
+    def columns(self) -> int:
+        return VECTORS * self.lanes
+
+
+def make_passes(step: Step) -> Any:
+    """``passes(x, xs, w, count, num_rows, y, ys, start, ss, ahead)``: all rows of a block meet one stretch of a tile.
+    ``ahead``: the stretch to fetch meanwhile."""
+    most, width = step.rows, step.columns * step.weight_bytes  # bytes of weights in one step of k
+    many, few = -(-width // LINE), 1
+    full_many, full_few = make_pass(step, most, many), make_pass(step, most, few)
+    rest = [None] + [make_pass(step, rows, many) for rows in range(1, most)]
+    r1, r2, r3 = rest[1:4]
+    r4, r5, r6, r7 = rest[4:] or [r3] * 4  # with four rows in registers there are never more than three left
+
+    @inline
+    def passes(x, x_stride, w, count, num_rows, y, y_stride, start, start_stride, ahead):
+        share = -(-width // -(-num_rows // most))  # bytes fetched at each step of k
+        row = 0
+        while row < num_rows:
+            left = num_rows - row
+            xr, yr, sr = x + row * x_stride, y + 4 * row * y_stride, start + 4 * row * start_stride
+            if left >= most:
+                if num_rows <= 2 * most:
+                    full_many(xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share)
+                else:
+                    full_few(xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share)
+            elif left == 1:
+                r1(xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share)
+            elif left == 2:
+                r2(xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share)
+            elif left == 3:
+                r3(xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share)
+            elif left == 4:
+                r4(xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share)
+            elif left == 5:
+                r5(xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share)
+            elif left == 6:
+                r6(xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share)
+            else:
+                r7(xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share)
+            row += most
+            ahead += share * count
+
+    return passes
+
+
+def make_pass(step: Step, rows: int, num_prefetches: int) -> Any:
+    """``(x, x_stride, w, count, y, y_stride, start, start_stride, ahead, ahead_step)``: y = start + x @ w for ``rows``
+    rows and one tile; ``count`` steps of k. Addresses; strides of x and ahead_step count bytes, others elements."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit_pass(step, rows, num_prefetches, builder, args)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def one_pass(typingctx, x, x_stride, w, count, y, y_stride, start, start_stride, ahead, ahead_step):
+        return types.void(*[types.int64] * 10), codegen
+
+    return one_pass
+
+
+def emit_pass(step: Step, rows: int, num_prefetches: int, b: Any, args: Any) -> None:
+    x, x_stride, w, count, y, y_stride, start, start_stride, ahead, ahead_step = args
+    sums_type = ir.VectorType(_f32, step.lanes)
+
+    def after(base: Any, num_bytes: Any, kind: Any = _byte) -> Any:
+        return b.inttoptr(b.add(base, num_bytes), kind)
+
+    def cell(base: Any, stride: Any, row: int, vector: int) -> Any:
+        floats = b.add(b.mul(stride, _i64(row)), _i64(vector * step.lanes))
+        return after(base, b.mul(floats, _i64(4)), sums_type.as_pointer())
+
+    cells = [(m, v) for m in range(rows) for v in range(VECTORS)]
+    nothing = ir.Constant(sums_type, [ir.Constant(_f32, 0.0)] * step.lanes)
+    lines = [b.add(x, b.mul(x_stride, _i64(m))) for m in range(rows)]
+    before, loop, done = b.block, b.append_basic_block("k"), b.append_basic_block("done")
+    b.branch(loop)
+    b.position_at_end(loop)
+    k, near = b.phi(_i64), b.phi(_i64)
+    sums = {each: b.phi(sums_type) for each in cells}
+    at = b.mul(k, _i64(step.columns * step.weight_bytes))
+    vector_bytes = step.lanes * step.weight_bytes
+    weights = [step.load(b, after(w, b.add(at, _i64(v * vector_bytes)))) for v in range(VECTORS)]
+    for n in range(num_prefetches):
+        emit_prefetch(b, b.add(near, _i64(n * LINE)))
+    new = {}
+    for m in range(rows):
+        left = step.spread(b, after(lines[m], b.mul(k, _i64(4))))
+        for v in range(VECTORS):
+            new[m, v] = step.add(b, left, weights[v], sums[m, v])
+    next_k = b.add(k, _i64(1))
+    phis = [(k, _i64(0), next_k), (near, ahead, b.add(near, ahead_step)), *((sums[c], nothing, new[c]) for c in cells)]
+    for phi, initial, update in phis:
+        phi.add_incoming(initial, before)
+        phi.add_incoming(update, loop)
+    b.cbranch(b.icmp_signed("<", next_k, count), loop, done)
+    b.position_at_end(done)
+    for m, v in cells:
+        total = b.fadd(b.load(cell(start, start_stride, m, v), align=4), new[m, v])
+        b.store(total, cell(y, y_stride, m, v), align=4)
+
+
+def emit_prefetch(b: Any, address: Any) -> None:
+    """Ask memory for the line at an address, for the second nearest cache."""
+    kind = ir.FunctionType(ir.VoidType(), [_byte, _i32, _i32, _i32])
+    fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+    b.call(fetch, [b.inttoptr(address, _byte), _i32(0), _i32(2), _i32(1)])
+
+
+def emit_splat(b: Any, scalar: Any, lanes: int) -> Any:
+    kind = ir.VectorType(scalar.type, lanes)
+    undefined = ir.Constant(kind, ir.Undefined)
+    one = b.insert_element(undefined, scalar, _i32(0))
+    return b.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(_i32, lanes), [0] * lanes))
