@@ -111,6 +111,18 @@ def test_several_layers_and_gated_pairs_come_out_as_one_by_one(product):
 
 
 @products
+@pytest.mark.parametrize("columns", [48, 50, 96])
+def test_a_residual_is_added_to_the_rounded_result_as_a_module_would_add_it(columns, product):
+    packed = PackedLinear([draw(columns, 70)], [draw(columns, seed=1)], product=product)
+    for rows in (1, 7, 33, 100):
+        x, residual = draw(2, rows, 70, seed=rows), draw(2, rows, columns, seed=rows + 1)
+        assert torch.equal(packed(x, residual=residual), packed(x) + residual)
+        apart = draw(2, rows, columns + 3, seed=9)[..., 3:]
+        assert torch.equal(packed(x, residual=apart), packed(x) + apart)
+        assert torch.equal(packed(x, torch.float32, residual), packed(x, torch.float32) + residual)
+
+
+@products
 def test_float32_rows_are_rounded_where_the_instructions_take_bfloat16(product):
     weight, x = draw(40, 64), torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     packed = PackedLinear([weight], [None], product=product)

@@ -69,11 +69,17 @@ class PackedLinear:
     def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None, residual: Tensor | None = None) -> Tensor:
         """x of the weights' dtype or float32; sums are in float32; the result as x, or as asked of the two.
 
-        ``residual [..., N]`` is added to it.
+        ``residual [..., N]`` is added to it: to float32 sums, or, where the result is bfloat16, to what they were
+        rounded to.
         """
-        if residual is not None and not self._can_start_from(residual):
-            return self(x, out_dtype) + residual
         out = torch.empty(*x.shape[:-1], self.num_columns, dtype=out_dtype or x.dtype, device="cpu")
+        if residual is None:
+            return self._into(out, x, 0, 0)
+        start = self._takes(residual, out)
+        return self._into(out, x, 0, 0) + residual if start is None else self._into(out, x, *start)
+
+    def _into(self, out: Tensor, x: Tensor, start: int, addend: int) -> Tensor:
+        """Fill ``out``; the addresses of what sums start from in place of a bias, and of what is added: see _takes."""
         num_rows = out.numel() // self.num_columns
         if num_rows == 0:
             return out
@@ -81,10 +87,10 @@ class PackedLinear:
         num_threads = torch.get_num_threads()
         space = _workspace(num_threads, self.product.scratch_bytes)
         weight, bias = self._addresses
-        start, stride = (bias, 0) if residual is None else (residual.data_ptr(), self.num_columns)
         space.fill(
-            rows.data_ptr(), rows.stride(0) * rows.element_size(), weight, start, stride, out.data_ptr(),
-            self.num_columns, num_rows, self.num_columns, self._units, self._gated, out.dtype is torch.bfloat16,
+            rows.data_ptr(), rows.stride(0) * rows.element_size(), weight, start or bias,
+            self.num_columns if start else 0, out.data_ptr(), self.num_columns, num_rows, self.num_columns, self._units,
+            self._gated, out.dtype is torch.bfloat16, addend,
         )  # fmt: skip
         self.product.kernel(space.address, num_threads)
         return out
@@ -108,10 +114,15 @@ class PackedLinear:
         pairs = product.element.itemsize // weight.element_size()
         return (weight if weight.storage_offset() % pairs == 0 else weight.clone()).view(product.element)
 
-    def _can_start_from(self, residual: Tensor) -> bool:
-        """Whether the kernel's sums can start from it as they do from a bias: whole tiles, and no bias besides."""
+    def _takes(self, residual: Tensor, out: Tensor) -> tuple[int, int] | None:
+        """A residual's address, for sums that start from it as they do from a bias (whole tiles, and no bias
+        besides), and for results that it is added to. None if the kernel can do neither."""
+        if residual.dtype is not out.dtype or residual.shape != out.shape or not residual.is_contiguous():
+            return None
+        if out.dtype is torch.bfloat16:
+            return 0, residual.data_ptr()
         whole = self.num_columns % self.product.columns == 0 and not self._gated and not self._has_bias
-        return whole and residual.dtype is torch.float32 and residual.is_contiguous()
+        return (residual.data_ptr(), 0) if whole else None
 
 
 def warm_up(dtype: torch.dtype, progress: Callable[[str, int, int], None] | None = None) -> None:

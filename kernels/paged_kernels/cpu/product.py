@@ -21,6 +21,7 @@ from paged_kernels.cpu.vectors import (
     LANES,
     fetch_add,
     inline,
+    load_bf16,
     load_f32,
     load_i64,
     store_bf16,
@@ -29,7 +30,9 @@ from paged_kernels.cpu.vectors import (
     vdiv,
     vexp2,
     vload,
+    vload_bf16,
     vmul,
+    vround_bf16,
     vselect_less,
     vsplat,
     vstore,
@@ -39,10 +42,11 @@ from paged_kernels.cpu.vectors import (
 BLOCK = 64  # rows of x for which one thread computes one tile
 LINE = 64  # bytes
 
-# The kernels' array of int64. Strides of x count bytes, others elements. The counters: one a thread, each in a cache
+# The kernels' array of int64. Strides of x count bytes, others elements. RESIDUAL: 0, or what is added to the rounded
+# result; it lies as y does. The counters: one a thread, each in a cache
 # line of its own, then the thread's number.
-(X, X_STRIDE, WEIGHT, BIAS, BIAS_STRIDE, Y, Y_STRIDE, NUM_ROWS, NUM_COLUMNS, DEPTH, GATED, OUT_BF16, NUM_THREADS,
- SCRATCH, SCRATCH_STRIDE, TICKET, COUNTERS) = range(17)  # fmt: skip
+(X, X_STRIDE, WEIGHT, BIAS, BIAS_STRIDE, Y, Y_STRIDE, NUM_ROWS, NUM_COLUMNS, DEPTH, GATED, OUT_BF16, RESIDUAL,
+ NUM_THREADS, SCRATCH, SCRATCH_STRIDE, TICKET, COUNTERS) = range(18)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def make_compute(
         even: whether all groups are about as large, rather than all but the last of them full.
         begin, end: what each thread does before and after its items: ``begin(total_rows, scratch)``, ``end()``.
     """
-    write_out, gate_in_place = _make_write_out(columns), _make_gate(columns)
+    write_out, gate_in_place, add_rounded = _make_write_out(columns), _make_gate(columns), _make_add_rounded(columns)
     sums_bytes = scratch_bytes(columns)
 
     @inline
@@ -122,7 +126,8 @@ def make_compute(
                 rows = first_row(num_rows, num_groups, num_groups * (block + 1) // num_blocks) - row
                 width = min(columns, num_columns - column)
                 x = load_i64(args, X) + row * x_stride
-                y = load_i64(args, Y) + out_bytes * (row * y_stride + column)
+                place = out_bytes * (row * y_stride + column)
+                y, residual = load_i64(args, Y) + place, load_i64(args, RESIDUAL)
                 part = num_parts * (item // num_blocks)
                 w, bias_stride = load_i64(args, WEIGHT) + part * tile_bytes, load_i64(args, BIAS_STRIDE)
                 bias = load_i64(args, BIAS) + 4 * (part * columns + row * bias_stride)
@@ -134,7 +139,10 @@ def make_compute(
                         w, bias, up = w + tile_bytes, bias + 4 * columns, sums + 4 * columns
                         tile(x, x_stride, w, depth, rows, up, 2 * columns, bias, bias_stride, num_rows, scratch)
                         gate_in_place(sums, rows)
-                    write_out(sums, rows, width, y, y_stride, out_bf16)
+                    if residual:
+                        add_rounded(sums, rows, width, residual + place, y, y_stride)
+                    else:
+                        write_out(sums, rows, width, y, y_stride, out_bf16)
         end()
 
     return compute
@@ -162,6 +170,24 @@ def _make_write_out(columns: int) -> Any:
                 column += 1
 
     return write_out
+
+
+def _make_add_rounded(columns: int) -> Any:
+    @inline
+    def add_rounded(sums, num_rows, num_columns, residual, y, y_stride):
+        """Sums, rounded to bfloat16, and the residual, which lies as y does; to y. As two modules would round."""
+        for row in range(num_rows):
+            at, column = row * y_stride, 0
+            while column + LANES <= num_columns:
+                value = vround_bf16(vload(sums, row * 2 * columns + column))
+                vstore_bf16(y, at + column, vadd(vload_bf16(residual, at + column), value))
+                column += LANES
+            while column < num_columns:
+                store_bf16(y, at + column, load_f32(sums, row * 2 * columns + column))
+                store_bf16(y, at + column, load_bf16(residual, at + column) + load_bf16(y, at + column))
+                column += 1
+
+    return add_rounded
 
 
 def _make_gate(columns: int) -> Any:

@@ -42,6 +42,17 @@ def test_a_layer_made_as_llamas_are_is_stood_for_and_others_are_not(
     assert tokens == stock(model, prompts, 12)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_layers_of_bfloat16_are_stood_for_too_and_differ_by_rounding(
+    family: str, tiny: Any, paged: Any, prompts: Any
+) -> None:
+    model = tiny(family).bfloat16()
+    taken = HFPagedModel(model)
+    tokens = paged(fast_engine(taken), prompts, 12)
+    assert layers_stood_for(taken) == 4
+    assert assert_rows(model, prompts, tokens, max_new_tokens=12) >= 12
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_changed_weights_of_16_bits_are_in_the_next_answer(dtype: str, tiny: Any, paged: Any, prompts: Any) -> None:
     model = tiny("llama").to(HALVES[dtype])
