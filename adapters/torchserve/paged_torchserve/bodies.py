@@ -51,7 +51,7 @@ class Form(NamedTuple):
     last_event: bytes
 
 
-class Request(NamedTuple):
+class FrontendRequest(NamedTuple):
     """One request as TorchServe hands it over."""
 
     id: str
@@ -87,14 +87,14 @@ _ROUTES: Mapping[str, tuple[_MakeCall, Form]] = {
 }
 
 
-def error_form(request: Request) -> Form:
+def error_form(request: FrontendRequest) -> Form:
     """The Form for what is wrong with ``request`` before it has been read."""
     if request.route.startswith("v1"):
         return OPENAI
     return TGI if request.route else TEXT
 
 
-def read_call(request: Request, served: ServedModel, settings: Settings) -> tuple[Call, Form]:
+def read_call(request: FrontendRequest, served: ServedModel, settings: Settings) -> tuple[Call, Form]:
     """
     Raises:
         CallError, ProtocolError: it can't be served.

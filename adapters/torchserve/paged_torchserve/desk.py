@@ -19,7 +19,7 @@ from typing import Any
 from paged_serving import Call, ServedModel
 
 from paged_core import AsyncEngine, hookimpl
-from paged_torchserve.bodies import Form, Request, error_form, read_call
+from paged_torchserve.bodies import Form, FrontendRequest, error_form, read_call
 from paged_torchserve.errand import Errand
 from paged_torchserve.replies import MESSAGE_BYTES, Message, Reply
 from paged_torchserve.settings import Settings
@@ -66,7 +66,7 @@ class Desk:
         """How long TorchServe has not called; 0 during a call."""
         return 0.0 if self._in_step.locked() else time.monotonic() - self._last_call
 
-    def step(self, requests: Sequence[Request]) -> list[Message]:
+    def step(self, requests: Sequence[FrontendRequest]) -> list[Message]:
         """One message for each of ``requests``, in their order."""
         with self._in_step:
             try:
@@ -98,7 +98,7 @@ class Desk:
         self._loop.run_until_complete(self._loop.shutdown_default_executor())
         self._loop.close()
 
-    async def _step(self, requests: Sequence[Request]) -> list[Message]:
+    async def _step(self, requests: Sequence[FrontendRequest]) -> list[Message]:
         for gone in self._open.keys() - {request.id for request in requests}:
             self._forget(gone)
         for request in requests:
@@ -111,7 +111,7 @@ class Desk:
                 self._forget(request.id)
         return messages
 
-    def _begin(self, request: Request) -> Errand:
+    def _begin(self, request: FrontendRequest) -> Errand:
         form = error_form(request)
         reply = Reply(form.content_type, self._max_bytes, begun=request.is_orphan)
         errand = Errand(partial(self._read, request), form, self._engine, reply, self._news.set, self._compilers)
@@ -119,7 +119,7 @@ class Desk:
             errand.fail(self._failure)
         return errand
 
-    def _read(self, request: Request) -> tuple[Call, Form]:
+    def _read(self, request: FrontendRequest) -> tuple[Call, Form]:
         return read_call(request, self._served, self._settings)
 
     async def _wait_for_news(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from paged_serving import RequestLimits, ServedModel, quiet_imports
 
-from paged_torchserve.bodies import Request
+from paged_torchserve.bodies import FrontendRequest
 from paged_torchserve.desk import Admissions, Desk
 from paged_torchserve.metrics import TorchServeMetrics
 from paged_torchserve.opening import open_engine
@@ -47,7 +47,7 @@ class PagedHandler:
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """One step: the requests TorchServe holds in, news for each of them out."""
         requests = [
-            Request(context.get_request_id(index), parts, context.get_all_request_header(index))
+            FrontendRequest(context.get_request_id(index), parts, context.get_all_request_header(index))
             for index, parts in enumerate(data)
         ]
         messages = self._desk.step(requests)

@@ -40,7 +40,7 @@ class Recorder:
 
 def prepared(model: Any, **options: Any) -> Prepared:
     recorder = Recorder(model)
-    seen = loops.view(model, recorder)
+    seen = loops.twin(model, recorder)
     type(seen).generate(seen, IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2, pad_token_id=0, **options)
     return replace(recorder.calls[0], rest=upstream.with_cache(recorder.calls[0].rest, DynamicCache()))
 

@@ -1,4 +1,4 @@
-"""Call: what a caller's thread and the engine's thread have in common for one generate() call."""
+"""EngineCall: what a caller's thread and the engine's thread have in common for one generate() call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class NotStarted(Exception):
     """The engine can't take a call, of which nothing has happened yet. ``__cause__`` says why, or else the message."""
 
 
-class Call:
+class EngineCall:
     """Rows of one generate() call. ``enter`` and ``take`` run in the engine's thread; ``wait`` in the caller's."""
 
     def __init__(self, padded: bool) -> None:

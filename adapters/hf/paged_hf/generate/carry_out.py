@@ -77,7 +77,7 @@ def _in_lockstep(call: Prepared, host: EngineHost, drops_ended: bool) -> Any:
     rows = lockstep.EngineRows(host, unpadded(call), call.prompts.shape[1], max_tokens)
     try:
         criteria = lockstep.Ended(call.criteria, rows) if drops_ended else None
-        seen = lockstep.view(call.model, rows)
+        seen = lockstep.twin(call.model, rows)
         result = call.run(seen, criteria=criteria, cache=rows if call.uses_cache else None)
         note(Report("native", call.name, call.num_rows, None, *rows.num_blocks))
         if upstream.cache_in_result(result) is rows:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from paged_core import Engine, FinishReason, Greedy, Request, RequestError, RequestOutput, SamplingParams
-from paged_hf.generate.calls import Call, NotStarted, check_length, check_tokens
+from paged_hf.generate.calls import EngineCall, NotStarted, check_length, check_tokens
 from paged_hf.generate.host import EngineHost
 
 # Stock's choice. The engine's own sampler would let plugins have a say, which stock's users haven't asked for. One for
@@ -20,7 +20,7 @@ from paged_hf.generate.host import EngineHost
 _GREEDY = Greedy()
 
 
-class FreeCall(Call):
+class FreeCall(EngineCall):
     """Greedy continuations of some prompts, at most ``max_tokens`` each, up to one of ``eos``."""
 
     def __init__(

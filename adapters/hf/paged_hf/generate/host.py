@@ -26,7 +26,7 @@ from paged_core import (
     ThreadPolicy,
     release_helper_threads,
 )
-from paged_hf.generate.calls import Call, NotStarted
+from paged_hf.generate.calls import EngineCall, NotStarted
 from paged_hf.model.paged_model import HFPagedModel
 
 _PATIENCE = 0.25  # of a step's time: how long the next step waits for callers that are choosing their tokens
@@ -51,8 +51,8 @@ class EngineHost(ThreadPolicy):
         self._exiting = False
         # The thread's own while it runs:
         self.engine: Engine | None = None
-        self._owners: dict[Request, Call] = {}
-        self._choosing: set[Call] = set()  # have logits, and are about to bring tokens
+        self._owners: dict[Request, EngineCall] = {}
+        self._choosing: set[EngineCall] = set()  # have logits, and are about to bring tokens
 
     # ---- callers -------------------------------------------------------------------------------------------------
 
@@ -75,7 +75,7 @@ class EngineHost(ThreadPolicy):
             self._callers.discard(caller)
             self._here.caller = before
 
-    def open(self, call: Call) -> None:
+    def open(self, call: EngineCall) -> None:
         """Add the call's rows to the running batch. ``call.wait`` raises what stands in the way.
 
         Raises:
@@ -92,7 +92,7 @@ class EngineHost(ThreadPolicy):
         except (RuntimeError, EngineDeadError) as error:  # too many threads; or nobody gives the lock back
             raise NotStarted(f"the engine has no thread: {error}") from error
 
-    def post(self, call: Call, command: Callable[[Engine], None]) -> None:
+    def post(self, call: EngineCall, command: Callable[[Engine], None]) -> None:
         """Have ``command`` run between two steps. ``call.wait`` raises what it raises."""
 
         def run() -> None:
@@ -105,7 +105,7 @@ class EngineHost(ThreadPolicy):
 
         self._thread.post(run)
 
-    def close(self, call: Call) -> None:
+    def close(self, call: EngineCall) -> None:
         """Cancel what still runs of a call. If no other one is open, the thread has ended on return."""
         try:
             self._close(call)
@@ -113,7 +113,7 @@ class EngineHost(ThreadPolicy):
             self._close(call)
             raise
 
-    def _close(self, call: Call) -> None:
+    def _close(self, call: EngineCall) -> None:
         self._thread.leave(call, partial(self._end, call))
         self._thread.wait_until_free()
 
@@ -130,7 +130,7 @@ class EngineHost(ThreadPolicy):
 
     # ---- in the engine's thread ----------------------------------------------------------------------------------
 
-    def handed(self, call: Call) -> None:
+    def handed(self, call: EngineCall) -> None:
         """The call has its logits: its tokens will come soon."""
         self._choosing.add(call)
 
@@ -169,7 +169,7 @@ class EngineHost(ThreadPolicy):
             call.tell(error)
         self._owners.clear()
 
-    def _admit(self, call: Call) -> None:
+    def _admit(self, call: EngineCall) -> None:
         try:
             if call not in self._thread.holders:
                 raise NotStarted("the engine's thread has ended")
@@ -187,7 +187,7 @@ class EngineHost(ThreadPolicy):
         except BaseException as error:  # whatever it is, the call waits for an answer
             call.tell(error)
 
-    def _enter(self, call: Call) -> None:
+    def _enter(self, call: EngineCall) -> None:
         assert self.engine is not None
         call.engine = self.engine  # also if it fails halfway: leave() is called
         call.rows = call.enter(self.engine, str(next(self._numbers)))
@@ -198,7 +198,7 @@ class EngineHost(ThreadPolicy):
         self.paged_model = HFPagedModel(self._model)
         return Engine(self.paged_model, self._config)
 
-    def _end(self, call: Call) -> None:
+    def _end(self, call: EngineCall) -> None:
         self._choosing.discard(call)
         if call.engine is None or call.engine is not self.engine:
             return  # it never entered, or went down with an engine that is no more

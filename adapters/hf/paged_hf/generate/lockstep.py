@@ -29,13 +29,13 @@ from paged_core import (
     UnsupportedModel,
 )
 from paged_hf import upstream
-from paged_hf.generate import views
-from paged_hf.generate.calls import Call, NotStarted, check_length, check_tokens
+from paged_hf.generate import twins
+from paged_hf.generate.calls import EngineCall, NotStarted, check_length, check_tokens
 from paged_hf.generate.host import EngineHost
 from paged_hf.model.rounding import allowed_beside, difference, narrow_dtype, reading, tolerance
 
 
-class LockstepCall(Call, TokenSelector):
+class LockstepCall(EngineCall, TokenSelector):
     """A group of rows whose tokens the caller chooses. It is the group's own selector.
 
     A prompt is a list of token ids, or embeddings ``[n, hidden]``.
@@ -218,10 +218,10 @@ class Ended(StoppingCriteriaList):  # type: ignore[misc]
         return ended
 
 
-def view(model: Any, rows: EngineRows) -> Any:
+def twin(model: Any, rows: EngineRows) -> Any:
     """The model, its calls answered by the engine."""
     kind: type = type(model)
-    return views.view(model, _answered(kind), rows)
+    return twins.twin(model, _answered(kind), rows)
 
 
 @functools.cache
@@ -235,7 +235,7 @@ def _answered(kind: type) -> type:
         self._paged_part.reorder_cache(beam_idx)
         return cache
 
-    return views.subclass(kind, upstream.answering(call, reorder_cache))
+    return twins.subclass(kind, upstream.answering(call, reorder_cache))
 
 
 def keeps_stocks_kv(model: Any, host: EngineHost) -> bool:

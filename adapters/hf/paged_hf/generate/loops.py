@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from paged_hf import upstream
-from paged_hf.generate import views
+from paged_hf.generate import twins
 from paged_hf.generate.prepared import Prepared
 
 
@@ -26,10 +26,10 @@ class Answering(Protocol):
         """What the loop is to return."""
 
 
-def view(model: Any, answering: Answering) -> Any:
+def twin(model: Any, answering: Answering) -> Any:
     """The model with decoding loops of ours."""
     kind: type = type(model)
-    return views.view(model, _loops_of(kind), answering)
+    return twins.twin(model, _loops_of(kind), answering)
 
 
 def custom_loop(custom: Callable[..., Any], answering: Answering) -> Callable[..., Any]:
@@ -42,7 +42,7 @@ def _loops_of(kind: type) -> type:
     own: dict[str, Any] = {
         name: _instead_of(name, getattr(kind, name)) for name in upstream.LOOPS if hasattr(kind, name)
     }
-    return views.subclass(kind, own | {"forward": views.ToldForward(kind)})
+    return twins.subclass(kind, own | {"forward": twins.ToldForward(kind)})
 
 
 def _instead_of(name: str, stock: Callable[..., Any], always: Answering | None = None) -> Callable[..., Any]:

@@ -83,7 +83,7 @@ class PagedGenerate:
             return self._as_stock(args, kwargs, decision.reason)
         if callable(kwargs.get("custom_generate")):
             kwargs["custom_generate"] = loops.custom_loop(kwargs["custom_generate"], self.tiers)
-        return type(self.model).generate(loops.view(self.model, self.tiers), *args, **kwargs)
+        return type(self.model).generate(loops.twin(self.model, self.tiers), *args, **kwargs)
 
     def _asked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Asked:
         return Asked(self.model, args, kwargs, as_stock=getattr(self._here, "paused", False))

@@ -69,7 +69,7 @@ def _obstacle(tiers: Tiers, model: nn.Module, question: _Question) -> str | None
     forget()
     alone = Tiers(model, tiers.host, strict_memory=False)
     alone.dropped = dict(tiers.dropped)
-    question.put_plainly_to(loops.view(model, alone))
+    question.put_plainly_to(loops.twin(model, alone))
     report = last_report()
     if report is None:
         return "stock's generate() calls none of the decoding loops that are known"
@@ -87,7 +87,7 @@ class _Beside:
         """Logits ``[steps, rows, vocab]`` of stock's."""
         self.same = False
         try:
-            return question.put_to(loops.view(self.model, self))
+            return question.put_to(loops.twin(self.model, self))
         except Exception:  # stock itself will say whether that is its own failure
             self.same = False
             return question.put_to(self.model)
@@ -115,7 +115,7 @@ def _try(tiers: Tiers, model: Any, tier: Tier, ask: Callable[[int], _Trial]) -> 
     for seed in range(_NUM_TRIES):
         trial = ask(seed)
         try:
-            got = trial.question.put_to(loops.view(model, alone), use_cache=tier == "cache")
+            got = trial.question.put_to(loops.twin(model, alone), use_cache=tier == "cache")
         except Exception as error:
             why = f"it fails on a plain prompt: {error!r}"
             break
@@ -184,7 +184,7 @@ class _Question:
         return cls(ids[:, :length], mask, ids[:, length:])
 
     def put_to(self, seen: Any, use_cache: bool = True) -> Tensor:
-        """Logits ``[steps, rows, vocab]`` of the model, or of a view of it. The engine always has a cache, and which
+        """Logits ``[steps, rows, vocab]`` of the model, or of a twin of it. The engine always has a cache, and which
         one comes back is not of interest."""
         output = type(seen).generate(
             seen,

@@ -1,6 +1,6 @@
 """A model under another class: the same ``__dict__``, nothing copied, and some methods of ours.
 
-Stock's code looks methods up in the class of the model (``type(self)._sample``, ``self(...)``). A view lets it find
+Stock's code looks methods up in the class of the model (``type(self)._sample``, ``self(...)``). A twin lets it find
 others there for one call, while the user's object stays as it is and other threads may use it.
 """
 
@@ -15,14 +15,14 @@ from torch import nn
 
 
 def subclass(kind: type, own: dict[str, Any]) -> type:
-    """``kind`` with ``own`` methods, whose ``self._paged_part`` is what ``view`` was given."""
-    # A view must keep its model alive: from Python 3.13 on, a dict that two objects share is its owner's to clear.
+    """``kind`` with ``own`` methods, whose ``self._paged_part`` is what ``twin`` was given."""
+    # A twin must keep its model alive: from Python 3.13 on, a dict that two objects share is its owner's to clear.
     own = own | {"__slots__": ("_paged_model", "_paged_part"), "__module__": kind.__module__}
     return type(kind)(kind.__name__, (kind,), own | {"__qualname__": kind.__qualname__})
 
 
 class ToldForward:
-    """The forward of a class, for a view of it. Stock's generate() asks for its signature five times in a call, and
+    """The forward of a class, for a twin of it. Stock's generate() asks for its signature five times in a call, and
     each time Python works it out anew: here it is known."""
 
     def __init__(self, kind: Any) -> None:
@@ -40,7 +40,7 @@ class ToldForward:
         return forward
 
 
-def view(model: nn.Module, made: type, part: Any) -> Any:
+def twin(model: nn.Module, made: type, part: Any) -> Any:
     """``model`` as an instance of ``made``, a ``subclass`` of its own class."""
     seen: Any = object.__new__(made)
     object.__setattr__(seen, "__dict__", model.__dict__)

@@ -26,7 +26,7 @@ def model(tiny: Any) -> Any:
 
 
 def test_a_views_forward_is_the_models(model: Any) -> None:
-    seen, ids = loops.view(model, Nobody()), torch.tensor([[5, 6, 7]])
+    seen, ids = loops.twin(model, Nobody()), torch.tensor([[5, 6, 7]])
     assert torch.equal(seen.forward(ids).logits, model.forward(ids).logits)
     assert torch.equal(seen(ids).logits, model(ids).logits)
 
@@ -40,7 +40,7 @@ def test_a_views_forward_has_the_signature_of_the_models_at_any_time(
     def of_the_model(input_ids: Tensor, taste: str = "sweet") -> None:
         pass
 
-    seen = loops.view(model, Nobody())
+    seen = loops.twin(model, Nobody())
     usual = inspect.signature(model.forward)
     assert inspect.signature(seen.forward) == usual and "input_ids" in usual.parameters
     with monkeypatch.context() as patch:
