@@ -17,7 +17,7 @@ from paged_core.errors import (
     UnsupportedModel,
 )
 from paged_core.hookspecs import Commands, hookimpl
-from paged_core.scheduling.block_pool import BlockPool
+from paged_core.scheduling.block_pool import BlockContent, BlockPool
 from paged_core.scheduling.block_table import BlockTable
 from paged_core.scheduling.params import LogitsProcessor, SamplingParams
 from paged_core.scheduling.policies import SchedulingPolicy
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from paged_core.engine.openmp import release_helper_threads
     from paged_core.engine.view import BlockCells, EngineView, MemoryUse
     from paged_core.execution.batch import AttentionMetadata
+    from paged_core.execution.fingerprint import fingerprint
     from paged_core.execution.kv_cache import KVCache
     from paged_core.execution.model import (
         Attend,
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from paged_core.text.detokenizer import Detokenizer
     from paged_core.text.outputs import CompletionOutput, GenerationOutput, StreamDelta, TokenLogprobs
     from paged_core.text.prompts import encode_prompt
+    from paged_core.tiers.stats import OffloadingStats, TierStats
+    from paged_core.tiers.tier import BlockLayout, Fetch, OffloadTier, Piece
 
 __version__ = "0.2.0"
 
@@ -59,11 +62,13 @@ _LAZY = {
     "AttentionBackend": "execution.model",
     "AttentionMetadata": "execution.batch",
     "BlockCells": "engine.view",
+    "BlockLayout": "tiers.tier",
     "CompletionOutput": "text.outputs",
     "Detokenizer": "text.detokenizer",
     "Engine": "engine.engine",
     "EngineThread": "frontends.engine_thread",
     "EngineView": "engine.view",
+    "Fetch": "tiers.tier",
     "GenerationOutput": "text.outputs",
     "Greedy": "sampling.sampler",
     "KVCache": "execution.kv_cache",
@@ -73,7 +78,10 @@ _LAZY = {
     "MemoryUse": "engine.view",
     "ModelSpec": "execution.spec",
     "ModuleForward": "execution.model",
+    "OffloadTier": "tiers.tier",
+    "OffloadingStats": "tiers.stats",
     "PagedModel": "execution.model",
+    "Piece": "tiers.tier",
     "Prompt": "text.codec",
     "RequestSampler": "execution.model",
     "RequestStatus": "scheduling.request",
@@ -81,10 +89,12 @@ _LAZY = {
     "StreamDelta": "text.outputs",
     "TextCodec": "text.codec",
     "ThreadPolicy": "frontends.thread_policy",
+    "TierStats": "tiers.stats",
     "TokenLogprobs": "text.outputs",
     "TokenSelector": "execution.model",
     "WatchedTensors": "execution.watched",
     "encode_prompt": "text.prompts",
+    "fingerprint": "execution.fingerprint",
     "prepare_params": "text.codec",
     "release_helper_threads": "engine.openmp",
 }
@@ -96,6 +106,8 @@ __all__ = [
     "AttentionBackend",
     "AttentionMetadata",
     "BlockCells",
+    "BlockContent",
+    "BlockLayout",
     "BlockPool",
     "BlockTable",
     "Commands",
@@ -109,6 +121,7 @@ __all__ = [
     "EngineSizes",
     "EngineThread",
     "EngineView",
+    "Fetch",
     "FinishReason",
     "GenerationOutput",
     "Greedy",
@@ -121,8 +134,11 @@ __all__ = [
     "MemoryUse",
     "ModelSpec",
     "ModuleForward",
+    "OffloadTier",
+    "OffloadingStats",
     "PagedCoreError",
     "PagedModel",
+    "Piece",
     "PluginError",
     "Prompt",
     "ReentryError",
@@ -140,12 +156,14 @@ __all__ = [
     "StreamDelta",
     "TextCodec",
     "ThreadPolicy",
+    "TierStats",
     "TokenLogprobs",
     "TokenSelector",
     "UnsupportedModel",
     "WatchedTensors",
     "__version__",
     "encode_prompt",
+    "fingerprint",
     "hookimpl",
     "prepare_params",
     "release_helper_threads",

@@ -65,6 +65,15 @@ class EngineConfig:
     enable_prefix_caching: bool = _option(
         True, "keep the K/V of prompts for others that begin alike", "yes", "--no-prefix-caching"
     )
+    kv_disk_path: str | None = _option(
+        None, "folder for K/V that outlive memory and restarts; processes may share it", "none", "--kv-disk", "DIR"
+    )
+    kv_disk_bytes: int | None = _option(
+        None, "bytes that the folder's files may take", "10 GiB", "--kv-disk-bytes", "N"
+    )
+    kv_host_bytes: int | None = _option(
+        None, "bytes of host memory for K/V that a GPU's memory has no room for", "none", "--kv-host-bytes", "N"
+    )
     scheduling_policy: str = _option(
         "fcfs", "who runs first: fcfs, priority, or a plugin's own", "fcfs", "--scheduling-policy", "NAME"
     )
@@ -94,7 +103,13 @@ class EngineConfig:
             "max_num_batched_tokens",
             "max_model_len",
             "max_prompt_logprob_rows",
+            "kv_disk_bytes",
+            "kv_host_bytes",
         )
+        if self.kv_disk_path is not None and not str(self.kv_disk_path):
+            raise ConfigError("kv_disk_path is empty; name a folder, or leave it out")
+        if self.kv_disk_bytes is not None and self.kv_disk_path is None:
+            raise ConfigError(f"kv_disk_bytes is {self.kv_disk_bytes}, but no kv_disk_path says where; give both")
         if not 0 <= self.watermark < 1:
             raise ConfigError(f"watermark is {self.watermark}; it must be at least 0 and below 1")
         if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from paged_core.scheduling.params import LogitsProcessor
     from paged_core.scheduling.policies import SchedulingPolicy
     from paged_core.scheduling.request import Request, RequestOutput
+    from paged_core.tiers.tier import BlockLayout, OffloadTier
 
 
 class Commands(Protocol):
@@ -84,6 +85,14 @@ def create_module_forward(module: torch.nn.Module, device: torch.device) -> Modu
 
 
 # ---- all answers used ------------------------------------------------------------------------------------------
+
+
+@hookspec
+def create_offload_tier(
+    spec: ModelSpec, config: EngineConfig, sizes: EngineSizes, layout: BlockLayout
+) -> OffloadTier | None:
+    """Where blocks go that the cache gives up, to be loaded when they are wanted again. Where several tiers hold a
+    block, the one that was asked first brings it; what is given up goes to all of them."""
 
 
 @hookspec

@@ -18,6 +18,7 @@ BUILTIN = (
     "paged_core.builtin.gpu_forwards",
     "paged_core.builtin.sampler",
     "paged_core.builtin.scheduling",
+    "paged_core.builtin.tiers",
     "paged_core.builtin.triton_attention",
 )
 

@@ -88,9 +88,17 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "paged_core/engine": (CORE, {"paged_core.builtin", "paged_core.frontends", "paged_core.text", "paged_core.cli"}),
     "paged_core/builtin": (
         {"paged_core.execution", "paged_core.sampling", "paged_core.scheduling", "paged_core.hookspecs"}
-        | {"paged_core.config", "paged_core.builtin", "paged_kernels", "torch"},
+        | {
+            "paged_core.config",
+            "paged_core.errors",
+            "paged_core.tiers",
+            "paged_core.builtin",
+            "paged_kernels",
+            "torch",
+        },
         set(),
     ),
+    "paged_core/tiers": ({"paged_core.tiers", "paged_core.scheduling", "paged_core.errors", "torch"}, set()),
     "paged_core": (CORE, {"paged_core.builtin"}),
     "adapters/serving/paged_serving": (
         {"paged_serving", "paged_core", "torch", "llguidance", "prometheus_client", "msgspec"},

@@ -5,6 +5,7 @@ It runs on the engine as a PagedModel, and by itself (``generate``) over dense a
 
 import torch
 
+from paged_core.execution.fingerprint import fingerprint
 from paged_core.execution.spec import LayerSpec, ModelSpec
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB, MAX_LEN = 4, 2, 16, 2, 97, 512
@@ -22,6 +23,9 @@ class TinyModel:
         self.out = [torch.randn(hidden, hidden, generator=g) / hidden**0.5 for _ in range(LAYERS)]
         layer = LayerSpec(HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, HEAD_DIM**-0.5, torch.device("cpu"), window)
         self.spec = ModelSpec((layer,) * LAYERS, VOCAB, MAX_LEN, torch.float32, torch.device("cpu"), (EOS,), "tiny")
+
+    def fingerprint(self) -> str:
+        return fingerprint([self.embed, self.place, self.unembed, *self.qkv, *self.out])
 
     def forward(self, token_ids, positions, attend, sample_indices):
         x = self.embed[token_ids] + self.place[positions]  # [T, hidden]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from paged_core.config import EngineConfig, EngineSizes, StepSizes
 from paged_core.engine.sizes import engine_sizes, filled, limits, step_sizes
 from paged_core.errors import ConfigError, PluginError, UnsupportedModel
 from paged_core.execution import compiling, kv_cache
+from paged_core.execution.fingerprint import fingerprint
 from paged_core.execution.graphs import CudaRecorder, DecodeGraphs, Record
 from paged_core.execution.kv_cache import KVCache
 from paged_core.execution.model import AttentionBackend, PagedModel, RequestSampler
@@ -22,6 +23,8 @@ from paged_core.execution.spec import ModelSpec
 from paged_core.plugins import Plugins, describe
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.scheduler import Scheduler
+from paged_core.tiers.costs import Costs
+from paged_core.tiers.tier import BlockLayout, OffloadTier
 
 Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``, called while an engine is being built."""
@@ -40,6 +43,8 @@ class Parts(NamedTuple):
     sampler: RequestSampler  # of requests that bring no selector
     scheduler: Scheduler
     runner: ModelRunner
+    tiers: Sequence[OffloadTier]
+    costs: Costs  # of loading from these
 
 
 def assemble(
@@ -62,9 +67,11 @@ def assemble(
     compile_model(loaded, backend, config, steps, progress)
     accelerate(manager, loaded, config)
     sizes = engine_sizes(steps, config, loaded, backend, sampler)
-    scheduler = create_scheduler(manager, loaded.spec, config, sizes)
     runner = create_runner(manager, loaded, backend, config, sizes, progress)
-    return Parts(loaded, sizes, sampler, scheduler, runner)
+    tiers = create_tiers(manager, loaded, config, sizes, runner.cache)
+    costs = Costs(tiers, runner.cache.block_bytes)
+    scheduler = create_scheduler(manager, loaded.spec, config, sizes, tiers, costs)
+    return Parts(loaded, sizes, sampler, scheduler, runner, tiers, costs)
 
 
 def load_model(
@@ -145,14 +152,48 @@ def compile_model(
         )
 
 
-def create_scheduler(manager: Plugins, spec: ModelSpec, config: EngineConfig, sizes: EngineSizes) -> Scheduler:
+def create_tiers(
+    manager: Plugins, model: PagedModel, config: EngineConfig, sizes: EngineSizes, cache: KVCache
+) -> Sequence[OffloadTier]:
+    """Where blocks go that the cache gives up: what all plugins answer."""
+    layout = BlockLayout(
+        cache.block_bytes, sizes.block_size, lambda: _fingerprint(model, sizes, cache, config.attention_backend)
+    )
+    asked: dict[str, Any] = {"spec": model.spec, "config": filled(config, sizes), "sizes": sizes, "layout": layout}
+    tiers = [tier for tier in manager.hook.create_offload_tier(**asked) if tier is not None]
+    if tiers and not config.enable_prefix_caching:
+        raise ConfigError(
+            "K/V in tiers (kv_disk_path, kv_host_bytes) are found by the prefix cache's digests, and "
+            "enable_prefix_caching is False; leave it out, or leave the tiers out"
+        )
+    keys = {tier.key for tier in tiers if tier.key is not None}
+    if len(keys) > 1:
+        raise ConfigError("two tiers want digests of different keys; use one of them")
+    return tiers
+
+
+def create_scheduler(
+    manager: Plugins,
+    spec: ModelSpec,
+    config: EngineConfig,
+    sizes: EngineSizes,
+    tiers: Sequence[OffloadTier],
+    costs: Costs,
+) -> Scheduler:
     """The scheduler on its block pool, with the policy that the config names."""
     name = config.scheduling_policy
     policy = manager.hook.create_scheduling_policy(name=name, config=filled(config, sizes))
     if policy is None:
         raise PluginError(f"no scheduling policy is called {name!r}; loaded plugins: {describe(manager)}")
-    pool = BlockPool(sizes.num_blocks, sizes.block_size, sizes.num_slab_blocks)
-    return Scheduler(pool, policy, limits(sizes, config, spec, sizes.watermark_blocks))
+    pool = BlockPool(
+        sizes.num_blocks,
+        sizes.block_size,
+        sizes.num_slab_blocks,
+        key=next((tier.key for tier in tiers if tier.key is not None), None),
+        tells=bool(tiers),
+        vocab_size=spec.vocab_size,
+    )
+    return Scheduler(pool, policy, limits(sizes, config, spec, sizes.watermark_blocks), costs if tiers else None)
 
 
 def create_cache(manager: Plugins, spec: ModelSpec, config: EngineConfig, sizes: EngineSizes) -> KVCache:
@@ -204,6 +245,15 @@ def create_graphs(
         return None
     shape = (sizes.max_num_seqs, sizes.max_model_len, sizes.block_size)
     return DecodeGraphs(*shape, spec.device, lambda: RECORDERS[spec.device.type](spec.device))
+
+
+def _fingerprint(model: PagedModel, sizes: EngineSizes, cache: KVCache, backend: str) -> str | None:
+    """Of the model and the cache's layout, and of the code that computes; None: the model can't tell its own."""
+    own = model.fingerprint()
+    if own is None:
+        return None
+    layout = [(tensor.dtype, tuple(tensor.shape[1:])) for tensor in cache.tensors]
+    return fingerprint((), own, layout, model.spec, sizes.block_size, backend, torch.__version__)
 
 
 def _show(what: str, done: int, total: int) -> None:

@@ -6,8 +6,11 @@ threads. What runs inside a step (the model, selectors, logits processors) may n
 
 from __future__ import annotations
 
+import atexit
 import time
+import weakref
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,10 +24,12 @@ from paged_core.engine.intake import Intake
 from paged_core.engine.lifecycle import Lifecycle
 from paged_core.engine.lookahead import Lookahead
 from paged_core.engine.observers import Observers
+from paged_core.engine.offloading import Offloading
 from paged_core.engine.open_requests import OpenRequests
 from paged_core.engine.stats import StepStats
 from paged_core.engine.step_runner import StepRunner
 from paged_core.engine.view import EngineView, MemoryUse
+from paged_core.errors import ReentryError
 from paged_core.execution.batch import BatchBuilder
 from paged_core.execution.model import TokenSelector
 from paged_core.plugins import load_plugins
@@ -32,6 +37,9 @@ from paged_core.sampling.beam_search import BeamSearch
 from paged_core.scheduling.params import InvalidRequestError, SamplingParams
 from paged_core.scheduling.request import FinishReason, Request, RequestOutput
 from paged_core.scheduling.schedule import Schedule
+
+_SAVE_S = 3.0  # for what is worth keeping when an engine is closed
+_LANDING_S = 0.005  # to wait at most for blocks that are on their way, when there is nothing else to do
 
 
 class Engine:
@@ -71,13 +79,18 @@ class Engine:
         self._num_compiles = self._runner.num_compiles
         builder = BatchBuilder(self.sizes.block_size, self.spec.device)
         ahead = config.lookahead if config.lookahead is not None else self.spec.device.type == "cuda"
-        self._steps = StepRunner(self._scheduler, builder, self._runner, parts.sampler, ahead=ahead)
+        self._offloading = Offloading(self._scheduler, self._runner, parts.tiers, parts.costs)
+        self._steps = StepRunner(
+            self._scheduler, builder, self._runner, parts.sampler, self._offloading.carry_out, ahead=ahead
+        )
         self._lookahead = Lookahead(self._scheduler, self._steps)
         self._intake = Intake(self._model, self._manager, config.seed)
         self._observers = Observers(self._manager)
         self._open = OpenRequests(self._observers)
         self._lifecycle = Lifecycle()
         self._refreshed = False  # whether the model was looked at since the last step
+        if parts.tiers:
+            _TO_SAVE.add(self)
         self.last_stats: StepStats | None = None
 
     # ---- requests ------------------------------------------------------------------------------------------------
@@ -167,11 +180,13 @@ class Engine:
         outputs = self._finish((request,), FinishReason.STOP)
         return outputs[0] if outputs else None
 
-    def close(self) -> None:
-        """Abort what is left; take no more requests."""
+    def close(self, save_timeout_s: float = _SAVE_S) -> None:
+        """Abort what is left; take no more requests. What tiers lack of the prefix cache is given to them, in
+        ``save_timeout_s`` seconds as far as they go."""
         self._lifecycle.check_between_steps("close()")
         for request_id in self._open:
             self.abort(request_id)
+        self._offloading.close(save_timeout_s if self._lifecycle.alive else 0.0)
         self._lifecycle.end("it was closed")
 
     # ---- memory --------------------------------------------------------------------------------------------------
@@ -196,6 +211,13 @@ class Engine:
     def memory(self) -> MemoryUse:
         """What the K/V cache takes and holds now."""
         return MemoryUse.of(self._pool, self._runner.cache)
+
+    def save_prefix_cache(self, timeout_s: float = _SAVE_S) -> int:
+        """Give tiers (kv_disk_path, kv_host_bytes) all that they lack of the prefix cache, in ``timeout_s`` seconds as
+        far as they go: what was used last comes first. Returns how many blocks were given. Closing does so too."""
+        self._lifecycle.check_between_steps("save_prefix_cache()")
+        self._lifecycle.check_alive()
+        return self._offloading.save(timeout_s)
 
     def release_memory(self) -> bool:
         """Give back all K/V memory, cached prefixes included; the next request takes it anew. False: nothing was
@@ -234,6 +256,7 @@ class Engine:
         began = time.perf_counter()
         self._refreshed = False
         with self._lifecycle.step(undo=self._lookahead.forget):  # whose tokens follow those of a step not taken in
+            self._offloading.take_up()
             now = self._lookahead.take() or self._steps.launch(self._scheduler.schedule())
             failed, outputs = dict(now.failed), []
             if now.schedule.chunks:
@@ -242,6 +265,8 @@ class Engine:
                 failed |= selected.failed
                 outputs = self._scheduler.update(now.schedule, selected.selection, selected.not_finite)
                 self._open.keep(selected.prompt_logprobs)
+            else:
+                self._offloading.wait(_LANDING_S)
         for group, message in failed.items():
             self._open.tell_later(self._finish(group.members, FinishReason.ERROR, message))
         if now.schedule.chunks:
@@ -263,7 +288,9 @@ class Engine:
             duration_s=duration_s,
             total_late_compiles=self._runner.num_compiles - self._num_compiles,
             total_steps_divided=self._steps.num_divided,
+            offloading=self._offloading.stats,
         )
+        self._offloading.measure(self.last_stats.num_tokens, len(schedule.chunks), duration_s)
         self._observers.tell("on_step_finished", stats=self.last_stats)
 
     # ---- taking requests in --------------------------------------------------------------------------------------
@@ -300,5 +327,17 @@ class Engine:
             changed = self._model.refresh()
         if changed:
             self._scheduler.forget_cached()
+            self._offloading.forget()
             self._runner.drop_graphs()
         self._refreshed = True
+
+
+_TO_SAVE: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _save_all() -> None:
+    """What a script's engine has computed is there for the next one, whether or not the script has closed it."""
+    for engine in list(_TO_SAVE):
+        with suppress(ReentryError):  # the process ends in the middle of a step
+            engine.close()

@@ -17,6 +17,10 @@ class Lifecycle:
         self._dead: str | None = None  # why it takes no more requests
         self._in_step = False
 
+    @property
+    def alive(self) -> bool:
+        return self._dead is None
+
     def end(self, reason: str) -> None:
         self._dead = reason
 

@@ -9,6 +9,7 @@ from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.request import Request
 from paged_core.scheduling.schedule import Schedule
 from paged_core.scheduling.scheduler import Scheduler
+from paged_core.tiers.stats import OffloadingStats
 
 
 class StepStats(NamedTuple):
@@ -16,7 +17,7 @@ class StepStats(NamedTuple):
 
     duration_s: float
     num_running: int  # after the step
-    num_waiting: int
+    num_waiting: int  # for their turn, or for blocks that a tier is to bring
     num_tokens: int  # computed in this step
     num_sampled: int  # rows that got a new token
     num_preempted: int
@@ -31,6 +32,7 @@ class StepStats(NamedTuple):
     total_prefix_hits: int  # and found there
     total_late_compiles: int = 0  # graphs captured and kernels compiled since the engine was built: a step waited
     total_steps_divided: int = 0  # computed in parts, since memory had no room for them
+    offloading: OffloadingStats = OffloadingStats()  # what tiers have done
 
     @classmethod
     def of(
@@ -42,13 +44,14 @@ class StepStats(NamedTuple):
         duration_s: float,
         total_late_compiles: int,
         total_steps_divided: int,
+        offloading: OffloadingStats,
     ) -> StepStats:
         """Of a step that the scheduler has just taken in."""
         pool = scheduler.pool
         return cls(
             duration_s=duration_s,
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
+            num_waiting=len(scheduler.waiting) + len(scheduler.loading),
             num_tokens=sum(chunk.num_tokens for chunk in schedule.chunks),
             num_sampled=num_sampled,
             num_preempted=len(schedule.preempted),
@@ -63,6 +66,7 @@ class StepStats(NamedTuple):
             total_prefix_hits=scheduler.num_prefix_hits,
             total_late_compiles=total_late_compiles,
             total_steps_divided=total_steps_divided,
+            offloading=offloading,
         )
 
     @property

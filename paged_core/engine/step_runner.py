@@ -7,7 +7,7 @@ what can be done about it within that step. It ends no request: those that faile
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,18 +58,27 @@ class StepRunner:
     """Runs the steps of one engine.
 
     Args:
+        carry_out: does what a schedule asks of tiers, before its blocks are written.
         ahead: let tokens be chosen on the device where they can be, so that the next step may begin before they are
             known.
     """
 
     def __init__(
-        self, scheduler: Scheduler, builder: BatchBuilder, runner: ModelRunner, sampler: RequestSampler, *, ahead: bool
+        self,
+        scheduler: Scheduler,
+        builder: BatchBuilder,
+        runner: ModelRunner,
+        sampler: RequestSampler,
+        carry_out: Callable[[Schedule], None],
+        *,
+        ahead: bool,
     ) -> None:
         self.num_divided = 0  # steps computed in parts
         self._scheduler = scheduler
         self._builder = builder
         self._runner = runner
         self._sampler = sampler
+        self._carry_out = carry_out
         self._ahead = ahead
 
     def launch(self, schedule: Schedule) -> Launched:
@@ -79,9 +88,10 @@ class StepRunner:
             EngineDeadError: there is no memory for a single token, or the model fails whatever it is given.
             torch.AcceleratorError: the device has failed.
         """
+        self._carry_out(schedule)
+        self._grow(self._scheduler.pool.num_backed)
         if not schedule.chunks:
             return self._launched(schedule, _nothing(), {})
-        self._grow(self._scheduler.pool.num_backed)
         self._runner.move_blocks(schedule.moves)
         failed: Mapping[Group, str] = {}
         try:
@@ -100,6 +110,7 @@ class StepRunner:
             torch.AcceleratorError: the device has failed.
         """
         try:
+            self._carry_out(schedule)
             self._runner.grow(self._scheduler.pool.num_backed)
             batch = self._builder.build(schedule, token_ids)
             computed = Computed(self._runner.run(batch), batch.sample_requests, (), ())

@@ -36,7 +36,7 @@ class EngineView(NamedTuple):
     def of(cls, scheduler: Scheduler) -> EngineView:
         """The scheduler's state now."""
         references, cached = scheduler.pool.snapshot()
-        num_running, num_waiting = len(scheduler.running), len(scheduler.waiting)
+        num_running, num_waiting = len(scheduler.running), len(scheduler.waiting) + len(scheduler.loading)
         return cls(num_running, num_waiting, scheduler.pool.block_size, references, cached)
 
     @property

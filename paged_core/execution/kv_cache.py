@@ -51,6 +51,11 @@ class KVCache:
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors)
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in all tensors together."""
+        return sum(math.prod(t.shape[1:]) * t.element_size() for t in self.tensors)
+
     def grow(self, num_blocks: int) -> None:
         """Have at least ``num_blocks`` usable blocks. What the blocks hold stays.
 

@@ -72,6 +72,12 @@ class PagedModel(Role):
         When that changes for good, ``refresh`` returns True."""
         return True
 
+    def fingerprint(self) -> str | None:
+        """Which model it is: equal only for those that compute the same K/V. It is of all weights and settings, and of
+        the code that reads them (``paged_core.fingerprint`` helps), and may take as long as reading all weights. None:
+        it can't be told, and its K/V are kept no longer than the process."""
+        return None
+
     def knows(self, token_id: int) -> bool:
         """Whether the id, which is none of the vocabulary's, may stand in prompts: for an embedding, say."""
         return False

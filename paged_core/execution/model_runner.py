@@ -13,6 +13,7 @@ from paged_core.execution.batch import Batch
 from paged_core.execution.graphs import DecodeGraphs
 from paged_core.execution.kv_cache import KVCache
 from paged_core.execution.model import Attend, AttentionBackend, PagedModel
+from paged_core.execution.packed_blocks import pack, unpack
 from paged_core.scheduling.block_table import BlockMove
 
 
@@ -76,6 +77,14 @@ class ModelRunner:
         """Carry out a schedule's block moves, in order. Once per schedule, before its batch runs."""
         if moves:
             self._backend.copy_blocks(self._cache, [(move.source, move.target) for move in moves])
+
+    def pack_blocks(self, blocks: Sequence[int], packed: Tensor) -> None:
+        """What blocks hold, for a tier: into ``packed u8 [n, block_bytes]`` on the CPU."""
+        pack(self._cache, blocks, packed)
+
+    def unpack_blocks(self, blocks: Sequence[int], packed: Tensor) -> None:
+        """Into blocks what ``pack_blocks`` has made of these or others. Between two steps."""
+        unpack(self._cache, blocks, packed)
 
     @torch.inference_mode()
     def run(self, batch: Batch, *, eager: bool = False) -> Tensor:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.capacity import max_blocks_at_once
-from paged_core.scheduling.prefixes import Prefixes
+from paged_core.scheduling.loading import Loading
+from paged_core.scheduling.prefixes import Found, Prefixes
 from paged_core.scheduling.request import Request
 from paged_core.scheduling.roster import Roster, lockstep_rows
 from paged_core.scheduling.schedule import Limits
@@ -19,19 +20,20 @@ from paged_core.scheduling.schedule import Limits
 class Admission:
     """Starts requests in their order, as long as there is room."""
 
-    def __init__(self, roster: Roster, prefixes: Prefixes, pool: BlockPool, limits: Limits) -> None:
+    def __init__(self, roster: Roster, prefixes: Prefixes, loading: Loading, pool: BlockPool, limits: Limits) -> None:
         self._roster = roster
         self._prefixes = prefixes
+        self._loading = loading
         self._pool = pool
         self._limits = limits
         self._max_blocks_at_once = max_blocks_at_once(limits, pool.block_size)
 
     def start_those_that_fit(self) -> Iterator[Sequence[Request]]:
         """A request that runs from now on, or the rows of a lockstep group. The caller gives them the blocks of this
-        step before the next ones are looked at."""
+        step before the next ones are looked at. Those whose blocks a tier is to bring have their seats, and load."""
         roster = self._roster
         num_seats = roster.num_seats
-        promised = sum(self._blocks_lacking(request) for request in roster.running)
+        promised = sum(self._blocks_lacking(request) for request in (*roster.running, *roster.loading))
         i = 0
         while i < min(len(roster.waiting), self._limits.max_num_seqs):
             head = roster.waiting[i]
@@ -39,25 +41,30 @@ class Admission:
             if head.held:
                 i += len(rows)
                 continue
-            hits = [self._prefixes.lookup(row) for row in rows]
-            if any(self._prefixes.comes_soon(row, len(hit)) for row, hit in zip(rows, hits, strict=True)):
+            found = [self._prefixes.lookup(row) for row in rows]
+            if any(self._prefixes.comes_soon(row, blocks) for row, blocks in zip(rows, found, strict=True)):
                 i += len(rows)  # it shares a block that is being computed now: cheaper to wait for it
                 continue
             num_seats += sum(len(roster.samples(row)) for row in rows)
-            needed = sum(self._blocks_to_start(row, hit) for row, hit in zip(rows, hits, strict=True))
-            reserve = self._limits.watermark_blocks if roster.running else 0
+            needed = sum(self._blocks_to_start(row, blocks) for row, blocks in zip(rows, found, strict=True))
+            reserve = self._limits.watermark_blocks if roster.running or roster.loading else 0
             if num_seats > self._limits.max_num_seqs or self._pool.num_available - promised - needed < reserve:
                 return
-            for row, hit in zip(rows, hits, strict=True):
-                self._prefixes.take(row, hit)
-                roster.start(row)
-            yield rows
+            for row, blocks in zip(rows, found, strict=True):
+                self._prefixes.take(row, blocks)
+            if any(None in blocks for blocks in found):
+                self._loading.begin(rows, found)
+            else:
+                for row in rows:
+                    roster.start(row)
+                yield rows
             promised += sum(self._blocks_lacking(row) for row in rows)
 
-    def _blocks_to_start(self, request: Request, hit: Sequence[int]) -> int:
-        """Available blocks that a waiting request takes: new ones, and those of its hit that nobody uses now."""
-        new = -(-len(request.tokens) // self._pool.block_size) - len(hit)
-        return min(new + self._pool.num_unused(hit), self._max_blocks_at_once)
+    def _blocks_to_start(self, request: Request, found: Found) -> int:
+        """Available blocks that a waiting request takes: new ones, and those found in the cache that nobody uses."""
+        here = [block for block in found if block is not None]
+        new = -(-len(request.tokens) // self._pool.block_size) - len(here)
+        return min(new + self._pool.num_unused(here), self._max_blocks_at_once)
 
     def _blocks_lacking(self, request: Request) -> int:
         """Blocks that the known tokens of a request will still take."""

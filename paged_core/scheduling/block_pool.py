@@ -13,7 +13,8 @@ used     1 or more           yes or no
 Not every block needs memory from the start: the pool grows in slabs, low ids first, and only when nothing that has
 memory can be handed out. A block without memory counts as free.
 
-The pool knows block ids and token ids. It does not know requests, nor where K/V are.
+The pool knows block ids and token ids. It does not know requests, nor where K/V are. What it evicts it tells of, if
+somebody wants to keep it elsewhere.
 """
 
 from __future__ import annotations
@@ -30,9 +31,13 @@ NULL_BLOCK = 0  # pads block tables and stands for blocks that have left a slidi
 _DIGEST_BYTES = 16
 
 
-class _Published(NamedTuple):
-    digest: bytes
-    tokens: tuple[int, ...]
+class BlockContent(NamedTuple):
+    """A block, and what is in it, or will be: K/V of ``tokens`` after all those that ``digest`` covers too."""
+
+    block: int
+    digest: bytes  # 16 bytes
+    tokens: tuple[int, ...]  # as many as the block has slots, or fewer in a preempted request's last block
+    salt: str | None = None
 
 
 class BlockPool:
@@ -42,19 +47,36 @@ class BlockPool:
         num_blocks: usable blocks; their ids are 1..num_blocks.
         block_size: slots in a block.
         slab: blocks that get memory at a time, or more once the pool is large; None: all at once.
+        key: 32 secret bytes that digests are made with: where they are to mean something to another process. None:
+            the pool's own.
+        tells: whether what is given up is told, for somebody to keep it elsewhere.
+        vocab_size: token ids from here on mean something in this process only, and so do digests of what holds them.
+            None: there are no such.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, slab: int | None = None) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        slab: int | None = None,
+        *,
+        key: bytes | None = None,
+        tells: bool = False,
+        vocab_size: int | None = None,
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._key = secrets.token_bytes(32)  # digests can't be forged by choosing prompts
+        self._own_key = secrets.token_bytes(32)  # digests can't be forged by choosing prompts
+        self._key = key or self._own_key
+        self._vocab_size = vocab_size
+        self._given_up: list[BlockContent] | None = [] if tells else None
         self._references = [0] * (num_blocks + 1)
         self.num_shared = 0  # references beyond each block's first: blocks that sharing has saved
         self._slab = slab or num_blocks
         self.num_backed = 0  # blocks 1..num_backed have memory, or will have it when the next step runs
         self._free: list[int] = []  # a stack: low ids first, so that neighbours stay near
         self._cached: OrderedDict[int, None] = OrderedDict()  # eviction order, next victim first
-        self._published: dict[int, _Published] = {}
+        self._published: dict[int, BlockContent] = {}
         self._index: dict[bytes, int] = {}
         self._grow()
 
@@ -91,9 +113,24 @@ class BlockPool:
             block = self._free.pop()
         else:
             block, _ = self._cached.popitem(last=False)
-            del self._index[self._published.pop(block).digest]
+            content = self._published.pop(block)
+            del self._index[content.digest]
+            self.give_up(content)
         self._references[block] = 1
         return block
+
+    def give_up(self, content: BlockContent) -> None:
+        """What is in the block will be overwritten when the next step is computed."""
+        if self._given_up is not None:
+            self._given_up.append(content)
+
+    def take_given_up(self) -> list[BlockContent]:
+        """What was given up since this was asked the last time."""
+        given_up = self._given_up
+        if not given_up:
+            return []
+        self._given_up = []
+        return given_up
 
     def share(self, blocks: Iterable[int]) -> None:
         """One more reference to each block: a fork, or a prefix hit. Cached blocks become used."""
@@ -153,11 +190,19 @@ class BlockPool:
         A digest covers its block's token ids and all before them: keyed blake2b of (parent digest, token ids).
         """
         size = self.block_size
-        parent = digests[-1] if digests else (salt or "").encode()
         for start in range(len(digests) * size, len(tokens) - size + 1, size):
-            content = array("q", tokens[start : start + size]).tobytes()
-            parent = blake2b(parent + content, digest_size=_DIGEST_BYTES, key=self._key).digest()
-            digests.append(parent)
+            digests.append(self._digest(_parent(digests, salt), tokens[start : start + size]))
+
+    def private_digest(self, digests: Sequence[bytes], tokens: Sequence[int], salt: str | None, owner: str) -> bytes:
+        """Of ``tokens`` after the blocks of ``digests``, as only ``owner`` (in this process) can find them."""
+        parent = _parent(digests, salt)
+        return self._digest(blake2b(parent + owner.encode(), key=self._own_key).digest(), tokens)
+
+    def _digest(self, parent: bytes, tokens: Sequence[int]) -> bytes:
+        content = array("q", tokens).tobytes()
+        if self._vocab_size is not None and max(tokens) >= self._vocab_size:
+            content += self._own_key
+        return blake2b(parent + content, digest_size=_DIGEST_BYTES, key=self._key).digest()
 
     def match(self, digests: Sequence[bytes], tokens: Sequence[int]) -> list[int]:
         """The longest run of leading blocks that are in the cache. Takes no reference.
@@ -167,17 +212,27 @@ class BlockPool:
         size = self.block_size
         hits: list[int] = []
         for i, digest in enumerate(digests):
-            block = self._index.get(digest)
-            if block is None or self._published[block].tokens != tuple(tokens[i * size : (i + 1) * size]):
+            block = self.find(digest, tokens[i * size : (i + 1) * size])
+            if block is None:
                 break
             hits.append(block)
         return hits
 
-    def publish(self, block: int, digest: bytes, tokens: Sequence[int]) -> None:
+    def find(self, digest: bytes, tokens: Sequence[int]) -> int | None:
+        """The block in the cache that holds ``tokens`` and is called ``digest``. Takes no reference."""
+        block = self._index.get(digest)
+        return block if block is not None and self._published[block].tokens == tuple(tokens) else None
+
+    def publish(self, block: int, digest: bytes, tokens: Sequence[int], salt: str | None = None) -> None:
         """Make a full block findable. Its K/V must have been computed. The first block of equal content wins."""
         if digest not in self._index and block not in self._published:
             self._index[digest] = block
-            self._published[block] = _Published(digest, tuple(tokens))
+            self._published[block] = BlockContent(block, digest, tuple(tokens), salt)
+
+    def findable(self) -> list[BlockContent]:
+        """All that is in the index, most worth keeping first: what was used last, and heads before tails."""
+        last_used_first = [*(b for b in self._published if b not in self._cached), *reversed(self._cached)]
+        return [self._published[block] for block in last_used_first]
 
     def forget(self, blocks: Iterable[int]) -> None:
         """Make blocks that are in use unfindable."""
@@ -188,6 +243,7 @@ class BlockPool:
 
     def forget_all(self) -> None:
         """Empty the prefix index: what is cached no longer belongs to the model (its weights changed)."""
+        self.take_given_up()
         self._free.extend(self._cached)
         self._cached.clear()
         self._published.clear()
@@ -216,3 +272,7 @@ class BlockPool:
                     counts[block] += block != NULL_BLOCK
             assert counts == self._references, "reference counts differ from what the tables hold"
             assert self.num_shared == sum(max(0, count - 1) for count in counts), "num_shared is off"
+
+
+def _parent(digests: Sequence[bytes], salt: str | None) -> bytes:
+    return digests[-1] if digests else (salt or "").encode()

@@ -14,7 +14,7 @@ from paged_core.scheduling.block_pool import NULL_BLOCK, BlockPool
 
 
 class MoveKind(Enum):
-    COPY = "copy"  # within the device's cache: copy-on-write. Swap to host memory will add its kinds here.
+    COPY = "copy"  # within the device's cache: copy-on-write
 
 
 class BlockMove(NamedTuple):
@@ -91,6 +91,10 @@ class BlockTable(Sequence[int]):
         while len(self._ids) <= last:
             self._ids.append(pool.allocate())
         return moves
+
+    def append(self, block: int) -> None:
+        """Hold one more, whose reference becomes the table's own."""
+        self._ids.append(block)
 
     def share(self, pool: BlockPool) -> list[int]:
         """The ids, each with a reference more, for another table to ``replace`` its own with."""

@@ -1,60 +1,82 @@
 """Prefixes: which leading blocks of a request need not be computed, since another one has computed them, or does.
 
-This file knows requests and the pool's index of blocks by content, and decides nothing about who runs.
+This file knows requests, the pool's index of blocks by content, and what a tier holds beyond it. It decides nothing
+about who runs.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator
+from typing import Protocol
 
-from paged_core.scheduling.block_pool import NULL_BLOCK, BlockPool
+from paged_core.scheduling.block_pool import NULL_BLOCK, BlockContent, BlockPool
 from paged_core.scheduling.request import Request, RequestStatus
 from paged_core.scheduling.schedule import Limits
+
+Found = list[int | None]
+"""Leading blocks of a request, in order: those in the cache, and None for each that a tier holds."""
+
+
+class Stored(Protocol):
+    """What a tier holds, as far as deciding goes. It answers at once."""
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether what the cache gives up is worth bringing there."""
+        ...
+
+    def holds(self, digest: bytes) -> bool: ...
+
+    def pays(self, num_blocks: int, num_tokens: int) -> bool:
+        """Whether to load so many blocks is quicker than to compute so many tokens."""
+        ...
 
 
 class Prefixes:
     """The prefix cache as requests see it. A block is published once the step that computed it has completed, and
     has computed numbers."""
 
-    def __init__(self, pool: BlockPool, limits: Limits) -> None:
+    def __init__(self, pool: BlockPool, limits: Limits, stored: Stored | None = None) -> None:
         self.num_queries = 0  # prompt tokens looked up in the prefix index
         self.num_hits = 0  # and found there
         self._pool = pool
         self._enabled = limits.enable_prefix_caching
         self._window = limits.sliding_window
-        self._in_flight: dict[bytes, Request] = {}  # blocks being computed: who shares them waits for them
+        self._stored = stored
+        self._in_flight: dict[bytes, Request] = {}  # blocks being computed or loaded: who shares them waits for them
 
     def digest(self, request: Request, num_tokens: int) -> None:
         """Name the full blocks of its first ``num_tokens`` by their content."""
         if self._enabled and len(request.digests) < num_tokens // self._pool.block_size:
             self._pool.extend_digests(request.digests, request.tokens[:num_tokens], request.params.cache_salt)
 
-    def lookup(self, request: Request) -> list[int]:
-        """Leading blocks of a waiting request that are there already."""
+    def lookup(self, request: Request) -> Found:
+        """Leading blocks of a waiting request that are there already, or are loaded more quickly than computed."""
         if not self._enabled or request.wants_prompt_logprobs:
             return []
-        size = self._pool.block_size
-        hits = self._pool.match(request.digests[: self._most(request)], request.tokens)
-        if self._window is not None:  # what lies behind the window already is not taken
-            behind = max(0, (len(hits) * size + 1 - self._window) // size)
-            hits[:behind] = [NULL_BLOCK] * behind
-        return hits
+        hits: Found = list(self._pool.match(request.digests[: self._most(request)], request.tokens))
+        if self._stored is not None:
+            found = self._within_window(request, [*hits, *self._in_tier(request, len(hits), self._stored)])
+            num_saved = self._num_tokens(request, found) - len(hits) * self._pool.block_size
+            if None not in found or self._stored.pays(found.count(None), num_saved):
+                return found
+        return self._within_window(request, hits)
 
-    def comes_soon(self, request: Request, num_hits: int) -> bool:
-        """Whether the first block that the request lacks is being computed for another one right now."""
-        if num_hits >= min(self._most(request), len(request.digests)) or request.wants_prompt_logprobs:
+    def comes_soon(self, request: Request, found: Found) -> bool:
+        """Whether the first block that the request lacks is being computed, or loaded, for another one right now."""
+        lacks = num_here(found)
+        if lacks >= self._num_known(request) or request.wants_prompt_logprobs:
             return False
-        return request.digests[num_hits] in self._in_flight
+        return request.digests[lacks] in self._in_flight
 
-    def take(self, request: Request, hit: Sequence[int]) -> None:
-        """The request starts from the blocks that ``lookup`` has found, and will compute the others."""
-        self._pool.share(hit)
+    def take(self, request: Request, found: Found) -> None:
+        """The request starts from the blocks that ``lookup`` has found before the first one missing, and will compute
+        the others, or ``load`` has them brought."""
+        self._pool.share(block for block in found if block is not None)
+        hit = [block for block in found[: num_here(found)] if block is not None]
         request.block_table.replace(self._pool, hit)
-        request.num_computed = len(hit) * self._pool.block_size
-        request.num_published = len(hit)
-        if not request.num_recomputed_to:
-            request.num_cached = request.num_computed
+        self._begin(request, len(hit), len(hit) * self._pool.block_size)
         self.num_queries += len(request.tokens)
         self.num_hits += request.num_computed
         for digest in request.digests[len(hit) :]:
@@ -64,13 +86,9 @@ class Prefixes:
         """Let others find the blocks that the request has filled."""
         if not self._enabled:
             return
-        size = self._pool.block_size
-        full = request.num_computed // size
-        self.digest(request, full * size)
-        for i in range(request.num_published, full):
-            self._pool.publish(request.block_table[i], request.digests[i], request.tokens[i * size : (i + 1) * size])
-            self._landed(request, request.digests[i])
-        request.num_published = full
+        full = request.num_computed // self._pool.block_size
+        self.digest(request, full * self._pool.block_size)
+        self._publish(request, full)
 
     def distrust(self, request: Request) -> None:
         """What was computed for it is no numbers: nobody may find its blocks, whoever filled them, nor later ones."""
@@ -91,11 +109,120 @@ class Prefixes:
             request.num_published = sys.maxsize  # the blocks it has, and fills, are mixed
 
     def check(self) -> None:
-        assert all(owner.status is RequestStatus.RUNNING for owner in self._in_flight.values())
+        at_it = (RequestStatus.RUNNING, RequestStatus.LOADING)
+        assert all(owner.status in at_it for owner in self._in_flight.values())
+
+    # ---- to a tier and back --------------------------------------------------------------------------------------
+
+    def swap_out(self, request: Request) -> None:
+        """The block of a request about to be preempted that nobody can find, being partly filled: with it in a tier,
+        the request will go on from where it is."""
+        full, rest = divmod(request.num_computed, self._pool.block_size)
+        if self._stored is None or not rest or request.num_published != full or not self._stored.wants_more:
+            return
+        request.num_swapped = request.num_computed
+        self._pool.give_up(self._last_content(request, request.block_table[full]))
+
+    def load(self, request: Request, found: Found, coming: dict[bytes, BlockContent]) -> int:
+        """After ``take``: a block for each that a tier brings, unless it is among those ``coming`` already. Returns how
+        many tokens the request will have then."""
+        size, num_tokens = self._pool.block_size, self._num_tokens(request, found)
+        for i in range(len(request.block_table), len(found)):
+            block = found[i]
+            if block is None:
+                last = (i + 1) * size > num_tokens
+                digest = self._last_digest(request) if last else request.digests[i]
+                if digest in coming:
+                    block = coming[digest].block
+                    self._pool.share((block,))
+                else:
+                    block = self._pool.allocate()
+                    coming[digest] = self._last_content(request, block) if last else self._content(request, i, block)
+            request.block_table.append(block)
+        return num_tokens
+
+    def loaded(self, request: Request, num_tokens: int, lost: Collection[int]) -> None:
+        """Its blocks have come, but those ``lost``: it has what lies before the first of these."""
+        size, table = self._pool.block_size, request.block_table
+        num_good = next((i for i, block in enumerate(table) if block in lost), len(table))
+        if num_good < len(table):
+            if NULL_BLOCK in table:  # they are behind a window that begins later than its own now
+                num_good = 0
+            num_tokens = num_good * size
+            table.shorten(self._pool, num_good)
+        self.num_hits += num_tokens - request.num_computed
+        self._begin(request, min(request.num_published, num_good), num_tokens)
+        self._publish(request, num_tokens // size)
+
+    def _in_tier(self, request: Request, start: int, stored: Stored) -> Iterator[int | None]:
+        """What follows the first ``start`` blocks: in the tier, or in the cache after a gap."""
+        size, end = self._pool.block_size, self._num_known(request)
+        for i in range(start, end):
+            block = self._pool.find(request.digests[i], request.tokens[i * size : (i + 1) * size])
+            if block is None and not stored.holds(request.digests[i]):
+                return
+            yield block
+        full, rest = divmod(request.num_swapped, size)
+        unchanged = request.num_swapped < len(request.tokens)  # the last token is always computed
+        if rest and full == end and unchanged and stored.holds(self._last_digest(request)):
+            yield None
+
+    def _within_window(self, request: Request, found: Found) -> Found:
+        """What lies behind the window already is not taken."""
+        if self._window is not None:
+            num_tokens = self._num_tokens(request, found)
+            behind = max(0, (num_tokens + 1 - self._window) // self._pool.block_size)
+            found[:behind] = [NULL_BLOCK] * behind
+        return found
+
+    def _num_tokens(self, request: Request, found: Found) -> int:
+        """In the blocks found. One more than its digests name is the last block of a request that was preempted."""
+        full = len(found) <= self._num_known(request)
+        return len(found) * self._pool.block_size if full else request.num_swapped
+
+    def _last_content(self, request: Request, block: int) -> BlockContent:
+        start = request.num_swapped // self._pool.block_size * self._pool.block_size
+        tokens = tuple(request.tokens[start : request.num_swapped])
+        return BlockContent(block, self._last_digest(request), tokens, request.params.cache_salt)
+
+    def _last_digest(self, request: Request) -> bytes:
+        """Of the partly filled block of a request that was preempted: nobody else finds it."""
+        full = request.num_swapped // self._pool.block_size
+        tokens = request.tokens[full * self._pool.block_size : request.num_swapped]
+        owner = f"{request.arrival}.{request.index}"
+        return self._pool.private_digest(request.digests[:full], tokens, request.params.cache_salt, owner)
+
+    # ---- the index -----------------------------------------------------------------------------------------------
 
     def _most(self, request: Request) -> int:
         return (len(request.tokens) - 1) // self._pool.block_size  # the last token is always computed
 
+    def _num_known(self, request: Request) -> int:
+        """Leading blocks that can be looked up."""
+        return min(self._most(request), len(request.digests))
+
+    def _begin(self, request: Request, num_published: int, num_tokens: int) -> None:
+        request.num_published, request.num_computed = num_published, num_tokens
+        if not request.num_recomputed_to:
+            request.num_cached = num_tokens
+
+    def _publish(self, request: Request, full: int) -> None:
+        for i in range(request.num_published, full):
+            if request.block_table[i] != NULL_BLOCK:
+                self._pool.publish(*self._content(request, i, request.block_table[i]))
+            self._landed(request, request.digests[i])
+        request.num_published = full
+
+    def _content(self, request: Request, i: int, block: int) -> BlockContent:
+        size = self._pool.block_size
+        tokens = tuple(request.tokens[i * size : (i + 1) * size])
+        return BlockContent(block, request.digests[i], tokens, request.params.cache_salt)
+
     def _landed(self, request: Request, digest: bytes) -> None:
         if self._in_flight.get(digest) is request:
             del self._in_flight[digest]
+
+
+def num_here(found: Found) -> int:
+    """How many blocks of the cache come before the first that a tier holds."""
+    return found.index(None) if None in found else len(found)

@@ -17,6 +17,7 @@ from paged_core.scheduling.params import SamplingParams
 class RequestStatus(Enum):
     PENDING_FORK = "pending fork"  # it forks from a sibling of the same prompt, once that one has computed it
     WAITING = "waiting"
+    LOADING = "loading"  # has a seat and blocks, whose K/V are on their way from a tier; steps go on without it
     RUNNING = "running"
     FINISHED = "finished"
     UNBORN = PENDING_FORK  # its name before 0.2
@@ -71,6 +72,7 @@ class Request:
         "num_prompt",
         "num_published",
         "num_recomputed_to",
+        "num_swapped",
         "params",
         "rank",
         "seed",
@@ -114,6 +116,7 @@ class Request:
         self.block_table = BlockTable()
         self.digests: list[bytes] = []  # prefix digests of the leading full blocks
         self.num_published = 0  # leading blocks known to the prefix index
+        self.num_swapped = 0  # tokens whose K/V a tier was given at the last preemption, its last block included
         self.num_recomputed_to = 0  # len(tokens) at the last preemption: past it, progress has been made
 
     @property

@@ -20,6 +20,7 @@ class Roster:
     def __init__(self, policy: SchedulingPolicy) -> None:
         self.waiting: list[Request] = []  # sorted by policy; of rows with one prompt only the first
         self.running: list[Request] = []  # sorted by policy
+        self.loading: list[Request] = []  # sorted by policy: they run as soon as their blocks have come
         self._policy = policy
         self._pending_forks: dict[Request, list[Request]] = {}  # rows that will fork from a request's prompt
         self._num_arrivals = 0
@@ -27,9 +28,11 @@ class Roster:
 
     @property
     def num_seats(self) -> int:
-        """Rows that run, or will as soon as a running one has computed their prompt."""
-        forks = (len(rows) for leader, rows in self._pending_forks.items() if leader.status is RequestStatus.RUNNING)
-        return len(self.running) + sum(forks)
+        """Rows that run, or will as soon as their blocks have come, or one of these has computed their prompt."""
+        forks = (
+            len(rows) for leader, rows in self._pending_forks.items() if leader.status is not RequestStatus.WAITING
+        )
+        return len(self.running) + len(self.loading) + sum(forks)
 
     def arrive(self, siblings_of: Mapping[Request, list[Request]]) -> None:
         """Queue the requests of one group: those that will compute a prompt, and who will fork from each.
@@ -57,11 +60,19 @@ class Roster:
                 self._pending_forks[leader] = siblings
 
     def start(self, request: Request) -> None:
-        self.waiting.remove(request)
+        """One that waits, or whose blocks have come."""
+        (self.loading if request.status is RequestStatus.LOADING else self.waiting).remove(request)
         self._run(request)
 
+    def load(self, request: Request) -> None:
+        """One that waits has a seat from now on, and waits for blocks only."""
+        self.waiting.remove(request)
+        request.status = RequestStatus.LOADING
+        insort(self.loading, request, key=_rank)
+
     def send_back(self, request: Request) -> None:
-        self.running.remove(request)
+        """One that runs, or loads, waits for its turn again."""
+        (self.loading if request.status is RequestStatus.LOADING else self.running).remove(request)
         self._wait(request)
 
     def samples(self, leader: Request) -> tuple[Request, ...]:
@@ -105,7 +116,9 @@ class Roster:
         assert all(r.status is RequestStatus.WAITING and not r.block_table for r in self.waiting)
         assert all(r.status is RequestStatus.PENDING_FORK for rows in self._pending_forks.values() for r in rows)
         assert all(rows and not leader.finished for leader, rows in self._pending_forks.items())
+        assert all(r.status is RequestStatus.LOADING and not r.held for r in self.loading)
         assert self.running == sorted(self.running, key=_rank)
+        assert self.loading == sorted(self.loading, key=_rank)
         assert self.waiting == sorted(self.waiting, key=_rank)
 
     def _wait(self, request: Request) -> None:
@@ -124,7 +137,9 @@ class Roster:
                 f"the scheduling policy's key is {key!r}; those of other requests are {self._kind}"
             )
         try:
-            others = (request.rank[0] for request in (*self.waiting, *self.running, *self._pending_forks))
+            others = (
+                request.rank[0] for request in (*self.waiting, *self.running, *self.loading, *self._pending_forks)
+            )
             if kind in _ORDERED or all(_in_order(key, other) for other in (key, *others)):
                 self._kind = kind
                 return

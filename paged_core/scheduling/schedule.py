@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from paged_core.scheduling.block_pool import BlockContent
 from paged_core.scheduling.block_table import BlockMove
 from paged_core.scheduling.request import Request
 
@@ -20,12 +21,25 @@ class ScheduledChunk(NamedTuple):
     #                               the request itself, or all siblings of a fork at the end of their prompt
 
 
+class Load:
+    """Blocks that a tier is to bring: for one request, or for the rows of a lockstep group, which begin together."""
+
+    __slots__ = ("abandoned", "contents", "num_saved")
+
+    def __init__(self, contents: Sequence[BlockContent], num_saved: int) -> None:
+        self.contents = contents
+        self.num_saved = num_saved  # tokens that need not be computed if it comes
+        self.abandoned = False  # nobody waits for it any more, and its blocks are others'
+
+
 class Schedule(NamedTuple):
     """One step's work."""
 
     chunks: Sequence[ScheduledChunk]
     moves: Sequence[BlockMove]
     preempted: Sequence[Request]
+    offloads: Sequence[BlockContent] = ()  # given up: a tier may copy them before the moves are made
+    loads: Sequence[Load] = ()  # a tier is to bring them
 
 
 @dataclass(frozen=True)

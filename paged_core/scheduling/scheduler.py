@@ -14,11 +14,12 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from paged_core.scheduling import forks
 from paged_core.scheduling.admission import Admission
-from paged_core.scheduling.block_pool import BlockPool
+from paged_core.scheduling.block_pool import BlockContent, BlockPool
 from paged_core.scheduling.block_table import BlockMove
 from paged_core.scheduling.capacity import set_max_total
+from paged_core.scheduling.loading import Loading
 from paged_core.scheduling.policies import SchedulingPolicy
-from paged_core.scheduling.prefixes import Prefixes
+from paged_core.scheduling.prefixes import Prefixes, Stored
 from paged_core.scheduling.request import (
     FinishReason,
     Request,
@@ -27,20 +28,26 @@ from paged_core.scheduling.request import (
     Selection,
 )
 from paged_core.scheduling.roster import Roster, by_prompt, lockstep_rows
-from paged_core.scheduling.schedule import Limits, Schedule, ScheduledChunk
+from paged_core.scheduling.schedule import Limits, Load, Schedule, ScheduledChunk
 
 
 class Scheduler:
-    """Continuous batching (Orca: Yu et al., OSDI 2022) with chunked prefill over paged blocks."""
+    """Continuous batching (Orca: Yu et al., OSDI 2022) with chunked prefill over paged blocks.
 
-    def __init__(self, pool: BlockPool, policy: SchedulingPolicy, limits: Limits) -> None:
+    Args:
+        stored: what a tier holds; None: there is none.
+    """
+
+    def __init__(self, pool: BlockPool, policy: SchedulingPolicy, limits: Limits, stored: Stored | None = None) -> None:
         self.pool = pool
         self.policy = policy
         self.limits = limits
         self.num_preemptions = 0
+        self._stored = stored
         self._roster = Roster(policy)
-        self._prefixes = Prefixes(pool, limits)
-        self._admission = Admission(self._roster, self._prefixes, pool, limits)
+        self._prefixes = Prefixes(pool, limits, stored)
+        self._loading = Loading(self._roster, self._prefixes, pool)
+        self._admission = Admission(self._roster, self._prefixes, self._loading, pool, limits)
         self._budget = limits.max_num_batched_tokens  # less while memory is short
 
     @property
@@ -52,6 +59,11 @@ class Scheduler:
     def running(self) -> Sequence[Request]:
         """Sorted by policy."""
         return self._roster.running
+
+    @property
+    def loading(self) -> Sequence[Request]:
+        """Sorted by policy; they run as soon as their blocks have come from a tier."""
+        return self._roster.loading
 
     @property
     def num_prefix_queries(self) -> int:
@@ -68,7 +80,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step could be of use: somebody isn't held."""
-        return any(not request.held for request in self.running) or any(not request.held for request in self.waiting)
+        return any(not request.held for request in (*self.running, *self.waiting, *self.loading))
 
     def add(self, requests: Sequence[Request]) -> None:
         """Queue the requests of one group: n samples of one prompt, or the rows of a lockstep group.
@@ -114,7 +126,18 @@ class Scheduler:
 
     def forget_cached(self) -> None:
         """K/V computed until now are another model's: nobody else may find them, whoever goes on with them."""
+        for load in self._loading.all():
+            self._abandon(load)
         self._prefixes.forget_all(self.running)
+
+    @property
+    def loads(self) -> Sequence[Load]:
+        """That rows wait for."""
+        return self._loading.all()
+
+    def landed(self, load: Load, lost: Collection[int] = ()) -> None:
+        """The blocks of a load are in the cache, but those ``lost``: its rows run from now on. Between two steps."""
+        self._loading.land(load, lost)
 
     def finish(
         self, requests: Iterable[Request], reason: FinishReason, error: str | None = None
@@ -123,6 +146,8 @@ class Scheduler:
         outputs = []
         for request in requests:
             if not request.finished:
+                if request.status is RequestStatus.LOADING:
+                    self._abandon(self._loading.of(request))
                 self._end(request, reason, error)
                 outputs.append(RequestOutput(request, (), None, reason, error))
         self._roster.drop_finished()
@@ -141,7 +166,8 @@ class Scheduler:
             self._schedule_running(step)
         if self.waiting and not step.preempted and step.budget > 0:
             self._admit(step)
-        return Schedule(step.chunks, step.moves, step.preempted)
+        loads, self._loading.begun = self._loading.begun, []
+        return Schedule(step.chunks, step.moves, step.preempted, self._given_up(), loads)
 
     def repeat(self, schedule: Schedule) -> Schedule | None:
         """The step after ``schedule``, before anybody knows its tokens: one more for each request that can't have
@@ -167,7 +193,7 @@ class Scheduler:
             return None
         for request, position in without_block:
             request.block_table.extend(self.pool, position, 1)
-        return Schedule(chunks, (), ())
+        return Schedule(chunks, (), (), self._given_up())
 
     def fills_blocks(self, schedule: Schedule) -> list[bool]:
         """Of each chunk, whether ``update`` would let others find blocks that are full with it."""
@@ -213,9 +239,10 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert every invariant of requests and blocks; for tests."""
-        self.pool.check(request.block_table for request in self.running)
+        self.pool.check(request.block_table for request in (*self.running, *self.loading))
         self._roster.check()
         self._prefixes.check()
+        self._loading.check()
         assert self._roster.num_seats <= self.limits.max_num_seqs
         for request in self.running:
             assert request.num_computed <= len(request.block_table) * self.pool.block_size
@@ -283,7 +310,13 @@ class Scheduler:
         """Blocks for the next ``num_tokens`` tokens; a shared last block is copied on write. False: not now."""
         # Counted anew after each preemption: a block that only the victim shared needs no copy any more.
         while self.pool.num_available < request.block_table.num_lacking(self.pool, request.num_computed, num_tokens):
-            victim = None if step.admitting else self._victim(rows)
+            if step.admitting:
+                return False
+            load = self._loading.last()
+            if load is not None:  # it has computed nothing that would be lost
+                self._abandon(load)
+                continue
+            victim = self._victim(rows)
             if victim is None:
                 return False
             self._preempt(victim, step)
@@ -301,16 +334,29 @@ class Scheduler:
         return None
 
     def _preempt(self, request: Request, step: _Step) -> None:
-        """Take a request (or its whole lockstep group) off the device; it will compute its tokens again.
+        """Take a request (or its whole lockstep group) off the device; it will compute its tokens again, or load them:
+        its full blocks can be found, and go to a tier when the cache evicts them.
 
-        The one place where preemption happens: swapping blocks to host memory would start here.
+        The one place where preemption happens.
         """
         for row in lockstep_rows(request) if request.group.lockstep else (request,):
+            self._prefixes.swap_out(row)
             self._release(row)
             row.num_recomputed_to = len(row.tokens)
             self._roster.send_back(row)
             step.preempted.append(row)
             self.num_preemptions += 1
+
+    def _abandon(self, load: Load) -> None:
+        """Its rows wait for their turn again, without blocks."""
+        for row in self._loading.abandon(load):
+            self._release(row)
+            self._roster.send_back(row)
+
+    def _given_up(self) -> list[BlockContent]:
+        """What the cache has given up since this was asked the last time, if a tier wants it."""
+        given_up = self.pool.take_given_up()
+        return given_up if given_up and self._stored is not None and self._stored.wants_more else []
 
     def _admit(self, step: _Step) -> None:
         step.admitting = True

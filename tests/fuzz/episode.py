@@ -32,7 +32,8 @@ class Episode:
         self._alone, self._counts = alone, counts
         setting = draw_setting(draw_kind(random.Random(self._chapter)), random.Random(self._name))
         self._kind, self._config = setting.kind, setting.config
-        self._model, self._parts = FuzzModel(setting.kind), Parts()
+        tier = random.Random(f"{self._name}.tier") if setting.tier else None
+        self._model, self._parts = FuzzModel(setting.kind), Parts(tier)
         self._engine = Engine(self._model, setting.config, plugins=[self._parts])
         self._judge = Judge(alone, setting.kind)
         self._rows: dict[object, Row] = {}  # that have not ended
@@ -206,6 +207,13 @@ class Episode:
         self._model.room = None
         self._drain(rnd)
 
+    def _save(self, rnd: random.Random) -> None:
+        self._counts["blocks saved"] += self._engine.save_prefix_cache(60.0)
+
+    def _tier_is_full(self, rnd: random.Random) -> None:
+        if self._parts.tier is not None:
+            self._parts.tier.wants_more = not self._parts.tier.wants_more
+
     def _change_weights(self, rnd: random.Random) -> None:
         if not self._rows:
             self._model.use_weights(1 - self._model.weights)
@@ -234,6 +242,10 @@ class Episode:
         assert not len(self._engine._open)
         self._counts["preemptions"] += self._engine._scheduler.num_preemptions
         self._counts["prefix hits, tokens"] += self._engine._scheduler.num_prefix_hits
+        loaded = self._engine._offloading.stats
+        self._counts["tokens loaded"] += loaded.total_tokens_loaded
+        self._counts["loads"] += loaded.total_loads
+        self._counts["loads abandoned"] += loaded.total_loads_abandoned
 
     def _drain(self, rnd: random.Random) -> None:
         for _ in range(_PATIENCE):
@@ -314,4 +326,6 @@ _OPERATIONS = {  # and how often they come
     Episode._change_weights: 3,
     Episode._release_memory: 2,
     Episode._let_all_end: 1,
+    Episode._save: 1,
+    Episode._tier_is_full: 1,
 }

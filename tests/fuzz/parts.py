@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 from paged_kernels import reference
 from torch import Tensor
 
-from paged_core import hookimpl
+from paged_core import Fetch, Piece, hookimpl
 from paged_core.builtin.attention import layer_cache
 from paged_core.execution import kv_cache
 from paged_core.sampling.sampler import Sampler
+from paged_core.tiers.host import HostTier
 
 
 class ExactBackend:
@@ -79,12 +82,81 @@ class CrampedSampler(Sampler):
         return super().select(logits, requests)
 
 
-class Parts:
-    """The plugin that brings them. It watches, too, and its watching fails now and then."""
+class FickleTier:
+    """Keeps blocks in memory, loses some, and brings the others when it likes, piece by piece, or never."""
 
-    def __init__(self) -> None:
+    key = None
+
+    def __init__(self, block_bytes: int, rnd: random.Random) -> None:
+        self._rnd = rnd
+        self._memory = HostTier(rnd.choice((2, 10, 200)) * block_bytes, block_bytes, pinned=False)
+        self._coming: list[tuple[Fetch, list[Piece]]] = []
+        self.wants_more = True
+
+    @property
+    def stats(self):
+        return self._memory.stats
+
+    def holds(self, digest):
+        self.move()
+        return self._memory.holds(digest)
+
+    def store(self, contents, data):
+        if self._rnd.random() < 0.9:
+            self._memory.store(contents, data)
+
+    def fetch(self, contents, arrived):
+        fetch = Fetch(contents, arrived)
+        (whole,) = self._memory.fetch(contents, arrived).take()
+        cut = self._rnd.randrange(len(contents) + 1)
+        pieces = []
+        for rows in (range(cut), range(cut, len(contents))):
+            good = [whole.good[row] and self._rnd.random() < 0.97 for row in rows]
+            pieces.append(Piece(rows, whole.data[rows.start : rows.stop], good))
+        self._coming.append((fetch, pieces))
+        self.move()
+        return fetch
+
+    def move(self):
+        """Something comes, or nothing."""
+        for fetch, pieces in list(self._coming):
+            if self._rnd.random() < 0.3:
+                if pieces:
+                    fetch.put(pieces.pop())
+                else:
+                    fetch.finish()
+                    self._coming.remove((fetch, pieces))
+
+    def give_back(self, piece):
+        piece.data.fill_(255)  # NaN, for who reads on
+
+    def forget(self):
+        self._memory.forget()
+
+    def flush(self, timeout_s):
+        return True
+
+    def close(self, timeout_s):
+        self._memory.close(timeout_s)
+
+
+class Parts:
+    """The plugin that brings them. It watches, too, and its watching fails now and then.
+
+    ``tier``: numbers of a tier's moods; None: there is no tier.
+    """
+
+    def __init__(self, tier: random.Random | None = None) -> None:
         self.sampler = CrampedSampler()
         self._num_told = 0
+        self._tier_rnd = tier
+        self.tier: FickleTier | None = None
+
+    @hookimpl
+    def create_offload_tier(self, layout):
+        if self._tier_rnd is not None:
+            self.tier = FickleTier(layout.block_bytes, self._tier_rnd)
+        return self.tier
 
     @hookimpl
     def create_attention_backend(self, name, spec, config):

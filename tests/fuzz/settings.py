@@ -15,6 +15,7 @@ _WINDOWS = ((None,), (None,), (5,), (9,), (None, 6))
 class Setting:
     kind: Kind
     config: EngineConfig
+    tier: bool  # whether there is one
 
 
 def draw_kind(rnd: random.Random) -> Kind:
@@ -40,4 +41,4 @@ def draw_setting(kind: Kind, rnd: random.Random) -> Setting:
         seed=0,
         max_prompt_logprob_rows=rnd.choice((1, 3, 256)),
     )
-    return Setting(kind, config)
+    return Setting(kind, config, config.enable_prefix_caching and rnd.random() < 0.5)

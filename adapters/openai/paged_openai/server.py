@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -45,9 +46,18 @@ class Server(uvicorn.Server):
         )
         self._service = service
         self._shutdown_timeout_s = shutdown_timeout_s
+        self._told_at = float("inf")  # when it was told to end
+
+    @property
+    def seconds_left(self) -> float:
+        """Of ``shutdown_timeout_s``, when all calls are over; 0 if it is ending at once."""
+        if self.force_exit:
+            return 0.0
+        return max(0.0, min(self._told_at - time.monotonic(), 0.0) + self._shutdown_timeout_s)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not uvicorn's own: it raises the signal once more in the end, and the process would die of it.
+        self._told_at = min(self._told_at, time.monotonic())
         self.force_exit = self.should_exit
         self.should_exit = True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import logging
 import os
 import socket
@@ -14,7 +15,7 @@ from typing import Any
 
 from paged_serving import PrometheusMetrics, RequestLimits, ServedModel
 
-from paged_core import AsyncEngine, ConfigError, Engine, EngineConfig
+from paged_core import AsyncEngine, ConfigError, Engine, EngineBusyError, EngineConfig, EngineDeadError
 from paged_openai.app import AppOptions, create_app
 from paged_openai.connection import ConnectionLimits
 from paged_openai.keys import read_keys
@@ -55,6 +56,8 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
         facts = {"model": names[0], "host": args.host, "port": args.port, "sampling_defaults": dict(served.defaults)}
         _log.info("serving", extra={"fields": facts})
         server.run()
+        if config.kv_disk_path is not None:
+            _save(served_engine, server.seconds_left)
     except SystemExit:  # uvicorn's way of saying that the port can't be had; it has logged why
         return 1
     finally:
@@ -67,6 +70,12 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
 def _max_requests(engine: Engine, max_queue: int) -> int:
     """Those that are served at once, and as many whose clients have left: the engine hears of these between steps."""
     return 2 * (engine.sizes.max_num_seqs + max_queue)
+
+
+def _save(engine: AsyncEngine, seconds: float) -> None:
+    """What is worth keeping of the prefix cache, to where K/V outlive the process."""
+    with suppress(EngineDeadError, EngineBusyError, TimeoutError, concurrent.futures.TimeoutError):
+        engine.look(lambda each: each.save_prefix_cache(seconds)).result(seconds + _LAST_STEP_S)
 
 
 def _close(engine: AsyncEngine) -> None:

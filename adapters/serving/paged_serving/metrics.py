@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
-from paged_core import FinishReason, PluginError, Request, RequestOutput, RequestStatus, StepStats, hookimpl
+from paged_core import FinishReason, PluginError, Request, RequestOutput, RequestStatus, StepStats, TierStats, hookimpl
 
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
@@ -23,6 +24,7 @@ _GAUGES = {
     "paged:kv_cache_waste_perc": "Share of the slots in used blocks that hold no token, 0 to 1",
     "paged:kv_blocks_shared": "Blocks saved by sharing: references to blocks beyond the first",
     "paged:kv_blocks_cached": "Blocks kept for prefix hits only",
+    "paged:num_requests_loading": "Requests whose blocks a tier is bringing; they wait, too",
 }
 _COUNTERS = {
     "vllm:prompt_tokens": "Prompt tokens of requests that have begun to answer",
@@ -30,15 +32,30 @@ _COUNTERS = {
     "vllm:prefix_cache_queries": "Prompt tokens looked up in the prefix cache",
     "vllm:prefix_cache_hits": "Prompt tokens found there",
     "vllm:num_preemptions": "Requests that had to give back their blocks",
+    "vllm:external_prefix_cache_hits": "Tokens that tiers have brought, and nobody had to compute",
+    "paged:kv_loads": "Loads of blocks from tiers",
+    "paged:kv_loads_abandoned": "Loads that were too slow, or whose blocks were gone or needed for others",
     "paged:late_compiles": "Graphs captured and kernels compiled while requests waited",
     "paged:steps_divided": "Steps computed in parts, since memory had no room for them",
 }
+_TIER_COUNTERS = {  # what each tier does -> where TierStats has it, and in words
+    "paged:kv_tier_written_bytes": ("bytes_out", "Bytes of K/V written to a tier"),
+    "paged:kv_tier_written_blocks": ("blocks_out", "Blocks written to a tier"),
+    "paged:kv_tier_read_bytes": ("bytes_in", "Bytes of K/V read from a tier"),
+    "paged:kv_tier_read_blocks": ("blocks_in", "Blocks read from a tier"),
+    "paged:kv_tier_dropped_blocks": ("blocks_dropped", "Blocks not written, since the tier was behind or could not"),
+    "paged:kv_tier_lost_blocks": ("blocks_lost", "Blocks that a tier should have held: damaged, or evicted meanwhile"),
+}
+_TIERS = ("host", "disk")  # told from the start
 _TOTALS = {  # counters whose sums the engine keeps -> where StepStats has them
     "vllm:prefix_cache_queries": "total_prefix_queries",
     "vllm:prefix_cache_hits": "total_prefix_hits",
     "vllm:num_preemptions": "total_preemptions",
     "paged:late_compiles": "total_late_compiles",
     "paged:steps_divided": "total_steps_divided",
+    "vllm:external_prefix_cache_hits": "offloading.total_tokens_loaded",
+    "paged:kv_loads": "offloading.total_loads",
+    "paged:kv_loads_abandoned": "offloading.total_loads_abandoned",
 }
 _HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
     "vllm:time_to_first_token_seconds": ("From arrival to the first token", _SECONDS),
@@ -119,6 +136,12 @@ class PrometheusMetrics:
                 for name, (told, buckets) in _TGI_HISTOGRAMS.items()
             },
         }
+        self._tier_metrics = {
+            name: client.Counter(name, told, (*label, "tier"), **known) for name, (_, told) in _TIER_COUNTERS.items()
+        }
+        self._tier_totals: dict[tuple[str, str], int] = {}
+        for tier in _TIERS:
+            self._count_tier(TierStats(tier))
         self._open: dict[Request, _Times] = {}
         self._totals = dict.fromkeys(_TOTALS, 0)
 
@@ -144,10 +167,13 @@ class PrometheusMetrics:
         metrics = self._metrics
         metrics["paged:kv_blocks_cached"].set(stats.num_blocks_cached)
         metrics["vllm:iteration_tokens_total"].observe(stats.num_tokens)
+        metrics["paged:num_requests_loading"].set(stats.offloading.num_loading)
         for name, field in _TOTALS.items():
-            total = getattr(stats, field)
+            total = attrgetter(field)(stats)
             metrics[name].inc(total - self._totals[name])
             self._totals[name] = total
+        for tier in stats.offloading.tiers:
+            self._count_tier(tier)
 
     @hookimpl
     def on_request_finished(self, output: RequestOutput) -> None:
@@ -168,6 +194,7 @@ class PrometheusMetrics:
             self._metrics["tgi_request_success"].inc()
         if not self._open:  # after an abort no step follows
             self._gauge(0, 0, 0.0, 0.0, 0)
+            self._metrics["paged:num_requests_loading"].set(0)
 
     # ---- from what was seen --------------------------------------------------------------------------------------
 
@@ -194,6 +221,12 @@ class PrometheusMetrics:
             self._observe(("vllm:inter_token_latency_seconds",), (now - times.last_token) / new)
         times.last_token = now
 
+    def _count_tier(self, tier: TierStats) -> None:
+        for name, (field, _) in _TIER_COUNTERS.items():
+            total, key = getattr(tier, field), (name, tier.name)
+            self._tier_metrics[name].labels(self._model_name, tier.name).inc(total - self._tier_totals.get(key, 0))
+            self._tier_totals[key] = total
+
     def _observe(self, names: Sequence[str], value: float) -> None:
         for name in names:
             self._metrics[name].observe(value)
@@ -213,4 +246,4 @@ def _waits(request: Request) -> bool:
     """Whether nothing of it was computed yet. A sample that will fork starts with the one that computes its prompt."""
     if request.status is RequestStatus.PENDING_FORK:
         return all(row.status is not RequestStatus.RUNNING for row in request.group.members)
-    return request.status is RequestStatus.WAITING
+    return request.status in (RequestStatus.WAITING, RequestStatus.LOADING)

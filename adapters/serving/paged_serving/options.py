@@ -15,6 +15,7 @@ from typing import Any
 from paged_core import EngineConfig
 
 _DEST = "engine_"  # a command may have a --seed of its own
+_UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
 BEGIN, END = "<!-- engine options: python -m paged_serving.options -->", "<!-- end of engine options -->"
 
 
@@ -59,6 +60,14 @@ def whole_number(text: str, low: int = 1) -> int:
     return int(text)
 
 
+def num_bytes(text: str) -> int:
+    """For ``add_argument(type=...)``: bytes, or 64K, 300M, 20G, 1T of them, by 1024."""
+    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in _UNITS else (text, "")
+    if not digits.isdecimal() or int(digits) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a number of bytes, such as 1000, 300M or 20G")
+    return int(digits) << _UNITS.get(unit, 0)
+
+
 def options_table() -> str:
     """Every field of EngineConfig as rows of a Markdown table."""
     rows = ["| setting | option | what | default |", "|---|---|---|---|"]
@@ -81,7 +90,7 @@ def with_table(page: str) -> str:
 def _kind(field: Field[Any]) -> Any:
     kind = str(field.type).removesuffix(" | None")
     if kind == "int":
-        return int if field.name == "seed" else whole_number
+        return int if field.name == "seed" else num_bytes if field.name.endswith("_bytes") else whole_number
     return {"float": float, "str": str}[kind]
 
 

@@ -27,12 +27,14 @@ def test_what_is_not_said_is_the_engines_default():
 def test_every_option_reaches_its_field():
     said = ["--block-size", "4", "--kv-bytes", "1000", "--gpu-memory-utilization", "0.5", "--kv-cache-dtype", "int8",
             "--max-num-seqs", "3", "--max-num-batched-tokens", "30", "--max-model-len", "99", "--no-prefix-caching",
+            "--kv-disk", "a/folder", "--kv-disk-bytes", "20G", "--kv-host-bytes", "300m",
             "--scheduling-policy", "priority", "--attention-backend", "cpu", "--no-cuda-graphs",
             "--seed", "-5"]  # fmt: skip
     config = engine_config(parser().parse_args(said))
     assert config == EngineConfig(
         block_size=4, kv_cache_bytes=1000, gpu_memory_utilization=0.5, kv_cache_dtype="int8", max_num_seqs=3,
         max_num_batched_tokens=30, max_model_len=99, enable_prefix_caching=False, scheduling_policy="priority",
+        kv_disk_path="a/folder", kv_disk_bytes=20 << 30, kv_host_bytes=300 << 20,
         attention_backend="cpu", cuda_graphs=False, seed=-5,
     )  # fmt: skip
     flags = {field.metadata["option"].flag for field in fields(EngineConfig)} - {None}
@@ -46,7 +48,16 @@ def test_a_command_has_defaults_of_its_own_and_leaves_options_out():
     assert "--seed N" not in made.format_help()
 
 
-@pytest.mark.parametrize("said", [["--block-size", "0"], ["--kv-bytes", "many"], ["--max-num-seqs", "-1"]])
+@pytest.mark.parametrize(
+    "said",
+    [
+        ["--block-size", "0"],
+        ["--kv-bytes", "many"],
+        ["--kv-bytes", "G"],
+        ["--kv-bytes", "1.5G"],
+        ["--max-num-seqs", "-1"],
+    ],
+)
 def test_what_is_no_number_is_refused_by_the_command_line(said, capsys):
     with pytest.raises(SystemExit):
         parser().parse_args(said)

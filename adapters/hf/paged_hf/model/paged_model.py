@@ -17,6 +17,7 @@ from paged_core import Attend, EngineDeadError, LayerSpec, ModelSpec, ModuleForw
 from paged_hf.model.attention import PAGED, UNDER_WAY, Step
 from paged_hf.model.compiled import CompiledRoot
 from paged_hf.model.embeds import Embeds, takes_embeds
+from paged_hf.model.identity import identity
 from paged_hf.model.intercepted import listened_to
 from paged_hf.model.probe import probe
 from paged_hf.model.reach import Reach
@@ -129,6 +130,11 @@ class HFPagedModel(PagedModel):
         self._let_go()
         self._ask(self._shadow.root)
         return len(self._fast)
+
+    def fingerprint(self) -> str | None:
+        """None: users' hooks and forwards may compute anything, and so may a model that changes by itself."""
+        known = self._unheard and self._reach.whole and not self._restless
+        return identity(self._base, self._reach) if known else None
 
     def refresh(self) -> bool:
         """Catch up with what was done to the user's model. True: K/V computed before are worthless.

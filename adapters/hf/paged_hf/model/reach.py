@@ -64,8 +64,8 @@ class Reach:
             if names:
                 read = functools.partial(itemgetter(min(names), *names), space)
                 self._places.add_values(read, f"a global of {space.get('__name__')}")
-        loose = {str(key): tensor for key, tensor in self._tensors.items() if key not in self._weights}
-        self._watch = WatchedModules([], loose) if loose else None
+        self.loose = {str(key): tensor for key, tensor in self._tensors.items() if key not in self._weights}
+        self._watch = WatchedModules([], self.loose) if self.loose else None
         del self._tensors, self._weights, self._seen, self._named, self._open
 
     def changed(self) -> str | None:

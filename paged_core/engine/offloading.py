@@ -1,0 +1,211 @@
+"""Offloading: carries blocks between the cache and tiers, as the scheduler says.
+
+What a step gives up is copied out before it is overwritten. What tiers bring is copied in between two steps, piece by
+piece; when all of a load is there, the scheduler hears of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from paged_core.execution.model_runner import ModelRunner
+from paged_core.scheduling.block_pool import BlockContent
+from paged_core.scheduling.schedule import Load, Schedule
+from paged_core.scheduling.scheduler import Scheduler
+from paged_core.tiers.costs import Costs
+from paged_core.tiers.stats import OffloadingStats
+from paged_core.tiers.tier import Fetch, OffloadTier, Piece
+
+_log = logging.getLogger("paged_core")
+_PACKED_BYTES = 4 << 20  # of blocks that are copied out together when all are saved
+
+
+class _Part(NamedTuple):
+    """Of a load, what one tier brings."""
+
+    tier: OffloadTier
+    places: Sequence[int]
+    fetch: Fetch
+
+
+class _UnderWay:
+    """One load."""
+
+    def __init__(self, load: Load, parts: Sequence[_Part], until: float) -> None:
+        self.load = load
+        self.parts = parts
+        self.began = time.perf_counter()
+        self.until = until
+        self.good: set[int] = set()  # places that are in the cache
+        self.ended = False  # the scheduler knows; what is still to come is for nobody
+
+    @property
+    def all_there(self) -> bool:
+        return all(part.fetch.done for part in self.parts)
+
+
+class Offloading:
+    """Of one engine.
+
+    Args:
+        tiers: asked in this order; what the cache gives up goes to all of them.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, tiers: Sequence[OffloadTier], costs: Costs) -> None:
+        self._scheduler, self._runner = scheduler, runner
+        self._tiers = tiers
+        self._costs = costs
+        self._block_bytes = runner.cache.block_bytes
+        self._arrived = threading.Event()
+        self._under_way: list[_UnderWay] = []
+        self._too_slow = False  # whether the last save was cut by its time
+        self._loads = self._abandoned = self._tokens_loaded = 0
+
+    @property
+    def stats(self) -> OffloadingStats:
+        return OffloadingStats(
+            [tier.stats for tier in self._tiers],
+            len(self._scheduler.loading),
+            self._loads,
+            self._abandoned,
+            self._tokens_loaded,
+        )
+
+    # ---- a step --------------------------------------------------------------------------------------------------
+
+    def take_up(self) -> None:
+        """What tiers have brought, into the cache. At the beginning of a step."""
+        if not self._under_way and not self._scheduler.loading:
+            return
+        self._arrived.clear()
+        self._forgo_unasked()
+        for each in list(self._under_way):
+            all_there = each.all_there  # before its pieces are taken: none comes after
+            if each.load.abandoned and not each.ended:
+                self._leave(each)
+            self._take_pieces(each)
+            if not each.ended and (all_there or time.perf_counter() > each.until):
+                self._land(each, all_there)
+            if all_there:
+                self._under_way.remove(each)
+
+    def carry_out(self, schedule: Schedule) -> None:
+        """What a schedule gives up is copied, and what it wants is asked for. Before its blocks are written."""
+        if schedule.offloads:
+            self._store(schedule.offloads)
+        for load in schedule.loads:
+            self._begin(load)
+
+    def wait(self, timeout_s: float) -> None:
+        """Until something comes: nobody has anything to compute."""
+        if self._scheduler.loading:
+            self._arrived.wait(timeout_s)
+
+    def measure(self, num_tokens: int, num_rows: int, seconds: float) -> None:
+        """A step has computed ``num_tokens`` of ``num_rows`` requests."""
+        if num_tokens >= 16 and num_tokens > 4 * num_rows:
+            self._costs.computed(num_tokens, seconds)
+
+    # ---- beside steps --------------------------------------------------------------------------------------------
+
+    def forget(self) -> None:
+        """The model has changed. The scheduler has abandoned all loads."""
+        for tier in self._tiers:
+            tier.forget()
+
+    def save(self, timeout_s: float) -> int:
+        """Store all that the prefix cache holds, most worth keeping first, as far as time goes. Returns how many blocks
+        were given to tiers."""
+        until = time.monotonic() + timeout_s
+        contents = [content for content in self._scheduler.pool.findable() if not self._costs.holds(content.digest)]
+        step = max(1, _PACKED_BYTES // self._block_bytes)
+        num_saved = 0
+        for start in range(0, len(contents), step):
+            if time.monotonic() >= until or not self._costs.wants_more or not self._flush(until):
+                break
+            self._store(contents[start : start + step])
+            num_saved += len(contents[start : start + step])
+        self._too_slow = not self._flush(until)
+        return num_saved
+
+    def close(self, timeout_s: float) -> None:
+        """Save, unless that has just been found to take too long, and let tiers go."""
+        until = time.monotonic() + timeout_s
+        if not self._too_slow:
+            self.save(timeout_s)
+        for tier in self._tiers:
+            tier.close(max(0.0, until - time.monotonic()))
+
+    def _flush(self, until: float) -> bool:
+        flushed = [tier.flush(max(0.0, until - time.monotonic())) for tier in self._tiers]
+        return all(flushed)
+
+    # ---- out -----------------------------------------------------------------------------------------------------
+
+    def _store(self, contents: Sequence[BlockContent]) -> None:
+        new = [content for content in contents if not self._costs.holds(content.digest)]
+        if new:
+            data = torch.empty(len(new), self._block_bytes, dtype=torch.uint8)
+            self._runner.pack_blocks([content.block for content in new], data)
+            for tier in self._tiers:
+                tier.store(new, data)
+
+    # ---- in ------------------------------------------------------------------------------------------------------
+
+    def _begin(self, load: Load) -> None:
+        wanted, parts = list(range(len(load.contents))), []
+        for tier in self._tiers:
+            places = [i for i in wanted if tier.holds(load.contents[i].digest)]
+            wanted = [i for i in wanted if i not in set(places)]
+            if places:
+                parts.append(_Part(tier, places, tier.fetch([load.contents[i] for i in places], self._arrived)))
+        until = time.perf_counter() + self._costs.patience_s(load.num_saved)
+        self._under_way.append(_UnderWay(load, parts, until))
+        self._loads += 1
+
+    def _forgo_unasked(self) -> None:
+        """Loads that a step began which was interrupted before it had asked for them: their rows are computed."""
+        asked = {each.load for each in self._under_way}
+        for load in self._scheduler.loads:
+            if load not in asked:
+                self._scheduler.landed(load, {content.block for content in load.contents})
+
+    def _take_pieces(self, each: _UnderWay) -> None:
+        for part in each.parts:
+            for piece in part.fetch.take():
+                if not each.ended:
+                    self._copy_in(each, part, piece)
+                part.tier.give_back(piece)
+
+    def _copy_in(self, each: _UnderWay, part: _Part, piece: Piece) -> None:
+        rows = [row for row, good in enumerate(piece.good) if good]
+        places = [part.places[piece.places[row]] for row in rows]
+        if not rows:
+            return
+        data = piece.data[: len(piece.good)] if len(rows) == len(piece.good) else piece.data[rows]
+        self._runner.unpack_blocks([each.load.contents[place].block for place in places], data)
+        each.good.update(places)
+
+    def _land(self, each: _UnderWay, all_there: bool) -> None:
+        """What there is has to do."""
+        load, seconds = each.load, time.perf_counter() - each.began
+        busy_s = sum(part.fetch.busy_s for part in each.parts) if all_there else seconds
+        self._costs.loaded(len(load.contents), load.num_saved, busy_s, seconds)
+        lost = {content.block for place, content in enumerate(load.contents) if place not in each.good}
+        self._scheduler.landed(load, lost)
+        if lost:
+            self._leave(each)
+        each.ended = True
+        self._tokens_loaded += 0 if lost else load.num_saved
+
+    def _leave(self, each: _UnderWay) -> None:
+        each.ended = True
+        self._abandoned += 1
+        for part in each.parts:
+            part.fetch.cancelled = True

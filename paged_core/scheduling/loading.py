@@ -1,0 +1,67 @@
+"""Loading: requests whose blocks a tier is to bring. They have seats and blocks; steps go on without them.
+
+This file knows who loads what. It does not know where that comes from, nor how long it takes: its owner says when a
+load is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from paged_core.scheduling.block_pool import BlockContent, BlockPool
+from paged_core.scheduling.prefixes import Found, Prefixes
+from paged_core.scheduling.request import Request
+from paged_core.scheduling.roster import Roster
+from paged_core.scheduling.schedule import Load
+
+
+class Loading:
+    """Begins loads, and ends each of them once: landed or abandoned."""
+
+    def __init__(self, roster: Roster, prefixes: Prefixes, pool: BlockPool) -> None:
+        self.begun: list[Load] = []  # that no schedule has told of yet
+        self._under_way: dict[Load, dict[Request, int]] = {}  # and how many tokens each row will have
+        self._roster = roster
+        self._prefixes = prefixes
+        self._pool = pool
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    def begin(self, rows: Sequence[Request], found: Sequence[Found]) -> None:
+        """Rows that have taken what ``found`` has of the cache wait for the rest."""
+        coming: dict[bytes, BlockContent] = {}
+        num_tokens = {row: self._prefixes.load(row, blocks, coming) for row, blocks in zip(rows, found, strict=True)}
+        num_saved = sum(num_tokens[row] - row.num_computed for row in rows)
+        load = Load(tuple(coming.values()), num_saved)
+        for row in rows:
+            self._roster.load(row)
+        self._under_way[load] = num_tokens
+        self.begun.append(load)
+
+    def land(self, load: Load, lost: Collection[int]) -> None:
+        """Its blocks have come, but those ``lost``, and its rows run. Nothing to do if it was abandoned."""
+        for row, num_tokens in self._under_way.pop(load, {}).items():
+            self._prefixes.loaded(row, num_tokens, lost)
+            self._roster.start(row)
+
+    def abandon(self, load: Load) -> list[Request]:
+        """Its blocks are needed, or nobody wants them any more. Returns the rows, which are yet to be released."""
+        load.abandoned = True
+        if load in self.begun:
+            self.begun.remove(load)
+        return list(self._under_way.pop(load))
+
+    def last(self) -> Load | None:
+        """That of the row that stands behind all others."""
+        return self.of(self._roster.loading[-1]) if self._under_way else None
+
+    def of(self, request: Request) -> Load:
+        return next(load for load, rows in self._under_way.items() if request in rows)
+
+    def all(self) -> list[Load]:
+        return list(self._under_way)
+
+    def check(self) -> None:
+        loading = [row for rows in self._under_way.values() for row in rows]
+        assert sorted(map(id, loading)) == sorted(map(id, self._roster.loading)), "who loads is not who waits for it"

@@ -1,0 +1,235 @@
+"""A slab: one file of many blocks, filled from its front and never written to twice.
+
+====================  ==============================================================================
+bytes                 what
+====================  ==============================================================================
+0 .. 4095             head: magic, the slab's fingerprint, sizes, a checksum of these
+4096 ..               table: an entry for each block, in order
+payload ..            the blocks' bytes, one after another
+====================  ==============================================================================
+
+A block's bytes are written before its entry. An entry has a checksum of itself and one of its block, so whatever was
+torn, cut or changed since is told from what was written. Who writes holds a lock on the file until the slab is full.
+Nothing here knows digests' meaning, nor other slabs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+_MAGIC = b"pagedkv1"
+_HEAD = struct.Struct("<8s16sQIII")  # magic, fingerprint, block_bytes, block_size, capacity, checksum
+_HEAD_BYTES = 4096
+_PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all blocks of an engine have in common."""
+
+    fingerprint: str  # 32 hexadecimal digits: of the model and the cache's layout
+    block_bytes: int
+    block_size: int  # tokens
+
+    @property
+    def entry(self) -> struct.Struct:
+        """Digest, salt's digest, number of tokens, tokens, checksum of the block; a checksum of all that follows."""
+        return struct.Struct(f"<16s16sI{self.block_size}qI")
+
+    @property
+    def entry_bytes(self) -> int:
+        return self.entry.size + 4
+
+    def payload(self, capacity: int) -> int:
+        """Where the blocks of a slab begin."""
+        return -(-(_HEAD_BYTES + capacity * self.entry_bytes) // _PAGE) * _PAGE
+
+    def slab_bytes(self, capacity: int) -> int:
+        """Of a slab that is full."""
+        return self.payload(capacity) + capacity * self.block_bytes
+
+    def capacity(self, num_bytes: int) -> int:
+        """Blocks of a slab of so many bytes."""
+        most = (num_bytes - _HEAD_BYTES - _PAGE) // (self.block_bytes + self.entry_bytes)
+        return max(0, most)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a slab says of one block."""
+
+    digest: bytes
+    salt_digest: bytes
+    tokens: tuple[int, ...]
+    checksum: int  # of the block's bytes
+
+    def packed(self, shape: Shape) -> bytes:
+        tokens = (*self.tokens, *[0] * (shape.block_size - len(self.tokens)))
+        told = shape.entry.pack(self.digest, self.salt_digest, len(self.tokens), *tokens, self.checksum)
+        return told + struct.pack("<I", crc32(told))
+
+
+class Slab:
+    """A slab in a file. Reading raises OSError where the file can't be read; what is damaged is left out."""
+
+    def __init__(self, path: Path, file: int, shape: Shape, capacity: int, num_written: int) -> None:
+        self.path = path
+        self.num_written = num_written  # blocks; of somebody else's: as far as was looked
+        self.capacity = capacity
+        self._file = file
+        self._shape = shape
+        self._payload = shape.payload(capacity)
+        self._size = -1  # of the file, when it was scanned
+        weakref.finalize(self, os.close, file)  # it may be being read when it is dropped
+
+    @classmethod
+    def create(cls, path: Path, shape: Shape, capacity: int) -> Slab:
+        """A new one, locked, for this process to write."""
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.pwrite(file, _head(shape, capacity), 0)
+            os.ftruncate(file, shape.payload(capacity))
+        except BaseException:
+            os.close(file)
+            path.unlink(missing_ok=True)
+            raise
+        return cls(path, file, shape, capacity, 0)
+
+    @classmethod
+    def open(cls, path: Path, shape: Shape) -> Slab | None:
+        """One that is there, to read; None: it isn't of this shape, or its head is damaged."""
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        capacity = _capacity_in(os.pread(file, _HEAD.size, 0), shape)
+        if capacity is None:
+            os.close(file)
+            return None
+        return cls(path, file, shape, capacity, 0)
+
+    # ---- writing -------------------------------------------------------------------------------------------------
+
+    @property
+    def full(self) -> bool:
+        return self.num_written >= self.capacity
+
+    def append(self, digest: bytes, salt_digest: bytes, tokens: tuple[int, ...], data: Any) -> int:
+        """Write a block, ``data`` its bytes. Returns its place.
+
+        Raises:
+            OSError: it can't be written, and isn't there.
+        """
+        place = self.num_written
+        _write(self._file, data, self._payload + place * self._shape.block_bytes)
+        entry = Entry(digest, salt_digest, tokens, crc32(data))
+        _write(self._file, entry.packed(self._shape), _HEAD_BYTES + place * self._shape.entry_bytes)
+        self.num_written += 1
+        return place
+
+    def seal(self) -> None:
+        """Nothing more will be written."""
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    # ---- reading -------------------------------------------------------------------------------------------------
+
+    def scan(self) -> Iterator[tuple[int, bytes]]:
+        """(place, digest) of every sound entry, if the file has grown since the last time."""
+        size = os.fstat(self._file).st_size
+        if size == self._size:
+            return
+        self._size = size
+        step = self._shape.entry_bytes
+        table = os.pread(self._file, self.capacity * step, _HEAD_BYTES)
+        for place in range(len(table) // step):
+            entry = self._parse(table[place * step : (place + 1) * step])
+            if entry is not None:
+                yield place, entry.digest
+
+    def read(self, place: int, digest: bytes, salt_digest: bytes, tokens: tuple[int, ...], into: Any) -> bool:
+        """Fill ``into``, a buffer of ``block_bytes``, with the block at ``place``. False: it isn't that block, or isn't
+        what was written."""
+        step = self._shape.entry_bytes
+        entry = self._parse(os.pread(self._file, step, _HEAD_BYTES + place * step))
+        if entry is None or (entry.digest, entry.salt_digest, entry.tokens) != (digest, salt_digest, tokens):
+            return False
+        num_read = os.preadv(self._file, [into], self._payload + place * self._shape.block_bytes)
+        return num_read == self._shape.block_bytes and crc32(into) == entry.checksum
+
+    def _parse(self, told: bytes) -> Entry | None:
+        if len(told) < self._shape.entry_bytes or crc32(told[:-4]) != int.from_bytes(told[-4:], "little"):
+            return None
+        digest, salt_digest, num_tokens, *tokens, checksum = self._shape.entry.unpack(told[:-4])
+        return Entry(digest, salt_digest, tuple(tokens[:num_tokens]), checksum)
+
+    # ---- the file ------------------------------------------------------------------------------------------------
+
+    @property
+    def gone(self) -> bool:
+        """Whether somebody has evicted it."""
+        return os.fstat(self._file).st_nlink == 0
+
+    def touch(self) -> None:
+        """It was of use just now: who evicts goes by that."""
+        os.utime(self._file)
+
+
+def size_when_full(path: Path) -> int:
+    """What a slab's file has taken of the disk, or will have when it is full: its writer may be at it."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(file).st_size
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            head = os.pread(file, _HEAD.size, 0)
+            if len(head) == _HEAD.size and head.startswith(_MAGIC):
+                _, _, block_bytes, block_size, capacity, _ = _HEAD.unpack(head)
+                size = max(size, Shape("", block_bytes, block_size).slab_bytes(capacity))
+        return size
+    finally:
+        os.close(file)
+
+
+def in_use(path: Path) -> bool:
+    """Whether a process is writing it now."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
+
+
+def digest_of_salt(salt: str | None, key: bytes) -> bytes:
+    """What stands for a salt in files: nobody learns it from there."""
+    return blake2b((salt or "").encode(), digest_size=16, key=key, person=b"salt").digest()
+
+
+def _head(shape: Shape, capacity: int) -> bytes:
+    told = _HEAD.pack(_MAGIC, bytes.fromhex(shape.fingerprint), shape.block_bytes, shape.block_size, capacity, 0)[:-4]
+    return told + struct.pack("<I", crc32(told))
+
+
+def _capacity_in(head: bytes, shape: Shape) -> int | None:
+    if len(head) < _HEAD.size:
+        return None
+    capacity = int(_HEAD.unpack(head)[4])
+    return capacity if head == _head(shape, capacity) else None
+
+
+def _write(file: int, data: Any, offset: int) -> None:
+    """All of it: a full disk may take a part first."""
+    view = memoryview(data).cast("B")
+    while len(view):
+        num = os.pwrite(file, view, offset)
+        view, offset = view[num:], offset + num

@@ -1,0 +1,468 @@
+"""An engine with a tier: the tokens of one without, sooner; and nobody waits for anybody's blocks."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_model import LAYERS, TinyModel
+
+from paged_core import Engine, EngineConfig, FinishReason, Piece, RequestStatus, SamplingParams, hookimpl
+from paged_core.errors import ConfigError
+from paged_core.execution.packed_blocks import pack, unpack
+from paged_core.tiers import host
+from paged_core.tiers.tier import Fetch
+
+SMALL = EngineConfig(
+    block_size=4, num_blocks=40, max_num_seqs=8, max_num_batched_tokens=32, attention_backend="reference"
+)
+
+
+def on_disk(path, config=SMALL, **options):
+    return Engine(TinyModel(), replace(config, kv_disk_path=str(path), kv_disk_bytes=50_000_000), **options)
+
+
+def prompts_like(seed, num):
+    """Many that begin alike."""
+    rnd = random.Random(seed)
+    families = [[rnd.randrange(90) for _ in range(60)] for _ in range(5)]
+    return [
+        [*rnd.choice(families)[: rnd.randrange(1, 60)], *(rnd.randrange(90) for _ in range(rnd.randrange(1, 4)))]
+        for _ in range(num)
+    ]
+
+
+def answers(engine, prompts, **params):
+    params = {"temperature": 0, "max_tokens": 9, "ignore_eos": True} | params
+    told, ends = {}, []
+    for number, prompt in enumerate(prompts):
+        engine.add_request(str(number), prompt, SamplingParams(**params))
+    while engine.has_work:
+        for output in engine.step():
+            told.setdefault((output.request.id, output.request.index), []).extend(output.token_ids)
+            ends += [output.request] if output.finish_reason is not None else []
+        engine._scheduler.check()
+    assert len(ends) == len(set(ends)) == len(told)
+    assert engine._pool.num_used == 0
+    return told
+
+
+def stats(engine):
+    return engine.last_stats.offloading
+
+
+def filled_and_evicted(engine, prompt):
+    """The prompt's blocks are in the tier, and no longer in the cache."""
+    answers(engine, [prompt], max_tokens=1)
+    engine.save_prefix_cache(30)
+    engine.release_memory()
+    engine._offloading._costs.tokens_per_s = None  # what isn't measured is waited for
+
+
+class Slow:
+    """A tier in memory whose loads come when the test says so."""
+
+    key = None
+    wants_more = True
+
+    def __init__(self):
+        self.inner = host.HostTier(1 << 20, TINY_BLOCK, pinned=False)
+        self.asked = []
+        self.closed = False
+
+    @hookimpl
+    def create_offload_tier(self):
+        return self
+
+    @property
+    def stats(self):
+        return self.inner.stats
+
+    def holds(self, digest):
+        return self.inner.holds(digest)
+
+    def store(self, contents, data):
+        self.inner.store(contents, data)
+
+    def fetch(self, contents, arrived):
+        fetch = Fetch(contents, arrived)
+        self.asked.append((fetch, contents))
+        return fetch
+
+    def land(self):
+        for fetch, contents in self.asked:
+            for piece in self.inner.fetch(contents, threading.Event()).take():
+                fetch.put(piece)
+            fetch.finish()
+        self.asked.clear()
+
+    def give_back(self, piece: Piece):
+        pass
+
+    def forget(self):
+        self.inner.forget()
+
+    def flush(self, timeout_s):
+        return True
+
+    def close(self, timeout_s):
+        self.closed = True
+
+
+TINY_BLOCK = 4 * 2 * 16 * 4 * 2 * LAYERS  # tokens, heads, head_dim, bytes, K and V, layers
+
+
+# ---- tokens ------------------------------------------------------------------------------------------------------
+
+
+def test_two_hundred_requests_get_the_tokens_that_they_get_without_a_tier(tmp_path):
+    prompts = prompts_like(0, 200)
+    plain = answers(Engine(TinyModel(), SMALL), prompts)
+    engine = on_disk(tmp_path)
+    assert answers(engine, prompts) == plain
+    assert engine._scheduler.num_preemptions > 0
+    engine.close()
+    again = on_disk(tmp_path)
+    assert answers(again, prompts) == plain
+    assert stats(again).total_tokens_loaded > 0
+    again.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "params"),
+    [
+        ({"kv_cache_dtype": "int8"}, {}),
+        ({"kv_cache_dtype": "float8_e4m3fn"}, {}),
+        ({"kv_cache_dtype": "bfloat16"}, {}),
+        ({"kv_cache_slab_bytes": 20_000}, {}),
+        ({"lookahead": True}, {}),
+        ({}, {"n": 3, "temperature": 0.8, "seed": 3}),
+        ({}, {"n": 2, "use_beam_search": True, "max_tokens": 4}),
+        ({}, {"prompt_logprobs": 1}),
+    ],
+)
+def test_whatever_is_asked_tokens_are_the_same_after_a_restart(tmp_path, options, params):
+    config, prompts = replace(SMALL, **options), prompts_like(1, 12)
+    plain = answers(Engine(TinyModel(), config), prompts, **params)
+    for _ in range(2):
+        engine = on_disk(tmp_path, config)
+        assert answers(engine, prompts, **params) == plain
+        engine.close()
+    assert stats(engine).total_tokens_loaded > 0 or "prompt_logprobs" in params
+
+
+@pytest.mark.parametrize("window", [5, 12])
+def test_a_sliding_window_takes_no_more_than_it_sees(tmp_path, window):
+    prompts = prompts_like(2, 12)
+    plain = answers(Engine(TinyModel(window=window), SMALL), prompts)
+    for _ in range(2):
+        engine = Engine(TinyModel(window=window), replace(SMALL, kv_disk_path=str(tmp_path)))
+        assert answers(engine, prompts) == plain
+        engine.close()
+    assert stats(engine).total_tokens_loaded > 0
+
+
+RESTART = """
+import json, sys
+sys.path[:0] = json.loads(sys.argv[2])
+from test_offloading import answers, on_disk, prompts_like, stats
+engine = on_disk(sys.argv[1])
+told = answers(engine, prompts_like(3, 20))
+loaded = stats(engine).total_tokens_loaded
+engine.close()
+print(json.dumps([sorted([*key, tokens] for key, tokens in told.items()), loaded]))
+"""
+
+
+def test_a_second_process_loads_what_the_first_has_computed(tmp_path):
+    here = str(__file__).rsplit("/", 1)[0]
+    runs = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", RESTART, str(tmp_path), json.dumps([here, *sys.path])],
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        runs.append(json.loads(done.stdout))
+    (first, _), (second, loaded) = runs
+    assert first == second
+    assert loaded > 0
+
+
+def test_a_salt_keeps_tenants_apart_in_a_tier_too(tmp_path):
+    prompt = list(range(30))
+    engine = on_disk(tmp_path)
+    answers(engine, [prompt], cache_salt="a")
+    engine.close()
+    again = on_disk(tmp_path)
+    answers(again, [prompt], cache_salt="b")
+    assert stats(again).total_tokens_loaded == 0
+    answers(again, [prompt], cache_salt="a")
+    assert stats(again).total_tokens_loaded >= 28
+    again.close()
+
+
+def test_another_models_blocks_are_not_found(tmp_path):
+    prompt = list(range(30))
+    engine = on_disk(tmp_path)
+    answers(engine, [prompt])
+    engine.close()
+    other = Engine(TinyModel(seed=1), replace(SMALL, kv_disk_path=str(tmp_path)))
+    assert answers(other, [prompt]) == answers(Engine(TinyModel(seed=1), SMALL), [prompt])
+    assert stats(other).total_tokens_loaded == 0
+    other.close()
+
+
+# ---- loading -----------------------------------------------------------------------------------------------------
+
+
+def test_others_are_served_while_blocks_are_on_their_way():
+    tier = Slow()
+    engine = Engine(TinyModel(), SMALL, plugins=[tier])
+    filled_and_evicted(engine, list(range(30)))
+    (request,) = engine.add_request("loads", list(range(30)), SamplingParams(temperature=0, max_tokens=3))
+    engine.step()
+    assert request.status is RequestStatus.LOADING
+    ended = []
+    engine.add_request("other", [5, 6, 7], SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
+    while not ended:
+        ended += [output.request.id for output in engine.step() if output.finish_reason is not None]
+    assert ended == ["other"]
+    assert request.status is RequestStatus.LOADING
+    assert engine.has_work
+    tier.land()
+    outputs = engine.step()
+    assert request.num_cached == 28
+    assert [output.request for output in outputs] == [request]
+    engine.close()
+
+
+def test_a_load_that_never_comes_is_computed(monkeypatch):
+    tier = Slow()
+    engine = Engine(TinyModel(), SMALL, plugins=[tier])
+    filled_and_evicted(engine, list(range(30)))
+    engine._offloading._costs.tokens_per_s = 10_000.0
+    told = answers(engine, [list(range(30))])
+    assert told == answers(Engine(TinyModel(), SMALL), [list(range(30))])
+    assert stats(engine).total_loads_abandoned == 1
+    tier.land()  # long after: it is for nobody
+    assert answers(engine, [list(range(20, 30))]) == answers(Engine(TinyModel(), SMALL), [list(range(20, 30))])
+    engine.close()
+
+
+@pytest.mark.parametrize("way", ["abort", "stop", "close"])
+def test_who_is_cancelled_while_loading_ends_once_and_frees_everything(way):
+    tier = Slow()
+    engine = Engine(TinyModel(), SMALL, plugins=[tier])
+    filled_and_evicted(engine, list(range(30)))
+    (request,) = engine.add_request("loads", list(range(30)), SamplingParams(temperature=0, max_tokens=3))
+    engine.step()
+    assert engine._pool.num_used > 0
+    told = [engine.stop(request)] if way == "stop" else []
+    if way == "abort":
+        engine.abort("loads")
+    elif way == "close":
+        engine.close()
+    assert engine._pool.num_used == 0
+    tier.land()
+    told += engine.step()
+    assert [output.request for output in told if output.finish_reason is not None] == [request]
+    assert not engine.has_work
+    engine._scheduler.check()
+
+
+def test_when_weights_change_loads_are_given_up_and_nothing_old_is_found():
+    class Changing(TinyModel):
+        changed = False
+
+        def accelerate(self, create):
+            return 0
+
+        def refresh(self):
+            changed, self.changed = self.changed, False
+            return changed
+
+    tier, model = Slow(), Changing()
+    engine = Engine(model, SMALL, plugins=[tier])
+    filled_and_evicted(engine, list(range(30)))
+    engine.add_request("loads", list(range(30)), SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    engine.step()
+    new = TinyModel(seed=1)
+    model.embed, model.qkv, model.out, model.unembed, model.changed = new.embed, new.qkv, new.out, new.unembed, True
+    engine.refresh()
+    told = []
+    while engine.has_work:
+        tier.land()
+        told += [token for output in engine.step() for token in output.token_ids]
+    expected = TinyModel(seed=1)
+    expected.place = model.place
+    assert told == expected.generate(list(range(30)), 3)
+    engine.close()
+
+
+def test_an_interrupt_while_a_load_begins_loses_the_load_and_no_request(monkeypatch):
+    tier = Slow()
+    engine = Engine(TinyModel(), SMALL, plugins=[tier])
+    prompt = list(range(30))
+    filled_and_evicted(engine, prompt)
+    (request,) = engine.add_request("loads", prompt, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(engine._offloading, "_begin", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert request.status is RequestStatus.LOADING
+    told = []
+    while engine.has_work:
+        told += [token for output in engine.step() for token in output.token_ids]
+        engine._scheduler.check()
+    assert told == TinyModel().generate(prompt, 3)
+    engine.close()
+
+
+def _interrupt(load):
+    raise KeyboardInterrupt
+
+
+# ---- preemption --------------------------------------------------------------------------------------------------
+
+
+def test_what_is_swapped_comes_back_bit_for_bit(tmp_path):
+    """Recomputing it would do it in other batches; in bfloat16 that shows."""
+    config = replace(SMALL, num_blocks=14, kv_cache_dtype="bfloat16", kv_disk_path=str(tmp_path))
+    engine = Engine(TinyModel(), config)
+    for number in range(3):
+        engine.add_request(
+            str(number), [number * 7 + i for i in range(10)],
+            SamplingParams(temperature=0, max_tokens=22, ignore_eos=True),
+        )  # fmt: skip
+    before, compared = {}, 0
+    while engine.has_work:
+        held = {request: (request.num_computed, engine.read_kv(request)) for request in engine._scheduler.running}
+        engine.step()
+        for request in engine._scheduler.waiting:
+            if request in held:
+                before[request] = held[request]
+        for request in list(before):
+            if request.status is RequestStatus.RUNNING:
+                num, kv = before.pop(request)
+                assert request.num_computed >= num
+                for mine, theirs in zip(engine.read_kv(request), kv, strict=True):
+                    assert all(torch.equal(a[:, :num], b[:, :num]) for a, b in zip(mine, theirs, strict=True))
+                compared += request.num_computed == num + 1  # one step after it came back
+    assert engine._scheduler.num_preemptions > 0
+    assert compared > 0, "no victim went on from where it was"
+    engine.close()
+
+
+def test_packed_blocks_are_unpacked_bit_for_bit_into_others():
+    engine = Engine(TinyModel(), replace(SMALL, kv_cache_dtype="int8"))
+    cache = engine._runner.cache
+    for tensor in cache.tensors:
+        tensor.view(torch.uint8).random_(0, 256)
+    packed = torch.empty(2, cache.block_bytes, dtype=torch.uint8)
+    pack(cache, [3, 7], packed)
+    unpack(cache, [9, 1], packed)
+    for tensor in cache.tensors:
+        found = tensor.view(torch.uint8)
+        assert torch.equal(found[[9, 1]], found[[3, 7]])
+    engine.close()
+
+
+# ---- saving, and what is refused ---------------------------------------------------------------------------------
+
+
+def test_what_was_used_last_is_saved_first_and_no_longer_than_is_said(tmp_path):
+    engine = on_disk(tmp_path)
+    answers(engine, [[1] * 20], max_tokens=1)
+    answers(engine, [[2] * 20], max_tokens=1)
+    first = engine._pool.findable()
+    assert first[0].tokens == (2, 2, 2, 2)
+    assert engine.save_prefix_cache(0.0) == 0
+    assert engine.save_prefix_cache(30.0) == len(first)
+    assert engine.save_prefix_cache(30.0) == 0, "it is there already"
+    engine.close()
+
+
+SCRIPT = """
+import json, sys
+sys.path[:0] = json.loads(sys.argv[2])
+from test_offloading import answers, on_disk
+engine = on_disk(sys.argv[1])
+answers(engine, [list(range(30))])
+"""
+
+
+def test_a_script_that_closes_nothing_leaves_its_prefixes_all_the_same(tmp_path):
+    here = str(__file__).rsplit("/", 1)[0]
+    arguments = [sys.executable, "-c", SCRIPT, str(tmp_path), json.dumps([here, *sys.path])]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    engine = on_disk(tmp_path)
+    answers(engine, [list(range(30))])
+    assert stats(engine).total_tokens_loaded == 28
+    engine.close()
+
+
+def test_what_cant_work_is_refused_in_a_sentence(tmp_path):
+    for wrong, sentence in (
+        ({"kv_host_bytes": 1 << 20}, "the model is on the CPU, and its K/V are in the host's memory already"),
+        ({"kv_disk_path": str(tmp_path), "enable_prefix_caching": False}, "enable_prefix_caching is False"),
+        ({"kv_disk_path": str(tmp_path), "kv_disk_bytes": 5000}, "has no room for two files of one block"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            Engine(TinyModel(), replace(SMALL, **wrong))
+    with pytest.raises(ConfigError, match="no kv_disk_path says where"):
+        EngineConfig(kv_disk_bytes=1)
+    nameless = TinyModel()
+    nameless.fingerprint = lambda: None
+    with pytest.raises(ConfigError, match="can't tell which one it is"):
+        Engine(nameless, replace(SMALL, kv_disk_path=str(tmp_path)))
+
+
+def test_a_host_tier_serves_a_device_that_has_less_memory():
+    """Over CPU tensors, as a stand-in device: the class, its seams and the tokens are those of a GPU."""
+
+    class Beside:
+        @hookimpl
+        def create_offload_tier(self, layout):
+            return host.HostTier(200 * layout.block_bytes, layout.block_bytes, pinned=False)
+
+    prompts = prompts_like(5, 40)
+    engine = Engine(TinyModel(), SMALL, plugins=[Beside()])
+    assert answers(engine, prompts) == answers(Engine(TinyModel(), SMALL), prompts)
+    assert stats(engine).total_tokens_loaded > 0
+    (told,) = stats(engine).tiers
+    assert told.name == "host"
+    assert told.bytes_in == told.blocks_in * TINY_BLOCK
+    engine.close()
+
+
+class Waits(threading.Event):
+    """Counts who waits for it."""
+
+    num = 0
+
+    def wait(self, timeout=None):
+        assert timeout < 0.1, "somebody might come meanwhile"
+        self.num += 1
+
+
+def test_where_nothing_is_left_but_to_wait_a_step_waits():
+    tier = Slow()
+    engine = Engine(TinyModel(), SMALL, plugins=[tier])
+    filled_and_evicted(engine, list(range(30)))
+    engine.add_request("loads", list(range(30)), SamplingParams(temperature=0, max_tokens=1))
+    engine.step()
+    engine._offloading._arrived = waits = Waits()
+    for _ in range(3):
+        engine.step()
+    assert waits.num == 3
+    engine.close()
+    assert tier.closed
+    assert FinishReason.ABORT in [output.finish_reason for output in engine.step()]
