@@ -52,9 +52,11 @@ class Process:
 @pytest.fixture(scope="module")
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     log = tmp_path_factory.mktemp("serve") / "log"
+    kept = log.parent / "kv"
     process = Process(
         log, "--max-model-len", "512", "--kv-bytes", "50000000", "--shutdown-timeout", "0.5",
         "--attention-backend", "reference", "--served-model-name", "smollm2",
+        "--kv-disk", str(kept), "--kv-disk-bytes", "300M",
     )  # fmt: skip
     try:
         yield process
@@ -99,3 +101,5 @@ def test_a_real_model_is_served_until_a_signal_comes(process: Process) -> None:
     log = [json.loads(line) for line in process.log.read_text().splitlines() if line.startswith("{")]
     assert any(line["message"] == "request" and line["path"] == "/generate" for line in log)
     assert "France" not in process.log.read_text()
+    kept = process.log.parent / "kv"
+    assert sum(path.stat().st_size for path in kept.glob("*.kv")) > 1_000_000, "the next process finds nothing"
