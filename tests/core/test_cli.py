@@ -190,12 +190,16 @@ def test_an_archive_that_is_not_there_is_one_line(argv, capsys):
 
 
 @pytest.mark.parametrize("command", ["generate", "serve"])
-@pytest.mark.parametrize("value", ["4GiB", "0", "-1", "1.5"])
-def test_a_number_that_is_none_is_told_in_a_users_words(command, value, capsys):
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [("--max-model-len", "a whole number from 1 on"), ("--kv-bytes", "a number of bytes, such as 1000, 300M or 20G")],
+)
+@pytest.mark.parametrize("value", ["4 apples", "0", "-1", "1.5", "M"])
+def test_a_number_that_is_none_is_told_in_a_users_words(command, option, wanted, value, capsys):
     with pytest.raises(SystemExit, match="2"):
-        cli.main([command, "smollm2", f"--kv-bytes={value}"])
+        cli.main([command, "smollm2", f"{option}={value}"])
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told.endswith(f"argument --kv-bytes: {value!r} isn't a whole number from 1 on")
+    assert told.endswith(f"argument {option}: {value!r} isn't {wanted}")
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second: where no locale is set
