@@ -21,19 +21,26 @@ class Struck(BaseException):
 def strikes_anywhere() -> Iterator[None]:
     """Threads switch everywhere; but no strike is sent while a thread is born. CPython knows a thread under its
     parent's identity until it runs: a strike that is sent in this moment may hit the child instead, which dies of it,
-    and Thread.start() then waits for it for ever."""
-    start, interval = threading.Thread.start, sys.getswitchinterval()
+    and Thread.start() then waits for it for ever. A strike that hits before a thread has begun its work, or after it,
+    is no failure of the work's."""
+    start, interval, told = threading.Thread.start, sys.getswitchinterval(), threading.excepthook
 
     def starts_unstruck(thread: threading.Thread) -> None:
         with _NO_BIRTHS:
             start(thread)
 
+    def passes_over_strikes(failed: threading.ExceptHookArgs) -> None:
+        if failed.exc_type is not Struck:
+            told(failed)
+
     threading.Thread.start = starts_unstruck  # type: ignore[method-assign]
+    threading.excepthook = passes_over_strikes
     sys.setswitchinterval(1e-6)
     try:
         yield
     finally:
         sys.setswitchinterval(interval)
+        threading.excepthook = told
         threading.Thread.start = start  # type: ignore[method-assign]
 
 
