@@ -31,7 +31,7 @@ class WatchedTensors:
         self._addresses = list(map(_address, self._present))
         self._views: dict[torch.device, dict[torch.dtype, list[Tensor]]] = {}
         for tensor in {id(tensor): tensor for tensor in self._present}.values():  # tied weights stand in several places
-            for view in (view for plain in _plain(tensor) for view in _samples(plain)):
+            for view in (view for plain in plain_tensors(tensor) for view in _samples(plain)):
                 self._views.setdefault(view.device, {}).setdefault(view.dtype, []).append(view)
         self._seen = self._values()
 
@@ -76,14 +76,14 @@ def _versions(tensors: list[Tensor]) -> list[int]:
         return list(map(version_of, tensors))
 
 
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """The ordinary tensors inside a quantised one."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         yield tensor.detach()
         return
     for name in flatten()[0]:
-        yield from _plain(getattr(tensor, name))
+        yield from plain_tensors(getattr(tensor, name))
 
 
 def _samples(tensor: Tensor) -> list[Tensor]:

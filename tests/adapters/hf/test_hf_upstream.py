@@ -210,12 +210,12 @@ def test_models_that_can_never_run_natively_are_told_of_too(tiny: Callable[..., 
 
 
 def test_an_untested_release_is_named_beside_those_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    monkeypatch.setattr(upstream.transformers, "__version__", "5.99.0")
     assert "transformers 5.99.0 is installed" in upstream.way_out()
     pinned = re.findall(r"^transformers==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned and all(version in upstream.way_out() for version in pinned)
     for version in pinned:
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(upstream.transformers, "__version__", version)
         assert "coverage.md" in upstream.way_out()
 
 

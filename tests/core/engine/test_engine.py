@@ -6,7 +6,7 @@ import pytest
 import torch
 from mixed_workload import CHUNKED, ROOMY, TIGHT, add_mixed_requests, greedy, in_every_size, in_every_way
 from tiny_engine import ends_of, run, tiny_engine, tokens_of
-from tiny_model import EOS, VOCAB, TinyModel
+from tiny_model import EOS, VOCAB, ChangingModel, TinyModel
 
 from paged_core import (
     ConfigError,
@@ -291,17 +291,6 @@ def test_prompt_logprobs_are_told_once_though_a_row_computes_its_prompt_again():
     outputs += run(engine)
     assert tokens_of(outputs) == {("a", index): model.generate(prompt, 4) for index in range(2)}
     assert [o.request.index for o in outputs if o.prompt_logprobs is not None] == [0]
-
-
-class ChangingModel(TinyModel):
-    changed = False
-
-    def accelerate(self, create):
-        return 0
-
-    def refresh(self):
-        changed, self.changed = self.changed, False
-        return changed
 
 
 def test_cached_prefixes_are_dropped_when_the_weights_have_changed():

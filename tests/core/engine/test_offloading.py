@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_model import LAYERS, TinyModel
+from tiny_model import LAYERS, ChangingModel, TinyModel
 
 from paged_core import Engine, EngineConfig, FinishReason, Piece, RequestStatus, SamplingParams, hookimpl
 from paged_core.errors import ConfigError
@@ -278,17 +278,7 @@ def test_who_is_cancelled_while_loading_ends_once_and_frees_everything(way):
 
 
 def test_when_weights_change_loads_are_given_up_and_nothing_old_is_found():
-    class Changing(TinyModel):
-        changed = False
-
-        def accelerate(self, create):
-            return 0
-
-        def refresh(self):
-            changed, self.changed = self.changed, False
-            return changed
-
-    tier, model = Slow(), Changing()
+    tier, model = Slow(), ChangingModel()
     engine = Engine(model, SMALL, plugins=[tier])
     filled_and_evicted(engine, list(range(30)))
     engine.add_request("loads", list(range(30)), SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from graph_stand_in import CapturablePlugin, OpRecorder
 from tiny_engine import greedy, run, tokens_of
-from tiny_model import VOCAB, TinyModel
+from tiny_model import VOCAB, ChangingModel, TinyModel
 
 from paged_core import ConfigError, Engine, EngineConfig, SamplingParams, Selection
 from paged_core.engine import assembly
@@ -151,17 +151,7 @@ def test_a_growing_cache_is_not_captured_ahead_and_each_growth_drops_the_graphs(
 
 
 def test_weights_that_change_drop_the_graphs():
-    class Changing(TinyModel):
-        changed = False
-
-        def accelerate(self, create):
-            return 0
-
-        def refresh(self):
-            changed, self.changed = self.changed, False
-            return changed
-
-    model, other = Changing(), TinyModel(seed=5)
+    model, other = ChangingModel(), TinyModel(seed=5)
     engine = make_engine(model)
     engine.add_request("a", [1, 2, 3], greedy(10))
     assert tokens_of(run(engine))["a", 0] == TinyModel().generate([1, 2, 3], 10)
