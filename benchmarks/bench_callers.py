@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
 from paged_bench.report import cpu_name
 from paged_bench.workloads import BenchRequest, synthetic
 from paged_hf import embedded_folder, paged_generate
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 Answers = dict[int, list[int]]
 

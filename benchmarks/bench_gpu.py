@@ -26,15 +26,15 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from bench_gpu_kernels import copy_bandwidth, device_name
 from paged_bench.paged import Paged
 from paged_bench.results import Run, summarise
 from paged_bench.stock import HFStatic
 from paged_bench.workloads import BenchRequest
-from paged_hf.model.paged_model import HFPagedModel
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from paged_core import EngineConfig, StepStats, hookimpl
+from paged_hf.model.paged_model import HFPagedModel
 
 SHAPES: dict[str, dict[str, int]] = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},

@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
+from torch.nn import functional
+
 from paged_kernels import reference
 from paged_kernels.layers import Extras, LayerCache
 from paged_kernels.triton import elementwise, launch, sampling
-from torch import Tensor
-from torch.nn import functional
 
 _L2_BYTES = 256 << 20  # well beyond any device's
 Work = Callable[[], Any]

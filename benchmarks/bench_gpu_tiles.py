@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+
 from bench_gpu_kernels import LLAMA_8B, TINY, Step, copy_bandwidth, device_name, race, write
 from paged_kernels.triton import tiles
 

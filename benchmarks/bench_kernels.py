@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
+
 from paged_kernels import reference
 from paged_kernels.cpu import elementwise, launch
 from paged_kernels.layers import Extras, LayerCache
-from torch import Tensor
-from torch.nn import functional
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SMOLLM2, LLAMA_8B = (9, 3, 64), (32, 8, 128)  # query heads, kv heads, head dim

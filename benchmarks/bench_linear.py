@@ -23,12 +23,13 @@ from typing import Any
 import llvmlite
 import numba
 import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
 from paged_bench.report import cpu_name
 from paged_kernels.cpu import fma, host
 from paged_kernels.cpu.linear import PackedLinear
 from paged_kernels.cpu.product import Product
-from torch import Tensor
-from torch.nn.functional import linear, silu
 
 # SmolLM2-135M: (name, output columns of each layer, input columns, gated)
 SHAPES = [
@@ -164,10 +165,10 @@ def steps(dtype: torch.dtype, rows: list[int], args: argparse.Namespace) -> Iter
     """A whole step of a Llama of these shapes, random weights, attention left out (its query comes back)."""
     if args.no_steps:
         return
-    from paged_hf.model.paged_model import HFPagedModel
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from paged_core.builtin.forwards import create_module_forward
+    from paged_hf.model.paged_model import HFPagedModel
 
     config = LlamaConfig(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=LAYERS, num_attention_heads=9,

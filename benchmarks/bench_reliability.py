@@ -29,6 +29,7 @@ from statistics import median
 from typing import Any
 
 import psutil
+
 from paged_bench.results import percentile
 from reliability_clients import LONG, Seen, Trouble, ask, beside, bombs, flood, read_stream, serving
 

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.generation import StoppingCriteria, StoppingCriteriaList
+
 from paged_bench.report import cpu_name
 from paged_bench.workloads import prose
 from paged_hf import embedded_folder, paged_generate
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 _MEAN_PROMPT, _MEAN_OUTPUT = 19, 58
 

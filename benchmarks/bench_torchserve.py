@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx2
+from transformers import AutoTokenizer
+
 from paged_bench.prose import TOPICS
 from paged_bench.report import cpu_name
 from paged_torchserve import archive
 from paged_torchserve.java import find_java, java_version
 from paged_torchserve.server import Addresses, Options, TorchServe
-from transformers import AutoTokenizer
 
 SYSTEMS = ("stock1", "stock8", "paged")
 STOCK_HANDLER = Path(__file__).with_name("torchserve_stock_handler.py")

@@ -2,8 +2,9 @@
 
 import argparse
 
-from paged_hf import embedded_folder, paged_generate
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from paged_hf import embedded_folder, paged_generate
 
 QUESTIONS = ["Name a colour.", "What do bees make?", "How many legs has a spider?"]
 

@@ -8,8 +8,9 @@ optimiser writes: nothing is copied to another engine, and the next rollout sees
 import argparse
 
 import torch
-from paged_hf import embedded_folder, paged_generate
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from paged_hf import embedded_folder, paged_generate
 
 PROMPTS = ["The weather today is", "My favourite food is"]
 

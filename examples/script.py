@@ -4,8 +4,9 @@ import argparse
 import time
 
 import torch
-from paged_hf import embedded_folder, paged_generate
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from paged_hf import embedded_folder, paged_generate
 
 PROMPTS = ["The capital of France is", "Water boils at", "Once upon a time there was a"]
 

@@ -11,8 +11,9 @@ import argparse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
-from paged_hf import embedded_folder, paged_generate
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+
+from paged_hf import embedded_folder, paged_generate
 
 LONGEST = 16_384  # bytes of a prompt
 

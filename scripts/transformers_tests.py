@@ -84,8 +84,9 @@ def pytest_configure(config: Any) -> None:
     mode = config.getoption("--generate")
     if mode == "stock":
         return
-    from paged_hf import paged_generate
     from transformers import GenerationMixin
+
+    from paged_hf import paged_generate
 
     log = logging.getLogger("paged_hf")
     log.setLevel(logging.DEBUG)

@@ -6,9 +6,10 @@ import itertools
 from dataclasses import dataclass, fields, replace
 
 import torch
+from torch import Tensor
+
 from paged_kernels import reference
 from paged_kernels.layers import Extras, LayerCache
-from torch import Tensor
 
 CODED = (torch.int8, torch.float8_e4m3fn)  # caches with a scale for each token and kv head
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from alphabet_model import AlphabetModel
+from paged_core import AsyncEngine, EngineConfig
 from paged_serving import Call, RequestLimits, ServedModel
 from toy_tokenizers import CharacterTokenizer
-
-from paged_core import AsyncEngine, EngineConfig
 
 
 class Alphabet:

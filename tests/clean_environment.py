@@ -20,6 +20,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
 from places import ROOT
 
 # What would change what an interpreter finds, or name folders of ours.

@@ -6,6 +6,7 @@ Where there is no GPU, Triton's kernels are interpreted. Triton asks for that wh
 import os
 
 import torch
+
 from nothing_skipped import pytest_make_collect_report, pytest_runtest_makereport
 
 __all__ = ["pytest_make_collect_report", "pytest_runtest_makereport"]

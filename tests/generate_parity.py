@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from paged_hf.model.rounding import narrow_dtype
-from rounded_parity import Rounded
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
+
+from paged_hf.model.rounding import narrow_dtype
+from rounded_parity import Rounded
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 Options = dict[str, Any]

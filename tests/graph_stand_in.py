@@ -5,12 +5,12 @@ or computed is what it was at the capture, and work that would wait for a device
 """
 
 import torch
-from paged_kernels.layers import LayerCache
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from paged_core import hookimpl
 from paged_core.builtin.attention import ReferenceBackend
+from paged_kernels.layers import LayerCache
 
 _WAITS = {
     "aten::_local_scalar_dense",

@@ -19,18 +19,18 @@ from typing import Any
 
 import requests
 import schemathesis
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from jsonschema_rs import Draft202012Validator
+from schemathesis import GenerationMode
+from schemathesis.checks import CHECKS, load_all_checks
+
 from alphabet_model import AlphabetModel
 from hostile_bytes import Progress, hostile_bytes, silent
 from http_server import Running, alphabet_server, until
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from jsonschema_rs import Draft202012Validator
+from paged_core import EngineConfig
 from paged_openai.app import AppOptions
 from paged_serving import RequestLimits
-from schemathesis import GenerationMode
-from schemathesis.checks import CHECKS, load_all_checks
 from toy_tokenizers import ByteTokenizer
-
-from paged_core import EngineConfig
 
 _CHECKS = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance",
            "allow_header_conformance")  # fmt: skip

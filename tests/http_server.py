@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx2
+
 from alphabet_model import AlphabetModel
+from paged_core import AsyncEngine, Engine, EngineConfig
 from paged_openai.app import AppOptions, create_app
 from paged_openai.connection import ConnectionLimits
 from paged_openai.logs import JSONLines
@@ -18,8 +20,6 @@ from paged_openai.server import Server
 from paged_openai.service import Service
 from paged_serving import PrometheusMetrics, RequestLimits, ServedModel
 from toy_tokenizers import CharacterTokenizer
-
-from paged_core import AsyncEngine, Engine, EngineConfig
 
 LIMIT_S = 30.0
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torch import Tensor
+
 from paged_hf.generate import carry_out
 from paged_hf.model import paged_model
 from paged_hf.model.paged_model import HFPagedModel
-from torch import Tensor
 
 Mutate = Callable[[pytest.MonkeyPatch], None]
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from paged_hf.model.rounding import Widened
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from paged_hf.model.rounding import Widened
 
 Options = dict[str, Any]
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import paged_serving
 import pytest
 
 import paged_core
+import paged_serving
 from paged_core import hookspecs
 
 ROOT = Path(__file__).parent.parent

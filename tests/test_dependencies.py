@@ -9,9 +9,10 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from declared import EXTRAS, GROUPS, PROJECT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from declared import EXTRAS, GROUPS, PROJECT
 from places import ROOT
 
 SHELVES = [ROOT, ROOT / "kernels", *(ROOT / "adapters").iterdir(), ROOT / "benchmarks"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from http_server import alphabet_server
 from paged_openai.commands import add_options
 

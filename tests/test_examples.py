@@ -12,6 +12,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
 from places import ROOT
 
 EXAMPLES = ROOT / "examples"

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from interpreter import DEVICE
 
 ROOT = Path(__file__).resolve().parents[1]

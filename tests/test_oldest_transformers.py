@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from declared import EXTRAS
 from packaging.requirements import Requirement
+
+from declared import EXTRAS
 from places import ROOT
 
 # The seam and its self-check, calls in each tier, 16-bit weights, the paged cache, models with rules of their own.

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tiny_model import TinyModel
-
 from paged_core import Engine, EngineConfig, RequestOutput, SamplingParams
+from tiny_model import TinyModel
 
 
 def tiny_engine(model: Any = None, plugins: Sequence[Any] = (), **config: Any) -> Engine:

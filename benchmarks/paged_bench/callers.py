@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from paged_hf.generate.patched import paged_generate
 
 from paged_bench.results import Run, Sample
 from paged_bench.stock import Clock, Told, without_eos
 from paged_bench.workloads import BenchRequest
+from paged_hf.generate.patched import paged_generate
 
 
 class PagedCallers:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from paged_core import Commands
 from paged_hf.commands import add_engine, add_model
 from paged_serving import engine_config, quiet_imports, whole_number
-
-from paged_core import Commands
 
 
 def register(commands: Commands) -> None:

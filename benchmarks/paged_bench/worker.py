@@ -14,12 +14,11 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from paged_serving import quiet_imports
-
 from paged_bench.memory import PeakMemory, resident_bytes
 from paged_bench.results import Run
 from paged_bench.workloads import BenchRequest
 from paged_core import ConfigError, EngineConfig
+from paged_serving import quiet_imports
 
 Told = Callable[[int], None]
 Report = Callable[[str, int, int], None]
@@ -163,8 +162,9 @@ def _serve(connection: Connection, job: Job) -> None:
 
 def _load(job: Job) -> tuple[Any, Facts]:
     import torch
-    from paged_hf.loading import load
     from transformers.utils import logging
+
+    from paged_hf.loading import load
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from paged_hf.model.rounding import narrow_dtype, reading, tolerance
 from torch import Tensor
 from transformers import LogitsProcessor
 
 from paged_coverage.tiny import WINDOW
+from paged_hf.model.rounding import narrow_dtype, reading, tolerance
 
 _LENGTHS = (5, 3 * WINDOW + 2, 14)  # of the prompts: mixed, one longer than any window
 NUM_TOKENS = 12  # of each answer

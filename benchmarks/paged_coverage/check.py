@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 import transformers
-from paged_hf.cache.paged_cache import PagedCache
-from paged_hf.generate.patched import paged_generate
-from paged_hf.generate.report import last_report
-from paged_hf.upstream import cache_argument
 
 from paged_core import Engine, EngineConfig, LayerSpec, ModelSpec, SamplingParams, UnsupportedModel
 from paged_coverage.answers import NUM_TOKENS, Answer, DifferentAnswer, Tokens, alone, answer, prompts, stocks_answer
 from paged_coverage.tiny import CHUNK, class_name, narrowed, tiny_model
+from paged_hf.cache.paged_cache import PagedCache
+from paged_hf.generate.patched import paged_generate
+from paged_hf.generate.report import last_report
+from paged_hf.upstream import cache_argument
 
 NATIVE, SECOND, STOCK, NOT_BUILT, WRONG = "native", "second tier", "stock", "not built", "WRONG"
 TIERS = (NATIVE, SECOND, STOCK, NOT_BUILT, WRONG)

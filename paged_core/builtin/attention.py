@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from paged_kernels.layers import Extras, LayerCache
 from torch import Tensor
 
 from paged_core.execution.model import AttentionBackend
 from paged_core.hookspecs import hookimpl
+from paged_kernels.layers import Extras, LayerCache
 
 if TYPE_CHECKING:
     from paged_core.config import StepSizes

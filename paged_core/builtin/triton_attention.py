@@ -10,13 +10,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from paged_kernels.layers import LayerCache
 from torch import Tensor
 
 from paged_core.builtin.attention import PlannedBackend, layer_extras
 from paged_core.builtin.gpu_forwards import triton_works
 from paged_core.execution.model import AttentionBackend
 from paged_core.hookspecs import hookimpl
+from paged_kernels.layers import LayerCache
 
 if TYPE_CHECKING:
     from paged_core.config import StepSizes

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from alphabet_model import Gate
 
+from alphabet_model import Gate
 from paged_core import Engine, EngineConfig, SamplingParams
 
 transformers.utils.logging.disable_progress_bar()

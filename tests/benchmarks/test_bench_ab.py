@@ -5,11 +5,11 @@ import multiprocessing
 
 import pytest
 import torch
+
 from paged_bench.paged import Paged
 from paged_bench.stock import HFContinuous, HFSequential, HFStatic
 from paged_bench.worker import Job, SystemFailed, Worker
 from paged_bench.workloads import BenchRequest
-
 from paged_core import EngineConfig, cli
 
 CONFIG = EngineConfig(attention_backend="reference", kv_cache_bytes=1 << 20, max_num_batched_tokens=64, max_num_seqs=8)

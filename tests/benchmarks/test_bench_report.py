@@ -3,12 +3,12 @@
 import json
 
 import pytest
+
 from paged_bench import ab, chart, report
 from paged_bench.agreement import compare, first_difference, reference_of
 from paged_bench.results import Run, Sample, percentile, summarise
 from paged_bench.worker import Facts
 from paged_bench.workloads import BenchRequest, Workload
-
 from paged_core import ConfigError, EngineConfig
 
 REQUESTS = tuple(BenchRequest(i, (10 + i, 20 + i), 4) for i in range(3))

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from alphabet_model import AlphabetModel
 from http_server import alphabet_server, until
-from places import ROOT
-
 from paged_core import EngineConfig
+from places import ROOT
 
 
 @pytest.fixture

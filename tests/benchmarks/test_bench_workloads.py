@@ -3,9 +3,9 @@
 import json
 
 import pytest
+
 from paged_bench import workloads
 from paged_bench.workloads import BenchRequest, Workload
-
 from paged_core import ConfigError
 
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+
 from paged_coverage import __main__ as command
 from paged_coverage import check as checks
 from paged_coverage import isolated, table, tiny

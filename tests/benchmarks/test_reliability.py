@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from places import ROOT
 from tiny_folder import save
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny_model import VOCAB, TinyModel
 
 from paged_core import Engine, EngineConfig, PluginError, SamplingParams, UnsupportedModel, hookimpl
 from paged_core.plugins import BUILTIN, load_plugins
+from tiny_model import VOCAB, TinyModel
 
 EXAMPLE = Path(__file__).parent.parent / "example_plugin"
 PROMPTS = {"long": [5, 6, 7, 8, 9, 10, 11, 12, 13], "short": [20, 21, 22], "middle": [30, 31, 32, 33, 34, 35]}

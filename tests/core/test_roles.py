@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from alphabet_model import AlphabetModel
 
+from alphabet_model import AlphabetModel
 from paged_core import (
     AttentionBackend,
     Engine,

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+
 from paged_kernels import reference
 from tiny_model import HEAD_DIM, HEADS, KV_HEADS, TinyModel
-from torch import Tensor
 
 _FATES = 997
 _RAISES, _IS_NAN = 0, 1

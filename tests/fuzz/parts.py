@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import torch
-from paged_kernels import reference
 from torch import Tensor
 
 from paged_core import Fetch, Piece, hookimpl
@@ -13,6 +12,7 @@ from paged_core.builtin.attention import layer_cache
 from paged_core.execution import kv_cache
 from paged_core.sampling.sampler import Sampler
 from paged_core.tiers.host import HostTier
+from paged_kernels import reference
 
 
 class ExactBackend:

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+
 from attention_cases import CODED, Case, make_case
 from paged_kernels import reference
 from paged_kernels.cpu import launch

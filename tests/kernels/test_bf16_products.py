@@ -5,10 +5,11 @@ import llvmlite.binding as llvm
 import pytest
 import torch
 from llvmlite import ir
+from torch.nn.functional import linear, silu
+
 from paged_kernels.cpu import amx, dot_bf16, fma, host
 from paged_kernels.cpu.linear import PackedLinear
 from paged_kernels.cpu.passes import emit_pass
-from torch.nn.functional import linear, silu
 
 RUNNABLE = [product for product in host.BF16 if host.can_run(product)]
 products = pytest.mark.parametrize("product", RUNNABLE, ids=lambda product: product.name)

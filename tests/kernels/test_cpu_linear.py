@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from paged_kernels.cpu.linear import PackedLinear, can_pack
 from torch.nn.functional import linear, silu
+
+from paged_kernels.cpu.linear import PackedLinear, can_pack
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03}  # outputs are of size 1; bfloat16 rounds the result
 DTYPES = list(TOLERANCE)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+
 from paged_kernels.cpu import launch, parallel
 from paged_kernels.cpu.vectors import fetch_add, store_i64
 

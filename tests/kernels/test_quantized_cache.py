@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from paged_kernels import reference
 from paged_kernels.layers import Extras, LayerCache
 

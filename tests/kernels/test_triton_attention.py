@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
+
 from attention_cases import CODED, Case, make_case
 from interpreter import DEVICE, ON_GPU, round_as_gpus_do
 from paged_kernels import reference
 from paged_kernels.layers import LayerCache
 from paged_kernels.triton import elementwise, launch, prefill, sampling, tiles
-from torch import Tensor
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # Sequence lengths and queries: a padded row, decode rows, chunks, a whole prompt, a row without queries.

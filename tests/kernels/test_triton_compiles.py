@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import paged_kernels
 import pytest
+
+import paged_kernels
 
 FOLDER = Path(paged_kernels.__path__[0]) / "triton"
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from interpreter import DEVICE, ON_GPU, round_as_gpus_do
 from paged_kernels import reference
 from paged_kernels.triton import elementwise, sampling

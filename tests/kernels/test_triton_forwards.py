@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import DEVICE, round_as_gpus_do
-from paged_hf.model.paged_model import HFPagedModel
-from paged_kernels.triton import sampling
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from interpreter import DEVICE, round_as_gpus_do
 from paged_core import Engine, EngineConfig, SamplingParams, hookimpl
 from paged_core.builtin import gpu_forwards, sampler
 from paged_core.builtin.gpu_forwards import gpu_forward
+from paged_hf.model.paged_model import HFPagedModel
+from paged_kernels.triton import sampling
 
 CPU = torch.device("cpu")
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from paged_serving import add_engine_options, engine_config, quiet_imports, whole_number
-
 from paged_core import Commands, ConfigError, SamplingParams
+from paged_serving import add_engine_options, engine_config, quiet_imports, whole_number
 
 _NOT_HERE = ("seed", "scheduling_policy", "enable_prefix_caching", "cuda_graphs", "gpu_memory_utilization",
              "max_num_seqs", "max_num_batched_tokens")  # fmt: skip

@@ -9,19 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from paged_serving import (
-    Call,
-    CallError,
-    ChatCall,
-    CompletionCall,
-    Failure,
-    PrometheusMetrics,
-    ProtocolError,
-    ServedModel,
-    TGICall,
-    parse_json,
-    tokenize,
-)
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -53,6 +40,19 @@ from paged_openai.service import Service
 from paged_openai.slashes import OptionalSlash
 from paged_openai.tracing import Traces
 from paged_openai.unread import CloseUnread
+from paged_serving import (
+    Call,
+    CallError,
+    ChatCall,
+    CompletionCall,
+    Failure,
+    PrometheusMetrics,
+    ProtocolError,
+    ServedModel,
+    TGICall,
+    parse_json,
+    tokenize,
+)
 
 _Endpoint = Callable[[Request], Awaitable[Response]]
 _MakeCall = Callable[[Any, ServedModel, str], Call]

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paged_serving import RequestLimits, add_engine_options, engine_config, whole_number
-
 from paged_core import Commands, ConfigError, InvalidRequestError, PagedCoreError
+from paged_serving import RequestLimits, add_engine_options, engine_config, whole_number
 
 _LIMITS = ("max_prompt_tokens", "max_tokens", "max_n", "max_prompts", "max_stop", "max_logprobs", "max_values",
            "max_grammar_ms")  # fmt: skip

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from anyio import CancelScope, to_thread
-from paged_serving import Call, CallError, Exchange
 
 from paged_core import AsyncEngine
+from paged_serving import Call, CallError, Exchange
 
 
 class CuttableExchange(Exchange):

@@ -7,11 +7,11 @@ import hmac
 from collections.abc import Iterable
 from pathlib import Path
 
-from paged_serving import CallError, Failure
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from paged_core import ConfigError
 from paged_openai.responses import error_response, form_of
+from paged_serving import CallError, Failure
 
 _OPEN_TO_ALL = frozenset({"/health", "/ready", "/metrics"})  # for probes and scrapers: no prompts, no texts
 

@@ -10,8 +10,9 @@ import time
 import uuid
 from typing import Any
 
-from paged_serving import quiet_imports
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from paged_serving import quiet_imports
 
 _log = logging.getLogger("paged_openai.requests")
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")

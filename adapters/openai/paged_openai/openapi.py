@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from paged_serving import ChatBody, CompletionBody, Failure, ServedModel, TGIBody, TokenizeBody, body_schema
 from starlette.routing import BaseRoute, Route
 
 from paged_core import __version__
 from paged_openai.responses import OPENAI, TGI
+from paged_serving import ChatBody, CompletionBody, Failure, ServedModel, TGIBody, TokenizeBody, body_schema
 
 _JSON, _EVENTS = "application/json", "text/event-stream"
 

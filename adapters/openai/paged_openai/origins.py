@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
-from paged_serving import CallError, Failure
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from paged_openai.responses import error_response, form_of
+from paged_serving import CallError, Failure
 
 
 class OriginCheck:

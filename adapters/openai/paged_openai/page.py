@@ -14,7 +14,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from paged_serving import CallError, Failure, json_bytes
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -23,6 +22,7 @@ from starlette.responses import Response
 from paged_core import Engine, EngineBusyError, EngineDeadError, EngineView
 from paged_openai.responses import TGI, error_response
 from paged_openai.service import Service
+from paged_serving import CallError, Failure, json_bytes
 
 MAX_CELLS = 2048  # of the block map, however many blocks there are
 _PATIENCE_S = 10.0  # with an engine whose step doesn't end

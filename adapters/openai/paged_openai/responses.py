@@ -8,6 +8,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from paged_core import GenerationOutput, InvalidRequestError
+from paged_openai.exchange import CuttableExchange
+from paged_openai.service import Service
+from paged_openai.tracing import Traces
 from paged_serving import (
     LAST_EVENT,
     Call,
@@ -20,15 +29,6 @@ from paged_serving import (
     openai_error,
     tgi_error,
 )
-from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
-
-from paged_core import GenerationOutput, InvalidRequestError
-from paged_openai.exchange import CuttableExchange
-from paged_openai.service import Service
-from paged_openai.tracing import Traces
 
 _log = logging.getLogger("paged_openai")
 

@@ -9,10 +9,10 @@ from functools import cached_property
 from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
-from paged_serving import Call, CallError, Failure, ProtocolError, ServedModel, as_outcome, trouble
 
 from paged_core import AsyncEngine
 from paged_openai.exchange import CuttableExchange
+from paged_serving import Call, CallError, Failure, ProtocolError, ServedModel, as_outcome, trouble
 
 _T = TypeVar("_T")
 _NUM_READERS = 4  # tokenising is one at a time in any case

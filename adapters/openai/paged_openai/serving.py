@@ -13,8 +13,6 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from paged_serving import PrometheusMetrics, RequestLimits, ServedModel
-
 from paged_core import AsyncEngine, ConfigError, Engine, EngineBusyError, EngineConfig, EngineDeadError
 from paged_openai.app import AppOptions, create_app
 from paged_openai.connection import ConnectionLimits
@@ -23,6 +21,7 @@ from paged_openai.logs import log_to_stderr
 from paged_openai.server import Server
 from paged_openai.service import Service
 from paged_openai.tracing import open_traces
+from paged_serving import PrometheusMetrics, RequestLimits, ServedModel
 
 _log = logging.getLogger("paged_openai")
 _LAST_STEP_S = 5.0  # for the step under way when all is over

@@ -11,9 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from paged_serving import Call
-
 from paged_core import GenerationOutput, InvalidRequestError
+from paged_serving import Call
 
 _log = logging.getLogger("paged_openai")
 _LARGEST = 2**63 - 1  # that the export's integers can hold; seeds may be larger, and are left out then

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from paged_core import GenerationOutput, StreamDelta
 from paged_serving import (
     LAST_EVENT,
     Call,
@@ -27,8 +28,6 @@ from paged_serving import (
     parse_json,
     tgi_error,
 )
-
-from paged_core import GenerationOutput, StreamDelta
 from paged_torchserve.settings import Settings
 
 Parts = Mapping[str, Any]  # name -> value: dict, list or str where TorchServe has decoded it, else bytes

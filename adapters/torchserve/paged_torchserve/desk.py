@@ -16,9 +16,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from paged_serving import Call, ServedModel
-
 from paged_core import AsyncEngine, hookimpl
+from paged_serving import Call, ServedModel
 from paged_torchserve.bodies import Form, FrontendRequest, error_form, read_call
 from paged_torchserve.errand import Errand
 from paged_torchserve.replies import MESSAGE_BYTES, Message, Reply

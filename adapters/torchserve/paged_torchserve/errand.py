@@ -8,9 +8,8 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
 
-from paged_serving import Call, CallError, Exchange, as_outcome, json_bytes
-
 from paged_core import AsyncEngine, InvalidRequestError
+from paged_serving import Call, CallError, Exchange, as_outcome, json_bytes
 from paged_torchserve.bodies import JSON, Form
 from paged_torchserve.replies import Reply
 

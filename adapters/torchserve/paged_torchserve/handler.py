@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from paged_serving import RequestLimits, ServedModel, quiet_imports
-
 from paged_torchserve.bodies import FrontendRequest
 from paged_torchserve.desk import Admissions, Desk
 from paged_torchserve.metrics import TorchServeMetrics

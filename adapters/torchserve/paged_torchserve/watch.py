@@ -8,9 +8,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from paged_serving import trouble
-
 from paged_core import AsyncEngine, EngineDeadError
+from paged_serving import trouble
 from paged_torchserve.desk import Desk
 
 _QUIET_S = 0.5  # without a call and without a request: the last reply has been sent

@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 import transformers
-from paged_hf import paged_generate
 from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
+
+from paged_hf import paged_generate
 
 LIMIT_S = 150
 IDS = torch.tensor([[1, 50, 7, 33]])

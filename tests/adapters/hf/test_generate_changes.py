@@ -13,14 +13,14 @@ import numpy as np
 import peft
 import pytest
 import torch
-from paged_hf import paged_generate
-from paged_hf.model.paged_model import HFPagedModel
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama import modeling_llama
 
 from paged_core import UnsupportedModel
+from paged_hf import paged_generate
+from paged_hf.model.paged_model import HFPagedModel
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "intermediate_size": 48}
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}

@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from paged_hf import paged_generate
-from paged_hf.generate import report
-from rounded_parity import HALVES, Rounded
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+
+from paged_hf import paged_generate
+from paged_hf.generate import report
+from rounded_parity import HALVES, Rounded
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "intermediate_size": 48}
 BLOCK_BYTES = 2 * 2 * 2 * 8 * 8 * 4  # layers, K and V, heads, slots, head dim, bytes

@@ -13,20 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from case_ids import told
-from generate_parity import (
-    EndsAtTurns,
-    Options,
-    Recorder,
-    RecordingStreamer,
-    answer,
-    assert_alike,
-    assert_same,
-    some_rows,
-)
-from paged_hf import paged_generate
-from paged_hf.upstream import CACHE, cache_in_result
-from rounded_parity import HALVES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
@@ -44,6 +30,21 @@ from transformers import (
     TextStreamer,
     WatermarkingConfig,
 )
+
+from case_ids import told
+from generate_parity import (
+    EndsAtTurns,
+    Options,
+    Recorder,
+    RecordingStreamer,
+    answer,
+    assert_alike,
+    assert_same,
+    some_rows,
+)
+from paged_hf import paged_generate
+from paged_hf.upstream import CACHE, cache_in_result
+from rounded_parity import HALVES
 
 ENDS = list(range(5, 96, 9))  # a token in nine ends a row
 FULL: Options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, StaticCache
+
 from paged_hf import upstream
 from paged_hf.generate import asked, decide, loops, obstacles
 from paged_hf.generate.asked import Asked
 from paged_hf.generate.decide import Native, OverBlocks, Stock
 from paged_hf.generate.prepared import Prepared
-from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
 
 DOCS = Path(__file__).parents[3] / "docs/generate.md"
 IDS = torch.tensor([[7, 8, 9], [4, 5, 6]])

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from paged_hf import paged_generate
 from transformers import LlamaForCausalLM
+
+from paged_hf import paged_generate
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import CompileConfig
+
 from paged_hf import paged_generate
 from places import ROOT
-from transformers import CompileConfig
 
 
 def test_a_compile_config_gets_stocks_compiled_forward(tiny: Any) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
 from mistakes import MISTAKES, Mutate
+from paged_core import UnsupportedModel
 from paged_hf import embedded_folder, paged_generate
 from paged_hf.model import probe
 from paged_hf.model.paged_model import HFPagedModel
-
-from paged_core import UnsupportedModel
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 FAMILIES = ("llama", "mistral", "gemma2", "gemma3_text", "gpt2", "opt", "qwen3", "mixtral", "gpt_oss", "deepseek_v3")

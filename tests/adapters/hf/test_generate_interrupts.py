@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+
+from paged_core import EngineDeadError
 from paged_hf import paged_generate
 from paged_hf.generate import host as hosts
 from strikes import LIMIT_S, Struck, strike_until_it_ends, strikes_anywhere
-
-from paged_core import EngineDeadError
 
 PROMPT = {"input_ids": torch.tensor([[5, 9, 40, 7, 3]]), "attention_mask": torch.ones(1, 5, dtype=torch.int64)}
 GREEDY = {"do_sample": False, "max_new_tokens": 12}

@@ -19,10 +19,6 @@ import peft
 import pytest
 import torch
 import transformers
-from paged_hf import PagedGenerate, paged_generate
-from paged_hf.cache.paged_cache import PagedLayer
-from paged_hf.generate import report
-from paged_hf.upstream import CACHE
 from torch import Tensor, nn
 from transformers import (
     CompileConfig,
@@ -32,6 +28,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     pipeline,
 )
+
+from paged_hf import PagedGenerate, paged_generate
+from paged_hf.cache.paged_cache import PagedLayer
+from paged_hf.generate import report
+from paged_hf.upstream import CACHE
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "intermediate_size": 48}
 # what PEFT asks transformers for

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
 from generate_parity import Options, Recorder, answer, assert_alike, assert_same, some_rows
 from paged_hf import paged_generate
 from paged_hf.loading.embedded import embedded_folder

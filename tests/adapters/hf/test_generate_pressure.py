@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+
 from paged_hf import paged_generate
 from paged_hf.upstream import cache_in_result
-from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
 BLOCK_BYTES = 2 * 2 * 2 * 8 * 8 * 4  # 2 layers, K and V, 2 kv heads of 8, 8 tokens, float32
 GREEDY = {"do_sample": False, "pad_token_id": 0}
@@ -132,9 +133,8 @@ def test_a_plugin_that_changes_logits_has_no_say_in_generate(model: Any, monkeyp
             return lambda input_ids, scores: -scores
 
     host = model.generate.tiers.host
-    from paged_hf.model.paged_model import HFPagedModel
-
     from paged_core import Engine
+    from paged_hf.model.paged_model import HFPagedModel
 
     def build() -> Any:
         host.paged_model = HFPagedModel(model)

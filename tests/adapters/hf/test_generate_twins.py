@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from paged_hf.generate import loops
 from torch import Tensor
+
+from paged_hf.generate import loops
 
 
 class Nobody:

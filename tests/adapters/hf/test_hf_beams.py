@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from rounded_parity import HALVES, assert_rows
 
 from paged_core import LLM, Engine, SamplingParams
+from rounded_parity import HALVES, assert_rows
 
 
 class NoText:

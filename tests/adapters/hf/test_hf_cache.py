@@ -13,14 +13,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from paged_hf.cache.block_tables import BlockTables
-from paged_hf.cache.paged_cache import PagedCache, PagedLayer
-from paged_hf.upstream import CACHE, cache_in_result
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import DynamicLayer
 
 from paged_core import UnsupportedModel
+from paged_hf.cache.block_tables import BlockTables
+from paged_hf.cache.paged_cache import PagedCache, PagedLayer
+from paged_hf.upstream import CACHE, cache_in_result
 
 _HEADS: dict[str, Any] = {"num_key_value_heads": None, "head_dim": None, "intermediate_size": None}
 _GPT = {**_HEADS, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 8, "hidden_size": None,

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from paged_hf.model import compiled
-from paged_hf.model.paged_model import HFPagedModel
 
 from paged_core import ConfigError
+from paged_hf.model import compiled
+from paged_hf.model.paged_model import HFPagedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own
 

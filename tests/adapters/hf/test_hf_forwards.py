@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from paged_hf.model.paged_model import HFPagedModel
-from rounded_parity import HALVES, assert_rows
 
 from paged_core import Engine, EngineConfig
+from paged_hf.model.paged_model import HFPagedModel
+from rounded_parity import HALVES, assert_rows
 
 
 def fast_engine(model: Any) -> Engine:

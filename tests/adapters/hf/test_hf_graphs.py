@@ -6,12 +6,12 @@ import weakref
 
 import pytest
 import torch
-from graph_stand_in import CapturablePlugin, OpRecorder
-from paged_hf.model.paged_model import HFPagedModel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from graph_stand_in import CapturablePlugin, OpRecorder
 from paged_core import Engine, EngineConfig, SamplingParams
 from paged_core.engine import assembly
+from paged_hf.model.paged_model import HFPagedModel
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip

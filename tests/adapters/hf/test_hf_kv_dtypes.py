@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from paged_hf.loading.load import load_model
 
 from paged_core import Engine, EngineConfig, SamplingParams
+from paged_hf.loading.load import load_model
 
 PROMPTS = [list(range(400 + 31 * i, 400 + 31 * i + 14)) for i in range(3)]
 PARAMS = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)

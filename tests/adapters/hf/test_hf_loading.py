@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
+from paged_core import ConfigError, Engine, EngineConfig, UnsupportedModel, cli
 from paged_hf.loading import embedded, load
 from paged_hf.loading.load import load_model, load_tokenizer
 from paged_kernels.cpu import parallel
-
-from paged_core import ConfigError, Engine, EngineConfig, UnsupportedModel, cli
 
 
 def test_a_folder_is_loaded_by_the_engine_itself(

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from paged_hf.model.paged_model import HFPagedModel
-from rounded_parity import HALVES, assert_rows
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from paged_core import EngineDeadError, LayerSpec, PagedModel, UnsupportedModel
+from paged_hf.model.paged_model import HFPagedModel
+from rounded_parity import HALVES, assert_rows
 
 FAMILIES = [
     "llama",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+
 from paged_hf.loading.load import load_model
 from paged_hf.model.paged_model import HFPagedModel
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from paged_hf.model.masks import causal_until, window_of
-from paged_hf.model.paged_model import HFPagedModel
 
 from paged_core import SamplingParams, UnsupportedModel
+from paged_hf.model.masks import causal_until, window_of
+from paged_hf.model.paged_model import HFPagedModel
 
 NO_KV = {"num_key_value_heads": None, "head_dim": None}
 ROTARY = {**NO_KV, "rotary_dim": 8, "intermediate_size": None, "n_inner": 64}

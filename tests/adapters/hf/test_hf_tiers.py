@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged_hf.model.paged_model import HFPagedModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from paged_core import ConfigError, Engine, EngineConfig, SamplingParams
+from paged_hf.model.paged_model import HFPagedModel
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip

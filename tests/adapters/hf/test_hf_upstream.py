@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from generate_parity import some_rows
-from paged_hf import paged_generate, upstream
-from places import ROOT
 from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers import CamembertForCausalLM, DynamicCache, LlamaForCausalLM
 
+from generate_parity import some_rows
 from paged_core import UnsupportedModel
+from paged_hf import paged_generate, upstream
+from places import ROOT
 
 ADAPTER = ROOT / "adapters/hf/paged_hf"
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}

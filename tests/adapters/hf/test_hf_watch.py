@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from paged_hf.model.watch import WatchedModules
 from torch import nn
+
+from paged_hf.model.watch import WatchedModules
 
 DTYPES = [
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.int32, torch.int64,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from generate_parity import assert_same, some_rows
 from mistakes import MISTAKES, Mutate
 from paged_hf import paged_generate

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
 from alphabet_model import AlphabetModel, Gate
 from browser import CHROMIUM, Browser
 from http_server import Running, alphabet_server, until
+from paged_core import EngineConfig
 from paged_openai.app import AppOptions
 from paged_serving import RequestLimits
-
-from paged_core import EngineConfig
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here (Debian: apt-get install chromium)")
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import openai
 import pytest
-from alphabet_model import AlphabetModel
-from http_server import Running, alphabet_server
 from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import GenerationError, ValidationError
 from prometheus_client.parser import text_string_to_metric_families
+
+from alphabet_model import AlphabetModel
+from http_server import Running, alphabet_server
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pytest
+
 from alphabet_model import AlphabetModel, Gate
 from http_server import LIMIT_S, Running, alphabet_server, until
+from paged_core import EngineConfig
 from paged_openai.app import AppOptions
 from paged_openai.connection import ConnectionLimits
 from places import TESTS
-
-from paged_core import EngineConfig
 
 LONG = {"prompt": "!", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import httpx2
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
 from free_ports import free_ports
 from http_server import alphabet_server, until
 from places import ROOT
-from prometheus_client.parser import text_string_to_metric_families
 
 DASHBOARD = json.loads((ROOT / "docs" / "grafana.json").read_text(encoding="utf-8"))
 EXPRESSIONS: list[str] = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]

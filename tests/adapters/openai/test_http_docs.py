@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from http_server import alphabet_server
 from paged_openai.commands import add_options
 from places import ROOT
-from prometheus_client.parser import text_string_to_metric_families
 
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx2
+
 from alphabet_model import AlphabetModel
 from http_server import LIMIT_S, Running, alphabet_server, until
-
 from paged_core import EngineConfig
 
 NUM_CLIENTS = 10

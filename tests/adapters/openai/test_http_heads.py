@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+
 from http_server import Running, alphabet_server, until
 from paged_openai.app import AppOptions
 from paged_openai.logs import JSONLines

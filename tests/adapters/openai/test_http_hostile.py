@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+
 from hostile_bytes import hostile_bytes
 from hostile_traffic import schema_driven, see_that_nothing_is_left, watched_server
 from http_server import until

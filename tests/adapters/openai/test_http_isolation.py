@@ -13,10 +13,10 @@ from typing import Any
 
 import httpx2
 import pytest
-from http_server import LIMIT_S, Running, alphabet_server, until
-from toy_tokenizers import CharacterTokenizer
 
+from http_server import LIMIT_S, Running, alphabet_server, until
 from paged_core import hookimpl
+from toy_tokenizers import CharacterTokenizer
 
 
 class MyOwn(BaseException):

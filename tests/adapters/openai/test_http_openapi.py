@@ -7,8 +7,9 @@ from typing import Any
 
 import httpx2
 import pytest
-from http_server import Running, alphabet_server
 from jsonschema_rs import Draft202012Validator
+
+from http_server import Running, alphabet_server
 from paged_openai.app import AppOptions
 from places import ROOT
 

@@ -14,8 +14,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import paged_openai.page
 import pytest
+
+import paged_openai.page
 from alphabet_model import AlphabetModel
 from http_server import Running, alphabet_server, until
 from paged_openai.app import AppOptions

@@ -15,6 +15,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+
 from free_ports import free_ports
 from http_server import until
 

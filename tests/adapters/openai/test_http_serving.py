@@ -17,18 +17,18 @@ from typing import Any
 
 import httpx2
 import pytest
-from alphabet_model import AlphabetModel, Gate
-from http_server import LIMIT_S, Running, alphabet_server, request_lines, until
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import OverloadedError
+
+from alphabet_model import AlphabetModel, Gate
+from http_server import LIMIT_S, Running, alphabet_server, request_lines, until
+from paged_core import ConfigError, Engine, EngineConfig
 from paged_openai.app import AppOptions
 from paged_openai.commands import add_options, main, request_limits, serve
 from paged_openai.keys import read_keys
 from paged_openai.responses import _json_pieces, large_json_bytes
 from paged_serving import RequestLimits, engine_config, json_bytes
 from places import TESTS
-
-from paged_core import ConfigError, Engine, EngineConfig
 
 LONG = {"prompt": "!", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
 

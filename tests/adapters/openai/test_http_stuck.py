@@ -14,14 +14,14 @@ from typing import Any
 
 import httpx2
 import pytest
+
 from alphabet_model import AlphabetModel, Gate
 from http_server import LIMIT_S, alphabet_server, until
+from paged_core import AsyncEngine, Engine, EngineConfig
 from paged_openai.exchange import CuttableExchange
 from paged_serving import CallError
 from places import TESTS
 from toy_tokenizers import CharacterTokenizer
-
-from paged_core import AsyncEngine, Engine, EngineConfig
 
 LONG = {"prompt": "!", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
 

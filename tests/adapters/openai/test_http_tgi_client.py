@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from http_server import alphabet_server
 from paged_openai.app import AppOptions
 from places import TESTS

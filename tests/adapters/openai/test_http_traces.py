@@ -6,12 +6,13 @@ import subprocess
 import sys
 
 import pytest
-from http_server import alphabet_server
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
+
+from http_server import alphabet_server
 from paged_openai.app import AppOptions
 from paged_openai.tracing import Traces, open_traces
 

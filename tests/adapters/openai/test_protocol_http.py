@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from http_server import LIMIT_S, Running, alphabet_server, until
 
 BODY = {"prompt": "A", "max_tokens": 9, "temperature": 0}

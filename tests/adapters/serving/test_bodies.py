@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import msgspec
 import pytest
+
 from calls import Alphabet
 from paged_serving import ChatBody, CompletionBody, ProtocolError, ServedModel, TGIBody, TokenizeBody, body_schema
 from paged_serving.protocol.bodies import Body, Defaults, between, must, only, wide

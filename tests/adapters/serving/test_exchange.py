@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from alphabet_model import AlphabetModel, Gate
 from calls import Alphabet
 from http_server import LIMIT_S, until
+from paged_core import AsyncEngine, Engine, EngineConfig
 from paged_serving import CallError, CompletionCall, Exchange, Failure, trouble
 from toy_tokenizers import CharacterTokenizer
-
-from paged_core import AsyncEngine, Engine, EngineConfig
 
 CONFIG = EngineConfig(num_blocks=256, attention_backend="reference")
 

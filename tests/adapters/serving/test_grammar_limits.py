@@ -12,13 +12,13 @@ from typing import Any
 
 import llguidance
 import pytest
+
 from calls import Alphabet, compile_grammar
+from paged_core import InvalidRequestError, SamplingParams
 from paged_serving import CallError, CompletionCall, Failure, RequestLimits, openai_error
 from paged_serving.grammars import compiling
 from paged_serving.grammars.bounded import BoundedThread, TooSlow
 from paged_serving.grammars.trials import Trials
-
-from paged_core import InvalidRequestError, SamplingParams
 
 PATTERNS = [{"pattern": f".*[a-z]{{{number}}}q.*"} for number in range(20)]
 BOMBS: list[dict[str, Any]] = [

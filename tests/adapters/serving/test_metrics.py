@@ -7,11 +7,11 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from alphabet_model import AlphabetModel
-from paged_serving import PrometheusMetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from alphabet_model import AlphabetModel
 from paged_core import Engine, EngineConfig, PluginError, SamplingParams, StepStats
+from paged_serving import PrometheusMetrics
 
 VLLM = {
     "gauge": ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"],

@@ -6,11 +6,11 @@ import argparse
 from dataclasses import fields
 
 import pytest
+
+from paged_core import ConfigError, EngineConfig
 from paged_serving import add_engine_options, engine_config
 from paged_serving.options import with_table
 from places import ROOT
-
-from paged_core import ConfigError, EngineConfig
 
 
 def parser(**options) -> argparse.ArgumentParser:

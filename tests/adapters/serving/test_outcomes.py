@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
 from paged_serving import ProtocolError, as_outcome
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from alphabet_model import AlphabetModel
 from calls import Alphabet
 from http_server import alphabet_server
+from paged_core import LLM, AsyncEngine, EngineConfig, InvalidRequestError, SamplingParams, TextCodec
 from paged_serving import ChatCall, ProtocolError
 from tiny_folder import byte_tokenizer
 from toy_tokenizers import CharacterTokenizer, DeafTokenizer, PartsTokenizer
-
-from paged_core import LLM, AsyncEngine, EngineConfig, InvalidRequestError, SamplingParams, TextCodec
 
 PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 GREEDY = SamplingParams(temperature=0, max_tokens=2)

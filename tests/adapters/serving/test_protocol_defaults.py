@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+
 from alphabet_model import AlphabetModel
+from paged_core import AsyncEngine, EngineConfig, SamplingParams
 from paged_serving import ChatCall, CompletionCall, ServedModel, TGICall
 from toy_tokenizers import CharacterTokenizer
-
-from paged_core import AsyncEngine, EngineConfig, SamplingParams
 
 ADVICE = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1}
 MESSAGES = [{"role": "user", "content": "Hi"}]

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from alphabet_model import AlphabetModel
 from calls import Alphabet
+from paged_core import LLM, AsyncEngine, Engine, EngineConfig, SamplingParams, TextCodec
 from paged_serving import ChatCall, CompletionCall, TGICall
 from toy_tokenizers import CharacterTokenizer
-
-from paged_core import LLM, AsyncEngine, Engine, EngineConfig, SamplingParams, TextCodec
 
 H = ord("H") - 32
 CONFIG = EngineConfig(num_blocks=64, attention_backend="reference")

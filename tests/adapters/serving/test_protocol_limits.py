@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from alphabet_model import AlphabetModel
 from calls import Alphabet
+from paged_core import AsyncEngine, EngineConfig, EngineDeadError, InvalidRequestError
 from paged_serving import (
     ChatCall,
     CompletionCall,
@@ -22,8 +24,6 @@ from paged_serving import (
     tokenize,
 )
 from toy_tokenizers import CharacterTokenizer
-
-from paged_core import AsyncEngine, EngineConfig, EngineDeadError, InvalidRequestError
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+
 from alphabet_model import AlphabetModel
+from paged_core import AsyncEngine, EngineConfig
 from paged_serving import CompletionCall, ServedModel
 from toy_tokenizers import ByteTokenizer
-
-from paged_core import AsyncEngine, EngineConfig
 
 
 class TwoAs(ByteTokenizer):

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from alphabet_model import AlphabetModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from alphabet_model import AlphabetModel
+from paged_core import AsyncEngine, EngineConfig
 from paged_serving import CompletionCall, ServedModel
 from toy_tokenizers import ByteTokenizer, SentencePieceTokenizer
-
-from paged_core import AsyncEngine, EngineConfig
 
 
 class ScriptedModel(AlphabetModel):

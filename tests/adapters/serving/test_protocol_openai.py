@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from calls import Alphabet
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from calls import Alphabet
+from paged_core import InvalidRequestError
 from paged_serving import (
     CallError,
     ChatCall,
@@ -20,8 +22,6 @@ from paged_serving import (
     openai_error,
     parse_json,
 )
-
-from paged_core import InvalidRequestError
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from alphabet_model import AlphabetModel
 from calls import Alphabet
+from paged_core import AsyncEngine, CompletionOutput, GenerationOutput, InvalidRequestError, Logprob, StreamDelta
 from paged_serving import CallError, Failure, ProtocolError, RequestLimits, ServedModel, TGICall, tgi_error
 from toy_tokenizers import SentencePieceTokenizer
-
-from paged_core import AsyncEngine, CompletionOutput, GenerationOutput, InvalidRequestError, Logprob, StreamDelta
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from calls import Alphabet, compile_grammar
+from paged_core import InvalidRequestError, SamplingParams
 from paged_serving import (
     CallError,
     ChatCall,
@@ -21,8 +23,6 @@ from paged_serving import (
     tgi_error,
 )
 from paged_serving.grammars.schemas import FORMATS
-
-from paged_core import InvalidRequestError, SamplingParams
 
 SCHEMA = {
     "type": "object",

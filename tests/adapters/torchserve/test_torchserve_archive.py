@@ -15,13 +15,13 @@ import pytest
 import torch
 import transformers
 import yaml
+
+from paged_core import ConfigError
+from paged_core.cli import main
 from paged_torchserve.models import find_model
 from paged_torchserve.opening import _source, open_engine
 from paged_torchserve.server import _model_name
 from paged_torchserve.settings import Settings, read_settings
-
-from paged_core import ConfigError
-from paged_core.cli import main
 
 STOCK_CONFIG = """
 minWorkers: 2

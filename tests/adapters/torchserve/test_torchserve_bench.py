@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 import tiny_folder
 from places import ROOT
 

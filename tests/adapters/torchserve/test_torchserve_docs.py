@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 import yaml
+
 from paged_torchserve import bodies, commands, metrics, settings
 from places import ROOT
 

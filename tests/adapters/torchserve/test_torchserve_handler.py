@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import paged_torchserve.handler
 import pytest
+
+import paged_torchserve.handler
 from alphabet_model import AlphabetModel, Gate
+from paged_core import AsyncEngine, Engine, EngineConfig, TextCodec
 from paged_torchserve import bodies, metrics
 from toy_tokenizers import CharacterTokenizer, DeafTokenizer, PartsTokenizer
-
-from paged_core import AsyncEngine, Engine, EngineConfig, TextCodec
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", ResourceWarning)  # it leaves a file open
@@ -580,9 +580,8 @@ def until(condition: Any, limit_s: float = 30.0) -> None:
 
 
 def test_settings_of_an_engine_are_checked_by_name_and_type():
-    from paged_torchserve.settings import read_settings
-
     from paged_core import ConfigError
+    from paged_torchserve.settings import read_settings
 
     assert read_settings({"paged": {"max_num_seqs": 4, "watermark": 0}}).engine == EngineConfig(
         max_num_seqs=4, watermark=0.0

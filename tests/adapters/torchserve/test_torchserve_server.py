@@ -20,16 +20,16 @@ from typing import Any
 
 import httpx2
 import openai
-import paged_torchserve.handler
 import psutil
 import pytest
-import tiny_folder
 import torch
-from free_ports import free_ports
-from paged_torchserve.server import Addresses, Options, ServerError, TorchServe
 
+import paged_torchserve.handler
+import tiny_folder
+from free_ports import free_ports
 from paged_core import ConfigError
 from paged_core.cli import main
+from paged_torchserve.server import Addresses, Options, ServerError, TorchServe
 
 READY_S = 600  # a worker imports torch and transformers; how long that takes is the machine's affair
 MAX_MESSAGE = 20_000

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interpreter import DEVICE
-from paged_kernels.triton import launch
-from tiny_model import TinyModel
 
+from interpreter import DEVICE
 from paged_core import Engine, EngineConfig, SamplingParams, UnsupportedModel
 from paged_core.builtin.triton_attention import TritonBackend, create_attention_backend
 from paged_core.engine.sizes import step_sizes
+from paged_kernels.triton import launch
+from tiny_model import TinyModel
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 20, 21, 22, 23, 24]]
 GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)

@@ -4,10 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from mixed_workload import CHUNKED, ROOMY, TIGHT, add_mixed_requests, greedy, in_every_size, in_every_way
-from tiny_engine import ends_of, run, tiny_engine, tokens_of
-from tiny_model import EOS, VOCAB, ChangingModel, TinyModel
 
+from mixed_workload import CHUNKED, ROOMY, TIGHT, add_mixed_requests, greedy, in_every_size, in_every_way
 from paged_core import (
     ConfigError,
     Engine,
@@ -19,6 +17,8 @@ from paged_core import (
     Selection,
     hookimpl,
 )
+from tiny_engine import ends_of, run, tiny_engine, tokens_of
+from tiny_model import EOS, VOCAB, ChangingModel, TinyModel
 
 make_engine = partial(tiny_engine, max_num_batched_tokens=256)
 

@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 import pytest
-from tiny_engine import tiny_engine
-from tiny_model import TinyModel
 
 from paged_core import Engine, Greedy, SamplingParams, Selection
+from tiny_engine import tiny_engine
+from tiny_model import TinyModel
 
 make_engine = partial(tiny_engine, num_blocks=100, max_num_batched_tokens=16)
 

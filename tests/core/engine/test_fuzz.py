@@ -6,9 +6,9 @@ A fuzzer that finds nothing may be one that can't: it has to find what is broken
 from collections import Counter
 
 import pytest
+
 from fuzz.__main__ import OPERATIONS, failure, fuzz
 from fuzz.alone import Alone
-
 from paged_core.engine import engine
 from paged_core.sampling import draw
 from paged_core.scheduling.block_pool import BlockPool

@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from case_ids import told
-from tiny_engine import greedy, tiny_engine
-from tiny_model import VOCAB, TinyModel
 
+from case_ids import told
 from paged_core import (
     Engine,
     FinishReason,
@@ -24,6 +22,8 @@ from paged_core import (
     hookimpl,
 )
 from paged_core.sampling.sampler import Sampler
+from tiny_engine import greedy, tiny_engine
+from tiny_model import VOCAB, TinyModel
 
 make_engine = partial(tiny_engine, num_blocks=200, max_num_batched_tokens=None)
 

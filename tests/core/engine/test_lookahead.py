@@ -4,13 +4,13 @@ import random
 
 import pytest
 import torch
+
 from graph_stand_in import CapturablePlugin, OpRecorder
 from mixed_workload import ROOMY, add_mixed_requests, greedy, in_every_size, in_every_way
-from tiny_model import EOS, TinyModel
-
 from paged_core import Engine, EngineConfig, Greedy, SamplingParams, hookimpl
 from paged_core.engine import assembly
 from paged_core.sampling.sampler import Sampler, TokensOnDevice
+from tiny_model import EOS, TinyModel
 
 
 def make_engine(model=None, plugins=(), **config):

@@ -11,13 +11,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_model import LAYERS, ChangingModel, TinyModel
 
 from paged_core import Engine, EngineConfig, FinishReason, Piece, RequestStatus, SamplingParams, hookimpl
 from paged_core.errors import ConfigError
 from paged_core.execution.packed_blocks import pack, unpack
 from paged_core.tiers import host
 from paged_core.tiers.tier import Fetch
+from tiny_model import LAYERS, ChangingModel, TinyModel
 
 SMALL = EngineConfig(
     block_size=4, num_blocks=40, max_num_seqs=8, max_num_batched_tokens=32, attention_backend="reference"

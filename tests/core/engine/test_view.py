@@ -8,10 +8,10 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 
 import pytest
-from alphabet_model import AlphabetModel, Gate
-from toy_tokenizers import CharacterTokenizer
 
+from alphabet_model import AlphabetModel, Gate
 from paged_core import AsyncEngine, Engine, EngineConfig, EngineDeadError, EngineView, SamplingParams
+from toy_tokenizers import CharacterTokenizer
 
 CONFIG = EngineConfig(num_blocks=64, block_size=4, attention_backend="reference")
 PROMPT = list(range(1, 14))  # three full blocks and a token

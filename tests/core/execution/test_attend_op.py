@@ -5,13 +5,13 @@ import gc
 import pytest
 import torch
 import torch._dynamo.testing
-from paged_hf.model.attention import Step
-from paged_hf.model.paged_model import HFPagedModel
-from tiny_model import TinyModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from paged_core import ConfigError, Engine, EngineConfig
 from paged_core.execution.attend_op import AttendOp
+from paged_hf.model.attention import Step
+from paged_hf.model.paged_model import HFPagedModel
+from tiny_model import TinyModel
 
 
 def recording(seen):

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from graph_stand_in import CapturablePlugin, OpRecorder
-from tiny_engine import greedy
-from tiny_model import TinyModel
 
+from graph_stand_in import CapturablePlugin, OpRecorder
 from paged_core import Engine, EngineConfig, EngineDeadError, hookimpl
 from paged_core.engine import assembly
 from paged_core.sampling.sampler import Sampler
+from tiny_engine import greedy
+from tiny_model import TinyModel
 
 
 class Device:

@@ -7,15 +7,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-from graph_stand_in import CapturablePlugin, OpRecorder
-from tiny_engine import greedy, run, tokens_of
-from tiny_model import VOCAB, ChangingModel, TinyModel
 
+from graph_stand_in import CapturablePlugin, OpRecorder
 from paged_core import ConfigError, Engine, EngineConfig, SamplingParams, Selection
 from paged_core.engine import assembly
 from paged_core.engine.sizes import step_sizes
 from paged_core.execution import graphs
 from paged_core.execution.graphs import length_classes, row_classes
+from tiny_engine import greedy, run, tokens_of
+from tiny_model import VOCAB, ChangingModel, TinyModel
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from places import TESTS
-from tiny_engine import greedy
-from tiny_model import VOCAB, TinyModel
 
 from paged_core import (
     ConfigError,
@@ -23,6 +20,9 @@ from paged_core import (
 )
 from paged_core.execution import kv_cache
 from paged_core.execution.kv_cache import allocate
+from places import TESTS
+from tiny_engine import greedy
+from tiny_model import VOCAB, TinyModel
 
 BLOCK = 4
 BLOCK_BYTES = 2 * 2 * BLOCK * 2 * 16 * 4  # layers, K and V, slots, kv heads, head dim, float32

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_engine import greedy
-from tiny_model import TinyModel
 
 from paged_core import ConfigError, Engine, EngineConfig, PagedModel
 from paged_core.execution import kv_cache, profile
 from paged_core.sampling.sampler import Sampler
 from paged_core.scheduling.schedule import Limits
+from tiny_engine import greedy
+from tiny_model import TinyModel
 
 BLOCK = 4
 BLOCK_BYTES = 2 * 2 * BLOCK * 2 * 16 * 4  # layers, K and V, slots, kv heads, head dim, float32

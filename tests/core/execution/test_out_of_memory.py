@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_engine import greedy, tiny_engine
-from tiny_model import TinyModel
 
 from paged_core import EngineDeadError, SamplingParams, hookimpl
 from paged_core.sampling.sampler import Sampler
+from tiny_engine import greedy, tiny_engine
+from tiny_model import TinyModel
 
 make_engine = partial(tiny_engine, max_num_seqs=4)
 

@@ -6,12 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from paged_kernels import reference
-from tiny_engine import greedy, run, tiny_engine, tokens_of
-from tiny_model import TinyModel
 
 from paged_core import ConfigError, EngineConfig, KVCache, hookimpl
 from paged_core.execution.kv_cache import allocate, bytes_per_block
+from paged_kernels import reference
+from tiny_engine import greedy, run, tiny_engine, tokens_of
+from tiny_model import TinyModel
 
 make_engine = partial(tiny_engine, kv_cache_dtype="int8", max_num_batched_tokens=256)
 

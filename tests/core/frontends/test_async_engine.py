@@ -10,9 +10,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
-from alphabet_model import AlphabetModel, Gate
-from toy_tokenizers import CharacterTokenizer
 
+from alphabet_model import AlphabetModel, Gate
 from paged_core import (
     AsyncEngine,
     Engine,
@@ -25,6 +24,7 @@ from paged_core import (
     Stream,
     StreamDelta,
 )
+from toy_tokenizers import CharacterTokenizer
 
 CONFIG = EngineConfig(num_blocks=256, attention_backend="reference")
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)

@@ -14,10 +14,10 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from strikes import LIMIT_S, Struck, strike_until_it_ends, strikes_anywhere
 
 from paged_core import EngineDeadError, EngineThread, ReentryError, ThreadPolicy
 from paged_core.frontends.locks import PatientLock
+from strikes import LIMIT_S, Struck, strike_until_it_ends, strikes_anywhere
 
 
 class Idle(ThreadPolicy):

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from alphabet_model import AlphabetModel, Gate
-from toy_tokenizers import CharacterTokenizer
 
+from alphabet_model import AlphabetModel, Gate
 from paged_core import LLM, AsyncEngine, Engine, EngineConfig, EngineDeadError, ReentryError, SamplingParams, hookimpl
+from toy_tokenizers import CharacterTokenizer
 
 CONFIG = EngineConfig(num_blocks=256, attention_backend="reference")
 LIMIT_S = 30.0

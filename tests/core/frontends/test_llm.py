@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from alphabet_model import AlphabetModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_tokenizers import ByteTokenizer, CharacterTokenizer
 
+from alphabet_model import AlphabetModel
 from paged_core import (
     LLM,
     AsyncEngine,
@@ -29,6 +28,7 @@ from paged_core.scheduling.request import FinishReason, Request, RequestOutput
 from paged_core.text.codec import Prompt, TextCodec, prepare_params
 from paged_core.text.generation import Generation
 from paged_core.text.outputs import join_deltas
+from toy_tokenizers import ByteTokenizer, CharacterTokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=5)
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+
 from alphabet_model import AlphabetModel
 from calls import Alphabet
+from paged_core import LLM, AsyncEngine, Engine, EngineConfig, InvalidRequestError, SamplingParams, hookimpl
 from paged_serving import ChatCall, CompletionCall
 from tiny_model import EOS, VOCAB, TinyModel
 from toy_tokenizers import CharacterTokenizer
-
-from paged_core import LLM, AsyncEngine, Engine, EngineConfig, InvalidRequestError, SamplingParams, hookimpl
 
 PROMPT = [8, 6, 7, 5, 3, 0, 9]
 ROOMY = {"num_blocks": 400, "max_num_batched_tokens": 256}

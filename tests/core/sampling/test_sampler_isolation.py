@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from case_ids import told
 
+from case_ids import told
 from paged_core.plugins import load_plugins
 from paged_core.sampling.draw import top_rows, uniform
 from paged_core.sampling.sampler import Sampler

@@ -6,10 +6,10 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from alphabet_model import AlphabetModel
-from toy_tokenizers import CharacterTokenizer
 
+from alphabet_model import AlphabetModel
 from paged_core import LLM, AsyncEngine, Engine, EngineConfig, InvalidRequestError, SamplingParams, hookimpl
+from toy_tokenizers import CharacterTokenizer
 
 CONFIG = EngineConfig(num_blocks=256, attention_backend="reference")
 GOOD = SamplingParams(temperature=0, max_tokens=5)

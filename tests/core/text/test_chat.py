@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from toy_tokenizers import ByteTokenizer
 
 from paged_core import InvalidRequestError
 from paged_core.text.codec import TextCodec
 from paged_core.text.prompts import encode_prompt
+from toy_tokenizers import ByteTokenizer
 
 PRINTS = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
 JOINS = "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] }}{% endfor %}"

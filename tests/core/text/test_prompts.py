@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from alphabet_model import AlphabetModel
 from case_ids import told
-from toy_tokenizers import CharacterTokenizer
-
 from paged_core import LLM, AsyncEngine, InvalidRequestError, SamplingParams
 from paged_core.text.codec import Prompt, TextCodec
 from paged_core.text.prompts import as_conversations, as_prompts, encode_prompt
+from toy_tokenizers import CharacterTokenizer
 
 CODEC = TextCodec(CharacterTokenizer())
 A, B, C = 33, 34, 35  # the characters' token ids

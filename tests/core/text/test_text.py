@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_tokenizers import REPLACEMENT, ByteTokenizer, SentencePieceTokenizer
 
 from paged_core.errors import InvalidRequestError
 from paged_core.scheduling.params import SamplingParams
 from paged_core.text.codec import Prompt, TextCodec, prepare_params
 from paged_core.text.prompts import encode_prompt
 from paged_core.text.stop_strings import StopStringChecker, StopStrings
+from toy_tokenizers import REPLACEMENT, ByteTokenizer, SentencePieceTokenizer
 
 BYTES = ByteTokenizer()
 SENTENCES = SentencePieceTokenizer()

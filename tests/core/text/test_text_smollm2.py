@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_serving.protocol.offsets import prompt_offsets
-from paged_serving.protocol.tokens import TokenTexts
 
 from paged_core.text.codec import Prompt, TextCodec
 from paged_core.text.detokenizer import ByteLevelDetokenizer, WindowDetokenizer
 from paged_core.text.prompts import as_prompts, encode_prompt
+from paged_serving.protocol.offsets import prompt_offsets
+from paged_serving.protocol.tokens import TokenTexts
 
 
 @pytest.fixture(scope="module")

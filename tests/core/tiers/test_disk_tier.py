@@ -9,10 +9,10 @@ import threading
 import time
 
 import pytest
-from tier_blocks import BLOCK_BYTES, SHAPE, bytes_of, content, disk_tier, sound, store
 
 from paged_core.tiers import disk
 from paged_core.tiers.slab import Slab
+from tier_blocks import BLOCK_BYTES, SHAPE, bytes_of, content, disk_tier, sound, store
 
 
 @pytest.fixture

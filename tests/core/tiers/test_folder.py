@@ -9,10 +9,10 @@ import sys
 import time
 
 import pytest
-from tier_blocks import SHAPE
 
 from paged_core import ConfigError
 from paged_core.tiers.folder import SlabFolder
+from tier_blocks import SHAPE
 
 CAPACITY = 4
 SLAB = SHAPE.slab_bytes(CAPACITY)

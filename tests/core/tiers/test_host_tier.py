@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from tier_blocks import BLOCK_BYTES, content, sound, store
 
 from paged_core import ConfigError
 from paged_core.tiers.host import HostTier
+from tier_blocks import BLOCK_BYTES, content, sound, store
 
 
 def test_it_keeps_as_many_as_fit_and_gives_up_what_was_of_use_longest_ago():

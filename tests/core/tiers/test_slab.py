@@ -7,9 +7,9 @@ import random
 from dataclasses import replace
 
 import pytest
-from tier_blocks import BLOCK_BYTES, SHAPE, bytes_of, content
 
 from paged_core.tiers.slab import Shape, Slab, in_use, size_when_full
+from tier_blocks import BLOCK_BYTES, SHAPE, bytes_of, content
 
 SALT = bytes(16)
 
