@@ -19,6 +19,7 @@ from paged_core.errors import (
 from paged_core.hookspecs import Commands, hookimpl
 from paged_core.scheduling.block_pool import BlockContent, BlockPool
 from paged_core.scheduling.block_table import BlockTable
+from paged_core.scheduling.cache_events import AllBlocksCleared, BlockRemoved, BlockStored, CacheEvent
 from paged_core.scheduling.params import LogitsProcessor, SamplingParams
 from paged_core.scheduling.policies import SchedulingPolicy
 from paged_core.scheduling.request import FinishReason, Logprob, Request, RequestOutput, Selection
@@ -101,6 +102,7 @@ _LAZY = {
 
 __all__ = [
     "LLM",
+    "AllBlocksCleared",
     "AsyncEngine",
     "Attend",
     "AttentionBackend",
@@ -109,7 +111,10 @@ __all__ = [
     "BlockContent",
     "BlockLayout",
     "BlockPool",
+    "BlockRemoved",
+    "BlockStored",
     "BlockTable",
+    "CacheEvent",
     "Commands",
     "CompletionOutput",
     "ConfigError",

@@ -14,7 +14,7 @@ import pluggy
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from paged_core.execution.kv_cache import KVCache
     from paged_core.execution.model import AttentionBackend, ModuleForward, PagedModel, RequestSampler
     from paged_core.execution.spec import ModelSpec
+    from paged_core.scheduling.cache_events import CacheEvent
     from paged_core.scheduling.params import LogitsProcessor
     from paged_core.scheduling.policies import SchedulingPolicy
     from paged_core.scheduling.request import Request, RequestOutput
@@ -121,3 +122,8 @@ def on_step_finished(stats: StepStats) -> None:
 @hookspec
 def on_request_finished(output: RequestOutput) -> None:
     """A request has had its final output."""
+
+
+@hookspec
+def on_prefix_cache_changed(events: Sequence[CacheEvent]) -> None:
+    """Blocks can be found by their content that could not be before, or the other way round; in order."""

@@ -86,6 +86,8 @@ class Engine:
         self._lookahead = Lookahead(self._scheduler, self._steps)
         self._intake = Intake(self._model, self._manager, config.seed)
         self._observers = Observers(self._manager)
+        if self._observers.listen_to("on_prefix_cache_changed"):
+            self._pool.watch()
         self._open = OpenRequests(self._observers)
         self._lifecycle = Lifecycle()
         self._refreshed = False  # whether the model was looked at since the last step
@@ -227,6 +229,7 @@ class Engine:
             return False
         self._pool.shrink()
         self._runner.release()
+        self._tell_of_cache()
         return True
 
     def view(self) -> EngineView:
@@ -291,7 +294,12 @@ class Engine:
             offloading=self._offloading.stats,
         )
         self._offloading.measure(self.last_stats.num_tokens, len(schedule.chunks), duration_s)
+        self._tell_of_cache()
         self._observers.tell("on_step_finished", stats=self.last_stats)
+
+    def _tell_of_cache(self) -> None:
+        if events := self._pool.take_events():
+            self._observers.tell("on_prefix_cache_changed", events=events)
 
     # ---- taking requests in --------------------------------------------------------------------------------------
 
@@ -329,6 +337,7 @@ class Engine:
             self._scheduler.forget_cached()
             self._offloading.forget()
             self._runner.drop_graphs()
+            self._tell_of_cache()
         self._refreshed = True
 
 

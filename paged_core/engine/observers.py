@@ -11,7 +11,7 @@ from paged_core.interrupts import interrupts_the_process
 from paged_core.plugins import Plugins
 
 _log = logging.getLogger("paged_core")
-_HOOKS = ("on_request_added", "on_step_finished", "on_request_finished")
+_HOOKS = ("on_request_added", "on_step_finished", "on_request_finished", "on_prefix_cache_changed")
 
 
 class Observers:
@@ -19,6 +19,10 @@ class Observers:
 
     def __init__(self, manager: Plugins) -> None:
         self._hooks = {name: _one_each(getattr(manager.hook, name)) for name in _HOOKS}
+
+    def listen_to(self, hook: str) -> bool:
+        """Whether anybody does."""
+        return bool(self._hooks[hook])
 
     def tell(self, hook: str, **what: Any) -> None:
         for call in self._hooks[hook]:

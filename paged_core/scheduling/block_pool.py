@@ -14,7 +14,7 @@ Not every block needs memory from the start: the pool grows in slabs, low ids fi
 memory can be handed out. A block without memory counts as free.
 
 The pool knows block ids and token ids. It does not know requests, nor where K/V are. What it evicts it tells of, if
-somebody wants to keep it elsewhere.
+somebody wants to keep it elsewhere; and so it does of all that changes in its index, if it is watched.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
+
+from paged_core.scheduling.cache_events import AllBlocksCleared, BlockRemoved, BlockStored, CacheEvent
 
 NULL_BLOCK = 0  # pads block tables and stands for blocks that have left a sliding window; never owned
 
@@ -78,6 +80,7 @@ class BlockPool:
         self._cached: OrderedDict[int, None] = OrderedDict()  # eviction order, next victim first
         self._published: dict[int, BlockContent] = {}
         self._index: dict[bytes, int] = {}
+        self._events: list[CacheEvent] | None = None  # None: nobody watches
         self._grow()
 
     # ---- counts ------------------------------------------------------------------------------------------------
@@ -113,8 +116,8 @@ class BlockPool:
             block = self._free.pop()
         else:
             block, _ = self._cached.popitem(last=False)
-            content = self._published.pop(block)
-            del self._index[content.digest]
+            content = self._published[block]
+            self._unpublish(block)
             self.give_up(content)
         self._references[block] = 1
         return block
@@ -223,11 +226,18 @@ class BlockPool:
         block = self._index.get(digest)
         return block if block is not None and self._published[block].tokens == tuple(tokens) else None
 
-    def publish(self, block: int, digest: bytes, tokens: Sequence[int], salt: str | None = None) -> None:
-        """Make a full block findable. Its K/V must have been computed. The first block of equal content wins."""
+    def publish(
+        self, block: int, digest: bytes, tokens: Sequence[int], salt: str | None = None, parent: bytes | None = None
+    ) -> None:
+        """Make a full block findable. Its K/V must have been computed. The first block of equal content wins.
+
+        ``parent``: the digest of the block before it, for those who watch.
+        """
         if digest not in self._index and block not in self._published:
             self._index[digest] = block
-            self._published[block] = BlockContent(block, digest, tuple(tokens), salt)
+            self._published[block] = content = BlockContent(block, digest, tuple(tokens), salt)
+            if self._events is not None:
+                self._events.append(BlockStored(digest, parent, content.tokens, salt))
 
     def findable(self) -> list[BlockContent]:
         """All that is in the index, most worth keeping first: what was used last, and heads before tails."""
@@ -237,9 +247,8 @@ class BlockPool:
     def forget(self, blocks: Iterable[int]) -> None:
         """Make blocks that are in use unfindable."""
         for block in blocks:
-            published = self._published.pop(block, None)
-            if published is not None:
-                del self._index[published.digest]
+            if block in self._published:
+                self._unpublish(block)
 
     def forget_all(self) -> None:
         """Empty the prefix index: what is cached no longer belongs to the model (its weights changed)."""
@@ -248,6 +257,26 @@ class BlockPool:
         self._cached.clear()
         self._published.clear()
         self._index.clear()
+        if self._events is not None:
+            self._events = [AllBlocksCleared()]  # what came before is told by this
+
+    def _unpublish(self, block: int) -> None:
+        digest = self._published.pop(block).digest
+        del self._index[digest]
+        if self._events is not None:
+            self._events.append(BlockRemoved(digest))
+
+    def watch(self) -> None:
+        """Keep what changes in the index from now on, until ``take_events`` asks for it."""
+        self._events = []
+
+    def take_events(self) -> Sequence[CacheEvent]:
+        """What has changed since this was asked the last time, in order; nothing if nobody watches."""
+        events = self._events
+        if not events:
+            return ()
+        self._events = []
+        return events
 
     # ---- invariants --------------------------------------------------------------------------------------------
 

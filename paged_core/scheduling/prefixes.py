@@ -209,7 +209,8 @@ class Prefixes:
     def _publish(self, request: Request, full: int) -> None:
         for i in range(request.num_published, full):
             if request.block_table[i] != NULL_BLOCK:
-                self._pool.publish(*self._content(request, i, request.block_table[i]))
+                parent = request.digests[i - 1] if i else None
+                self._pool.publish(*self._content(request, i, request.block_table[i]), parent)
             self._landed(request, request.digests[i])
         request.num_published = full
 
