@@ -101,6 +101,8 @@ def _add_behaviour(group: Any) -> None:
     add = group.add_argument
     add("--tgi-chat-stream", action="store_true",
         help="stream chats as the text-generation client reads them (OpenAI's don't)")  # fmt: skip
+    add("--strict-fields", action="store_true",
+        help="refuse requests with fields that nobody knows (else the header x-ignored-fields names them)")  # fmt: skip
     add("--no-page", action="store_false", dest="page", help="no page for browsers at /")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="default: %(default)s")
     add("--log-prompts", action="store_true", help="write requests' bodies to the log")

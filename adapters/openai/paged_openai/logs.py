@@ -12,6 +12,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from paged_openai.ignored import ignored_header
 from paged_serving import quiet_imports
 
 _log = logging.getLogger("paged_openai.requests")
@@ -38,7 +39,8 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                told = [(b"x-request-id", request_id.encode()), *ignored_header(scope)]
+                message["headers"] = [*message["headers"], *told]
             await send(message)
 
         try:

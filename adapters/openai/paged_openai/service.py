@@ -54,6 +54,11 @@ class Service:
         return trouble(self.engine, self._step_timeout_s, "--step-timeout")
 
     @property
+    def num_open(self) -> int:
+        """Sequences under way, and requests that aren't calls yet."""
+        return self._num_open
+
+    @property
     def ready(self) -> bool:
         return self.trouble is None and not self.draining
 

@@ -41,7 +41,10 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
     engine = Engine(args.model, config, plugins=[metrics], device=args.device, dtype=args.dtype)
     served_engine = AsyncEngine(engine, max_requests=_max_requests(engine, args.max_queue))
     try:
-        served = ServedModel(served_engine, names, limits, model_defaults=args.generation_config == "auto")
+        served = ServedModel(
+            served_engine, names, limits,
+            model_defaults=args.generation_config == "auto", strict_fields=args.strict_fields,
+        )  # fmt: skip
         service = Service(
             served_engine, served,
             max_queue=args.max_queue, max_unread_bytes=_BODIES_AT_ONCE * args.max_body_bytes,

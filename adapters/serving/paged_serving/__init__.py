@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from paged_serving.metrics import PrometheusMetrics
     from paged_serving.options import add_engine_options, engine_config, whole_number
     from paged_serving.outcomes import as_outcome
+    from paged_serving.protocol.bodies import Body
     from paged_serving.protocol.call import Call
     from paged_serving.protocol.chat import ChatBody, ChatCall
     from paged_serving.protocol.completions import CompletionBody, CompletionCall
     from paged_serving.protocol.document import body_schema
     from paged_serving.protocol.failures import CallError, Failure, openai_error, tgi_error
     from paged_serving.protocol.parsing import ProtocolError, parse_json
+    from paged_serving.protocol.reading import unknown_fields
     from paged_serving.protocol.served import RequestLimits, ServedModel
     from paged_serving.protocol.tgi import TGICall
     from paged_serving.protocol.tgi_body import TGIBody
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 # Imported when first used: plugins are looked through without loading torch.
 _LAZY = {
+    "Body": "protocol.bodies",
     "Call": "protocol.call",
     "CallError": "protocol.failures",
     "ChatBody": "protocol.chat",
@@ -54,11 +57,13 @@ _LAZY = {
     "tgi_error": "protocol.failures",
     "tokenize": "protocol.tokenize",
     "trouble": "health",
+    "unknown_fields": "protocol.reading",
     "whole_number": "options",
 }
 
 __all__ = [
     "LAST_EVENT",
+    "Body",
     "Call",
     "CallError",
     "ChatBody",
@@ -88,6 +93,7 @@ __all__ = [
     "tgi_error",
     "tokenize",
     "trouble",
+    "unknown_fields",
     "whole_number",
 ]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from types import SimpleNamespace
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from calls import Alphabet
 from paged_serving import ChatBody, CompletionBody, ProtocolError, ServedModel, TGIBody, TokenizeBody, body_schema
 from paged_serving.protocol.bodies import Body, Defaults, between, must, only, wide
-from paged_serving.protocol.reading import read_body
+from paged_serving.protocol.reading import read_body, unknown_fields
 
 
 class Part(Body, frozen=True):
@@ -20,6 +21,7 @@ class Part(Body, frozen=True):
 
 
 class Whole(Body, frozen=True):
+    elsewhere: ClassVar[Mapping[str, str]] = {"digit": "is another's name; use number"}
     number: Annotated[int, between(1, 9)] = 3
     large: Annotated[int, wide(0, 2**64 - 1)] | None = None
     flag: bool = False
@@ -33,7 +35,8 @@ class Whole(Body, frozen=True):
         return {cls: {"number": 7}, Part: {"share": 0.25}}
 
 
-SERVED: Any = None  # the classes above ask nothing of it
+SERVED: Any = SimpleNamespace(strict_fields=True)  # the classes above ask nothing else of it
+LENIENT: Any = SimpleNamespace(strict_fields=False)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +88,35 @@ def test_null_counts_as_left_out_and_three_point_nought_is_three() -> None:
     assert read_body(Whole, {"number": 3.0, "large": 2**64 - 1, "tools": []}, SERVED).number == 3
     parts = read_body(Whole, {"parts": [{"name": "a", "share": 1, "x": None}]}, SERVED).parts
     assert (parts[0].name, parts[0].share) == ("a", 1.0)
+
+
+UNKNOWN = {
+    "number": 3, "x": 1, "gone": None, "part": {"name": "a", "y": 2, "share": 1, "none": None},
+    "parts": [{"name": "b", "z": 3}, {"name": "c", "z": 4, "y": [{"x": 1}]}],
+}  # fmt: skip
+
+
+def test_fields_that_nobody_knows_are_left_out_and_named_once_each() -> None:
+    assert unknown_fields(UNKNOWN, Whole) == ["x", "part.y", "parts[].z", "parts[].y"]
+    part = {"name": "a", "share": 1}
+    assert read_body(Whole, UNKNOWN, LENIENT) == read_body(
+        Whole, {"number": 3, "part": part, "parts": [{"name": "b"}, {"name": "c"}]}, SERVED
+    )
+    with pytest.raises(ProtocolError):
+        read_body(Whole, UNKNOWN, SERVED)
+    assert unknown_fields([], Whole) == []
+
+
+def test_fields_that_other_bodies_have_are_refused_with_the_name_that_they_have_here() -> None:
+    for served in (SERVED, LENIENT):
+        with pytest.raises(ProtocolError, match="digit is another's name; use number"):
+            read_body(Whole, {"digit": 3}, served)
+    assert unknown_fields({"digit": 3}, Whole) == []
+
+
+def test_a_wrong_field_is_told_whatever_stands_beside_it() -> None:
+    with pytest.raises(ProtocolError, match=r"part\.share is 2"):
+        read_body(Whole, {"x": 1, "part": {"name": "a", "y": 2, "share": 2}}, LENIENT)
 
 
 def test_what_is_left_out_is_as_the_class_says_for_this_model() -> None:

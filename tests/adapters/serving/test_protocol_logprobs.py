@@ -10,7 +10,7 @@ import torch
 
 from alphabet_model import AlphabetModel
 from paged_core import AsyncEngine, EngineConfig
-from paged_serving import CompletionCall, ServedModel
+from paged_serving import ChatCall, CompletionCall, ServedModel
 from toy_tokenizers import ByteTokenizer
 
 
@@ -70,6 +70,17 @@ def test_parts_of_characters_have_names_of_their_own(fixed: Fixed, num: int) -> 
     assert sorted(top.values(), reverse=True) == list(top.values())
     assert found["tokens"] == names[:1]
     assert found["token_logprobs"] == [top[names[0]]]
+
+
+def test_tokens_may_be_called_by_their_ids(fixed: Fixed) -> None:
+    """vLLM's ``return_tokens_as_token_ids``."""
+    found = fixed.logprobs([0x41, 0xC0], logprobs=2, return_tokens_as_token_ids=True)
+    assert (found["tokens"], list(found["top_logprobs"][0])) == (["token_id:65"], ["token_id:65", "token_id:192"])
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "temperature": 0, "logprobs": True}
+    call = ChatCall({**body, "return_tokens_as_token_ids": True}, fixed.served, "1")
+    (choice,) = call.answer([fixed.engine.submit(call.prompts[0], call.params).result(30)])["choices"]
+    (token,) = choice["logprobs"]["content"]
+    assert (token["token"], token["bytes"], choice["message"]["content"]) == ("token_id:65", [65], "A")
 
 
 def test_of_tokens_with_equal_text_the_chosen_one_keeps_it(fixed: Fixed) -> None:

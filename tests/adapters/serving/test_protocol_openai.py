@@ -331,7 +331,10 @@ def test_an_answer_may_be_begun_by_the_caller(alphabet: Alphabet) -> None:
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
-        ({"store": True}, "store"),
+        ({"max_new_tokens": 5}, "max_new_tokens"),
+        ({"typical_p": 0.9}, "typical_p"),
+        ({"vllm_xargs": {"a": 1}}, "vllm_xargs"),
+        ({"max_completion_tokens": 5}, "max_completion_tokens"),
         ({"colour": "red"}, "colour"),
         ({"messages": []}, "messages"),
     ],
@@ -381,9 +384,10 @@ def test_what_a_chat_cannot_have_is_refused_by_its_name(alphabet: Alphabet, fiel
 
 def test_fields_that_ask_for_nothing_are_taken(alphabet: Alphabet) -> None:
     nothing = {"use_beam_search": False, "length_penalty": 1, "response_format": {"type": "text"}, "user": "u",
-               "priority": 0, "suffix": None, "store": False, "stop": None, "logit_bias": {}, "best_of": 1}  # fmt: skip
+               "priority": 0, "suffix": None, "store": False, "stop": None, "logit_bias": {}, "best_of": 1,
+               "top_p": 0, "temperature": 0, "typical_p": 1.0, "mirostat": 0, "request_id": "x"}  # fmt: skip
     assert complete(alphabet, **nothing)["choices"][0]["text"] == "BCDEF"
-    more = {"tools": [], "tool_choice": "none", "parallel_tool_calls": True, "metadata": {"a": "b"}}
+    more = {"tools": [], "tool_choice": "none", "parallel_tool_calls": True, "metadata": {"a": "b"}, "echo": False}
     assert chat(alphabet, **more)["choices"][0]["message"]["content"] == ";<=>"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
 
 import msgspec
 from msgspec import Meta, inspect
@@ -25,12 +25,17 @@ class Served(Protocol):
     @property
     def defaults(self) -> Mapping[str, float]: ...
 
+    @property
+    def strict_fields(self) -> bool: ...  # whether a field that nobody knows is refused, or left out
+
     def default_max_tokens(self, usual: int | None) -> int | None: ...
 
 
 class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A JSON object. What its fields are when left out stands in the class; what of that depends on the model, in
     ``defaults``."""
+
+    elsewhere: ClassVar[Mapping[str, str]] = {}  # fields that other bodies have -> why this one can't be given them
 
     @classmethod
     def defaults(cls, served: Served, wished: Mapping[str, Any]) -> Defaults:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -44,6 +44,11 @@ class Message(Body, frozen=True):
 
 
 class ChatBody(OpenAIBody, frozen=True, kw_only=True):
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "prompt": "is for completions; use messages, or POST /v1/completions",
+        "suffix": "is for completions; use messages",
+        "inputs": "is TGI's; use messages, or POST /generate",
+    }
     messages: Annotated[list[Message], Meta(min_length=1), must("a list of at least one object")]
     add_special_tokens: bool = False
     add_generation_prompt: bool = True
@@ -162,10 +167,12 @@ class ChatCall:
     """
 
     def __init__(self, body: Any, served: ServedModel, request_id: str, *, whole_deltas: bool = False) -> None:
-        asked = to_call(read_chat(body, served), served)
+        wished = read_chat(body, served)
+        asked = to_call(wished, served)
         self.options, self.prompts, self.params = asked.options, [asked.prompt], asked.params
         self.stream, self.grammar = asked.options.stream, asked.options.grammar
         self._num_top, self._num_prompt_top = asked.num_top, asked.num_prompt_top
+        self._tokens = served.token_numbers if wished.return_tokens_as_token_ids else served.tokens
         self._served = served
         self._every_delta = {"role": "assistant", "content": "", "tool_calls": None} if whole_deltas else {}
         self._head = {
@@ -226,7 +233,7 @@ class ChatCall:
     def _end_of_choice(self, news: StreamDelta | CompletionOutput) -> dict[str, Any]:
         logprobs = None
         if self._num_top is not None:
-            logprobs = self._served.tokens.chat_logprobs(news.token_ids, news.logprobs or (), self._num_top)
+            logprobs = self._tokens.chat_logprobs(news.token_ids, news.logprobs or (), self._num_top)
         end: dict[str, Any] = {"logprobs": logprobs, "finish_reason": news.finish_reason}
         end["stop_reason"] = news.stop_reason
         if self.options.return_token_ids:

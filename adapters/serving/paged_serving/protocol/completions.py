@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from paged_core import CompletionOutput, GenerationOutput, Prompt, SamplingParams, StreamDelta, TokenLogprobs
 from paged_serving.protocol.bodies import Defaults, Served, Whole, must, only
@@ -21,6 +21,12 @@ _News = TypeVar("_News", StreamDelta, CompletionOutput)
 
 
 class CompletionBody(OpenAIBody, frozen=True, kw_only=True):
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "max_completion_tokens": "is for chats; use max_tokens",
+        "messages": "is for chats; use prompt, or POST /v1/chat/completions",
+        "tools": "is for chats; use POST /v1/chat/completions",
+        "inputs": "is TGI's; use prompt, or POST /generate",
+    }
     prompt: Annotated[str | list[str | int | list[int]], must("a string, token ids, or a list of these")]
     add_special_tokens: bool = True
     echo: bool = False
@@ -86,11 +92,13 @@ class CompletionCall:
     """
 
     def __init__(self, body: Any, served: ServedModel, request_id: str) -> None:
-        asked = to_call(read_body(CompletionBody, body, served), served)
+        wished = read_body(CompletionBody, body, served)
+        asked = to_call(wished, served)
         self.options, self.prompts, self.params = asked.options, asked.prompts, asked.params
         self.stream, self.grammar = asked.options.stream, asked.options.grammar
         self._served, self._echo, self._only_echo = served, asked.echo, asked.only_echo
         self._num_top, self._num_prompt_top = asked.num_top, asked.num_prompt_top
+        self._tokens = served.token_numbers if wished.return_tokens_as_token_ids else served.tokens
         self._echoes = [self._text_of(prompt) if asked.echo else "" for prompt in self.prompts]
         self._echo_offsets = [
             prompt_offsets(prompt, text, served.tokens, served.codec)
@@ -174,7 +182,7 @@ class CompletionCall:
             token_ids = [*self.prompts[echoed].token_ids, *token_ids]
             entries = [*self._prompt_logprobs.get(echoed, ()), *entries]
             offsets = [*self._echo_offsets[echoed], *offsets]
-        return self._served.tokens.completion_logprobs(token_ids, entries, offsets, num_top)
+        return self._tokens.completion_logprobs(token_ids, entries, offsets, num_top)
 
     def _text_of(self, prompt: Prompt) -> str:
         return prompt.text if prompt.text is not None else self._served.codec.decode(prompt.token_ids)

@@ -33,7 +33,7 @@ def faults(value: Any, body: type[Body], path: str | None = None) -> Iterator[Fa
             yield _joined(path, name), f"is missing; it must be {_wanted(field)}"
     for name in value:
         if name not in fields:
-            yield _joined(path, shortened(name)), "is not a field that this server knows"
+            yield _joined(path, shortened(name)), body.elsewhere.get(name, "is not a field that this server knows")
 
 
 def unheeded(body: Body, path: str | None = None) -> Iterator[Fault]:

@@ -28,9 +28,10 @@ from paged_serving.protocol.bodies import (
     only,
     wide,
 )
+from paged_serving.protocol.others import OthersFields
 from paged_serving.protocol.parsing import refuse
 from paged_serving.protocol.served import Names, ServedModel, sampling_params
-from paged_serving.protocol.structured import OpenAIStructures, openai_structure
+from paged_serving.protocol.structured import openai_structure
 
 if TYPE_CHECKING:
     from paged_serving.grammars.grammars import Grammar
@@ -53,10 +54,10 @@ _AS_THEY_ARE = (  # fields of SamplingParams by the same name
 class StreamOptions(Body, frozen=True):
     include_usage: bool = False
     continuous_usage_stats: bool = False
-    include_obfuscation: Annotated[Any, only(False, why="can't be honoured: no padding is added to the stream")] = None
+    include_obfuscation: Ignored = None  # padding
 
 
-class OpenAIBody(OpenAIStructures, frozen=True):
+class OpenAIBody(OthersFields, frozen=True):
     """The fields that both routes mean alike."""
 
     model: str | None = None
@@ -65,6 +66,7 @@ class OpenAIBody(OpenAIStructures, frozen=True):
     stream: bool = False
     stream_options: StreamOptions = field(default_factory=StreamOptions)
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
     truncate_prompt_tokens: Annotated[int, between(-1)] | None = None
     prompt_logprobs: Whole | None = None
 
@@ -94,7 +96,7 @@ class OpenAIBody(OpenAIStructures, frozen=True):
     spaces_between_special_tokens: Annotated[
         Any, only(True, why="can't be false here: tokens are joined as the tokenizer does")
     ] = None
-    store: Annotated[Any, only(False, why="asks to store the answer; this server stores none")] = None
+    store: Ignored = None  # no answer of these routes is stored
     user: Ignored = None
     metadata: Ignored = None
     service_tier: Ignored = None

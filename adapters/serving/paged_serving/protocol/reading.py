@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -11,18 +11,20 @@ from msgspec import inspect
 
 from paged_serving.protocol.bodies import Body, Defaults, Served, body_of, fields_of
 from paged_serving.protocol.faults import faults, refusal, unheeded
+from paged_serving.protocol.parsing import shortened
 
 _Body = TypeVar("_Body", bound=Body)
 
 
 def read_body(body: type[_Body], value: Any, served: Served) -> _Body:
-    """``value``, parsed JSON, as a ``body``. A field that is null counts as left out.
+    """``value``, parsed JSON, as a ``body``. A field that is null counts as left out, and so does one that isn't
+    declared, unless ``served.strict_fields``; ``unknown_fields`` tells which these are.
 
     Raises:
         ProtocolError: it isn't one, holds a field that isn't declared, or asks for what can't be honoured.
     """
     if isinstance(value, Mapping):
-        value = _filled(value, body, body.defaults(served, value))
+        value = _filled(value, body, body.defaults(served, value), served.strict_fields)
     try:
         found = msgspec.convert(value, body)
     except msgspec.ValidationError:
@@ -32,15 +34,23 @@ def read_body(body: type[_Body], value: Any, served: Served) -> _Body:
     return found
 
 
-def _filled(value: Mapping[str, Any], body: type[Body], defaults: Defaults) -> dict[str, Any]:
-    """Without nulls, with defaults, and with 3.0 as 3 where an integer is declared: JSON has one kind of number."""
-    objects, adapted = _adapted(body)
+def unknown_fields(value: Any, body: type[Body]) -> list[str]:
+    """The fields of ``value``, parsed JSON, that ``body`` doesn't declare, each once. One in an object of a list is
+    told without its place: ``messages[].id``."""
+    return list(dict.fromkeys(_unknown(value, body, ""))) if isinstance(value, Mapping) else []
+
+
+def _filled(value: Mapping[str, Any], body: type[Body], defaults: Defaults, strict: bool) -> dict[str, Any]:
+    """Without nulls, with defaults, and with 3.0 as 3 where an integer is declared: JSON has one kind of number. Not
+    ``strict``: without fields that nobody knows; those that are known elsewhere stay, to be refused."""
+    fields, (objects, adapted) = fields_of(body), _adapted(body)
+    known = fields.keys() | body.elsewhere.keys()
     found = dict(defaults.get(body, ()))
     for name, inner in objects:
-        found[name] = _filled({}, inner, defaults)
+        found[name] = _filled({}, inner, defaults, strict)
     for name, each in value.items():
-        if each is not None:
-            found[name] = _plain(each, adapted[name], defaults) if name in adapted else each
+        if each is not None and (strict or name in known):
+            found[name] = _plain(each, adapted[name], defaults, strict) if name in adapted else each
     return found
 
 
@@ -60,13 +70,40 @@ def _adapts(kind: inspect.Type) -> bool:
     return isinstance(kind, inspect.IntType) or body_of(kind) is not None
 
 
-def _plain(value: Any, kind: inspect.Type, defaults: Defaults) -> Any:
+def _plain(value: Any, kind: inspect.Type, defaults: Defaults, strict: bool) -> Any:
     if isinstance(value, float):
         return int(value) if isinstance(kind, inspect.IntType) and value.is_integer() else value
-    if isinstance(value, Mapping | list):
-        for each in kind.types if isinstance(kind, inspect.UnionType) else (kind,):
-            if isinstance(value, Mapping) and (body := body_of(each)) is not None:
-                return _filled(value, body, defaults)
-            if isinstance(value, list) and isinstance(each, inspect.ListType) and _adapts(each):
-                return [_plain(item, each.item_type, defaults) for item in value]
+    fitting = _fitting(value, kind)
+    if isinstance(value, Mapping) and (body := body_of(fitting)) is not None:
+        return _filled(value, body, defaults, strict)
+    if isinstance(value, list) and isinstance(fitting, inspect.ListType):
+        return [_plain(item, fitting.item_type, defaults, strict) for item in value]
     return value
+
+
+def _fitting(value: Any, kind: inspect.Type) -> inspect.Type:
+    """Of several kinds that a field may hold, the one that an object or a list is read as."""
+    for each in kind.types if isinstance(kind, inspect.UnionType) else (kind,):
+        if isinstance(value, Mapping) and body_of(each) is not None:
+            return each
+        if isinstance(value, list) and isinstance(each, inspect.ListType) and _adapts(each):
+            return each
+    return inspect.AnyType()
+
+
+def _unknown(value: Mapping[str, Any], body: type[Body], path: str) -> Iterator[str]:
+    fields, (_, adapted) = fields_of(body), _adapted(body)
+    for name, each in value.items():
+        if each is not None and name not in fields and name not in body.elsewhere:
+            yield path + shortened(name)
+        elif name in adapted:
+            yield from _unknown_inside(each, adapted[name], path + name)
+
+
+def _unknown_inside(value: Any, kind: inspect.Type, path: str) -> Iterator[str]:
+    fitting = _fitting(value, kind)
+    if isinstance(value, Mapping) and (body := body_of(fitting)) is not None:
+        yield from _unknown(value, body, f"{path}.")
+    elif isinstance(value, list) and isinstance(fitting, inspect.ListType):
+        for item in value:
+            yield from _unknown_inside(item, fitting.item_type, f"{path}[]")

@@ -19,7 +19,7 @@ from paged_core import (
 from paged_serving.protocol.parsing import ProtocolError, shortened
 from paged_serving.protocol.sizes import check_sizes
 from paged_serving.protocol.structured import Structure
-from paged_serving.protocol.tokens import TokenTexts
+from paged_serving.protocol.tokens import TokenNumbers, TokenTexts
 
 if TYPE_CHECKING:
     from paged_core import AsyncEngine
@@ -48,6 +48,7 @@ class ServedModel:
     """A model under the names it is served by. Knows its text side; runs nothing.
 
     ``model_defaults``: sampling fields that a request leaves out are as the model's makers advise.
+    ``strict_fields``: a field that nobody knows is refused; else it is left out.
     """
 
     def __init__(
@@ -57,12 +58,15 @@ class ServedModel:
         limits: RequestLimits | None = None,
         *,
         model_defaults: bool = True,
+        strict_fields: bool = True,
     ) -> None:
         spec = engine.engine.spec
         self.names = tuple(names)
         self.limits = limits or RequestLimits()
+        self.strict_fields = strict_fields
         self.codec: TextCodec = engine.codec
         self.tokens = TokenTexts(engine.codec)
+        self.token_numbers = TokenNumbers(engine.codec)
         self.max_model_len = engine.sizes.max_model_len
         self.defaults: Mapping[str, float] = spec.sampling_defaults if model_defaults else {}
         self.max_prompt_tokens = _max_prompt_tokens(engine, self.limits)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from msgspec import field
 
@@ -49,6 +49,17 @@ _NAMES = {
 class TGIParameters(Body, frozen=True):
     """``parameters``: what each means is TGI's."""
 
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "max_tokens": "is OpenAI's; use parameters.max_new_tokens",
+        "n": "is OpenAI's; use parameters.best_of",
+        **dict.fromkeys(
+            ("num_beams", "no_repeat_ngram_size", "min_new_tokens", "max_length", "min_length", "min_p",
+             "penalty_alpha", "num_return_sequences", "bad_words_ids", "eos_token_id", "length_penalty",
+             "presence_penalty"),
+            "can't be honoured here: it is none of TGI's parameters",
+        ),
+    }  # fmt: skip
+
     max_new_tokens: Positive = _MAX_NEW_TOKENS
     do_sample: bool = False
     temperature: Annotated[float, between(1e-6, HUGE)] | None = None
@@ -71,6 +82,12 @@ class TGIParameters(Body, frozen=True):
 
 
 class TGIBody(Body, frozen=True):
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(TGIParameters.__struct_fields__, "belongs into parameters"),
+        "prompt": "is OpenAI's; use inputs, or POST /v1/completions",
+        "messages": "is OpenAI's; use inputs, or POST /v1/chat/completions",
+        "max_tokens": "is OpenAI's; use parameters.max_new_tokens",
+    }
     inputs: str
     parameters: TGIParameters = field(default_factory=TGIParameters)
     stream: bool = False

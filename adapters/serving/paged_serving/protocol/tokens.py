@@ -96,6 +96,17 @@ class TokenTexts(dict[int, str]):
         ]
 
 
+class TokenNumbers(TokenTexts):
+    """The same, but each token is called ``token_id:`` and its id: vLLM's ``return_tokens_as_token_ids``."""
+
+    def __missing__(self, token: int) -> str:
+        text = self[token] = self.name(token)
+        return text
+
+    def name(self, token: int) -> str:
+        return f"token_id:{token}"
+
+
 def finite(logprob: float) -> float:
     return max(logprob, _LOWEST)
 
