@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from paged_serving.outcomes import as_outcome
     from paged_serving.protocol.bodies import Body
     from paged_serving.protocol.call import Call
-    from paged_serving.protocol.chat import ChatBody, ChatCall
+    from paged_serving.protocol.chat import ChatCall
+    from paged_serving.protocol.chat_body import ChatBody
     from paged_serving.protocol.completions import CompletionBody, CompletionCall
     from paged_serving.protocol.document import body_schema
     from paged_serving.protocol.failures import CallError, Failure, openai_error, tgi_error
@@ -29,7 +30,7 @@ _LAZY = {
     "Body": "protocol.bodies",
     "Call": "protocol.call",
     "CallError": "protocol.failures",
-    "ChatBody": "protocol.chat",
+    "ChatBody": "protocol.chat_body",
     "ChatCall": "protocol.chat",
     "CompletionBody": "protocol.completions",
     "CompletionCall": "protocol.completions",

@@ -64,9 +64,9 @@ def test_openai_gets_vllms_beam_search(client: openai.OpenAI) -> None:
     assert refused.value.param == "stream"
 
 
-def test_openai_hears_that_tools_are_not_called(client: openai.OpenAI) -> None:
+def test_openai_hears_how_a_server_learns_to_read_calls(client: openai.OpenAI) -> None:
     tool: Any = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-    with pytest.raises(openai.BadRequestError, match="doesn't call; describe them in the prompt") as refused:
+    with pytest.raises(openai.BadRequestError, match="give the server a --response-template") as refused:
         client.chat.completions.create(model="alphabet", messages=MESSAGES, tools=[tool], tool_choice="auto")
     assert refused.value.param == "tools"
 

@@ -93,7 +93,7 @@ def test_bounds_and_defaults_are_those_of_the_reader(document: Any) -> None:
     assert fields["n"]["minimum"] == 1
     assert body_of(document, "/v1/completions")["properties"]["max_tokens"]["minimum"] == 0  # with echo
     message = fields["messages"]["items"]
-    assert message["required"] == ["role", "content"]
+    assert message["required"] == ["role"]
     assert body_of(document, "/generate")["properties"]["parameters"]["properties"]["max_new_tokens"]["default"] == 100
     assert body_of(document, "/tokenize")["anyOf"] == [{"required": ["inputs"]}, {"required": ["prompt"]}]
 

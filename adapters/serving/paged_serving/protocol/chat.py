@@ -3,75 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
-from msgspec import Meta
-
-from paged_core import CompletionOutput, GenerationOutput, InvalidRequestError, Prompt, SamplingParams, StreamDelta
-from paged_serving.protocol.bodies import Body, Ignored, Positive, Whole, must, only
-from paged_serving.protocol.openai_body import OpenAIBody, Options, check_truncation, to_options
-from paged_serving.protocol.parsing import ProtocolError, refuse
-from paged_serving.protocol.reading import read_body
+from paged_core import CompletionOutput, GenerationOutput, Prompt, SamplingParams, StreamDelta
+from paged_serving.conversation.events import (
+    Answer,
+    ArgumentsDelta,
+    Event,
+    Finish,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallStart,
+)
+from paged_serving.conversation.reader import ChoiceReader
+from paged_serving.conversation.turns import ToolCall
+from paged_serving.protocol.chat_body import ChatBody, read_chat, to_conversation
+from paged_serving.protocol.openai_body import Options, check_truncation, to_options
+from paged_serving.protocol.parsing import refuse
 from paged_serving.protocol.served import ServedModel
+from paged_serving.protocol.talk import Fields, Talk, to_talk
 from paged_serving.protocol.usage import Usage, best
-
-_OURS = ("tokenize", "chat_template", "add_generation_prompt", "continue_final_message", "tools", "documents")
-_RETURNS = ("return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length")
-_NO_TOOLS = "asks for tools, which this server doesn't call; describe them in the prompt"
-_IN_THE_TEMPLATE = "can't be honoured; if the chat template has such a switch, use chat_template_kwargs"
-
-
-class TextPart(Body, frozen=True):
-    type: Literal["text"]
-    text: str
-    cache_control: Ignored = None
-
-
-class Message(Body, frozen=True):
-    role: str
-    content: Annotated[str | list[TextPart], must("a string or a list of text parts; this server reads text only")]
-    name: str | None = None
-    tool_calls: Annotated[Any, only([], why=_NO_TOOLS)] = None
-    function_call: Annotated[Any, only([], why=_NO_TOOLS)] = None
-    tool_call_id: Annotated[Any, only([], why=_NO_TOOLS)] = None
-    audio: Annotated[Any, only(why="asks for sound; this server reads and writes text")] = None
-    refusal: Ignored = None  # this and what follows: of an answer that is sent back
-    annotations: Ignored = None
-    reasoning: Ignored = None
-    reasoning_content: Ignored = None
-
-
-class ChatBody(OpenAIBody, frozen=True, kw_only=True):
-    elsewhere: ClassVar[Mapping[str, str]] = {
-        "prompt": "is for completions; use messages, or POST /v1/completions",
-        "suffix": "is for completions; use messages",
-        "inputs": "is TGI's; use messages, or POST /generate",
-    }
-    messages: Annotated[list[Message], Meta(min_length=1), must("a list of at least one object")]
-    add_special_tokens: bool = False
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    chat_template_kwargs: dict[str, Any] | None = None
-    logprobs: bool = False
-    top_logprobs: Whole | None = None
-    max_tokens: Positive | None = None
-    max_completion_tokens: Positive | None = None
-
-    chat_template: Annotated[Any, only(why="can't be set by a request: a template is a program")] = None
-    tools: Annotated[Any, only([], why=_NO_TOOLS)] = None
-    functions: Annotated[Any, only([], why=_NO_TOOLS)] = None
-    tool_choice: Annotated[Any, only("none", "auto", why=_NO_TOOLS)] = None
-    function_call: Annotated[Any, only("none", "auto", why=_NO_TOOLS)] = None
-    parallel_tool_calls: Ignored = None  # there are none
-    modalities: Annotated[Any, only(["text"], why='can only be ["text"]')] = None
-    audio: Annotated[Any, only(why="asks for sound; this server writes text")] = None
-    prediction: Annotated[Any, only(why="can't be honoured: this server takes no predicted output")] = None
-    web_search_options: Annotated[Any, only(why="can't be honoured: this server searches nothing")] = None
-    moderation: Annotated[Any, only(why="can't be honoured: this server moderates nothing")] = None
-    reasoning_effort: Annotated[Any, only(why=_IN_THE_TEMPLATE)] = None
-    verbosity: Annotated[Any, only(why=_IN_THE_TEMPLATE)] = None
 
 
 @dataclass(frozen=True)
@@ -79,18 +32,11 @@ class Asked:
     """What a body comes to."""
 
     options: Options
+    talk: Talk
     prompt: Prompt
     params: SamplingParams  # as the engine gets them
     num_top: int | None  # log-probabilities beside each token; None: none are told
     num_prompt_top: int | None
-
-
-def read_chat(value: Any, served: ServedModel) -> ChatBody:
-    """Raises ProtocolError as ``read_body`` does; of more messages than the model has places none is read."""
-    messages = value.get("messages") if isinstance(value, Mapping) else None
-    if isinstance(messages, list) and len(messages) > served.max_model_len:
-        refuse("messages", f"holds {len(messages)} objects; at most {served.max_model_len} can be served")
-    return read_body(ChatBody, value, served)
 
 
 def to_call(body: ChatBody, served: ServedModel) -> Asked:
@@ -112,7 +58,8 @@ def to_call(body: ChatBody, served: ServedModel) -> Asked:
         prompt_logprobs=body.prompt_logprobs,
         named={"logprobs": "top_logprobs" if num_top else "logprobs", "prompt": "messages", **own},
     )
-    prompt = served.finish_prompt("messages", _rendered(body, served), body.truncate_prompt_tokens)
+    talk = to_talk(to_conversation(body), served, Fields(), add_special_tokens=body.add_special_tokens)
+    prompt = served.finish_prompt("messages", talk.prompt, body.truncate_prompt_tokens)
     tells_prompt = body.return_token_ids or body.prompt_logprobs is not None
     params = served.finish_params(
         options.params,
@@ -121,39 +68,7 @@ def to_call(body: ChatBody, served: ServedModel) -> Asked:
         copies=1 if tells_prompt else 0,
         named={**options.named, "echo": "return_token_ids"},
     )
-    return Asked(options, prompt, params, num_top, body.prompt_logprobs)
-
-
-def _rendered(body: ChatBody, served: ServedModel) -> Prompt:
-    """The messages as one text."""
-    messages = [_message(each, f"messages[{place}]") for place, each in enumerate(body.messages)]
-    options = _template_options(body.chat_template_kwargs or {})
-    if not body.add_generation_prompt:
-        options["add_generation_prompt"] = False
-    if body.continue_final_message:
-        options.update(add_generation_prompt=False, continue_final_message=True)
-    try:
-        text = served.codec.render_chat(messages, **options)
-    except InvalidRequestError as error:
-        raise ProtocolError(str(error), "messages") from error
-    return served.encode(text, add_special_tokens=body.add_special_tokens)
-
-
-def _message(message: Message, path: str) -> dict[str, Any]:
-    """As templates read it. Of a content in parts the template gets the form that it reads."""
-    if message.role in ("tool", "function"):
-        refuse(f"{path}.role", _NO_TOOLS)
-    content = message.content
-    parts = content if isinstance(content, str) else [{"type": "text", "text": part.text} for part in content]
-    name = {} if message.name is None else {"name": message.name}
-    return {"role": message.role, "content": parts, **name}
-
-
-def _template_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    for name in options:
-        if name in _OURS + _RETURNS or name.startswith("_"):
-            refuse("chat_template_kwargs", f"may not hold {name!r}")
-    return dict(options)
+    return Asked(options, talk, prompt, params, num_top, body.prompt_logprobs)
 
 
 class ChatCall:
@@ -171,6 +86,8 @@ class ChatCall:
         asked = to_call(wished, served)
         self.options, self.prompts, self.params = asked.options, [asked.prompt], asked.params
         self.stream, self.grammar = asked.options.stream, asked.options.grammar
+        self._talk = asked.talk
+        self._readers: dict[int, ChoiceReader] = {}  # by choice, once something of it was told
         self._num_top, self._num_prompt_top = asked.num_top, asked.num_prompt_top
         self._tokens = served.token_numbers if wished.return_tokens_as_token_ids else served.tokens
         self._served = served
@@ -187,18 +104,25 @@ class ChatCall:
     def first_chunks(self) -> list[dict[str, Any]]:
         """Who speaks, for every choice."""
         opening = {"role": "assistant", "content": ""}
-        chunks = [self._chunk(index, opening, None) for index in range(self.options.num_choices)]
+        chunks = [self._chunk(index, opening, {}) for index in range(self.options.num_choices)]
         if self.options.return_token_ids:
             chunks[0]["prompt_token_ids"] = self.prompts[0].token_ids
         return chunks
 
     def chunks(self, number: int, delta: StreamDelta) -> list[dict[str, Any]]:
+        """One for each of the choice's events, or an empty one: what else is told of the tokens goes with the first,
+        how the choice ends with the last."""
         self._usage.add(len(delta.token_ids))
-        content = {"content": delta.text} if delta.text or delta.token_ids else {}
-        chunk = self._chunk(delta.index, content, delta)
+        if delta.index not in self._readers:
+            self._readers[delta.index] = self._talk.reader()
+        events = self._readers[delta.index].feed(delta)
+        contents = _contents(events) or [{"content": ""} if delta.token_ids else {}]
+        chunks = [self._chunk(delta.index, content, {}) for content in contents]
+        chunks[0]["choices"][0] |= self._of_tokens(delta)
+        chunks[-1]["choices"][0] |= _end(events)
         if delta.prompt_logprobs is not None and self._num_prompt_top is not None:
-            chunk["prompt_logprobs"] = self._prompt_logprobs(delta.prompt_logprobs)
-        return [chunk]
+            chunks[0]["prompt_logprobs"] = self._prompt_logprobs(delta.prompt_logprobs)
+        return chunks
 
     def last_chunks(self, results: Sequence[GenerationOutput]) -> list[dict[str, Any]]:
         if not self.options.include_usage:
@@ -218,27 +142,62 @@ class ChatCall:
         return answer
 
     def _choice(self, index: int, output: CompletionOutput) -> dict[str, Any]:
-        message = {"role": "assistant", "content": output.text, "refusal": None}
-        return {"index": index, "message": message, **self._end_of_choice(output)}
+        events = self._talk.reader().feed(output)
+        told = Answer().add(events)
+        message: dict[str, Any] = {"role": "assistant", "content": told.text, "refusal": None}
+        if told.tool_calls:
+            message["content"] = told.text or None
+            message["tool_calls"] = [_told_call(call) for call in told.tool_calls]
+        if told.reasoning:
+            message["reasoning_content"] = told.reasoning
+        return {"index": index, "message": message, **_NO_NEWS, **self._of_tokens(output), **_end(events)}
 
-    def _chunk(self, index: int, content: Mapping[str, Any], news: StreamDelta | None) -> dict[str, Any]:
-        end = self._end_of_choice(news) if news is not None else {"logprobs": None, "finish_reason": None}
+    def _chunk(self, index: int, content: Mapping[str, Any], news: Mapping[str, Any]) -> dict[str, Any]:
         usage = {"usage": self._usage.body() if self.options.usage_in_every_chunk else None}
         return {
             **self._head,
-            "choices": [{"index": index, "delta": {**self._every_delta, **content}, **end}],
+            "choices": [{"index": index, "delta": {**self._every_delta, **content}, **_NO_NEWS, **news}],
             **(usage if self.options.include_usage else {}),
         }
 
-    def _end_of_choice(self, news: StreamDelta | CompletionOutput) -> dict[str, Any]:
-        logprobs = None
+    def _of_tokens(self, news: StreamDelta | CompletionOutput) -> dict[str, Any]:
+        told: dict[str, Any] = {}
         if self._num_top is not None:
-            logprobs = self._tokens.chat_logprobs(news.token_ids, news.logprobs or (), self._num_top)
-        end: dict[str, Any] = {"logprobs": logprobs, "finish_reason": news.finish_reason}
-        end["stop_reason"] = news.stop_reason
+            told["logprobs"] = self._tokens.chat_logprobs(news.token_ids, news.logprobs or (), self._num_top)
         if self.options.return_token_ids:
-            end["token_ids"] = list(news.token_ids)
-        return end
+            told["token_ids"] = list(news.token_ids)
+        return told
 
     def _prompt_logprobs(self, entries: Any) -> Any:
         return self._served.tokens.prompt_logprobs(entries, self._num_prompt_top or 0)
+
+
+_NO_NEWS = {"logprobs": None, "finish_reason": None, "stop_reason": None}  # of a choice
+
+
+def _end(events: Sequence[Event]) -> dict[str, Any]:
+    """How a choice ends, if it does."""
+    last = events[-1] if events else None
+    return {"finish_reason": last.reason, "stop_reason": last.stop_reason} if isinstance(last, Finish) else {}
+
+
+def _contents(events: Iterable[Event]) -> list[dict[str, Any]]:
+    """Each event as a chunk's ``delta``."""
+    return [content for event in events if (content := _content(event)) is not None]
+
+
+def _content(event: Event) -> dict[str, Any] | None:
+    match event:
+        case TextDelta(text):
+            return {"content": text}
+        case ReasoningDelta(text):
+            return {"reasoning_content": text}
+        case ToolCallStart(index, id, name):
+            return {"tool_calls": [{"index": index, **_told_call(ToolCall(id, name, ""))}]}
+        case ArgumentsDelta(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+    return None
+
+
+def _told_call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

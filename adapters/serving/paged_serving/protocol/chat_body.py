@@ -1,0 +1,218 @@
+"""What POST /v1/chat/completions takes, and the conversation that it means."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from msgspec import Meta, field
+
+from paged_serving.conversation.turns import Conversation, Tool, ToolCall, ToolChoice, Turn
+from paged_serving.protocol.bodies import Body, Ignored, Positive, Whole, must, only
+from paged_serving.protocol.openai_body import OpenAIBody
+from paged_serving.protocol.parsing import refuse
+from paged_serving.protocol.reading import read_body
+from paged_serving.protocol.served import ServedModel
+
+_OURS = ("tokenize", "chat_template", "add_generation_prompt", "continue_final_message", "tools", "documents")
+_RETURNS = ("return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length")
+_OLD = "is OpenAI's older way to call functions, which this server doesn't know; use tools"
+_IN_THE_TEMPLATE = "can't be honoured; if the chat template has such a switch, use chat_template_kwargs"
+_Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,128}$"), must("1 to 128 letters, digits, '_', '-' and '.'")]
+_CHOICE = (
+    '"none", "auto", "required", {"type": "function", "function": {"name": NAME}}, '
+    'or {"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": [...]}}'
+)
+
+
+class TextPart(Body, frozen=True):
+    type: Literal["text"]
+    text: str
+    cache_control: Ignored = None
+
+
+class CalledFunction(Body, frozen=True):
+    name: str
+    arguments: str | dict[str, Any] = "{}"
+
+
+class CalledTool(Body, frozen=True):
+    """A call that the assistant has made, sent back."""
+
+    function: CalledFunction
+    id: str = ""
+    type: Literal["function"] = "function"
+    index: Ignored = None
+
+
+class Message(Body, frozen=True):
+    role: str
+    content: (
+        Annotated[str | list[TextPart], must("a string or a list of text parts; this server reads text only")] | None
+    ) = None
+    name: str | None = None
+    tool_calls: list[CalledTool] = field(default_factory=list)
+    tool_call_id: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    function_call: Annotated[Any, only([], why=_OLD)] = None
+    audio: Annotated[Any, only(why="asks for sound; this server reads and writes text")] = None
+    refusal: Ignored = None  # this and what follows: of an answer that is sent back
+    annotations: Ignored = None
+
+
+class Function(Body, frozen=True):
+    name: _Name
+    description: str = ""
+    parameters: dict[str, Any] | None = None
+    strict: bool = False
+
+
+class FunctionTool(Body, frozen=True):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Body, frozen=True):
+    name: str
+
+
+class NamedTool(Body, frozen=True):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class AllowedTools(Body, frozen=True):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Meta(min_length=1)]
+
+
+class ChosenTool(Body, frozen=True):
+    type: Literal["function", "allowed_tools"]
+    function: NamedFunction | None = None
+    allowed_tools: AllowedTools | None = None
+
+
+class ChatBody(OpenAIBody, frozen=True, kw_only=True):
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "prompt": "is for completions; use messages, or POST /v1/completions",
+        "suffix": "is for completions; use messages",
+        "inputs": "is TGI's; use messages, or POST /generate",
+    }
+    messages: Annotated[list[Message], Meta(min_length=1), must("a list of at least one object")]
+    add_special_tokens: bool = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    logprobs: bool = False
+    top_logprobs: Whole | None = None
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None
+    tools: list[FunctionTool] = field(default_factory=list)
+    tool_choice: Annotated[Literal["none", "auto", "required"] | ChosenTool, must(_CHOICE)] | None = None
+    parallel_tool_calls: bool = True
+
+    chat_template: Annotated[Any, only(why="can't be set by a request: a template is a program")] = None
+    functions: Annotated[Any, only([], why=_OLD)] = None
+    function_call: Annotated[Any, only("none", "auto", why=_OLD)] = None
+    modalities: Annotated[Any, only(["text"], why='can only be ["text"]')] = None
+    audio: Annotated[Any, only(why="asks for sound; this server writes text")] = None
+    prediction: Annotated[Any, only(why="can't be honoured: this server takes no predicted output")] = None
+    web_search_options: Annotated[Any, only(why="can't be honoured: this server searches nothing")] = None
+    moderation: Annotated[Any, only(why="can't be honoured: this server moderates nothing")] = None
+    reasoning_effort: Annotated[Any, only(why=_IN_THE_TEMPLATE)] = None
+    verbosity: Annotated[Any, only(why=_IN_THE_TEMPLATE)] = None
+
+
+def read_chat(value: Any, served: ServedModel) -> ChatBody:
+    """Raises ProtocolError as ``read_body`` does; of more messages than the model has places none is read."""
+    messages = value.get("messages") if isinstance(value, Mapping) else None
+    if isinstance(messages, list) and len(messages) > served.max_model_len:
+        refuse("messages", f"holds {len(messages)} objects; at most {served.max_model_len} can be served")
+    return read_body(ChatBody, value, served)
+
+
+def to_conversation(body: ChatBody) -> Conversation:
+    """
+    Raises:
+        ProtocolError: messages that are none, or choose among tools that aren't there.
+    """
+    tools = [Tool(**{name: getattr(each.function, name) for name in Function.__struct_fields__}) for each in body.tools]
+    return Conversation(
+        turns=[_turn(each, f"messages[{place}]") for place, each in enumerate(body.messages)],
+        tools=tools,
+        choice=_choice(body),
+        template_options=_template_options(body.chat_template_kwargs or {}),
+        continues_last=body.continue_final_message,
+        opens_answer=body.add_generation_prompt,
+    )
+
+
+def _turn(message: Message, path: str) -> Turn:
+    if message.role == "function":
+        refuse(f"{path}.role", _OLD)
+    if message.tool_calls and message.role != "assistant":
+        refuse(f"{path}.tool_calls", f"can't be of role {message.role!r}: the assistant calls tools")
+    if message.tool_call_id is not None and message.role != "tool":
+        refuse(f"{path}.tool_call_id", f"can't be of role {message.role!r}: a tool answers a call")
+    if message.content is None and not message.tool_calls:
+        refuse(f"{path}.content", "is missing; it must be a string or a list of text parts")
+    content = message.content
+    return Turn(
+        role=message.role,
+        content=[part.text for part in content] if isinstance(content, list) else content,
+        name=message.name,
+        reasoning=message.reasoning_content or message.reasoning,
+        tool_calls=[
+            ToolCall(each.id, each.function.name, _arguments(each.function, f"{path}.tool_calls[{place}]"))
+            for place, each in enumerate(message.tool_calls)
+        ],
+        tool_call_id=message.tool_call_id,
+    )
+
+
+def _arguments(function: CalledFunction, path: str) -> str:
+    """As JSON text of an object, which chat templates are given as an object."""
+    if isinstance(function.arguments, dict):
+        return json.dumps(function.arguments, ensure_ascii=False)
+    try:
+        value = json.loads(function.arguments or "{}")
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        refuse(f"{path}.function.arguments", "must be the JSON text of an object")
+    return function.arguments or "{}"
+
+
+def _choice(body: ChatBody) -> ToolChoice:
+    """Where nothing is said of tools, the model may call those that are there."""
+    asked, parallel = body.tool_choice, body.parallel_tool_calls
+    if asked is None or isinstance(asked, str):
+        if asked == "required" and not body.tools:
+            refuse("tool_choice", 'is "required", and there are no tools')
+        return ToolChoice(asked or "auto", parallel=parallel)
+    if (asked.type == "function") is not (asked.function is not None) or (asked.function is None) is not (
+        asked.allowed_tools is not None
+    ):
+        refuse("tool_choice", f"must be {_CHOICE}")
+    if asked.function is not None:
+        return _among(body, ToolChoice("required", [asked.function.name], parallel=False))
+    assert asked.allowed_tools is not None, "one of the two is there"
+    names = [each.function.name for each in asked.allowed_tools.tools]
+    return _among(body, ToolChoice(asked.allowed_tools.mode, names, parallel))
+
+
+def _among(body: ChatBody, choice: ToolChoice) -> ToolChoice:
+    known = [each.function.name for each in body.tools]
+    for name in choice.names or ():
+        if name not in known:
+            refuse("tool_choice", f"names {name!r}, which is not among the tools")
+    return choice
+
+
+def _template_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    for name in options:
+        if name in _OURS + _RETURNS or name.startswith("_"):
+            refuse("chat_template_kwargs", f"may not hold {name!r}")
+    return dict(options)
