@@ -1,7 +1,7 @@
 """Offloading: carries blocks between the cache and tiers, as the scheduler says.
 
 What a step gives up is copied out before it is overwritten. What tiers bring is copied in between two steps, piece by
-piece; when all of a load is there, the scheduler hears of it.
+piece, and the scheduler hears of it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class _UnderWay:
         self.parts = parts
         self.began = time.perf_counter()
         self.until = until
-        self.good: set[int] = set()  # places that are in the cache
+        self.good: set[int] = set()  # blocks that are in the cache
+        self.num_blocks = 0  # that have come, sound or not
+        self.busy_s = 0.0  # that tiers were at these
         self.ended = False  # the scheduler knows; what is still to come is for nobody
 
     @property
@@ -65,7 +67,7 @@ class Offloading:
         self._arrived = threading.Event()
         self._under_way: list[_UnderWay] = []
         self._too_slow = False  # whether the last save was cut by its time
-        self._loads = self._abandoned = self._tokens_loaded = 0
+        self._loads = self._abandoned = 0
 
     @property
     def stats(self) -> OffloadingStats:
@@ -74,14 +76,14 @@ class Offloading:
             len(self._scheduler.loading),
             self._loads,
             self._abandoned,
-            self._tokens_loaded,
+            self._scheduler.num_tokens_loaded,
         )
 
     # ---- a step --------------------------------------------------------------------------------------------------
 
     def take_up(self) -> None:
         """What tiers have brought, into the cache. At the beginning of a step."""
-        if not self._under_way and not self._scheduler.loading:
+        if not self._under_way and not self._scheduler.loads:
             return
         self._arrived.clear()
         self._forgo_unasked()
@@ -90,8 +92,8 @@ class Offloading:
             if each.load.abandoned and not each.ended:
                 self._leave(each)
             self._take_pieces(each)
-            if not each.ended and (all_there or time.perf_counter() > each.until):
-                self._land(each, all_there)
+            if not each.ended and (all_there or each.load.met or time.perf_counter() > each.until):
+                self._land(each)
             if all_there:
                 self._under_way.remove(each)
 
@@ -179,33 +181,48 @@ class Offloading:
     def _take_pieces(self, each: _UnderWay) -> None:
         for part in each.parts:
             for piece in part.fetch.take():
+                each.num_blocks += len(piece.places)
+                each.busy_s += piece.busy_s
                 if not each.ended:
                     self._copy_in(each, part, piece)
                 part.tier.give_back(piece)
 
     def _copy_in(self, each: _UnderWay, part: _Part, piece: Piece) -> None:
-        rows = [row for row, good in enumerate(piece.good) if good]
-        places = [part.places[piece.places[row]] for row in rows]
+        lacking = self._scheduler.lacking(each.load)
+        blocks = [each.load.contents[part.places[place]].block for place in piece.places]
+        rows = [row for row, good in enumerate(piece.good) if good and blocks[row] in lacking]
         if not rows:
             return
-        data = piece.data[: len(piece.good)] if len(rows) == len(piece.good) else piece.data[rows]
-        self._runner.unpack_blocks([each.load.contents[place].block for place in places], data)
-        each.good.update(places)
+        data = piece.data[: len(blocks)] if len(rows) == len(blocks) else piece.data[rows]
+        come = [blocks[row] for row in rows]
+        self._runner.unpack_blocks(come, data)
+        each.good.update(come)
+        self._scheduler.arrived(each.load, come)
 
-    def _land(self, each: _UnderWay, all_there: bool) -> None:
+    def _land(self, each: _UnderWay) -> None:
         """What there is has to do."""
-        load, seconds = each.load, time.perf_counter() - each.began
-        busy_s = sum(part.fetch.busy_s for part in each.parts) if all_there else seconds
-        self._costs.loaded(len(load.contents), load.num_saved, busy_s, seconds)
-        lost = {content.block for place, content in enumerate(load.contents) if place not in each.good}
+        load = each.load
+        self._measure_load(each, time.perf_counter() - each.began)
+        lost = set() if load.met else {content.block for content in load.contents} - each.good
         self._scheduler.landed(load, lost)
-        if lost:
-            self._leave(each)
-        each.ended = True
-        self._tokens_loaded += 0 if lost else load.num_saved
+        self._abandoned += bool(lost)
+        self._end(each)
+
+    def _measure_load(self, each: _UnderWay, seconds: float) -> None:
+        if not each.num_blocks:  # it would have taken longer
+            self._costs.brought(1, seconds)
+        else:
+            self._costs.brought(each.num_blocks, each.busy_s or seconds)
+        if not each.load.beside:
+            self._costs.waited(seconds, max(seconds - each.busy_s, 0.0), each.load.num_saved)
+        elif not each.good:
+            self._costs.failed()
 
     def _leave(self, each: _UnderWay) -> None:
-        each.ended = True
         self._abandoned += 1
+        self._end(each)
+
+    def _end(self, each: _UnderWay) -> None:
+        each.ended = True
         for part in each.parts:
             part.fetch.cancelled = True

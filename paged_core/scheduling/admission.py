@@ -15,15 +15,25 @@ from paged_core.scheduling.prefixes import Found, Prefixes
 from paged_core.scheduling.request import Request
 from paged_core.scheduling.roster import Roster, lockstep_rows
 from paged_core.scheduling.schedule import Limits
+from paged_core.scheduling.tails import Tails
 
 
 class Admission:
     """Starts requests in their order, as long as there is room."""
 
-    def __init__(self, roster: Roster, prefixes: Prefixes, loading: Loading, pool: BlockPool, limits: Limits) -> None:
+    def __init__(
+        self,
+        roster: Roster,
+        prefixes: Prefixes,
+        loading: Loading,
+        tails: Tails,
+        pool: BlockPool,
+        limits: Limits,
+    ) -> None:
         self._roster = roster
         self._prefixes = prefixes
         self._loading = loading
+        self._tails = tails
         self._pool = pool
         self._limits = limits
         self._max_blocks_at_once = max_blocks_at_once(limits, pool.block_size)
@@ -41,7 +51,8 @@ class Admission:
             if head.held:
                 i += len(rows)
                 continue
-            found = [self._prefixes.lookup(row) for row in rows]
+            beside = self._computes_alone(rows)
+            found = [self._prefixes.lookup(row, beside=beside) for row in rows]
             if any(self._prefixes.comes_soon(row, blocks) for row, blocks in zip(rows, found, strict=True)):
                 i += len(rows)  # it shares a block that is being computed now: cheaper to wait for it
                 continue
@@ -52,13 +63,21 @@ class Admission:
                 return
             for row, blocks in zip(rows, found, strict=True):
                 self._prefixes.take(row, blocks)
-            if any(None in blocks for blocks in found):
+            if beside and self._prefixes.meets(rows[0], found[0]):
+                self._loading.begun.append(self._tails.begin(rows[0], found[0]))
+                yield rows
+            elif any(None in blocks for blocks in found):
                 self._loading.begin(rows, found)
             else:
                 for row in rows:
                     roster.start(row)
                 yield rows
             promised += sum(self._blocks_lacking(row) for row in rows)
+
+    def _computes_alone(self, rows: Sequence[Request]) -> bool:
+        """Whether nobody else would have the tokens of a step that this request takes."""
+        others = any(len(row.tokens) - row.num_computed > 1 for row in self._roster.running)
+        return len(rows) == len(self._roster.waiting) == 1 and not rows[0].group.lockstep and not others
 
     def _blocks_to_start(self, request: Request, found: Found) -> int:
         """Available blocks that a waiting request takes: new ones, and those found in the cache that nobody uses."""

@@ -52,6 +52,10 @@ class Loading:
             self.begun.remove(load)
         return list(self._under_way.pop(load))
 
+    def lacking(self, load: Load) -> set[int]:
+        """Blocks whose K/V are of use when they come: all of them, as long as somebody waits."""
+        return {content.block for content in load.contents} if load in self._under_way else set()
+
     def last(self) -> Load | None:
         """That of the row that stands behind all others."""
         return self.of(self._roster.loading[-1]) if self._under_way else None

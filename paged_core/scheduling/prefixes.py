@@ -28,8 +28,17 @@ class Stored(Protocol):
 
     def holds(self, digest: bytes) -> bool: ...
 
-    def pays(self, num_blocks: int, num_tokens: int) -> bool:
-        """Whether to load so many blocks is quicker than to compute so many tokens."""
+    def pays(self, num_blocks: int, num_tokens: int, beside: bool) -> bool:
+        """Whether to load so many blocks is quicker than to compute so many tokens; ``beside``: or to do both, from
+        either end."""
+        ...
+
+    def pays_beside(self, num_blocks: int, num_tokens: int) -> bool:
+        """Whether to load them from their end while the first are computed is quicker than to load them all."""
+        ...
+
+    def num_to_compute(self, num_blocks: int, num_tokens: int) -> int:
+        """How many of the tokens are computed until the tier, which comes from their end, is there."""
         ...
 
 
@@ -40,6 +49,7 @@ class Prefixes:
     def __init__(self, pool: BlockPool, limits: Limits, stored: Stored | None = None) -> None:
         self.num_queries = 0  # prompt tokens looked up in the prefix index
         self.num_hits = 0  # and found there
+        self.num_loaded = 0  # tokens that a tier has brought, and nobody had to compute
         self._pool = pool
         self._enabled = limits.enable_prefix_caching
         self._window = limits.sliding_window
@@ -51,17 +61,25 @@ class Prefixes:
         if self._enabled and len(request.digests) < num_tokens // self._pool.block_size:
             self._pool.extend_digests(request.digests, request.tokens[:num_tokens], request.params.cache_salt)
 
-    def lookup(self, request: Request) -> Found:
-        """Leading blocks of a waiting request that are there already, or are loaded more quickly than computed."""
+    def lookup(self, request: Request, *, beside: bool) -> Found:
+        """Leading blocks of a waiting request that are there already, or are loaded more quickly than computed.
+        ``beside``: the request may compute some while others are loaded."""
         if not self._enabled or request.wants_prompt_logprobs:
             return []
         hits: Found = list(self._pool.match(request.digests[: self._most(request)], request.tokens))
         if self._stored is not None:
             found = self._within_window(request, [*hits, *self._in_tier(request, len(hits), self._stored)])
-            num_saved = self._num_tokens(request, found) - len(hits) * self._pool.block_size
-            if None not in found or self._stored.pays(found.count(None), num_saved):
+            asked = found.count(None), self._num_tokens(request, found) - len(hits) * self._pool.block_size
+            if None not in found or self._stored.pays(*asked, beside and self._window is None):
                 return found
         return self._within_window(request, hits)
+
+    def meets(self, request: Request, found: Found) -> bool:
+        """Whether the request should compute the first blocks that it lacks, while the last are loaded."""
+        if self._window is not None or self._stored is None or None not in found:
+            return False  # behind a window there is nothing to compute
+        num_lacking = self._num_tokens(request, found) - num_here(found) * self._pool.block_size
+        return self._stored.pays_beside(found.count(None), num_lacking)
 
     def comes_soon(self, request: Request, found: Found) -> bool:
         """Whether the first block that the request lacks is being computed, or loaded, for another one right now."""
@@ -151,8 +169,20 @@ class Prefixes:
             num_tokens = num_good * size
             table.shorten(self._pool, num_good)
         self.num_hits += num_tokens - request.num_computed
+        self.num_loaded += max(0, num_tokens - request.num_computed)
         self._begin(request, min(request.num_published, num_good), num_tokens)
         self._publish(request, num_tokens // size)
+
+    def skip(self, request: Request, num_tokens: int) -> None:
+        """A running request has the K/V of so many tokens now: what it has not computed has been loaded beside."""
+        num_skipped = num_tokens - request.num_computed
+        request.num_computed = num_tokens
+        self.num_hits += num_skipped
+        self.num_loaded += num_skipped
+        if not request.num_recomputed_to:
+            request.num_cached += num_skipped
+        if num_tokens // self._pool.block_size > request.num_published:
+            self.publish(request)
 
     def _in_tier(self, request: Request, start: int, stored: Stored) -> Iterator[int | None]:
         """What follows the first ``start`` blocks: in the tier, or in the cache after a gap."""

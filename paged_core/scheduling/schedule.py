@@ -22,13 +22,16 @@ class ScheduledChunk(NamedTuple):
 
 
 class Load:
-    """Blocks that a tier is to bring: for one request, or for the rows of a lockstep group, which begin together."""
+    """Blocks that a tier is to bring, in this order: for one request, or for the rows of a lockstep group, which begin
+    together."""
 
-    __slots__ = ("abandoned", "contents", "num_saved")
+    __slots__ = ("abandoned", "beside", "contents", "met", "num_saved")
 
-    def __init__(self, contents: Sequence[BlockContent], num_saved: int) -> None:
+    def __init__(self, contents: Sequence[BlockContent], num_saved: int, beside: bool = False) -> None:
         self.contents = contents
         self.num_saved = num_saved  # tokens that need not be computed if it comes
+        self.beside = beside  # its row computes what is before it meanwhile, and goes on with whatever has come
+        self.met = False  # that row has all of it: what is still to come is for nobody
         self.abandoned = False  # nobody waits for it any more, and its blocks are others'
 
 

@@ -29,6 +29,7 @@ from paged_core.scheduling.request import (
 )
 from paged_core.scheduling.roster import Roster, by_prompt, lockstep_rows
 from paged_core.scheduling.schedule import Limits, Load, Schedule, ScheduledChunk
+from paged_core.scheduling.tails import Tails
 
 
 class Scheduler:
@@ -47,7 +48,8 @@ class Scheduler:
         self._roster = Roster(policy)
         self._prefixes = Prefixes(pool, limits, stored)
         self._loading = Loading(self._roster, self._prefixes, pool)
-        self._admission = Admission(self._roster, self._prefixes, self._loading, pool, limits)
+        self._tails = Tails(self._roster, self._prefixes, pool, stored)
+        self._admission = Admission(self._roster, self._prefixes, self._loading, self._tails, pool, limits)
         self._budget = limits.max_num_batched_tokens  # less while memory is short
 
     @property
@@ -74,6 +76,11 @@ class Scheduler:
     def num_prefix_hits(self) -> int:
         """And found there."""
         return self._prefixes.num_hits
+
+    @property
+    def num_tokens_loaded(self) -> int:
+        """Tokens that nobody had to compute, since a tier has brought them."""
+        return self._prefixes.num_loaded
 
     # ---- in and out --------------------------------------------------------------------------------------------
 
@@ -128,16 +135,30 @@ class Scheduler:
         """K/V computed until now are another model's: nobody else may find them, whoever goes on with them."""
         for load in self._loading.all():
             self._abandon(load)
+        self._tails.abandon_all()
         self._prefixes.forget_all(self.running)
 
     @property
     def loads(self) -> Sequence[Load]:
-        """That rows wait for."""
-        return self._loading.all()
+        """That tiers are to bring."""
+        return [*self._loading.all(), *self._tails.loads]
+
+    def lacking(self, load: Load) -> Collection[int]:
+        """Blocks of a load that are still of use if they come now. Between two steps, like what follows."""
+        return self._tails.lacking(load) if load.beside else self._loading.lacking(load)
+
+    def arrived(self, load: Load, blocks: Collection[int]) -> None:
+        """Some of the blocks of a load are in the cache: who computes beside it goes on behind them."""
+        if load.beside:
+            self._tails.arrived(load, blocks)
 
     def landed(self, load: Load, lost: Collection[int] = ()) -> None:
-        """The blocks of a load are in the cache, but those ``lost``: its rows run from now on. Between two steps."""
-        self._loading.land(load, lost)
+        """The blocks of a load are in the cache, but those ``lost``, and no more will come: its rows run from now on,
+        or compute what is lacking."""
+        if load.beside:
+            self._tails.land(load)
+        else:
+            self._loading.land(load, lost)
 
     def finish(
         self, requests: Iterable[Request], reason: FinishReason, error: str | None = None
@@ -219,6 +240,8 @@ class Scheduler:
                 self._prefixes.distrust(request)
             elif computed // size > request.num_published:
                 self._prefixes.publish(request)
+            if self._tails:
+                self._tails.advance(request)
             if len(samples) > 1:
                 forks.fork(self.pool, request, self._roster.take_forks(request))
             rows.extend(samples)
@@ -243,6 +266,7 @@ class Scheduler:
         self._roster.check()
         self._prefixes.check()
         self._loading.check()
+        self._tails.check()
         assert self._roster.num_seats <= self.limits.max_num_seqs
         for request in self.running:
             assert request.num_computed <= len(request.block_table) * self.pool.block_size
@@ -275,7 +299,7 @@ class Scheduler:
 
     def _schedule_rows(self, rows: Sequence[Request], step: _Step) -> None:
         """Give one request, or the rows of one lockstep group, their tokens; all rows sample or none does."""
-        lacks = [len(row.tokens) - row.num_computed for row in rows]
+        lacks = [self._tails.chunk(row, len(row.tokens) - row.num_computed) for row in rows]
         # Each request yet to be served has one token of the budget for certain.
         budget = step.budget - step.num_to_serve
         if len(rows) > 1 and sum(lacks) > budget:
@@ -416,6 +440,7 @@ class Scheduler:
         request.block_table.leave_behind(self.pool, (request.num_computed + 1 - window) // self.pool.block_size)
 
     def _release(self, request: Request) -> None:
+        self._tails.abandon((request,))
         request.block_table.shorten(self.pool, 0)
         self._prefixes.abandon(request)
         request.num_computed = request.num_published = 0

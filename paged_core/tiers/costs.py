@@ -1,4 +1,4 @@
-"""Costs: whether to load a block or to compute it, by what either has taken lately.
+"""Costs: whether to load blocks or to compute them, or both, by what either has taken lately.
 
 This file knows tiers by what they hold, and seconds, bytes and tokens. It starts nothing.
 """
@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from paged_core.tiers.tier import OffloadTier
 
 _NEWEST = 0.3  # weight of the newest measurement in an average
+_FULL_STEP = 128  # tokens: what a smaller step took tells less, and weighs less
 _FIRST_RETRY_S, _LAST_RETRY_S = 1.0, 60.0  # a tier that was too slow is tried again after a while, and a longer one
 _PATIENCE_S = 0.05  # that any load may take
 _UNMEASURED_S = 10.0  # that a load may take while nobody knows what computing takes
+_TOO_SLOW_BESIDE = 9.0  # times as slow as computing: then it saves less than a tenth of that
+_WORTH_BESIDE = 0.8  # of the time of loading all of it: computing takes processors, and a step may end too late
 
 
 class Costs:
@@ -41,16 +44,29 @@ class Costs:
     def holds(self, digest: bytes) -> bool:
         return any(tier.holds(digest) for tier in self._tiers)
 
-    def pays(self, num_blocks: int, num_tokens: int) -> bool:
+    def pays(self, num_blocks: int, num_tokens: int, beside: bool) -> bool:
         if self.bytes_per_s is None or self.tokens_per_s is None:
             return True
-        if self.load_s(num_blocks) < num_tokens / self.tokens_per_s:
+        slowest_s = num_tokens / self.tokens_per_s * (_TOO_SLOW_BESIDE if beside else 1.0)
+        if self.load_s(num_blocks) < slowest_s:
             return True
         now = time.monotonic()
         if now < self._retry_at:
             return False
         self._retry_at = now + self._retry_s  # one tries
         return True
+
+    def pays_beside(self, num_blocks: int, num_tokens: int) -> bool:
+        if self.bytes_per_s is None or self.tokens_per_s is None:
+            return False
+        compute_s, load_s = num_tokens / self.tokens_per_s, self.load_s(num_blocks)
+        return self.latency_s + _both_s(compute_s, load_s - self.latency_s) < _WORTH_BESIDE * load_s
+
+    def num_to_compute(self, num_blocks: int, num_tokens: int) -> int:
+        if self.bytes_per_s is None or self.tokens_per_s is None:
+            return num_tokens
+        compute_s, load_s = num_tokens / self.tokens_per_s, self.load_s(num_blocks) - self.latency_s
+        return int(_both_s(compute_s, load_s) * self.tokens_per_s)
 
     def load_s(self, num_blocks: int) -> float:
         """Seconds that loading so many blocks should take."""
@@ -64,18 +80,32 @@ class Costs:
 
     def computed(self, num_tokens: int, seconds: float) -> None:
         """A step that was mostly of prompts."""
-        self.tokens_per_s = _averaged(self.tokens_per_s, num_tokens / max(seconds, 1e-9))
+        weight = _NEWEST * min(1.0, num_tokens / _FULL_STEP)
+        self.tokens_per_s = _averaged(self.tokens_per_s, num_tokens / max(seconds, 1e-9), weight)
 
-    def loaded(self, num_blocks: int, num_tokens: int, busy_s: float, seconds: float) -> None:
-        """A load: the tier was at it for ``busy_s``; until its rows could run it took ``seconds``."""
+    def brought(self, num_blocks: int, busy_s: float) -> None:
+        """A tier was at so many blocks for so long."""
         self.bytes_per_s = _averaged(self.bytes_per_s, num_blocks * self._block_bytes / max(busy_s, 1e-9))
-        self.latency_s = _averaged(self.latency_s, max(seconds - busy_s, 0.0))
+
+    def waited(self, seconds: float, idle_s: float, num_tokens: int) -> None:
+        """Until a load's rows could run, which saved them ``num_tokens``, it took ``seconds``. For ``idle_s`` of these
+        the tier was not at it."""
+        self.latency_s = _averaged(self.latency_s, idle_s)
         if self.tokens_per_s is None or seconds < num_tokens / self.tokens_per_s:
             self._retry_s = _FIRST_RETRY_S
         else:
-            self._retry_at = time.monotonic() + self._retry_s
-            self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
+            self.failed()
+
+    def failed(self) -> None:
+        """A load was of no use: the next one that doesn't promise to be is tried later."""
+        self._retry_at = time.monotonic() + self._retry_s
+        self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
 
 
-def _averaged(average: float | None, newest: float) -> float:
-    return newest if average is None else average + _NEWEST * (newest - average)
+def _both_s(compute_s: float, load_s: float) -> float:
+    """What both take together, from either end of what each does in so long by itself."""
+    return compute_s * load_s / (compute_s + load_s) if load_s > 0 else 0.0
+
+
+def _averaged(average: float | None, newest: float, weight: float = _NEWEST) -> float:
+    return newest if average is None else average + weight * (newest - average)

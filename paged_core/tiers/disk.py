@@ -197,8 +197,7 @@ class DiskTier:
                 break
             began = time.perf_counter()
             good = [self._read_block(fetch.contents[i], memory[i - start]) for i in places]
-            fetch.busy_s += time.perf_counter() - began
-            fetch.put(Piece(places, memory, good))
+            fetch.put(Piece(places, memory, good, time.perf_counter() - began))
         fetch.finish()
 
     def _read_block(self, content: BlockContent, row: Tensor) -> bool:

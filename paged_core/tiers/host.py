@@ -6,6 +6,7 @@ Everything happens in the engine's thread: memory is quick.
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -68,6 +69,7 @@ class HostTier:
 
     def fetch(self, contents: Sequence[BlockContent], arrived: threading.Event) -> Fetch:
         """A copy at once: what is stored next may need the room."""
+        began = time.perf_counter()
         fetch = Fetch(contents, arrived)
         slots, good = [], []
         for content in contents:
@@ -76,7 +78,8 @@ class HostTier:
             slots.append(kept.slot if kept is not None else 0)
             if kept is not None:
                 self._kept.move_to_end(content.digest)
-        fetch.put(Piece(range(len(contents)), self._memory[slots], good))
+        data = self._memory[slots]
+        fetch.put(Piece(range(len(contents)), data, good, time.perf_counter() - began))
         self._counts["blocks_in"] += sum(good)
         self._counts["bytes_in"] += sum(good) * self._memory.shape[1]
         self._counts["blocks_lost"] += len(good) - sum(good)

@@ -33,10 +33,12 @@ class Piece(NamedTuple):
     places: Sequence[int]  # among the contents of the Fetch
     data: Tensor  # u8 [n, block_bytes] on the CPU
     good: Sequence[bool]  # whether each is what was asked for
+    busy_s: float = 0.0  # that the tier was at it
 
 
 class Fetch:
-    """Blocks on their way. A tier's thread puts them in piece by piece; the engine takes them out between steps.
+    """Blocks on their way. A tier's thread puts them in piece by piece, in their order; the engine takes them out
+    between steps.
 
     Args:
         contents: what is wanted.
@@ -46,7 +48,6 @@ class Fetch:
     def __init__(self, contents: Sequence[BlockContent], arrived: threading.Event) -> None:
         self.contents = contents
         self.cancelled = False  # whether the rest need not come
-        self.busy_s = 0.0  # that the tier was at it
         self.done = False  # whether all pieces are there
         self._arrived = arrived
         self._pieces: SimpleQueue[Piece] = SimpleQueue()

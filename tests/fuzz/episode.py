@@ -12,7 +12,7 @@ from fuzz.alone import Alone
 from fuzz.asks import draw_ask
 from fuzz.held import NUM_RUDE_WAYS, Patient, Rude
 from fuzz.model import FuzzModel
-from fuzz.parts import Parts, spoil
+from fuzz.parts import Parts, count_on_luck, spoil
 from fuzz.rows import MOMENT, NAN, Judge, Row
 from fuzz.settings import draw_kind, draw_setting
 from paged_core import Engine, EngineDeadError, FinishReason, InvalidRequestError, SamplingParams
@@ -35,6 +35,8 @@ class Episode:
         tier = random.Random(f"{self._name}.tier") if setting.tier else None
         self._model, self._parts = FuzzModel(setting.kind), Parts(tier)
         self._engine = Engine(self._model, setting.config, plugins=[self._parts])
+        if tier is not None:
+            count_on_luck(self._engine._offloading._costs, tier)
         self._judge = Judge(alone, setting.kind)
         self._rows: dict[object, Row] = {}  # that have not ended
         self._owners: dict[str, list[Request]] = {}  # all rows, by salt

@@ -11,6 +11,7 @@ from paged_core import Fetch, Piece, hookimpl
 from paged_core.builtin.attention import layer_cache
 from paged_core.execution import kv_cache
 from paged_core.sampling.sampler import Sampler
+from paged_core.tiers.costs import Costs
 from paged_core.tiers.host import HostTier
 from paged_kernels import reference
 
@@ -138,6 +139,12 @@ class FickleTier:
 
     def close(self, timeout_s):
         self._memory.close(timeout_s)
+
+
+def count_on_luck(costs: Costs, rnd: random.Random) -> None:
+    """What is quicker is whatever it is: nothing that was measured says."""
+    costs.pays_beside = lambda num_blocks, num_tokens: rnd.random() < 0.5
+    costs.num_to_compute = lambda num_blocks, num_tokens: rnd.randrange(num_tokens + 1)
 
 
 class Parts:

@@ -25,15 +25,17 @@ def draw_kind(rnd: random.Random) -> Kind:
 def draw_setting(kind: Kind, rnd: random.Random) -> Setting:
     num_seqs = rnd.randrange(1, 8)
     block_size = rnd.choice((1, 2, 4, 4, 8, 16))
+    tier = rnd.random() < 0.5
+    num_slots = rnd.choice((24, 30, 40) if tier else (24, 40, 60, 90, 400))  # what comes back has been evicted before
     config = EngineConfig(
         block_size=block_size,
-        num_blocks=max(3, rnd.choice((24, 40, 60, 90, 400)) // block_size),
+        num_blocks=max(3, num_slots // block_size),
         kv_cache_slab_bytes=rnd.choice((None, None, 1, 9000)),
         kv_cache_dtype=kind.kv_dtype,
         max_num_seqs=num_seqs,
         max_num_batched_tokens=num_seqs + rnd.choice((0, 1, 3, 8, 30)),
         max_model_len=rnd.choice((24, 48, 200)),
-        enable_prefix_caching=rnd.random() < 0.8,
+        enable_prefix_caching=tier or rnd.random() < 0.6,
         scheduling_policy=rnd.choice(("fcfs", "priority")),
         attention_backend="exact",
         watermark=rnd.choice((0.0, 0.0, 0.1, 0.3)),
@@ -41,4 +43,4 @@ def draw_setting(kind: Kind, rnd: random.Random) -> Setting:
         seed=0,
         max_prompt_logprob_rows=rnd.choice((1, 3, 256)),
     )
-    return Setting(kind, config, config.enable_prefix_caching and rnd.random() < 0.5)
+    return Setting(kind, config, tier)

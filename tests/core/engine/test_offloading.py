@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 import threading
@@ -12,111 +11,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from paged_core import Engine, EngineConfig, FinishReason, Piece, RequestStatus, SamplingParams, hookimpl
+from paged_core import Engine, EngineConfig, FinishReason, RequestStatus, SamplingParams, hookimpl
 from paged_core.errors import ConfigError
 from paged_core.execution.packed_blocks import pack, unpack
 from paged_core.tiers import host
-from paged_core.tiers.tier import Fetch
-from tiny_model import LAYERS, ChangingModel, TinyModel
-
-SMALL = EngineConfig(
-    block_size=4, num_blocks=40, max_num_seqs=8, max_num_batched_tokens=32, attention_backend="reference"
-)
-
-
-def on_disk(path, config=SMALL, **options):
-    return Engine(TinyModel(), replace(config, kv_disk_path=str(path), kv_disk_bytes=50_000_000), **options)
-
-
-def prompts_like(seed, num):
-    """Many that begin alike."""
-    rnd = random.Random(seed)
-    families = [[rnd.randrange(90) for _ in range(60)] for _ in range(5)]
-    return [
-        [*rnd.choice(families)[: rnd.randrange(1, 60)], *(rnd.randrange(90) for _ in range(rnd.randrange(1, 4)))]
-        for _ in range(num)
-    ]
-
-
-def answers(engine, prompts, **params):
-    params = {"temperature": 0, "max_tokens": 9, "ignore_eos": True} | params
-    told, ends = {}, []
-    for number, prompt in enumerate(prompts):
-        engine.add_request(str(number), prompt, SamplingParams(**params))
-    while engine.has_work:
-        for output in engine.step():
-            told.setdefault((output.request.id, output.request.index), []).extend(output.token_ids)
-            ends += [output.request] if output.finish_reason is not None else []
-        engine._scheduler.check()
-    assert len(ends) == len(set(ends)) == len(told)
-    assert engine._pool.num_used == 0
-    return told
-
-
-def stats(engine):
-    return engine.last_stats.offloading
-
-
-def filled_and_evicted(engine, prompt):
-    """The prompt's blocks are in the tier, and no longer in the cache."""
-    answers(engine, [prompt], max_tokens=1)
-    engine.save_prefix_cache(30)
-    engine.release_memory()
-    engine._offloading._costs.tokens_per_s = None  # what isn't measured is waited for
-
-
-class Slow:
-    """A tier in memory whose loads come when the test says so."""
-
-    key = None
-    wants_more = True
-
-    def __init__(self):
-        self.inner = host.HostTier(1 << 20, TINY_BLOCK, pinned=False)
-        self.asked = []
-        self.closed = False
-
-    @hookimpl
-    def create_offload_tier(self):
-        return self
-
-    @property
-    def stats(self):
-        return self.inner.stats
-
-    def holds(self, digest):
-        return self.inner.holds(digest)
-
-    def store(self, contents, data):
-        self.inner.store(contents, data)
-
-    def fetch(self, contents, arrived):
-        fetch = Fetch(contents, arrived)
-        self.asked.append((fetch, contents))
-        return fetch
-
-    def land(self):
-        for fetch, contents in self.asked:
-            for piece in self.inner.fetch(contents, threading.Event()).take():
-                fetch.put(piece)
-            fetch.finish()
-        self.asked.clear()
-
-    def give_back(self, piece: Piece):
-        pass
-
-    def forget(self):
-        self.inner.forget()
-
-    def flush(self, timeout_s):
-        return True
-
-    def close(self, timeout_s):
-        self.closed = True
-
-
-TINY_BLOCK = 4 * 2 * 16 * 4 * 2 * LAYERS  # tokens, heads, head_dim, bytes, K and V, layers
-
+from tier_engines import SMALL, TINY_BLOCK, Slow, answers, filled_and_evicted, on_disk, prompts_like, stats
+from tiny_model import ChangingModel, TinyModel
 
 # ---- tokens ------------------------------------------------------------------------------------------------------
 
@@ -171,7 +71,7 @@ def test_a_sliding_window_takes_no_more_than_it_sees(tmp_path, window):
 RESTART = """
 import json, sys
 sys.path[:0] = json.loads(sys.argv[2])
-from test_offloading import answers, on_disk, prompts_like, stats
+from tier_engines import answers, on_disk, prompts_like, stats
 engine = on_disk(sys.argv[1])
 told = answers(engine, prompts_like(3, 20))
 loaded = stats(engine).total_tokens_loaded
@@ -181,11 +81,10 @@ print(json.dumps([sorted([*key, tokens] for key, tokens in told.items()), loaded
 
 
 def test_a_second_process_loads_what_the_first_has_computed(tmp_path):
-    here = str(__file__).rsplit("/", 1)[0]
     runs = []
     for _ in range(2):
         done = subprocess.run(
-            [sys.executable, "-c", RESTART, str(tmp_path), json.dumps([here, *sys.path])],
+            [sys.executable, "-c", RESTART, str(tmp_path), json.dumps(sys.path)],
             capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -382,15 +281,14 @@ def test_what_was_used_last_is_saved_first_and_no_longer_than_is_said(tmp_path):
 SCRIPT = """
 import json, sys
 sys.path[:0] = json.loads(sys.argv[2])
-from test_offloading import answers, on_disk
+from tier_engines import answers, on_disk
 engine = on_disk(sys.argv[1])
 answers(engine, [list(range(30))])
 """
 
 
 def test_a_script_that_closes_nothing_leaves_its_prefixes_all_the_same(tmp_path):
-    here = str(__file__).rsplit("/", 1)[0]
-    arguments = [sys.executable, "-c", SCRIPT, str(tmp_path), json.dumps([here, *sys.path])]
+    arguments = [sys.executable, "-c", SCRIPT, str(tmp_path), json.dumps(sys.path)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     engine = on_disk(tmp_path)

@@ -3,126 +3,15 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from paged_core.scheduling.block_pool import NULL_BLOCK, BlockPool
-from paged_core.scheduling.params import InvalidRequestError, SamplingParams
-from paged_core.scheduling.policies import Fcfs
-from paged_core.scheduling.request import FinishReason, Group, Request, RequestStatus, Selection
-from paged_core.scheduling.schedule import Limits, Load, Schedule
-from paged_core.scheduling.scheduler import Scheduler
-
-SIZE = 4
-
-
-class Shelf:
-    """A tier of integers: what "K/V" are, is which tokens they are of, and under which salt and weights."""
-
-    def __init__(self) -> None:
-        self.kept: dict[bytes, list[Any]] = {}
-        self.wants_more = True
-        self.quick = True
-
-    def holds(self, digest: bytes) -> bool:
-        return digest in self.kept
-
-    def pays(self, num_blocks: int, num_tokens: int) -> bool:
-        assert num_blocks > 0
-        assert num_tokens > 0
-        return self.quick
-
-
-class Machine:
-    """Scheduler, "cache" and tier, stepped by hand."""
-
-    def __init__(self, num_blocks: int, window: int | None) -> None:
-        self.shelf = Shelf()
-        limits = Limits(4, 12, 60, 0, 256, sliding_window=window)
-        pool = BlockPool(num_blocks, SIZE, tells=True)
-        self.scheduler = Scheduler(pool, Fcfs(), limits, self.shelf)
-        self.window = window
-        self.cache: dict[int, list[Any]] = {block: [None] * SIZE for block in range(num_blocks + 1)}
-        self.coming: list[Load] = []
-        self.weights = 0
-        self.open: list[Request] = []
-        self.ended: list[Request] = []
-
-    def add(self, prompt: list[int], n: int, max_tokens: int, salt: str | None) -> None:
-        group = Group()
-        params = SamplingParams(n=n, max_tokens=max_tokens, cache_salt=salt)
-        rows = [Request(str(len(self.open)), prompt, params, index=i, group=group) for i in range(n)]
-        try:
-            self.scheduler.add(rows)
-        except InvalidRequestError:
-            return
-        self.open += rows
-
-    def step(self, rnd: random.Random) -> None:
-        schedule = self.scheduler.schedule()
-        for content in schedule.offloads:
-            self.shelf.kept[content.digest] = list(self.cache[content.block])
-        self.coming += schedule.loads
-        for source, target, _ in schedule.moves:
-            self.cache[target] = list(self.cache[source])
-        for request, start, num_tokens, _ in schedule.chunks:
-            self.check_reads(request, start)
-            for i in range(start, start + num_tokens):
-                self.cache[request.block_table[i // SIZE]][i % SIZE] = self.truth(request, i)
-        self.finish_step(schedule, rnd)
-
-    def finish_step(self, schedule: Schedule, rnd: random.Random) -> None:
-        sampled = [row for chunk in schedule.chunks for row in chunk.samples]
-        outputs = self.scheduler.update(schedule, Selection([rnd.randrange(3) for _ in sampled]))
-        self.take([output.request for output in outputs if output.finish_reason is not None])
-
-    def take(self, ended: list[Request]) -> None:
-        for request in ended:
-            self.open.remove(request)  # which raises if it ended before
-            self.ended.append(request)
-
-    def truth(self, request: Request, i: int) -> tuple[Any, ...]:
-        return (request.params.cache_salt or "", tuple(request.tokens[: i + 1]), self.weights)
-
-    def check_reads(self, request: Request, num_tokens: int) -> None:
-        first = max(0, num_tokens + 1 - self.window) if self.window is not None else 0
-        for i in range(first, num_tokens):
-            block = request.block_table[i // SIZE]
-            assert block != NULL_BLOCK
-            salt, tokens, _ = self.truth(request, i)
-            assert self.cache[block][i % SIZE][:2] == (salt, tokens), f"{request} reads another's K/V at {i}"
-
-    def land(self, load: Load, lost: set[int]) -> None:
-        self.coming.remove(load)
-        if load.abandoned:
-            return
-        for block, digest, _, _ in load.contents:
-            if digest not in self.shelf.kept:
-                lost = lost | {block}
-            elif block not in lost:
-                self.cache[block] = list(self.shelf.kept[digest])
-        self.scheduler.landed(load, lost)
-
-    def check(self) -> None:
-        self.scheduler.check()
-        for request in self.scheduler.running:
-            if request.num_published < 1000:
-                self.check_reads(request, request.num_computed)
-
-    def drain(self, rnd: random.Random) -> None:
-        for _ in range(2000):
-            for load in list(self.coming):
-                self.land(load, set())
-            if not self.scheduler.has_work:
-                break
-            self.step(rnd)
-            self.check()
-        assert not self.open, f"never ended: {self.open}"
-        assert self.scheduler.pool.num_used == 0
+from paged_core.scheduling.block_pool import BlockPool
+from paged_core.scheduling.request import FinishReason, RequestStatus
+from tier_machine import SIZE, Machine
 
 
 @settings(max_examples=60, stateful_step_count=60, deadline=None)
@@ -162,6 +51,14 @@ class PoolAndTier(RuleBasedStateMachine):
         blocks = {content.block for content in load.contents if self.random.random() < lost}
         self.machine.land(load, blocks)
 
+    @precondition(lambda self: self.machine is not None and self.machine.coming)
+    @rule(which=st.integers(0, 9), num=st.sampled_from((1, 2)), lost=st.booleans())
+    def arrive(self, which, num, lost):
+        load = self.machine.coming[which % len(self.machine.coming)]
+        lacking = self.machine.scheduler.lacking(load)
+        contents = [content for content in load.contents if content.block in lacking][:num]
+        self.machine.arrive(load, contents, {content.block for content in contents if lost})
+
     @precondition(lambda self: self.machine is not None and self.machine.open)
     @rule(which=st.integers(0, 20))
     def cancel(self, which):
@@ -170,9 +67,10 @@ class PoolAndTier(RuleBasedStateMachine):
         self.machine.take([output.request for output in outputs])
 
     @precondition(lambda self: self.machine is not None)
-    @rule(wants_more=st.booleans(), quick=st.sampled_from((True, True, False)))
-    def mood(self, wants_more, quick):
+    @rule(wants_more=st.booleans(), quick=st.sampled_from((True, True, False)), beside=st.booleans())
+    def mood(self, wants_more, quick, beside):
         self.machine.shelf.wants_more, self.machine.shelf.quick = wants_more, quick
+        self.machine.shelf.beside = beside
 
     @precondition(lambda self: self.machine is not None)
     @rule(share=st.sampled_from((0.2, 1.0)))

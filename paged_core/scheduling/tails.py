@@ -1,0 +1,124 @@
+"""Tails: rows that compute their first tokens while a tier brings their last.
+
+The tier brings them from the end on, so that the two meet, wherever that is (Cake: Jin et al., arXiv 2410.03065). A
+row of this kind runs like any other: it has a seat, blocks for all of it, and chunks that end where blocks have come.
+This file knows which blocks of such a row are there. It does not know what decides that, nor where they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from paged_core.scheduling.block_pool import BlockContent, BlockPool
+from paged_core.scheduling.prefixes import Found, Prefixes, Stored
+from paged_core.scheduling.request import Request
+from paged_core.scheduling.roster import Roster
+from paged_core.scheduling.schedule import Load
+
+
+class _Tail:
+    """What one row waits for, while it computes."""
+
+    def __init__(self, load: Load, num_tokens: int, there: Collection[int]) -> None:
+        self.load = load
+        self.num_tokens = num_tokens  # that the row will have once all is there
+        self.there = set(there)  # blocks that hold their K/V, not counting what the row has computed
+        self.coming = True  # whether a tier is still at it
+
+
+class Tails:
+    """Begins such loads, and ends each of them once: the row meets its tail, or the load is abandoned."""
+
+    def __init__(self, roster: Roster, prefixes: Prefixes, pool: BlockPool, stored: Stored | None) -> None:
+        self._of: dict[Request, _Tail] = {}
+        self._roster = roster
+        self._prefixes = prefixes
+        self._pool = pool
+        self._stored = stored
+
+    def __bool__(self) -> bool:
+        return bool(self._of)
+
+    @property
+    def loads(self) -> list[Load]:
+        """That a tier is still at."""
+        return [tail.load for tail in self._of.values() if tail.coming]
+
+    def begin(self, row: Request, found: Found) -> Load:
+        """A row that has taken what ``found`` has of the cache runs, and the rest comes meanwhile, last block first."""
+        coming: dict[bytes, BlockContent] = {}
+        num_tokens = self._prefixes.load(row, found, coming)
+        load = Load(tuple(reversed(coming.values())), num_tokens - row.num_computed, beside=True)
+        self._of[row] = _Tail(load, num_tokens, [block for block in found if block is not None])
+        self._roster.start(row)
+        return load
+
+    def chunk(self, row: Request, num_tokens: int) -> int:
+        """How many of the row's next ``num_tokens`` tokens to compute in one step: as far as it goes until a block is
+        there, and while blocks are coming, no further than both should meet."""
+        tail = self._of.get(row)
+        if tail is None:
+            return num_tokens
+        size, first = self._pool.block_size, row.num_computed // self._pool.block_size
+        stop = next((i for i, block in enumerate(row.block_table) if i > first and block in tail.there), None)
+        gap = (tail.num_tokens if stop is None else stop * size) - row.num_computed
+        if tail.coming and self._stored is not None:
+            meeting = row.num_computed + self._stored.num_to_compute(-(-gap // size), gap)
+            gap = min(gap, -(-max(meeting, row.num_computed + 1) // size) * size - row.num_computed)
+        return min(gap, num_tokens)
+
+    def lacking(self, load: Load) -> set[int]:
+        """Blocks of a load whose K/V are still of use: the row has not computed them, and they have not come."""
+        for row, tail in self._of.items():
+            if tail.load is load:
+                return set(row.block_table[row.num_computed // self._pool.block_size :]) - tail.there
+        return set()
+
+    def arrived(self, load: Load, blocks: Collection[int]) -> None:
+        """These have come."""
+        for row, tail in list(self._of.items()):
+            if tail.load is load:
+                tail.there |= set(blocks)
+                self.advance(row)
+
+    def advance(self, row: Request) -> None:
+        """The row goes on behind what is there already. To be asked whenever it has computed tokens."""
+        tail = self._of.get(row)
+        if tail is None:
+            return
+        size, num_tokens = self._pool.block_size, row.num_computed
+        while num_tokens < tail.num_tokens and row.block_table[num_tokens // size] in tail.there:
+            num_tokens = min((num_tokens // size + 1) * size, tail.num_tokens)
+        self._prefixes.skip(row, num_tokens)
+        if num_tokens >= tail.num_tokens or not (tail.coming or self._ahead(row, tail)):
+            tail.load.met = True
+            del self._of[row]
+
+    def land(self, load: Load) -> None:
+        """No more of it will come: the row computes what has not."""
+        for row, tail in list(self._of.items()):
+            if tail.load is load:
+                tail.coming = False
+                self.advance(row)
+
+    def abandon(self, rows: Sequence[Request]) -> None:
+        """They are about to give back their blocks, or those ahead are another model's."""
+        for row in rows:
+            tail = self._of.pop(row, None)
+            if tail is not None:
+                tail.load.abandoned = True
+                row.block_table.shorten(self._pool, -(-row.num_computed // self._pool.block_size))
+
+    def abandon_all(self) -> None:
+        self.abandon(list(self._of))
+
+    def check(self) -> None:
+        size = self._pool.block_size
+        for row, tail in self._of.items():
+            assert row in self._roster.running, "a tail of who does not run"
+            assert row.num_computed < tail.num_tokens <= len(row.block_table) * size
+            assert row.block_table[row.num_computed // size] not in tail.there
+
+    def _ahead(self, row: Request, tail: _Tail) -> bool:
+        """Whether blocks are there that the row has not reached."""
+        return not tail.there.isdisjoint(row.block_table[row.num_computed // self._pool.block_size :])
