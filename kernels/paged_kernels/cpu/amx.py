@@ -23,8 +23,8 @@ from numba.extending import intrinsic
 
 from paged_kernels.cpu.parallel import kernel
 from paged_kernels.cpu.passes import emit_prefetch
-from paged_kernels.cpu.product import LINE, Product, make_compute, scratch_bytes
-from paged_kernels.cpu.vectors import inline, store_i64
+from paged_kernels.cpu.product import LINE, NUM_ROWS, Product, make_compute, scratch_bytes
+from paged_kernels.cpu.vectors import inline, load_i64, store_i64
 
 TILE = 32  # output columns
 GROUP = 32  # rows of x that meet in registers
@@ -39,13 +39,13 @@ _i8, _i64 = ir.IntType(8), ir.IntType(64)
 _byte = _i8.as_pointer()
 
 
-def _call(b: Any, name: str, *args: Any) -> None:
+def call(b: Any, name: str, *args: Any) -> None:
     kind = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
     b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.x86.{name}"), args)
 
 
-def _move(b: Any, name: str, register: int, address: Any, stride: Any) -> None:
-    _call(b, name, _i8(register), b.inttoptr(address, _byte), stride)
+def move(b: Any, name: str, register: int, address: Any, stride: Any) -> None:
+    call(b, name, _i8(register), b.inttoptr(address, _byte), stride)
 
 
 def emit_group(halves: int, num_prefetches: int, b: Any, args: Any) -> None:
@@ -58,20 +58,20 @@ def emit_group(halves: int, num_prefetches: int, b: Any, args: Any) -> None:
         return b.add(b.add(base, b.mul(b.mul(stride, down), _i64(h))), _i64(c * LINE))
 
     for h, c in cells:
-        _move(b, "tileloadd64", SUMS[h][c], cell(start, start_stride, h, c), start_stride)
+        move(b, "tileloadd64", SUMS[h][c], cell(start, start_stride, h, c), start_stride)
     with cgutils.for_range(b, count) as loop:
         rows = b.add(x, b.mul(loop.index, _i64(LINE)))
         done = b.mul(loop.index, _i64(STEP_BYTES))
         for c in range(2):
-            _move(b, "tileloadd64", W[c], b.add(b.add(w, done), _i64(c * LINE)), _i64(TILE * 4))
+            move(b, "tileloadd64", W[c], b.add(b.add(w, done), _i64(c * LINE)), _i64(TILE * 4))
         for h in range(halves):
-            _move(b, "tileloadd64", X[h], cell(rows, x_stride, h, 0), x_stride)
+            move(b, "tileloadd64", X[h], cell(rows, x_stride, h, 0), x_stride)
         for h, c in cells:
-            _call(b, "tdpbf16ps", _i8(SUMS[h][c]), _i8(X[h]), _i8(W[c]))
+            call(b, "tdpbf16ps", _i8(SUMS[h][c]), _i8(X[h]), _i8(W[c]))
         for n in range(num_prefetches):
             emit_prefetch(b, b.add(b.add(ahead, done), _i64(n * LINE)))
     for h, c in cells:
-        _move(b, "tilestored64", SUMS[h][c], cell(y, y_stride, h, c), y_stride)
+        move(b, "tilestored64", SUMS[h][c], cell(y, y_stride, h, c), y_stride)
 
 
 def _make_group(halves: int, num_prefetches: int) -> Any:
@@ -96,14 +96,14 @@ def _word(emit: Callable[..., None], *kinds: Any) -> Any:
     return intrinsic(lambda typingctx: (types.void(), codegen))
 
 
-_load_config = _word(lambda b, address: _call(b, "ldtilecfg", b.inttoptr(address, _byte)), types.int64)
-_release = _word(lambda b: _call(b, "tilerelease"))
+load_config = _word(lambda b, address: call(b, "ldtilecfg", b.inttoptr(address, _byte)), types.int64)
+release = _word(lambda b: call(b, "tilerelease"))
 _LINES = STEP_BYTES // LINE
 _one, _two, _two_of_two = _make_group(1, _LINES), _make_group(2, _LINES), _make_group(2, _LINES // 2)
 
 
 @inline
-def _half(total_rows):
+def half_of(total_rows):
     """Rows of each half, the same in all of a launch."""
     if total_rows <= GROUP // 2:
         return total_rows
@@ -112,25 +112,25 @@ def _half(total_rows):
 
 
 @inline
-def _begin(total_rows, config):
+def _begin(args, config):
     """Set the tiles up: 64 bytes in each row; sums and x have a half's rows, weights 16."""
     for word in range(8):
         store_i64(config, word, 0)
     store_i64(config, 0, 1)
     store_i64(config, 2, 0x0040004000400040)
     store_i64(config, 3, 0x0040004000400040)
-    store_i64(config, 6, 0x1010000000000000 + _half(total_rows) * 0x010101010101)
-    _load_config(config)
+    store_i64(config, 6, 0x1010000000000000 + half_of(load_i64(args, NUM_ROWS)) * 0x010101010101)
+    load_config(config)
 
 
 @inline
 def _end():
-    _release()
+    release()
 
 
 @inline
-def _tile(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, total_rows, scratch):
-    count, half = depth // PAIRS, _half(total_rows)
+def _tile(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, args, scratch):
+    count, half = depth // PAIRS, half_of(load_i64(args, NUM_ROWS))
     num_groups, ahead = -(-num_rows // GROUP), w + AHEAD
     for group in range(num_groups):
         row = num_rows * group // num_groups
@@ -145,7 +145,7 @@ def _tile(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, total
         ahead += STEP_BYTES // 2
 
 
-_compute = make_compute(_tile, TILE, 4, GROUP, True, _begin, _end)
+_compute = make_compute(_tile, TILE, GROUP, True, _begin, _end)
 
 
 @kernel

@@ -36,8 +36,8 @@ _sums, _ints = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_i32, LANES)
 _pairs = ir.VectorType(_BFloat(), 2 * LANES) if llvm.llvm_version_info >= (16,) else _ints  # what the intrinsic takes
 
 
-def _load(b: Any, pointer: Any) -> Any:
-    return b.bitcast(b.load(b.bitcast(pointer, _ints.as_pointer()), align=4), _pairs)
+def _load(b: Any, pointer: Any) -> list[Any]:
+    return [b.bitcast(b.load(b.bitcast(pointer, _ints.as_pointer()), align=4), _pairs)]
 
 
 def _spread(b: Any, pointer: Any) -> Any:
@@ -58,16 +58,16 @@ _passes = make_passes(STEP)
 
 
 @inline
-def _tile(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, total_rows, scratch):
+def _tile(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, args, scratch):
     start, start_stride = bias, bias_stride
     for k in range(0, depth, STRETCH):
         count = min(STRETCH, depth - k)
         ahead = w + 4 * count * TILE
-        _passes(x + 4 * k, x_stride, w, count, num_rows, y, y_stride, start, start_stride, ahead)
+        _passes(x + 4 * k, x_stride, w, count, num_rows, y, y_stride, start, start_stride, ahead, 0)
         start, start_stride, w = y, y_stride, ahead
 
 
-_compute = make_compute(_tile, TILE, 4, ROWS, False)
+_compute = make_compute(_tile, TILE, ROWS, False)
 
 
 @kernel

@@ -23,13 +23,13 @@ _f32, _i16, _i32 = ir.FloatType(), ir.IntType(16), ir.IntType(32)
 _vector, _ints, _shorts = (ir.VectorType(kind, LANES) for kind in (_f32, _i32, _i16))
 
 
-def _load_f32(b: Any, pointer: Any) -> Any:
-    return b.load(b.bitcast(pointer, _vector.as_pointer()), align=4)
+def _load_f32(b: Any, pointer: Any) -> list[Any]:
+    return [b.load(b.bitcast(pointer, _vector.as_pointer()), align=4)]
 
 
-def _load_bf16(b: Any, pointer: Any) -> Any:
+def _load_bf16(b: Any, pointer: Any) -> list[Any]:
     halves = b.load(b.bitcast(pointer, _shorts.as_pointer()), align=2)
-    return b.bitcast(b.shl(b.zext(halves, _ints), ir.Constant(_ints, [16] * LANES)), _vector)
+    return [b.bitcast(b.shl(b.zext(halves, _ints), ir.Constant(_ints, [16] * LANES)), _vector)]
 
 
 def _spread(b: Any, pointer: Any) -> Any:
@@ -48,33 +48,33 @@ _passes_f32, _passes_bf16 = make_passes(_STEP_F32), make_passes(_STEP_BF16)
 
 
 @inline
-def _tile_f32(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, total_rows, scratch):
+def _tile_f32(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, args, scratch):
     start, start_stride = bias, bias_stride
     for k in range(0, depth, STRETCH):
         count = min(STRETCH, depth - k)
         ahead = w + 4 * count * TILE
-        _passes_f32(x + 4 * k, x_stride, w, count, num_rows, y, y_stride, start, start_stride, ahead)
+        _passes_f32(x + 4 * k, x_stride, w, count, num_rows, y, y_stride, start, start_stride, ahead, 0)
         start, start_stride, w = y, y_stride, ahead
 
 
 @inline
-def _tile_bf16(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, total_rows, scratch):
+def _tile_bf16(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, args, scratch):
     """As _tile_f32. When many rows will read a stretch, it is widened to float32 once, into scratch memory."""
     start, start_stride = bias, bias_stride
     for k in range(0, depth, STRETCH):
         count = min(STRETCH, depth - k)
         ahead = w + 2 * count * TILE
         if num_rows <= 2 * ROWS:
-            _passes_bf16(x + 4 * k, x_stride, w, count, num_rows, y, y_stride, start, start_stride, ahead)
+            _passes_bf16(x + 4 * k, x_stride, w, count, num_rows, y, y_stride, start, start_stride, ahead, 0)
         else:
             for i in range(0, count * TILE, LANES):
                 vstore(scratch, i, vload_bf16(w, i))
-            _passes_f32(x + 4 * k, x_stride, scratch, count, num_rows, y, y_stride, start, start_stride, ahead)
+            _passes_f32(x + 4 * k, x_stride, scratch, count, num_rows, y, y_stride, start, start_stride, ahead, 0)
         start, start_stride, w = y, y_stride, ahead
 
 
-_compute_f32 = make_compute(_tile_f32, TILE, 4, ROWS, False)
-_compute_bf16 = make_compute(_tile_bf16, TILE, 2, ROWS, False)
+_compute_f32 = make_compute(_tile_f32, TILE, ROWS, False)
+_compute_bf16 = make_compute(_tile_bf16, TILE, ROWS, False)
 
 
 @kernel

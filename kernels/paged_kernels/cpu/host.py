@@ -10,13 +10,22 @@ from functools import cache
 import llvmlite.binding as llvm
 import torch
 
-from paged_kernels.cpu import amx, dot_bf16, fma
+from paged_kernels.cpu import amx, amx_int8, dot_bf16, dot_int8, fma
+from paged_kernels.cpu.integer_product import IntegerProduct
 from paged_kernels.cpu.product import Product
+from paged_kernels.cpu.vectors import LANES
 
 BF16 = (amx.AMX, dot_bf16.DOT, fma.WIDENED)
 """Products of bfloat16, in the order in which they are asked for."""
 
+INTEGERS = (amx_int8.AMX, dot_int8.DOT, dot_int8.WIDENED)
+"""Products of integers, likewise. They give the same bits."""
+
 _OF = {torch.float32: (fma.FLOAT32,), torch.bfloat16: BF16}
+
+# By bits of the weights: so many rows are multiplied by vectors, where there are tiles too. A tile costs as much for
+# one row as for 16, and four bits must be unpacked into memory for it.
+FEW_ROWS = {8: 4, 4: 8}
 
 # Processors that spend two cycles on vdpbf16ps and half a cycle on a float32 multiply-add: bfloat16 is faster widened.
 _SLOW_DOT = frozenset({"sapphirerapids", "emeraldrapids", "graniterapids", "graniterapids-d"})
@@ -38,10 +47,29 @@ def choose(dtype: torch.dtype, wanted: Product | None = None) -> Product:
     return wanted
 
 
-def can_run(product: Product) -> bool:
+def choose_integers(bits: int, wanted: IntegerProduct | None = None) -> tuple[IntegerProduct, IntegerProduct, int]:
+    """The products of integers that this host takes for weights of so many bits: for few rows, for more; and how many
+    are few. Both give the same bits.
+
+    Raises:
+        ValueError: ``wanted`` can't run here.
+    """
+    if wanted is None:
+        few, many = (next(p for p in ways if can_run(p)) for ways in (INTEGERS[1:], INTEGERS))
+        return few, many, FEW_ROWS[bits]
+    if not can_run(wanted):
+        raise ValueError(f"{wanted.name!r} can't compute products of integers on this host")
+    return wanted, wanted, 0
+
+
+def can_run(product: Product | IntegerProduct) -> bool:
     """Whether this host has the product's instructions, and may use them."""
     if product is amx.AMX:
         return has("amx-tile", "amx-bf16") and _tiles_are_permitted()
+    if product is amx_int8.AMX:
+        return has("amx-tile", "amx-int8") and _tiles_are_permitted()
+    if product is dot_int8.DOT:
+        return has("avx512f", "avx512vnni") if LANES == 16 else has("avxvnni")
     return product is not dot_bf16.DOT or has("avx512f", "avx512bf16")
 
 

@@ -14,10 +14,68 @@ import torch
 from torch import Tensor
 
 from paged_kernels.cpu import host
-from paged_kernels.cpu.product import COUNTERS, LINE, TICKET, Product
+from paged_kernels.cpu.product import COUNTERS, LINE, NUM_THREADS, TICKET, Product
 
 
-class PackedLinear:
+class Packed:
+    """What all packed products do: the rows of all weights, one after another, or silu(gate) * up of two.
+
+    Subclasses fill ``_weight`` and ``_bias`` in tiles, and say what a kernel is given.
+    """
+
+    num_columns: int
+    _columns: int  # of a tile
+    _depth: int  # K
+    _units: int  # of K, as they are packed
+    _weight: Tensor  # [tiles, parts, ...]
+    _bias: Tensor  # float32 [tiles, parts, 1, columns]
+    _gated: bool
+    _has_bias: bool
+
+    @property
+    def num_bytes(self) -> int:
+        return self._weight.numel() * self._weight.element_size() + self._bias.numel() * 4
+
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None, residual: Tensor | None = None) -> Tensor:
+        """x of float32 or bfloat16; sums are in float32; the result as x, or as asked of the two.
+
+        ``residual [..., N]`` is added to it: to float32 sums, or, where the result is bfloat16, to what they were
+        rounded to.
+        """
+        out = torch.empty(*x.shape[:-1], self.num_columns, dtype=out_dtype or x.dtype, device="cpu")
+        if residual is None:
+            return self._into(out, x, 0, 0)
+        start = self._takes(residual, out)
+        return self._into(out, x, 0, 0) + residual if start is None else self._into(out, x, *start)
+
+    def _into(self, out: Tensor, x: Tensor, start: int, addend: int) -> Tensor:
+        """Fill ``out``; the addresses of what sums start from in place of a bias, and of what is added: see _takes."""
+        num_rows = out.numel() // self.num_columns
+        if num_rows:
+            self._launch(out, x, num_rows, start, addend)
+        return out
+
+    def _launch(self, out: Tensor, x: Tensor, num_rows: int, start: int, addend: int) -> None:
+        raise NotImplementedError
+
+    def _lay_bias(self, vectors: Sequence[Tensor], parts: Sequence[Sequence[int]]) -> None:
+        num_tiles = -(-self.num_columns // self._columns)
+        self._bias = torch.empty(num_tiles, len(parts), 1, self._columns, dtype=torch.float32, device="cpu")
+        for number, part in enumerate(parts):
+            lay((vectors[i][:, None] for i in part), self._bias[:, number])
+
+    def _takes(self, residual: Tensor, out: Tensor) -> tuple[int, int] | None:
+        """A residual's address, for sums that start from it as they do from a bias (whole tiles, and no bias
+        besides), and for results that it is added to. None if the kernel can do neither."""
+        if residual.dtype is not out.dtype or residual.shape != out.shape or not residual.is_contiguous():
+            return None
+        if out.dtype is torch.bfloat16:
+            return 0, residual.data_ptr()
+        whole = self.num_columns % self._columns == 0 and not self._gated and not self._has_bias
+        return (residual.data_ptr(), 0) if whole else None
+
+
+class PackedLinear(Packed):
     """``y [..., N] = x [..., K] @ weight.T + bias`` for the rows of all ``weights``, one after another.
 
     Args:
@@ -40,25 +98,20 @@ class PackedLinear:
         self.dtype = weights[0].dtype
         self.product = product = host.choose(self.dtype, product)
         self.num_columns = weights[0].shape[0] if gated else sum(w.shape[0] for w in weights)
+        self._columns = columns = product.columns
         self._depth = weights[0].shape[1]
         self._filled = -(-self._depth // product.depth_step) * product.depth_step
         self._units = self._filled * self.dtype.itemsize // product.element.itemsize
-        vectors = [_bias_or_zeros(w, b) for w, b in zip(weights, biases, strict=True)]
-        parts = [[0], [1]] if gated else [list(range(len(weights)))]  # which weights stand side by side in a tile
-        num_tiles, columns = -(-self.num_columns // product.columns), product.columns
-        weight = torch.empty(num_tiles, len(parts), self._units, columns, dtype=product.element, device="cpu")
-        bias = torch.empty(num_tiles, len(parts), 1, columns, dtype=torch.float32, device="cpu")
-        for number, part in enumerate(parts):
-            _lay((self._elements(weights[i]) for i in part), weight[:, number])
-            _lay((vectors[i][:, None] for i in part), bias[:, number])
-        self._weight, self._bias = weight, bias
         self._gated = gated
         self._has_bias = any(bias is not None for bias in biases)
+        parts = sides(len(weights), gated)
+        num_tiles = -(-self.num_columns // columns)
+        weight = torch.empty(num_tiles, len(parts), self._units, columns, dtype=product.element, device="cpu")
+        for number, part in enumerate(parts):
+            lay((self._elements(weights[i]) for i in part), weight[:, number])
+        self._lay_bias([bias_or_zeros(len(w), b) for w, b in zip(weights, biases, strict=True)], parts)
+        self._weight = weight
         self._addresses = self._weight.data_ptr(), self._bias.data_ptr()
-
-    @property
-    def num_bytes(self) -> int:
-        return self._weight.numel() * self._weight.element_size() + self._bias.numel() * 4
 
     @property
     def x_dtype(self) -> torch.dtype:
@@ -66,34 +119,17 @@ class PackedLinear:
         of bfloat16 would have rounded it."""
         return self.product.x_dtype
 
-    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None, residual: Tensor | None = None) -> Tensor:
-        """x of the weights' dtype or float32; sums are in float32; the result as x, or as asked of the two.
-
-        ``residual [..., N]`` is added to it: to float32 sums, or, where the result is bfloat16, to what they were
-        rounded to.
-        """
-        out = torch.empty(*x.shape[:-1], self.num_columns, dtype=out_dtype or x.dtype, device="cpu")
-        if residual is None:
-            return self._into(out, x, 0, 0)
-        start = self._takes(residual, out)
-        return self._into(out, x, 0, 0) + residual if start is None else self._into(out, x, *start)
-
-    def _into(self, out: Tensor, x: Tensor, start: int, addend: int) -> Tensor:
-        """Fill ``out``; the addresses of what sums start from in place of a bias, and of what is added: see _takes."""
-        num_rows = out.numel() // self.num_columns
-        if num_rows == 0:
-            return out
+    def _launch(self, out: Tensor, x: Tensor, num_rows: int, start: int, addend: int) -> None:
         rows = self._rows(x, num_rows)
         num_threads = torch.get_num_threads()
-        space = _workspace(num_threads, self.product.scratch_bytes)
+        space = workspace(num_threads, self.product.scratch_bytes)
         weight, bias = self._addresses
         space.fill(
             rows.data_ptr(), rows.stride(0) * rows.element_size(), weight, start or bias,
             self.num_columns if start else 0, out.data_ptr(), self.num_columns, num_rows, self.num_columns, self._units,
-            self._gated, out.dtype is torch.bfloat16, addend,
+            self._units * self._columns * self._weight.element_size(), self._gated, out.dtype is torch.bfloat16, addend,
         )  # fmt: skip
         self.product.kernel(space.address, num_threads)
-        return out
 
     def _rows(self, x: Tensor, num_rows: int) -> Tensor:
         """x as the kernel reads it: ``[num_rows, K]``, K filled up, each row's numbers side by side."""
@@ -114,15 +150,10 @@ class PackedLinear:
         pairs = product.element.itemsize // weight.element_size()
         return (weight if weight.storage_offset() % pairs == 0 else weight.clone()).view(product.element)
 
-    def _takes(self, residual: Tensor, out: Tensor) -> tuple[int, int] | None:
-        """A residual's address, for sums that start from it as they do from a bias (whole tiles, and no bias
-        besides), and for results that it is added to. None if the kernel can do neither."""
-        if residual.dtype is not out.dtype or residual.shape != out.shape or not residual.is_contiguous():
-            return None
-        if out.dtype is torch.bfloat16:
-            return 0, residual.data_ptr()
-        whole = self.num_columns % self.product.columns == 0 and not self._gated and not self._has_bias
-        return (residual.data_ptr(), 0) if whole else None
+
+def sides(num_weights: int, gated: bool) -> list[list[int]]:
+    """Which weights stand side by side in a tile: all, or of a gated pair each by itself."""
+    return [[0], [1]] if gated else [list(range(num_weights))]
 
 
 def warm_up(dtype: torch.dtype, progress: Callable[[str, int, int], None] | None = None) -> None:
@@ -160,30 +191,32 @@ class _Workspace:
         self._view = self._args.numpy().data[offset : offset + size]
         self._tail = (num_threads, scratch, stride)
         self._zeros = bytes(size - 8 * TICKET)
-        self._format = struct.Struct(f"={TICKET}q")
+        self._format, self._tail_format = (struct.Struct(f"={count}q") for count in (NUM_THREADS, len(self._tail)))
 
     def fill(self, *values: int) -> None:
-        self._format.pack_into(self._view, 0, *values, *self._tail)
+        """The kernel's arguments, from the first on; those that are left are nought."""
+        self._format.pack_into(self._view, 0, *values, *[0] * (NUM_THREADS - len(values)))
+        self._tail_format.pack_into(self._view, 8 * NUM_THREADS, *self._tail)
         self._view[8 * TICKET :] = self._zeros
 
 
 _local = threading.local()
 
 
-def _workspace(num_threads: int, scratch_bytes: int) -> _Workspace:
+def workspace(num_threads: int, scratch_bytes: int) -> _Workspace:
     space: _Workspace | None = getattr(_local, "space", None)
     if space is None or space.num_threads != num_threads or space.scratch_bytes < scratch_bytes:
         space = _local.space = _Workspace(num_threads, scratch_bytes)
     return space
 
 
-def _bias_or_zeros(weight: Tensor, bias: Tensor | None) -> Tensor:
+def bias_or_zeros(num_columns: int, bias: Tensor | None) -> Tensor:
     if bias is None:
-        return torch.zeros(weight.shape[0], dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+        return torch.zeros(num_columns, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
     return bias.detach().float()
 
 
-def _lay(weights: Iterable[Tensor], out: Tensor) -> None:
+def lay(weights: Iterable[Tensor], out: Tensor) -> None:
     """``weights [N_i, K]``, their rows one after another, into the columns of ``out [tiles, K, columns]``, in one pass:
     fresh memory costs more than the copy. Columns that are left are zero."""
     columns, row = out.transpose(1, 2), 0  # [tiles, columns, K]

@@ -2,12 +2,13 @@
 
 A tile lies as [K, columns], so that one step of k reads whole vectors that lie side by side. While a stretch of a tile
 meets the rows of x, each pass fetches its share of the next stretch: memory and arithmetic are busy at the same time.
-What one step of k does is a ``Step``: fma.py and dot_bf16.py bring theirs. This file knows LLVM; it knows no dtype.
+What one step of k does is a ``Step``: fma.py, dot_bf16.py and dot_int8.py bring theirs. This file knows LLVM; it knows
+no dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,97 +20,137 @@ from numba.extending import intrinsic
 from paged_kernels.cpu.product import LINE
 from paged_kernels.cpu.vectors import inline
 
-VECTORS = 3  # vectors side by side in a tile
-
 _f32, _i32, _i64, _byte = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
+
+
+def add_to_start(b: Any, sums: Any, start: Any, line: Any, beside: Any, column: int) -> Any:
+    """What becomes of float32 sums."""
+    return b.fadd(start, sums)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of k: four bytes of each row of x, and ``columns`` elements of weights."""
+    """One step of k: ``words`` times four bytes of each row of x, and ``columns`` elements of weights."""
 
-    lanes: int  # float32 sums in a vector
-    rows: int  # of x in registers: rows * VECTORS sums, VECTORS weights and one x
+    lanes: int  # sums in a vector
+    rows: int  # of x in registers: rows * vectors sums, as many vectors of weights, and one x
     weight_bytes: int  # of one element
-    load: Callable[[Any, Any], Any]  # builder, pointer to bytes -> a vector of weights
+    load: Callable[[Any, Any], Sequence[Any]]  # builder, pointer to bytes -> weights, a vector for each word of x
     spread: Callable[[Any, Any], Any]  # builder, pointer to bytes -> a vector, all of whose lanes are the x there
     add: Callable[[Any, Any, Any, Any], Any]  # builder, x, weights, sums -> sums
+    vectors: int = 3  # side by side in registers
+    sweeps: int = 1  # of as many vectors, over a whole tile
+    words: int = 1
+    halves_rests: bool = False
+    sum_type: Any = _f32
+    close: Callable[[Any, Any, Any, Any, Any, int], Any] = add_to_start
+    """builder, sums, what they are added to, address of x's row, address of what else there is, column -> float32"""
 
     @property
     def columns(self) -> int:
-        return VECTORS * self.lanes
+        return self.vectors * self.sweeps * self.lanes
 
 
 def make_passes(step: Step) -> Any:
-    """``passes(x, xs, w, count, num_rows, y, ys, start, ss, ahead)``: all rows of a block meet one stretch of a tile.
-    ``ahead``: the stretch to fetch meanwhile."""
+    """``passes(x, xs, w, count, num_rows, y, ys, start, ss, ahead, beside)``: all rows of a block meet one stretch of a
+    tile, or as much of it as one sweep takes. ``ahead``: the stretch to fetch meanwhile. ``beside``: for ``close``."""
     most, width = step.rows, step.columns * step.weight_bytes  # bytes of weights in one step of k
     many, few = -(-width // LINE), 1
     full_many, full_few = make_pass(step, most, many), make_pass(step, most, few)
-    rest = [None] + [make_pass(step, rows, many) for rows in range(1, most)]
-    r1, r2, r3 = rest[1:4]
-    r4, r5, r6, r7 = rest[4:] or [r3] * 4  # with four rows in registers there are never more than three left
+    rest = _make_halving(step, many) if step.halves_rests else _make_exact(step, many)
 
     @inline
-    def passes(x, x_stride, w, count, num_rows, y, y_stride, start, start_stride, ahead):
+    def passes(x, x_stride, w, count, num_rows, y, y_stride, start, start_stride, ahead, beside):
         share = -(-width // -(-num_rows // most))  # bytes fetched at each step of k
         row = 0
         while row < num_rows:
             left = num_rows - row
             xr, yr, sr = x + row * x_stride, y + 4 * row * y_stride, start + 4 * row * start_stride
-            if left >= most:
-                if num_rows <= 2 * most:
-                    full_many(xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share)
-                else:
-                    full_few(xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share)
-            elif left == 1:
-                r1(xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share)
-            elif left == 2:
-                r2(xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share)
-            elif left == 3:
-                r3(xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share)
-            elif left == 4:
-                r4(xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share)
-            elif left == 5:
-                r5(xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share)
-            elif left == 6:
-                r6(xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share)
+            if left < most:
+                rest(left, xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share, beside)
+            elif num_rows <= 2 * most:
+                full_many(xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share, beside)
             else:
-                r7(xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share)
+                full_few(xr, x_stride, w, count, yr, y_stride, sr, start_stride, ahead, share, beside)
             row += most
             ahead += share * count
 
     return passes
 
 
+def _make_exact(step: Step, num_prefetches: int) -> Any:
+    """Rows that are left, all in one pass."""
+    rest = [None] + [make_pass(step, rows, num_prefetches) for rows in range(1, step.rows)]
+    r1, r2, r3 = rest[1:4]
+    r4, r5, r6, r7 = rest[4:] or [r3] * 4  # with four rows in registers there are never more than three left
+
+    @inline
+    def exact(left, x, x_stride, w, count, y, y_stride, start, start_stride, ahead, share, beside):
+        if left == 1:
+            r1(x, x_stride, w, count, y, y_stride, start, start_stride, ahead, share, beside)
+        elif left == 2:
+            r2(x, x_stride, w, count, y, y_stride, start, start_stride, ahead, share, beside)
+        elif left == 3:
+            r3(x, x_stride, w, count, y, y_stride, start, start_stride, ahead, share, beside)
+        elif left == 4:
+            r4(x, x_stride, w, count, y, y_stride, start, start_stride, ahead, share, beside)
+        elif left == 5:
+            r5(x, x_stride, w, count, y, y_stride, start, start_stride, ahead, share, beside)
+        elif left == 6:
+            r6(x, x_stride, w, count, y, y_stride, start, start_stride, ahead, share, beside)
+        else:
+            r7(x, x_stride, w, count, y, y_stride, start, start_stride, ahead, share, beside)
+
+    return exact
+
+
+def _make_halving(step: Step, num_prefetches: int) -> Any:
+    """Rows that are left, four, two and one at a time: fewer passes to compile, where weights are small."""
+    r1, r2, r4 = (make_pass(step, rows, num_prefetches) for rows in (1, 2, 4))
+
+    @inline
+    def halving(left, x, x_stride, w, count, y, y_stride, start, start_stride, ahead, share, beside):
+        if left & 4:
+            r4(x, x_stride, w, count, y, y_stride, start, start_stride, ahead, share, beside)
+            x, y, start = x + 4 * x_stride, y + 16 * y_stride, start + 16 * start_stride
+        if left & 2:
+            r2(x, x_stride, w, count, y, y_stride, start, start_stride, ahead, share, beside)
+            x, y, start = x + 2 * x_stride, y + 8 * y_stride, start + 8 * start_stride
+        if left & 1:
+            r1(x, x_stride, w, count, y, y_stride, start, start_stride, ahead, share, beside)
+
+    return halving
+
+
 def make_pass(step: Step, rows: int, num_prefetches: int) -> Any:
-    """``(x, x_stride, w, count, y, y_stride, start, start_stride, ahead, ahead_step)``: y = start + x @ w for ``rows``
-    rows and one tile; ``count`` steps of k. Addresses; strides of x and ahead_step count bytes, others elements."""
+    """``(x, x_stride, w, count, y, y_stride, start, start_stride, ahead, ahead_step, beside)``: y = start + x @ w for
+    ``rows`` rows and one sweep of a tile; ``count`` steps of k. Addresses; strides of x and ahead_step count bytes,
+    others elements."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit_pass(step, rows, num_prefetches, builder, args)
         return context.get_dummy_value()
 
     @intrinsic
-    def one_pass(typingctx, x, x_stride, w, count, y, y_stride, start, start_stride, ahead, ahead_step):
-        return types.void(*[types.int64] * 10), codegen
+    def one_pass(typingctx, x, x_stride, w, count, y, y_stride, start, start_stride, ahead, ahead_step, beside):
+        return types.void(*[types.int64] * 11), codegen
 
     return one_pass
 
 
 def emit_pass(step: Step, rows: int, num_prefetches: int, b: Any, args: Any) -> None:
-    x, x_stride, w, count, y, y_stride, start, start_stride, ahead, ahead_step = args
-    sums_type = ir.VectorType(_f32, step.lanes)
+    x, x_stride, w, count, y, y_stride, start, start_stride, ahead, ahead_step, beside = args
+    sums_type, floats = ir.VectorType(step.sum_type, step.lanes), ir.VectorType(_f32, step.lanes)
 
     def after(base: Any, num_bytes: Any, kind: Any = _byte) -> Any:
         return b.inttoptr(b.add(base, num_bytes), kind)
 
     def cell(base: Any, stride: Any, row: int, vector: int) -> Any:
-        floats = b.add(b.mul(stride, _i64(row)), _i64(vector * step.lanes))
-        return after(base, b.mul(floats, _i64(4)), sums_type.as_pointer())
+        elements = b.add(b.mul(stride, _i64(row)), _i64(vector * step.lanes))
+        return after(base, b.mul(elements, _i64(4)), floats.as_pointer())
 
-    cells = [(m, v) for m in range(rows) for v in range(VECTORS)]
-    nothing = ir.Constant(sums_type, [ir.Constant(_f32, 0.0)] * step.lanes)
+    cells = [(m, v) for m in range(rows) for v in range(step.vectors)]
+    nothing = ir.Constant(sums_type, [ir.Constant(step.sum_type, 0)] * step.lanes)
     lines = [b.add(x, b.mul(x_stride, _i64(m))) for m in range(rows)]
     before, loop, done = b.block, b.append_basic_block("k"), b.append_basic_block("done")
     b.branch(loop)
@@ -118,14 +159,15 @@ def emit_pass(step: Step, rows: int, num_prefetches: int, b: Any, args: Any) -> 
     sums = {each: b.phi(sums_type) for each in cells}
     at = b.mul(k, _i64(step.columns * step.weight_bytes))
     vector_bytes = step.lanes * step.weight_bytes
-    weights = [step.load(b, after(w, b.add(at, _i64(v * vector_bytes)))) for v in range(VECTORS)]
+    weights = [step.load(b, after(w, b.add(at, _i64(v * vector_bytes)))) for v in range(step.vectors)]
     for n in range(num_prefetches):
         emit_prefetch(b, b.add(near, _i64(n * LINE)))
-    new = {}
+    new = dict(sums)
     for m in range(rows):
-        left = step.spread(b, after(lines[m], b.mul(k, _i64(4))))
-        for v in range(VECTORS):
-            new[m, v] = step.add(b, left, weights[v], sums[m, v])
+        for word in range(step.words):
+            left = step.spread(b, after(lines[m], b.add(b.mul(k, _i64(4 * step.words)), _i64(4 * word))))
+            for v in range(step.vectors):
+                new[m, v] = step.add(b, left, weights[v][word], new[m, v])
     next_k = b.add(k, _i64(1))
     phis = [(k, _i64(0), next_k), (near, ahead, b.add(near, ahead_step)), *((sums[c], nothing, new[c]) for c in cells)]
     for phi, initial, update in phis:
@@ -134,7 +176,8 @@ def emit_pass(step: Step, rows: int, num_prefetches: int, b: Any, args: Any) -> 
     b.cbranch(b.icmp_signed("<", next_k, count), loop, done)
     b.position_at_end(done)
     for m, v in cells:
-        total = b.fadd(b.load(cell(start, start_stride, m, v), align=4), new[m, v])
+        begun = b.load(cell(start, start_stride, m, v), align=4)
+        total = step.close(b, new[m, v], begun, lines[m], beside, v * step.lanes)
         b.store(total, cell(y, y_stride, m, v), align=4)
 
 

@@ -43,10 +43,13 @@ BLOCK = 64  # rows of x for which one thread computes one tile
 LINE = 64  # bytes
 
 # The kernels' array of int64. Strides of x count bytes, others elements. RESIDUAL: 0, or what is added to the rounded
-# result; it lies as y does. The counters: one a thread, each in a cache
-# line of its own, then the thread's number.
-(X, X_STRIDE, WEIGHT, BIAS, BIAS_STRIDE, Y, Y_STRIDE, NUM_ROWS, NUM_COLUMNS, DEPTH, GATED, OUT_BF16, RESIDUAL,
- NUM_THREADS, SCRATCH, SCRATCH_STRIDE, TICKET, COUNTERS) = range(18)  # fmt: skip
+# result; it lies as y does. What products of integers are given besides: the rows that X is made of, whose width and
+# how X is parted; see integer_product.py. The counters: threads' numbers, rows begun and done, and one for each
+# thread's items, in cache lines of their own.
+(X, X_STRIDE, WEIGHT, BIAS, BIAS_STRIDE, Y, Y_STRIDE, NUM_ROWS, NUM_COLUMNS, DEPTH, TILE_BYTES, GATED, OUT_BF16,
+ RESIDUAL, RAW, RAW_STRIDE, RAW_DTYPE, WIDTH, GROUP, CODES_AT, SCALE_DTYPE, SCALE_STEP, HAS_MINIMA,
+ NUM_THREADS, SCRATCH, SCRATCH_STRIDE) = range(26)  # fmt: skip
+TICKET, NEXT_ROW, ROWS_DONE, COUNTERS = 32, 40, 48, 56
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def scratch_bytes(columns: int) -> int:
 
 
 @inline
-def no_begin(num_rows, scratch):
+def no_begin(args, scratch):
     """For make_compute: a thread has nothing to do before its first item."""
 
 
@@ -78,18 +81,16 @@ def no_end():
     """For make_compute: nor after its last."""
 
 
-def make_compute(
-    tile: Any, columns: int, element_bytes: int, group: int, even: bool, begin: Any = no_begin, end: Any = no_end
-) -> Any:
+def make_compute(tile: Any, columns: int, group: int, even: bool, begin: Any = no_begin, end: Any = no_end) -> Any:
     """One thread's part of a launch. Items: tile by tile, each for all blocks of rows; a thread starts with a stretch
     of its own and helps the others when that is done.
 
     Args:
-        tile: ``tile(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, total_rows, scratch)``: one tile
-            for a block of rows; ``depth`` counts elements as they are packed.
+        tile: ``tile(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, args, scratch)``: one tile for a
+            block of rows; ``depth`` counts what is packed as one.
         group: rows that meet in registers; a block holds whole groups.
         even: whether all groups are about as large, rather than all but the last of them full.
-        begin, end: what each thread does before and after its items: ``begin(total_rows, scratch)``, ``end()``.
+        begin, end: what each thread does before and after its items: ``begin(args, scratch)``, ``end()``.
     """
     write_out, gate_in_place, add_rounded = _make_write_out(columns), _make_gate(columns), _make_add_rounded(columns)
     sums_bytes = scratch_bytes(columns)
@@ -111,8 +112,8 @@ def make_compute(
         sums = load_i64(args, SCRATCH) + me * load_i64(args, SCRATCH_STRIDE)
         scratch = sums + sums_bytes
         out_bytes = 2 if out_bf16 else 4
-        tile_bytes = depth * columns * element_bytes
-        begin(num_rows, scratch)
+        tile_bytes = load_i64(args, TILE_BYTES)
+        begin(args, scratch)
         for turn in range(num_threads):
             owner = (me + turn) % num_threads
             counter = args + 8 * COUNTERS + LINE * owner
@@ -132,12 +133,12 @@ def make_compute(
                 w, bias_stride = load_i64(args, WEIGHT) + part * tile_bytes, load_i64(args, BIAS_STRIDE)
                 bias = load_i64(args, BIAS) + 4 * (part * columns + row * bias_stride)
                 if num_parts == 1 and width == columns and not out_bf16:
-                    tile(x, x_stride, w, depth, rows, y, y_stride, bias, bias_stride, num_rows, scratch)
+                    tile(x, x_stride, w, depth, rows, y, y_stride, bias, bias_stride, args, scratch)
                 else:
-                    tile(x, x_stride, w, depth, rows, sums, 2 * columns, bias, bias_stride, num_rows, scratch)
+                    tile(x, x_stride, w, depth, rows, sums, 2 * columns, bias, bias_stride, args, scratch)
                     if num_parts == 2:
                         w, bias, up = w + tile_bytes, bias + 4 * columns, sums + 4 * columns
-                        tile(x, x_stride, w, depth, rows, up, 2 * columns, bias, bias_stride, num_rows, scratch)
+                        tile(x, x_stride, w, depth, rows, up, 2 * columns, bias, bias_stride, args, scratch)
                         gate_in_place(sums, rows)
                     if residual:
                         add_rounded(sums, rows, width, residual + place, y, y_stride)

@@ -1,0 +1,101 @@
+"""Weights as integers, eight or four bits each, with a scale for each group of a row, or for all of it.
+
+This file knows torch tensors; how a product is computed with them is not known here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ZERO = {8: 128, 4: 8}  # the code that stands for nought where there are no minima
+INT8_GROUP, INT4_GROUP = 64, 32  # weights that share a scale when this file makes integers of them
+_SHRINKS = (1.0, 0.94, 0.88, 0.82, 0.76)  # ranges that are tried: what is cut off at the ends makes steps smaller
+
+
+@dataclass(frozen=True)
+class Integers:
+    """``weight[n, k] = scale[n, s] * code[n, k] + minimum[n, s]``, where ``s = k // group``. Without minima, nought is
+    the code in the middle (ZERO)."""
+
+    codes: Tensor  # uint8 [N, K], below 2**bits
+    scales: Tensor  # float32, bfloat16 or float16 [N, S]
+    minima: Tensor | None  # as scales
+    bits: int  # 8, 4
+    group: int  # weights of a row that share a scale; K: all of it
+
+    def __post_init__(self) -> None:
+        (rows, depth), parts = self.codes.shape, -(-self.codes.shape[1] // self.group)
+        if self.bits not in ZERO or self.codes.dtype is not torch.uint8:
+            raise ValueError(f"codes of {self.bits} bits in {self.codes.dtype} are unknown; use 8 or 4 bits in uint8")
+        if self.scales.shape != (rows, parts) or (self.minima is not None and self.minima.shape != (rows, parts)):
+            raise ValueError(f"scales must be [{rows}, {parts}] for groups of {self.group} in rows of {depth}")
+        if self.bits == 8 and self.minima is not None:
+            raise ValueError("eight bits with minima aren't known; use scales alone")
+
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """What must be the same of weights that are packed together."""
+        return self.codes.shape[1], self.scales.dtype, self.minima is None, self.bits, self.group
+
+    def widened(self) -> Tensor:
+        """The weights that they stand for, float32 ``[N, K]``."""
+        depth, each = self.codes.shape[1], self.group
+        scales = self.scales.float().repeat_interleave(each, 1)[:, :depth]
+        if self.minima is None:
+            return (self.codes.float() - ZERO[self.bits]) * scales
+        return self.codes.float() * scales + self.minima.float().repeat_interleave(each, 1)[:, :depth]
+
+
+def quantize(weight: Tensor, kind: str) -> Integers:
+    """``weight [N, K]`` of any float dtype as "int8" or "int4".
+
+    int8: groups of INT8_GROUP with a scale in bfloat16. int4: groups of INT4_GROUP between a minimum and a maximum in
+    bfloat16, the range among _SHRINKS that errs least by squares. Codes are chosen by what became of the scales.
+    """
+    weight = weight.detach().float()
+    return _int8(weight) if kind == "int8" else _int4(weight)
+
+
+def _int8(weight: Tensor) -> Integers:
+    groups = _groups(weight, INT8_GROUP)
+    scales = _or_one((groups.abs().amax(-1, keepdim=True) / 127).bfloat16())
+    codes = (groups / scales.float()).round_().clamp_(-127, 127).add_(ZERO[8])
+    return Integers(_whole(codes, weight), scales.squeeze(-1), None, 8, INT8_GROUP)
+
+
+def _int4(weight: Tensor) -> Integers:
+    groups = _groups(weight, INT4_GROUP)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    middle, half, least = (low + high) / 2, (high - low) / 2, None
+    for shrink in _SHRINKS:
+        minima = (middle - half * shrink).bfloat16()
+        scales = _or_one((half * (2 * shrink / 15)).bfloat16())
+        codes = ((groups - minima.float()) / scales.float()).round_().clamp_(0, 15)
+        error = (codes * scales.float() + minima.float()).sub_(groups).square_().sum(-1, keepdim=True)
+        if least is None:
+            least, best = error, [codes, scales, minima]
+        better = error < least
+        least = torch.where(better, error, least)
+        best = [torch.where(better, new, old) for new, old in zip((codes, scales, minima), best, strict=True)]
+    codes, scales, minima = best
+    return Integers(_whole(codes, weight), scales.squeeze(-1), minima.squeeze(-1), 4, INT4_GROUP)
+
+
+def _groups(weight: Tensor, group: int) -> Tensor:
+    """``[N, K]`` as ``[N, S, group]``, filled up with what adds nothing to a range."""
+    rows, depth = weight.shape
+    parts = -(-depth // group)
+    edge = weight[:, -1:].expand(rows, parts * group - depth)
+    return torch.cat([weight, edge], 1).view(rows, parts, group)
+
+
+def _whole(codes: Tensor, weight: Tensor) -> Tensor:
+    return codes.flatten(1)[:, : weight.shape[1]].to(torch.uint8)
+
+
+def _or_one(scales: Tensor) -> Tensor:
+    """Rows and groups of zeros have a scale all the same."""
+    return torch.where(scales == 0, torch.ones_like(scales), scales)

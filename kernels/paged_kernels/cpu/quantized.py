@@ -1,0 +1,139 @@
+"""Linear layers from weights that are integers: rows are quantised on the way, sums are exact (integer_product.py)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from paged_kernels.cpu import host
+from paged_kernels.cpu.integer_product import COLUMNS, IntegerProduct
+from paged_kernels.cpu.integers import Integers
+from paged_kernels.cpu.linear import Packed, bias_or_zeros, sides, workspace
+from paged_kernels.cpu.product import LINE
+from paged_kernels.cpu.vectors import BF16, F16, F32, HAS_F16
+
+X_GROUP = 64  # numbers of x that share a scale, where the weights of a whole row do
+_LONGEST = 128  # group of four-bit weights that the kernels take
+_FLOATS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
+_LARGEST_DEPTH = 1 << 17  # sums of products of bytes fit into 32 bits
+
+
+class QuantizedLinear(Packed):
+    """``y [..., N] = x [..., K] @ weight.T + bias`` for the rows of all ``weights``, one after another.
+
+    Args:
+        weights: of one layout (``Integers.layout``).
+        biases: ``[N_i]`` or None each.
+        gated: of two weights, gate and up, the result is silu(gate) * up, ``[..., N_1]``.
+        product: how it is computed; by default as ``host.choose_integers`` says.
+
+    Raises:
+        ValueError: layouts differ, or the kernels have no way for theirs; or the host can't run ``product``.
+    """
+
+    x_dtype = torch.float32  # what lies between two products is best not rounded
+
+    def __init__(
+        self,
+        weights: Sequence[Integers],
+        biases: Sequence[Tensor | None],
+        gated: bool = False,
+        product: IntegerProduct | None = None,
+    ) -> None:
+        if len({w.layout for w in weights}) > 1:
+            raise ValueError("weights of several layouts can't be packed together")
+        first = weights[0]
+        self._for_few, self._for_more, self._few = host.choose_integers(first.bits, product)
+        self._bits, self._depth, self._columns, self._gated = first.bits, first.codes.shape[1], COLUMNS, gated
+        self.num_columns = len(first.codes) if gated else sum(len(w.codes) for w in weights)
+        self._group = kernel_group(first)
+        self._units = -(-self._depth // self._group)
+        self._filled = self._units * self._group
+        self._has_bias = any(bias is not None for bias in biases)
+        self._has_minima = first.minima is not None
+        self._scales_dtype = first.scales.dtype if HAS_F16 or first.scales.dtype is not torch.float16 else torch.float32
+        per_group = first.group < self._depth
+        self._scale_step = COLUMNS * self._scales_dtype.itemsize if per_group else 0
+        parts = sides(len(weights), gated)
+        self._weight = torch.stack([_tiles([self._laid(weights[i]) for i in part]) for part in parts], 1).contiguous()
+        self._lay_bias([bias_or_zeros(len(w.codes), b) for w, b in zip(weights, biases, strict=True)], parts)
+        # of each row: scales and sums of its groups, in whole lines, then its codes
+        self._codes_at = -(-8 * self._units // LINE) * LINE
+        self._row_bytes = self._codes_at + -(-self._filled // LINE) * LINE
+
+    def _laid(self, weight: Integers) -> list[Tensor]:
+        """Scales, minima and codes, ``[N, bytes]`` each, in the order in which a tile has them."""
+        codes = torch.nn.functional.pad(weight.codes, (0, self._filled - self._depth))
+        if self._bits == 4:
+            low, high = codes.view(len(codes), -1, 2, 4).unbind(2)
+            codes = (low | high << 4).reshape(len(codes), -1)
+        repeats = weight.group // self._group if self._scale_step else 1
+        floats = [each for each in (weight.scales, weight.minima) if each is not None]
+        if self._scale_step:
+            floats = [each.repeat_interleave(repeats, 1)[:, : self._units] for each in floats]
+        return [*(each.to(self._scales_dtype).contiguous() for each in floats), codes.view(torch.int32)]
+
+    def _launch(self, out: Tensor, x: Tensor, num_rows: int, start: int, addend: int) -> None:
+        product = self._for_few if num_rows <= self._few else self._for_more
+        rows = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+        rows = rows.reshape(num_rows, self._depth)
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        num_threads = torch.get_num_threads()
+        space = workspace(num_threads, product.scratch_bytes)
+        space.fill(
+            _room(num_rows * self._row_bytes), self._row_bytes, self._weight.data_ptr(), start or self._bias.data_ptr(),
+            self.num_columns if start else 0, out.data_ptr(), self.num_columns, num_rows, self.num_columns, self._units,
+            self._weight.stride(1), self._gated, out.dtype is torch.bfloat16, addend,
+            rows.data_ptr(), rows.stride(0) * rows.element_size(), _FLOATS[rows.dtype], self._depth, self._group,
+            self._codes_at, _FLOATS[self._scales_dtype], self._scale_step, self._has_minima,
+        )  # fmt: skip
+        product.kernels[self._bits](space.address, num_threads)
+
+
+def kernel_group(weight: Integers) -> int:
+    """How many numbers of k the kernels sum up before scales come in.
+
+    Raises:
+        ValueError: they have no way for such groups.
+    """
+    depth = weight.codes.shape[1]
+    if depth >= _LARGEST_DEPTH:
+        raise ValueError(f"rows of {depth} weights are too long for sums in 32 bits; use less than {_LARGEST_DEPTH}")
+    if weight.group >= depth:
+        return X_GROUP
+    for group in (_LONGEST, 64, 32):
+        if weight.group % group == 0:
+            return group
+    raise ValueError(f"groups of {weight.group} weights aren't known; use multiples of 32, or whole rows")
+
+
+def _tiles(weights: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Rows ``[N_i, ...]`` of several weights, one after another, as tiles of bytes: each of their parts in turn."""
+    parts = [torch.cat(part) for part in zip(*weights, strict=True)]
+    num_rows = len(parts[0])
+    num_tiles = -(-num_rows // COLUMNS)
+    laid = []
+    for part in parts:
+        part = torch.nn.functional.pad(part, (0, 0, 0, num_tiles * COLUMNS - num_rows))
+        tiles = part.view(num_tiles, COLUMNS, -1).transpose(1, 2).contiguous()  # [tiles, K, columns]
+        laid.append(tiles.view(num_tiles, -1).view(torch.uint8))
+    return torch.cat(laid, 1)
+
+
+class _Rooms(threading.local):
+    """Memory for rows that were quantised: of one Python thread."""
+
+    room = torch.empty(0, dtype=torch.uint8)
+
+
+_ROOMS = _Rooms()
+
+
+def _room(num_bytes: int) -> int:
+    """The address of so many bytes, at the beginning of a line."""
+    if _ROOMS.room.numel() < num_bytes + LINE:
+        _ROOMS.room = torch.empty(num_bytes + num_bytes // 4 + LINE, dtype=torch.uint8, device="cpu")
+    return -(-_ROOMS.room.data_ptr() // LINE) * LINE

@@ -1,0 +1,20 @@
+"""What kernels become on processors that this machine may not have."""
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+
+def machine_code(features, emit, num_args, cpu="x86-64-v4"):
+    """What ``emit(builder, args)`` of ``num_args`` numbers becomes on a processor with these features, as text."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    module, i64 = ir.Module(), ir.IntType(64)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64] * num_args), "kernel")
+    builder = ir.IRBuilder(function.append_basic_block())
+    emit(builder, list(function.args))
+    builder.ret_void()
+    triple = llvm.Target.from_triple("x86_64-unknown-linux-gnu")
+    target = triple.create_target_machine(cpu=cpu, features=features, opt=3)
+    parsed = llvm.parse_assembly(str(module))
+    parsed.verify()
+    return target.emit_assembly(parsed)
