@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from paged_kernels.cpu import host
+from paged_kernels.cpu import host, pages
 from paged_kernels.cpu.product import COUNTERS, LINE, NUM_THREADS, TICKET, Product
 
 
@@ -102,11 +102,9 @@ class PackedLinear(Packed):
         self._depth = weights[0].shape[1]
         self._filled = -(-self._depth // product.depth_step) * product.depth_step
         self._units = self._filled * self.dtype.itemsize // product.element.itemsize
-        self._gated = gated
-        self._has_bias = any(bias is not None for bias in biases)
         parts = sides(len(weights), gated)
         num_tiles = -(-self.num_columns // columns)
-        weight = torch.empty(num_tiles, len(parts), self._units, columns, dtype=product.element, device="cpu")
+        weight = pages.empty((num_tiles, len(parts), self._units, columns), product.element)
         for number, part in enumerate(parts):
             lay((self._elements(weights[i]) for i in part), weight[:, number])
         self._lay_bias([bias_or_zeros(len(w), b) for w, b in zip(weights, biases, strict=True)], parts)

@@ -1,0 +1,56 @@
+"""Memory for packed weights: tensors are apart from each other, and their memory goes back."""
+
+import threading
+
+import psutil
+import pytest
+import torch
+
+from paged_kernels.cpu import pages
+
+SHAPES = [(3, 5), (7,), (1000, 1000), (64, 33, 16), (9_000_000,), (2, 2)]  # in chunks, and one larger than a chunk
+
+
+def fill_and_read(shapes, dtype):
+    tensors = [pages.empty(shape, dtype).fill_(number) for number, shape in enumerate(shapes)]
+    return [(tuple(t.shape), t.dtype, t.unique().tolist(), t.data_ptr() % 64) for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_tensors_dont_share_memory(dtype):
+    want = [(shape, dtype, [number], 0) for number, shape in enumerate(SHAPES)]
+    assert fill_and_read(SHAPES, dtype) == want
+
+
+def test_threads_dont_share_memory():
+    shapes, got = [(100 + n,) for n in range(50)], {}
+
+    def work(name):
+        got[name] = fill_and_read(shapes, torch.float32)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    want = [(shape, torch.float32, [number], 0) for number, shape in enumerate(shapes)]
+    assert got == dict.fromkeys(range(4), want)
+
+
+def test_memory_goes_back_with_the_last_tensor():
+    before = psutil.Process().memory_info().rss
+    tensors = [pages.empty((50 << 20,), torch.int8).zero_() for _ in range(4)]
+    held = psutil.Process().memory_info().rss
+    assert held - before > 150 << 20
+    tensors.clear()
+    assert held - psutil.Process().memory_info().rss > 150 << 20
+
+
+def test_a_system_without_huge_pages_gives_usual_memory(monkeypatch):
+    monkeypatch.delattr(pages.mmap, "MADV_HUGEPAGE", raising=False)
+    assert fill_and_read(SHAPES[:4], torch.float32)[2][2] == [2]
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 7)])
+def test_nothing_takes_nothing(shape):
+    assert pages.empty(shape, torch.float32).shape == shape
