@@ -159,7 +159,7 @@ class EngineThread:
         """Wait for a command, and carry it out. False: none came in ``wait_s`` seconds (None: one will come)."""
         self._began = None
         try:
-            command = self._commands.get(timeout=wait_s)
+            command = self._commands.get(wait_s != 0, wait_s)  # Python 3.10 may wait for ever with a timeout of 0
         except Empty:
             return False
         self._guarded(command)

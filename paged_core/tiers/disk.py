@@ -235,7 +235,7 @@ class DiskTier:
         """For a piece; None: nobody takes what was read any more."""
         while not fetch.cancelled:
             try:
-                return self._free.get(timeout=0 if self._num_pieces < _MOST_PIECES else 0.05)
+                return self._free.get(self._num_pieces >= _MOST_PIECES, 0.05)
             except Empty:
                 if self._num_pieces < _MOST_PIECES:
                     self._num_pieces += 1

@@ -20,8 +20,8 @@ from paged_openai.app import AppOptions
 from places import TESTS
 
 CALLS = TESTS / "tgi_calls.py"
-PACKAGES = ("text-generation==0.7.0", "huggingface-hub==0.36.2", "aiohttp", "aiohappyeyeballs", "aiosignal", "attrs",
-            "frozenlist", "multidict", "propcache", "yarl")  # fmt: skip
+PACKAGES = ("text-generation==0.7.0", "huggingface-hub==0.36.2", "aiohttp", "aiohappyeyeballs", "aiosignal",
+            "async-timeout", "attrs", "frozenlist", "multidict", "propcache", "yarl")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
