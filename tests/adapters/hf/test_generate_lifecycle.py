@@ -728,7 +728,7 @@ def _embeddings_on_disk(model: Any, folder: Any) -> Any:
     accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
 
 
-@pytest.mark.filterwarnings("ignore:You are calling .generate.. with the:UserWarning")  # stock's, until transformers 5.19
+@pytest.mark.filterwarnings("ignore:You are calling .generate.. with the:UserWarning")  # stock.s own, in 5.18
 @pytest.mark.parametrize("offload", [_all_on_the_cpu, _all_on_disk, _embeddings_on_disk])
 @pytest.mark.parametrize("check", [False, True])
 def test_models_whose_weights_are_offloaded_answer_as_before(
