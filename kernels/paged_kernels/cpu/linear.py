@@ -102,6 +102,8 @@ class PackedLinear(Packed):
         self._depth = weights[0].shape[1]
         self._filled = -(-self._depth // product.depth_step) * product.depth_step
         self._units = self._filled * self.dtype.itemsize // product.element.itemsize
+        self._gated = gated
+        self._has_bias = any(bias is not None for bias in biases)
         parts = sides(len(weights), gated)
         num_tiles = -(-self.num_columns // columns)
         weight = pages.empty((num_tiles, len(parts), self._units, columns), product.element)
