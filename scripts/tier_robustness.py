@@ -9,15 +9,18 @@ back as it was written, or not at all; the folder stays below its limit; nothing
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import random
 import shutil
-import subprocess
-import sys
+import signal
 import tempfile
 import threading
 import time
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,38 +29,41 @@ from paged_core.tiers.disk import DiskTier
 from paged_core.tiers.folder import SlabFolder
 from paged_core.tiers.slab import Shape
 
-SHAPE = Shape("ab" * 16, 2048, 4)
-MAX_BYTES = 400_000
-_NUMBERS = 2000
+SMALL, LARGE = Shape("ab" * 16, 2048, 4), Shape("ab" * 16, 4 << 20, 4)  # a kill tears blocks of the second kind
+MAX_BYTES = {SMALL: 400_000, LARGE: 96 << 20}
+_NUMBERS = {SMALL: 400, LARGE: 12}  # of different blocks
 
 
+@cache
 def content(number: int) -> BlockContent:
-    tokens = tuple(number * 10 + i for i in range(SHAPE.block_size))
+    tokens = tuple(number * 10 + i for i in range(SMALL.block_size))
     return BlockContent(1, blake2b(str(number).encode(), digest_size=16).digest(), tokens)
 
 
-def truth(number: int) -> torch.Tensor:
-    return torch.randint(256, (SHAPE.block_bytes,), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+@cache
+def truth(number: int, shape: Shape) -> torch.Tensor:
+    return torch.randint(256, (shape.block_bytes,), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
 
 
-def opened(folder: Path) -> DiskTier:
-    return DiskTier(SlabFolder(str(folder), MAX_BYTES), SHAPE)
+def opened(folder: Path, shape: Shape) -> DiskTier:
+    return DiskTier(SlabFolder(str(folder), MAX_BYTES[shape]), shape)
 
 
-def write_for_ever(folder: Path, first: int) -> None:
+def write_for_ever(folder: Path, shape: Shape, first: int, begun: int) -> None:
     """What the process does that is killed."""
-    tier, number = opened(folder), first
-    print("begun", flush=True)
+    tier, number = opened(folder, shape), first
+    os.write(begun, b"x")
     while True:
-        tier.store([content(number % _NUMBERS)], truth(number % _NUMBERS)[None])
+        at = number % _NUMBERS[shape]
+        tier.store([content(at)], truth(at, shape)[None])
         tier.flush(60)
         number += 1
 
 
-def check(folder: Path) -> tuple[int, int]:
+def check(folder: Path, shape: Shape) -> tuple[int, int]:
     """(blocks that came back, blocks that did not), of those that the index names."""
-    tier, arrived = opened(folder), threading.Event()
-    contents = [content(number) for number in range(_NUMBERS)]
+    tier, arrived = opened(folder, shape), threading.Event()
+    contents = [content(number) for number in range(_NUMBERS[shape])]
     held = [number for number, each in enumerate(contents) if tier.holds(each.digest)]
     fetch = tier.fetch([contents[number] for number in held], arrived)
     num_good = num_lost = 0
@@ -69,52 +75,82 @@ def check(folder: Path) -> tuple[int, int]:
         for piece in fetch.take():
             for row, place in enumerate(piece.places):
                 if piece.good[row]:
-                    assert torch.equal(piece.data[row], truth(held[place])), "a wrong block"
+                    assert torch.equal(piece.data[row], truth(held[place], shape)), "a wrong block"
                 num_good, num_lost = num_good + piece.good[row], num_lost + (not piece.good[row])
             tier.give_back(piece)
     tier.close(5)
     taken = sum(path.stat().st_size for path in folder.glob("*.kv"))
-    assert taken <= MAX_BYTES, f"the folder takes {taken} bytes"
+    assert taken <= MAX_BYTES[shape], f"the folder takes {taken} bytes"
     return num_good, num_lost
 
 
-def kill(folder: Path, times: int, rnd: random.Random) -> int:
-    """Returns how many blocks came back in all."""
-    num_good = 0
+def kill(folder: Path, times: int, rnd: random.Random) -> dict[str, int]:
+    """A process that writes is killed at some moment, again and again."""
+    num_good = num_torn = 0
+    for shape in (SMALL, LARGE):
+        for number in range(_NUMBERS[shape]):
+            truth(number, shape)  # so that writers write most of the time
     for round_ in range(times):
-        arguments = [sys.executable, __file__, "--write", str(folder), "--first", str(round_ * 37)]
-        with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "begun\n"
-            time.sleep(rnd.random() * 0.05)
-            process.kill()
-        num_good += check(folder)[0]
-    return num_good
+        shape = LARGE if round_ % 4 == 0 else SMALL
+        own = folder / str(shape.block_bytes)
+        _kill_a_writer(own, shape, round_ * 37, rnd.random() * 0.03)
+        num_torn += _is_torn(own, shape)
+        num_good += check(own, shape)[0]
+    return {"kills": times, "kills_that_tore_a_block": num_torn, "blocks_back": num_good}
 
 
-def damage(folder: Path, times: int, rnd: random.Random) -> tuple[int, int]:
-    """Each time one file of a sound folder is cut, or has some bits turned. Returns (blocks back, blocks lost)."""
-    tier = opened(folder)
+def _kill_a_writer(folder: Path, shape: Shape, first: int, after_s: float) -> None:
+    reads, writes = os.pipe()
+    process = os.fork()  # a new interpreter would take seconds to begin, each time
+    if process == 0:
+        try:
+            write_for_ever(folder, shape, first, writes)
+        finally:
+            os._exit(1)
+    os.close(writes)
+    assert os.read(reads, 1) == b"x"
+    os.close(reads)
+    time.sleep(after_s)
+    os.kill(process, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(process, 0)[1]) == signal.SIGKILL, "it ended by itself"
+
+
+def _is_torn(folder: Path, shape: Shape) -> bool:
+    """Whether the file written last ends within a block."""
+    last = max(folder.glob("*.kv"), key=lambda path: path.stat().st_mtime_ns, default=None)
+    if last is None:
+        return False
+    capacity = SlabFolder(str(folder), MAX_BYTES[shape]).slab_capacity(shape)
+    return (last.stat().st_size - shape.payload(capacity)) % shape.block_bytes != 0
+
+
+def damage(folder: Path, times: int, rnd: random.Random) -> dict[str, int]:
+    """Each time one file of a sound folder is cut, or has some bits turned."""
+    tier = opened(folder, SMALL)
     for number in range(60):
-        tier.store([content(number)], truth(number)[None])
+        tier.store([content(number)], truth(number, SMALL)[None])
     tier.flush(60)
     tier.close(5)
-    paths = sorted(folder.glob("*.kv"))
-    whole = {path: path.read_bytes() for path in paths}
+    whole = {path: path.read_bytes() for path in sorted(folder.glob("*.kv"))}
     good = lost = 0
     for _ in range(times):
-        path = rnd.choice(paths)
-        data = bytearray(whole[path])
-        if rnd.random() < 0.3:
-            del data[rnd.randrange(len(data)) :]
-        else:
-            for _ in range(rnd.choice((1, 1, 2, 8))):
-                data[rnd.randrange(len(data))] ^= 1 << rnd.randrange(8)
-        path.write_bytes(data)
-        back, gone = check(folder)
+        path = rnd.choice(list(whole))
+        path.write_bytes(_damaged(whole[path], rnd))
+        back, gone = check(folder, SMALL)
         good, lost = good + back, lost + gone
         path.write_bytes(whole[path])
-    return good, lost
+    return {"damages": times, "blocks_back": good, "blocks_found_damaged": lost}
+
+
+def _damaged(whole: bytes, rnd: random.Random) -> bytes:
+    data = bytearray(whole)
+    if rnd.random() < 0.3:
+        del data[rnd.randrange(len(data)) :]
+        return bytes(data)
+    table = 4096 + 60 * SMALL.entry_bytes  # half of the turned bits are in what tells of blocks
+    for _ in range(rnd.choice((1, 1, 2, 8))):
+        data[rnd.randrange(min(table, len(data)) if rnd.random() < 0.5 else len(data))] ^= 1 << rnd.randrange(8)
+    return bytes(data)
 
 
 def main() -> None:
@@ -122,20 +158,20 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--damages", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.write is not None:
-        write_for_ever(args.write, args.first)
     rnd = random.Random(args.seed)
+    found: dict[str, Any] = {}
     for name, work, times in (("kills", kill, args.kills), ("damages", damage, args.damages)):
         folder = Path(tempfile.mkdtemp(prefix="paged-tier-"))
-        folder.chmod(0o700)
         try:
-            print(f"{times} {name}: blocks back {work(folder, times, rnd)}; no wrong block, no error")
+            found[name] = work(folder, times, rnd)
         finally:
             shutil.rmtree(folder)
+        print(f"{json.dumps(found[name])}: no wrong block, no error", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
