@@ -221,6 +221,12 @@ class Engine:
         self._lifecycle.check_alive()
         return self._offloading.save(timeout_s)
 
+    def save_some(self) -> bool:
+        """As ``save_prefix_cache``, a part that takes a moment: for whoever has nothing to compute just now, and may be
+        killed any time. False: nothing is left."""
+        self._lifecycle.check_between_steps("save_some()")
+        return self._lifecycle.alive and self._offloading.save_some()
+
     def release_memory(self) -> bool:
         """Give back all K/V memory, cached prefixes included; the next request takes it anew. False: nothing was
         given back, since running requests need it. A plugin's cache that can't grow keeps its memory."""
@@ -234,7 +240,7 @@ class Engine:
 
     def view(self) -> EngineView:
         """What runs, what waits and what every block is. Between two steps; the view itself is for any thread."""
-        return EngineView.of(self._scheduler)
+        return EngineView.of(self._scheduler, self._offloading.stats)
 
     @property
     def captured_steps(self) -> frozenset[tuple[int, int]] | None:

@@ -24,6 +24,7 @@ from paged_core.tiers.tier import Fetch, OffloadTier, Piece
 
 _log = logging.getLogger("paged_core")
 _PACKED_BYTES = 4 << 20  # of blocks that are copied out together when all are saved
+_MOMENT_S = 0.01  # that a request may come too late for, where there was nothing to do
 
 
 class _Part(NamedTuple):
@@ -67,6 +68,8 @@ class Offloading:
         self._arrived = threading.Event()
         self._under_way: list[_UnderWay] = []
         self._too_slow = False  # whether the last save was cut by its time
+        self._num_packed = max(1, _PACKED_BYTES // self._block_bytes)  # blocks
+        self._offered: set[bytes] = set()  # saved by the way: once each, also where a tier has no room for all
         self._loads = self._abandoned = 0
 
     @property
@@ -77,6 +80,7 @@ class Offloading:
             self._loads,
             self._abandoned,
             self._scheduler.num_tokens_loaded,
+            self._scheduler.num_tokens_asked,
         )
 
     # ---- a step --------------------------------------------------------------------------------------------------
@@ -118,6 +122,7 @@ class Offloading:
 
     def forget(self) -> None:
         """The model has changed. The scheduler has abandoned all loads."""
+        self._offered.clear()
         for tier in self._tiers:
             tier.forget()
 
@@ -126,15 +131,29 @@ class Offloading:
         were given to tiers."""
         until = time.monotonic() + timeout_s
         contents = [content for content in self._scheduler.pool.findable() if not self._costs.holds(content.digest)]
-        step = max(1, _PACKED_BYTES // self._block_bytes)
         num_saved = 0
-        for start in range(0, len(contents), step):
+        for start in range(0, len(contents), self._num_packed):
             if time.monotonic() >= until or not self._costs.wants_more or not self._flush(until):
                 break
-            self._store(contents[start : start + step])
-            num_saved += len(contents[start : start + step])
+            part = contents[start : start + self._num_packed]
+            self._store(part)
+            num_saved += len(part)
         self._too_slow = not self._flush(until)
         return num_saved
+
+    def save_some(self) -> bool:
+        """Store a part of what the prefix cache holds, in a moment without work. False: nothing is left."""
+        if not self._tiers or not self._costs.wants_more:
+            return False
+        if not self._flush(time.monotonic() + _MOMENT_S):
+            return True
+        findable = self._scheduler.pool.findable()
+        self._offered.intersection_update(content.digest for content in findable)
+        lacking = [content for content in findable if content.digest not in self._offered]
+        part = lacking[: self._num_packed]
+        self._offered.update(content.digest for content in part)
+        self._store(part)
+        return len(lacking) > len(part)
 
     def close(self, timeout_s: float) -> None:
         """Save, unless that has just been found to take too long, and let tiers go."""

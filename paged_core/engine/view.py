@@ -10,6 +10,7 @@ import numpy as np
 from paged_core.execution.kv_cache import KVCache
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.scheduler import Scheduler
+from paged_core.tiers.stats import OffloadingStats
 
 
 class BlockCells(NamedTuple):
@@ -31,13 +32,14 @@ class EngineView(NamedTuple):
     block_size: int
     references: Sequence[int]  # of blocks 1, 2, ...
     cached: Sequence[int]  # ids of blocks that are kept for prefix hits only
+    offloading: OffloadingStats  # what tiers hold and have done
 
     @classmethod
-    def of(cls, scheduler: Scheduler) -> EngineView:
+    def of(cls, scheduler: Scheduler, offloading: OffloadingStats) -> EngineView:
         """The scheduler's state now."""
         references, cached = scheduler.pool.snapshot()
         num_running, num_waiting = len(scheduler.running), len(scheduler.waiting) + len(scheduler.loading)
-        return cls(num_running, num_waiting, scheduler.pool.block_size, references, cached)
+        return cls(num_running, num_waiting, scheduler.pool.block_size, references, cached, offloading)
 
     @property
     def num_saved(self) -> int:

@@ -23,6 +23,8 @@ from paged_core.text.outputs import StreamDelta
 
 _T = TypeVar("_T")
 
+_SAVE_AFTER_S = 1.0  # without work: then tiers are given what they lack, as this process may be killed any time
+
 
 class Submitted(NamedTuple):
     generation: Generation
@@ -39,6 +41,7 @@ class Served(ThreadPolicy):
         self._channels: weakref.WeakSet[Channel] = weakref.WeakSet()  # those somebody may still read
         self._closed = False
         self._dead: BaseException | None = None
+        self._save_in_s: float | None = None
         self.thread = EngineThread("paged-engine", self)
 
     # ---- for all threads -----------------------------------------------------------------------------------------
@@ -106,12 +109,20 @@ class Served(ThreadPolicy):
         if self._dead is not None or not self._engine.has_work:
             return False
         wakeups = Wakeups()
+        self._save_in_s = _SAVE_AFTER_S
         for output in self._engine.step():
             submitted = self._running.get(output.request.id)
             if submitted is not None:
                 self._push(submitted, deliver(self._engine, submitted.generation, output), wakeups)
         wakeups.send()
         return True
+
+    @property
+    def idle_s(self) -> float | None:
+        return self._save_in_s
+
+    def idle(self) -> None:
+        self._save_in_s = 0.0 if self._dead is None and self._engine.save_some() else None
 
     def failed(self, error: BaseException) -> None:
         self._dead = error

@@ -49,6 +49,7 @@ class Prefixes:
     def __init__(self, pool: BlockPool, limits: Limits, stored: Stored | None = None) -> None:
         self.num_queries = 0  # prompt tokens looked up in the prefix index
         self.num_hits = 0  # and found there
+        self.num_asked = 0  # tokens not found there, and looked for in a tier
         self.num_loaded = 0  # tokens that a tier has brought, and nobody had to compute
         self._pool = pool
         self._enabled = limits.enable_prefix_caching
@@ -97,6 +98,8 @@ class Prefixes:
         self._begin(request, len(hit), len(hit) * self._pool.block_size)
         self.num_queries += len(request.tokens)
         self.num_hits += request.num_computed
+        if self._stored is not None:
+            self.num_asked += len(request.tokens) - request.num_computed
         for digest in request.digests[len(hit) :]:
             self._in_flight.setdefault(digest, request)
 

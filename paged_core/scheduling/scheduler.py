@@ -82,6 +82,11 @@ class Scheduler:
         """Tokens that nobody had to compute, since a tier has brought them."""
         return self._prefixes.num_loaded
 
+    @property
+    def num_tokens_asked(self) -> int:
+        """Tokens looked for in tiers, since the prefix index had not got them."""
+        return self._prefixes.num_asked
+
     # ---- in and out --------------------------------------------------------------------------------------------
 
     @property

@@ -27,6 +27,15 @@ class OffloadingStats(NamedTuple):
     total_loads: int = 0  # begun
     total_loads_abandoned: int = 0  # too slow; or what was wanted was gone, or needed for others
     total_tokens_loaded: int = 0  # that need not be computed
+    total_tokens_asked: int = 0  # looked for in tiers, since the prefix cache had not got them
+
+    @property
+    def total_bytes_out(self) -> int:
+        return sum(tier.bytes_out for tier in self.tiers)
+
+    @property
+    def total_bytes_in(self) -> int:
+        return sum(tier.bytes_in for tier in self.tiers)
 
 
 def empty_counts() -> dict[str, int]:

@@ -77,6 +77,8 @@ class Page:
             "block_size": view.block_size,
             "saved": view.num_saved,
             "blocks": blocks,
+            "tiers": [{"name": tier.name, "blocks": tier.num_blocks} for tier in view.offloading.tiers],
+            "loaded": view.offloading.total_tokens_loaded,
         })  # fmt: skip
 
 

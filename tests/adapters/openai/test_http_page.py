@@ -128,6 +128,7 @@ def test_before_anything_was_asked_all_blocks_are_free() -> None:
         "model": "alphabet", "running": 0, "waiting": 0, "max_running": server.service.max_open - 100,
         "block_size": server.engine.engine.sizes.block_size, "saved": 0,
         "blocks": {"num": 512, "per_cell": 1, "cached": nothing, "used": nothing, "shared": nothing},
+        "tiers": [], "loaded": 0,
     }  # fmt: skip
 
 

@@ -86,6 +86,7 @@ def test_a_real_model_is_served_until_a_signal_comes(process: Process) -> None:
         details = generated.json()["details"]
         assert "".join(t["text"] for t in details["tokens"] if not t["special"]) == generated.json()["generated_text"]
         assert 'vllm:request_success_total{finished_reason="length",model_name="smollm2"}' in raw.get("/metrics").text
+        assert [tier["name"] for tier in raw.get("/live").json()["tiers"]] == ["disk"]
 
         body = {"prompt": "Once upon a time", "max_tokens": 400, "stream": True, "ignore_eos": True}
         with raw.stream("POST", "/v1/completions", json=body) as response:
