@@ -20,6 +20,7 @@ _COUNTERS = {
     "paged:steps_divided_total": "paged_steps_divided_total",
     "vllm:prefix_cache_queries_total": "paged_prefix_cache_queries_total",
     "vllm:prefix_cache_hits_total": "paged_prefix_cache_hits_total",
+    "vllm:external_prefix_cache_hits_total": "paged_external_prefix_cache_hits_total",
     "vllm:time_to_first_token_seconds_sum": "paged_time_to_first_token_seconds_sum",
     "vllm:time_to_first_token_seconds_count": "paged_time_to_first_token_seconds_count",
     "vllm:inter_token_latency_seconds_sum": "paged_inter_token_latency_seconds_sum",

@@ -41,9 +41,10 @@ LONG = {"prompt": "a long story", "max_new_tokens": 1900, "stream": True}
 class Running:
     """One server and what tests ask of it."""
 
-    def __init__(self, server: TorchServe) -> None:
+    def __init__(self, server: TorchServe, kept: Path) -> None:
         at = server.options.addresses
         self.server = server
+        self.kept = kept  # the folder where "tiny" has K/V on disk
         self.url, self.management = at.url(at.inference), at.url(at.management)
         self.metrics_url = at.url(at.metrics) + "/metrics"
         self.client = httpx2.Client(timeout=60, trust_env=False)
@@ -102,7 +103,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     theirs.write_text("class Theirs:\n    def handle(self, data, context):\n        raise RuntimeError\n")
     old = stock_archive(tmp, "tiny", model, theirs, "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 1\n")
     archives = [tmp / "swapped.mar", tmp / "narrow.mar"]
-    assert main(["torchserve", "swap", str(old), str(archives[0]), *ENGINE]) == 0
+    on_disk = ["--set", f"kv_disk_path={tmp / 'kv'}", "--set", "kv_disk_bytes=50000000"]
+    assert main(["torchserve", "swap", str(old), str(archives[0]), *ENGINE, *on_disk]) == 0
     narrow = ["--set", "max_num_requests=2", "--set", "jobQueueSize=2"]
     assert main(["torchserve", "archive", str(model), str(archives[1]), "--version", "2.0", *ENGINE, *narrow]) == 0
     options = Options(free_addresses(), model_api=True,
@@ -112,7 +114,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         server = TorchServe(archives, tmp / "work", options)
     with server:
         server.wait_until_ready(READY_S)
-        running = Running(server)
+        running = Running(server, tmp / "kv")
         with running.client:
             yield running
 
@@ -276,6 +278,10 @@ def test_clients_that_leave_free_their_blocks_the_last_one_too(running):
 
 
 def test_a_killed_worker_is_replaced_and_its_clients_hear_of_it(running, stock):
+    """Its successor finds on disk what it had computed: TorchServe leaves no worker the time to save anything."""
+    prompt = "What a worker has computed outlives it, if it had a second to spare."
+    told = running.post("tiny", json={"prompt": prompt, "max_new_tokens": 9}).text
+    until(lambda: sum(path.stat().st_size for path in running.kept.glob("*.kv")) > 0)
     heard: list[str] = []
 
     def read() -> None:
@@ -305,6 +311,8 @@ def test_a_killed_worker_is_replaced_and_its_clients_hear_of_it(running, stock):
 
     until(replaced, READY_S)
     assert running.post("tiny", json={"prompt": "Hello", "max_new_tokens": 9}).text == stock("Hello", 9)
+    assert running.post("tiny", json={"prompt": prompt, "max_new_tokens": 9}).text == told
+    until(lambda: running.metric("paged_external_prefix_cache_hits_total", "tiny") >= 64)
 
 
 def test_clients_of_a_worker_that_is_scaled_away_hear_of_it_when_there_is_another(running, stock):
