@@ -3,7 +3,8 @@
     python benchmarks/bench_tiers.py [--model smollm2] [--folder DIR] [--repeats 5] [--parts restart,...] [--json PATH]
 
 Every ratio is of one run, both sides taken in turn; times are medians. The files are in the system's page cache, as
-they are after a restart of the process; a machine that was restarted reads them from the disk itself.
+they are after a restart of the process; a machine that was restarted reads them from the disk itself. Seconds of the
+processor, in which nothing counts that other programs take, say what a step costs.
 """
 
 from __future__ import annotations
@@ -16,21 +17,25 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from paged_core import Engine, EngineConfig, SamplingParams
+from paged_core.scheduling.schedule import Schedule
 from paged_core.tiers.slab import Slab
 
 _PREFIXES = (512, 2000)
+_BESIDE = 1024
 _SLOW_BYTES_PER_S = 20e6
+_CALLS = 20_000
 
 
 def main() -> None:
     parts: dict[str, Callable[[Any, Path, int], dict[str, Any]]] = {
-        "restart": restart, "unused": unused, "crowded": crowded, "slow disk": slow_disk,
+        "restart": restart, "beside": beside, "unused": unused, "crowded": crowded, "slow disk": slow_disk,
     }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
@@ -75,8 +80,33 @@ def restart(model: Any, folder: Path, repeats: int) -> dict[str, Any]:
     return found
 
 
+def beside(model: Any, folder: Path, repeats: int) -> dict[str, Any]:
+    """The same from a disk that is as slow as computing: the tail is loaded while the head is computed."""
+    prefix = _tokens(model, _BESIDE, seed=1)
+    engine = _engine(model, folder)
+    _first_token_s(engine, prefix)
+    engine.close(60.0)
+    times: dict[str, list[float]] = {"computed": [], "loaded": [], "both": []}
+    for i in range(repeats):
+        for side in times:
+            engine = _engine(model, folder if side != "computed" else None)
+            _first_token_s(engine, _tokens(model, 256, seed=7000 + i))
+            costs = engine._offloading._costs
+            assert costs.tokens_per_s is not None
+            costs.bytes_per_s = rate = costs.tokens_per_s * costs._block_bytes / engine.sizes.block_size
+            if side == "loaded":
+                costs.pays_beside = lambda num_blocks, num_tokens: False  # type: ignore[method-assign]
+                costs.patience_s = lambda num_tokens: 1e9  # type: ignore[method-assign]
+            with _slowed(rate):
+                times[side].append(_first_token_s(engine, [*prefix, *_tokens(model, 8, seed=i)]))
+            engine.close(0.0)
+    medians = {f"{side}_ms": round(statistics.median(values) * 1e3, 1) for side, values in times.items()}
+    return medians | {"times_as_quick": round(medians["computed_ms"] / medians["both_ms"], 2)}
+
+
 def unused(model: Any, folder: Path, repeats: int) -> dict[str, Any]:
-    """Steps that decode 16 rows, of an engine with a tier that is never used and one without, in turn."""
+    """Steps that decode 16 rows, of an engine with a tier that is never used and one without, in turn; and what is
+    called in each step for a tier's sake, by itself."""
     engines = {"without": _engine(model, None), "with": _engine(model, folder)}
     for engine in engines.values():
         for row in range(16):
@@ -86,16 +116,33 @@ def unused(model: Any, folder: Path, repeats: int) -> dict[str, Any]:
     steps: dict[str, list[float]] = {side: [] for side in engines}
     for _ in range(40 * repeats):
         for side, engine in engines.items():
-            began = time.perf_counter()
+            began = time.process_time()
             engine.step()
-            steps[side].append(time.perf_counter() - began)
+            steps[side].append(time.process_time() - began)
+    calls = {side: _calls_s(engine) for side, engine in engines.items()}
     for engine in engines.values():
         engine.close(0.0)
+    step_s = statistics.median(steps["without"])
     ratios = [a / b for a, b in zip(steps["with"], steps["without"], strict=True)]
     return {
-        "step_ms": round(statistics.median(steps["without"]) * 1e3, 2),
+        "step_cpu_ms": round(step_s * 1e3, 2),
         "overhead_percent": round((statistics.median(ratios) - 1) * 100, 2),
+        "calls_cpu_us": round((calls["with"] - calls["without"]) * 1e6, 2),
+        "calls_percent": round((calls["with"] - calls["without"]) / step_s * 100, 4),
     }
+
+
+def _calls_s(engine: Engine) -> float:
+    """What one step spends on its tiers, whether or not there are any."""
+    offloading, scheduler, nothing = engine._offloading, engine._scheduler, Schedule((), (), ())
+    began = time.process_time()
+    for _ in range(_CALLS):
+        offloading.take_up()
+        offloading.carry_out(nothing)
+        scheduler._given_up()
+        offloading.measure(16, 16, 0.1)
+        _ = offloading.stats
+    return (time.process_time() - began) / _CALLS
 
 
 def crowded(model: Any, folder: Path, repeats: int) -> dict[str, Any]:
@@ -105,17 +152,14 @@ def crowded(model: Any, folder: Path, repeats: int) -> dict[str, Any]:
 
 def slow_disk(model: Any, folder: Path, repeats: int) -> dict[str, Any]:
     """The same on a disk of 20 MB/s, at which nothing is worth loading."""
-    read, append = Slab.read, Slab.append
-    Slab.read, Slab.append = _slow(read), _slow(append)  # type: ignore[method-assign]
-    try:
+    with _slowed(_SLOW_BYTES_PER_S):
         return _crowd(model, folder, repeats)
-    finally:
-        Slab.read, Slab.append = read, append  # type: ignore[method-assign]
 
 
 def _crowd(model: Any, folder: Path, repeats: int) -> dict[str, Any]:
     prompts = [_tokens(model, 100, seed=row) for row in range(64)]
     rates: dict[str, list[float]] = {"without": [], "with": []}
+    cpu: dict[str, list[float]] = {"without": [], "with": []}
     preempted = loaded = 0
     for i in range(repeats):
         for side in rates:
@@ -123,10 +167,11 @@ def _crowd(model: Any, folder: Path, repeats: int) -> dict[str, Any]:
             engine = _engine(model, path, num_blocks=16 * 150 // 8, max_num_seqs=64)
             for prompt in prompts:
                 _add(engine, prompt, 60)
-            began, num_tokens = time.perf_counter(), 0
+            began, began_cpu, num_tokens = time.perf_counter(), time.process_time(), 0
             while engine.has_work:
                 num_tokens += sum(len(output.token_ids) for output in engine.step())
             rates[side].append(num_tokens / (time.perf_counter() - began))
+            cpu[side].append((time.process_time() - began_cpu) / num_tokens)
             if side == "with":
                 assert engine.last_stats is not None
                 preempted += engine.last_stats.total_preemptions
@@ -137,17 +182,30 @@ def _crowd(model: Any, folder: Path, repeats: int) -> dict[str, Any]:
         "without_tokens_per_s": round(statistics.median(rates["without"]), 1),
         "with_tokens_per_s": round(statistics.median(rates["with"]), 1),
         "times_as_quick": round(statistics.median(ratios), 3),
+        "without_cpu_ms_a_token": round(statistics.median(cpu["without"]) * 1e3, 2),
+        "with_cpu_ms_a_token": round(statistics.median(cpu["with"]) * 1e3, 2),
         "preemptions_a_run": preempted / repeats,
         "tokens_loaded_a_run": loaded / repeats,
     }
 
 
-def _slow(function: Callable[..., Any]) -> Callable[..., Any]:
-    def slow(slab: Slab, *args: Any) -> Any:
-        time.sleep(slab._shape.block_bytes / _SLOW_BYTES_PER_S)
-        return function(slab, *args)
+@contextmanager
+def _slowed(bytes_per_s: float) -> Iterator[None]:
+    """As on a disk that reads and writes no more."""
 
-    return slow
+    def slow(function: Callable[..., Any]) -> Callable[..., Any]:
+        def slower(slab: Slab, *args: Any) -> Any:
+            time.sleep(slab._shape.block_bytes / bytes_per_s)
+            return function(slab, *args)
+
+        return slower
+
+    read, append = Slab.read, Slab.append
+    Slab.read, Slab.append = slow(read), slow(append)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Slab.read, Slab.append = read, append  # type: ignore[method-assign]
 
 
 def _engine(model: Any, folder: Path | None, **sizes: Any) -> Engine:

@@ -10,7 +10,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from alphabet_model import AlphabetModel
-from paged_core import Engine, EngineConfig, PluginError, SamplingParams, StepStats
+from paged_core import BlockLayout, Engine, EngineConfig, PluginError, SamplingParams, StepStats, hookimpl
+from paged_core.tiers.host import HostTier
 from paged_serving import PrometheusMetrics
 
 VLLM = {
@@ -157,6 +158,37 @@ def test_prefix_hits_and_shared_blocks_are_counted(engine: Engine, metrics: Prom
     assert found["vllm:prefix_cache_hits_total"] == 12
     assert found["vllm:prefix_cache_queries_total"] >= 26
     assert found["paged:kv_blocks_shared"] >= 3
+
+
+class Beside:
+    """A tier in memory."""
+
+    @hookimpl
+    def create_offload_tier(self, layout: BlockLayout) -> HostTier:
+        return HostTier(40 * layout.block_bytes, layout.block_bytes, pinned=False)
+
+
+def test_what_tiers_have_done_is_counted_under_vllms_names_and_by_tier(
+    model: AlphabetModel, metrics: PrometheusMetrics
+) -> None:
+    config = EngineConfig(num_blocks=40, block_size=4, attention_backend="reference")
+    engine = Engine(model, config, plugins=[metrics, Beside()])
+    for _ in range(2):
+        engine.add_request("a", list(range(33, 46)), params(max_tokens=1))
+        run(engine)
+        assert engine.save_prefix_cache() in (3, 0)
+        engine.release_memory()
+    engine.add_request("b", [33], params(max_tokens=1))  # numbers are told after a step
+    run(engine)
+    found = scrape(metrics)
+    assert found["vllm:external_prefix_cache_queries_total"] == 13 + 13 + 1
+    assert found["vllm:external_prefix_cache_hits_total"] == 12
+    block_bytes = engine._runner.cache.block_bytes
+    assert found["vllm:kv_offload_store_bytes_total"] == found["vllm:kv_offload_load_bytes_total"] == 3 * block_bytes
+    by_tier = metrics.render()[0].decode()
+    for name in ("written_blocks", "read_blocks"):
+        assert f'paged:kv_tier_{name}_total{{model_name="alphabet",tier="host"}} 3.0' in by_tier
+    engine.close()
 
 
 def test_late_compiles_and_divided_steps_are_counted_from_what_the_engine_has_seen(metrics: PrometheusMetrics) -> None:

@@ -64,3 +64,79 @@ def test_a_load_may_take_as_long_as_computing():
     assert measured.patience_s(1000) > 5
     measured.computed(100, 0.1)
     assert 1.0 <= measured.patience_s(1000) < 1.2
+
+
+def known(tokens_per_s=1000.0, bytes_per_s=125_000.0):
+    """As quick as computing, if nothing else is said: a block of eight tokens takes 8 ms either way."""
+    measured = Costs([], BLOCK_BYTES)
+    measured.tokens_per_s, measured.bytes_per_s = tokens_per_s, bytes_per_s
+    measured._retry_at = float("inf")
+    return measured
+
+
+def test_head_and_tail_meet_where_both_have_taken_as_long():
+    assert known().num_to_compute(100, 800) == 400
+    assert known(bytes_per_s=3 * 125_000).num_to_compute(100, 800) == 200
+    assert known(bytes_per_s=1.0).num_to_compute(100, 800) == 799
+    assert known(bytes_per_s=None).num_to_compute(100, 800) == 800
+    assert known(tokens_per_s=None).num_to_compute(100, 800) == 800
+
+
+def test_both_are_done_where_that_is_much_quicker_than_loading_all():
+    assert known().pays_beside(100, 800)
+    assert known(bytes_per_s=12_500).pays_beside(100, 800)
+    assert not known(bytes_per_s=8 * 125_000).pays_beside(100, 800)
+    assert not known(bytes_per_s=None).pays_beside(100, 800)
+    assert not known(tokens_per_s=None).pays_beside(100, 800)
+
+
+def test_what_a_load_waits_for_anyway_is_not_saved_by_computing():
+    waits = known()
+    waits.latency_s = 10.0
+    assert not waits.pays_beside(100, 800)
+    assert waits.num_to_compute(100, 800) == 400
+
+
+def test_a_disk_that_is_slower_than_computing_helps_who_computes_beside_it_up_to_a_point():
+    for times_as_slow, alone, beside in ((0.5, True, True), (3, False, True), (20, False, False)):
+        measured = known(bytes_per_s=125_000 / times_as_slow)
+        assert measured.pays(100, 800, False) is alone
+        assert measured.pays(100, 800, True) is beside
+
+
+def test_a_small_step_tells_less_of_what_computing_takes():
+    for num_tokens, nearer in ((16, False), (512, True)):
+        measured = known()
+        measured.computed(num_tokens, num_tokens / 100.0)
+        assert (measured.tokens_per_s < 800) is nearer
+
+
+def test_a_load_of_no_use_is_not_tried_again_at_once(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(costs.time, "monotonic", lambda: now)
+    measured = known(bytes_per_s=1.0)
+    measured.failed()
+    assert not measured.pays(100, 800, True)
+    now += 1.5
+    assert measured.pays(100, 800, True)
+
+
+def test_a_load_before_anything_was_computed_is_not_held_against_the_tier(monkeypatch):
+    monkeypatch.setattr(costs.time, "monotonic", lambda: 100.0)
+    measured = known(tokens_per_s=None, bytes_per_s=1.0)
+    measured._retry_at = 0.0
+    measured.waited(50.0, 0.0, 80)
+    measured.tokens_per_s = 1000.0
+    assert measured.pays(100, 800, False), "it is tried once more"
+
+
+def test_a_tier_that_has_been_of_use_is_forgiven(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(costs.time, "monotonic", lambda: now)
+    measured = known(bytes_per_s=1.0)
+    for _ in range(6):
+        measured.failed()
+    measured.waited(0.01, 0.0, 800)
+    measured.failed()
+    now += 1.5
+    assert measured.pays(100, 800, False)
