@@ -51,6 +51,10 @@ def _add_engine(group: Any) -> None:
     add("--dtype", help="float32, bfloat16, float16 or auto (default: as the model is stored)")
     add("--device", help="default: a GPU if there is one")
     add_engine_options(group, defaults={"gpu_memory_utilization": 0.9})
+    add("--kv-events", metavar="ADDRESS",
+        help="tell routers what the prefix cache holds, as vLLM does: tcp://*:5557 (default: nowhere)")  # fmt: skip
+    add("--kv-events-replay", metavar="ADDRESS", help="repeat there what they missed: tcp://*:5558 (default: nowhere)")
+    add("--kv-events-format", choices=("array", "map"), default="array", help="default: %(default)s")
 
 
 def _add_limits(group: Any) -> None:

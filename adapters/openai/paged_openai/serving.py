@@ -21,7 +21,7 @@ from paged_openai.logs import log_to_stderr
 from paged_openai.server import Server
 from paged_openai.service import Service
 from paged_openai.tracing import open_traces
-from paged_serving import PrometheusMetrics, RequestLimits, ServedModel
+from paged_serving import KVEvents, PrometheusMetrics, RequestLimits, ServedModel
 
 _log = logging.getLogger("paged_openai")
 _LAST_STEP_S = 5.0  # for the step under way when all is over
@@ -38,7 +38,8 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
     options = replace(options, traces=open_traces(names[0]))
     metrics = PrometheusMetrics(names[0])
     _log.info("loading", extra={"fields": {"model": str(args.model)}})
-    engine = Engine(args.model, config, plugins=[metrics], device=args.device, dtype=args.dtype)
+    events = _kv_events(args)
+    engine = Engine(args.model, config, plugins=[metrics, *events], device=args.device, dtype=args.dtype)
     served_engine = AsyncEngine(engine, max_requests=_max_requests(engine, args.max_queue))
     try:
         served = ServedModel(
@@ -66,7 +67,17 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
         if options.traces is not None:
             options.traces.close()
         _close(served_engine)
+        for each in events:
+            each.close()
     return 0
+
+
+def _kv_events(args: argparse.Namespace) -> list[KVEvents]:
+    if args.kv_events is None:
+        if args.kv_events_replay is not None:
+            raise ConfigError("--kv-events-replay needs --kv-events, which says where events are told at first")
+        return []
+    return [KVEvents(args.kv_events, args.kv_events_replay, form=args.kv_events_format)]
 
 
 def _max_requests(engine: Engine, max_queue: int) -> int:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from paged_serving.exchange import Exchange
     from paged_serving.health import trouble
+    from paged_serving.kv_events import KVEvents
     from paged_serving.messages import LAST_EVENT, as_event, event_bytes, json_bytes, json_text
     from paged_serving.metrics import PrometheusMetrics
     from paged_serving.options import add_engine_options, engine_config, whole_number
@@ -36,6 +37,7 @@ _LAZY = {
     "CompletionCall": "protocol.completions",
     "Exchange": "exchange",
     "Failure": "protocol.failures",
+    "KVEvents": "kv_events",
     "LAST_EVENT": "messages",
     "PrometheusMetrics": "metrics",
     "ProtocolError": "protocol.parsing",
@@ -73,6 +75,7 @@ __all__ = [
     "CompletionCall",
     "Exchange",
     "Failure",
+    "KVEvents",
     "PrometheusMetrics",
     "ProtocolError",
     "RequestLimits",

@@ -7,7 +7,7 @@ is called by the thread that steps. prometheus_client is imported when the first
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -105,21 +105,35 @@ class _Times:
         self.num_seen = 0  # of its tokens
 
 
+class _Labelled:
+    """A registry as its renderer sees it: each sample has some labels more."""
+
+    def __init__(self, registry: Any, labels: Mapping[str, str]) -> None:
+        self._registry, self._labels = registry, labels
+
+    def collect(self) -> Iterator[Any]:
+        for family in self._registry.collect():
+            family.samples = [each._replace(labels={**self._labels, **each.labels}) for each in family.samples]
+            yield family
+
+
 class PrometheusMetrics:
     """``metrics = PrometheusMetrics("my-model"); Engine(model, plugins=[metrics]); metrics.render()``
 
     ``registry``: where more metrics, or those of several engines, may go; its own when None.
+    ``replica``: which of several processes it is: a label of all that is rendered.
 
     Raises:
         PluginError: prometheus_client isn't installed.
     """
 
-    def __init__(self, model_name: str, registry: Any = None) -> None:
+    def __init__(self, model_name: str, registry: Any = None, *, replica: str | None = None) -> None:
         try:
             import prometheus_client as client
         except ImportError as error:
             raise PluginError("metrics need prometheus_client: pip install 'paged-core[server]'") from error
         self._client = client
+        self._replica = replica
         self.registry = registry if registry is not None else client.CollectorRegistry()
         label = ("model_name",)
         known: dict[str, Any] = {"registry": self.registry}
@@ -153,7 +167,8 @@ class PrometheusMetrics:
 
     def render(self) -> tuple[bytes, str]:
         """(all metrics in Prometheus' text format, its content type). Callable from any thread."""
-        return self._client.generate_latest(self.registry), self._client.CONTENT_TYPE_LATEST
+        registry = self.registry if self._replica is None else _Labelled(self.registry, {"replica": self._replica})
+        return self._client.generate_latest(registry), self._client.CONTENT_TYPE_LATEST
 
     # ---- observers -----------------------------------------------------------------------------------------------
 

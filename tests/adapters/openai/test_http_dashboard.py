@@ -87,6 +87,13 @@ def test_the_dashboard_shows_every_metric_of_ours_and_of_vllms(scraped: str) -> 
     assert [name for name in ours if not any(each.startswith(name) for each in shown)] == []
 
 
+def test_every_query_can_be_narrowed_to_a_model_and_a_replica() -> None:
+    names = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
+    assert {"model", "replica"} <= names
+    selectors = [found for expression in EXPRESSIONS for found in re.findall(r"{(.*?)}", expression)]
+    assert [each for each in selectors if not ('model_name=~"$model"' in each and 'replica=~"$replica"' in each)] == []
+
+
 def test_panels_have_places_and_numbers_of_their_own() -> None:
     for key in ("id", "gridPos", "title"):
         values = [json.dumps(panel[key]) for panel in DASHBOARD["panels"]]
@@ -133,7 +140,8 @@ def test_a_real_prometheus_scrapes_the_server_and_answers_every_query_of_the_das
                 server.come_to_rest()
                 until(lambda: asked("vllm:generation_tokens_total >= 10"), START_LIMIT_S)
                 for expression in EXPRESSIONS:
-                    concrete = expression.replace("$__rate_interval", "1m").replace("$model", ".*")
+                    concrete = expression.replace("$__rate_interval", "1m")
+                    concrete = concrete.replace("$model", ".*").replace("$replica", ".*")
                     until(lambda query=concrete: asked(query), START_LIMIT_S)
         finally:
             process.terminate()

@@ -203,3 +203,11 @@ def test_without_the_client_library_the_way_out_is_told(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(PluginError, match=r"paged-core\[server\]"):
         PrometheusMetrics("alphabet")
+
+
+def test_one_of_several_processes_is_named_in_all_that_it_tells(model: AlphabetModel) -> None:
+    metrics = PrometheusMetrics("alphabet", replica="r1")
+    page = metrics.render()[0].decode()
+    samples = [each for family in text_string_to_metric_families(page) for each in family.samples]
+    assert len(samples) > 100
+    assert {each.labels.get("replica") for each in samples} == {"r1"}
