@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 import paged_core
+import paged_openai
 import paged_serving
 from paged_core import hookspecs
 
@@ -101,7 +102,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "paged_core/tiers": ({"paged_core.tiers", "paged_core.scheduling", "paged_core.errors", "torch"}, set()),
     "paged_core": (CORE, {"paged_core.builtin"}),
     "adapters/serving/paged_serving": (
-        {"paged_serving", "paged_core", "torch", "llguidance", "prometheus_client", "msgspec"},
+        {"paged_serving", "paged_core", "torch", "llguidance", "prometheus_client", "msgspec", "zmq"},
         set(),
     ),
 }
@@ -164,6 +165,7 @@ def test_a_forbidden_import_would_be_found(file, source):
 
 
 SHARED = {"paged_core": paged_core.__all__, "paged_serving": paged_serving.__all__}  # whose public names are for all
+STANDS_ON = {"paged_ray": {"paged_openai": paged_openai.__all__}}  # an adapter over another's public names
 
 
 def adapters() -> dict[str, list[Path]]:
@@ -176,7 +178,7 @@ def adapter_complaints(own: str, others: set[str], file: str, source: str) -> li
     found = []
     for module, name, line in imports_of(source, own):
         top = module.split(".")[0]
-        shared = SHARED.get(top) if top != own else None
+        shared = (SHARED | STANDS_ON.get(own, {})).get(top) if top != own else None
         inside = shared is not None and (module != top or name not in shared)
         if inside or top == "paged_kernels" or (shared is None and top in others):
             found.append(f"{file}:{line} imports {module}{'.' + name if name else ''}")

