@@ -40,11 +40,13 @@ if TYPE_CHECKING:
         TokenSelector,
     )
     from paged_core.execution.spec import LayerSpec, ModelSpec
+    from paged_core.execution.split_linear import SplitLinear
     from paged_core.execution.watched import WatchedTensors
     from paged_core.frontends.async_engine import AsyncEngine, Stream
     from paged_core.frontends.engine_thread import EngineThread
     from paged_core.frontends.llm import LLM
     from paged_core.frontends.thread_policy import ThreadPolicy
+    from paged_core.ranks.ranks import Ranks
     from paged_core.sampling.sampler import Greedy, Likeliest
     from paged_core.scheduling.request import RequestStatus
     from paged_core.text.codec import Prompt, TextCodec, prepare_params
@@ -84,8 +86,10 @@ _LAZY = {
     "PagedModel": "execution.model",
     "Piece": "tiers.tier",
     "Prompt": "text.codec",
+    "Ranks": "ranks.ranks",
     "RequestSampler": "execution.model",
     "RequestStatus": "scheduling.request",
+    "SplitLinear": "execution.split_linear",
     "Stream": "frontends.async_engine",
     "StreamDelta": "text.outputs",
     "TextCodec": "text.codec",
@@ -146,6 +150,7 @@ __all__ = [
     "Piece",
     "PluginError",
     "Prompt",
+    "Ranks",
     "ReentryError",
     "Request",
     "RequestError",
@@ -155,6 +160,7 @@ __all__ = [
     "SamplingParams",
     "SchedulingPolicy",
     "Selection",
+    "SplitLinear",
     "StepSizes",
     "StepStats",
     "Stream",

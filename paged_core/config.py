@@ -62,6 +62,9 @@ class EngineConfig:
     max_model_len: int | None = _option(
         None, "tokens of a sequence, prompt and output", "the model's limit", "--max-model-len", "N"
     )
+    tensor_parallel_size: int = _option(
+        1, "ranks (processes) that the model is split over", "1", "--tensor-parallel-size", "N"
+    )
     enable_prefix_caching: bool = _option(
         True, "keep the K/V of prompts for others that begin alike", "yes", "--no-prefix-caching"
     )
@@ -105,7 +108,9 @@ class EngineConfig:
             "max_prompt_logprob_rows",
             "kv_disk_bytes",
             "kv_host_bytes",
+            "tensor_parallel_size",
         )
+        self._check_ranks()
         if self.kv_disk_path is not None and not str(self.kv_disk_path):
             raise ConfigError("kv_disk_path is empty; name a folder, or leave it out")
         if self.kv_disk_bytes is not None and self.kv_disk_path is None:
@@ -124,6 +129,17 @@ class EngineConfig:
                 f"max_num_batched_tokens ({budget}) is below max_num_seqs ({self.max_num_seqs}): "
                 "a step could not give each running request a token; raise the first or lower the second"
             )
+
+    def _check_ranks(self) -> None:
+        """What is known of one process only can't be wished for several."""
+        if self.tensor_parallel_size == 1:
+            return
+        for name in ("kv_disk_path", "kv_host_bytes", "compile_model", "cuda_graphs", "lookahead"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}, which works in one process, and tensor_parallel_size is "
+                    f"{self.tensor_parallel_size}; leave one of them out"
+                )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from paged_core.execution.kv_cache import KVCache
     from paged_core.execution.model import AttentionBackend, ModuleForward, PagedModel, RequestSampler
     from paged_core.execution.spec import ModelSpec
+    from paged_core.ranks.ranks import Ranks
     from paged_core.scheduling.cache_events import CacheEvent
     from paged_core.scheduling.params import LogitsProcessor
     from paged_core.scheduling.policies import SchedulingPolicy
@@ -47,8 +48,11 @@ hookimpl = pluggy.HookimplMarker("paged_core")
 
 
 @hookspec(firstresult=True)
-def load_model(source: Any, device: str | None, dtype: str | None) -> PagedModel | None:
-    """A PagedModel from ``source``: a path, a hub id, or a live object such as a transformers model."""
+def load_model(source: Any, device: str | None, dtype: str | None, ranks: Ranks | None) -> PagedModel | None:
+    """A PagedModel from ``source``: a path, a hub id, or a live object such as a transformers model.
+
+    ``ranks``: this process is one of several that are all asked. Join them, and answer this one's shard: its
+    ``num_ranks`` says so."""
 
 
 @hookspec(firstresult=True)

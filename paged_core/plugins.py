@@ -29,6 +29,7 @@ class Plugins(pluggy.PluginManager):
     def __init__(self) -> None:
         super().__init__("paged_core")
         self.distributions: dict[str, str] = {}  # plugin name -> "distribution version"
+        self.given: list[Any] = []  # by the caller: no other process has them
         self.add_hookspecs(hookspecs)
 
 
@@ -46,6 +47,7 @@ def load_plugins(extra: Iterable[Any] = (), builtin: Iterable[str] = BUILTIN) ->
         if entry_point.dist is not None:
             manager.distributions[entry_point.name] = f"{entry_point.dist.name} {entry_point.dist.version}"
     for plugin in extra:
+        manager.given.append(plugin)
         _register(manager, plugin, getattr(plugin, "__name__", type(plugin).__name__))
     try:
         manager.check_pending()

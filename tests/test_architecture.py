@@ -99,6 +99,10 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         },
         set(),
     ),
+    "paged_core/ranks": (
+        {"paged_core.ranks", "paged_core.execution", "paged_core.scheduling", "paged_core.errors", "torch"},
+        set(),
+    ),
     "paged_core/tiers": ({"paged_core.tiers", "paged_core.scheduling", "paged_core.errors", "torch"}, set()),
     "paged_core": (CORE, {"paged_core.builtin"}),
     "adapters/serving/paged_serving": (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from paged_core.builtin.elementwise import norm_forward
 from paged_core.builtin.modules import head_dim, hooks_of, is_decoder_layer
-from paged_core.builtin.packed import Layers
+from paged_core.builtin.packed import Layers, added_up
 from paged_core.builtin.trials import layer_agrees, random_rows
 from paged_core.execution.model import ModuleForward
 
@@ -64,6 +64,7 @@ class _DecoderLayer(ModuleForward):
         self._out = Layers([attention.get_submodule("o_proj")])
         self._inner = Layers([mlp.get_submodule(name) for name in ("gate_proj", "up_proj")], gated=True)
         self._outer = Layers([mlp.get_submodule("down_proj")])
+        self._add_up = [added_up(attention.get_submodule("o_proj")), added_up(mlp.get_submodule("down_proj"))]
         self._heads = [layer.out_features // dim for layer in (q, k, v)]  # type: ignore[operator]
         self._hooks = [hooks for part in module.modules() if part is not module for hooks in hooks_of(part)]
 
@@ -90,10 +91,17 @@ class _DecoderLayer(ModuleForward):
         q, k, v = heads.split(self._heads, dim=1)  # [T,H,D], [T,K,D], [T,K,D]
         cos, sin = rotation
         rotary(q, k, cos[0], sin[0])
-        x = out(attend(q, k, v, None).reshape(len(x), -1), residual=x)  # type: ignore[misc]
-        x = outer(inner(self._second_norm(x), outer.x_dtype), x.dtype, residual=x)  # type: ignore[misc, union-attr]
-        whole: Tensor = x[None]
-        return whole
+        attended, (after_out, after_outer) = attend(q, k, v, None).reshape(len(x), -1), self._add_up
+        if after_out is None:
+            x = out(attended, residual=x)  # type: ignore[misc]
+        else:
+            x = after_out(out(attended)) + x  # type: ignore[misc]
+        gated = inner(self._second_norm(x), outer.x_dtype)  # type: ignore[misc, union-attr]
+        if after_outer is None:
+            x = outer(gated, x.dtype, residual=x)  # type: ignore[misc]
+        else:
+            x = after_outer(outer(gated, x.dtype)) + x  # type: ignore[misc]
+        return x[None]
 
     def stale(self) -> bool:
         layers = (self._qkv, self._out, self._inner, self._outer)

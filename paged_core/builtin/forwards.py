@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from paged_core.builtin.decoder_layer import decoder_layer_forward, is_plain_decoder_layer
 from paged_core.builtin.elementwise import norm_forward, rotary_forward, rotated_on_cpu
 from paged_core.builtin.modules import hooks_of, is_gated_mlp, is_listened_to
-from paged_core.builtin.packed import Layers, is_packable, shape_of
+from paged_core.builtin.packed import Layers, added_up, is_packable, is_packable_end, is_packable_shard, shape_of
 from paged_core.builtin.trials import alike, random_rows, stock
 from paged_core.execution.model import ModuleForward
+from paged_core.execution.split_linear import SplitLinear
 from paged_core.execution.watched import version_of
 from paged_core.hookspecs import hookimpl
 
@@ -37,6 +38,8 @@ def create_module_forward(module: nn.Module, device: torch.device) -> ModuleForw
         group = _GROUPS.get(module)
         sibling = None if group is None else group.forward_of(module)
         return sibling or _checked(_Linear(module), module, module)
+    if isinstance(module, SplitLinear):
+        return _shard_forward(module)
     if _is_packable_mlp(module):
         return _checked(_GatedMLP(module), module, module.get_submodule("gate_proj"))
     layer = _decoder_layer(module)
@@ -54,7 +57,8 @@ def _decoder_layer(module: nn.Module) -> ModuleForward | None:
     if not is_plain_decoder_layer(module):
         return None
     attention, mlp = module.get_submodule("self_attn"), module.get_submodule("mlp")
-    plain = all(is_packable(child) for child in attention.children()) and _is_packable_mlp(mlp)
+    *others, o_proj = (attention.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+    plain = all(map(is_packable, others)) and is_packable_end(o_proj) and _is_packable_mlp(mlp)
     listened = any(is_listened_to(part) for part in module.modules() if part is not module)
     return decoder_layer_forward(module) if plain and not listened else None
 
@@ -78,6 +82,30 @@ class _Linear(ModuleForward):
 
     def stale(self) -> bool:
         return self._layers.stale()
+
+
+class _SplitLinear(ModuleForward):
+    """One rank's part of a linear layer, from its packed weight."""
+
+    follows_module = True
+
+    def __init__(self, module: SplitLinear) -> None:
+        self._product, self._before, self._after = _Linear(module), module.before, module.after
+
+    def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*args, *named.values())
+        return self._after(self._product(x if self._before is None else self._before(x)))
+
+    def stale(self) -> bool:
+        return self._product.stale()
+
+
+def _shard_forward(module: SplitLinear) -> ModuleForward | None:
+    """Its product is held against torch's: what ranks do together is the same either way."""
+    if not is_packable_shard(module):
+        return None
+    x = _rows_for(module)
+    return _SplitLinear(module) if alike(_Linear(module)(x), nn.Linear.forward(module, x)) else None
 
 
 class _Left(threading.local):
@@ -130,6 +158,7 @@ class _GatedMLP(ModuleForward):
         self._children = dict(module._modules)
         gate, up, down = linears = [module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj")]
         self._inner, self._outer = Layers([gate, up], gated=True), Layers([down])
+        self._add_up = added_up(down)
         self._hooks = [h for part in (*linears, module.get_submodule("act_fn")) for h in hooks_of(part)]
 
     def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
@@ -139,7 +168,7 @@ class _GatedMLP(ModuleForward):
             module = self._module()
             return type(module).forward(module, x)  # type: ignore[union-attr, no-any-return]
         out: Tensor = outer(inner(x, outer.x_dtype), x.dtype)  # what lies between is rounded once at most
-        return out
+        return out if self._add_up is None else self._add_up(out)
 
     def stale(self) -> bool:
         module = self._module()
@@ -153,8 +182,9 @@ def _is_packable_mlp(module: nn.Module) -> bool:
     """A gated MLP of three plain linear layers that nobody listens to."""
     if not is_gated_mlp(module):
         return False
-    parts = [module._modules[name] for name in ("gate_proj", "up_proj", "down_proj")]
-    return all(type(part) is nn.Linear and is_packable(part) and not is_listened_to(part) for part in parts)
+    gate, up, down = parts = [module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj")]
+    plain = is_packable(gate) and is_packable(up) and is_packable_end(down)
+    return plain and all(isinstance(part, nn.Linear) and not is_listened_to(part) for part in parts)
 
 
 # ---- siblings --------------------------------------------------------------------------------------------------

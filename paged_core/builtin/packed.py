@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from paged_core.execution.split_linear import SplitLinear
 from paged_core.execution.watched import WatchedTensors
 
 if TYPE_CHECKING:
@@ -75,9 +76,26 @@ def is_packable(module: nn.Module | None) -> bool:
     return is_conv1d and bias is not None and packable(weight) is not None
 
 
+def is_packable_shard(module: nn.Module | None) -> bool:
+    """A SplitLinear over plain weights: what its ranks do before and after the product is for the caller to do."""
+    if type(module) is not SplitLinear or "forward" in module.__dict__:
+        return False
+    return packable(module._parameters.get("weight")) is not None
+
+
+def is_packable_end(module: nn.Module | None) -> bool:
+    """Plain, or such that ranks add up what it computes of inputs that each has of its own."""
+    return is_packable(module) or (is_packable_shard(module) and module.before is None)  # type: ignore[union-attr]
+
+
+def added_up(linear: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """What ranks do with the products of one that is_packable_end; None: nothing."""
+    return linear.after if isinstance(linear, SplitLinear) else None
+
+
 def shape_of(linear: nn.Module) -> tuple[int, int, bool]:
     """(outputs, inputs, whether the weight lies turned)"""
-    weight, turned = linear._parameters["weight"], type(linear) is not nn.Linear
+    weight, turned = linear._parameters["weight"], not isinstance(linear, nn.Linear)
     assert weight is not None
     rows, columns = weight.shape
     return (columns, rows, turned) if turned else (rows, columns, turned)

@@ -12,6 +12,7 @@ import torch
 
 from paged_core.config import EngineConfig, EngineSizes, StepSizes
 from paged_core.engine.sizes import engine_sizes, filled, limits, step_sizes
+from paged_core.engine.team import Asked, MakeRunner, Team
 from paged_core.errors import ConfigError, PluginError, UnsupportedModel
 from paged_core.execution import compiling, kv_cache
 from paged_core.execution.fingerprint import fingerprint
@@ -21,6 +22,7 @@ from paged_core.execution.model import AttentionBackend, PagedModel, RequestSamp
 from paged_core.execution.model_runner import ModelRunner
 from paged_core.execution.spec import ModelSpec
 from paged_core.plugins import Plugins, describe
+from paged_core.ranks.ranks import ALONE, Ranks
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.scheduler import Scheduler
 from paged_core.tiers.costs import Costs
@@ -35,14 +37,20 @@ RECORDERS: dict[str, Callable[[torch.device], Record]] = {"cuda": CudaRecorder}
 """By type of device: what makes a graph of a decode step."""
 
 
-class Parts(NamedTuple):
-    """What an engine is built of."""
+class Computing(NamedTuple):
+    """What computes. Every rank has its own."""
 
     model: PagedModel
     sizes: EngineSizes
     sampler: RequestSampler  # of requests that bring no selector
-    scheduler: Scheduler
     runner: ModelRunner
+
+
+class Parts(NamedTuple):
+    """What an engine is built of."""
+
+    computing: Computing
+    scheduler: Scheduler
     tiers: Sequence[OffloadTier]
     costs: Costs  # of loading from these
 
@@ -60,41 +68,77 @@ def assemble(
     Raises:
         PluginError, UnsupportedModel, ConfigError: as Engine does.
     """
-    loaded = load_model(manager, model, device, dtype)
-    steps = step_sizes(config, loaded.spec)
+    asked = Asked(model, config, None if device is None else str(device), _dtype_name(dtype))
+    progress = progress or _show
+    if config.tensor_parallel_size == 1:
+        computing = build(manager, asked, progress)
+    else:
+        team = Team(manager, asked)
+        with team.building():
+            computing = build(manager, asked, progress, team.ranks, team.runner)
+    loaded, sizes, cache = computing.model, computing.sizes, computing.runner.cache
+    tiers = create_tiers(manager, loaded, config, sizes, cache)
+    costs = Costs(tiers, cache.block_bytes)
+    scheduler = create_scheduler(manager, loaded.spec, config, sizes, tiers, costs)
+    return Parts(computing, scheduler, tiers, costs)
+
+
+def build(
+    manager: Plugins,
+    asked: Asked,
+    progress: Progress,
+    ranks: Ranks = ALONE,
+    make_runner: MakeRunner | None = None,
+) -> Computing:
+    """What computes, on this rank if there are several: all of them build it side by side.
+
+    Raises:
+        As assemble.
+    """
+    config = asked.config
+    loaded = load_model(manager, asked, ranks)
+    steps = ranks.agree(step_sizes(config, loaded.spec))
     sampler = create_sampler(manager, loaded.spec, config, steps)
     backend = create_backend(manager, loaded.spec, config, steps, progress)
     compile_model(loaded, backend, config, steps, progress)
-    accelerate(manager, loaded, config)
-    sizes = engine_sizes(steps, config, loaded, backend, sampler)
-    runner = create_runner(manager, loaded, backend, config, sizes, progress)
-    tiers = create_tiers(manager, loaded, config, sizes, runner.cache)
-    costs = Costs(tiers, runner.cache.block_bytes)
-    scheduler = create_scheduler(manager, loaded.spec, config, sizes, tiers, costs)
-    return Parts(loaded, sizes, sampler, scheduler, runner, tiers, costs)
+    with ranks.silent():
+        accelerate(manager, loaded, config)
+    sizes = engine_sizes(steps, config, loaded, backend, sampler, ranks.least)
+    cache = create_cache(manager, loaded.spec, config, sizes)
+    if make_runner is not None:
+        return Computing(loaded, sizes, sampler, make_runner(loaded, backend, cache))
+    runner = ModelRunner(loaded, backend, cache, create_graphs(loaded.spec, config, sizes, backend))
+    runner.warm_up(progress)
+    return Computing(loaded, sizes, sampler, runner)
 
 
-def load_model(
-    manager: Plugins, model: Any, device: str | torch.device | None, dtype: str | torch.dtype | None
-) -> PagedModel:
+def load_model(manager: Plugins, asked: Asked, ranks: Ranks) -> PagedModel:
     """The model itself if it is a PagedModel already, else what a plugin makes of it.
 
     Raises:
-        ConfigError: a PagedModel is on another device, or computes in another dtype; or the path leads nowhere.
+        ConfigError: a PagedModel is on another device, or computes in another dtype; or the path leads nowhere; or
+            whoever loads it can't split it over ranks.
         PluginError: nobody can load it.
     """
-    device_name, dtype_name = None if device is None else str(device), _dtype_name(dtype)
+    model, _, device, dtype = asked
     if PagedModel.is_met_by(model):
-        _check_placed(model.spec, device_name, dtype_name)
+        _check_placed(model.spec, device, dtype)
         return PagedModel.of(model)
-    loaded = manager.hook.load_model(source=model, device=device_name, dtype=dtype_name)
+    split = None if ranks is ALONE else ranks
+    loaded = manager.hook.load_model(source=model, device=device, dtype=dtype, ranks=split)
     if loaded is None:
         _refuse_missing(model)
         raise PluginError(
             f"no plugin can load {_short(model)}; loaded plugins: {describe(manager)}. "
             "For Hugging Face models: pip install 'paged-core[hf]'"
         )
-    return PagedModel.of(loaded)
+    loaded = PagedModel.of(loaded)
+    if loaded.num_ranks != ranks.size:
+        raise ConfigError(
+            f"tensor_parallel_size is {ranks.size}, and the plugin that loads {_short(model)} can't split it; leave "
+            "tensor_parallel_size out"
+        )
+    return loaded
 
 
 def create_sampler(manager: Plugins, spec: ModelSpec, config: EngineConfig, sizes: StepSizes) -> RequestSampler:
@@ -106,7 +150,7 @@ def create_sampler(manager: Plugins, spec: ModelSpec, config: EngineConfig, size
 
 
 def create_backend(
-    manager: Plugins, spec: ModelSpec, config: EngineConfig, sizes: StepSizes, progress: Progress | None
+    manager: Plugins, spec: ModelSpec, config: EngineConfig, sizes: StepSizes, progress: Progress
 ) -> AttentionBackend:
     """The attention backend, warmed up: its kernels are compiled here, never inside a request."""
     name = config.attention_backend
@@ -123,7 +167,7 @@ def create_backend(
             f"attention backend {backend.name!r} does not read the scales of a K/V cache in {config.kv_cache_dtype}; "
             "leave kv_cache_dtype out, or set attention_backend to one that does (reference runs every model)"
         )
-    backend.warm_up(progress or _show)
+    backend.warm_up(progress)
     return backend
 
 
@@ -135,7 +179,7 @@ def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig) -> Non
 
 
 def compile_model(
-    model: PagedModel, backend: AttentionBackend, config: EngineConfig, sizes: StepSizes, progress: Progress | None
+    model: PagedModel, backend: AttentionBackend, config: EngineConfig, sizes: StepSizes, progress: Progress
 ) -> None:
     """Let torch compile the model if the config wants it, warmed up. What another engine had compiled is let go."""
     if model.compilable and (config.compile_model or model.compiled):
@@ -144,7 +188,7 @@ def compile_model(
         return
     if not model.compilable:
         raise ConfigError(f"compile_model is True, but {_short(model)} can't be compiled; leave it out")
-    moved = compiling.compile_and_compare(model, backend, sizes.block_size, sizes.kv_dtype, progress or _show)
+    moved = compiling.compile_and_compare(model, backend, sizes.block_size, sizes.kv_dtype, progress)
     if not moved <= compiling.tolerance(model.spec.dtype):
         model.compile_forward(False)
         raise ConfigError(
@@ -211,21 +255,6 @@ def create_cache(manager: Plugins, spec: ModelSpec, config: EngineConfig, sizes:
             f"no memory for a K/V cache of {num_blocks} blocks, {num_bytes} bytes; lower kv_cache_bytes, num_blocks or "
             "gpu_memory_utilization"
         ) from error
-
-
-def create_runner(
-    manager: Plugins,
-    model: PagedModel,
-    backend: AttentionBackend,
-    config: EngineConfig,
-    sizes: EngineSizes,
-    progress: Progress | None,
-) -> ModelRunner:
-    """The runner on its K/V cache, its graphs captured."""
-    cache = create_cache(manager, model.spec, config, sizes)
-    runner = ModelRunner(model, backend, cache, create_graphs(model.spec, config, sizes, backend))
-    runner.warm_up(progress or _show)
-    return runner
 
 
 def create_graphs(

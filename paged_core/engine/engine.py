@@ -73,15 +73,17 @@ class Engine:
         self._tokenizer_source = model
         self.config = config = config or EngineConfig()
         parts = assembly.assemble(self._manager, model, config, device, dtype, progress)
-        self._model, self._scheduler, self._runner = parts.model, parts.scheduler, parts.runner
-        self.spec, self.sizes = parts.model.spec, parts.sizes
+        self._model, self.sizes, sampler, self._runner = parts.computing
+        self._scheduler = parts.scheduler
+        self.spec = self._model.spec
         self._pool = self._scheduler.pool
         self._num_compiles = self._runner.num_compiles
         builder = BatchBuilder(self.sizes.block_size, self.spec.device)
-        ahead = config.lookahead if config.lookahead is not None else self.spec.device.type == "cuda"
+        one = config.tensor_parallel_size == 1  # other ranks are told a step's tokens by the host
+        ahead = config.lookahead if config.lookahead is not None else one and self.spec.device.type == "cuda"
         self._offloading = Offloading(self._scheduler, self._runner, parts.tiers, parts.costs)
         self._steps = StepRunner(
-            self._scheduler, builder, self._runner, parts.sampler, self._offloading.carry_out, ahead=ahead
+            self._scheduler, builder, self._runner, sampler, self._offloading.carry_out, ahead=ahead
         )
         self._lookahead = Lookahead(self._scheduler, self._steps)
         self._intake = Intake(self._model, self._manager, config.seed)
@@ -100,6 +102,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return self._open.has_untold or self._scheduler.has_work
+
+    @property
+    def trouble(self) -> str | None:
+        """Why it can compute nothing any more, if that is known before a step finds out. For any thread."""
+        return self._runner.trouble
 
     @property
     def tokenizer(self) -> Any | None:
@@ -190,6 +197,7 @@ class Engine:
             self.abort(request_id)
         self._offloading.close(save_timeout_s if self._lifecycle.alive else 0.0)
         self._lifecycle.end("it was closed")
+        self._runner.close()
 
     # ---- memory --------------------------------------------------------------------------------------------------
 
@@ -200,14 +208,14 @@ class Engine:
         Keys are as attention sees them (rotated, for instance). Zeros where every layer's sliding window has passed.
 
         Raises:
-            InvalidRequestError: the request has ended.
+            InvalidRequestError: the request has ended, or the K/V are spread over ranks.
         """
         if request.finished:
             raise InvalidRequestError(
                 f"request {request.id!r} has ended, and its K/V were given back; read them before it ends: "
                 "a row that its selector holds (it answers None) stays until resume() or stop()"
             )
-        return self._runner.cache.read(request.block_table, request.num_computed)
+        return self._runner.read(request.block_table, request.num_computed)
 
     @property
     def memory(self) -> MemoryUse:
@@ -319,6 +327,8 @@ class Engine:
         eos_token_ids: Collection[int] = (),
     ) -> list[Request]:
         self._lifecycle.check_between_steps("adding a request")
+        if self._runner.trouble is not None and self._lifecycle.alive:
+            self._lifecycle.end(self._runner.trouble)
         self._lifecycle.check_alive()
         if request_id in self._open:
             raise InvalidRequestError(f"request id {request_id!r} is in use; choose another")

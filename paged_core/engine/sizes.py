@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import torch
@@ -30,9 +31,15 @@ def step_sizes(config: EngineConfig, spec: ModelSpec) -> StepSizes:
 
 
 def engine_sizes(
-    steps: StepSizes, config: EngineConfig, model: PagedModel, backend: AttentionBackend, sampler: RequestSampler
+    steps: StepSizes,
+    config: EngineConfig,
+    model: PagedModel,
+    backend: AttentionBackend,
+    sampler: RequestSampler,
+    least: Callable[[int], int],
 ) -> EngineSizes:
     """With the number of blocks: as wished, as a budget of bytes holds, or as a profiling step leaves room for.
+    ``least``: of these numbers, the least of all ranks.
 
     Raises:
         ConfigError: there is no room for a single block, or for the largest step.
@@ -45,6 +52,7 @@ def engine_sizes(
         num_blocks = min(_blocks_left(steps, config, model, backend, sampler, share), _most_blocks(steps))
     else:
         num_blocks = min(_blocks_in_budget(steps, config, spec), _most_blocks(steps))
+    num_blocks = least(num_blocks)
     slab = config.kv_cache_slab_bytes
     return EngineSizes(
         **vars(steps),

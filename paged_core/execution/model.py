@@ -62,6 +62,9 @@ class PagedModel(Role):
         Several requests' tokens stand packed one after another; which belongs to which is attend's business.
         """
 
+    num_ranks: int = 1
+    """Over how many processes it is split. Each calls ``forward`` with the same tokens; rank 0's logits are whole."""
+
     def refresh(self) -> bool:
         """Called when the engine wakes from idleness. True: the weights changed since, cached K/V are worthless."""
         return False

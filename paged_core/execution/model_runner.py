@@ -39,6 +39,11 @@ class ModelRunner:
         return self._backend
 
     @property
+    def trouble(self) -> str | None:
+        """Why nothing can be computed any more; None: nothing is known of that. For any thread."""
+        return None
+
+    @property
     def num_compiles(self) -> int:
         """Graphs captured and kernels compiled so far."""
         captures = self._graphs.num_captures if self._graphs is not None else 0
@@ -78,6 +83,10 @@ class ModelRunner:
         if moves:
             self._backend.copy_blocks(self._cache, [(move.source, move.target) for move in moves])
 
+    def read(self, block_table: Sequence[int], num_tokens: int) -> list[tuple[Tensor, Tensor]]:
+        """As KVCache.read."""
+        return self._cache.read(block_table, num_tokens)
+
     def pack_blocks(self, blocks: Sequence[int], packed: Tensor) -> None:
         """What blocks hold, for a tier: into ``packed u8 [n, block_bytes]`` on the CPU."""
         pack(self._cache, blocks, packed)
@@ -97,6 +106,9 @@ class ModelRunner:
                 kept = any(request.selector is not None for request in batch.sample_requests)
                 return logits.clone() if kept else logits
         return self._forward(batch)
+
+    def close(self) -> None:
+        """Nothing is computed any more. May be repeated."""
 
     def _replayable(self) -> bool:
         return self._model.replayable

@@ -48,7 +48,7 @@ class Served(ThreadPolicy):
 
     @property
     def alive(self) -> bool:
-        return self._dead is None and not self._closed
+        return self._dead is None and not self._closed and self._engine.trouble is None
 
     def check_open(self) -> None:
         """

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paged_core import Commands, hookimpl
 
+if TYPE_CHECKING:
+    from paged_core import Ranks
+
 
 @hookimpl(trylast=True)  # it takes nearly any string: whoever knows better goes first
-def load_model(source: Any, device: str | None, dtype: str | None) -> Any:
-    """A transformers model: live, from a folder, a hub id or a GGUF file, or "smollm2"."""
+def load_model(source: Any, device: str | None, dtype: str | None, ranks: Ranks | None) -> Any:
+    """A transformers model: live, from a folder, a hub id or a GGUF file, or "smollm2"; or one rank's shard of it."""
     if not _may_be_ours(source):
         return None
     from paged_hf.loading import load
 
-    return load.load_model(source, device, dtype)
+    return load.load_model(source, device, dtype, ranks=ranks)
 
 
 @hookimpl(trylast=True)

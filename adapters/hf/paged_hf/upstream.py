@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -151,3 +153,109 @@ def is_recorder(hook: Any) -> bool:
 def is_marked_stateful(model: Any) -> bool:
     """Whether a model's class says that it keeps state outside attention. Not all that do say so."""
     return bool(getattr(model, "_is_stateful", False))
+
+
+# ---- tensor parallelism -----------------------------------------------------------------------------------------
+
+
+class Style(enum.Enum):
+    """What a plan says of a module, as far as we know it."""
+
+    SPLIT_OUTPUTS = "each rank has some of the outputs, and keeps them"
+    GATHERED_OUTPUTS = "each rank has some of the outputs, and all get all"
+    SPLIT_INPUTS = "each rank has some of the inputs, and all get the sums"
+    SPLIT_WHOLE_INPUTS = "the same, and the inputs come whole"
+    SPLIT_VOCABULARY = "each rank has some of the rows of an embedding"
+    REPLICATED = "each rank has all"
+    RUNS_LOCALLY = "its forward takes plain shards, and transformers does the rest"
+
+
+_STYLES = {
+    "colwise": Style.SPLIT_OUTPUTS,
+    "colwise_gather_output": Style.GATHERED_OUTPUTS,
+    "colwise_rep": Style.GATHERED_OUTPUTS,
+    "rowwise": Style.SPLIT_INPUTS,
+    "rowwise_split_input": Style.SPLIT_WHOLE_INPUTS,
+    "rowwise_rep": Style.SPLIT_WHOLE_INPUTS,
+    "embedding_rowwise": Style.SPLIT_VOCABULARY,
+    "replicated_with_grad_allreduce": Style.REPLICATED,
+    "moe_tp_experts": Style.RUNS_LOCALLY,
+    "local_params": Style.RUNS_LOCALLY,
+    "ep_dispatch_experts": Style.RUNS_LOCALLY,
+}
+_OF_EXPERTS = "grouped_gemm"  # how a plan by experts calls weights [experts, ...]
+_SPLITS_HEADS = {  # projections whose outputs are heads, and what configs call the number of these
+    "q_proj": "num_attention_heads",
+    "q_b_proj": "num_attention_heads",
+    "kv_b_proj": "num_attention_heads",
+    "k_proj": "num_key_value_heads",
+    "v_proj": "num_key_value_heads",
+    "qkv_proj": "num_key_value_heads",
+    "query_key_value": "num_key_value_heads",
+}
+
+
+def can_split() -> bool:
+    """Whether this release splits models as we read it."""
+    return _distributed_config() is not None and hasattr(transformers.PreTrainedModel, "tp_plan")
+
+
+def split_over(model: Any, size: int) -> dict[str, Any]:
+    """What from_pretrained is told, so that each rank loads its shard. ``model``: the same without weights.
+
+    Where the plan says nothing of a mixture's experts, each rank has some of them, if they can be shared out evenly."""
+    config = _distributed_config()
+    assert config is not None, "see can_split"
+    by_expert = {"ep_size": size} if _can_share_out_experts(model, size) else {}
+    return {"distributed_config": config(tp_size=size, **by_expert)}
+
+
+def _can_share_out_experts(model: Any, size: int) -> bool:
+    plan = _ep_plan(model)
+    counts = [weight.shape[0] for name, weight in model.named_parameters() if plan.get(_generic(name)) == _OF_EXPERTS]
+    return bool(counts) and not any(count % size for count in counts) and not plan.keys() & tp_plan(model).keys()
+
+
+def tp_plan(model: Any) -> dict[str, str]:
+    """Modules and parameters (layers' numbers are ``*``), and how each is split; empty: nobody knows."""
+    return dict(model.tp_plan or {})
+
+
+def styles(model: Any) -> dict[str, Style]:
+    """What the plans say of each module, by the module's name, where we know it."""
+    plan = {**_ep_plan(model), **tp_plan(model)}
+    said = {name: plan.get(_generic(name)) for name, _ in model.named_modules()}
+    return {name: _STYLES[style] for name, style in said.items() if style in _STYLES}
+
+
+def _ep_plan(model: Any) -> dict[str, str]:
+    return dict(getattr(model, "ep_plan", None) or {})
+
+
+def _generic(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def split_heads(plan: Mapping[str, str]) -> set[str]:
+    """What configs call the numbers of heads that a plan splits."""
+    split = {name.rpartition(".")[2] for name, style in plan.items() if style == "colwise"}
+    return {told for projection, told in _SPLITS_HEADS.items() if projection in split}
+
+
+def is_sharded(parameter: Any) -> bool:
+    """Whether it is one rank's part of a tensor, and says so."""
+    return hasattr(parameter, "to_local")
+
+
+def be_quiet() -> None:
+    """No progress bars and no advice from transformers in this process."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _distributed_config() -> Any | None:
+    try:
+        from transformers.distributed import DistributedConfig
+    except ImportError:
+        return None
+    return DistributedConfig if "tp_size" in inspect.signature(DistributedConfig).parameters else None

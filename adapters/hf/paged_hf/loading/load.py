@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,16 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from paged_core import ConfigError, UnsupportedModel
+from paged_core import ConfigError, Ranks, UnsupportedModel
 from paged_hf.loading import embedded
+from paged_hf.loading.split import load_shard
 from paged_hf.model.paged_model import HFPagedModel
+from paged_hf.model.split_model import SplitPagedModel
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DTYPES = ("float32", "bfloat16", "float16")
+_UNREADABLE = (OSError, ValueError, SafetensorError, struct.error)  # the last two: a file that is cut or garbage
 _log = logging.getLogger("paged_hf")
 
 
@@ -36,8 +41,9 @@ def load_model(
     *,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    ranks: Ranks | None = None,
 ) -> HFPagedModel | None:
-    """The model that ``source`` names, or None if it names none of ours.
+    """The model that ``source`` names, or this rank's shard of it; None if it names none of ours.
 
     Raises:
         ConfigError: it can't be loaded as asked.
@@ -51,8 +57,10 @@ def load_model(
             raise ConfigError(f"{source} is a file, and no GGUF file; give the folder with the model's config.json")
         return None
     folder, options = place
-    if not allow_pickle:
+    if not allow_pickle or ranks is not None:
         _refuse_pickle(folder, options)
+    if ranks is not None:
+        return _shard(source, folder, options, device, _dtype(dtype) or "auto", trust_remote_code, ranks)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     _check_device(device)
@@ -68,15 +76,10 @@ def load_model(
             use_safetensors=None if allow_pickle else True,
             **options,
         )
-    except (OSError, ValueError, SafetensorError, struct.error) as error:  # the last two: a file that is cut or garbage
+    except _UNREADABLE as error:
         raise ConfigError(_why_not(source, folder, error)) from error
-    try:
+    with _named_in_errors(source):
         return HFPagedModel(model.eval(), name=str(source))
-    except UnsupportedModel as error:
-        raise UnsupportedModel(
-            f"{source} can't run on paged memory: {error}; in a program of yours, paged_generate(model) falls back to "
-            "what transformers does"
-        ) from error
 
 
 def load_tokenizer(source: Any, *, trust_remote_code: bool = False) -> Any | None:
@@ -100,6 +103,40 @@ def load_tokenizer(source: Any, *, trust_remote_code: bool = False) -> Any | Non
         if isinstance(folder, Path) and not any(folder.glob("*token*")) and not options:
             return None  # a folder of weights alone
         raise ConfigError(_why_not(f"the tokenizer of {source}", folder, error)) from error
+
+
+def _shard(
+    source: Any,
+    folder: Path | str,
+    options: dict[str, Any],
+    device: str | None,
+    dtype: torch.dtype | str,
+    trust_remote_code: bool,
+    ranks: Ranks,
+) -> SplitPagedModel:
+    if options:
+        raise ConfigError(
+            f"tensor_parallel_size is {ranks.size}, and {source} is a GGUF file, which is read whole; leave "
+            "tensor_parallel_size out, or give a folder of safetensors"
+        )
+    _announce(folder)
+    try:
+        model = load_shard(source, folder, device, dtype, trust_remote_code, ranks)
+    except _UNREADABLE as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(_why_not(source, folder, error)) from error
+    with _named_in_errors(source):
+        return SplitPagedModel(model.eval(), str(source), ranks.size)
+
+
+@contextmanager
+def _named_in_errors(source: Any) -> Iterator[None]:
+    try:
+        yield
+    except UnsupportedModel as error:
+        raise UnsupportedModel(
+            f"{source} can't run on paged memory: {error}; in a program of yours, paged_generate(model) falls back to "
+            "what transformers does"
+        ) from error
 
 
 def _live(model: nn.Module, device: str | None, dtype: str | None) -> HFPagedModel:

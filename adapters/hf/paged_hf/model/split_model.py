@@ -1,0 +1,38 @@
+"""One rank's shard of a transformers model as a PagedModel. Nobody but the engine has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from paged_core import UnsupportedModel
+from paged_hf.model.paged_model import HFPagedModel
+
+
+class SplitPagedModel(HFPagedModel):
+    """Of ``num_ranks`` that run the same steps side by side. Its weights never change.
+
+    Raises:
+        UnsupportedModel: as HFPagedModel.
+    """
+
+    compilable = False
+
+    def __init__(self, model: nn.Module, name: str, num_ranks: int) -> None:
+        super().__init__(model, name)
+        self.num_ranks = num_ranks
+
+    def refresh(self) -> bool:
+        """Nobody can have changed it; and what looks at a model anew would do so on one rank alone."""
+        return False
+
+    def fingerprint(self) -> str | None:
+        """None: this rank's weights don't tell the model."""
+        return None
+
+    def acquire_ids(self, embeds: Tensor) -> list[int]:
+        raise UnsupportedModel("it is split over ranks, which take token ids only")
+
+    def release_ids(self, token_ids: Sequence[int]) -> None:
+        """There are none."""
