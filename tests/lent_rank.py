@@ -44,6 +44,11 @@ class LentRank:
         ours.send(job)
         return RankProcess(rank, _Lent(popen, control), ours)
 
+    @property
+    def pid(self) -> int:
+        assert self._popen is not None
+        return self._popen.pid
+
     def end(self) -> None:
         if self._popen is not None:
             self._control.close()

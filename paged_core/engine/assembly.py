@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from paged_core.config import EngineConfig, EngineSizes, StepSizes
+from paged_core.engine.loading import dtype_name, load_model, named
 from paged_core.engine.sizes import engine_sizes, filled, limits, step_sizes
 from paged_core.engine.team import Asked, MakeRunner, Team
 from paged_core.errors import ConfigError, PluginError, UnsupportedModel
@@ -30,8 +29,6 @@ from paged_core.tiers.tier import BlockLayout, OffloadTier
 
 Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``, called while an engine is being built."""
-
-_DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # torch has both names, and so has vLLM
 
 RECORDERS: dict[str, Callable[[torch.device], Record]] = {"cuda": CudaRecorder}
 """By type of device: what makes a graph of a decode step."""
@@ -68,7 +65,7 @@ def assemble(
     Raises:
         PluginError, UnsupportedModel, ConfigError: as Engine does.
     """
-    asked = Asked(model, config, None if device is None else str(device), _dtype_name(dtype))
+    asked = Asked(model, config, None if device is None else str(device), dtype_name(dtype))
     progress = progress or _show
     if config.tensor_parallel_size == 1:
         computing = build(manager, asked, progress)
@@ -110,35 +107,6 @@ def build(
     runner = ModelRunner(loaded, backend, cache, create_graphs(loaded.spec, config, sizes, backend))
     runner.warm_up(progress)
     return Computing(loaded, sizes, sampler, runner)
-
-
-def load_model(manager: Plugins, asked: Asked, ranks: Ranks) -> PagedModel:
-    """The model itself if it is a PagedModel already, else what a plugin makes of it.
-
-    Raises:
-        ConfigError: a PagedModel is on another device, or computes in another dtype; or the path leads nowhere; or
-            whoever loads it can't split it over ranks.
-        PluginError: nobody can load it.
-    """
-    model, _, device, dtype = asked
-    if PagedModel.is_met_by(model):
-        _check_placed(model.spec, device, dtype)
-        return PagedModel.of(model)
-    split = None if ranks is ALONE else ranks
-    loaded = manager.hook.load_model(source=model, device=device, dtype=dtype, ranks=split)
-    if loaded is None:
-        _refuse_missing(model)
-        raise PluginError(
-            f"no plugin can load {_short(model)}; loaded plugins: {describe(manager)}. "
-            "For Hugging Face models: pip install 'paged-core[hf]'"
-        )
-    loaded = PagedModel.of(loaded)
-    if loaded.num_ranks != ranks.size:
-        raise ConfigError(
-            f"tensor_parallel_size is {ranks.size}, and the plugin that loads {_short(model)} can't split it; leave "
-            "tensor_parallel_size out"
-        )
-    return loaded
 
 
 def create_sampler(manager: Plugins, spec: ModelSpec, config: EngineConfig, sizes: StepSizes) -> RequestSampler:
@@ -187,7 +155,7 @@ def compile_model(
     if not config.compile_model:
         return
     if not model.compilable:
-        raise ConfigError(f"compile_model is True, but {_short(model)} can't be compiled; leave it out")
+        raise ConfigError(f"compile_model is True, but {named(model)} can't be compiled; leave it out")
     moved = compiling.compile_and_compare(model, backend, sizes.block_size, sizes.kv_dtype, progress)
     if not moved <= compiling.tolerance(model.spec.dtype):
         model.compile_forward(False)
@@ -290,32 +258,3 @@ def _show(what: str, done: int, total: int) -> None:
     if sys.stderr.isatty():
         line = f"{what}: {done} of {total}" if done < total else ""
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-
-
-def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
-    """As torch spells it; None for "as it is"."""
-    if dtype is None or dtype == "auto":
-        return None
-    name = str(dtype).removeprefix("torch.")
-    return _DTYPE_ALIASES.get(name, name)
-
-
-def _check_placed(spec: ModelSpec, device: str | None, dtype: str | None) -> None:
-    """Raises ConfigError if a model that is there already isn't as it is asked for: nobody moves or casts it."""
-    own = str(spec.dtype).removeprefix("torch.")
-    if dtype not in (None, own) or device not in (None, "auto", spec.device.type, str(spec.device)):
-        raise ConfigError(
-            f"the model given computes in {own} on {spec.device}, and {dtype or own} on {device or spec.device} is "
-            "asked for; leave dtype and device out, or give a model that is so"
-        )
-
-
-def _refuse_missing(model: Any) -> None:
-    """Raises ConfigError for what can only be a path, and leads nowhere."""
-    path = Path(model) if isinstance(model, str | os.PathLike) else Path()
-    if (path.is_absolute() or str(model).startswith((".", "~"))) and not path.expanduser().exists():
-        raise ConfigError(f"there is no folder or file {model}")
-
-
-def _short(model: Any) -> str:
-    return repr(model) if isinstance(model, str) else f"an object of type {model.__class__.__name__}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -25,6 +26,8 @@ def main(fd: int) -> None:
     """``fd``: of the connection to rank 0, which has started this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for rank 0, which says when to end
     follow(Connection(fd))
+    sys.stderr.flush()
+    os._exit(0)  # Python would take a second to put all away that was imported, and rank 0 waits
 
 
 def follow(connection: Connection) -> None:

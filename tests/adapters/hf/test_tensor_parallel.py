@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from contextlib import closing
+from dataclasses import replace
 from multiprocessing import Pipe
 
 import pytest
@@ -233,12 +234,9 @@ def test_a_gguf_file_is_refused(idle_ranks, tmp_path):
     assert "is a GGUF file, which is read whole" in refusal(str(tmp_path / "model.gguf"))
 
 
-def test_a_plugin_that_loads_whole_models_is_told_so(idle_ranks, monkeypatch):
-    from paged_hf import plugin
-
-    monkeypatch.setattr(plugin, "load_model", None)
-    monkeypatch.setattr("paged_hf.loading.load.load_model", lambda *args, **named: TinyModel())
-    assert "can't split it; leave tensor_parallel_size out" in refusal("some/model")
+def test_a_plugin_that_loads_whole_models_is_told_so(folders, idle_ranks, monkeypatch):
+    monkeypatch.setattr("paged_hf.loading.load.load_model", lambda *source, **asked: TinyModel())
+    assert "can't split it; leave tensor_parallel_size out" in refusal(folders("llama"))
 
 
 def test_a_transformers_that_cannot_split_is_told_so(folders, idle_ranks, monkeypatch):
@@ -260,15 +258,17 @@ def test_a_dead_rank_ends_the_engine_within_seconds(folders, ranks, lent):
     llm = LLM(folders("llama"), tensor_parallel_size=2, num_blocks=64)
     endless = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 
-    class Killer:
-        def __call__(self, tokens, logits):
-            if len(tokens) == 5:
-                os.kill(lent._popen.pid, signal.SIGKILL)
-            return logits
+    steps = []
+
+    def kill(tokens, logits):
+        steps.append(tokens)
+        if len(steps) == 5:
+            os.kill(lent.pid, signal.SIGKILL)
+        return logits
 
     began = time.monotonic()
     with pytest.raises(EngineDeadError, match=r"rank 1 \(process \d+\) was killed by signal 9.*build a new one"):
-        llm.generate([[3, 4, 5]], SamplingParams(max_tokens=200, ignore_eos=True, logits_processors=[Killer()]))
+        llm.generate([[3, 4, 5]], replace(endless, logits_processors=[kill]))
     with pytest.raises(EngineDeadError, match="takes no more requests"):
         llm.generate([[3, 4, 5]], endless)
     assert time.monotonic() - began < 10
