@@ -23,8 +23,9 @@ def open_engine(model_dir: Path, gpu_id: int | None, settings: Settings, plugins
     """
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise ConfigError(
-            "this worker is one of several that torchrun started; the engine drives all GPUs of a model from one "
-            "process: set parallelType: custom and device: auto"
+            "this worker is one of several that torchrun started (parallelType: tp, say), and the engine starts its "
+            "ranks itself: set parallelType: custom and, in the section paged, tensor_parallel_size to their number; "
+            "or device: auto, to spread layers over GPUs"
         )
     device, source = _device(gpu_id, settings), _source(model_dir, settings)
     if (settings.allow_pickle or settings.trust_remote_code) and not source.endswith(".gguf"):
@@ -37,6 +38,8 @@ def _device(gpu_id: int | None, settings: Settings) -> str:
     """The GPU that TorchServe has given to this worker, unless the settings say otherwise."""
     if settings.device is not None:
         return settings.device
+    if settings.engine.tensor_parallel_size > 1:
+        return "auto"  # each rank takes one
     return "cpu" if gpu_id is None else f"cuda:{gpu_id}"
 
 

@@ -350,7 +350,7 @@ def test_the_worker_runs_on_the_gpu_that_torchserve_gave_it_unless_the_settings_
     assert [place for place, _ in asked] == [None, "cuda:0", "cuda:3", None, "cuda:1", "auto"]
     assert {dtype for _, dtype in asked} == {torch.bfloat16}
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="parallelType: custom"):
+    with pytest.raises(ConfigError, match=r"parallelType: custom .*tensor_parallel_size"):
         open_engine(tmp_path, 0, Settings(model="some/model"), [])
 
 
