@@ -143,7 +143,7 @@ def _name_of(args: argparse.Namespace, choice: dict[str, Any]) -> str:
     several = [name for name in _SWEPT if len(getattr(args, name)) > 1]
     if not several:
         return "simulated"
-    line = ", ".join(f"{name} {choice[name]}" for name in several[1:])
+    line = ", ".join(f"{name} {choice[name]}" for name in several[1:]) or several[0]
     return f"{line} @ {choice[several[0]]:g}" if isinstance(choice[several[0]], int | float) else (
         f"{line} @ {choice[several[0]]}")  # fmt: skip
 

@@ -62,30 +62,36 @@ class Ingress:
     async def _pass_on(self, scope: Scope, path: str, body: bytes, receive: Receive, send: Send) -> None:
         small = {name: scope[name] for name in _SENT if name in scope} | {"path": path, "root_path": ""}
         digests, num_tokens = await self._digests(path, body)
-        started = False
+        started = streams = False
         for attempt in range(_ATTEMPTS):
             call = RoutedCall(uuid.uuid4().hex, digests, num_tokens, small, body)
             try:
                 async for message in self._answer(call):
+                    streams = streams or _begins_stream(message)
                     started = True
                     await send(message)
                 return
             except RayActorError as error:
                 _log.warning("a replica died while it answered: %s", error)
+                if started and not streams:
+                    raise  # half an answer: the connection's end tells so
                 if started or attempt + 1 == _ATTEMPTS:
                     await self._tell_of_death(scope, path, started, receive, send)
                     return
 
     async def _answer(self, call: RoutedCall) -> AsyncIterator[Message]:
-        begun = False
+        begun, answer = False, self._handle.remote(call)
         try:
-            async for messages in self._handle.remote(call):
+            async for messages in answer:
                 if not begun:
                     begun = True
                     with placement(self._replicas.deployment_id) as known:
                         known.begun(call.id)
                 for message in messages:
                     yield message
+        except BaseException:  # the client has left, or can't be told any more: the replica is to stop, too
+            answer.cancel()
+            raise
         finally:
             with placement(self._replicas.deployment_id) as known:
                 known.ended(call.id)
@@ -106,6 +112,8 @@ class Ingress:
             facts = await self._replicas.facts.remote()
             self._prompts = Prompts(facts, self._settings)
             self._feed.start(self._prompts.block_size)
+        except RayActorError:
+            return  # another one will tell
         except Exception:
             _log.exception("prompts can't be read here: requests go where there is least to do")
             self._settings = replace(self._settings, routing="load")
@@ -123,11 +131,15 @@ class Ingress:
 
     async def _send_metrics(self, send: Send) -> None:
         answers = self._replicas.broadcast("metrics")
-        texts = await answers.results_async(timeout_s=_METRICS_S)
+        texts = await answers.results_async(timeout_s=_METRICS_S, return_exceptions=True)
         body = merged([text for text in texts if isinstance(text, bytes)])
         headers = [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _begins_stream(message: Message) -> bool:
+    return any(b"text/event-stream" in value for _, value in message.get("headers", ()))
 
 
 async def _read(receive: Receive) -> bytes | None:
