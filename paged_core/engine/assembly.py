@@ -75,7 +75,7 @@ def assemble(
             computing = build(manager, asked, progress, team.ranks, team.runner)
     loaded, sizes, cache = computing.model, computing.sizes, computing.runner.cache
     tiers = create_tiers(manager, loaded, config, sizes, cache)
-    costs = Costs(tiers, cache.block_bytes)
+    costs = Costs(tiers, cache.block_bytes, sizes.block_size)
     scheduler = create_scheduler(manager, loaded.spec, config, sizes, tiers, costs)
     return Parts(computing, scheduler, tiers, costs)
 

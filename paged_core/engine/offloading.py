@@ -44,7 +44,7 @@ class _UnderWay:
         self.began = time.perf_counter()
         self.until = until
         self.good: set[int] = set()  # blocks that are in the cache
-        self.num_blocks = 0  # that have come, sound or not
+        self.num_blocks = self.num_timed = 0  # that have come, sound or not; and of these, that say how quick a tier is
         self.busy_s = 0.0  # that tiers were at these
         self.ended = False  # the scheduler knows; what is still to come is for nobody
 
@@ -133,7 +133,7 @@ class Offloading:
         contents = [content for content in self._scheduler.pool.findable() if not self._costs.holds(content.digest)]
         num_saved = 0
         for start in range(0, len(contents), self._num_packed):
-            if time.monotonic() >= until or not self._costs.wants_more or not self._flush(until):
+            if time.monotonic() >= until or not self._can_write or not self._flush(until):
                 break
             part = contents[start : start + self._num_packed]
             self._store(part)
@@ -143,7 +143,7 @@ class Offloading:
 
     def save_some(self) -> bool:
         """Store a part of what the prefix cache holds, in a moment without work. False: nothing is left."""
-        if not self._tiers or not self._costs.wants_more:
+        if not self._can_write:
             return False
         if not self._flush(time.monotonic() + _MOMENT_S):
             return True
@@ -162,6 +162,10 @@ class Offloading:
             self.save(timeout_s)
         for tier in self._tiers:
             tier.close(max(0.0, until - time.monotonic()))
+
+    @property
+    def _can_write(self) -> bool:
+        return any(tier.wants_more for tier in self._tiers)
 
     def _flush(self, until: float) -> bool:
         flushed = [tier.flush(max(0.0, until - time.monotonic())) for tier in self._tiers]
@@ -201,6 +205,7 @@ class Offloading:
         for part in each.parts:
             for piece in part.fetch.take():
                 each.num_blocks += len(piece.places)
+                each.num_timed += len(piece.places) if piece.busy_s else 0
                 each.busy_s += piece.busy_s
                 if not each.ended:
                     self._copy_in(each, part, piece)
@@ -230,8 +235,8 @@ class Offloading:
     def _measure_load(self, each: _UnderWay, seconds: float) -> None:
         if not each.num_blocks:  # it would have taken longer
             self._costs.brought(1, seconds)
-        else:
-            self._costs.brought(each.num_blocks, each.busy_s or seconds)
+        elif each.num_timed:
+            self._costs.brought(each.num_timed, each.busy_s)
         if not each.load.beside:
             self._costs.waited(seconds, max(seconds - each.busy_s, 0.0), each.load.num_saved)
         elif not each.good:

@@ -24,14 +24,15 @@ class Costs:
 
     Args:
         block_bytes: of one block.
+        block_size: its tokens.
     """
 
-    def __init__(self, tiers: Sequence[OffloadTier], block_bytes: int) -> None:
+    def __init__(self, tiers: Sequence[OffloadTier], block_bytes: int, block_size: int) -> None:
         self.tokens_per_s: float | None = None  # computed, of prompts; None: not measured yet
         self.bytes_per_s: float | None = None  # loaded
         self.latency_s = 0.0  # of a load, beside that: until the step under way is over, say
         self._tiers = tiers
-        self._block_bytes = block_bytes
+        self._block_bytes, self._block_size = block_bytes, block_size
         self._retry_at = 0.0
         self._retry_s = _FIRST_RETRY_S
 
@@ -39,7 +40,14 @@ class Costs:
 
     @property
     def wants_more(self) -> bool:
-        return any(tier.wants_more for tier in self._tiers)
+        """Not while loading takes longer than computing: then what is written costs, and never pays."""
+        return any(tier.wants_more for tier in self._tiers) and not self._too_slow
+
+    @property
+    def _too_slow(self) -> bool:
+        if self.bytes_per_s is None or self.tokens_per_s is None:
+            return False
+        return self._block_bytes / self.bytes_per_s > self._block_size / self.tokens_per_s
 
     def holds(self, digest: bytes) -> bool:
         return any(tier.holds(digest) for tier in self._tiers)

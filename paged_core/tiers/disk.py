@@ -62,6 +62,7 @@ class DiskTier:
         self._num_queued_bytes = 0
         self._free: SimpleQueue[Tensor] = SimpleQueue()  # memory of pieces that were taken
         self._num_pieces = 0
+        self._num_read_queued = 0  # blocks that came of memory: they tell nothing of the disk
         self._looked = self._touched = 0.0
         self._reader, self._writer = Worker("paged-kv-reader"), Worker("paged-kv-writer")
 
@@ -195,9 +196,10 @@ class DiskTier:
             memory = self._memory(step, fetch)
             if memory is None:
                 break
-            began = time.perf_counter()
+            num_queued, began = self._num_read_queued, time.perf_counter()
             good = [self._read_block(fetch.contents[i], memory[i - start]) for i in places]
-            fetch.put(Piece(places, memory, good, time.perf_counter() - began))
+            busy_s = time.perf_counter() - began if self._num_read_queued == num_queued else 0.0
+            fetch.put(Piece(places, memory, good, busy_s))
         fetch.finish()
 
     def _read_block(self, content: BlockContent, row: Tensor) -> bool:
@@ -215,6 +217,7 @@ class DiskTier:
         if queued is None or queued[0][1:] != content[1:]:
             return False
         row.copy_(queued[1])
+        self._num_read_queued += 1
         return True
 
     def _read_written(self, content: BlockContent, row: Tensor) -> bool:

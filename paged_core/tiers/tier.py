@@ -33,7 +33,7 @@ class Piece(NamedTuple):
     places: Sequence[int]  # among the contents of the Fetch
     data: Tensor  # u8 [n, block_bytes] on the CPU
     good: Sequence[bool]  # whether each is what was asked for
-    busy_s: float = 0.0  # that the tier was at it
+    busy_s: float = 0.0  # that the tier was at it; 0: that tells nothing of its speed
 
 
 class Fetch:

@@ -14,13 +14,13 @@ def loaded(measured, num_blocks, num_tokens, busy_s, seconds):
 
 
 def test_what_nobody_has_measured_is_tried():
-    assert Costs([], BLOCK_BYTES).pays(1, 8, False)
+    assert Costs([], BLOCK_BYTES, 8).pays(1, 8, False)
 
 
 def test_a_quick_disk_is_read_and_a_slow_one_is_not(monkeypatch):
     monkeypatch.setattr(costs.time, "monotonic", lambda: 100.0)
     for busy_s, pays in ((0.001, True), (1.0, False)):
-        measured = Costs([], BLOCK_BYTES)
+        measured = Costs([], BLOCK_BYTES, 8)
         measured.computed(100, 0.1)  # 1 ms a token
         loaded(measured, 10, 80, busy_s, busy_s)
         assert measured.pays(10, 80, False) is pays
@@ -28,7 +28,7 @@ def test_a_quick_disk_is_read_and_a_slow_one_is_not(monkeypatch):
 
 def test_a_short_prefix_is_computed_where_loading_means_to_wait_for_a_step(monkeypatch):
     monkeypatch.setattr(costs.time, "monotonic", lambda: 100.0)
-    measured = Costs([], BLOCK_BYTES)
+    measured = Costs([], BLOCK_BYTES, 8)
     measured.computed(100, 0.1)
     loaded(measured, 10, 80, 0.001, 0.05)  # read in a moment, and landed 50 ms later
     measured._retry_at = 200.0
@@ -39,7 +39,7 @@ def test_a_short_prefix_is_computed_where_loading_means_to_wait_for_a_step(monke
 def test_a_tier_that_was_too_slow_is_tried_again_ever_more_rarely(monkeypatch):
     now = 100.0
     monkeypatch.setattr(costs.time, "monotonic", lambda: now)
-    measured = Costs([], BLOCK_BYTES)
+    measured = Costs([], BLOCK_BYTES, 8)
     measured.computed(100, 0.1)
     gaps, last = [], now
     loaded(measured, 10, 80, 1.0, 1.0)
@@ -60,7 +60,7 @@ def test_a_tier_that_was_too_slow_is_tried_again_ever_more_rarely(monkeypatch):
 
 
 def test_a_load_may_take_as_long_as_computing():
-    measured = Costs([], BLOCK_BYTES)
+    measured = Costs([], BLOCK_BYTES, 8)
     assert measured.patience_s(1000) > 5
     measured.computed(100, 0.1)
     assert 1.0 <= measured.patience_s(1000) < 1.2
@@ -68,7 +68,7 @@ def test_a_load_may_take_as_long_as_computing():
 
 def known(tokens_per_s=1000.0, bytes_per_s=125_000.0):
     """As quick as computing, if nothing else is said: a block of eight tokens takes 8 ms either way."""
-    measured = Costs([], BLOCK_BYTES)
+    measured = Costs([], BLOCK_BYTES, 8)
     measured.tokens_per_s, measured.bytes_per_s = tokens_per_s, bytes_per_s
     measured._retry_at = float("inf")
     return measured
@@ -140,3 +140,24 @@ def test_a_tier_that_has_been_of_use_is_forgiven(monkeypatch):
     measured.failed()
     now += 1.5
     assert measured.pays(100, 800, False)
+
+
+class Willing:
+    wants_more = True
+
+
+def test_what_the_cache_evicts_is_not_written_to_a_tier_that_is_slower_than_computing():
+    measured = Costs([Willing()], BLOCK_BYTES, 8)
+    assert measured.wants_more
+    measured.computed(1000, 1.0)
+    assert measured.wants_more
+    measured.brought(10, 10 * 0.0079)
+    assert measured.wants_more
+    for _ in range(20):
+        measured.brought(10, 10 * 0.0081)
+    assert not measured.wants_more
+    for _ in range(20):
+        measured.brought(10, 0.01)
+    assert measured.wants_more, "it has become quick"
+    measured._tiers[0].wants_more = False
+    assert not measured.wants_more

@@ -167,3 +167,18 @@ def test_many_blocks_come_in_order_through_little_memory(tier, monkeypatch):
     monkeypatch.setattr(disk, "_MOST_PIECES", 2)
     store(tier, *range(50))
     assert sound(tier, *range(49, -1, -1)) == list(range(49, -1, -1))
+
+
+def test_blocks_that_wait_to_be_written_tell_nothing_of_the_disks_speed(tier, monkeypatch):
+    go_on = threading.Event()
+    store(tier, 1)
+    monkeypatch.setattr(Slab, "append", _waiting(Slab.append, go_on))
+    tier.store([content(2)], bytes_of(2)[None].clone())
+    for numbers, timed in (((1,), True), ((2,), False), ((1, 2), False)):
+        fetch = tier.fetch([content(number) for number in numbers], threading.Event())
+        while not fetch.done:
+            time.sleep(0.001)
+        (piece,) = fetch.take()
+        assert (piece.busy_s > 0) is timed
+        tier.give_back(piece)
+    go_on.set()
