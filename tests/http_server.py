@@ -78,7 +78,7 @@ def alphabet_server(
     service_options: dict[str, Any] | None = None,
     max_requests: int = 10_000,
     strict_fields: bool = False,
-    **tls: Any,
+    **server_options: Any,
 ) -> Iterator[Running]:
     metrics = PrometheusMetrics("alphabet")
     config = config or EngineConfig(num_blocks=512, attention_backend="reference")
@@ -91,8 +91,8 @@ def alphabet_server(
         service = Service(engine, served, max_queue=max_queue, timeout_s=timeout_s, **(service_options or {}))
         app = create_app(service, metrics, options)
         server = Server(
-            app, service, port=0, shutdown_timeout_s=shutdown_timeout_s, limits=connections, **tls
-        )  # fmt: skip
+            app, service, port=0, shutdown_timeout_s=shutdown_timeout_s, limits=connections, **server_options
+        )
         running = Running(engine, service, server)
         running.start()
         try:

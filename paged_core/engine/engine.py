@@ -111,7 +111,11 @@ class Engine:
     @property
     def tokenizer(self) -> Any | None:
         """What the ``load_tokenizer`` hook gives for this model; None if nobody has one. A new one at each call."""
-        return self._manager.hook.load_tokenizer(source=self._tokenizer_source)
+        return self.tokenizer_of(self._tokenizer_source)
+
+    def tokenizer_of(self, source: Any) -> Any | None:
+        """The same for another model: a path, a hub id, or a live object."""
+        return self._manager.hook.load_tokenizer(source=source)
 
     def add_request(
         self,
@@ -216,6 +220,11 @@ class Engine:
                 "a row that its selector holds (it answers None) stays until resume() or stop()"
             )
         return self._runner.read(request.block_table, request.num_computed)
+
+    @property
+    def attention_backend(self) -> str:
+        """What became of ``config.attention_backend``."""
+        return self._runner.backend.name
 
     @property
     def memory(self) -> MemoryUse:

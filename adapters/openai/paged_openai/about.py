@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from paged_core import __version__
 from paged_openai.openapi import openapi
+from paged_openai.prefixes import prefix_of
 from paged_openai.responses import OPENAI, TGI, error_response, json_response
 from paged_openai.service import Service
 from paged_serving import CallError, Failure, PrometheusMetrics, ProtocolError
@@ -64,11 +65,12 @@ class About:
         return json_response({"server_load": self._service.num_open})
 
     async def openapi(self, request: Request) -> Response:
-        """All routes, and what their bodies may hold. Behind a proxy that takes a prefix off, with it."""
+        """All routes, and what their bodies may hold; behind a proxy's prefix, where they are there."""
         if self._document is None:
             routes = request.app.routes
             self._document = await run_in_threadpool(openapi, routes, self._served, with_keys=self._with_keys)
-        return json_response(self._document)
+        prefix = prefix_of(request.scope)
+        return json_response({**self._document, **({"servers": [{"url": prefix}]} if prefix else {})})
 
     async def health(self, request: Request) -> Response:
         """Whether the process does its work: if not, restart it."""
@@ -77,6 +79,11 @@ class About:
     async def ready(self, request: Request) -> Response:
         """Whether it takes calls: if not, send them elsewhere."""
         return self._status(None if self._service.ready else "the server takes no more calls")
+
+    async def nothing(self, request: Request) -> Response:
+        """What needs a model of another kind."""
+        told = f"{request.scope['path']} needs a model that embeds or scores texts; {self._served.names[0]} writes them"
+        return error_response(OPENAI, CallError(Failure.NOT_FOUND, told))
 
     async def metrics(self, request: Request) -> Response:
         if self._metrics is None:

@@ -19,6 +19,7 @@ from paged_openai.keys import KeyCheck
 from paged_openai.logs import RequestLog
 from paged_openai.origins import OriginCheck
 from paged_openai.page import Page
+from paged_openai.prefixes import PathPrefix
 from paged_openai.responses import OPENAI, OPENAI_WITHOUT_DONE, TGI, error_response, form_of
 from paged_openai.service import Service
 from paged_openai.slashes import OptionalSlash
@@ -30,13 +31,19 @@ from paged_serving import (
     ChatCall,
     CompletionBody,
     CompletionCall,
+    DetokenizeBody,
     Failure,
     PrometheusMetrics,
     TGIBody,
     TGICall,
     TokenizeBody,
+    detokenize,
     tokenize,
 )
+
+_FOR_OTHER_MODELS = (
+    "/v1/embeddings", "/embed", "/pooling", "/classify", "/rerank", "/v1/rerank", "/v2/rerank", "/score", "/v1/score",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class AppOptions:
     tgi_chat_stream: bool = False  # stream chats as TGI's clients read them, and not as OpenAI's do
     log_prompts: bool = False
     page: bool = True  # for browsers
+    root_path: str = ""  # that a proxy serves us under, as /llm
     traces: Traces | None = None
 
 
@@ -81,24 +89,34 @@ def _calls(endpoints: Endpoints, options: AppOptions) -> list[Route]:
         "/generate": endpoints.call(_tgi(False), TGIBody, TGI),
         "/generate_stream": endpoints.call(_tgi(True), TGIBody, TGI),
         "/tokenize": endpoints.answer(tokenize, TokenizeBody, TGI),
+        "/detokenize": endpoints.answer(detokenize, DetokenizeBody, TGI),
     }
     return [Route(path, endpoint, methods=["POST"]) for path, endpoint in at.items()]
 
 
 def _facts(about: About) -> list[Route]:
     return [
+        *(Route(path, about.nothing, methods=["POST"], include_in_schema=False) for path in _FOR_OTHER_MODELS),
         Route("/v1/models", about.models),
         Route("/v1/models/{name:path}", about.model),
         Route("/info", about.info),
+        Route("/version", about.version),
+        Route("/load", about.load),
         Route("/openapi.json", about.openapi),
         Route("/health", about.health),
+        Route("/ping", about.health, methods=["GET", "POST"]),  # SageMaker's
         Route("/ready", about.ready),
         Route("/metrics", about.metrics),
     ]
 
 
 def _middleware(options: AppOptions) -> list[Middleware]:
-    middleware = [Middleware(CloseUnread), Middleware(OptionalSlash), Middleware(RequestLog)]
+    middleware = [
+        Middleware(CloseUnread),
+        Middleware(PathPrefix, prefix=options.root_path),
+        Middleware(OptionalSlash),
+        Middleware(RequestLog),
+    ]
     if options.cors_origins:
         middleware.append(
             Middleware(

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from paged_core import Commands, ConfigError, InvalidRequestError, PagedCoreError
+from paged_openai.prefixes import checked_prefix
+from paged_openai.spellings import add_spellings
 from paged_serving import RequestLimits, add_engine_options, engine_config, whole_number
 
 _LIMITS = ("max_prompt_tokens", "max_tokens", "max_n", "max_prompts", "max_stop", "max_logprobs", "max_values",
@@ -44,12 +46,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     _add_limits(parser.add_argument_group("limits"))
     _add_access(parser.add_argument_group("access"))
     _add_behaviour(parser.add_argument_group("behaviour"))
+    add_spellings(parser)
 
 
 def _add_engine(group: Any) -> None:
     add = group.add_argument
     add("--dtype", help="float32, bfloat16, float16 or auto (default: as the model is stored)")
     add("--device", help="default: a GPU if there is one")
+    add("--tokenizer", metavar="X", help="another model's: a folder or a hub id (default: the model's own)")
+    add("--chat-template", metavar="X", help="a file with one, or its text (default: the tokenizer's own)")
     add_engine_options(group, defaults={"gpu_memory_utilization": 0.9})
     add("--kv-events", metavar="ADDRESS",
         help="tell routers what the prefix cache holds, as vLLM does: tcp://*:5557 (default: nowhere)")  # fmt: skip
@@ -87,6 +92,8 @@ def _add_limits(group: Any) -> None:
     add("--request-timeout", type=_seconds, metavar="S", help="for a whole request (default: none)")
     add("--step-timeout", type=_seconds, default=300.0, metavar="S",
         help="for a step of the engine, after which /health says that it is stuck (default: %(default)s)")  # fmt: skip
+    add("--timeout-keep-alive", type=whole_number, default=75, metavar="S",
+        help="for which an idle connection stays open (default: %(default)s)")  # fmt: skip
     add("--shutdown-timeout", type=_seconds, default=30.0, metavar="S",
         help="for running requests to end after SIGTERM (default: %(default)s)")  # fmt: skip
 
@@ -96,6 +103,8 @@ def _add_access(group: Any) -> None:
     add("--api-key", action="append", default=[], metavar="KEY", help="let in who gives it; may be repeated")
     add("--api-key-file", type=Path, metavar="FILE", help="keys that other users can't see in the process list")
     add("--cors-origin", action="append", default=[], metavar="URL", help="let pages of this origin call; repeatable")
+    add("--root-path", type=checked_prefix, default="", metavar="PATH",
+        help="that a proxy serves us under, as /llm (default: what X-Forwarded-Prefix says)")  # fmt: skip
     add("--ssl-certfile", type=Path, metavar="FILE", help="speak TLS, with this certificate")
     add("--ssl-keyfile", type=Path, metavar="FILE", help="its key, if it isn't in the same file")
     add("--ssl-ca-certs", type=Path, metavar="FILE", help="ask clients for a certificate signed by these")

@@ -6,7 +6,9 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -80,7 +82,7 @@ class Endpoints:
             request.scope["notes"]["body"] = body
         if not self._service.served.strict_fields:
             self._ignored.note(request.scope, unknown_fields(body, declared))
-        return body
+        return _without_own_url(body, request.headers)
 
     async def _body(self, request: Request, count: Callable[[int], None]) -> bytes:
         """Raises CallError for a body that is too large or comes too slowly. ``count`` is told of its bytes."""
@@ -91,6 +93,22 @@ class Endpoints:
             raise CallError(Failure.TOO_SLOW, f"the body did not come in {timeout_s:g} s") from None
         except ClientDisconnect:
             raise CallError(Failure.CUT, "the client left") from None
+
+
+def _without_own_url(body: Any, headers: Headers) -> Any:
+    """Hugging Face's clients call a model by the URL that they were given, which is ours: there is one model."""
+    name = body.get("model") if isinstance(body, dict) else None
+    if not isinstance(name, str) or not name.startswith(("http://", "https://")):
+        return body
+    ours = {headers.get("host"), headers.get("x-forwarded-host")}
+    return {**body, "model": None} if _host_of(name) in ours else body
+
+
+def _host_of(url: str) -> str:
+    try:
+        return urlsplit(url).netloc.rpartition("@")[2]
+    except ValueError:
+        return ""
 
 
 async def _read(request: Request, limit: int, count: Callable[[int], None]) -> bytes:

@@ -13,7 +13,7 @@ from paged_core import ConfigError
 from paged_openai.responses import error_response, form_of
 from paged_serving import CallError, Failure
 
-_OPEN_TO_ALL = frozenset({"/health", "/ready", "/metrics"})  # for probes and scrapers: no prompts, no texts
+_OPEN_TO_ALL = frozenset({"/health", "/ping", "/ready", "/metrics"})  # for probes and scrapers: no prompts, no texts
 
 
 class KeyCheck:

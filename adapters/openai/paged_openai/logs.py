@@ -13,11 +13,11 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from paged_openai.ignored import ignored_header
-from paged_serving import quiet_imports
+from paged_serving import no_progress_bars, quiet_imports
 
 _log = logging.getLogger("paged_openai.requests")
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_QUIET = frozenset({"/health", "/ready", "/metrics", "/live"})  # asked for every few seconds
+_QUIET = frozenset({"/health", "/ping", "/ready", "/metrics", "/load", "/live"})  # asked for every few seconds
 
 
 class RequestLog:
@@ -86,6 +86,7 @@ def log_to_stderr(level: str) -> None:
         logger.setLevel(level.upper())
     logging.getLogger("uvicorn.error").addFilter(_is_no_cut)
     quiet_imports()
+    no_progress_bars()
 
 
 def _is_no_cut(record: logging.LogRecord) -> bool:

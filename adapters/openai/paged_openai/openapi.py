@@ -14,7 +14,16 @@ from starlette.routing import BaseRoute, Route
 
 from paged_core import __version__
 from paged_openai.responses import OPENAI, TGI
-from paged_serving import ChatBody, CompletionBody, Failure, ServedModel, TGIBody, TokenizeBody, body_schema
+from paged_serving import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    Failure,
+    ServedModel,
+    TGIBody,
+    TokenizeBody,
+    body_schema,
+)
 
 _JSON, _EVENTS = "application/json", "text/event-stream"
 
@@ -34,8 +43,9 @@ _BODIES = {
     "/generate": _Body(TGIBody, (_JSON,)),
     "/generate_stream": _Body(TGIBody, (_EVENTS,)),
     "/tokenize": _Body(TokenizeBody, (_JSON,), ("inputs", "prompt")),
+    "/detokenize": _Body(DetokenizeBody, (_JSON,)),
 }
-_OTHER_MEDIA = {"/metrics": "text/plain", "/health": None, "/ready": None}  # None: an empty answer
+_OTHER_MEDIA = {"/metrics": "text/plain", "/health": None, "/ping": None, "/ready": None}  # None: an empty answer
 _ERRORS = {
     OPENAI: {
         "type": "object",

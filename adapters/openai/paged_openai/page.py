@@ -45,7 +45,7 @@ class Page:
 
     async def page(self, request: Request) -> Response:
         if "text/html" not in request.headers.get("accept", ""):
-            raise HTTPException(405)
+            raise HTTPException(405, headers={"Allow": "POST"})
         return Response(self._html, headers=self._headers, media_type="text/html")
 
     async def live(self, request: Request) -> Response:

@@ -19,7 +19,11 @@ _UNREAD_S = 5.0  # given to clients that are slow to read the last events
 
 class Server(uvicorn.Server):
     """On SIGTERM or SIGINT: stops accepting, lets calls run for ``shutdown_timeout_s``, cuts the rest with a last
-    event, and returns. A second signal ends it at once."""
+    event, and returns. A second signal ends it at once.
+
+    ``keep_alive_s``: for which a connection may stay idle. Longer than clients and proxies keep theirs (httpx 5 s,
+    nginx and cloud load balancers 60 s): one that both ends close at the same time loses a request.
+    """
 
     def __init__(
         self,
@@ -28,6 +32,7 @@ class Server(uvicorn.Server):
         *,
         shutdown_timeout_s: float = 30.0,
         limits: ConnectionLimits | None = None,
+        keep_alive_s: int = 75,
         **config: Any,
     ) -> None:
         super().__init__(
@@ -40,6 +45,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 lifespan="off",
                 proxy_headers=False,
+                timeout_keep_alive=keep_alive_s,
                 timeout_graceful_shutdown=int(shutdown_timeout_s + _UNREAD_S) + 1,
                 **config,
             )

@@ -11,6 +11,7 @@ import ssl
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from paged_core import AsyncEngine, ConfigError, Engine, EngineBusyError, EngineConfig, EngineDeadError
@@ -40,7 +41,10 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
     _log.info("loading", extra={"fields": {"model": str(args.model)}})
     events = _kv_events(args)
     engine = Engine(args.model, config, plugins=[metrics, *events], device=args.device, dtype=args.dtype)
-    served_engine = AsyncEngine(engine, max_requests=_max_requests(engine, args.max_queue))
+    metrics.describe(engine)
+    served_engine = AsyncEngine(
+        engine, tokenizer=_tokenizer(engine, args), max_requests=_max_requests(engine, args.max_queue)
+    )
     try:
         served = ServedModel(
             served_engine, names, limits,
@@ -54,10 +58,9 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
         server = Server(
             create_app(service, metrics, options), service,
             shutdown_timeout_s=args.shutdown_timeout, limits=ConnectionLimits(max_connections=args.max_connections),
-            host=args.host, port=args.port, **tls,
+            keep_alive_s=args.timeout_keep_alive, host=args.host, port=args.port, **tls,
         )  # fmt: skip
-        facts = {"model": names[0], "host": args.host, "port": args.port, "sampling_defaults": dict(served.defaults)}
-        _log.info("serving", extra={"fields": facts})
+        _log.info("serving", extra={"fields": _facts(engine, served, args)})
         server.run()
         if config.kv_disk_path is not None:
             _save(served_engine, server.seconds_left)
@@ -78,6 +81,48 @@ def _kv_events(args: argparse.Namespace) -> list[KVEvents]:
             raise ConfigError("--kv-events-replay needs --kv-events, which says where events are told at first")
         return []
     return [KVEvents(args.kv_events, args.kv_events_replay, form=args.kv_events_format)]
+
+
+def _tokenizer(engine: Engine, args: argparse.Namespace) -> Any:
+    """The model's own, or what ``--tokenizer`` and ``--chat-template`` say in its place. None: the model has none."""
+    tokenizer = engine.tokenizer if args.tokenizer is None else engine.tokenizer_of(args.tokenizer)
+    if args.tokenizer is not None and tokenizer is None:
+        raise ConfigError(f"--tokenizer {args.tokenizer}: no tokenizer is found there; give a folder or a hub id")
+    if args.chat_template is not None:
+        if tokenizer is None:
+            raise ConfigError("--chat-template needs a tokenizer; give --tokenizer, too")
+        tokenizer.chat_template = _template(args.chat_template)
+    return tokenizer
+
+
+def _template(given: str) -> str:
+    """A file's, or the text itself, which says something in braces."""
+    if "{" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--chat-template can't be read: {error}; give a file, or a template's text") from error
+
+
+def _facts(engine: Engine, served: ServedModel, args: argparse.Namespace) -> dict[str, Any]:
+    """What an operator wants to see at a glance."""
+    sizes, spec = engine.sizes, engine.spec
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    scheme = "https" if args.ssl_certfile is not None else "http"
+    return {
+        "model": served.names[0],
+        "url": f"{scheme}://{host}:{args.port}{args.root_path}",
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "device": str(spec.device),
+        "attention_backend": engine.attention_backend,
+        "kv_dtype": str(sizes.kv_dtype).removeprefix("torch."),
+        "kv_bytes": engine.memory.num_bytes,
+        "kv_tokens": sizes.num_blocks * sizes.block_size,
+        "max_model_len": sizes.max_model_len,
+        "max_num_seqs": sizes.max_num_seqs,
+        "sampling_defaults": dict(served.defaults),
+    }
 
 
 def _max_requests(engine: Engine, max_queue: int) -> int:
@@ -115,6 +160,7 @@ def _app_options(args: argparse.Namespace) -> AppOptions:
         tgi_chat_stream=args.tgi_chat_stream,
         log_prompts=args.log_prompts,
         page=args.page,
+        root_path=args.root_path,
     )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from paged_serving.protocol.chat import ChatCall
     from paged_serving.protocol.chat_body import ChatBody
     from paged_serving.protocol.completions import CompletionBody, CompletionCall
+    from paged_serving.protocol.detokenize import DetokenizeBody, detokenize
     from paged_serving.protocol.document import body_schema
     from paged_serving.protocol.failures import CallError, Failure, openai_error, tgi_error
     from paged_serving.protocol.parsing import ProtocolError, parse_json
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from paged_serving.protocol.tgi import TGICall
     from paged_serving.protocol.tgi_body import TGIBody
     from paged_serving.protocol.tokenize import TokenizeBody, tokenize
-    from paged_serving.quiet import quiet_imports
+    from paged_serving.quiet import no_progress_bars, quiet_imports
 
 # Imported when first used: plugins are looked through without loading torch.
 _LAZY = {
@@ -35,6 +36,7 @@ _LAZY = {
     "ChatCall": "protocol.chat",
     "CompletionBody": "protocol.completions",
     "CompletionCall": "protocol.completions",
+    "DetokenizeBody": "protocol.detokenize",
     "Exchange": "exchange",
     "Failure": "protocol.failures",
     "KVEvents": "kv_events",
@@ -50,10 +52,12 @@ _LAZY = {
     "as_event": "messages",
     "as_outcome": "outcomes",
     "body_schema": "protocol.document",
+    "detokenize": "protocol.detokenize",
     "engine_config": "options",
     "event_bytes": "messages",
     "json_bytes": "messages",
     "json_text": "messages",
+    "no_progress_bars": "quiet",
     "openai_error": "protocol.failures",
     "parse_json": "protocol.parsing",
     "quiet_imports": "quiet",
@@ -73,6 +77,7 @@ __all__ = [
     "ChatCall",
     "CompletionBody",
     "CompletionCall",
+    "DetokenizeBody",
     "Exchange",
     "Failure",
     "KVEvents",
@@ -87,10 +92,12 @@ __all__ = [
     "as_event",
     "as_outcome",
     "body_schema",
+    "detokenize",
     "engine_config",
     "event_bytes",
     "json_bytes",
     "json_text",
+    "no_progress_bars",
     "openai_error",
     "parse_json",
     "quiet_imports",

@@ -9,87 +9,33 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from paged_core import FinishReason, PluginError, Request, RequestOutput, RequestStatus, StepStats, TierStats, hookimpl
+from paged_core import (
+    FinishReason,
+    PluginError,
+    Request,
+    RequestOutput,
+    RequestStatus,
+    StepStats,
+    TierStats,
+    hookimpl,
+)
+from paged_serving.metric_names import (
+    CACHE_CONFIG,
+    COUNTERS,
+    ENGINE,
+    GAUGES,
+    HISTOGRAMS,
+    TGI_GAUGES,
+    TGI_HISTOGRAMS,
+    TIER_COUNTERS,
+    TIERS,
+    TOTALS,
+)
 
-_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
-_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
-_FEW = (1, 2, 5, 10, 20, 50, 100)
-
-_GAUGES = {
-    "vllm:num_requests_running": "Requests that are being computed",
-    "vllm:num_requests_waiting": "Requests that wait for their turn",
-    "vllm:kv_cache_usage_perc": "Share of the K/V blocks in use, 0 to 1",
-    "paged:kv_cache_waste_perc": "Share of the slots in used blocks that hold no token, 0 to 1",
-    "paged:kv_blocks_shared": "Blocks saved by sharing: references to blocks beyond the first",
-    "paged:kv_blocks_cached": "Blocks kept for prefix hits only",
-    "paged:num_requests_loading": "Requests whose blocks a tier is bringing; they wait, too",
-}
-_COUNTERS = {
-    "vllm:prompt_tokens": "Prompt tokens of requests that have begun to answer",
-    "vllm:generation_tokens": "Tokens generated",
-    "vllm:prefix_cache_queries": "Prompt tokens looked up in the prefix cache",
-    "vllm:prefix_cache_hits": "Prompt tokens found there",
-    "vllm:num_preemptions": "Requests that had to give back their blocks",
-    "vllm:external_prefix_cache_queries": "Tokens looked for in tiers, since the prefix cache had not got them",
-    "vllm:external_prefix_cache_hits": "Tokens that tiers have brought, and nobody had to compute",
-    "vllm:kv_offload_store_bytes": "Bytes of K/V written to tiers, all of them together",
-    "vllm:kv_offload_load_bytes": "Bytes of K/V read from tiers, all of them together",
-    "paged:kv_loads": "Loads of blocks from tiers",
-    "paged:kv_loads_abandoned": "Loads that were too slow, or whose blocks were gone or needed for others",
-    "paged:late_compiles": "Graphs captured and kernels compiled while requests waited",
-    "paged:steps_divided": "Steps computed in parts, since memory had no room for them",
-}
-_TIER_COUNTERS = {  # what each tier does -> where TierStats has it, and in words
-    "paged:kv_tier_written_bytes": ("bytes_out", "Bytes of K/V written to a tier"),
-    "paged:kv_tier_written_blocks": ("blocks_out", "Blocks written to a tier"),
-    "paged:kv_tier_read_bytes": ("bytes_in", "Bytes of K/V read from a tier"),
-    "paged:kv_tier_read_blocks": ("blocks_in", "Blocks read from a tier"),
-    "paged:kv_tier_dropped_blocks": ("blocks_dropped", "Blocks not written, since the tier was behind or could not"),
-    "paged:kv_tier_lost_blocks": ("blocks_lost", "Blocks that a tier should have held: damaged, or evicted meanwhile"),
-}
-_TIERS = ("host", "disk")  # told from the start
-_TOTALS = {  # counters whose sums the engine keeps -> where StepStats has them
-    "vllm:prefix_cache_queries": "total_prefix_queries",
-    "vllm:prefix_cache_hits": "total_prefix_hits",
-    "vllm:num_preemptions": "total_preemptions",
-    "paged:late_compiles": "total_late_compiles",
-    "paged:steps_divided": "total_steps_divided",
-    "vllm:external_prefix_cache_queries": "offloading.total_tokens_asked",
-    "vllm:external_prefix_cache_hits": "offloading.total_tokens_loaded",
-    "vllm:kv_offload_store_bytes": "offloading.total_bytes_out",
-    "vllm:kv_offload_load_bytes": "offloading.total_bytes_in",
-    "paged:kv_loads": "offloading.total_loads",
-    "paged:kv_loads_abandoned": "offloading.total_loads_abandoned",
-}
-_HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
-    "vllm:time_to_first_token_seconds": ("From arrival to the first token", _SECONDS),
-    "vllm:inter_token_latency_seconds": ("Between two tokens of a request", _SECONDS),
-    "vllm:e2e_request_latency_seconds": ("From arrival to the end", _SECONDS),
-    "vllm:request_queue_time_seconds": ("From arrival to the first step", _SECONDS),
-    "vllm:request_prefill_time_seconds": ("From the first step to the first token", _SECONDS),
-    "vllm:request_decode_time_seconds": ("From the first token to the last", _SECONDS),
-    "vllm:request_prompt_tokens": ("Prompt tokens of a request", _TOKENS),
-    "vllm:request_generation_tokens": ("Generated tokens of a request", _TOKENS),
-    "vllm:request_params_n": ("Samples asked for", _FEW),
-    "vllm:iteration_tokens_total": ("Tokens computed in a step", _TOKENS),
-}
-_TGI_HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
-    "tgi_request_duration": ("From arrival to the end, in seconds", _SECONDS),
-    "tgi_request_queue_duration": ("From arrival to the first step, in seconds", _SECONDS),
-    "tgi_request_inference_duration": ("From the first step to the end, in seconds", _SECONDS),
-    "tgi_request_mean_time_per_token_duration": ("Inference time by tokens, in seconds", _SECONDS),
-    "tgi_request_generated_tokens": ("Generated tokens of a request", _TOKENS),
-    "tgi_request_input_length": ("Prompt tokens of a request", _TOKENS),
-}
-_TGI_GAUGES = {
-    "tgi_queue_size": "Requests that wait for their turn",
-    "tgi_batch_current_size": "Requests that are being computed",
-    # Counters in truth. TGI's names have no _total, which the client library would add to a Counter's.
-    "tgi_request_count": "Requests taken in",
-    "tgi_request_success": "Requests that ended in a stop or at their length",
-}
+if TYPE_CHECKING:
+    from paged_core import Engine
 
 
 class _Times:
@@ -135,40 +81,60 @@ class PrometheusMetrics:
         self._client = client
         self._replica = replica
         self.registry = registry if registry is not None else client.CollectorRegistry()
-        label = ("model_name",)
+        label, values = ("model_name", "engine"), (model_name, ENGINE)
         known: dict[str, Any] = {"registry": self.registry}
         self._success = client.Counter(
             "vllm:request_success", "Requests by how they ended", (*label, "finished_reason"), **known
         )
         for reason in FinishReason:
-            self._success.labels(model_name, reason.value)
-        self._model_name = model_name
+            self._success.labels(*values, reason.value)
+        self._values = values
         self._metrics: dict[str, Any] = {
-            **{name: client.Gauge(name, told, label, **known).labels(model_name) for name, told in _GAUGES.items()},
-            **{name: client.Counter(name, told, label, **known).labels(model_name) for name, told in _COUNTERS.items()},
+            **{name: client.Gauge(name, told, label, **known).labels(*values) for name, told in GAUGES.items()},
+            **{name: client.Counter(name, told, label, **known).labels(*values) for name, told in COUNTERS.items()},
             **{
-                name: client.Histogram(name, told, label, buckets=buckets, **known).labels(model_name)
-                for name, (told, buckets) in _HISTOGRAMS.items()
+                name: client.Histogram(name, told, label, buckets=buckets, **known).labels(*values)
+                for name, (told, buckets) in HISTOGRAMS.items()
             },
-            **{name: client.Gauge(name, told, **known) for name, told in _TGI_GAUGES.items()},
+            **{name: client.Gauge(name, told, **known) for name, told in TGI_GAUGES.items()},
             **{
                 name: client.Histogram(name, told, buckets=buckets, **known)
-                for name, (told, buckets) in _TGI_HISTOGRAMS.items()
+                for name, (told, buckets) in TGI_HISTOGRAMS.items()
             },
         }
         self._tier_metrics = {
-            name: client.Counter(name, told, (*label, "tier"), **known) for name, (_, told) in _TIER_COUNTERS.items()
+            name: client.Counter(name, told, (*label, "tier"), **known) for name, (_, told) in TIER_COUNTERS.items()
         }
         self._tier_totals: dict[tuple[str, str], int] = {}
-        for tier in _TIERS:
+        for tier in TIERS:
             self._count_tier(TierStats(tier))
         self._open: dict[Request, _Times] = {}
-        self._totals = dict.fromkeys(_TOTALS, 0)
+        self._totals = dict.fromkeys(TOTALS, 0)
 
     def render(self) -> tuple[bytes, str]:
         """(all metrics in Prometheus' text format, its content type). Callable from any thread."""
         registry = self.registry if self._replica is None else _Labelled(self.registry, {"replica": self._replica})
         return self._client.generate_latest(registry), self._client.CONTENT_TYPE_LATEST
+
+    def describe(self, engine: Engine) -> None:
+        """Tell how ``engine``'s cache is set up: ``vllm:cache_config_info``, whose value is 1. Once."""
+        sizes, config, device = engine.sizes, engine.config, engine.spec.device.type
+        windows = {layer.sliding_window for layer in engine.spec.layers}
+        told = {
+            "engine": ENGINE,
+            "block_size": sizes.block_size,
+            "num_gpu_blocks": sizes.num_blocks,  # on a CPU too, as vLLM has it
+            "num_cpu_blocks": 0,
+            "cache_dtype": config.kv_cache_dtype or "auto",
+            "enable_prefix_caching": config.enable_prefix_caching,
+            "gpu_memory_utilization": config.gpu_memory_utilization if device == "cuda" else None,
+            "sliding_window": windows.pop() if len(windows) == 1 else None,
+            "swap_space_bytes": config.kv_host_bytes or 0,
+            "kv_cache_memory_bytes": engine.memory.num_bytes,
+        }
+        told_as = "How the K/V cache is set up"
+        gauge = self._client.Gauge("vllm:cache_config_info", told_as, CACHE_CONFIG, registry=self.registry)
+        gauge.labels(**{name: str(value) for name, value in told.items()}).set(1)
 
     # ---- observers -----------------------------------------------------------------------------------------------
 
@@ -177,6 +143,8 @@ class PrometheusMetrics:
         self._open[request] = _Times()
         if request.index == 0:
             self._metrics["vllm:request_params_n"].observe(request.params.n)
+            if request.params.max_tokens is not None:
+                self._metrics["vllm:request_params_max_tokens"].observe(request.params.max_tokens)
             self._metrics["tgi_request_count"].inc()
 
     @hookimpl
@@ -189,7 +157,7 @@ class PrometheusMetrics:
         metrics["paged:kv_blocks_cached"].set(stats.num_blocks_cached)
         metrics["vllm:iteration_tokens_total"].observe(stats.num_tokens)
         metrics["paged:num_requests_loading"].set(stats.offloading.num_loading)
-        for name, field in _TOTALS.items():
+        for name, field in TOTALS.items():
             total = attrgetter(field)(stats)
             metrics[name].inc(total - self._totals[name])
             self._totals[name] = total
@@ -201,15 +169,21 @@ class PrometheusMetrics:
         request, now = output.request, time.perf_counter()
         times = self._open.pop(request)
         assert output.finish_reason is not None
-        self._success.labels(self._model_name, output.finish_reason.value).inc()
+        self._success.labels(*self._values, output.finish_reason.value).inc()
         self._observe(("vllm:request_prompt_tokens", "tgi_request_input_length"), request.num_prompt)
         self._observe(("vllm:request_generation_tokens", "tgi_request_generated_tokens"), request.num_output)
+        if not any(row in self._open for row in request.group.members):
+            longest = max(row.num_output for row in request.group.members)
+            self._observe(("vllm:request_max_num_generation_tokens",), longest)
         self._observe(("vllm:e2e_request_latency_seconds", "tgi_request_duration"), now - times.arrival)
         if times.first_token is not None:
-            self._observe(("vllm:request_decode_time_seconds",), times.last_token - times.first_token)
+            decode_s = times.last_token - times.first_token
+            self._observe(("vllm:request_decode_time_seconds",), decode_s)
+            if times.num_seen > 1:
+                self._observe(("vllm:request_time_per_output_token_seconds",), decode_s / (times.num_seen - 1))
         if times.started is not None and request.num_output:
             inference = now - times.started
-            self._observe(("tgi_request_inference_duration",), inference)
+            self._observe(("vllm:request_inference_time_seconds", "tgi_request_inference_duration"), inference)
             self._observe(("tgi_request_mean_time_per_token_duration",), inference / request.num_output)
         if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) and request.index == 0:
             self._metrics["tgi_request_success"].inc()
@@ -239,13 +213,14 @@ class PrometheusMetrics:
             if request.index == 0:
                 self._metrics["vllm:prompt_tokens"].inc(request.num_prompt)
         else:
-            self._observe(("vllm:inter_token_latency_seconds",), (now - times.last_token) / new)
+            each = (now - times.last_token) / new
+            self._observe(("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"), each)
         times.last_token = now
 
     def _count_tier(self, tier: TierStats) -> None:
-        for name, (field, _) in _TIER_COUNTERS.items():
+        for name, (field, _) in TIER_COUNTERS.items():
             total, key = getattr(tier, field), (name, tier.name)
-            self._tier_metrics[name].labels(self._model_name, tier.name).inc(total - self._tier_totals.get(key, 0))
+            self._tier_metrics[name].labels(*self._values, tier.name).inc(total - self._tier_totals.get(key, 0))
             self._tier_totals[key] = total
 
     def _observe(self, names: Sequence[str], value: float) -> None:
@@ -258,7 +233,8 @@ class PrometheusMetrics:
         metrics["vllm:num_requests_waiting"].set(waiting)
         metrics["tgi_batch_current_size"].set(running)
         metrics["tgi_queue_size"].set(waiting)
-        metrics["vllm:kv_cache_usage_perc"].set(usage)
+        for name in ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"):
+            metrics[name].set(usage)
         metrics["paged:kv_cache_waste_perc"].set(waste)
         metrics["paged:kv_blocks_shared"].set(shared)
 

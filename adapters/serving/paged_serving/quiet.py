@@ -1,6 +1,7 @@
 """What other libraries tell every process that imports them, and no user of ours wants to read."""
 
 import logging
+import os
 
 
 def quiet_imports() -> None:
@@ -8,3 +9,9 @@ def quiet_imports() -> None:
     load on a CPU, and the line that the hub's client has for each retry. Their errors are still shown."""
     for name in ("torchao", "torch.utils._pytree", "huggingface_hub.utils._http"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def no_progress_bars() -> None:
+    """For a process whose log is lines of JSON: other libraries' bars have no place between them. Before tqdm is
+    imported; it reads this then."""
+    os.environ.setdefault("TQDM_DISABLE", "1")

@@ -86,7 +86,7 @@ def test_escape_stops_an_answer_and_its_blocks_are_given_back(browser: Browser, 
         server.come_to_rest()
         with server.client() as client:
             assert (
-                'request_success_total{finished_reason="abort",model_name="alphabet"} 1.0'
+                'request_success_total{engine="0",finished_reason="abort",model_name="alphabet"} 1.0'
                 in client.get("/metrics").text
             )
         assert browser.evaluate("messages.length") == 0, "a question without an answer is forgotten"

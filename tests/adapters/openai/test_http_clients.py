@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -12,8 +13,9 @@ from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import GenerationError, ValidationError
 from prometheus_client.parser import text_string_to_metric_families
 
-from alphabet_model import AlphabetModel
-from http_server import Running, alphabet_server
+import paged_core
+from alphabet_model import AlphabetModel, Gate
+from http_server import Running, alphabet_server, until
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +212,29 @@ def test_the_hubs_client_knows_our_errors(hub: InferenceClient) -> None:
         hub.text_generation("A", watermark=True)
 
 
+def test_the_hubs_client_asks_for_a_schema(server: Running) -> None:
+    """It sends OpenAI's json_schema as TGI has it."""
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": "ab"}, "strict": True}}
+    with InferenceClient(base_url=f"{server.url}/v1", api_key="none", timeout=30) as client:
+        answer = client.chat_completion(MESSAGES, model="alphabet", max_tokens=9, response_format=schema)
+    assert answer.choices[0].message.content == '"ab"'
+
+
+def test_our_url_is_the_models_name_too(server: Running) -> None:
+    """Hugging Face's JavaScript client calls the model of an endpoint by the endpoint's URL."""
+    with server.client() as client:
+        for name, status in ((server.url, 200), (f"{server.url}/v1", 200), ("https://elsewhere.example/v1", 404)):
+            body = {"model": name, "messages": MESSAGES, "max_tokens": 2}
+            answer = client.post("/v1/chat/completions", json=body)
+            assert answer.status_code == status
+            assert status == 404 or answer.json()["model"] == "alphabet"
+
+
+def test_litellm_finds_the_words_it_looks_for_in_a_prompt_that_is_too_long(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 256 tokens"):
+        client.completions.create(model="alphabet", prompt="A" * 300)
+
+
 # ---- TGI's and vLLM's other routes -------------------------------------------------------------------------------
 
 
@@ -242,6 +267,41 @@ def test_tokenize_knows_both_forms(server: Running) -> None:
         assert client.post("/tokenize", json={}).status_code == 422
 
 
+def test_detokenize_gives_the_text_back(server: Running) -> None:
+    with server.client() as client:
+        assert client.post("/detokenize", json={"model": "alphabet", "tokens": [33, 34]}).json() == {"prompt": "AB"}
+        assert client.post("/detokenize", json={"tokens": [500]}).status_code == 422
+        assert client.post("/detokenize", json={"tokens": [33] * 300}).status_code == 422
+
+
+def test_the_small_routes_that_probes_and_balancers_ask(server: Running) -> None:
+    with server.client() as client:
+        assert client.get("/version").json() == {"version": paged_core.__version__}
+        assert client.get("/ping").status_code == client.post("/ping").status_code == 200
+        assert client.get("/load").json() == {"server_load": 0}
+        assert client.get("/v1/models/").json() == client.get("/v1/models").json()
+        lost = client.get("/")
+        assert (lost.status_code, lost.headers["allow"]) == (405, "POST")
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/rerank", "/v1/rerank", "/score", "/v1/score", "/pooling"])
+def test_what_needs_another_kind_of_model_is_told(server: Running, path: str) -> None:
+    with server.client() as client:
+        response = client.post(path, json={"model": "alphabet", "input": "A"})
+    assert response.status_code == 404
+    assert "needs a model that embeds or scores texts" in response.text
+
+
+def test_load_counts_what_is_under_way(gate: Gate) -> None:
+    with alphabet_server(AlphabetModel(gate)) as server, server.client() as client, ThreadPoolExecutor(1) as pool:
+        gate.shut()
+        answer = pool.submit(client.post, "/v1/completions", json={"prompt": "A", "max_tokens": 3, "n": 2, "seed": 1})
+        until(lambda: gate.num_steps > 0)
+        assert client.get("/load").json() == {"server_load": 2}
+        gate.open()
+        assert answer.result(30).status_code == 200
+
+
 def test_a_scraper_reads_what_was_done(server: Running) -> None:
     with server.client() as client:
         client.post("/v1/completions", json={"prompt": "A", "max_tokens": 3})
@@ -250,7 +310,7 @@ def test_a_scraper_reads_what_was_done(server: Running) -> None:
     families = {family.name: family for family in text_string_to_metric_families(response.text)}
     assert families["vllm:generation_tokens"].samples[0].value >= 3
     assert families["tgi_request_count"].samples[0].value >= 1
-    assert families["vllm:generation_tokens"].samples[0].labels == {"model_name": "alphabet"}
+    assert families["vllm:generation_tokens"].samples[0].labels == {"model_name": "alphabet", "engine": "0"}
 
 
 def test_a_failed_generation_is_told_in_each_form() -> None:

@@ -52,6 +52,25 @@ def head_of(raw: socket.socket) -> str:
     return data.decode().lower()
 
 
+# ---- idle connections ------------------------------------------------------------------------------------------
+
+
+def test_an_idle_connection_outlives_the_pools_of_clients_and_no_longer_than_was_said() -> None:
+    with alphabet_server(keep_alive_s=1, connections=ConnectionLimits(head_timeout_s=0.2)) as server:
+        with connect(
+            server, post({"prompt": "A", "max_tokens": 1}, "/v1/completions", "Connection: keep-alive")
+        ) as raw:
+            began = time.monotonic()
+            assert rest_of(raw).startswith(b"HTTP/1.1 200")
+            assert time.monotonic() - began > 0.9, "the time for a head is no limit for idleness"
+        with connect(server, post({"prompt": "A", "max_tokens": 1})) as raw:
+            assert "200 ok" in head_of(raw)
+            raw.sendall(b"POST /v1/")
+            assert b"408" in rest_of(raw), "a head that has begun has its own limit"
+    with alphabet_server() as server:
+        assert server.server.config.timeout_keep_alive == 75
+
+
 # ---- clients that don't read -------------------------------------------------------------------------------------
 
 

@@ -80,12 +80,16 @@ def test_a_real_model_is_served_until_a_signal_comes(process: Process) -> None:
         )
         streamed = "".join(chunk.choices[0].delta.content or "" for chunk in pieces)
         assert streamed == answer.choices[0].message.content
+        assert "vllm:cache_config_info{" in raw.get("/metrics").text
         generated = raw.post(
             "/generate", json={"inputs": "One, two", "parameters": {"details": True, "max_new_tokens": 8}}
         )
         details = generated.json()["details"]
         assert "".join(t["text"] for t in details["tokens"] if not t["special"]) == generated.json()["generated_text"]
-        assert 'vllm:request_success_total{finished_reason="length",model_name="smollm2"}' in raw.get("/metrics").text
+        assert (
+            'vllm:request_success_total{engine="0",finished_reason="length",model_name="smollm2"}'
+            in raw.get("/metrics").text
+        )
         assert [tier["name"] for tier in raw.get("/live").json()["tiers"]] == ["disk"]
 
         body = {"prompt": "Once upon a time", "max_tokens": 400, "stream": True, "ignore_eos": True}
@@ -100,7 +104,11 @@ def test_a_real_model_is_served_until_a_signal_comes(process: Process) -> None:
     assert "shutting down" in json.loads(error.removeprefix("data: "))["error"]["message"]
     assert done == "data: [DONE]"
     assert statuses == [0]
-    log = [json.loads(line) for line in process.log.read_text().splitlines() if line.startswith("{")]
+    log = [json.loads(line) for line in process.log.read_text().splitlines()]  # and nothing between them
+    (told,) = [line for line in log if line["message"] == "serving"]
+    assert (told["url"], told["dtype"]) == (f"http://127.0.0.1:{process.port}", "float32")
+    assert (told["attention_backend"], told["max_model_len"]) == ("reference", 512)
+    assert 0 < told["kv_bytes"] <= 50_000_000 and told["kv_tokens"] > 512
     assert any(line["message"] == "request" and line["path"] == "/generate" for line in log)
     assert "France" not in process.log.read_text()
     kept = process.log.parent / "kv"

@@ -15,12 +15,14 @@ from paged_core.tiers.host import HostTier
 from paged_serving import PrometheusMetrics
 
 VLLM = {
-    "gauge": ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"],
+    "gauge": ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "gpu_cache_usage_perc"],
     "counter": ["prompt_tokens", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits", "num_preemptions",
                 "request_success"],
     "histogram": ["time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds",
                   "request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds",
-                  "request_prompt_tokens", "request_generation_tokens", "request_params_n", "iteration_tokens_total"],
+                  "request_prompt_tokens", "request_generation_tokens", "request_params_n", "iteration_tokens_total",
+                  "time_per_output_token_seconds", "request_time_per_output_token_seconds",
+                  "request_inference_time_seconds", "request_max_num_generation_tokens", "request_params_max_tokens"],
 }  # fmt: skip
 TGI = [
     "tgi_request_count", "tgi_request_success", "tgi_queue_size", "tgi_batch_current_size",
@@ -54,6 +56,17 @@ def a_second_each(model: AlphabetModel, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(time, "perf_counter", lambda: seconds[-1])
 
 
+def test_how_the_cache_is_set_up_is_told_as_labels(engine: Engine, metrics: PrometheusMetrics) -> None:
+    metrics.describe(engine)
+    families = text_string_to_metric_families(metrics.render()[0].decode())
+    (sample,) = next(family.samples for family in families if family.name == "vllm:cache_config_info")
+    told = {name: sample.labels[name] for name in ("block_size", "num_gpu_blocks", "cache_dtype", "engine")}
+    assert (sample.value, told) == (
+        1.0,
+        {"block_size": "4", "num_gpu_blocks": str(engine.sizes.num_blocks), "cache_dtype": "auto", "engine": "0"},
+    )
+
+
 def run(engine: Engine) -> None:
     while engine.has_work:
         engine.step()
@@ -82,6 +95,7 @@ def test_every_name_that_dashboards_know_is_there_from_the_beginning(metrics: Pr
             assert family.type == kind
             assert family.samples
             assert all(sample.labels["model_name"] == "alphabet" for sample in family.samples)
+            assert all(sample.labels["engine"] == "0" for sample in family.samples), "vLLM's dashboards ask for it"
     assert set(TGI) <= scrape(metrics).keys()
     assert {"paged:kv_cache_waste_perc", "paged:kv_blocks_shared"} <= scrape(metrics).keys()
 

@@ -22,7 +22,9 @@ from paged_serving import (
     openai_error,
     tgi_error,
 )
+from paged_serving.grammars.form import Form
 from paged_serving.grammars.schemas import FORMATS
+from paged_serving.grammars.spelling import spell
 
 SCHEMA = {
     "type": "object",
@@ -52,6 +54,10 @@ def complete(alphabet: Alphabet, **fields: Any) -> list[dict[str, Any]]:
     "asked",
     [
         {"response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}},
+        {"response_format": {"type": "json_object", "value": SCHEMA}},  # as huggingface_hub sends it
+        {"response_format": {"type": "json", "value": SCHEMA}},  # TGI's
+        {"response_format": {"type": "json_schema", "value": {"name": "person", "schema": SCHEMA}}},
+        {"response_format": {"type": "json_object", "schema": SCHEMA}},  # llama.cpp's, and others'
         {"structured_outputs": {"json": SCHEMA}},
         {"structured_outputs": {"json": json.dumps(SCHEMA)}},
         {"guided_json": SCHEMA},
@@ -71,7 +77,14 @@ def test_any_object_will_do_for_json_mode(alphabet: Alphabet) -> None:
         assert choice["text"].startswith("{")
 
 
-@pytest.mark.parametrize("asked", [{"structured_outputs": {"regex": "[a-c]{3}x?"}}, {"guided_regex": "[a-c]{3}x?"}])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"structured_outputs": {"regex": "[a-c]{3}x?"}},
+        {"guided_regex": "[a-c]{3}x?"},
+        {"response_format": {"type": "regex", "value": "[a-c]{3}x?"}},
+    ],
+)
 def test_answers_follow_an_expression(alphabet: Alphabet, asked: dict[str, Any]) -> None:
     (choice,) = complete(alphabet, **asked)  # the model would say B; of what is allowed it says a, and goes on
     assert re.fullmatch("abcx?", choice["text"])
@@ -256,6 +269,28 @@ def test_what_is_wrong_with_a_grammar_is_told_in_its_own_terms(
     assert unsaid not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("expression", "ascii_only", "elsewhere"),
+    [
+        (r"GO\d\d", ["GO11"], ["GO𝟻1", "GO١١"]),
+        (r"[\d.]+", ["1.5"], ["١.٥"]),
+        (r"\w+", ["a_Z9"], ["ä", "я"]),
+        (r"[^\w]\s\S", ["! b", "ä\tб"], ["a b", "!\u2003b"]),
+        (r"\D\W", ["ab"[:1] + "!"], ["1!", "ab"]),
+        (r"\\d[\]\d]", ["\\d]", "\\d7"], ["\\٧"]),
+    ],
+)
+def test_classes_of_an_expression_are_asciis(expression: str, ascii_only: list[str], elsewhere: list[str]) -> None:
+    """As ``re.ASCII`` has them: a post code of mathematical digits is none."""
+    import llguidance
+
+    tokenizer = llguidance.LLTokenizer("byte")
+    for text in (*ascii_only, *elsewhere):
+        matcher = llguidance.LLMatcher(tokenizer, spell("regex", expression, Form()))
+        taken = matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()
+        assert taken is (re.fullmatch(expression, text, re.ASCII) is not None) is (text in ascii_only), text
+
+
 def test_chats_and_tgis_route_follow_it_too(alphabet: Alphabet) -> None:
     body = {"messages": [{"role": "user", "content": "?"}], "response_format": {"type": "json_object"}}
     call = ChatCall({**body, "max_tokens": 30, "logit_bias": NO_SPACES}, alphabet.served, "1")
@@ -284,7 +319,10 @@ def test_chats_and_tgis_route_follow_it_too(alphabet: Alphabet) -> None:
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"guided_choice": []}, "guided_choice"),
         ({"response_format": {}}, "response_format"),
-        ({"response_format": {"type": "json_object", "schema": {"const": 1}}}, "response_format"),
+        ({"response_format": {"type": "text", "value": {}}}, "response_format"),
+        ({"response_format": {"type": "regex", "value": {}}}, "response_format.value"),
+        ({"response_format": {"type": "json"}}, "response_format"),
+        ({"response_format": {"type": "json", "value": SCHEMA, "schema": SCHEMA}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "shape": 1}}}, "response_format"),
         ({"guided_regex": "(" * 5000 + ")" * 5000}, "guided_regex"),
         ({"guided_regex": "a" * 300_000}, "guided_regex"),

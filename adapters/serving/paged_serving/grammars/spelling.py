@@ -13,6 +13,8 @@ from paged_serving.grammars.schemas import adapted
 
 _MAX_TEXT = 262_144  # characters of a grammar: a second's work
 _SPACE = r"[\n\r]{0,2}[ \t]{0,32}"  # a line break and its indentation; without an end, some models go on for ever
+_CLASSES = {"d": "0-9", "w": "0-9A-Za-z_", "s": r" \t\n\r\f\v"}
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 
 
@@ -30,7 +32,7 @@ def spell(kind: str, value: Any, form: Form) -> str:
     if kind == "regex":
         from llguidance import LLMatcher
 
-        spelt: str = LLMatcher.grammar_from_regex(text)
+        spelt: str = LLMatcher.grammar_from_regex(_ascii(text))
         return spelt
     return _lark(_from_gbnf(text) if _GBNF_RULE.search(text) else text)
 
@@ -80,6 +82,19 @@ def _lark(text: str) -> str:
 
     spelt: str = LLMatcher.grammar_from_lark(_checked(text))
     return spelt
+
+
+def _ascii(expression: str) -> str:
+    r"""``\d``, ``\w`` and ``\s`` as ASCII has them, and as patterns of JSON schemas do. To llguidance they are digits,
+    letters and spaces of all scripts. A class inside a class is a part of it."""
+
+    def spelt(escape: re.Match[str]) -> str:
+        inside = _CLASSES.get(escape[1].lower())
+        if inside is None:
+            return escape[0]
+        return f"[{'^' if escape[1].isupper() else ''}{inside}]"
+
+    return _ESCAPE.sub(spelt, expression)
 
 
 def _checked(text: str) -> str:

@@ -108,8 +108,10 @@ class ServedModel:
     def check_length(self, name: str, num_tokens: int) -> None:
         """Raises ProtocolError for a prompt that is too long."""
         if num_tokens > self.max_prompt_tokens:
-            told = f"{name} has {num_tokens} tokens; at most {self.max_prompt_tokens} can be served (the model's length"
-            raise ProtocolError(f"{told} is {self.max_model_len})", name, code="context_length_exceeded")
+            told = f"{name} has {num_tokens} tokens; at most {self.max_prompt_tokens} can be served"
+            # Clients look for these words, and cut the prompt or choose another model when they find them.
+            told = f"{told}: this model's maximum context length is {self.max_model_len} tokens"
+            raise ProtocolError(told, name, code="context_length_exceeded")
 
     def prompts(
         self, name: str, value: str | Sequence[str | int | list[int]], add_special_tokens: bool, truncate: int | None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from msgspec import Meta, field
 
@@ -39,13 +39,18 @@ class NamedSchema(Body, frozen=True):
 
 
 class ResponseFormat(Body, frozen=True):
-    type: Literal["text", "json_object", "json_schema"]
+    """OpenAI's; with a ``value``, as TGI has it and huggingface_hub sends it; with a ``schema``, as others do."""
+
+    type: Literal["text", "json_object", "json_schema", "json", "regex"]
     json_schema: NamedSchema | None = None
+    value: Annotated[str | dict[str, Any], must("a JSON schema, or of type regex an expression")] | None = None
+    schema: dict[str, Any] | None = None
 
 
 class StructuredOutputs(Body, frozen=True):
     """vLLM's."""
 
+    elsewhere: ClassVar[Mapping[str, str]] = {"structural_tag": "can't be honoured; spell it as a grammar"}
     json: JSONSchema | None = None
     regex: str | None = None
     choice: Choices | None = None
@@ -118,17 +123,31 @@ def _asked(body: OpenAIStructures) -> Iterator[Structure]:
 
 
 def _response_format(asked: str | ResponseFormat | None) -> Iterator[Structure]:
-    kind = asked.type if isinstance(asked, ResponseFormat) else asked
-    named = asked.json_schema if isinstance(asked, ResponseFormat) else None
-    if (kind == "json_schema") is not (named is not None):
-        wrong = (
-            "needs a json_schema with a schema" if named is None else f"may not hold json_schema beside type {kind!r}"
-        )
-        refuse("response_format", wrong)
-    if kind == "json_object":
-        yield Structure("response_format", "json", _OBJECT)
-    if named is not None:
-        yield Structure("response_format", "json", named.schema)
+    if asked is None or asked == "text":
+        return
+    if isinstance(asked, str):
+        asked = ResponseFormat(type="json_object")
+    named = asked.json_schema.schema if asked.json_schema is not None else None
+    given = [each for each in (named, asked.value, asked.schema) if each is not None]
+    if len(given) > 1 or (given and asked.type == "text") or (named is not None and asked.type != "json_schema"):
+        wrong = "json_schema" if asked.json_schema is not None else "a value"
+        refuse("response_format", f"may not hold {wrong} beside type {asked.type!r} and what else it holds")
+    if not given and asked.type not in ("text", "json_object"):
+        needed = "a value" if asked.type in ("json", "regex") else "a json_schema with a schema"
+        refuse("response_format", f"needs {needed}")
+    if asked.type == "regex":
+        if not isinstance(given[0], str):
+            refuse("response_format.value", "must be an expression: a string")
+        yield Structure("response_format", "regex", given[0])
+    elif asked.type != "text":
+        yield Structure("response_format", "json", _unwrapped(given[0]) if given else _OBJECT)
+
+
+def _unwrapped(schema: str | dict[str, Any]) -> Any:
+    """TGI takes a schema inside its name, as OpenAI wraps it, too."""
+    if isinstance(schema, dict) and isinstance(schema.get("schema"), dict) and "type" not in schema:
+        return schema["schema"]
+    return schema
 
 
 def _form(body: OpenAIStructures) -> Form:

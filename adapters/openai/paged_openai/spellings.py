@@ -1,0 +1,104 @@
+"""vLLM's spellings of options: taken where they mean what ours do, or what is done anyway; else refused."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+_ALIASES = {  # vLLM's -> ours
+    "--kv-cache-memory-bytes": "--kv-bytes",
+    "--no-enable-prefix-caching": "--no-prefix-caching",
+    "--enforce-eager": "--no-cuda-graphs",
+    "--uvicorn-log-level": "--log-level",
+    "--enable-log-requests": "--log-prompts",
+}
+_DONE_ANYWAY = (  # flags that ask for what is always so
+    "--enable-auto-tool-choice", "--enable-chunked-prefill", "--enable-prefix-caching", "--disable-log-requests",
+    "--no-enable-log-requests", "--disable-log-stats", "--disable-uvicorn-access-log", "--enable-prompt-tokens-details",
+    "--disable-frontend-multiprocessing", "--no-trust-remote-code",
+    "--trust-remote-code",  # a permission that is not made use of: no code that a model brings is run
+)  # fmt: skip
+_ONLY: dict[str, tuple[tuple[str, ...], str]] = {  # values that ask for what is always so; what else there is
+    "--tensor-parallel-size": (("1",), "one process serves a model on one device"),
+    "--pipeline-parallel-size": (("1",), "there is no pipeline parallelism"),
+    "--data-parallel-size": (("1",), "run a server for each replica, and a balancer before them"),
+    "--tokenizer-mode": (("auto",), "the model's own tokenizer is used"),
+    "--load-format": (("auto", "safetensors", "hf"), "weights are read as transformers reads them"),
+    "--quantization": (("none",), "models come as they were quantised; --dtype and --kv-cache-dtype say the rest"),
+    "--cpu-offload-gb": (("0",), "weights stay where the model runs"),
+    "--swap-space": (("0", "4"), "K/V go to --kv-host-bytes or --kv-disk"),
+    "--response-role": (("assistant",), "answers are the assistant's"),
+    "--runner": (("auto", "generate"), "models that embed or score texts aren't served"),
+    "--task": (("auto", "generate"), "models that embed or score texts aren't served"),
+    "--guided-decoding-backend": (("auto", "guidance", "llguidance"), "structures are llguidance's"),
+}
+_REFUSED = {
+    "--revision": "download it first (hf download MODEL --revision ...), and give its folder as MODEL",
+    "--tokenizer-revision": "download it first, and give its folder as --tokenizer",
+    "--code-revision": "no code that a model brings is run",
+    "--speculative-config": "there is no speculation yet",
+    "--enable-lora": "merge the adapter into the model first (peft: merge_and_unload), and serve that",
+    "--lora-modules": "merge the adapter into the model first (peft: merge_and_unload), and serve that",
+    "--hf-overrides": "change config.json in the model's folder",
+    "--override-generation-config": "change generation_config.json in the model's folder",
+}
+
+
+def add_spellings(parser: argparse.ArgumentParser) -> None:
+    """To be called when ``parser`` knows our own."""
+    group = parser.add_argument_group("vLLM's spellings", "taken where they mean what ours do, else told what to do")
+    known = {flag: action for action in parser._actions for flag in action.option_strings}
+    for flag, ours in _ALIASES.items():
+        group.add_argument(flag, action=_As, ours=known[ours], help=f"our {ours}")
+    group.add_argument(
+        "--allowed-origins", type=_origins, dest="cors_origin", metavar="JSON", default=argparse.SUPPRESS,
+        help="our --cors-origin, for each",
+    )  # fmt: skip
+    for flag in _DONE_ANYWAY:
+        group.add_argument(flag, action="store_true", dest="_done_anyway", default=argparse.SUPPRESS, help="it is so")
+    for flag, (values, why) in _ONLY.items():
+        if flag in known:
+            continue
+        told = f"{' or '.join(values)}: {why}"
+        group.add_argument(flag, action=_Only, values=values, why=why, metavar="X", dest="_only",
+                           default=argparse.SUPPRESS, help=told)  # fmt: skip
+    for flag, why in _REFUSED.items():
+        group.add_argument(flag, action=_Only, values=(), why=why, metavar="X", nargs="?", dest="_only",
+                           default=argparse.SUPPRESS, help=f"refused: {why}")  # fmt: skip
+
+
+class _As(argparse.Action):
+    """Another flag of ``ours``."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, *, ours: argparse.Action, help: str) -> None:
+        super().__init__(
+            option_strings, ours.dest, ours.nargs, type=ours.type, choices=ours.choices, metavar=ours.metavar,
+            default=argparse.SUPPRESS, help=help,
+        )  # fmt: skip
+        self._ours = ours
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        self._ours(parser, namespace, values, option_string)
+
+
+class _Only(argparse.Action):
+    def __init__(self, *args: Any, values: Sequence[str], why: str, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._values, self._why = values, why
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if values not in self._values:
+            given = "" if values is None or values == [] else f" {values}"
+            parser.error(f"{option_string}{given} can't be had here: {self._why}")
+
+
+def _origins(text: str) -> list[str]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a JSON list of origins")
+    return found

@@ -1,0 +1,95 @@
+"""``paged serve`` takes a command line of vLLM's: what means the same is done, what can't be had is told."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from alphabet_model import AlphabetModel
+from paged_core import ConfigError, Engine, EngineConfig
+from paged_openai.commands import add_options
+from paged_openai.serving import _app_options, _template, _tokenizer
+from paged_serving import engine_config
+
+
+@pytest.fixture
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return parser
+
+
+def test_other_words_for_the_same(parser: argparse.ArgumentParser) -> None:
+    args = parser.parse_args(
+        ["--kv-cache-memory-bytes", "300M", "--enforce-eager", "--no-enable-prefix-caching", "--uvicorn-log-level",
+         "error", "--allowed-origins", '["http://a", "http://b"]', "--max-model-len", "64", "--enable-log-requests"]
+    )  # fmt: skip
+    config = engine_config(args)
+    assert (config.kv_cache_bytes, config.cuda_graphs, config.enable_prefix_caching) == (300 << 20, False, False)
+    assert (args.log_level, args.log_prompts, config.max_model_len) == ("error", True, 64)
+    assert _app_options(args).cors_origins == ("http://a", "http://b")
+
+
+def test_what_is_done_anyway_passes(parser: argparse.ArgumentParser) -> None:
+    args = parser.parse_args(
+        ["--enable-auto-tool-choice", "--disable-log-requests", "--enable-chunked-prefill", "--trust-remote-code",
+         "--pipeline-parallel-size", "1", "--swap-space", "4", "--load-format", "safetensors"]
+    )  # fmt: skip
+    assert engine_config(args) == engine_config(parser.parse_args([]))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--pipeline-parallel-size", "2"], "2 can't be had here: there is no pipeline parallelism"),
+        (["--revision", "main"], "give its folder as MODEL"),
+        (["--quantization", "awq"], "models come as they were quantised"),
+        (["--enable-lora"], "merge_and_unload"),
+        (["--allowed-origins", "http://a"], "isn't a JSON list"),
+        (["--uvicorn-log-level", "trace"], "invalid choice"),
+        (["--root-path", "/a b"], "is no path such as /llm"),
+        (["--timeout-keep-alive", "0"], "isn't a whole number"),
+    ],
+)
+def test_what_cannot_be_had_is_told_with_a_way_out(
+    parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str], given: list[str], told: str
+) -> None:
+    with pytest.raises(SystemExit):
+        parser.parse_args(given)
+    assert told in capsys.readouterr().err.replace("\n", " ")
+
+
+class _Tokenizers:
+    """Those of a plugin: one for each source."""
+
+    def __init__(self) -> None:
+        self.asked: list[object] = []
+
+    def load_tokenizer(self, source: object) -> argparse.Namespace | None:
+        self.asked.append(source)
+        return argparse.Namespace(chat_template=None) if source == "other" else None
+
+
+def test_a_tokenizer_and_a_template_of_ones_own(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    from paged_core import hookimpl
+
+    hookimpl(_Tokenizers.load_tokenizer)
+    tokenizers = _Tokenizers()
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ messages[0].content }}", encoding="utf-8")
+    config = EngineConfig(num_blocks=16, attention_backend="reference")
+    engine = Engine(AlphabetModel(), config, plugins=[tokenizers])
+    try:
+        tokenizer = _tokenizer(engine, parser.parse_args(["--tokenizer", "other", "--chat-template", str(file)]))
+        assert (tokenizer.chat_template, tokenizers.asked) == ("{{ messages[0].content }}", ["other"])
+        with pytest.raises(ConfigError, match="no tokenizer is found"):
+            _tokenizer(engine, argparse.Namespace(tokenizer=b"nobody's", chat_template=None))
+        with pytest.raises(ConfigError, match="needs a tokenizer"):
+            _tokenizer(engine, parser.parse_args(["--chat-template", "{{ 1 }}"]))
+    finally:
+        engine.close()
+    assert _template("{{ 1 }}") == "{{ 1 }}"
+    with pytest.raises(ConfigError, match="can't be read"):
+        _template("nowhere.jinja")
