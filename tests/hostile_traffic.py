@@ -35,7 +35,7 @@ from toy_tokenizers import ByteTokenizer
 _CHECKS = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance",
            "allow_header_conformance")  # fmt: skip
 _KEPT = 4  # fields beside the least in a thinned body
-_LEAST = {"prompt": "A", "messages": [{"role": "user", "content": "A"}], "inputs": "A", "tokens": [33]}
+_LEAST = {"prompt": "A", "messages": [{"role": "user", "content": "A"}], "inputs": "A", "tokens": [33], "input": "A"}
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from paged_openai.logs import RequestLog
 from paged_openai.origins import OriginCheck
 from paged_openai.page import Page
 from paged_openai.prefixes import PathPrefix
-from paged_openai.responses import OPENAI, OPENAI_WITHOUT_DONE, TGI, error_response, form_of
+from paged_openai.responses import ANTHROPIC, OPENAI, OPENAI_WITHOUT_DONE, RESPONSES, TGI, error_response, form_of
 from paged_openai.service import Service
 from paged_openai.slashes import OptionalSlash
 from paged_openai.tracing import Traces
@@ -31,12 +31,19 @@ from paged_serving import (
     ChatCall,
     CompletionBody,
     CompletionCall,
+    CountBody,
     DetokenizeBody,
     Failure,
+    MessagesBody,
+    MessagesCall,
     PrometheusMetrics,
+    ResponsesBody,
+    ResponsesCall,
+    ResponseStore,
     TGIBody,
     TGICall,
     TokenizeBody,
+    count_tokens,
     detokenize,
     tokenize,
 )
@@ -57,6 +64,7 @@ class AppOptions:
     tgi_chat_stream: bool = False  # stream chats as TGI's clients read them, and not as OpenAI's do
     log_prompts: bool = False
     page: bool = True  # for browsers
+    max_stored_responses: int = 1000  # that later ones may go on from
     root_path: str = ""  # that a proxy serves us under, as /llm
     traces: Traces | None = None
 
@@ -82,9 +90,13 @@ def _calls(endpoints: Endpoints, options: AppOptions) -> list[Route]:
     chat_form = OPENAI
     if options.tgi_chat_stream:
         chat, chat_form = partial(ChatCall, whole_deltas=True), OPENAI_WITHOUT_DONE
+    store = ResponseStore(options.max_stored_responses)
     at = {
         "/v1/completions": endpoints.call(CompletionCall, CompletionBody, OPENAI),
         "/v1/chat/completions": endpoints.call(chat, ChatBody, chat_form),
+        "/v1/responses": endpoints.call(partial(ResponsesCall, store=store), ResponsesBody, RESPONSES),
+        "/v1/messages": endpoints.call(MessagesCall, MessagesBody, ANTHROPIC),
+        "/v1/messages/count_tokens": endpoints.answer(count_tokens, CountBody, ANTHROPIC),
         "/": endpoints.call(_tgi(None), TGIBody, TGI),
         "/generate": endpoints.call(_tgi(False), TGIBody, TGI),
         "/generate_stream": endpoints.call(_tgi(True), TGIBody, TGI),

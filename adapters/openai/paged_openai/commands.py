@@ -80,6 +80,8 @@ def _add_limits(group: Any) -> None:
                           ):  # fmt: skip
         told, default = f"{of_what} (default: %(default)s)", getattr(limits, name)
         add(f"--{name.replace('_', '-')}", type=whole_number, metavar="N", default=default, help=told)
+    add("--max-stored-responses", type=_from_0, default=1000, metavar="N",
+        help="of /v1/responses, that later ones may go on from (default: %(default)s)")  # fmt: skip
     add(
         "--max-body-bytes",
         type=whole_number,

@@ -17,7 +17,8 @@ _OPEN_TO_ALL = frozenset({"/health", "/ping", "/ready", "/metrics"})  # for prob
 
 
 class KeyCheck:
-    """ASGI middleware: calls need ``Authorization: Bearer KEY`` with one of the keys."""
+    """ASGI middleware: calls need ``Authorization: Bearer KEY``, or Anthropic's ``x-api-key: KEY``, with one of the
+    keys."""
 
     def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
         self._app = app
@@ -31,11 +32,12 @@ class KeyCheck:
 
     def _knows(self, scope: Scope) -> bool:
         """Takes the same time whatever the key: all are compared, as digests of one length."""
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, key = given.partition(b" ")
-        digest = _digest(key.strip())
-        found = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == b"bearer" and any(found)
+        headers = dict(reversed(scope["headers"]))  # the first of each name
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        given = [key.strip() if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b"").strip()]
+        digests = [_digest(each) for each in given]
+        found = [hmac.compare_digest(digest, known) for digest in digests for known in self._digests]
+        return any(found)
 
 
 def _open_to_all(scope: Scope) -> bool:

@@ -13,12 +13,16 @@ from typing import Any, NamedTuple
 from starlette.routing import BaseRoute, Route
 
 from paged_core import __version__
-from paged_openai.responses import OPENAI, TGI
+from paged_openai.responses import ANTHROPIC, OPENAI, TGI, form_of
 from paged_serving import (
+    CallError,
     ChatBody,
     CompletionBody,
+    CountBody,
     DetokenizeBody,
     Failure,
+    MessagesBody,
+    ResponsesBody,
     ServedModel,
     TGIBody,
     TokenizeBody,
@@ -39,6 +43,9 @@ class _Body(NamedTuple):
 _BODIES = {
     "/v1/completions": _Body(CompletionBody),
     "/v1/chat/completions": _Body(ChatBody),
+    "/v1/responses": _Body(ResponsesBody),
+    "/v1/messages": _Body(MessagesBody),
+    "/v1/messages/count_tokens": _Body(CountBody, (_JSON,)),
     "/": _Body(TGIBody),
     "/generate": _Body(TGIBody, (_JSON,)),
     "/generate_stream": _Body(TGIBody, (_EVENTS,)),
@@ -63,12 +70,27 @@ _ERRORS = {
             }
         },
     },
+    ANTHROPIC: {
+        "type": "object",
+        "required": ["type", "error"],
+        "properties": {
+            "type": {"const": "error"},
+            "error": {
+                "type": "object",
+                "required": ["type", "message"],
+                "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+            },
+        },
+    },
     TGI: {
         "type": "object",
         "required": ["error", "error_type"],
         "properties": {"error": {"type": "string"}, "error_type": {"type": "string"}},
     },
 }
+
+
+_NAMES = {OPENAI: "openai_error", ANTHROPIC: "anthropic_error", TGI: "tgi_error"}
 
 
 def openapi(routes: Iterable[BaseRoute], served: ServedModel, *, with_keys: bool) -> dict[str, Any]:
@@ -79,7 +101,7 @@ def openapi(routes: Iterable[BaseRoute], served: ServedModel, *, with_keys: bool
             for method in sorted((route.methods or set()) - {"HEAD"}):
                 path = re.sub(r"{(\w+):\w+}", r"{\1}", route.path)
                 paths.setdefault(path, {})[method.lower()] = _operation(method, path, served)
-    components = {"openai_error": _ERRORS[OPENAI], "tgi_error": _ERRORS[TGI]}
+    components = {name: _ERRORS[form] for form, name in _NAMES.items()}
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "paged-core", "version": __version__},
@@ -115,12 +137,11 @@ def _good(path: str, body: _Body | None) -> dict[str, Any]:
 
 def _failures(path: str) -> dict[str, Any]:
     """Every status that an error can have, in the form of the route's side."""
-    of_openai = path.startswith("/v1")
-    name = "openai_error" if of_openai else "tgi_error"
-    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+    form = form_of(path)
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{_NAMES[form]}"}}}
     failures: dict[str, Any] = {}
     for failure in Failure:
-        status = str(failure.value[0 if of_openai else 2])
+        status = str(form.error(CallError(failure, ""))[0])
         told = failure.name.lower().replace("_", " ")
         known = failures.get(status)
         failures[status] = {"description": f"{known['description']}, {told}" if known else told, "content": content}

@@ -22,10 +22,12 @@ from paged_serving import (
     Call,
     CallError,
     Failure,
+    anthropic_error,
     as_event,
     event_bytes,
     json_bytes,
     json_text,
+    named_event_bytes,
     openai_error,
     tgi_error,
 )
@@ -38,19 +40,34 @@ _PIECE = 256  # entries of a list that are encoded at once
 
 
 class Form(NamedTuple):
-    """How one protocol words its errors and ends its streams."""
+    """How one protocol words its errors and its events, and how it ends its streams."""
 
     error: Callable[[Exception], tuple[int, dict[str, Any]]]
     last_event: bytes
+    event: Callable[[Any], bytes] = event_bytes
+    late_error: Callable[[dict[str, Any]], Any] = lambda body: body  # an error's body, as an event
+
+
+def _named_error(body: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's event of its responses."""
+    return {
+        "type": "error",
+        "sequence_number": 0,
+        **{name: body["error"][name] for name in ("code", "message", "param")},
+    }
 
 
 OPENAI = Form(openai_error, LAST_EVENT)
 OPENAI_WITHOUT_DONE = Form(openai_error, b"")  # for clients that read every event as JSON
+RESPONSES = Form(openai_error, b"", named_event_bytes, _named_error)
+ANTHROPIC = Form(anthropic_error, b"", named_event_bytes)
 TGI = Form(tgi_error, b"")
 
 
 def form_of(path: str) -> Form:
     """The one that clients of this path expect."""
+    if path.startswith("/v1/messages"):
+        return ANTHROPIC
     return OPENAI if path.startswith("/v1") else TGI
 
 
@@ -129,7 +146,7 @@ class CallResponse(Response):
                         await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
                         started = True
                     if self._call.params.prompt_logprobs is None:
-                        events = b"".join([event_bytes(chunk) for chunk in chunks])
+                        events = b"".join([self._form.event(chunk) for chunk in chunks])
                     else:
                         events = await run_in_threadpool(_large_events, chunks)
                     await _send_body(send, events, more=True)
@@ -137,7 +154,8 @@ class CallResponse(Response):
             if not started:
                 raise
             self._error, self._notes["error"] = error, error_note(error)
-            await _send_body(send, event_bytes(_told(self._form, error)[1]), more=True)
+            told = self._form.late_error(_told(self._form, error)[1])
+            await _send_body(send, self._form.event(told), more=True)
         await _send_body(send, self._form.last_event, more=False)
 
     def _note(self, results: Sequence[GenerationOutput]) -> None:

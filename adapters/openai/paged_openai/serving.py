@@ -161,6 +161,7 @@ def _app_options(args: argparse.Namespace) -> AppOptions:
         log_prompts=args.log_prompts,
         page=args.page,
         root_path=args.root_path,
+        max_stored_responses=args.max_stored_responses,
     )
 
 

@@ -7,10 +7,12 @@ if TYPE_CHECKING:
     from paged_serving.exchange import Exchange
     from paged_serving.health import trouble
     from paged_serving.kv_events import KVEvents
-    from paged_serving.messages import LAST_EVENT, as_event, event_bytes, json_bytes, json_text
+    from paged_serving.messages import LAST_EVENT, as_event, event_bytes, json_bytes, json_text, named_event_bytes
     from paged_serving.metrics import PrometheusMetrics
     from paged_serving.options import add_engine_options, engine_config, whole_number
     from paged_serving.outcomes import as_outcome
+    from paged_serving.protocol.anthropic import MessagesCall, count_tokens
+    from paged_serving.protocol.anthropic_body import CountBody, MessagesBody
     from paged_serving.protocol.bodies import Body
     from paged_serving.protocol.call import Call
     from paged_serving.protocol.chat import ChatCall
@@ -18,9 +20,12 @@ if TYPE_CHECKING:
     from paged_serving.protocol.completions import CompletionBody, CompletionCall
     from paged_serving.protocol.detokenize import DetokenizeBody, detokenize
     from paged_serving.protocol.document import body_schema
-    from paged_serving.protocol.failures import CallError, Failure, openai_error, tgi_error
+    from paged_serving.protocol.failures import CallError, Failure, anthropic_error, openai_error, tgi_error
     from paged_serving.protocol.parsing import ProtocolError, parse_json
     from paged_serving.protocol.reading import unknown_fields
+    from paged_serving.protocol.response_store import ResponseStore
+    from paged_serving.protocol.responses import ResponsesCall
+    from paged_serving.protocol.responses_body import ResponsesBody
     from paged_serving.protocol.served import RequestLimits, ServedModel
     from paged_serving.protocol.tgi import TGICall
     from paged_serving.protocol.tgi_body import TGIBody
@@ -36,27 +41,36 @@ _LAZY = {
     "ChatCall": "protocol.chat",
     "CompletionBody": "protocol.completions",
     "CompletionCall": "protocol.completions",
+    "CountBody": "protocol.anthropic_body",
     "DetokenizeBody": "protocol.detokenize",
     "Exchange": "exchange",
     "Failure": "protocol.failures",
     "KVEvents": "kv_events",
     "LAST_EVENT": "messages",
+    "MessagesBody": "protocol.anthropic_body",
+    "MessagesCall": "protocol.anthropic",
     "PrometheusMetrics": "metrics",
     "ProtocolError": "protocol.parsing",
     "RequestLimits": "protocol.served",
+    "ResponseStore": "protocol.response_store",
+    "ResponsesBody": "protocol.responses_body",
+    "ResponsesCall": "protocol.responses",
     "ServedModel": "protocol.served",
     "TGIBody": "protocol.tgi_body",
     "TGICall": "protocol.tgi",
     "TokenizeBody": "protocol.tokenize",
     "add_engine_options": "options",
+    "anthropic_error": "protocol.failures",
     "as_event": "messages",
     "as_outcome": "outcomes",
     "body_schema": "protocol.document",
+    "count_tokens": "protocol.anthropic",
     "detokenize": "protocol.detokenize",
     "engine_config": "options",
     "event_bytes": "messages",
     "json_bytes": "messages",
     "json_text": "messages",
+    "named_event_bytes": "messages",
     "no_progress_bars": "quiet",
     "openai_error": "protocol.failures",
     "parse_json": "protocol.parsing",
@@ -77,26 +91,35 @@ __all__ = [
     "ChatCall",
     "CompletionBody",
     "CompletionCall",
+    "CountBody",
     "DetokenizeBody",
     "Exchange",
     "Failure",
     "KVEvents",
+    "MessagesBody",
+    "MessagesCall",
     "PrometheusMetrics",
     "ProtocolError",
     "RequestLimits",
+    "ResponseStore",
+    "ResponsesBody",
+    "ResponsesCall",
     "ServedModel",
     "TGIBody",
     "TGICall",
     "TokenizeBody",
     "add_engine_options",
+    "anthropic_error",
     "as_event",
     "as_outcome",
     "body_schema",
+    "count_tokens",
     "detokenize",
     "engine_config",
     "event_bytes",
     "json_bytes",
     "json_text",
+    "named_event_bytes",
     "no_progress_bars",
     "openai_error",
     "parse_json",

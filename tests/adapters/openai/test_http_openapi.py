@@ -14,8 +14,26 @@ from paged_openai.app import AppOptions
 from places import ROOT
 
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
-BODIES = ("/v1/completions", "/v1/chat/completions", "/", "/generate", "/generate_stream", "/tokenize", "/detokenize")
-LEAST = {"prompt": "A", "messages": [{"role": "user", "content": "A"}], "inputs": "A", "tokens": [33]}
+BODIES = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/",
+    "/generate",
+    "/generate_stream",
+    "/tokenize",
+    "/detokenize",
+)
+LEAST = {
+    "prompt": "A",
+    "messages": [{"role": "user", "content": "A"}],
+    "inputs": "A",
+    "tokens": [33],
+    "input": "A",
+    "max_tokens": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +93,7 @@ def test_every_field_of_the_document_is_known_and_its_shape_is_held(
 def test_the_fields_are_those_that_the_manual_lists(document: Any) -> None:
     said = PAGE.split("## What a request may hold")[1].split("\n## ")[0]
     fields = set()
-    for path in ("/v1/completions", "/v1/chat/completions", "/generate"):
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/generate"):
         for name, shape in body_of(document, path)["properties"].items():
             fields |= {name, *shape.get("properties", {})} if name in ("parameters", "stream_options") else {name}
     missing = {name for name in fields if f"`{name}`" not in said}

@@ -30,6 +30,19 @@ class Failure(Enum):
     INTERNAL = (500, "server_error", 500, "unhealthy")
 
 
+_OF_ANTHROPIC = {  # failure -> status and type for Anthropic's clients, where they aren't OpenAI's and "api_error"
+    Failure.INVALID: (400, "invalid_request_error"),
+    Failure.UNAUTHORIZED: (401, "authentication_error"),
+    Failure.FORBIDDEN: (403, "permission_error"),
+    Failure.NOT_FOUND: (404, "not_found_error"),
+    Failure.NOT_ALLOWED: (405, "invalid_request_error"),
+    Failure.TOO_SLOW: (408, "invalid_request_error"),
+    Failure.TOO_LARGE: (413, "request_too_large"),
+    Failure.OVERLOADED: (529, "overloaded_error"),
+    Failure.TIMEOUT: (504, "timeout_error"),
+}
+
+
 class CallError(Exception):
     """A call that can't be answered, for a reason that could not be seen in its body."""
 
@@ -52,6 +65,15 @@ def openai_error(error: Exception) -> tuple[int, dict[str, Any]]:
         if error.status != 400:
             status, kind = error.status, Failure.NOT_FOUND.value[1] if error.status == 404 else kind
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def anthropic_error(error: Exception) -> tuple[int, dict[str, Any]]:
+    """(status, body) for Anthropic's clients. Its own 529 is said of a server that has its hands full."""
+    failure, message = _told(error)
+    status, kind = _OF_ANTHROPIC.get(failure, (failure.value[0], "api_error"))
+    if isinstance(error, ProtocolError) and error.status == 404:
+        status, kind = _OF_ANTHROPIC[Failure.NOT_FOUND]
+    return status, {"type": "error", "error": {"type": kind, "message": message}}
 
 
 def tgi_error(error: Exception) -> tuple[int, dict[str, Any]]:

@@ -1,0 +1,85 @@
+"""Events as blocks, one after another: what protocols show whose answers are lists of items. Knows no protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from paged_serving.conversation.events import (
+    ArgumentsDelta,
+    Event,
+    Finish,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallEnd,
+    ToolCallStart,
+)
+
+
+@dataclass
+class Block:
+    """A part of an answer. It grows until it is closed."""
+
+    kind: Literal["text", "reasoning", "call"]
+    index: int  # among the blocks of the answer
+    text: str = ""  # of a call: the JSON text of its arguments
+    call_id: str = ""
+    name: str = ""  # of the tool that is called
+
+
+@dataclass(frozen=True)
+class BlockNews:
+    """``block`` was opened, has grown by ``text``, or is whole."""
+
+    what: Literal["opened", "grown", "closed"]
+    block: Block
+    text: str = ""
+
+
+class Blocks:
+    """The blocks of one answer, of its events."""
+
+    def __init__(self) -> None:
+        self.all: list[Block] = []
+        self.finish: Finish | None = None  # None: it goes on
+        self._open: Block | None = None
+
+    def feed(self, events: Iterable[Event]) -> Iterator[BlockNews]:
+        """An answer that has ended has one block at least: an empty text, where nothing was said."""
+        for event in events:
+            match event:
+                case TextDelta(text):
+                    yield from self._grow("text", text)
+                case ReasoningDelta(text):
+                    yield from self._grow("reasoning", text)
+                case ToolCallStart(_, call_id, name):
+                    yield from self._close()
+                    yield self._opened(Block("call", len(self.all), call_id=call_id, name=name))
+                case ArgumentsDelta(_, text):
+                    yield from self._grow("call", text)
+                case ToolCallEnd():
+                    yield from self._close()
+                case Finish():
+                    if not self.all:
+                        yield self._opened(Block("text", 0))
+                    yield from self._close()
+                    self.finish = event
+
+    def _grow(self, kind: Literal["text", "reasoning", "call"], text: str) -> Iterator[BlockNews]:
+        if self._open is None or self._open.kind != kind:
+            yield from self._close()
+            yield self._opened(Block(kind, len(self.all)))
+        assert self._open is not None, "it was opened"
+        self._open.text += text
+        yield BlockNews("grown", self._open, text)
+
+    def _opened(self, block: Block) -> BlockNews:
+        self.all.append(block)
+        self._open = block
+        return BlockNews("opened", block)
+
+    def _close(self) -> Iterator[BlockNews]:
+        if self._open is not None:
+            closed, self._open = self._open, None
+            yield BlockNews("closed", closed)

@@ -1,0 +1,243 @@
+"""/v1/responses and /v1/messages, as the SDKs of OpenAI and Anthropic and openai-agents use them, unchanged."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import anthropic
+import httpx2
+import openai
+import pytest
+
+from alphabet_model import AlphabetModel, Gate
+from http_server import Running, alphabet_server
+from paged_openai.app import AppOptions
+
+HI: Any = [{"role": "user", "content": "Hi"}]
+SCHEMA = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with alphabet_server(options=AppOptions(api_keys=("key",), max_stored_responses=3)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def gpt(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="key", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def claude(server: Running) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=server.url, api_key="key", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def raw(server: Running) -> Iterator[httpx2.Client]:
+    with server.client(headers={"x-api-key": "key"}) as client:
+        yield client
+
+
+# ---- /v1/responses -----------------------------------------------------------------------------------------------
+
+
+def test_a_response_has_openais_shape(gpt: openai.OpenAI) -> None:
+    answer = gpt.responses.create(model="alphabet", input="Hi", max_output_tokens=4, temperature=0, metadata={"a": "b"})
+    assert answer.output_text == ";<=>"
+    assert (answer.status, answer.model, answer.metadata) == ("incomplete", "alphabet", {"a": "b"})
+    assert answer.incomplete_details is not None and answer.incomplete_details.reason == "max_output_tokens"
+    assert answer.usage is not None and answer.usage.output_tokens == 4
+    ended = gpt.responses.create(model="alphabet", input=HI, temperature=0, extra_body={"stop": ">"})
+    assert (ended.status, ended.output_text, ended.output[0].type) == ("completed", ";<=", "message")
+
+
+def test_a_responses_events_are_openais_and_join_to_the_plain_answer(gpt: openai.OpenAI) -> None:
+    asked: Any = {"model": "alphabet", "input": HI, "temperature": 0, "extra_body": {"stop": "?"}}
+    with gpt.responses.stream(**asked) as stream:
+        events = list(stream)
+        joined = stream.get_final_response()
+    names = [event.type for event in events]
+    assert names[:4] == ["response.created", "response.in_progress", "response.output_item.added",
+                         "response.content_part.added"]  # fmt: skip
+    assert names[-4:] == ["response.output_text.done", "response.content_part.done", "response.output_item.done",
+                          "response.completed"]  # fmt: skip
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == ";<=>"
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    plain = gpt.responses.create(**asked)
+    assert joined.output_text == plain.output_text
+    assert joined.usage is not None and plain.usage is not None
+    assert joined.usage.output_tokens == plain.usage.output_tokens
+
+
+def test_a_response_goes_on_from_another_and_its_instructions_dont(gpt: openai.OpenAI, raw: httpx2.Client) -> None:
+    def prompt_of(**body: Any) -> int:
+        answer = gpt.responses.create(model="alphabet", max_output_tokens=2, temperature=0, **body)
+        ids.append(answer.id)
+        assert answer.usage is not None
+        return answer.usage.input_tokens
+
+    ids: list[str] = []
+    first = prompt_of(input="AB", instructions="Be brief.")
+    second = prompt_of(input="CD", previous_response_id=ids[0])
+    said = [
+        {"role": "user", "content": "AB"},
+        {"role": "assistant", "content": ";<"},
+        {"role": "user", "content": "CD"},
+    ]
+    assert second == prompt_of(input=said, store=False) != first
+    assert prompt_of(input="EF", previous_response_id=ids[1]) > second, "and that one's too"
+    for gone in (ids[2], "resp_0", "x" * 500):  # of store=False, and of nobody's
+        with pytest.raises(openai.NotFoundError, match="not kept here"):
+            prompt_of(input="x", previous_response_id=gone)
+    for _ in range(3):
+        prompt_of(input="x")
+    with pytest.raises(openai.NotFoundError):
+        prompt_of(input="x", previous_response_id=ids[0])
+
+
+def test_a_responses_text_follows_a_schema(gpt: openai.OpenAI) -> None:
+    text: Any = {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA, "strict": True}}
+    answer = gpt.responses.create(model="alphabet", input="Hi", text=text, max_output_tokens=200)
+    assert json.loads(answer.output_text) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": ""}, "input"),
+        ({"input": []}, "input"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
+        ({"input": [{"role": "user"}]}, "input[0].content"),
+        ({"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "["}]}, "input[0].arguments"),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
+        ({"background": True}, "background"),
+        ({"conversation": "x"}, "conversation"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"max_tokens": 4}, "max_tokens"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
+    ],
+)
+def test_what_a_response_cannot_have_is_refused_by_name(raw: httpx2.Client, fields: dict[str, Any], param: str) -> None:
+    refused = raw.post("/v1/responses", json={"input": "Hi", **fields})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
+def test_a_responses_late_error_is_an_event_of_its_own(gate: Gate) -> None:
+    with alphabet_server(AlphabetModel(gate), timeout_s=0.3) as server, server.client() as client:
+        gate.shuts_at = 3
+        for path, body in (
+            ("/v1/responses", {"input": "Hi"}),
+            ("/v1/messages", {"messages": HI, "max_tokens": 50}),
+        ):
+            gate.num_steps, gate.shuts_at = 0, 3
+            text = client.post(path, json={**body, "stream": True, "temperature": 0}).text
+            gate.open()
+            events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+            assert "event: error" in text.splitlines()[-3:], text
+            assert events[-1]["type"] == "error"
+            assert "was not done in" in json.dumps(events[-1])
+
+
+# ---- openai-agents -----------------------------------------------------------------------------------------------
+
+
+def test_openai_agents_run(server: Running) -> None:
+    import agents
+
+    agents.set_tracing_disabled(True)
+
+    async def main() -> tuple[str, str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="key", max_retries=0) as client:
+            model = agents.OpenAIResponsesModel("alphabet", client)
+            settings = agents.ModelSettings(temperature=0, extra_body={"stop": "?"})
+            agent = agents.Agent(name="speller", instructions="Spell.", model=model, model_settings=settings)
+            plain = await agents.Runner.run(agent, "Hi")
+            streamed = agents.Runner.run_streamed(agent, "Hi")
+            async for _ in streamed.stream_events():
+                pass
+            return str(plain.final_output), str(streamed.final_output)
+
+    assert asyncio.run(main()) == (";<=>", ";<=>")
+
+
+# ---- /v1/messages ------------------------------------------------------------------------------------------------
+
+
+def test_a_message_has_anthropics_shape(claude: anthropic.Anthropic) -> None:
+    answer = claude.messages.create(model="alphabet", messages=HI, max_tokens=4, system="Spell.")
+    (block,) = answer.content
+    assert block.type == "text" and block.text == ";<=>"
+    assert (answer.stop_reason, answer.stop_sequence, answer.role) == ("max_tokens", None, "assistant")
+    assert answer.usage.output_tokens == 4
+    stopped = claude.messages.create(model="alphabet", messages=HI, max_tokens=9, stop_sequences=[">"], temperature=0)
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", ">")
+
+
+def test_a_messages_events_join_to_the_plain_answer(claude: anthropic.Anthropic) -> None:
+    asked: Any = {"model": "alphabet", "messages": HI, "max_tokens": 4}
+    with claude.messages.stream(**asked) as stream:
+        text = "".join(stream.text_stream)
+        joined = stream.get_final_message()
+    plain = claude.messages.create(**asked)
+    assert text == ";<=>"
+    assert joined.content == plain.content
+    assert (joined.stop_reason, joined.usage.output_tokens) == (plain.stop_reason, plain.usage.output_tokens)
+
+
+def test_tokens_are_counted_as_they_are_asked(claude: anthropic.Anthropic) -> None:
+    counted = claude.messages.count_tokens(model="alphabet", messages=HI, system="Spell.")
+    answer = claude.messages.create(model="alphabet", messages=HI, max_tokens=1, system="Spell.")
+    asked = answer.usage.input_tokens + (answer.usage.cache_read_input_tokens or 0)
+    assert counted.input_tokens == asked
+
+
+def test_errors_are_anthropics(claude: anthropic.Anthropic, server: Running, raw: httpx2.Client) -> None:
+    with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
+        claude.messages.create(model="alphabet", messages=HI, max_tokens=0)
+    with pytest.raises(anthropic.NotFoundError, match="not served"):
+        claude.messages.create(model="claude-9", messages=HI, max_tokens=1)
+    stranger = anthropic.Anthropic(base_url=server.url, api_key="wrong", max_retries=0)
+    with stranger, pytest.raises(anthropic.AuthenticationError):
+        stranger.messages.create(model="alphabet", messages=HI, max_tokens=1)
+    refused = raw.post("/v1/messages", json={"messages": []})
+    assert refused.json() == {
+        "type": "error",
+        "error": {"type": "invalid_request_error", "message": refused.json()["error"]["message"]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"max_tokens": None}, "max_tokens"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "user", "content": [{"type": "tool_use"}]}]}, "messages[0].content[0].type"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice"),
+        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0]"),
+        ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
+        ({"stop_sequences": [""]}, "stop_sequences"),
+    ],
+)
+def test_what_a_message_cannot_have_is_refused_by_name(raw: httpx2.Client, fields: dict[str, Any], named: str) -> None:
+    refused = raw.post("/v1/messages", json={"messages": HI, "max_tokens": 2, **fields})
+    assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert named in refused.json()["error"]["message"]
+
+
+def test_a_full_queue_is_told_as_each_side_knows_it() -> None:
+    with alphabet_server() as server, server.client() as client:
+        server.service._num_open = server.service.max_open
+        told = client.post("/v1/messages", json={"messages": HI, "max_tokens": 1})
+        assert (told.status_code, told.json()["error"]["type"]) == (529, "overloaded_error")
+        assert client.post("/v1/responses", json={"input": "Hi"}).status_code == 503
+        server.service._num_open = 0
