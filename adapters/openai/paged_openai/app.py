@@ -76,7 +76,7 @@ def create_app(service: Service, metrics: PrometheusMetrics | None, options: App
     endpoints = Endpoints(service, limits, options.traces, log_prompts=options.log_prompts)
     about = About(service, metrics, with_keys=bool(options.api_keys))
     app = Starlette(
-        routes=[*_calls(endpoints, options), *_facts(about), *(_page_routes(service) if options.page else ())],
+        routes=[*_calls(endpoints, options), *_facts(about), *(_page_routes(service, metrics) if options.page else ())],
         middleware=_middleware(options),
         exception_handlers={HTTPException: _no_such_route},
     )
@@ -143,8 +143,8 @@ def _middleware(options: AppOptions) -> list[Middleware]:
     return middleware
 
 
-def _page_routes(service: Service) -> list[Route]:
-    page = Page(service)
+def _page_routes(service: Service, metrics: PrometheusMetrics | None) -> list[Route]:
+    page = Page(service, metrics)
     return [Route("/", page.page, include_in_schema=False), Route("/live", page.live, include_in_schema=False)]
 
 

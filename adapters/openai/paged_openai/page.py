@@ -22,7 +22,7 @@ from starlette.responses import Response
 from paged_core import Engine, EngineBusyError, EngineDeadError, EngineView
 from paged_openai.responses import TGI, error_response
 from paged_openai.service import Service
-from paged_serving import CallError, Failure, json_bytes
+from paged_serving import CallError, Failure, PrometheusMetrics, json_bytes
 
 MAX_CELLS = 2048  # of the block map, however many blocks there are
 _PATIENCE_S = 10.0  # with an engine whose step doesn't end
@@ -32,8 +32,8 @@ _FRESH_S = 0.25  # as long, one look at the engine is good for all who ask
 class Page:
     """The endpoints of ``GET /`` and ``GET /live``."""
 
-    def __init__(self, service: Service) -> None:
-        self._engine = service.engine
+    def __init__(self, service: Service, metrics: PrometheusMetrics | None) -> None:
+        self._engine, self._metrics = service.engine, metrics
         self._model = service.served.names[0]
         html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
         self._html = html.encode()
@@ -74,6 +74,7 @@ class Page:
             "running": view.num_running,
             "waiting": view.num_waiting,
             "max_running": self._engine.engine.sizes.max_num_seqs,
+            "generated": None if self._metrics is None else self._metrics.num_generated,
             "block_size": view.block_size,
             "saved": view.num_saved,
             "blocks": blocks,

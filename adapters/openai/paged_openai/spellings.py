@@ -73,6 +73,7 @@ class _As(argparse.Action):
     """Another flag of ``ours``."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, *, ours: argparse.Action, help: str) -> None:
+        assert not isinstance(ours.type, str), "argparse knows kinds by name too; none of ours is"
         super().__init__(
             option_strings, ours.dest, ours.nargs, type=ours.type, choices=ours.choices, metavar=ours.metavar,
             default=argparse.SUPPRESS, help=help,

@@ -108,6 +108,7 @@ class PrometheusMetrics:
         self._tier_totals: dict[tuple[str, str], int] = {}
         for tier in TIERS:
             self._count_tier(TierStats(tier))
+        self.num_generated = 0  # tokens, so far
         self._open: dict[Request, _Times] = {}
         self._totals = dict.fromkeys(TOTALS, 0)
 
@@ -206,6 +207,7 @@ class PrometheusMetrics:
             return
         times.num_seen += new
         self._metrics["vllm:generation_tokens"].inc(new)
+        self.num_generated += new
         if times.first_token is None:
             times.first_token = now
             self._observe(("vllm:time_to_first_token_seconds",), now - times.arrival)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -177,19 +178,112 @@ def test_a_pool_of_very_many_blocks_is_drawn_in_cells_of_several(browser: Browse
         assert browser.evaluate("$('map').clientHeight") < 400
 
 
-def test_the_page_follows_the_systems_colours_and_a_narrow_window(browser: Browser) -> None:
+LAYOUT = """(() => {
+    const tops = (selector) => [...document.querySelectorAll(selector)].map((each) => each.getBoundingClientRect().top);
+    const light = (name) => rgb(name).map((value) => value / 255)
+        .map((value) => value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, value, i) => sum + value * [0.2126, 0.7152, 0.0722][i], 0.05);
+    const contrast = (a, b) => Math.max(light(a), light(b)) / Math.min(light(a), light(b));
+    return {
+        sticks_out: document.documentElement.scrollWidth > innerWidth,
+        buttons: new Set(tops(".buttons button")).size,
+        parted: [...document.querySelectorAll(".row label")].filter((label) => {
+            const [whole, box] = [label, label.querySelector("input")].map((each) => each.getBoundingClientRect());
+            return whole.height > 1.5 * box.height;
+        }).length,
+        free: contrast("free", "card"), cached: contrast("cached", "free"), used: contrast("used", "free"),
+        back: getComputedStyle(document.body).backgroundColor,
+    };
+})()"""
+
+
+def test_the_page_holds_together_in_both_widths_and_both_colour_schemes(browser: Browser) -> None:
     with alphabet_server() as server:
         visit(browser, server)
-        colors = []
-        for dark in (False, True):
-            browser.dark(dark)
-            colors.append(browser.evaluate("getComputedStyle(document.body).backgroundColor"))
-        assert colors[0] != colors[1]
+        backs = set()
+        for width, height in ((380, 700), (1280, 900)):
+            browser.resize(width, height)
+            for dark in (False, True):
+                browser.dark(dark)
+                seen = browser.evaluate(LAYOUT)
+                backs.add(seen["back"])
+                assert not seen["sticks_out"], (width, dark)
+                assert seen["buttons"] == 1, "no button stands alone on a line"
+                assert seen["parted"] == 0, "each label stands beside its box"
+                assert seen["free"] > 1.35, "free cells are seen"
+                assert min(seen["cached"], seen["used"]) > 1.35, "and told from others"
         browser.dark(False)
-        browser.resize(380, 700)
-        assert browser.evaluate("document.documentElement.scrollWidth <= 380"), "nothing sticks out"
+        assert len(backs) == 2
+        assert browser.evaluate("document.documentElement.scrollHeight <= 900"), "all is seen at once"
         browser.resize(1280, 800)
-        assert browser.evaluate("document.documentElement.scrollHeight <= 800"), "all is seen at once"
+
+
+MARKDOWN = (
+    "# T\n\none **two** *three* `f(<b>)`\n\n- a\n- b\n\n3. c\n\n"
+    "```py\nx < y\n```\n[l](https://a.b/?c) [m](javascript:1)"
+)
+
+
+def test_markdown_becomes_elements_and_never_html(browser: Browser) -> None:
+    with alphabet_server() as server:
+        visit(browser, server)
+        html = browser.evaluate(f"markdown({json.dumps(MARKDOWN)}).map((each) => each.outerHTML).join('')")
+    assert html == (
+        "<h3>T</h3><p>one <strong>two</strong> <em>three</em> <code>f(&lt;b&gt;)</code></p>"
+        '<ul><li>a</li><li>b</li></ul><ol start="3"><li>c</li></ol><pre><code>x &lt; y</code></pre>'
+        '<p><a href="https://a.b/?c" target="_blank" rel="noopener noreferrer">l</a> [m](javascript:1)</p>'
+    )
+
+
+def test_a_system_prompt_is_told_and_an_answer_that_is_cut_is_marked(browser: Browser) -> None:
+    prompts: list[str] = []
+
+    def noted(token_ids: list[int]) -> None:
+        prompts.append("".join(chr(32 + token) for token in token_ids))
+
+    with alphabet_server(AlphabetModel(noted)) as server:
+        visit(browser, server)
+        browser.evaluate("$('system').value = 'Be kind.', $('tokens').value = 3")
+        browser.type("AB")
+        browser.press("Enter")
+        browser.until(f"{ANSWER}?.querySelector('.cut')")
+        assert browser.text("#log .assistant small").startswith("cut at the limit")
+        assert any("Be kind." in prompt for prompt in prompts)
+        browser.until("Number($('rate-chart').dataset.top) >= 1")
+        assert browser.evaluate("[percent(0), percent(0.0004), percent(0.05), percent(0.5)]") == [
+            "0 %", "< 0.1 %", "5.0 %", "50 %",
+        ]  # fmt: skip
+
+
+def test_calls_and_thoughts_are_folded_and_what_is_written_next_is_the_tools_answer(browser: Browser) -> None:
+    with alphabet_server() as server:
+        visit(browser, server)
+        told = browser.evaluate("""(() => {
+            const said = new Said(add("assistant"));
+            said.add({delta: {reasoning_content: "hm"}});
+            said.add({delta: {tool_calls: [{index: 0, id: "c", function: {name: "weather", arguments: "{"}}]}});
+            said.add({delta: {tool_calls: [{index: 0, function: {arguments: "}"}}]}, finish_reason: "tool_calls"});
+            said.show();
+            messages.push(said.message);
+            return [[...document.querySelectorAll("#log details")].map((each) => [each.open, each.textContent]),
+                    asked("rain"), said.message];
+        })()""")
+    folds, answer, message = told
+    assert folds == [[False, "Thoughtshm"], [False, "Calls weather{}"]]
+    assert answer == [{"role": "tool", "tool_call_id": "c", "content": "rain"}]
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    assert message == {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+def test_behind_a_prefix_the_page_finds_its_server(browser: Browser) -> None:
+    with alphabet_server(options=AppOptions(root_path="/llm")) as server:
+        for path in ("/llm", "/llm/"):
+            browser.open(server.url + path)
+            browser.until(CONNECTED)
+        browser.type("AB")
+        browser.press("Enter")
+        browser.until(f"{ANSWER}?.querySelector('small')")
+        assert browser.text("#log .assistant").startswith(";<=>")
 
 
 def test_everything_can_be_reached_by_keyboard_and_no_longer_answer_outlives_a_new_chat(

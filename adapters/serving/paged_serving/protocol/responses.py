@@ -76,7 +76,7 @@ class ResponsesCall:
         at = {"item_id": self._item_id(block), "output_index": block.index}
         if news.what == "grown":
             kind, place = _GROWN[block.kind]
-            more = {"logprobs": []} if block.kind == "text" else {}
+            more: dict[str, Any] = {"logprobs": []} if block.kind == "text" else {}
             yield self._event(f"{kind}.delta", **at, **place, delta=news.text, **more)
         elif news.what == "opened":
             item = self._item(block, "in_progress")
@@ -92,7 +92,7 @@ class ResponsesCall:
         if block.kind == "call":
             yield self._event(f"{kind}.done", **at, arguments=block.text, name=block.name)
         else:
-            more = {"logprobs": []} if block.kind == "text" else {}
+            more: dict[str, Any] = {"logprobs": []} if block.kind == "text" else {}
             yield self._event(f"{kind}.done", **at, **place, text=block.text, **more)
             part = _part(block, block.text)
             yield self._event("response.content_part.done", **at, content_index=0, part=part)
