@@ -93,16 +93,22 @@ def test_the_script_and_the_markup_mean_the_same_elements() -> None:
     assert {"cached", "used", "shared", "free"} <= set(ids), "a count for each state"
 
 
+def ids_in(markup: str) -> list[str]:
+    return re.findall(r'\bid="([^"]+)"', markup)
+
+
 def test_everything_on_the_page_has_a_name_for_those_who_dont_see_it() -> None:
     labelled = set(re.findall(r'<label for="([^"]+)"', HTML))
+    labelled |= {name for inside in re.findall(r"<label>[^<]+(<input[^>]*>)</label>", HTML) for name in ids_in(inside)}
     for tag in re.findall(r"<(?:input|textarea|canvas)[^>]*>", HTML):
-        [name] = re.findall(r'\bid="([^"]+)"', tag)
+        [name] = ids_in(tag)
         assert name in labelled or "aria-label" in tag, tag
     assert '<html lang="en">' in HTML
 
 
 def test_every_route_that_the_page_calls_is_there() -> None:
-    called = re.findall(r'fetch\("([^"]+)"', HTML)
+    called = [f"/{path}" for path in re.findall(r'fetch\(BASE \+ "([^"]+)"', HTML)]
+    assert len(called) == HTML.count("fetch("), "all of them where the page is"
     with alphabet_server() as server:
         paths = {route.path for route in server.server.config.app.routes}
     assert sorted(called) == ["/live", "/v1/chat/completions"]
@@ -128,7 +134,7 @@ def test_before_anything_was_asked_all_blocks_are_free() -> None:
         "model": "alphabet", "running": 0, "waiting": 0, "max_running": server.service.max_open - 100,
         "block_size": server.engine.engine.sizes.block_size, "saved": 0,
         "blocks": {"num": 512, "per_cell": 1, "cached": nothing, "used": nothing, "shared": nothing},
-        "tiers": [], "loaded": 0,
+        "tiers": [], "loaded": 0, "generated": 0,
     }  # fmt: skip
 
 

@@ -201,7 +201,7 @@ def test_what_tiers_have_done_is_counted_under_vllms_names_and_by_tier(
     assert found["vllm:kv_offload_store_bytes_total"] == found["vllm:kv_offload_load_bytes_total"] == 3 * block_bytes
     by_tier = metrics.render()[0].decode()
     for name in ("written_blocks", "read_blocks"):
-        assert f'paged:kv_tier_{name}_total{{model_name="alphabet",tier="host"}} 3.0' in by_tier
+        assert f'paged:kv_tier_{name}_total{{engine="0",model_name="alphabet",tier="host"}} 3.0' in by_tier
     engine.close()
 
 
