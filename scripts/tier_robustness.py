@@ -133,7 +133,9 @@ def damage(folder: Path, times: int, rnd: random.Random) -> dict[str, int]:
     tier.close(5)
     whole = {path: path.read_bytes() for path in sorted(folder.glob("*.kv"))}
     good = lost = 0
-    for _ in range(times):
+    for number in range(times):
+        if number and number % 10_000 == 0:
+            print(f"{number} damages so far", flush=True)
         path = rnd.choice(list(whole))
         path.write_bytes(_damaged(whole[path], rnd))
         back, gone = check(folder, SMALL)

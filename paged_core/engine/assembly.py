@@ -178,6 +178,11 @@ def create_tiers(
             "K/V in tiers (kv_disk_path, kv_host_bytes) are found by the prefix cache's digests, and "
             "enable_prefix_caching is False; leave it out, or leave the tiers out"
         )
+    if tiers and config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"tensor_parallel_size is {config.tensor_parallel_size}, and a tier would get the first rank's part of the "
+            "K/V only; leave one of them out"
+        )
     keys = {tier.key for tier in tiers if tier.key is not None}
     if len(keys) > 1:
         raise ConfigError("two tiers want digests of different keys; use one of them")

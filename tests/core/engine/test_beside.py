@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from paged_core import Engine, RequestStatus, SamplingParams
+from paged_core import ConfigError, Engine, RequestStatus, SamplingParams
+from paged_core.engine import assembly
 from paged_core.tiers.costs import Costs
 from tier_engines import SMALL, Slow, answers, filled_and_evicted, on_disk, prompts_like, stats
 from tiny_model import ChangingModel, TinyModel
@@ -156,9 +159,16 @@ def test_when_weights_change_the_tail_is_given_up(tier, beside):
     engine.close()
 
 
+def test_a_tier_and_several_ranks_are_refused_together(engine):
+    """A plugin's: those of the config are refused with it."""
+    split = replace(SMALL, tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="the first rank's part of the K/V only"):
+        assembly.create_tiers(engine._manager, engine._model, split, engine.sizes, engine._runner.cache)
+
+
 @pytest.mark.parametrize("dtype", [None, "int8"])
 def test_tokens_from_a_disk_are_those_without_one(tmp_path, beside, dtype):
-    config = SMALL if dtype is None else SMALL.__class__(**vars(SMALL) | {"kv_cache_dtype": dtype})
+    config = replace(SMALL, kv_cache_dtype=dtype)
     prompts = prompts_like(7, 40)
     plain = Engine(TinyModel(), config)
     engine = on_disk(tmp_path, config)
