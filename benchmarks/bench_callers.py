@@ -15,6 +15,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,19 @@ from paged_hf import embedded_folder, paged_generate
 Answers = dict[int, list[int]]
 
 
+@dataclass
+class Found:
+    """What was measured, under the names that the JSON has for it."""
+
+    tokens_per_s: dict[str, list[float]]  # of each system's runs
+    times: float  # paged, in the mean, over stock
+    same: str  # requests with the same tokens, of those that stock answered
+    patch_s: list[float]  # the first, and once more
+    tiny_call_ms: dict[str, float]
+
+
 def main() -> None:
+    """Measure, tell and write what the options ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--callers", type=int, default=16)
     parser.add_argument("--requests", type=int, default=64)
@@ -37,55 +50,35 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    model = AutoModelForCausalLM.from_pretrained(embedded_folder(), dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
-    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
-    began = time.perf_counter()
-    model.generate = paged_generate(model)
-    patch_s = time.perf_counter() - began
-    another = AutoModelForCausalLM.from_pretrained(embedded_folder(), dtype=torch.float32)
-    began = time.perf_counter()
-    paged_generate(another)
-    again_s = time.perf_counter() - began
+    model, patch_s = _patched()
+    _, again_s = _patched()
     call_ms = tiny_call_ms()
     print(f"patching: {patch_s:.2f} s, once more {again_s:.2f} s; a tiny call: {call_ms}", flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
     requests = synthetic(tokenizer.encode, args.requests).requests
-    stock = model.generate.stock
-    stock(torch.tensor([requests[0].prompt]), max_new_tokens=2)
-    began = time.perf_counter()
-    stock(torch.tensor([requests[0].prompt]), max_new_tokens=16)
-    whole_s = (time.perf_counter() - began) / 16 * sum(request.num_output for request in requests)
-    few = requests[:: max(1, round(whole_s / args.stock_seconds))]
+    few = requests[:: max(1, round(_stock_s(model.generate.stock, requests) / args.stock_seconds))]
+    speeds, same = compare(model, requests, few, args.callers)
+    times = sum(speeds["paged"]) / len(speeds["paged"]) / speeds["stock"][0]
+    print(f"{args.callers} callers: {times:.1f}x of stock behind a lock; same tokens in {same} of {len(few)}")
+    if args.json:
+        found = Found(speeds, times, f"{same} of {len(few)}", [patch_s, again_s], call_ms)
+        args.json.write_text(json.dumps({**_surroundings(args.callers), **asdict(found)}, indent=2) + "\n")
 
+
+def compare(
+    model: Any, requests: Sequence[BenchRequest], few: Sequence[BenchRequest], num_callers: int
+) -> tuple[dict[str, list[float]], int]:
+    """Output tokens a second of each run; how many of ``few``, which stock answers, have the same tokens."""
+    stock = _locked(model.generate.stock)
     speeds: dict[str, list[float]] = {"paged": [], "stock": []}
     answers: dict[str, Answers] = {}
     for name in ("paged", "stock", "paged"):
         model.generate.release()
-        chosen = requests if name == "paged" else few
-        answers[name], speed = run(model.generate if name == "paged" else _locked(stock), chosen, args.callers)
+        generate, chosen = (model.generate, requests) if name == "paged" else (stock, few)
+        answers[name], speed = run(generate, chosen, num_callers)
         speeds[name].append(speed)
         print(f"{name}: {len(chosen)} requests, {speed:.1f} output tokens/s", flush=True)
-    same = sum(answers["paged"][index] == tokens for index, tokens in answers["stock"].items())
-    times = sum(speeds["paged"]) / len(speeds["paged"]) / speeds["stock"][0]
-    print(f"{args.callers} callers: {times:.1f}x of stock behind a lock; same tokens in {same} of {len(few)}")
-    if args.json:
-        about = {
-            "model": "smollm2 float32",
-            "callers": args.callers,
-            "cpu": cpu_name(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "date": str(date.today()),
-        }
-        found = {
-            "tokens_per_s": speeds,
-            "times": times,
-            "same": f"{same} of {len(few)}",
-            "patch_s": [patch_s, again_s],
-            "tiny_call_ms": call_ms,
-        }
-        args.json.write_text(json.dumps({**about, **found}, indent=2) + "\n")
+    return speeds, sum(answers["paged"][index] == tokens for index, tokens in answers["stock"].items())
 
 
 def tiny_call_ms(num_calls: int = 500) -> dict[str, float]:
@@ -127,6 +120,36 @@ def run(generate: Callable[..., Any], requests: Sequence[BenchRequest], num_call
     for thread in threads:
         thread.join()
     return answers, sum(map(len, answers.values())) / (time.perf_counter() - began)
+
+
+def _patched() -> tuple[Any, float]:
+    """SmolLM2 with the patched generate, and the seconds that patching took."""
+    model = AutoModelForCausalLM.from_pretrained(embedded_folder(), dtype=torch.float32)
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
+    began = time.perf_counter()
+    model.generate = paged_generate(model)
+    return model, time.perf_counter() - began
+
+
+def _stock_s(stock: Callable[..., Any], requests: Sequence[BenchRequest], num_tried: int = 16) -> float:
+    """How long stock would take for all requests, one at a time: by a few tokens of the first."""
+    prompt = torch.tensor([requests[0].prompt])
+    stock(prompt, max_new_tokens=2)
+    began = time.perf_counter()
+    stock(prompt, max_new_tokens=num_tried)
+    return (time.perf_counter() - began) / num_tried * sum(request.num_output for request in requests)
+
+
+def _surroundings(num_callers: int) -> dict[str, Any]:
+    return {
+        "model": "smollm2 float32",
+        "callers": num_callers,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": str(date.today()),
+    }
 
 
 def _locked(generate: Callable[..., Any]) -> Callable[..., Any]:

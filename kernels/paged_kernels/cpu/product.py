@@ -92,27 +92,16 @@ def make_compute(tile: Any, columns: int, group: int, even: bool, begin: Any = n
         even: whether all groups are about as large, rather than all but the last of them full.
         begin, end: what each thread does before and after its items: ``begin(args, scratch)``, ``end()``.
     """
-    write_out, gate_in_place, add_rounded = _make_write_out(columns), _make_gate(columns), _make_add_rounded(columns)
+    compute_item = _make_item(tile, columns, _make_rows_of(group, even))
     sums_bytes = scratch_bytes(columns)
 
     @inline
-    def first_row(num_rows, num_groups, group_number):
-        if even:
-            return num_rows * group_number // num_groups
-        return min(num_rows, group * group_number)
-
-    @inline
     def compute(args):
-        num_rows, num_columns, depth = load_i64(args, NUM_ROWS), load_i64(args, NUM_COLUMNS), load_i64(args, DEPTH)
-        x_stride, y_stride, out_bf16 = load_i64(args, X_STRIDE), load_i64(args, Y_STRIDE), load_i64(args, OUT_BF16)
-        num_blocks, num_groups = -(-num_rows // BLOCK), -(-num_rows // group)
-        num_items = -(-num_columns // columns) * num_blocks
-        num_threads, num_parts = load_i64(args, NUM_THREADS), 2 if load_i64(args, GATED) else 1
+        num_rows, num_threads = load_i64(args, NUM_ROWS), load_i64(args, NUM_THREADS)
+        num_items = -(-load_i64(args, NUM_COLUMNS) // columns) * -(-num_rows // BLOCK)
         me = fetch_add(args + 8 * TICKET, 1)
         sums = load_i64(args, SCRATCH) + me * load_i64(args, SCRATCH_STRIDE)
         scratch = sums + sums_bytes
-        out_bytes = 2 if out_bf16 else 4
-        tile_bytes = load_i64(args, TILE_BYTES)
         begin(args, scratch)
         for turn in range(num_threads):
             owner = (me + turn) % num_threads
@@ -122,31 +111,60 @@ def make_compute(tile: Any, columns: int, group: int, even: bool, begin: Any = n
                 item = first + fetch_add(counter, 1)
                 if item >= last:
                     break
-                column, block = item // num_blocks * columns, item % num_blocks
-                row = first_row(num_rows, num_groups, num_groups * block // num_blocks)
-                rows = first_row(num_rows, num_groups, num_groups * (block + 1) // num_blocks) - row
-                width = min(columns, num_columns - column)
-                x = load_i64(args, X) + row * x_stride
-                place = out_bytes * (row * y_stride + column)
-                y, residual = load_i64(args, Y) + place, load_i64(args, RESIDUAL)
-                part = num_parts * (item // num_blocks)
-                w, bias_stride = load_i64(args, WEIGHT) + part * tile_bytes, load_i64(args, BIAS_STRIDE)
-                bias = load_i64(args, BIAS) + 4 * (part * columns + row * bias_stride)
-                if num_parts == 1 and width == columns and not out_bf16:
-                    tile(x, x_stride, w, depth, rows, y, y_stride, bias, bias_stride, args, scratch)
-                else:
-                    tile(x, x_stride, w, depth, rows, sums, 2 * columns, bias, bias_stride, args, scratch)
-                    if num_parts == 2:
-                        w, bias, up = w + tile_bytes, bias + 4 * columns, sums + 4 * columns
-                        tile(x, x_stride, w, depth, rows, up, 2 * columns, bias, bias_stride, args, scratch)
-                        gate_in_place(sums, rows)
-                    if residual:
-                        add_rounded(sums, rows, width, residual + place, y, y_stride)
-                    else:
-                        write_out(sums, rows, width, y, y_stride, out_bf16)
+                compute_item(args, item, sums, scratch)
         end()
 
     return compute
+
+
+def _make_rows_of(group: int, even: bool) -> Any:
+    @inline
+    def first_row(num_rows, num_groups, group_number):
+        if even:
+            return num_rows * group_number // num_groups
+        return min(num_rows, group * group_number)
+
+    @inline
+    def rows_of(num_rows, block, num_blocks):
+        """First row of a block, and how many it has: whole groups."""
+        num_groups = -(-num_rows // group)
+        row = first_row(num_rows, num_groups, num_groups * block // num_blocks)
+        return row, first_row(num_rows, num_groups, num_groups * (block + 1) // num_blocks) - row
+
+    return rows_of
+
+
+def _make_item(tile: Any, columns: int, rows_of: Any) -> Any:
+    write_out, gate_in_place, add_rounded = _make_write_out(columns), _make_gate(columns), _make_add_rounded(columns)
+
+    @inline
+    def compute_item(args, item, sums, scratch):
+        """A tile of columns for a block of rows; of a gated product, gate's and up's, which follow each other."""
+        num_rows, num_columns, depth = load_i64(args, NUM_ROWS), load_i64(args, NUM_COLUMNS), load_i64(args, DEPTH)
+        x_stride, y_stride, out_bf16 = load_i64(args, X_STRIDE), load_i64(args, Y_STRIDE), load_i64(args, OUT_BF16)
+        num_blocks, num_parts = -(-num_rows // BLOCK), 2 if load_i64(args, GATED) else 1
+        column, (row, rows) = item // num_blocks * columns, rows_of(num_rows, item % num_blocks, num_blocks)
+        width = min(columns, num_columns - column)
+        x = load_i64(args, X) + row * x_stride
+        place = (2 if out_bf16 else 4) * (row * y_stride + column)
+        y, residual = load_i64(args, Y) + place, load_i64(args, RESIDUAL)
+        part, tile_bytes = num_parts * (item // num_blocks), load_i64(args, TILE_BYTES)
+        w, bias_stride = load_i64(args, WEIGHT) + part * tile_bytes, load_i64(args, BIAS_STRIDE)
+        bias = load_i64(args, BIAS) + 4 * (part * columns + row * bias_stride)
+        if num_parts == 1 and width == columns and not out_bf16:
+            tile(x, x_stride, w, depth, rows, y, y_stride, bias, bias_stride, args, scratch)
+            return
+        tile(x, x_stride, w, depth, rows, sums, 2 * columns, bias, bias_stride, args, scratch)
+        if num_parts == 2:
+            w, bias, up = w + tile_bytes, bias + 4 * columns, sums + 4 * columns
+            tile(x, x_stride, w, depth, rows, up, 2 * columns, bias, bias_stride, args, scratch)
+            gate_in_place(sums, rows)
+        if residual:
+            add_rounded(sums, rows, width, residual + place, y, y_stride)
+        else:
+            write_out(sums, rows, width, y, y_stride, out_bf16)
+
+    return compute_item
 
 
 def _make_write_out(columns: int) -> Any:

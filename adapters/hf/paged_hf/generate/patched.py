@@ -58,6 +58,11 @@ class PagedGenerate:
         """The model's own ``generate``."""
         return MethodType(type(self.model).generate, self.model)
 
+    @property
+    def inner(self) -> PagedGenerate:
+        """Which stand-in has the tiers: that of the transformers model itself."""
+        return self
+
     # What a bound method has: people call ``model.generate.__wrapped__(model, ...)`` for the gradients.
 
     @property
@@ -235,28 +240,32 @@ def paged_generate(
         raise TypeError(
             f"{type(model).__name__} has no generate(); give a transformers model with a language-model head"
         )
-    before = vars(model).get("generate")
-    patched: PagedGenerate
-    if isinstance(before, PagedGenerate) and not isinstance(before, PagedPart) and before.model is model:
-        if (before.kv_cache_memory, before.over_budget) == (kv_cache_memory, over_budget):
-            patched = before
-            obstacles = (patched.inner if isinstance(patched, PagedWrapper) else patched).tiers.dropped
-            if not obstacles and not strict:
-                return patched
-            obstacles.clear()  # the model may have changed since
-        else:
-            before._drop()
-            patched = type(before)(model, kv_cache_memory, over_budget)
-    else:
+    patched = _standing_in_already(model, kv_cache_memory, over_budget)
+    if patched is None:
         wraps = _transformers_model(model) is not model
         patched = (PagedWrapper if wraps else PagedGenerate)(model, kv_cache_memory, over_budget)
+    elif not patched.inner.tiers.dropped and not strict:
+        return patched
+    else:
+        patched.inner.tiers.dropped.clear()  # the model may have changed since
     if check:
         _check(patched, strict)
     return patched
 
 
+def _standing_in_already(model: Any, kv_cache_memory: int | None, over_budget: str) -> PagedGenerate | None:
+    """What stands in for this model's generate with these settings; one with other settings gives its memory back."""
+    before = vars(model).get("generate")
+    if not isinstance(before, PagedGenerate) or isinstance(before, PagedPart) or before.model is not model:
+        return None
+    if (before.kv_cache_memory, before.over_budget) == (kv_cache_memory, over_budget):
+        return before
+    before._drop()
+    return None
+
+
 def _check(patched: PagedGenerate, strict: bool) -> None:
-    tiers = (patched.inner if isinstance(patched, PagedWrapper) else patched).tiers
+    tiers = patched.inner.tiers
     obstacle = selfcheck.run(tiers)
     if obstacle is None:
         return
