@@ -16,7 +16,7 @@ BENCH_ARGS  ?=
 FUZZ_ARGS   ?=
 WORKERS     ?= 2
 # Several workers compute with a thread each: more would only wait for one another's cores.
-PYTEST      := $(if $(filter-out 0 1,$(WORKERS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=15
+PYTEST      := $(if $(filter-out 0 1,$(WORKERS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
 .PHONY: help demo test lint types unit bench coverage docs fuzz matrix clean
 .DEFAULT_GOAL := help

@@ -23,8 +23,8 @@ from packaging.utils import canonicalize_name
 
 from places import ROOT
 
-# What would change what an interpreter finds, or name folders of ours.
-_OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PAGED_CORE_CACHE")
+# What would change what an interpreter finds, name folders of ours, or have it compile what it imports each time.
+_OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PAGED_CORE_CACHE", "PYTHONDONTWRITEBYTECODE")
 
 
 def build_wheel(folder: Path) -> Path:
@@ -60,7 +60,7 @@ class CleanEnvironment:
         assert (program, verb) == ("pip", "install"), command
         what = [re.sub(r"^(\.|paged-core)(?=\[|$)", str(self.wheel), word) for word in what]
         python = self.bin / "python"
-        # Not compiled: few of these modules are ever imported here.
+        # Not compiled: few of these modules are ever imported here, and the first interpreter that does keeps them.
         _pip("--python", python, "install", "--no-compile", "-c", ROOT / "constraints.txt", *what, env=self.variables)
 
     def run(self, *command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -7,9 +7,10 @@ import os
 
 import torch
 
+from longest_first import pytest_collection_modifyitems
 from nothing_skipped import pytest_make_collect_report, pytest_runtest_makereport
 
-__all__ = ["pytest_make_collect_report", "pytest_runtest_makereport"]
+__all__ = ["pytest_collection_modifyitems", "pytest_make_collect_report", "pytest_runtest_makereport"]
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():

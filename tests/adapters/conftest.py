@@ -20,7 +20,7 @@ torch.set_num_threads(1)  # tiny tensors: a second thread only costs
 _SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 48,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -30,7 +30,7 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-_MIXED = ["sliding_attention", "full_attention"] * 2
+_MIXED = ["sliding_attention", "full_attention"]
 _MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _OWN: dict[str, dict[str, Any]] = {  # what each model type needs beside the sizes
     "mistral": {"sliding_window": 9},
@@ -50,7 +50,7 @@ _OWN: dict[str, dict[str, Any]] = {  # what each model type needs beside the siz
     "deepseek_v3": {"head_dim": None, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
                     "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4,
                     "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32,
-                    "first_k_dense_replace": 2},
+                    "first_k_dense_replace": 1},
     "cohere": {"head_dim": None, "logit_scale": 0.5},
     "llama4_text": {**_MOE, "num_experts_per_tok": 1, "attention_chunk_size": 8192, "intermediate_size_mlp": 64},
 }  # fmt: skip

@@ -1,0 +1,39 @@
+"""A pytest hook: files whose tests take minutes begin first, so that no worker is left alone with one at the end.
+
+`--dist loadfile` hands out whole files in the order in which they were collected (with `--no-loadscope-reorder`; else
+those with many tests come first, and the tests that install, start servers or run programs, few to a file, last).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+_BEGIN_FIRST = (
+    "test_install.py",
+    "test_oldest_transformers.py",
+    "test_torchserve_server.py",
+    "test_torchserve_bench.py",
+    "test_docs.py",
+    "test_reliability.py",
+    "test_triton_compiles.py",
+    "test_hf_coverage.py",
+    "test_gpu_benchmarks.py",
+    "test_fuzz.py",
+    "test_generate_from_transformers.py",
+    "test_http_process.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those files, then the others, the larger ones first."""
+    sizes = Counter(item.path for item in items)
+
+    def rank(item: pytest.Item) -> tuple[int, int]:
+        name = item.path.name
+        return (_BEGIN_FIRST.index(name), 0) if name in _BEGIN_FIRST else (len(_BEGIN_FIRST), -sizes[item.path])
+
+    files = dict.fromkeys(item.path for item in sorted(items, key=rank))  # sorted() leaves equals in their order
+    places = {path: place for place, path in enumerate(files)}
+    items.sort(key=lambda item: places[item.path])
