@@ -15,6 +15,8 @@ BENCH_MODEL ?= smollm2
 BENCH_ARGS  ?=
 FUZZ_ARGS   ?=
 WORKERS     ?= 2
+# Tests start many interpreters: what one of them compiles, the next finds, whatever this shell says of that.
+export PYTHONDONTWRITEBYTECODE :=
 # Several workers compute with a thread each: more would only wait for one another's cores.
 PYTEST      := $(if $(filter-out 0 1,$(WORKERS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 

@@ -52,12 +52,12 @@ class Running:
 
     def wait_until_told_to_cancel(self, num_prompts: int = 1) -> None:
         """The engine's step is held meanwhile: what it is told waits."""
-        until(lambda: self.engine._served.thread.num_commands >= num_prompts)
+        until(lambda: self.engine.num_commands >= num_prompts)
 
     def come_to_rest(self) -> None:
         """Wait until nothing runs, and see that nothing was left behind."""
         until(lambda: not self.engine.engine.has_work and not self.service._open)
-        assert self.service._num_open == 0
+        assert self.service.num_open == 0
         assert self.engine.submit([33]).result(LIMIT_S).finished, "a step after the last, for its stats"
         until(lambda: self.num_blocks_used == 0)
 

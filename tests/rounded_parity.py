@@ -72,7 +72,7 @@ def _as_drawn(probabilities: Tensor, random_state: Tensor) -> Tensor:
 
 
 @dataclass
-class Run:
+class StockCall:
     """A call of stock's generate(): its output with all that it can hold, and the choices of its loop."""
 
     output: Any
@@ -80,7 +80,9 @@ class Run:
     random_state: Tensor
 
     @classmethod
-    def of(cls, generate: Callable[..., Any], args: Sequence[Any], options: Options, seed: int, wide: bool) -> Run:
+    def of(
+        cls, generate: Callable[..., Any], args: Sequence[Any], options: Options, seed: int, wide: bool
+    ) -> StockCall:
         asked = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
         choices = Choices(options, generate.__self__.config.vocab_size)
         torch.manual_seed(seed)
@@ -97,7 +99,7 @@ class Rounded:
     """Stock's answer to a call, by which others are judged. ``compared`` is how many tokens of theirs had to be
     right."""
 
-    read: Run  # in float32
+    read: StockCall  # in float32
     width: int  # of the prompts
     vocab_size: int
     margin: float
@@ -113,7 +115,7 @@ class Rounded:
         fresh: Callable[[], Options] = dict,
         **options: Any,
     ) -> Rounded:
-        stocks, read = (Run.of(generate, args, {**options, **fresh()}, seed, wide) for wide in (False, True))
+        stocks, read = (StockCall.of(generate, args, {**options, **fresh()}, seed, wide) for wide in (False, True))
         ids = args[0] if args else options.get("input_ids", options.get("inputs"))
         found = cls(read, ids.shape[1], read.output.logits[0].shape[-1], _margin(stocks, read))
         for name in ("logits", "scores"):
@@ -208,7 +210,7 @@ def assert_rows(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[
     return compared
 
 
-def _margin(stocks: Run, read: Run) -> float:
+def _margin(stocks: StockCall, read: StockCall) -> float:
     """How far apart two scores may lie for one to be taken for the other: by what stock's own are off."""
     first = stocks.choices[0], read.choices[0]
     worst, same = _largest(*(choice.scores for choice in first)), torch.ones(len(first[0].chosen), dtype=torch.bool)

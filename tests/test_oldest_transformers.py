@@ -17,6 +17,7 @@ from declared import EXTRAS
 from places import ROOT
 
 # The seam and its self-check, calls in each tier, 16-bit weights, the paged cache, models with rules of their own.
+# Mistakes of ours are told from rounding by our own comparison, whatever the release.
 SAMPLE = ("test_hf_upstream.py", "test_generate_halves.py", "test_hf_cache.py", "test_hf_rules.py")
 CHOSEN_WITH_IT = ("transformers", "huggingface-hub", "tokenizers")  # pip finds those that go with it
 LIMIT_S = 1200
@@ -58,4 +59,14 @@ def run(packages: Path, *command: str) -> str:
 def test_a_sample_of_the_adapters_tests_passes(packages: Path) -> None:
     told = run(packages, "-c", "import transformers; print(transformers.__version__)")
     assert Requirement(oldest()).specifier.contains(told.strip())
-    run(packages, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/adapters/hf/{name}" for name in SAMPLE))
+    run(
+        packages,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not mistake",
+        *(f"tests/adapters/hf/{name}" for name in SAMPLE),
+    )

@@ -40,11 +40,11 @@ class TinyModel:
         tokens = list(prompt)
         for _ in range(num_tokens):
             last = torch.tensor([len(tokens) - 1])
-            logits = self.forward(torch.tensor(tokens), torch.arange(len(tokens)), self._dense, last)
+            logits = self.forward(torch.tensor(tokens), torch.arange(len(tokens)), self.dense, last)
             tokens.append(int(logits[0].argmax()))
         return tokens[len(prompt) :]
 
-    def _dense(self, layer, q, k, v, sinks=None):
+    def dense(self, layer, q, k, v, sinks=None):
         window = self.spec.layers[layer].sliding_window
         k, v = (t.repeat_interleave(HEADS // KV_HEADS, dim=1) for t in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q, k) * HEAD_DIM**-0.5

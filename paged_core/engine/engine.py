@@ -109,6 +109,11 @@ class Engine:
         return self._runner.trouble
 
     @property
+    def num_open(self) -> int:
+        """Requests that have not ended, those that wait and those that are held among them."""
+        return len(self._open)
+
+    @property
     def tokenizer(self) -> Any | None:
         """What the ``load_tokenizer`` hook gives for this model; None if nobody has one. A new one at each call."""
         return self.tokenizer_of(self._tokenizer_source)

@@ -68,6 +68,16 @@ class AsyncEngine(Frontend):
         return self._served.alive
 
     @property
+    def num_open(self) -> int:
+        """Requests whose streams have not ended."""
+        return self._served.num_open
+
+    @property
+    def num_commands(self) -> int:
+        """What its thread has been told and not yet done: requests, cancellations, looks."""
+        return self._served.thread.num_commands
+
+    @property
     def busy_s(self) -> float:
         """How long the stepping thread has been at its present step or command; 0 while it has nothing to do. A step
         that never ends shows here."""

@@ -47,6 +47,11 @@ class Served(ThreadPolicy):
     # ---- for all threads -----------------------------------------------------------------------------------------
 
     @property
+    def num_open(self) -> int:
+        """Requests whose streams have not ended."""
+        return len(self._running)
+
+    @property
     def alive(self) -> bool:
         return self._dead is None and not self._closed and self._engine.trouble is None
 

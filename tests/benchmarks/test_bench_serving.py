@@ -37,7 +37,7 @@ def test_many_streams_that_are_open_at_once_all_end(bench: Any) -> None:
     config = EngineConfig(num_blocks=512, max_num_seqs=32, attention_backend="reference")
 
     def when_all_are_there(token_ids: list[int]) -> None:
-        until(lambda: all_came.is_set() or len(server.service._open) == 250)
+        until(lambda: all_came.is_set() or server.service.num_open == 250)
         all_came.set()
 
     all_came = threading.Event()

@@ -241,13 +241,15 @@ class Episode:
         memory = self._engine.memory
         assert (memory.num_blocks_used, memory.num_blocks) == (0, self._config.num_blocks), "blocks are lost"
         assert not self._rows, f"never ended: {list(self._rows)}"
-        assert not len(self._engine._open)
-        self._counts["preemptions"] += self._engine._scheduler.num_preemptions
-        self._counts["prefix hits, tokens"] += self._engine._scheduler.num_prefix_hits
-        loaded = self._engine._offloading.stats
-        self._counts["tokens loaded"] += loaded.total_tokens_loaded
-        self._counts["loads"] += loaded.total_loads
-        self._counts["loads abandoned"] += loaded.total_loads_abandoned
+        assert self._engine.num_open == 0
+        stats = self._engine.last_stats
+        if stats is None:  # no step was computed
+            return
+        self._counts["preemptions"] += stats.total_preemptions
+        self._counts["prefix hits, tokens"] += stats.total_prefix_hits
+        self._counts["tokens loaded"] += stats.offloading.total_tokens_loaded
+        self._counts["loads"] += stats.offloading.total_loads
+        self._counts["loads abandoned"] += stats.offloading.total_loads_abandoned
 
     def _drain(self, rnd: random.Random) -> None:
         for _ in range(_PATIENCE):

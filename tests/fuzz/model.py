@@ -90,7 +90,7 @@ class FuzzModel(TinyModel):
 
     def next_token(self, tokens: list[int]) -> int | None:
         """The likeliest token after ``tokens``, by computing all of them; None: it can't be told."""
-        logits = self._by_itself(tokens, self._dense)
+        logits = self._by_itself(tokens, self.dense)
         return None if logits is None else int(logits[0].argmax())
 
     def keys_and_values(self, tokens: list[int]) -> list[tuple[Tensor, Tensor]]:
@@ -99,7 +99,7 @@ class FuzzModel(TinyModel):
 
         def attend(layer, q, k, v):
             found.append((self._rounded(k).transpose(0, 1), self._rounded(v).transpose(0, 1)))
-            return self._dense(layer, q, k, v)
+            return self.dense(layer, q, k, v)
 
         self._by_itself(tokens, attend)
         return found
@@ -111,8 +111,8 @@ class FuzzModel(TinyModel):
             return None
         return self._forward(token_ids, positions, attend, positions[-1:], fates == _IS_NAN)
 
-    def _dense(self, layer, q, k, v, sinks=None):
-        return super()._dense(layer, q, self._rounded(k), self._rounded(v), sinks)
+    def dense(self, layer, q, k, v, sinks=None):
+        return super().dense(layer, q, self._rounded(k), self._rounded(v), sinks)
 
     def _rounded(self, x: Tensor) -> Tensor:
         if self._kv_dtype is None:

@@ -445,12 +445,12 @@ def test_a_change_undone_and_an_equal_value_set_anew_keep_what_is_cached(model: 
     mlp = hold(model, lambda self: self.scales["default"], scales={"default": 1.5})
     model.generate = paged_generate(model, check=False)
     agrees(model)
-    taken = model.generate.tiers.host.paged_model._shadow  # made anew when anything has changed
+    taken = model.generate.tiers.host.paged_model.shadow  # made anew when anything has changed
     mlp.scales["default"] = float("1.5")
     mlp.train()
     mlp.eval()
     agrees(model)
-    assert model.generate.tiers.host.paged_model._shadow is taken
+    assert model.generate.tiers.host.paged_model.shadow is taken
 
 
 # ---- forwards that look at the batch -------------------------------------------------------------------------------

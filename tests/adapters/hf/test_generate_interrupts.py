@@ -37,7 +37,7 @@ def callers_are_struck_anywhere() -> Iterator[None]:
 @pytest.fixture
 def lock(model: Any, monkeypatch: pytest.MonkeyPatch) -> threading.Lock:
     """What guards the beginning and the end of the engine's thread; nobody waits for it long."""
-    patient = model.generate.tiers.host._thread._lock
+    patient = model.generate.tiers.host.thread._lock
     monkeypatch.setattr(patient, "_patience_s", 0.1)
     return patient.bare()
 
@@ -71,7 +71,7 @@ def test_calls_struck_at_any_point_leave_the_model_as_it_was(model: Any, way: st
     for _ in range(25):
         strike_until_it_ends(lambda: model.generate(**PROMPT, **options), rnd.random() * usual_s)
         assert answers(model, options) == expected
-    until(lambda: not host._thread.running)
+    until(lambda: not host.thread.running)
     assert host.num_open == 0
     assert host.engine.memory.num_blocks_used == 0
     model.generate(**PROMPT, **options)
@@ -90,7 +90,7 @@ def test_a_call_whose_caller_is_gone_is_ended(model: Any, monkeypatch: pytest.Mo
     thread = threading.Thread(target=caller, daemon=True)
     thread.start()
     thread.join(LIMIT_S)
-    until(lambda: not host._thread.running)
+    until(lambda: not host.thread.running)
     assert host.num_open == 0
     assert host.engine.memory.num_blocks_used == 0
 

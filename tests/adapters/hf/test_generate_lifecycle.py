@@ -306,7 +306,7 @@ def test_memory_is_not_given_back_under_a_running_call(model: Any) -> None:
 
 
 def test_memory_grows_by_slabs_up_to_the_budget(model: Any) -> None:
-    model.generate.tiers.host._config = replace(model.generate.tiers.host._config, kv_cache_slab_bytes=8 * 2048)
+    model.generate.tiers.host.config = replace(model.generate.tiers.host.config, kv_cache_slab_bytes=8 * 2048)
     agrees(model)
     memory = host_of(model).engine.memory
     assert 0 < memory.num_blocks_backed <= 32 < memory.num_blocks

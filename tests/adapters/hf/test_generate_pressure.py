@@ -96,7 +96,7 @@ def test_a_cache_that_comes_back_is_whole_though_its_rows_were_preempted(model: 
         ended = torch.tensor([input_ids.shape[1] >= 44])
         if ended:  # what others would do to a row that is held: see Scheduler._victim
             done = threading.Event()
-            call = next(iter(host._thread.holders))
+            call = next(iter(host.thread.holders))
 
             def take(engine: Any) -> None:
                 scheduler = engine._scheduler
@@ -138,7 +138,7 @@ def test_a_plugin_that_changes_logits_has_no_say_in_generate(model: Any, monkeyp
 
     def build() -> Any:
         host.paged_model = HFPagedModel(model)
-        return Engine(host.paged_model, host._config, plugins=[Contrary()])
+        return Engine(host.paged_model, host.config, plugins=[Contrary()])
 
     monkeypatch.setattr(host, "_build", build)
     got = model.generate(ids(6), max_new_tokens=6, **GREEDY)

@@ -102,7 +102,7 @@ def test_the_head_is_computed_for_sampled_rows_only(tiny: Any) -> None:
 def test_no_attention_mask_is_built_for_the_engine(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     paged_model = HFPagedModel(tiny("gemma3_text"))
     masks = []
-    decoder = paged_model._shadow.root.get_decoder()
+    decoder = paged_model.shadow.root.get_decoder()
     for layer in decoder.layers:
         layer.register_forward_pre_hook(
             lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
@@ -406,7 +406,7 @@ def test_modules_that_someone_listens_to_are_not_swallowed_by_their_parents(tiny
     asked: list[nn.Module] = []
     paged_model = HFPagedModel(model)
     paged_model.accelerate(lambda module: asked.append(module))
-    twin = paged_model._shadow.twin_of
+    twin = paged_model.shadow.twin_of
     assert twin(model.model.layers[0].mlp) not in asked
     assert twin(model.model.layers[0].mlp.up_proj) in asked
     assert twin(model.model.layers[1].mlp) in asked

@@ -292,7 +292,7 @@ def test_requests_whose_bodies_are_on_their_way_count() -> None:
     with ExitStack() as stack, alphabet_server(config=config, max_queue=1, options=options) as server:
         data = [post({"inputs": "A"}, path) for path in ("/generate", "/tokenize", "/v1/completions")]
         raws = [stack.enter_context(connect(server, each[:-1])) for each in data]
-        until(lambda: server.service._num_open == 3)
+        until(lambda: server.service.num_open == 3)
         with server.client() as client:
             refused = client.post("/v1/completions", json={"prompt": "A"})
             assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")

@@ -113,7 +113,7 @@ def test_a_full_queue_is_told_with_a_time_to_come_back(gate: Gate) -> None:
     with alphabet_server(AlphabetModel(gate), config=config, max_queue=1) as server:
         gate.shut()
         taken = [Background(server, "/v1/completions", {"prompt": "A", "max_tokens": 2, "n": n}) for n in (2, 1)]
-        until(lambda: server.service._num_open == 3)
+        until(lambda: server.service.num_open == 3)
         with server.client() as client:
             refused = client.post("/v1/completions", json={"prompt": "A"})
             assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
@@ -134,7 +134,7 @@ def test_an_engine_that_takes_no_more_is_told_with_a_time_to_come_back(gate: Gat
     with alphabet_server(AlphabetModel(gate), max_requests=2) as server, server.client() as client:
         gate.shut()
         running = Background(server, "/v1/completions", {"prompt": "A", "max_tokens": 2})
-        until(lambda: server.service._num_open == 1)
+        until(lambda: server.service.num_open == 1)
         with pytest.raises(httpx2.TimeoutException), server.client() as hasty:
             hasty.post("/generate", json={"inputs": "A"}, timeout=0.3)
         refused = client.post("/v1/completions", json={"prompt": "A"})
@@ -429,7 +429,7 @@ def test_at_the_deadline_every_stream_gets_a_last_event() -> None:
         openai_stream = Background(server, "/v1/completions", {**LONG, "stream": True})
         tgi_stream = Background(server, "/generate_stream", {"inputs": "!", "parameters": {"max_new_tokens": 200}})
         plain = Background(server, "/v1/completions", LONG)
-        until(lambda: openai_stream.began.is_set() and tgi_stream.began.is_set() and server.service._num_open == 3)
+        until(lambda: openai_stream.began.is_set() and tgi_stream.began.is_set() and server.service.num_open == 3)
         server.server.should_exit = True
         *pieces, error, done = events(openai_stream.result().text)
         assert {piece["choices"][0]["finish_reason"] for piece in pieces} == {None}, "cut, and not ended"

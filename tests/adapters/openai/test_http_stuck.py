@@ -69,7 +69,7 @@ def test_a_request_that_takes_too_long_is_answered_though_the_engine_is_stuck(ga
             in_background(client.post, "/generate", json={"inputs": "A"}),
         ]
         assert [answer().status_code for answer in answers] == [504, 504, 504, 500]
-        until(lambda: server.service._num_open == 0)
+        until(lambda: server.service.num_open == 0)
         gate.open()
         server.come_to_rest()
 
@@ -116,7 +116,7 @@ def test_at_the_deadline_of_a_shutdown_every_client_has_an_answer_though_the_eng
         gate.shut()
         plain = in_background(client.post, "/v1/completions", json=LONG)
         streamed = in_background(client.post, "/v1/completions", json={**LONG, "stream": True})
-        until(lambda: server.service._num_open == 2)
+        until(lambda: server.service.num_open == 2)
         server.stop()
         assert plain().status_code == streamed().status_code == 503
         assert "shutting down" in streamed().text

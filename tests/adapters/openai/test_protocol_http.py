@@ -74,7 +74,7 @@ def test_grammars_that_are_being_tried_keep_nobody_waiting(monkeypatch: pytest.M
         threads = [threading.Thread(target=ask, args=(number,)) for number in range(20)]
         for thread in threads:
             thread.start()
-        until(lambda: server.service._num_open == 20)
+        until(lambda: server.service.num_open == 20)
         with server.client() as client:
             assert client.post("/v1/completions", json=BODY).json()["choices"][0]["text"] == "BCDEFGHIJ"
             assert client.post("/tokenize", json={"inputs": "A"}).status_code == 200

@@ -253,7 +253,7 @@ def test_a_closed_engine_ends_what_runs_and_takes_no_more():
 def test_prompt_logprobs_are_those_of_the_model(config):
     model = TinyModel()
     prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
-    logits = model.forward(torch.tensor(prompt), torch.arange(len(prompt)), model._dense, torch.arange(len(prompt)))
+    logits = model.forward(torch.tensor(prompt), torch.arange(len(prompt)), model.dense, torch.arange(len(prompt)))
     truth = logits.log_softmax(-1)
     engine = make_engine(model, **config)
     for i in range(4):
@@ -420,7 +420,7 @@ def beam_search(model, prompt, num_beams, num_tokens):
         for score, tokens in beams:
             all_ids = torch.tensor(prompt + tokens)
             last = torch.tensor([len(all_ids) - 1])
-            logits = model.forward(all_ids, torch.arange(len(all_ids)), model._dense, last)
+            logits = model.forward(all_ids, torch.arange(len(all_ids)), model.dense, last)
             values, ids = logits[0].log_softmax(-1).topk(num_beams)
             candidates += [(score + float(v), [*tokens, int(t)]) for v, t in zip(values, ids, strict=True)]
         beams = sorted(candidates, key=lambda beam: -beam[0])[:num_beams]
@@ -494,7 +494,7 @@ def test_a_group_that_cant_be_served_is_refused():
     with pytest.raises(InvalidRequestError, match=r"prompt_logprobs.*add_request"):
         engine.add_group("asks", [[1, 2], [3]], greedy(4, prompt_logprobs=0), selector=LaterSelector())
     assert not engine.has_work
-    assert not engine._open
+    assert engine.num_open == 0
 
 
 def test_a_held_group_gives_way_to_others_and_goes_on_when_it_is_resumed():

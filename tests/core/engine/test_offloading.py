@@ -26,7 +26,7 @@ def test_two_hundred_requests_get_the_tokens_that_they_get_without_a_tier(tmp_pa
     plain = answers(Engine(TinyModel(), SMALL), prompts)
     engine = on_disk(tmp_path)
     assert answers(engine, prompts) == plain
-    assert engine._scheduler.num_preemptions > 0
+    assert engine.last_stats.total_preemptions > 0
     engine.close()
     again = on_disk(tmp_path)
     assert answers(again, prompts) == plain
@@ -162,18 +162,18 @@ def test_who_is_cancelled_while_loading_ends_once_and_frees_everything(way):
     filled_and_evicted(engine, list(range(30)))
     (request,) = engine.add_request("loads", list(range(30)), SamplingParams(temperature=0, max_tokens=3))
     engine.step()
-    assert engine._pool.num_used > 0
+    assert engine.memory.num_blocks_used > 0
     told = [engine.stop(request)] if way == "stop" else []
     if way == "abort":
         engine.abort("loads")
     elif way == "close":
         engine.close()
-    assert engine._pool.num_used == 0
+    assert engine.memory.num_blocks_used == 0
     tier.land()
     told += engine.step()
     assert [output.request for output in told if output.finish_reason is not None] == [request]
     assert not engine.has_work
-    engine._scheduler.check()
+    engine.check()
 
 
 def test_when_weights_change_loads_are_given_up_and_nothing_old_is_found():
@@ -209,7 +209,7 @@ def test_an_interrupt_while_a_load_begins_loses_the_load_and_no_request(monkeypa
     told = []
     while engine.has_work:
         told += [token for output in engine.step() for token in output.token_ids]
-        engine._scheduler.check()
+        engine.check()
     assert told == TinyModel().generate(prompt, 3)
     engine.close()
 
@@ -244,7 +244,7 @@ def test_what_is_swapped_comes_back_bit_for_bit(tmp_path):
                 for mine, theirs in zip(engine.read_kv(request), kv, strict=True):
                     assert all(torch.equal(a[:, :num], b[:, :num]) for a, b in zip(mine, theirs, strict=True))
                 compared += request.num_computed == num + 1  # one step after it came back
-    assert engine._scheduler.num_preemptions > 0
+    assert engine.last_stats.total_preemptions > 0
     assert compared > 0, "no victim went on from where it was"
     engine.close()
 

@@ -76,10 +76,10 @@ def test_a_compiled_model_has_no_breaks_needs_no_new_graph_for_new_lengths_and_a
 
     torch._dynamo.reset()
     counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    root = torch.compile(paged._shadow.root, backend=counted, fullgraph=True, dynamic=True)
+    root = torch.compile(paged.shadow.root, backend=counted, fullgraph=True, dynamic=True)
     counts = []
     for num_tokens in (3, 5, 9, 4):
-        expected = logits(paged._shadow.root, num_tokens, recording([]))
+        expected = logits(paged.shadow.root, num_tokens, recording([]))
         torch.testing.assert_close(logits(root, num_tokens, op), expected)
         counts.append(counted.frame_count)
     assert counts[1] == counts[-1] <= 2

@@ -284,7 +284,7 @@ def dense_kv(model, tokens):
 
     def attend(layer, q, k, v, sinks=None):
         held.append((k.transpose(0, 1), v.transpose(0, 1)))
-        return model._dense(layer, q, k, v)
+        return model.dense(layer, q, k, v)
 
     held = []
     model.forward(torch.tensor(tokens), torch.arange(len(tokens)), attend, torch.tensor([0]))

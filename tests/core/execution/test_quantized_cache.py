@@ -30,10 +30,10 @@ class Rounded(TinyModel):
         super().__init__(window=window)
         self.kv_dtype = getattr(torch, dtype)
 
-    def _dense(self, layer, q, k, v, sinks=None):
-        return super()._dense(layer, q, self._round(k), self._round(v), sinks)
+    def dense(self, layer, q, k, v, sinks=None):
+        return super().dense(layer, q, self.rounded(k), self.rounded(v), sinks)
 
-    def _round(self, x):
+    def rounded(self, x):
         codes, scale = reference.quantize(x, self.kv_dtype)
         return codes.float() * scale[..., None]
 
@@ -139,7 +139,7 @@ def test_read_gives_what_the_codes_stand_for(dtype):
     for pair, wanted_pair in zip(*found, strict=True):
         for x, wanted in zip(pair, wanted_pair, strict=True):
             assert (x.dtype, x.shape) == (torch.float32, wanted.shape)
-    rounded = Rounded(dtype)._round(found[1][0][0])  # the first layer: what comes in is the same
+    rounded = Rounded(dtype).rounded(found[1][0][0])  # the first layer: what comes in is the same
     torch.testing.assert_close(found[0][0][0], rounded, rtol=1e-6, atol=1e-6)
 
 

@@ -291,7 +291,7 @@ def test_a_request_cancelled_before_it_ran_answers_too(engine: AsyncEngine, mode
 
 
 def until_idle(engine: AsyncEngine) -> None:
-    until(lambda: not engine.engine.has_work and not engine._served._running)
+    until(lambda: not engine.engine.has_work and engine.num_open == 0)
 
 
 def test_leaving_a_loop_cancels_the_request(model: AlphabetModel) -> None:
@@ -440,10 +440,10 @@ def test_looks_are_bounded_and_cancels_are_told_once() -> None:
         with pytest.raises(EngineBusyError, match="looks"):
             for _ in range(100_000):
                 looks.append(engine.look(lambda engine: 7))
-        before = engine._served.thread.num_commands
+        before = engine.num_commands
         for _ in range(1000):
             stream.cancel()
-        assert engine._served.thread.num_commands == before + 1
+        assert engine.num_commands == before + 1
         gate.open()
         assert {look.result(LIMIT_S) for look in looks} == {7}
         assert engine.look(lambda engine: 8).result(LIMIT_S) == 8

@@ -81,11 +81,11 @@ exec(json.loads(line))
 os._exit(0)
 """
 
-Run = Callable[[str], None]
+RunProgram = Callable[[str], None]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunProgram]:
     paths = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     log = tmp_path_factory.mktemp("fork") / "stderr"
@@ -106,7 +106,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         server.stdin.close()
 
 
-def test_the_childs_copy_says_so_and_a_new_one_serves(run: Run) -> None:
+def test_the_childs_copy_says_so_and_a_new_one_serves(run: RunProgram) -> None:
     run("""
 gate.open()
 assert text(engine) == "BCDEF"
@@ -127,7 +127,7 @@ engine.close()
 """)
 
 
-def test_streams_of_the_parent_fail_in_the_child_and_go_on_in_the_parent(run: Run) -> None:
+def test_streams_of_the_parent_fail_in_the_child_and_go_on_in_the_parent(run: RunProgram) -> None:
     run("""
 stream, waiting = engine.submit("A", LONG), engine.submit("B", WORDS)
 reader = threading.Thread(target=stream.result, daemon=True)
@@ -159,7 +159,7 @@ engine.close()
 """)
 
 
-def test_a_stream_that_had_ended_can_be_read_in_the_child(run: Run) -> None:
+def test_a_stream_that_had_ended_can_be_read_in_the_child(run: RunProgram) -> None:
     run("""
 gate.open()
 stream = engine.submit("A", WORDS)
@@ -174,7 +174,7 @@ engine.close()
 """)
 
 
-def test_a_thread_that_forks_in_a_signal_handler_while_it_waits_hears_of_it(run: Run) -> None:
+def test_a_thread_that_forks_in_a_signal_handler_while_it_waits_hears_of_it(run: RunProgram) -> None:
     run("""
 import signal
 children = []
@@ -197,7 +197,7 @@ engine.close()
 @pytest.mark.parametrize(
     "lock", ["engine._served.thread._lock.bare()", "engine.codec._encode_lock", "stream._channel._lock"]
 )
-def test_locks_that_were_held_at_the_fork_stop_nobody(run: Run, lock: str) -> None:
+def test_locks_that_were_held_at_the_fork_stop_nobody(run: RunProgram, lock: str) -> None:
     run(f"""
 stream = engine.submit("A", LONG)
 held, let_go = threading.Event(), threading.Event()
@@ -225,7 +225,7 @@ engine.close()
 """)
 
 
-def test_a_child_that_exits_as_programs_do_does_not_hang(run: Run) -> None:
+def test_a_child_that_exits_as_programs_do_does_not_hang(run: RunProgram) -> None:
     run("""
 stream = engine.submit("A", LONG)
 child = os.fork()
@@ -237,7 +237,7 @@ assert len(stream.result(30).outputs[0].token_ids) == 200
 """)
 
 
-def test_an_engine_that_had_not_begun_serves_in_parent_and_child(run: Run) -> None:
+def test_an_engine_that_had_not_begun_serves_in_parent_and_child(run: RunProgram) -> None:
     run("""
 gate.open()
 

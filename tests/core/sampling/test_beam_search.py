@@ -46,7 +46,7 @@ def plain_search(
         candidates = []
         for tokens, total in running:
             ids = torch.tensor(prompt + tokens)
-            logits = model.forward(ids, torch.arange(len(ids)), model._dense, torch.tensor([len(ids) - 1]))
+            logits = model.forward(ids, torch.arange(len(ids)), model.dense, torch.tensor([len(ids) - 1]))
             values, tops = logits[0].log_softmax(-1).topk(min((1 + max(1, len(stops))) * width, VOCAB))
             for value, token in zip(values.tolist(), tops.tolist(), strict=True):
                 if token in stops:

@@ -39,11 +39,11 @@ class EngineHost(ThreadPolicy):
 
     def __init__(self, model: Any, config: EngineConfig) -> None:
         self._model = model
-        self._config = config
+        self.config = config
         self._numbers = itertools.count()
         self._here = threading.local()  # .caller: who calls in this thread
         self._start_afresh()
-        self._thread = EngineThread("paged-generate", self)  # its holders are the open calls
+        self.thread = EngineThread("paged-generate", self)  # its holders are the open calls
 
     def _start_afresh(self) -> None:
         # Between the beginning and the end of a generate() call; a forked child is inside the one that has forked.
@@ -59,7 +59,7 @@ class EngineHost(ThreadPolicy):
     @property
     def num_open(self) -> int:
         """Calls under way."""
-        return len(self._thread.holders)
+        return len(self.thread.holders)
 
     @contextmanager
     def caller(self) -> Iterator[None]:
@@ -81,14 +81,14 @@ class EngineHost(ThreadPolicy):
         Raises:
             NotStarted: no thread can be started; or the engine's own would wait for itself.
         """
-        if self._thread.is_current:
+        if self.thread.is_current:
             raise NotStarted("generate() was called by the model, inside a step of its own engine")
         release_helper_threads()  # this thread waits from now on; the engine's computes
         call.caller = getattr(self._here, "caller", None)
         try:
-            with self._thread.lock():
-                self._thread.hold(call)
-                self._thread.post(partial(self._admit, call))
+            with self.thread.lock():
+                self.thread.hold(call)
+                self.thread.post(partial(self._admit, call))
         except (RuntimeError, EngineDeadError) as error:  # too many threads; or nobody gives the lock back
             raise NotStarted(f"the engine has no thread: {error}") from error
 
@@ -103,7 +103,7 @@ class EngineHost(ThreadPolicy):
             except BaseException as error:  # whatever it is, the call waits for an answer
                 call.tell(error)
 
-        self._thread.post(run)
+        self.thread.post(run)
 
     def close(self, call: EngineCall) -> None:
         """Cancel what still runs of a call. If no other one is open, the thread has ended on return."""
@@ -114,18 +114,18 @@ class EngineHost(ThreadPolicy):
             raise
 
     def _close(self, call: EngineCall) -> None:
-        self._thread.leave(call, partial(self._end, call))
-        self._thread.wait_until_free()
+        self.thread.leave(call, partial(self._end, call))
+        self.thread.wait_until_free()
 
     def release(self) -> bool:
         """Give back the K/V memory. False: calls are under way, and nothing was done."""
-        with self._thread.lock():
-            return not self._thread.running and (self.engine is None or self.engine.release_memory())
+        with self.thread.lock():
+            return not self.thread.running and (self.engine is None or self.engine.release_memory())
 
     def drop(self) -> None:
         """Forget the engine, and all that was made for the model, unless calls are under way."""
-        with self._thread.lock():
-            if not self._thread.running:
+        with self.thread.lock():
+            if not self.thread.running:
                 self.engine = None
 
     # ---- in the engine's thread ----------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ class EngineHost(ThreadPolicy):
             return False  # whoever could run lacks blocks, and those who have them are choosing
         until = time.monotonic() + _PATIENCE * stats.duration_s
         while self._choosing and (left := until - time.monotonic()) > 0:
-            self._thread.carry_out_next(left)
+            self.thread.carry_out_next(left)
         self._choosing.clear()  # who is slower than that joins a later step
         return True
 
@@ -158,9 +158,9 @@ class EngineHost(ThreadPolicy):
     def idle(self) -> None:
         if self.engine is not None and self.engine.has_work:  # some calls keep all blocks from the others
             self.engine.preempt_held()
-        for call in list(self._thread.holders):  # is its caller gone? An exception struck it as it was about to close
+        for call in list(self.thread.holders):  # is its caller gone? An exception struck it as it was about to close
             if call.caller is not None and call.caller not in self._callers:
-                self._thread.leave(call, partial(self._end, call))
+                self.thread.leave(call, partial(self._end, call))
 
     def failed(self, error: BaseException) -> None:
         """The engine is lost, and with it the calls that have rows there."""
@@ -171,7 +171,7 @@ class EngineHost(ThreadPolicy):
 
     def _admit(self, call: EngineCall) -> None:
         try:
-            if call not in self._thread.holders:
+            if call not in self.thread.holders:
                 raise NotStarted("the engine's thread has ended")
             if self.engine is None:
                 self.engine = self._build()
@@ -196,7 +196,7 @@ class EngineHost(ThreadPolicy):
 
     def _build(self) -> Engine:
         self.paged_model = HFPagedModel(self._model)
-        return Engine(self.paged_model, self._config)
+        return Engine(self.paged_model, self.config)
 
     def _end(self, call: EngineCall) -> None:
         self._choosing.discard(call)
@@ -222,10 +222,10 @@ class EngineHost(ThreadPolicy):
         self._exiting = True
         deadline = time.monotonic() + 1
         while True:
-            for call in list(self._thread.holders):
+            for call in list(self.thread.holders):
                 call.tell(SystemExit("the interpreter is shutting down"))
-                self._thread.leave(call, partial(self._end, call))
+                self.thread.leave(call, partial(self._end, call))
             if not self._callers or time.monotonic() > deadline:
                 break
             time.sleep(0.002)
-        self._thread.wait_until_free(10)
+        self.thread.wait_until_free(10)

@@ -122,13 +122,13 @@ class HFPagedModel(PagedModel):
         without."""
         self._let_go()
         self._create = None
-        self._compiled = CompiledRoot(self._shadow.root) if wanted else None
+        self._compiled = CompiledRoot(self.shadow.root) if wanted else None
 
     def accelerate(self, create: CreateForward) -> int:
         """Let ``create`` stand in for modules of the twin, parents before children. Returns how many it took."""
         self._create = create
         self._let_go()
-        self._ask(self._shadow.root)
+        self._ask(self.shadow.root)
         return len(self._fast)
 
     def fingerprint(self) -> str | None:
@@ -175,12 +175,12 @@ class HFPagedModel(PagedModel):
         if self._create is not None:
             self.accelerate(self._create)
         if self._compiled is not None:
-            self._compiled = CompiledRoot(self._shadow.root)
+            self._compiled = CompiledRoot(self.shadow.root)
 
     def _take_in(self) -> None:
-        self._shadow = Shadow(self._base)
+        self.shadow = Shadow(self._base)
         self._under_way: list[Step | None] = [None]
-        self._shadow.give_all(UNDER_WAY, self._under_way)
+        self.shadow.give_all(UNDER_WAY, self._under_way)
         self._look()
         self._unheard = not any(_listened_to(module) and not _aligned(module) for module in self._base.modules())
         self._fast = {}
@@ -190,7 +190,7 @@ class HFPagedModel(PagedModel):
         max_length = _max_length(self._base, config)
         parameters = inspect.signature(type(self._base).forward).parameters
         self._takes_positions = "position_ids" in parameters
-        placed = apply_rules(self._shadow, self._under_way, max_length, self._takes_positions)
+        placed = apply_rules(self.shadow, self._under_way, max_length, self._takes_positions)
         if not (self._takes_positions or placed):
             raise UnsupportedModel(f"{type(self._base).__name__}.forward takes no position_ids")
         if is_marked_stateful(self._base):
@@ -200,7 +200,7 @@ class HFPagedModel(PagedModel):
         device = self._base.get_input_embeddings().weight.device
         if device.type == "meta":
             raise UnsupportedModel("its embeddings are offloaded, and the engine wants them on a device")
-        found = probe(self._shadow, self._call, self._as_stock, config.vocab_size, device)
+        found = probe(self.shadow, self._call, self._as_stock, config.vocab_size, device)
         self._restless = self._settle(device) or not self._reach.whole
         self._spec = ModelSpec(
             layers=found.layers,
@@ -225,9 +225,9 @@ class HFPagedModel(PagedModel):
             return False
         self._look()
         ids = torch.zeros(3, dtype=torch.int64, device=device)
-        self._shadow.use_attention(None)
+        self.shadow.use_attention(None)
         self._call(ids, torch.arange(3, device=device), None)
-        self._shadow.use_attention(PAGED)
+        self.shadow.use_attention(PAGED)
         return self._reach.settle()
 
     @torch.no_grad()
@@ -241,9 +241,9 @@ class HFPagedModel(PagedModel):
         if self._takes_positions:
             options["position_ids"] = positions.expand_as(token_ids)
         try:
-            output = self._shadow.root(**options, use_cache=True)
+            output = self.shadow.root(**options, use_cache=True)
         except Exception:  # if that is no fault of the cache, the next call says so
-            output = self._shadow.root(**options, use_cache=False)
+            output = self.shadow.root(**options, use_cache=False)
         place = state_outside_attention(cache_in_result(output))
         if place is not None:
             raise UnsupportedModel(f"{type(self._base).__name__} keeps state outside attention, in {place}")
@@ -268,7 +268,7 @@ class HFPagedModel(PagedModel):
         if rows is not None and self._keeps_logits:
             options["logits_to_keep"] = rows
         if self._embeds.among(token_ids):
-            embedding = self._shadow.twin_of(self._base.get_input_embeddings())
+            embedding = self.shadow.twin_of(self._base.get_input_embeddings())
             compiled = None
             options["inputs_embeds"] = self._embeds.of(token_ids, embedding)[None]
         else:
@@ -278,7 +278,7 @@ class HFPagedModel(PagedModel):
             if compiled is not None and step is not None:
                 output = compiled(step.rewind, **options)
             else:
-                output = self._shadow.root(**options)
+                output = self.shadow.root(**options)
         finally:
             self._under_way[0] = None  # through it, the cache of an engine that is gone would live on
         logits: Tensor = output.logits[0]
