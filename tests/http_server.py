@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from paged_openai.server import Server
 from paged_openai.service import Service
 from paged_serving import PrometheusMetrics, RequestLimits, ServedModel
 from toy_tokenizers import CharacterTokenizer
+from waiting import until
 
 LIMIT_S = 30.0
 
@@ -110,10 +110,3 @@ def request_lines(caplog: Any, num: int) -> list[dict[str, Any]]:
 
     until(lambda: len(lines()) >= num)
     return lines()
-
-
-def until(condition: Any, limit_s: float = LIMIT_S) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.005)

@@ -99,6 +99,15 @@ class CharacterTokenizer(ByteTokenizer):
         return [min(byte - 32, self.eos_token_id - 1) for byte in text.replace("\n", " ").encode()]
 
 
+class ChokingTokenizer(CharacterTokenizer):
+    """Has no text for token 40."""
+
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> str:
+        if 40 in token_ids:
+            raise LookupError("token 40")
+        return super().decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+
 class PartsTokenizer(CharacterTokenizer):
     """Its chat template goes over the parts of each content, as Llama Guard's does: of a string it prints nothing."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from paged_core import EngineDeadError
 from paged_hf import paged_generate
 from paged_hf.generate import host as hosts
 from strikes import LIMIT_S, Struck, strike_until_it_ends, strikes_anywhere
+from waiting import until
 
 PROMPT = {"input_ids": torch.tensor([[5, 9, 40, 7, 3]]), "attention_mask": torch.ones(1, 5, dtype=torch.int64)}
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
@@ -40,13 +41,6 @@ def lock(model: Any, monkeypatch: pytest.MonkeyPatch) -> threading.Lock:
     patient = model.generate.tiers.host.thread._lock
     monkeypatch.setattr(patient, "_patience_s", 0.1)
     return patient.bare()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.002)
 
 
 def answers(model: Any, options: dict[str, Any]) -> list[list[int]]:

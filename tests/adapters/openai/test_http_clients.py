@@ -18,12 +18,6 @@ from alphabet_model import AlphabetModel, Gate
 from http_server import Running, alphabet_server, until
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with alphabet_server() as running:
-        yield running
-
-
 @pytest.fixture
 def client(server: Running) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:

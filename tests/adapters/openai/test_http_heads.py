@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 
 import pytest
 
 from http_server import Running, alphabet_server, until
 from paged_openai.app import AppOptions
 from paged_openai.logs import JSONLines
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with alphabet_server() as running:
-        yield running
 
 
 @pytest.mark.parametrize("origin", ["http://[", "http://[::1", "http://]", "//[", "http://\u2100.example", "[", ""])

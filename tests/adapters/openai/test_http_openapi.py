@@ -37,12 +37,6 @@ LEAST = {
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with alphabet_server() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def client(server: Running) -> Iterator[httpx2.Client]:
     with server.client() as client:
         yield client

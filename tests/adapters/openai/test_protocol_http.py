@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,12 +12,6 @@ from http_server import LIMIT_S, Running, alphabet_server, until
 
 BODY = {"prompt": "A", "max_tokens": 9, "temperature": 0}
 CONTRADICTION = {**BODY, "guided_regex": "ab", "bad_words": ["b"]}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with alphabet_server() as running:
-        yield running
 
 
 def events(text: str) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,13 +15,6 @@ from paged_serving import CallError, CompletionCall, Exchange, Failure, trouble
 from toy_tokenizers import CharacterTokenizer
 
 CONFIG = EngineConfig(num_blocks=256, attention_backend="reference")
-
-
-@pytest.fixture(scope="module")
-def alphabet() -> Iterator[Alphabet]:
-    alphabet = Alphabet()
-    with alphabet.engine:
-        yield alphabet
 
 
 def call(alphabet: Alphabet, **fields: Any) -> CompletionCall:

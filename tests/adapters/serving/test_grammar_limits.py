@@ -7,7 +7,6 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import llguidance
@@ -27,13 +26,6 @@ BOMBS: list[dict[str, Any]] = [
     {"guided_grammar": "start: T\nT: " + " & ".join(f"/{each['pattern']}/" for each in PATTERNS)},
     {"guided_regex": "((a{1000}){1000}){1000}"},
 ]
-
-
-@pytest.fixture(scope="module")
-def alphabet() -> Iterator[Alphabet]:
-    alphabet = Alphabet()
-    with alphabet.engine:
-        yield alphabet
 
 
 def call(alphabet: Alphabet, **fields: Any) -> CompletionCall:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,13 +35,6 @@ SCHEMA = {
     "additionalProperties": False,
 }
 NO_SPACES = {"0": -100}  # the model has no preference among what is allowed, and JSON allows spaces everywhere
-
-
-@pytest.fixture(scope="module")
-def alphabet() -> Iterator[Alphabet]:
-    alphabet = Alphabet()
-    with alphabet.engine:
-        yield alphabet
 
 
 def complete(alphabet: Alphabet, **fields: Any) -> list[dict[str, Any]]:

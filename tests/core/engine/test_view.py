@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from concurrent.futures import CancelledError
 
 import pytest
@@ -12,18 +10,12 @@ import pytest
 from alphabet_model import AlphabetModel, Gate
 from paged_core import AsyncEngine, Engine, EngineConfig, EngineDeadError, EngineView, SamplingParams
 from toy_tokenizers import CharacterTokenizer
+from waiting import until
 
 CONFIG = EngineConfig(num_blocks=64, block_size=4, attention_backend="reference")
 PROMPT = list(range(1, 14))  # three full blocks and a token
 LONG = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 LIMIT_S = 30.0
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.001)
 
 
 def totals(view: EngineView) -> tuple[int, int, int]:

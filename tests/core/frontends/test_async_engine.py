@@ -24,7 +24,8 @@ from paged_core import (
     Stream,
     StreamDelta,
 )
-from toy_tokenizers import CharacterTokenizer
+from toy_tokenizers import CharacterTokenizer, ChokingTokenizer
+from waiting import until
 
 CONFIG = EngineConfig(num_blocks=256, attention_backend="reference")
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
@@ -69,13 +70,6 @@ def in_threads(*works: Callable[[], object]) -> None:
         thread.join(LIMIT_S)
     assert not any(thread.is_alive() for thread in threads), "a thread hangs"
     assert not failures, failures
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.002)
 
 
 async def collect(stream: Stream) -> list[StreamDelta]:
@@ -246,13 +240,7 @@ def test_a_slow_reader_still_gets_the_text_from_before_an_error(engine: AsyncEng
 
 
 def test_a_tokenizer_that_chokes_ends_one_request_only(model: AlphabetModel) -> None:
-    class Choking(CharacterTokenizer):
-        def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> str:
-            if 40 in token_ids:
-                raise LookupError("token 40")
-            return super().decode(token_ids, skip_special_tokens=skip_special_tokens)
-
-    with AsyncEngine(model, tokenizer=Choking(), config=CONFIG) as engine:
+    with AsyncEngine(model, tokenizer=ChokingTokenizer(), config=CONFIG) as engine:
         bad, good = engine.submit([38], params()), engine.submit([50], params())
         assert good.result(LIMIT_S).outputs[0].finish_reason == "length"
         result = bad.result(LIMIT_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,13 +57,6 @@ class Choking(CharacterTokenizer):
         if "Z" in text:
             raise self.kind
         return text
-
-
-@pytest.fixture
-def as_a_shell_has_it() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @of_every_kind
@@ -118,7 +111,7 @@ def test_what_a_tokenizer_raises_on_one_text_ends_that_request(kind: type[BaseEx
         assert good.result(LIMIT_S).outputs[0].text == "BCDEF"
 
 
-@pytest.mark.usefixtures("as_a_shell_has_it")
+@pytest.mark.usefixtures("interruptible")
 @of_every_kind
 def test_in_the_main_thread_too_a_processor_ends_its_own_prompt_only(kind: type[BaseException]) -> None:
     llm = LLM(AlphabetModel(), tokenizer=CharacterTokenizer(), config=CONFIG)
@@ -128,7 +121,7 @@ def test_in_the_main_thread_too_a_processor_ends_its_own_prompt_only(kind: type[
     assert llm.generate("A", params())[0].outputs[0].text == "BCDEF"
 
 
-@pytest.mark.usefixtures("as_a_shell_has_it")
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_inside_a_processor_still_interrupts() -> None:
     def impatient(input_ids: Any, scores: Any) -> Any:
         signal.raise_signal(signal.SIGINT)

@@ -28,7 +28,7 @@ from paged_core.scheduling.request import FinishReason, Request, RequestOutput
 from paged_core.text.codec import Prompt, TextCodec, prepare_params
 from paged_core.text.generation import Generation
 from paged_core.text.outputs import join_deltas
-from toy_tokenizers import ByteTokenizer, CharacterTokenizer
+from toy_tokenizers import ByteTokenizer, CharacterTokenizer, ChokingTokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=5)
 
@@ -98,13 +98,7 @@ def test_a_logits_processor_that_raises_ends_its_own_request_only(llm: LLM) -> N
 
 
 def test_a_tokenizer_that_chokes_on_a_token_ends_its_own_request_only(model: AlphabetModel) -> None:
-    class Choking(CharacterTokenizer):
-        def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> str:
-            if 40 in token_ids:
-                raise LookupError("token 40")
-            return super().decode(token_ids, skip_special_tokens=skip_special_tokens)
-
-    llm = LLM(model, tokenizer=Choking(), num_blocks=32, attention_backend="reference")
+    llm = LLM(model, tokenizer=ChokingTokenizer(), num_blocks=32, attention_backend="reference")
     bad, good = llm.generate([[38], [50]], GREEDY)
     assert bad.outputs[0].finish_reason == "error" and "token 40" in str(bad.error)
     assert good.outputs[0].finish_reason == "length"
@@ -179,14 +173,6 @@ def test_cached_prompt_tokens_are_counted(llm: LLM) -> None:
     llm.generate([prompt], GREEDY)
     metrics = llm.generate([prompt], GREEDY)[0].metrics
     assert metrics is not None and metrics.num_cached_tokens == 32
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """What a shell runs in its background ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")

@@ -1,0 +1,16 @@
+"""An engine with the alphabet's model, and what a server puts in front of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from calls import Alphabet
+
+
+@pytest.fixture(scope="module")
+def alphabet() -> Iterator[Alphabet]:
+    alphabet = Alphabet()
+    with alphabet.engine:
+        yield alphabet
