@@ -186,7 +186,7 @@ def test_chunked_attention_and_windows_of_stocks_cache_limit_the_length(make: An
 def test_chunks_limit_the_length_even_if_stocks_cache_keeps_everything(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("paged_hf.model.paged_model._until_the_cache_forgets", lambda config, layers: 1 << 17)
+    monkeypatch.setattr("paged_hf.model.paged_model.until_the_cache_forgets", lambda config, layers: 1 << 17)
     assert HFPagedModel(make("llama4_text", attention_chunk_size=100)).spec.max_model_len == 100
 
 

@@ -11,11 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from paged_core import Attend, EngineDeadError, LayerSpec, ModelSpec, ModuleForward, PagedModel, UnsupportedModel
+from paged_core import Attend, EngineDeadError, ModelSpec, ModuleForward, PagedModel, UnsupportedModel
 from paged_hf.model.attention import PAGED, UNDER_WAY, Step
 from paged_hf.model.compiled import CompiledRoot
+from paged_hf.model.config_facts import (
+    eos_token_ids,
+    max_length_of,
+    refuse_by_config,
+    sampling_defaults,
+    until_the_cache_forgets,
+    unwrapped,
+)
 from paged_hf.model.embeds import Embeds, takes_embeds
 from paged_hf.model.identity import identity
 from paged_hf.model.intercepted import listened_to
@@ -28,16 +35,6 @@ from paged_hf.model.watch import WatchedModules
 from paged_hf.upstream import cache_in_result, is_marked_stateful
 
 CreateForward = Callable[[nn.Module], Any]  # a ModuleForward, or what does as one; None: the module stays
-_ANY_LENGTH = 1 << 17  # for models that name no limit
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-_LENGTHS = (  # what configs call the positions that the model knows
-    "max_position_embeddings",
-    "n_positions",
-    "max_sequence_length",
-    "max_seq_len",
-    "max_target_positions",
-    "seq_length",
-)
 
 
 class HFPagedModel(PagedModel):
@@ -50,7 +47,7 @@ class HFPagedModel(PagedModel):
     def __init__(self, model: nn.Module, name: str | None = None) -> None:
         self.model = model
         self._name = name
-        self._base: Any = _unwrapped(model)
+        self._base: Any = unwrapped(model)
         self._fast: dict[nn.Module, ModuleForward] = {}  # by twin
         self._compiled: CompiledRoot | None = None
         self._spec: ModelSpec
@@ -186,8 +183,8 @@ class HFPagedModel(PagedModel):
         self._fast = {}
         self._takes_embeds = None
         config = self._base.config.get_text_config()
-        _refuse_by_config(self._base)
-        max_length = _max_length(self._base, config)
+        refuse_by_config(self._base)
+        max_length = max_length_of(self._base, config)
         parameters = inspect.signature(type(self._base).forward).parameters
         self._takes_positions = "position_ids" in parameters
         placed = apply_rules(self.shadow, self._under_way, max_length, self._takes_positions)
@@ -205,12 +202,12 @@ class HFPagedModel(PagedModel):
         self._spec = ModelSpec(
             layers=found.layers,
             vocab_size=found.vocab_size,
-            max_model_len=min(max_length, found.max_length, _until_the_cache_forgets(config, found.layers)),
+            max_model_len=min(max_length, found.max_length, until_the_cache_forgets(config, found.layers)),
             dtype=found.dtype,
             device=device,
-            eos_token_ids=_eos_token_ids(self._base),
+            eos_token_ids=eos_token_ids(self._base),
             name=self._name or self._base.config.name_or_path or config.model_type,
-            sampling_defaults=_sampling_defaults(self._base),
+            sampling_defaults=sampling_defaults(self._base),
         )
 
     def _look(self) -> None:
@@ -309,70 +306,3 @@ def _listened_to(module: nn.Module) -> bool:
 def _aligned(module: nn.Module) -> bool:
     """Whether all that stands before the module's own forward is accelerate's, with the weights where they are used."""
     return getattr(getattr(module, "_hf_hook", None), "offload", None) is False and not listened_to(module)
-
-
-def _unwrapped(model: Any) -> Any:
-    """The transformers model inside torch.compile's or PEFT's wrapper."""
-    model = getattr(model, "_orig_mod", model)
-    peft = getattr(model, "active_peft_config", None)
-    if peft is not None and hasattr(model, "get_base_model"):
-        if getattr(peft, "is_prompt_learning", False):
-            raise UnsupportedModel("PEFT prompt learning puts virtual tokens before the prompt; merge or remove it")
-        model = model.get_base_model()
-    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
-        raise UnsupportedModel(f"{type(model).__name__} isn't a transformers model")
-    return model
-
-
-def _refuse_by_config(model: Any) -> None:
-    name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{name} is an encoder-decoder model")
-    if model.get_output_embeddings() is None:
-        raise UnsupportedModel(f"{name} has no language-model head")
-    if getattr(model.config, "attention_type", None) == "block_sparse":
-        raise UnsupportedModel(
-            f"{name}'s attention is block-sparse in long prompts; load it with attention_type='original_full'"
-        )
-
-
-def _until_the_cache_forgets(config: Any, layers: tuple[LayerSpec, ...]) -> int:
-    """Some windows exist only in stock's cache, which forgets keys and tells nobody: the length below which it
-    forgets none."""
-    if any(layer.sliding_window is not None for layer in layers):
-        return _ANY_LENGTH
-    cached = DynamicCache(config=config).layers
-    windows = [layer.sliding_window for layer in cached if getattr(layer, "is_sliding", False)]
-    return min(windows, default=_ANY_LENGTH)
-
-
-def _max_length(model: nn.Module, config: Any) -> int:
-    """Positions the model knows. Where rotary frequencies depend on the longest request of a batch, the length up to
-    which they don't."""
-    limits = [getattr(config, name, None) for name in _LENGTHS]
-    length = next((limit for limit in limits if isinstance(limit, int) and limit > 0), _ANY_LENGTH)
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
-        pairs = [(kinds, parameters)] if isinstance(kinds, str) else [
-            (kind, parameters.get(layer) or {}) for layer, kind in (kinds or {}).items()
-        ]  # fmt: skip
-        for kind, own in pairs:
-            if kind in ("dynamic", "longrope"):
-                length = min(length, own.get("original_max_position_embeddings") or length)
-    return length
-
-
-def _sampling_defaults(model: Any) -> dict[str, float]:
-    """What generation_config.json says of sampling. As vLLM reads it: do_sample is of no account."""
-    generation = getattr(model, "generation_config", None)
-    found = {name: getattr(generation, name, None) for name in _SAMPLING}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _eos_token_ids(model: Any) -> tuple[int, ...]:
-    generation = getattr(model, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None)
-    if eos is None:
-        eos = getattr(model.config.get_text_config(), "eos_token_id", None)
-    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
