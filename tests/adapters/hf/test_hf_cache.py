@@ -38,7 +38,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
             "num_hidden_layers": None, "num_attention_heads": None, "max_position_embeddings": None},
     "gemma2": {},
     "deepseek_v3": {},
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "head_dim": None},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "head_dim": None},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2, "num_experts": 4,
                    "num_experts_per_tok": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
                    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "moe_intermediate_size": 32,

@@ -297,6 +297,6 @@ def test_classes_of_the_users_own_get_no_rule(make: Any) -> None:
     class Mine(kind):  # type: ignore[misc, valid-type]
         pass
 
-    model.transformer.h[2].self_attention.__class__ = Mine
+    model.transformer.h[1].self_attention.__class__ = Mine
     with pytest.raises(UnsupportedModel, match="two prompts stand in one row"):
         HFPagedModel(model)
