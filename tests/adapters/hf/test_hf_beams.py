@@ -70,7 +70,7 @@ def test_in_16_bits_beams_differ_from_stocks_at_near_ties_alone(
 def test_with_a_stop_token_the_best_beam_is_stocks_if_lengths_do_not_count(
     tiny: Callable[..., Any], engine: Callable[..., Engine], prompts: list[list[int]]
 ) -> None:
-    model = tiny("llama")
+    model = tiny("llama", num_hidden_layers=4)
     plain = LLM(engine(model, max_num_seqs=8), tokenizer=NoText())
     (beams,) = plain.generate(prompts[1], SamplingParams(n=4, max_tokens=9, use_beam_search=True, length_penalty=0.0))
     eos = beams.outputs[0].token_ids[4]  # the best beam will end there

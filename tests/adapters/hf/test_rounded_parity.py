@@ -25,7 +25,7 @@ MADE = ["llama-positions", "gpt2-positions", "mistral-window", "gemma2-window", 
 @pytest.mark.parametrize("mistake", MADE)
 def test_a_mistake_is_red(mistake: str, dtype: str, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     name, mutate = MISTAKES[mistake]
-    _assert_red(tiny(name).to(HALVES[dtype]), mutate, monkeypatch, {})
+    _assert_red(tiny(name, num_hidden_layers=4).to(HALVES[dtype]), mutate, monkeypatch, {})
 
 
 @pytest.mark.parametrize("call", CALLS)
