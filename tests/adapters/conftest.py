@@ -52,7 +52,8 @@ _OWN: dict[str, dict[str, Any]] = {  # what each model type needs beside the siz
                     "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32,
                     "first_k_dense_replace": 1},
     "cohere": {"head_dim": None, "logit_scale": 0.5},
-    "llama4_text": {**_MOE, "num_hidden_layers": 4, "num_experts_per_tok": 1, "attention_chunk_size": 8192, "intermediate_size_mlp": 64},
+    "llama4_text": {**_MOE, "num_hidden_layers": 4, "num_experts_per_tok": 1, "attention_chunk_size": 8192,
+                    "intermediate_size_mlp": 64},
 }  # fmt: skip
 
 
