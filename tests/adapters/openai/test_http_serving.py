@@ -373,7 +373,7 @@ def test_each_request_is_one_line_without_its_prompt(caplog: pytest.LogCaptureFi
     caplog.set_level(logging.INFO, "paged_openai")
     with alphabet_server() as server, server.client() as client:
         ours = client.post("/v1/completions", json={"prompt": "SECRET", "max_tokens": 3}).headers["x-request-id"]
-        theirs = client.post("/generate", json={"inputs": "SECRET", "x": 1}, headers={"X-Request-Id": "mine-7"})
+        theirs = client.post("/generate", json={"inputs": "SECRET", "stream": 7}, headers={"X-Request-Id": "mine-7"})
         evil = client.post("/generate", json={}, headers={"X-Request-Id": "a b"}).headers["x-request-id"]
         list_ = client.post("/generate", json={"inputs": ["SECRET"]}).headers["x-request-id"]
         client.get("/health")
@@ -384,7 +384,7 @@ def test_each_request_is_one_line_without_its_prompt(caplog: pytest.LogCaptureFi
     assert len(lines) == 4
     assert told == {
         ours: (200, None),
-        "mine-7": (422, "refused: x"),
+        "mine-7": (422, "refused: stream"),
         evil: (422, "refused: inputs"),
         list_: (422, "refused: inputs"),
     }

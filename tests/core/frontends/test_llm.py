@@ -280,8 +280,8 @@ def test_what_was_wished_what_became_of_it_and_the_tokenizer_can_be_read(kind: A
 def test_an_option_that_nobody_knows_is_refused_by_its_name(kind: Any, model: AlphabetModel) -> None:
     with pytest.raises(TypeError, match="no option called 'max_modellen'; did you mean max_model_len"):
         kind(model, max_modellen=8)
-    with pytest.raises(TypeError, match=r"'tensor_parallel_size'; there are device, dtype, .*num_blocks"):
-        kind(model, tensor_parallel_size=2)
+    with pytest.raises(TypeError, match=r"'swap_space'; there are device, dtype, .*num_blocks"):
+        kind(model, swap_space=2)
 
 
 @pytest.mark.parametrize("kind", [LLM, AsyncEngine])
