@@ -23,6 +23,8 @@ def register(commands: Commands) -> None:
 def _add_swap(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("old", type=Path, metavar="OLD.mar", help="an archive, or the folder of one")
     parser.add_argument("new", type=Path, metavar="NEW.mar", help="where the new one goes")
+    parser.add_argument("--follow-links", action="store_true",
+        help="of an archive's folder: take what links in it lead to outside")  # fmt: skip
     _add_settings(parser)
     parser.set_defaults(run=_swap)
 
@@ -41,6 +43,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
         help="a key of model-config.yaml or of its section paged; repeatable")  # fmt: skip
     add("--allow-pickle", action="store_true", help="take weights that are pickles, which can run any code when read")
+    add("--archive-format", choices=("default", "no-archive"), default="default",
+        help="a file, or a folder of that name, which takes no room twice on the same disk")  # fmt: skip
     add("--force", action="store_true", help="write over NEW.mar if it is there")
 
 
@@ -67,7 +71,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 def _swap(args: argparse.Namespace) -> int:
     from paged_torchserve import archive
 
-    changes = archive.swap(args.old, args.new, _pairs(args.settings), allow_pickle=args.allow_pickle, force=args.force)
+    changes = archive.swap(args.old, args.new, _pairs(args.settings), allow_pickle=args.allow_pickle, force=args.force,
+        as_folder=args.archive_format == "no-archive", follow_links=args.follow_links)  # fmt: skip
     print(f"{args.new}: {args.old} with our handler")
     for change in changes:
         print(f"  {change}")
@@ -79,7 +84,8 @@ def _archive(args: argparse.Namespace) -> int:
 
     name = args.name or args.new.name.removesuffix(".mar")
     archive.create(args.model, args.new, name, args.version, _pairs(args.settings),
-        allow_pickle=args.allow_pickle, force=args.force)  # fmt: skip
+        allow_pickle=args.allow_pickle, force=args.force,
+        as_folder=args.archive_format == "no-archive")  # fmt: skip
     print(f"{args.new}: {name} {args.version}, from {args.model}")
     return 0
 

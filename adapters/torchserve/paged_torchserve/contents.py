@@ -66,7 +66,9 @@ def check_links(folder: Path, files: Sequence[Path]) -> None:
     root = folder.resolve()
     for file in files:
         if not file.resolve().is_relative_to(root):
-            raise ConfigError(f"{file} is a link to {file.resolve()}, outside {folder}; copy what is meant into it")
+            raise ConfigError(
+                f"{file} is a link to {file.resolve()}, outside {folder}; copy what is meant, or say --follow-links"
+            )
 
 
 def _check_names(entries: Sequence[zipfile.ZipInfo], name: str) -> None:

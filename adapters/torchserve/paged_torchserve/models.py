@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from paged_core import ConfigError
 
 WEIGHTS = (".safetensors",)
 _NO_TEXT = ("Classification", "QuestionAnswering", "MaskedLM", "NextSentencePrediction", "MultipleChoice")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class NoModel(ConfigError):
+    """There is none where it was looked for."""
+
+
+class SeveralModels(ConfigError):
+    """Which of them is meant must be said."""
 
 
 class Found(NamedTuple):
@@ -26,24 +35,24 @@ def find_model(names: Iterable[str], read: Callable[[str], bytes], hint: str | N
     """The model among files called ``names``; ``hint``: its folder, where that is known.
 
     Raises:
-        ConfigError: there is none, or more than one.
+        NoModel: there is none.
+        SeveralModels: there are more.
+        ConfigError: it writes no text.
     """
     names = list(names)
     folders = [str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name == "config.json"]
     if hint is not None:
         folders = [folder for folder in folders if folder == str(PurePosixPath(hint))]
-    kinds = {folder: _kinds(read(_join(folder, "config.json"))) for folder in folders}
-    folders = [folder for folder in folders if kinds[folder] is not None]
+    configs = {folder: _model_config(read(_join(folder, "config.json"))) for folder in folders}
+    folders = [folder for folder in folders if configs[folder] is not None]
     if not folders:
         where = f" in {hint}" if hint is not None else ""
-        raise ConfigError(f"there is no Hugging Face model{where} inside: no config.json that names a model_type")
+        raise NoModel(f"there is no Hugging Face model{where} inside: no config.json that names a model_type")
     if len(folders) > 1:
         told = ", ".join(folders)
-        raise ConfigError(f"there are several models inside ({told}); say which: --set model=FOLDER")
+        raise SeveralModels(f"there are several models inside ({told}); say which: --set model=FOLDER")
     (folder,) = folders
-    kind = next((kind for kind in kinds[folder] or () if kind.endswith(_NO_TEXT)), None)
-    if kind is not None:
-        raise ConfigError(f"the model inside is a {kind}, which writes no text; only causal language models are served")
+    _check_kind(configs[folder] or {})
     inside = [PurePosixPath(name) for name in names if str(PurePosixPath(name).parent) == folder]
     safe = any(path.suffix in WEIGHTS for path in inside)
     return Found(folder, safe, sorted(str(path) for path in inside if path.suffix in PICKLES))
@@ -62,16 +71,38 @@ def check_weights(found: Found, allow_pickle: bool) -> None:
         )
 
 
+def check_tokenizer(found: Found, names: Iterable[str]) -> None:
+    """Raises ConfigError unless, among files called ``names``, there is a tokenizer in the model's folder."""
+    beside = {PurePosixPath(name).name for name in names if str(PurePosixPath(name).parent) == found.folder}
+    if not beside.intersection(_TOKENIZERS) and not any(name.endswith(".tiktoken") for name in beside):
+        raise ConfigError(
+            f"there is no tokenizer beside {_join(found.folder, 'config.json')}, so that no text could be served; say "
+            "which: --set tokenizer=FOLDER (inside, or of the machine that serves) or a hub id"
+        )
+
+
 def _join(folder: str, name: str) -> str:
     return name if folder == "." else f"{folder}/{name}"
 
 
-def _kinds(config: bytes) -> list[str] | None:
-    """The classes that a model's config.json names; None if it isn't one."""
+def _model_config(config: bytes) -> dict[str, Any] | None:
+    """What a config.json says; None if it isn't a model's."""
     try:
         value = json.loads(config)
     except ValueError:
         return None
-    if not isinstance(value, dict) or "model_type" not in value:
-        return None
-    return [str(kind) for kind in value.get("architectures") or ()]
+    return value if isinstance(value, dict) and "model_type" in value else None
+
+
+def _check_kind(config: Mapping[str, Any]) -> None:
+    kinds = [str(kind) for kind in config.get("architectures") or ()]
+    silent = next((kind for kind in kinds if kind.endswith(_NO_TEXT)), None)
+    if silent is not None:
+        raise ConfigError(
+            f"the model inside is a {silent}, which writes no text; only causal language models are served"
+        )
+    if config.get("is_encoder_decoder"):
+        kind = kinds[0] if kinds else config["model_type"]
+        raise ConfigError(
+            f"the model inside is a {kind}, with an encoder beside its decoder; only causal language models are served"
+        )

@@ -26,24 +26,49 @@ _FRONTEND: Mapping[str, type] = {  # what TorchServe reads itself, as far as it 
     "maxRetryTimeoutInSec": int,
 }
 
-_LEAST: Mapping[str, float] = {"max_new_tokens": 1, "max_grammar_ms": 1, "max_reply_bytes": 1, "heartbeat_s": 0.1}
+# Of plain requests that leave them out; each means what it means to TGI, and max_length what it means to generate().
+DEFAULTS: Mapping[str, type] = {
+    "do_sample": bool, "temperature": float, "top_k": int, "top_p": float, "repetition_penalty": float,
+    "frequency_penalty": float, "stop": list, "truncate": int, "max_length": int,
+    "stream": bool,
+}  # fmt: skip
+SAMPLING = frozenset({"do_sample", "temperature", "top_k", "top_p"})  # each of them turns sampling on
+REPLIES = ("text", "json", "list")
+
+_LEAST: Mapping[str, float] = {
+    "replicas": 1,
+    "max_new_tokens": 1,
+    "max_grammar_ms": 1,
+    "max_reply_bytes": 1,
+    "heartbeat_s": 0.1,
+}
 
 
 @dataclass(frozen=True)
 class Settings:
     """Section ``paged``: which model, how it is loaded and run, and how plain requests are answered."""
 
+    tokenizer: str | None = None  # where it isn't the model's own: a folder inside, another folder, or a hub id
     model: str | None = None  # a folder or a zip inside the archive, another folder, or a hub id; None: look for it
     device: str | None = None  # "cpu", "cuda", "cuda:1", "auto" (over all GPUs that the worker sees)
+    replicas: int | None = None  # engines, each on a GPU of its own; None: one, if there is one GPU
     dtype: str | None = None
     allow_pickle: bool = False
     trust_remote_code: bool = False
     max_grammar_ms: int = 500  # of processor time, to compile what one request's answer must follow
     max_new_tokens: int = 100  # for plain requests that don't say
+    defaults: dict[str, Any] = field(default_factory=dict)  # of DEFAULTS, for plain requests that don't say
+    reply: str = "text"  # how one plain prompt is answered: text, {"text": ...} as json, or a list of one text
     return_full_text: bool = True  # whether answers to plain requests begin with the prompt, as stock handlers' do
+    served_model_name: str | list[str] | None = None  # what else than the archive's name clients may call the model
     max_reply_bytes: int = MAX_REPLY_BYTES  # TorchServe's max_response_size
     heartbeat_s: float = 3.0  # requests are dropped when TorchServe hasn't asked for their news for so long
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+    @property
+    def served_model_names(self) -> list[str]:
+        named = self.served_model_name
+        return [named] if isinstance(named, str) else list(named or ())
 
 
 def read_settings(config: Mapping[str, Any] | None) -> Settings:
@@ -65,11 +90,22 @@ def read_settings(config: Mapping[str, Any] | None) -> Settings:
         else:
             raise ConfigError(f"{SECTION}.{name} is no setting; there are {', '.join(known_keys())}")
     settings = Settings(**own, engine=EngineConfig(**engine))
+    _check_plain(settings)
     for name, least in _LEAST.items():
         value = getattr(settings, name)
-        if not value >= least:
+        if value is not None and not value >= least:
             raise ConfigError(f"{SECTION}.{name} is {value}; it must be at least {least}")
     return settings
+
+
+def _check_plain(settings: Settings) -> None:
+    """Raises ConfigError for what plain requests can't be answered by."""
+    if settings.reply not in REPLIES:
+        raise ConfigError(f"{SECTION}.reply is {settings.reply!r}; there are {', '.join(REPLIES)}")
+    for name, value in settings.defaults.items():
+        if name not in DEFAULTS:
+            raise ConfigError(f"{SECTION}.defaults.{name} is no setting; there are {', '.join(DEFAULTS)}")
+        _typed(f"{SECTION}.defaults.{name}", value, DEFAULTS[name].__name__)
 
 
 def known_keys() -> list[str]:
@@ -109,7 +145,7 @@ _OWN_TYPES: Mapping[str, str] = {each.name: str(each.type) for each in fields(Se
 
 def _typed(name: str, value: Any, wanted: str) -> Any:
     """``value`` as a setting of type ``wanted`` (an annotation: "int | None")."""
-    kinds = [kind.strip() for kind in wanted.split("|")]
+    kinds = [kind.strip().partition("[")[0] for kind in wanted.split("|")]
     if value is None and "None" in kinds:
         return None
     if "float" in kinds and type(value) is int:
