@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from paged_core import ConfigError, PagedCoreError
-from paged_torchserve.archive import MANIFEST
 from paged_torchserve.contents import check_contents, read_text
+from paged_torchserve.inquiries import Addresses, Inquiries
 from paged_torchserve.java import find_java
+from paged_torchserve.reading import MANIFEST
+from paged_torchserve.worker_log import is_compiling, last_words
 
 _POLL_S = 0.2
 _METRICS_S = 1.2  # a little more than from one telling of metrics to the next
@@ -38,24 +39,13 @@ class ServerError(PagedCoreError):
 
 
 @dataclass(frozen=True)
-class Addresses:
-    host: str = "127.0.0.1"
-    inference: int = 8080
-    management: int = 8081
-    metrics: int = 8082
-    grpc: int = 7070  # and the next
-
-    def url(self, port: int) -> str:
-        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{port}"
-
-
-@dataclass(frozen=True)
 class Options:
     addresses: Addresses = field(default_factory=Addresses)
     token_auth: bool = False
     model_api: bool = False
     properties: Mapping[str, str] = field(default_factory=dict)
     java: Path | None = None
+    startup_s: int = 600  # TorchServe's own 120 are too few where kernels have to be compiled
 
 
 class TorchServe:
@@ -72,6 +62,8 @@ class TorchServe:
             raise ConfigError("TorchServe isn't installed: pip install 'paged-core[torchserve]'")
         self.options = options or Options()
         self.workdir = workdir.resolve()
+        key_file = self.workdir / "key_file.json" if self.options.token_auth else None
+        self.inquiries = Inquiries(self.options.addresses, key_file)
         self.models = dict(_model_name(path) for path in archives)
         if len(self.models) < len(archives):
             raise ConfigError("two archives bring a model of the same name; register the second one through the API")
@@ -102,20 +94,24 @@ class TorchServe:
                 cwd=self.workdir, env={**os.environ, **places}, start_new_session=True)  # fmt: skip
 
     def wait_until_ready(self, timeout_s: float) -> None:
-        """
+        """``timeout_s``: without the time in which a worker compiles kernels.
+
         Raises:
             ServerError: it ended, or a model has not loaded in time.
         """
-        deadline = time.monotonic() + timeout_s
+        left = timeout_s
         for name in self.models:
-            while not self._is_ready(name):
-                if f"Load model failed: {name}," in self.log.read_text(encoding="utf-8", errors="replace"):
+            while not self.inquiries.is_ready(name):
+                log = self._read_log()
+                if f"Load model failed: {name}," in log:
                     raise ServerError(f"{name} has not loaded; {self._last_words()}")  # it would be tried for minutes
                 if self._process.poll() is not None:
                     raise ServerError(f"TorchServe has ended; {self._last_words()}")
-                if time.monotonic() > deadline:
+                if left < 0:
                     raise ServerError(f"{name} has not loaded in {timeout_s:g} s; {self._last_words()}")
+                began = time.monotonic()
                 time.sleep(_POLL_S)
+                left -= 0.0 if is_compiling(log) else time.monotonic() - began
 
     def wait(self) -> int:
         """Until it ends by itself. Returns its exit status."""
@@ -127,7 +123,7 @@ class TorchServe:
         deadline = time.monotonic() + timeout_s
         num_idle = 0  # looks in a row; metrics are a second late
         while num_idle < 2 and time.monotonic() < deadline:
-            num_idle = num_idle + 1 if self._num_open() == 0 else 0
+            num_idle = num_idle + 1 if self.inquiries.num_open() == 0 else 0
             time.sleep(_METRICS_S)
 
     def stop(self, timeout_s: float = 30.0) -> None:
@@ -147,45 +143,17 @@ class TorchServe:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    def _is_ready(self, name: str) -> bool:
-        """Whether all its workers are. The plain description: asking for more wedges an idle continuous model."""
-        addresses = self.options.addresses
-        request = urllib.request.Request(f"{addresses.url(addresses.management)}/models/{name}")
-        if self.options.token_auth:
-            with suppress(OSError, ValueError, KeyError):
-                keys = json.loads((self.workdir / "key_file.json").read_text(encoding="utf-8"))
-                request.add_header("Authorization", f"Bearer {keys['management']['key']}")
-        try:
-            with _OPENER.open(request, timeout=10) as answer:
-                workers = json.load(answer)[0]["workers"]
-        except (OSError, ValueError, KeyError, IndexError):
-            return False
-        return bool(workers) and all(worker["status"] == "READY" for worker in workers)
-
-    def _num_open(self) -> float:
-        """Requests that run or wait in our workers, as their metrics have it."""
-        addresses = self.options.addresses
-        try:
-            with _OPENER.open(f"{addresses.url(addresses.metrics)}/metrics", timeout=10) as answer:
-                told = answer.read().decode()
-        except (OSError, ValueError):
-            return 0
-        return sum(float(each) for each in re.findall(r"^paged_requests_(?:running|waiting){.*} (\S+)$", told, re.M))
+    def _read_log(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
 
     def _last_words(self) -> str:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        lines = [line.partition(" MODEL_LOG - ")[2] or line for line in lines]
-        told = [line for line in lines if "Error" in line or "error" in line][-5:] or lines[-5:]
-        return "\n".join([f"its log is {self.log}:", *told])
-
-
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the machine itself: past any proxy
+        return "\n".join([f"its log is {self.log}:", *last_words(self._read_log())])
 
 
 def serve(args: argparse.Namespace, properties: Mapping[str, str]) -> int:
     """``paged torchserve serve``: until a signal comes, or TorchServe ends."""
     addresses = Addresses(args.host, args.port, args.management_port, args.metrics_port, args.grpc_port)
-    options = Options(addresses, args.token_auth, args.model_api, properties, args.java)
+    options = Options(addresses, args.token_auth, args.model_api, properties, args.java, max(600, int(args.timeout)))
     workdir = args.workdir or Path(tempfile.mkdtemp(prefix="paged-torchserve-"))
     signal.signal(signal.SIGTERM, _interrupt)
     with TorchServe(args.archives, workdir, options) as server:
@@ -256,6 +224,7 @@ def _properties(options: Options) -> str:
         "grpc_management_port": str(at.grpc + 1),
         "metrics_mode": "prometheus",
         "model_metrics_auto_detect": "true",  # else each of ours would have to be declared in a file
+        "default_startup_timeout": str(options.startup_s),  # of archives that don't say
         **options.properties,
     }
     return "".join(f"{key}={value}\n" for key, value in lines.items())
