@@ -16,37 +16,22 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from paged_core import AsyncEngine, hookimpl
-from paged_serving import Call, ServedModel
-from paged_torchserve.bodies import Form, FrontendRequest, error_form, read_call
+from paged_torchserve.bodies import error_form, read_call
 from paged_torchserve.errand import Errand
+from paged_torchserve.lanes import Admissions, Lane, emptiest
 from paged_torchserve.replies import MESSAGE_BYTES, Message, Reply
-from paged_torchserve.settings import Settings
+from paged_torchserve.requests import FrontendRequest
 
 _WAIT_S = 0.05  # for news; a client that leaves is noticed after as long
-_COMPILING_S = 0.08  # for a grammar: a refusal that comes later has no status of its own
 _NUM_COMPILERS = 32  # they wait for other processes
-_ADMISSION_S = 1.0  # for a request to be read, and taken in by the engine between two of its steps
-
-
-class Admissions:
-    """The engine's observer that tells which requests it has taken in."""
-
-    def __init__(self) -> None:
-        self.desk: Desk | None = None
-
-    @hookimpl
-    def on_request_added(self, request: Any) -> None:
-        if self.desk is not None:
-            self.desk.admitted_soon(request.id)
 
 
 class Desk:
     """``step`` and ``close`` belong to one thread. The rest may be called by others."""
 
-    def __init__(self, engine: AsyncEngine, served: ServedModel, settings: Settings, admissions: Admissions) -> None:
-        self._engine, self._served, self._settings = engine, served, settings
-        self._max_bytes = min(MESSAGE_BYTES, settings.max_reply_bytes)
+    def __init__(self, lanes: Sequence[Lane], max_reply_bytes: int) -> None:
+        self._lanes = lanes
+        self._max_bytes = min(MESSAGE_BYTES, max_reply_bytes)
         self._loop = asyncio.new_event_loop()
         self._news = asyncio.Event()
         self._compilers = ThreadPoolExecutor(_NUM_COMPILERS, "paged-grammars")
@@ -54,7 +39,8 @@ class Desk:
         self._failure: Exception | None = None
         self._in_step = threading.Lock()
         self._last_call = time.monotonic()
-        admissions.desk = self
+        for lane in lanes:
+            lane.observers.admissions.tell = self.admitted_soon
 
     @property
     def is_empty(self) -> bool:
@@ -65,8 +51,9 @@ class Desk:
         """How long TorchServe has not called; 0 during a call."""
         return 0.0 if self._in_step.locked() else time.monotonic() - self._last_call
 
-    def step(self, requests: Sequence[FrontendRequest]) -> list[Message]:
-        """One message for each of ``requests``, in their order."""
+    def step(self, requests: Sequence[FrontendRequest]) -> list[Message | None]:
+        """What is to be sent for each of ``requests``, in their order; None: nothing this time. TorchServe hands over
+        the bodies of those again."""
         with self._in_step:
             try:
                 return self._loop.run_until_complete(self._step(requests))
@@ -86,9 +73,9 @@ class Desk:
         """From the next step on: those under way, and all that come."""
         self._call_soon(self._refuse_all, error)
 
-    def admitted_soon(self, request_id: str) -> None:
-        """Called by the engine's thread."""
-        self._call_soon(self._admitted, request_id)
+    def admitted_soon(self, by: Admissions, request_id: str) -> None:
+        """Called by an engine's thread."""
+        self._call_soon(self._admitted, by, request_id)
 
     def close(self) -> None:
         for request_id in list(self._open):
@@ -97,58 +84,46 @@ class Desk:
         self._loop.run_until_complete(self._loop.shutdown_default_executor())
         self._loop.close()
 
-    async def _step(self, requests: Sequence[FrontendRequest]) -> list[Message]:
+    async def _step(self, requests: Sequence[FrontendRequest]) -> list[Message | None]:
         for gone in self._open.keys() - {request.id for request in requests}:
             self._forget(gone)
         for request in requests:
             if request.id not in self._open:
                 self._open[request.id] = self._begin(request)
         await self._wait_for_news()
-        messages = [self._open[request.id].reply.take() for request in requests]
+        messages = [self._take(self._open[request.id]) for request in requests]
         for request, message in zip(requests, messages, strict=True):
-            if message.end is not False:
+            if message is not None and message.end is not False:
                 self._forget(request.id)
         return messages
 
+    def _take(self, errand: Errand) -> Message | None:
+        return errand.reply.take() if errand.settled else None
+
     def _begin(self, request: FrontendRequest) -> Errand:
         form = error_form(request)
-        reply = Reply(form.content_type, self._max_bytes, begun=request.is_orphan)
-        errand = Errand(partial(self._read, request), form, self._engine, reply, self._news.set, self._compilers)
+        reply = Reply(form.content_type, self._max_bytes, carrier=request.carrier, begun=request.is_orphan)
+        lane = emptiest(self._lanes, [each.lane for each in self._open.values()])
+        errand = Errand(partial(read_call, request, lane.target), form, lane, reply, self._news.set, self._compilers)
         if self._failure is not None:
             errand.fail(self._failure)
         return errand
 
-    def _read(self, request: FrontendRequest) -> tuple[Call, Form]:
-        return read_call(request, self._served, self._settings)
-
     async def _wait_for_news(self) -> None:
-        began = time.monotonic()
-        while not self._has_news or not self._settled:
-            left = began + self._patience_s - time.monotonic()
+        """Until there is some for anyone, but not for long: who asks is to come back with new requests."""
+        until = time.monotonic() + _WAIT_S
+        while not any(each.reply.has_news for each in self._open.values()):
+            left = until - time.monotonic()
             if left <= 0:
                 return
             self._news.clear()
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._news.wait(), left)
 
-    @property
-    def _has_news(self) -> bool:
-        return any(each.reply.has_news for each in self._open.values())
-
-    @property
-    def _settled(self) -> bool:
-        return all(each.settled for each in self._open.values())
-
-    @property
-    def _patience_s(self) -> float:
-        unsettled = [each for each in self._open.values() if not each.settled]
-        if not unsettled:
-            return _WAIT_S
-        return _COMPILING_S if all(each.compiling for each in unsettled) else _ADMISSION_S
-
-    def _admitted(self, request_id: str) -> None:
+    def _admitted(self, by: Admissions, request_id: str) -> None:
         for each in self._open.values():
-            each.admitted(request_id)
+            if each.lane.observers.admissions is by:  # each engine numbers requests by itself
+                each.admitted(request_id)
         self._news.set()
 
     def _refuse_all(self, error: Exception) -> None:
@@ -160,6 +135,6 @@ class Desk:
     def _forget(self, request_id: str) -> None:
         self._open.pop(request_id).close()
 
-    def _call_soon(self, function: Any, argument: Any) -> None:
+    def _call_soon(self, function: Any, *arguments: Any) -> None:
         with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(function, argument)
+            self._loop.call_soon_threadsafe(function, *arguments)

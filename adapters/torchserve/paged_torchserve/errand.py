@@ -8,11 +8,13 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
 
-from paged_core import AsyncEngine, InvalidRequestError
-from paged_serving import Call, CallError, Exchange, as_outcome, json_bytes
-from paged_torchserve.bodies import JSON, Form
+from paged_core import InvalidRequestError
+from paged_serving import Call, CallError, Exchange, Failure, as_outcome, json_bytes
+from paged_torchserve.forms import JSON, Form
+from paged_torchserve.lanes import Lane
 from paged_torchserve.replies import Reply
 
+_TOO_LONG = "one message of TorchServe's, which is all that gRPC and workflows have; ask for less, or by HTTP"
 _ABORTED = "the request was cut off; TorchServe did not ask for its news in time"
 _log = logging.getLogger("paged_torchserve")
 
@@ -28,15 +30,14 @@ class Errand:
         self,
         read: Callable[[], tuple[Call, Form]],
         form: Form,
-        engine: AsyncEngine,
+        lane: Lane,
         reply: Reply,
         on_news: Callable[[], None],
         compilers: Executor,
     ) -> None:
-        self.reply = reply
-        self._form, self._engine, self._on_news = form, engine, on_news
+        self.reply, self.lane = reply, lane
+        self._form, self._on_news = form, on_news
         self._compilers = compilers
-        self.compiling = False  # what its answer must follow: others need not wait for that
         self._exchange: Exchange | None = None  # once it is submitted
         self._streamed = reply.begun  # as far as anyone knows
         self._cancelled = False
@@ -45,8 +46,8 @@ class Errand:
 
     @property
     def settled(self) -> bool:
-        """Whether nobody need wait for it: the engine has taken it in, or it has ended; or it has had its first
-        message, so that a refusal can't have a status of its own any more."""
+        """Whether its reply may begin: the engine has taken it in, or it has ended. What is refused before has a status
+        of its own."""
         return self._not_admitted == set() or self.reply.has_news or self.reply.sent
 
     def admitted(self, request_id: str) -> None:
@@ -86,13 +87,10 @@ class Errand:
 
     async def _compile(self, call: Call) -> None:
         if call.grammar is not None:
-            self.compiling = True
-            self._on_news()  # who waits for us looks how long it is worth it
             await asyncio.get_running_loop().run_in_executor(self._compilers, as_outcome, call.grammar.compile)
-            self.compiling = False
 
     def _submit(self, call: Call) -> Exchange:
-        self._exchange = Exchange(self._engine, call, aborted=_ABORTED)
+        self._exchange = Exchange(self.lane.engine, call, aborted=_ABORTED)
         self._not_admitted = self._exchange.request_ids
         if self._cancelled:  # while it was read
             self.cancel()
@@ -102,12 +100,17 @@ class Errand:
         if exchange.call.stream:
             async for chunks in exchange.chunks():
                 for chunk in chunks:
-                    self.reply.say(self._form.event(chunk))
+                    self._say(self._form.event(chunk))
                 self._on_news()
-            self.reply.say(self._form.last_event)
+            self._say(self._form.last_event)
         else:
-            self.reply.say(self._form.answer(await exchange.answer()))
+            self._say(self._form.answer(await exchange.answer()))
         self.reply.end()
+
+    def _say(self, told: bytes) -> None:
+        self.reply.say(told)
+        if self.reply.is_too_long:
+            raise CallError(Failure.TOO_LARGE, f"the answer is longer than {_TOO_LONG}")
 
     def _refuse(self, error: Exception) -> None:
         """Tell the client of ``error``: with its status, or, when the reply has begun, as the rest of it."""
@@ -120,8 +123,6 @@ class Errand:
         if not self.reply.started:
             self.reply.refuse(status, told, JSON)
             return
-        if self.reply.begun:
-            self.reply.status = status  # of use if it was nobody else's after all
         if self._streamed:
             self.reply.say(self._form.late_error(told) + self._form.last_event)
         else:

@@ -6,20 +6,29 @@ a single request: that would end all others.
 """
 
 import logging
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from paged_serving import RequestLimits, ServedModel, quiet_imports
-from paged_torchserve.bodies import FrontendRequest
-from paged_torchserve.desk import Admissions, Desk
+from paged_core import AsyncEngine
+from paged_serving import PrometheusMetrics, RequestLimits, ServedModel, quiet_imports
+from paged_torchserve.desk import Desk
+from paged_torchserve.devices import choose_devices
+from paged_torchserve.envelopes import pass_envelopes_by
+from paged_torchserve.lanes import Admissions, Lane, Observers
 from paged_torchserve.metrics import TorchServeMetrics
-from paged_torchserve.opening import open_engine
+from paged_torchserve.opening import open_engines
 from paged_torchserve.replies import Message
-from paged_torchserve.settings import read_settings
+from paged_torchserve.requests import FrontendRequest
+from paged_torchserve.settings import Settings, read_settings
+from paged_torchserve.target import Target
 from paged_torchserve.watch import Watch
+from paged_torchserve.worker_log import announce_compiling
+from paged_torchserve.workers import OnlyWorker
 
 _RESPONSE_TIMEOUT_S = 120.0  # TorchServe's default
+_log = logging.getLogger("paged_torchserve")
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -31,35 +40,60 @@ class PagedHandler:
         settings = read_settings(config)
         if not config.get("continuousBatching"):
             raise ValueError("model-config.yaml must say continuousBatching: true; paged torchserve swap writes it")
-        quiet_imports()
         place = context.system_properties
-        metrics, admissions = TorchServeMetrics(context.model_name, context.metrics), Admissions()
-        plugins = [metrics.observer, admissions]
-        self._engine = open_engine(Path(place["model_dir"]), place.get("gpu_id"), settings, plugins)
-        limits = RequestLimits(max_grammar_ms=settings.max_grammar_ms)
-        served = ServedModel(self._engine, [context.model_name], limits)
-        self._desk = Desk(self._engine, served, settings, admissions)
+        self._worker = OnlyWorker(Path(place["model_dir"]))
+        quiet_imports()
+        announce_compiling(_log)
+        pass_envelopes_by()
+        devices = choose_devices(place.get("gpu_id"), _gpu_ids(config), settings)
+        observers = [Observers(Admissions(), PrometheusMetrics(context.model_name)) for _ in devices]
+        plugins = [each.plugins for each in observers]
+        self._engines = open_engines(Path(place["model_dir"]), devices, settings, plugins)
+        targets = [_target(engine, context, settings) for engine in self._engines]
+        self._desk = Desk([Lane(*each) for each in zip(self._engines, targets, observers, strict=True)],
+            settings.max_reply_bytes)  # fmt: skip
+        metrics = TorchServeMetrics(context.model_name, context.metrics, [each.metrics for each in observers])
         max_step_s = float(config.get("responseTimeout") or _RESPONSE_TIMEOUT_S)
-        self._watch = Watch(self._engine, self._desk, metrics.flush, settings.heartbeat_s, max_step_s)
-        logging.getLogger("paged_torchserve").info("%s is ready", context.model_name)
+        self._watch = Watch(self._engines, self._desk, metrics.flush, settings.heartbeat_s, max_step_s)
+        _log.info("%s is ready", context.model_name)
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """One step: the requests TorchServe holds in, news for each of them out."""
+        inherits = self._worker.may_inherit
         requests = [
-            FrontendRequest(context.get_request_id(index), parts, context.get_all_request_header(index))
+            FrontendRequest(context.get_request_id(index), parts, context.get_all_request_header(index), inherits)
             for index, parts in enumerate(data)
         ]
         messages = self._desk.step(requests)
         for index, message in enumerate(messages):
-            _set_head(context, index, message)
-        context.stopping_criteria = [lambda reply, end=message.end: end for message in messages]
-        return [message.body for message in messages]
+            if message is None:
+                del context.request_ids[index]  # who isn't named in an answer keeps waiting for his own
+            else:
+                _set_head(context, index, message)
+        context.stopping_criteria = [lambda reply, end=message and message.end: end for message in messages]
+        return [b"" if message is None else message.body for message in messages]
 
     def close(self) -> None:
         """Free everything. TorchServe never calls it: it ends the process."""
         self._watch.close()
         self._desk.close()
-        self._engine.close()
+        for engine in self._engines:
+            engine.close()
+        self._worker.close()
+
+
+def _target(engine: AsyncEngine, context: Any, settings: Settings) -> Target:
+    names = [*settings.served_model_names, context.model_name]
+    version = ((context.manifest or {}).get("model") or {}).get("modelVersion", "")
+    limits = RequestLimits(max_grammar_ms=settings.max_grammar_ms)
+    return Target(ServedModel(engine, names, limits), settings, str(version))
+
+
+def _gpu_ids(config: Mapping[str, Any]) -> Sequence[int]:
+    """Of the GPUs that this model's workers may be given."""
+    import torch
+
+    return config.get("deviceIds") or range(torch.cuda.device_count())
 
 
 def _set_head(context: Any, index: int, message: Message) -> None:

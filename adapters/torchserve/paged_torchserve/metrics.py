@@ -1,8 +1,9 @@
-"""The engine's metrics by TorchServe's own endpoint. Every update there is a line of the worker's log, so that what
-changed is told once a second, and times as sums and counts: their quotient is the mean."""
+"""The engines' metrics by TorchServe's own endpoint, added up. Every update there is a line of the log, so that
+what changed is told once a second, and times as sums and counts: their quotient is the mean."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from paged_serving import PrometheusMetrics
@@ -27,18 +28,19 @@ _COUNTERS = {
     "vllm:inter_token_latency_seconds_count": "paged_inter_token_latency_seconds_count",
     "tgi_request_success": "paged_requests_succeeded_total",
 }
+_MEANS = ("paged_kv_cache_usage",)  # a share, of which the engines' mean is told
 NAMES = {**dict.fromkeys(_GAUGES.values(), "gauge"), **dict.fromkeys(_COUNTERS.values(), "counter")}
 DIMENSIONS = ["ModelName", "Level"]
 UNIT = "count"
 
 
 class TorchServeMetrics:
-    """``cache``: TorchServe's, as a worker's context has it."""
+    """``cache``: TorchServe's, as a worker's context has it; ``sources``: plugins, one of each engine."""
 
-    def __init__(self, model_name: str, cache: Any) -> None:
+    def __init__(self, model_name: str, cache: Any, sources: Sequence[PrometheusMetrics]) -> None:
         from ts.metrics.metric_type_enum import MetricTypes
 
-        self.observer = PrometheusMetrics(model_name)  # a plugin of the engine
+        self._sources = sources
         self._labels = [model_name, "Model"]
         self._metrics = {
             name: cache.add_metric_to_cache(
@@ -50,13 +52,19 @@ class TorchServeMetrics:
 
     def flush(self) -> None:
         """Tell what has changed. Callable from any thread, one at a time."""
-        for family in self.observer.registry.collect():
-            for sample in family.samples:
-                if sample.name in _GAUGES:
-                    self._tell(_GAUGES[sample.name], sample.value, sample.value)
-                elif sample.name in _COUNTERS:
-                    name = _COUNTERS[sample.name]
-                    self._tell(name, sample.value, sample.value - self._told.get(name, 0.0))
+        for name, now in self._sums().items():
+            counted = self._told.get(name, 0.0) if NAMES[name] == "counter" else 0.0
+            self._tell(name, now, now - counted)
+
+    def _sums(self) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for source in self._sources:
+            for sample in (sample for family in source.registry.collect() for sample in family.samples):
+                name = _GAUGES.get(sample.name) or _COUNTERS.get(sample.name)
+                if name is not None:
+                    share = 1 / len(self._sources) if name in _MEANS else 1
+                    sums[name] = sums.get(name, 0.0) + sample.value * share
+        return sums
 
     def _tell(self, name: str, now: float, update: float) -> None:
         if self._told.get(name) != now:

@@ -12,11 +12,15 @@ from typing import Any
 from paged_core import AsyncEngine, ConfigError, Engine
 from paged_torchserve.contents import check_contents, check_room
 from paged_torchserve.models import check_weights, find_model
+from paged_torchserve.reading import files_in
 from paged_torchserve.settings import Settings
 
 
-def open_engine(model_dir: Path, gpu_id: int | None, settings: Settings, plugins: Sequence[Any]) -> AsyncEngine:
-    """
+def open_engines(
+    model_dir: Path, devices: Sequence[str], settings: Settings, plugins: Sequence[Sequence[Any]]
+) -> list[AsyncEngine]:
+    """One on each of ``devices``, with its ``plugins``.
+
     Raises:
         ConfigError: there is no model, or it can't be loaded as the settings say.
         UnsupportedModel: it can't run on paged memory.
@@ -27,20 +31,35 @@ def open_engine(model_dir: Path, gpu_id: int | None, settings: Settings, plugins
             "ranks itself: set parallelType: custom and, in the section paged, tensor_parallel_size to their number; "
             "or device: auto, to spread layers over GPUs"
         )
-    device, source = _device(gpu_id, settings), _source(model_dir, settings)
+    source, tokenizer = _source(model_dir, settings), _tokenizer(model_dir, settings)
+    engines = [
+        AsyncEngine(_engine(source, device, settings, each), tokenizer=tokenizer)
+        for device, each in zip(devices, plugins, strict=True)
+    ]
+    if engines[0].codec.tokenizer is None:
+        raise ConfigError(f"{source} has no tokenizer, so that no text could be served; say which: --set tokenizer=...")
+    return engines
+
+
+def _engine(source: str, device: str, settings: Settings, plugins: Sequence[Any]) -> Engine:
     if (settings.allow_pickle or settings.trust_remote_code) and not source.endswith(".gguf"):
-        source = _load(source, device, settings)
-        return AsyncEngine(Engine(source, settings.engine, plugins=plugins))
-    return AsyncEngine(Engine(source, settings.engine, plugins=plugins, device=device, dtype=settings.dtype))
+        return Engine(_load(source, device, settings), settings.engine, plugins=plugins)
+    return Engine(source, settings.engine, plugins=plugins, device=device, dtype=settings.dtype)
 
 
-def _device(gpu_id: int | None, settings: Settings) -> str:
-    """The GPU that TorchServe has given to this worker, unless the settings say otherwise."""
-    if settings.device is not None:
-        return settings.device
-    if settings.engine.tensor_parallel_size > 1:
-        return "auto"  # each rank takes one
-    return "cpu" if gpu_id is None else f"cuda:{gpu_id}"
+def _tokenizer(model_dir: Path, settings: Settings) -> Any:
+    """The one that the settings name; None: the model's own."""
+    named = settings.tokenizer
+    if named is None:
+        return None
+    from transformers import AutoTokenizer
+
+    folder = model_dir / named
+    source = str(folder) if folder.is_dir() else named
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
+    except Exception as error:  # what a broken one raises has no other class
+        raise ConfigError(f"tokenizer {named} can't be loaded: {error}") from error
 
 
 def _source(model_dir: Path, settings: Settings) -> str:
@@ -55,7 +74,7 @@ def _source(model_dir: Path, settings: Settings) -> str:
             return str(folder)
         elif not folder.is_dir():
             return named
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in files_in(folder)]
     found = find_model(names, lambda name: (folder / name).read_bytes(), exact)
     check_weights(found, settings.allow_pickle)
     return str(folder / found.folder)

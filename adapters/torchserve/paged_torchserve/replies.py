@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from paged_torchserve.requests import Carrier
+
 MESSAGE_BYTES = 1 << 20
 
 
@@ -23,27 +25,41 @@ class Message(NamedTuple):
 class Reply:
     """Filled by ``say`` and ``end``; ``take`` is called once a step.
 
-    ``begun``: the frontend has sent a beginning that came from another worker. A message that said "this is the whole"
-    would never end that answer.
+    ``begun``: the frontend may have sent a beginning that came from another worker. A message that said "this is the
+    whole" would never end that answer.
     """
 
-    def __init__(self, content_type: str, max_bytes: int = MESSAGE_BYTES, *, begun: bool = False) -> None:
+    def __init__(
+        self,
+        content_type: str,
+        max_bytes: int = MESSAGE_BYTES,
+        *,
+        carrier: Carrier = Carrier.HTTP,
+        begun: bool = False,
+    ) -> None:
         self.begun = begun
         self.content_type = content_type  # may be changed until it has started
-        self.status = 200  # goes out with the first message
+        self.status = 200  # goes out with the first message; of a begun reply it is never more: that would cut it
         self._max_bytes = max_bytes
+        self._carrier = carrier
         self._unsent = bytearray()
         self.sent = False  # whether there has been a message
         self.ended = False
 
     @property
     def started(self) -> bool:
-        """Whether status and content type have gone out, or text that needs them."""
-        return self.begun or self.sent or bool(self._unsent)
+        """Whether status and content type have gone out, or text that needs them. A reply in one message has all its
+        text at once, and can become another until then."""
+        return self.begun or self.sent or (bool(self._unsent) and self._carrier is Carrier.HTTP)
 
     @property
     def has_news(self) -> bool:
-        return self.ended or bool(self._unsent)
+        return self.ended or (bool(self._unsent) and self._carrier is Carrier.HTTP)
+
+    @property
+    def is_too_long(self) -> bool:
+        """Whether it would take more messages than its carrier does."""
+        return self._carrier is not Carrier.HTTP and len(self._unsent) > self._max_bytes
 
     def say(self, body: bytes) -> None:
         """More text. After the end nothing is added."""
@@ -57,10 +73,14 @@ class Reply:
         """The whole reply is an error. Only before it has started."""
         assert not self.started
         self.status, self.content_type = status, content_type
+        self._unsent.clear()
         self.say(body)
         self.end()
 
-    def take(self) -> Message:
+    def take(self) -> Message | None:
+        """None: there is nothing that could be sent now."""
+        if self._carrier is not Carrier.HTTP:
+            return self._take_whole()
         body = bytes(self._unsent[: self._max_bytes])
         del self._unsent[: self._max_bytes]
         end: bool | None = self.ended and not self._unsent
@@ -68,3 +88,10 @@ class Reply:
             end = False if self.begun else None
         self.sent = True
         return Message(body, end, self.status, self.content_type)
+
+    def _take_whole(self) -> Message | None:
+        if not self.ended:
+            return None
+        self.sent = True
+        end = True if self._carrier is Carrier.GRPC else None
+        return Message(bytes(self._unsent), end, self.status, self.content_type)

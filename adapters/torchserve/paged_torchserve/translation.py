@@ -13,7 +13,7 @@ from paged_torchserve.settings import DEFAULTS, SAMPLING
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "float32": "float32", "float16": "float16",
            "bfloat16": "bfloat16"}  # fmt: skip
 _VLLMS = ("max_num_seqs", "max_model_len", "gpu_memory_utilization", "block_size", "enable_prefix_caching", "seed",
-          "max_num_batched_tokens")  # fmt: skip
+          "max_num_batched_tokens", "tensor_parallel_size")  # fmt: skip
 # Where the model lies: asked when it is looked for.
 _PLACES = ("model_path", "model_name", "base_model_path", "model")
 _SECTIONS = ("handler", "handler.vllm_engine_config", "setup_config.json")

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from paged_core import AsyncEngine, EngineDeadError
 from paged_serving import trouble
@@ -19,20 +19,20 @@ _log = logging.getLogger("paged_torchserve")
 
 class Watch:
     """Frees what requests hold when TorchServe stops asking for their news (the last client has left: there is no other
-    sign of it), and flushes metrics. When the engine has failed, or one of its steps takes longer than
+    sign of it), and flushes metrics. When an engine has failed, or one of its steps takes longer than
     ``max_step_s``, all clients are told, and then the process ends: TorchServe starts another.
     """
 
     def __init__(
         self,
-        engine: AsyncEngine,
+        engines: Sequence[AsyncEngine],
         desk: Desk,
         flush: Callable[[], None],
         heartbeat_s: float,
         max_step_s: float,
         give_up: Callable[[int], None] = os._exit,
     ) -> None:
-        self._engine, self._desk, self._flush, self._give_up = engine, desk, flush, give_up
+        self._engines, self._desk, self._flush, self._give_up = engines, desk, flush, give_up
         self._heartbeat_s, self._max_step_s = heartbeat_s, max_step_s
         self._ended = threading.Event()
         self._failed_at: float | None = None
@@ -58,8 +58,8 @@ class Watch:
                 self._give_up(1)
                 self._ended.set()
             return
-        failure = trouble(self._engine, self._max_step_s, "responseTimeout")
-        if failure is not None:
+        failures = [trouble(engine, self._max_step_s, "responseTimeout") for engine in self._engines]
+        for failure in filter(None, failures):
             _log.error("%s; this worker ends", failure)
             self._failed_at = time.monotonic()
             self._desk.refuse_all_soon(EngineDeadError(failure))

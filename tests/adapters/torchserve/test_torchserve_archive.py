@@ -16,10 +16,12 @@ import torch
 import transformers
 import yaml
 
-from paged_core import ConfigError
+import tiny_folder
+from paged_core import ConfigError, EngineConfig
 from paged_core.cli import main
+from paged_torchserve.devices import choose_devices
 from paged_torchserve.models import find_model
-from paged_torchserve.opening import _source, open_engine
+from paged_torchserve.opening import _source, open_engines
 from paged_torchserve.server import _model_name
 from paged_torchserve.settings import Settings, read_settings
 
@@ -92,7 +94,7 @@ def test_a_swap_replaces_handler_and_mode_and_keeps_all_else(stock, model, tmp_p
         "minWorkers": 1, "maxWorkers": 1, "batchSize": 16, "maxBatchDelay": 1, "continuousBatching": True,
         "responseTimeout": 300, "startupTimeout": 600, "deviceType": "cpu",
         "handler": {"model_path": "model", "max_new_tokens": 50},
-        "paged": {"max_new_tokens": 50, "kv_cache_bytes": 1000000},
+        "paged": {"replicas": 4, "max_new_tokens": 50, "kv_cache_bytes": 1000000},
     }  # fmt: skip
     theirs = contents_of_stock(old)
     changed = {"MAR-INF/MANIFEST.json", "their-config.yaml"}
@@ -129,7 +131,7 @@ def test_a_swapped_archive_can_be_swapped_again(stock, model, tmp_path):
     swap(stock(model), tmp_path / "one.mar", "--set", "max_num_seqs=7")
     assert swap(tmp_path / "one.mar", tmp_path / "two.mar", "--set", "seed=3") == 0
     _, _, config = contents(tmp_path / "two.mar")
-    assert config["paged"] == {"max_new_tokens": 50, "max_num_seqs": 7, "seed": 3}
+    assert config["paged"] == {"replicas": 4, "max_new_tokens": 50, "max_num_seqs": 7, "seed": 3}
 
 
 def test_a_model_in_a_folder_or_a_zip_inside_the_archive_is_found(stock, model, tmp_path):
@@ -325,11 +327,11 @@ def test_pickles_of_a_hub_id_are_read_only_if_allowed(monkeypatch, tmp_path, all
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     settings = Settings(model="some/model", trust_remote_code=True, allow_pickle=allow_pickle)
     with pytest.raises(OSError, match="no such model"):
-        open_engine(tmp_path, None, settings, [])
+        open_engines(tmp_path, ["cpu"], settings, [[]])
     assert (asked["source"], asked["use_safetensors"]) == ("some/model", safe)
     asked.clear()
     with pytest.raises(ConfigError, match="no such model"):
-        open_engine(tmp_path, None, Settings(model="some/model"), [])
+        open_engines(tmp_path, ["cpu"], Settings(model="some/model"), [[]])
     assert asked["use_safetensors"] is True
 
 
@@ -346,12 +348,13 @@ def test_the_worker_runs_on_the_gpu_that_torchserve_gave_it_unless_the_settings_
     )  # a machine without GPUs can tell too
     for gpu_id, device in [(None, None), (0, None), (3, None), (3, "cpu"), (None, "cuda:1"), (0, "auto")]:
         with pytest.raises(ConfigError):
-            open_engine(tmp_path, gpu_id, Settings(model="some/model", device=device, dtype="bfloat16"), [])
+            settings = Settings(model="some/model", device=device, dtype="bfloat16")
+            open_engines(tmp_path, choose_devices(gpu_id, [gpu_id or 0], settings), settings, [[]])
     assert [place for place, _ in asked] == [None, "cuda:0", "cuda:3", None, "cuda:1", "auto"]
     assert {dtype for _, dtype in asked} == {torch.bfloat16}
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"parallelType: custom .*tensor_parallel_size"):
-        open_engine(tmp_path, 0, Settings(model="some/model"), [])
+        open_engines(tmp_path, ["cuda:0"], Settings(model="some/model"), [[]])
 
 
 @pytest.mark.parametrize(
@@ -492,3 +495,228 @@ def test_a_folder_with_a_link_that_leads_out_of_it_is_refused(stock, model, tmp_
 def test_a_section_that_holds_no_keys_is_refused(stock, model, tmp_path, capsys, section):
     old = stock(model, f"paged: {section}\n")
     assert "must hold keys and values" in refused(capsys, "swap", old, tmp_path / "new.mar")
+
+
+# ---- what the old configuration says ---------------------------------------------------------------------------
+
+
+def section(archive: Path) -> Any:
+    return contents(archive)[2].get("paged", {})
+
+
+def test_what_the_old_configuration_says_of_generation_goes_on_and_the_rest_is_listed(stock, model, tmp_path, capsys):
+    old = stock(model, """
+handler:
+  model_path: model
+  max_length: 80
+  return_full_text: false
+  temperature: 0.7
+  top_k: 40
+  do_sample: true
+  repetition_penalty: 1.1
+  torch_dtype: float16
+  manual_seed: 40
+  fast_kernels: true
+""")  # fmt: skip
+    assert swap(old, tmp_path / "new.mar") == 0
+    assert section(tmp_path / "new.mar") == {
+        "return_full_text": False, "dtype": "float16",
+        "defaults": {"max_length": 80, "temperature": 0.7, "top_k": 40, "do_sample": True, "repetition_penalty": 1.1},
+    }  # fmt: skip
+    told = capsys.readouterr().out
+    for line in ("paged.return_full_text: False", "paged.defaults.top_k: 40",
+                 "without a meaning here: handler.manual_seed: 40", "without a meaning here: handler.fast_kernels: True"):  # noqa: E501  # fmt: skip
+        assert line in told, line
+
+
+def test_setup_config_json_is_read_too(stock, model, tmp_path, capsys):
+    (model / "setup_config.json").write_text('{"max_length": "150", "do_lower_case": true, "model_name": "gpt2"}')
+    assert swap(stock(model, "{}"), tmp_path / "new.mar") == 0
+    assert section(tmp_path / "new.mar") == {"defaults": {"max_length": 150}}
+    told = capsys.readouterr().out
+    assert "without a meaning here: setup_config.json.do_lower_case: True" in told
+    assert "model_name" not in told
+
+
+def test_greedy_stays_greedy_and_max_new_tokens_counts_before_max_length(stock, model, tmp_path, capsys):
+    config = "handler: {do_sample: false, temperature: 0.9, top_p: 0.5, max_new_tokens: 7, max_length: 50}"
+    assert swap(stock(model, config), tmp_path / "new.mar") == 0
+    assert section(tmp_path / "new.mar") == {"max_new_tokens": 7}
+    told = capsys.readouterr().out
+    for name in ("temperature: 0.9", "top_p: 0.5", "max_length: 50"):
+        assert f"without a meaning here: handler.{name}" in told
+
+
+HANDLERS = {  # as much of pytorch/serve's examples as tells them apart
+    "large_models/deepspeed": "from ts.handler_utils.distributed.deepspeed import get_ds_engine\nx.batch_decode(y)\n",
+    "Huggingface_Transformers": 'mode == "text_generation"\nsetup_config["max_length"]\n',
+    "large_models/Huggingface_accelerate": "from transformers import BloomForCausalLM\nself.setup_config\n",
+    "large_models/Huggingface_accelerate/llama": "class LlamaHandler(BaseHandler):\n  batch_decode\n",
+    "large_models/tp_llama": "from llama2 import Llama\nself.context.stopping_criteria = []\n",
+    "large_models/mixtral_moe": "TextIteratorStreamerBatch(tokenizer)\n",
+}
+SAMPLED = {"do_sample": True, "top_p": 0.95, "top_k": 60}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("large_models/deepspeed", {"reply": "list", "defaults": {"max_length": 50}}),
+        ("Huggingface_Transformers", {"defaults": {**SAMPLED, "max_length": 50}}),
+        ("large_models/Huggingface_accelerate", {"defaults": SAMPLED, "max_new_tokens": 50}),
+        ("large_models/Huggingface_accelerate/llama", {"defaults": {"max_length": 10}}),
+        ("large_models/tp_llama", {"reply": "json", "return_full_text": False, "max_new_tokens": 10}),
+        ("large_models/mixtral_moe", {"defaults": {"stream": True}, "max_new_tokens": 10}),
+    ],
+)
+def test_what_clients_of_an_example_handler_got_they_get_again(model, tmp_path, capsys, name, expected):
+    old = tmp_path / "old"
+    shutil.copytree(model, old)
+    (old / "MAR-INF").mkdir()
+    manifest = {"model": {"modelName": "old", "modelVersion": "1.0", "handler": "h.py", "configFile": "c.yaml"}}
+    (old / "MAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest))
+    (old / "h.py").write_text(HANDLERS[name])
+    (old / "c.yaml").write_text("handler: {max_new_tokens: 10, max_length: 50}")
+    assert swap(old, tmp_path / "new.mar") == 0
+    assert section(tmp_path / "new.mar") == expected
+    assert f"examples/{name}" in capsys.readouterr().out
+
+
+VLLM = """
+minWorkers: 1
+maxWorkers: 1
+asyncCommunication: true
+handler:
+  model_path: model/snapshots/abc
+  vllm_engine_config:
+    max_num_seqs: 16
+    max_model_len: 250
+    served_model_name: [meta-llama/Llama, llama3-8b]
+    tensor_parallel_size: 4
+    swap_space: 16
+"""
+
+
+def test_vllms_example_keeps_its_names_and_limits_and_adapters_are_refused(stock, model, tmp_path, capsys):
+    outer = tmp_path / "outer"
+    for name in ("abc", "other"):
+        shutil.copytree(model, outer / "model" / "snapshots" / name)
+    assert swap(stock(outer, VLLM), tmp_path / "new.mar") == 0
+    assert section(tmp_path / "new.mar") == {
+        "replicas": 1, "max_num_seqs": 16, "max_model_len": 250, "tensor_parallel_size": 4, "model": "model/snapshots/abc",
+        "served_model_name": ["meta-llama/Llama", "llama3-8b"],
+    }  # fmt: skip
+    assert "vllm_engine_config.swap_space: 16" in capsys.readouterr().out
+    (tmp_path / "old.mar").unlink()
+    adapters = VLLM + "  adapters:\n    one: adapters/one\n"
+    assert "merge one into the weights" in refused(capsys, "swap", stock(outer, adapters), tmp_path / "other.mar")
+
+
+# ---- where the model is ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/srv/models/llama", "meta-llama/Llama-2-7b"])
+def test_a_model_outside_of_the_archive_is_the_one_that_the_old_handler_named(stock, tmp_path, path):
+    (tmp_path / "notes.txt").write_text("x")
+    assert swap(stock(tmp_path / "notes.txt", f"handler: {{model_path: {path}}}"), tmp_path / "new.mar") == 0
+    assert section(tmp_path / "new.mar")["model"] == path
+
+
+def test_a_gguf_file_is_found_and_an_archive_of_one_can_be_swapped(stock, tmp_path, capsys):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    assert swap(stock(tmp_path / "m.gguf", "{}"), tmp_path / "new.mar") == 0
+    assert section(tmp_path / "new.mar")["model"] == "m.gguf"
+    assert swap(tmp_path / "new.mar", tmp_path / "again.mar") == 0
+    assert section(tmp_path / "again.mar")["model"] == "m.gguf"
+
+
+def test_a_model_without_a_tokenizer_is_refused_unless_one_is_named(stock, model, tmp_path, capsys):
+    (model / "tokenizer.json").unlink()
+    old = stock(model)
+    assert "--set tokenizer=" in refused(capsys, "swap", old, tmp_path / "new.mar")
+    assert "--set tokenizer=" in refused(capsys, "archive", model, tmp_path / "new.mar")
+    assert swap(old, tmp_path / "new.mar", "--set", "tokenizer=some/where") == 0
+    assert section(tmp_path / "new.mar")["tokenizer"] == "some/where"
+
+
+def test_a_model_is_opened_with_the_tokenizer_named_and_not_without_any(tmp_path):
+    folder = tiny_folder.save(tmp_path / "inside" / "model")
+    (tmp_path / "inside" / "words").mkdir()
+    for file in list(folder.glob("*token*")) + list(folder.glob("chat_template*")):
+        file.rename(tmp_path / "inside" / "words" / file.name)
+    small = EngineConfig(num_blocks=8, attention_backend="reference")
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        open_engines(tmp_path / "inside", ["cpu"], Settings(model="model", engine=small), [[]])
+    named = Settings(model="model", tokenizer="words", engine=small)
+    (engine,) = open_engines(tmp_path / "inside", ["cpu"], named, [[]])
+    with engine:
+        assert engine.codec.encode("Hello") == tiny_folder.byte_tokenizer().encode("Hello")
+    with pytest.raises(ConfigError, match=r"tokenizer .*nowhere can't be loaded"):
+        open_engines(tmp_path / "inside", ["cpu"], Settings(model="model", tokenizer=str(tmp_path / "nowhere")), [[]])
+
+
+def test_encoder_decoder_models_are_refused_by_the_swap(stock, model, tmp_path, capsys):
+    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
+    (model / "config.json").write_text(json.dumps(config))
+    told = refused(capsys, "swap", stock(model), tmp_path / "new.mar")
+    assert "T5ForConditionalGeneration" in told and "encoder" in told
+
+
+# ---- links and folders -----------------------------------------------------------------------------------------
+
+
+def hub_cache(model: Path, place: Path) -> Path:
+    """As a hub's cache keeps a model: files under blobs, links to them under snapshots."""
+    snapshot, blobs = place / "snapshots" / "abc", place / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(model.iterdir())):
+        shutil.copyfile(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
+    return snapshot
+
+
+def test_of_a_hubs_cache_each_file_is_packed_once(model, tmp_path):
+    folder = tmp_path / "old"
+    hub_cache(model, folder / "model")
+    (folder / "MAR-INF").mkdir()
+    manifest = {"model": {"modelName": "old", "modelVersion": "1.0", "handler": "x"}}
+    (folder / "MAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest))
+    assert swap(folder, tmp_path / "new.mar") == 0
+    files, _, config = contents(tmp_path / "new.mar")
+    assert config["paged"]["model"] == "model/snapshots/abc"
+    assert [name for name in files if "blobs" in name] == []
+    assert (tmp_path / "new.mar").stat().st_size < 1.1 * len(WEIGHTS)
+
+
+def test_linked_folders_are_followed_inside_and_outside_if_that_is_said(model, tmp_path, capsys):
+    folder = tmp_path / "old"
+    (folder / "MAR-INF").mkdir(parents=True)
+    manifest = {"model": {"modelName": "old", "modelVersion": "1.0", "handler": "x"}}
+    (folder / "MAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest))
+    (folder / "linked").symlink_to(model, target_is_directory=True)
+    assert "--follow-links" in refused(capsys, "swap", folder, tmp_path / "new.mar")
+    assert swap(folder, tmp_path / "new.mar", "--follow-links") == 0
+    files, _, config = contents(tmp_path / "new.mar")
+    assert (files["linked/model.safetensors"], config["paged"]["model"]) == (WEIGHTS, "linked")
+
+
+@pytest.mark.parametrize("archive_format", ["default", "no-archive"])
+def test_a_folder_can_be_written_that_shares_large_files_with_the_old_one(
+    stock, model, tmp_path, archive_format, capsys
+):
+    old, new = stock(model, archive_format=archive_format), tmp_path / "new"
+    assert swap(old, new, "--archive-format", "no-archive") == 0
+    manifest = json.loads((new / "MAR-INF" / "MANIFEST.json").read_text())
+    assert manifest["model"]["handler"] == "paged_torchserve.handler"
+    assert (new / "model.safetensors").read_bytes() == WEIGHTS
+    if old.is_dir():
+        assert (new / "model.safetensors").samefile(old / "model.safetensors")
+        assert json.loads((old / "MAR-INF" / "MANIFEST.json").read_text())["model"]["handler"] == "their_handler.py"
+    assert _model_name(new)[0] == "old"
+    assert "--force" in refused(capsys, "swap", old, new, "--archive-format", "no-archive")
+    assert swap(old, new, "--archive-format", "no-archive", "--force") == 0
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    assert "no archive's folder" in refused(capsys, "swap", old, precious, "--archive-format", "no-archive", "--force")
+    assert "--archive-format no-archive" in refused(capsys, "archive", model, tmp_path / "folder")

@@ -42,7 +42,7 @@ def left_behind(temp: Path) -> list[str]:
 
 def test_a_short_run_ends_with_what_it_ran_on_and_texts_that_agree(tmp_path, temp):
     out = tmp_path / "out.json"
-    with start(tmp_path, temp, "--requests", "4", "--tokens", "8", "--json", str(out)) as process:
+    with start(tmp_path, temp, "--requests", "4", "--tokens", "8", "--min-tokens", "8", "--json", str(out)) as process:
         told, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert "tokens_per_s" in told

@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,8 +18,10 @@ import pytest
 
 import paged_torchserve.handler
 from alphabet_model import AlphabetModel, Gate
-from paged_core import AsyncEngine, Engine, EngineConfig, TextCodec
+from paged_core import AsyncEngine, ConfigError, Engine, EngineConfig, TextCodec
 from paged_torchserve import bodies, metrics
+from paged_torchserve.devices import choose_devices
+from paged_torchserve.settings import read_settings
 from toy_tokenizers import CharacterTokenizer, DeafTokenizer, PartsTokenizer
 
 with warnings.catch_warnings():
@@ -49,28 +52,34 @@ class FakeCache:
 class Worker:
     """A worker's side of TorchServe: requests come, each step is one call, and those that end are forgotten."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, model: AlphabetModel | None = None, **settings: Any) -> None:
-        def open_alphabet(model_dir: Any, gpu_id: Any, found: Any, plugins: Any) -> AsyncEngine:
-            engine = Engine(model or AlphabetModel(), found.engine, plugins=plugins)
-            return AsyncEngine(engine, tokenizer=CharacterTokenizer())
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, tmp: Path, model: AlphabetModel | None = None, **settings: Any
+    ) -> None:
+        def open_alphabets(model_dir: Any, devices: Any, found: Any, plugins: Any) -> list[AsyncEngine]:
+            engines = [Engine(model or AlphabetModel(), found.engine, plugins=each) for each in plugins]
+            return [AsyncEngine(engine, tokenizer=CharacterTokenizer()) for engine in engines]
 
-        monkeypatch.setattr(paged_torchserve.handler, "open_engine", open_alphabet)
+        monkeypatch.setattr(paged_torchserve.handler, "open_engines", open_alphabets)
         section = {"num_blocks": 128, "attention_backend": "reference", **settings}
         frontend = {name: section.pop(name) for name in ("responseTimeout",) if name in section}
         config = {"continuousBatching": True, **frontend, "paged": section}
         self.cache = FakeCache()
-        self.context = Context("m", "/nowhere", None, 8, None, "0.12.0", True, self.cache, config)
+        monkeypatch.setattr("tempfile.tempdir", str(tmp))
+        self.context = Context("m", str(tmp / "model"), None, 8, None, "0.12.0", True, self.cache, config)
         self.handler = paged_torchserve.handler.PagedHandler()
         self.handler.initialize(self.context)
-        self.engine = self.handler._engine.engine
+        self.engine = self.handler._engines[0].engine
         self.waiting: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
         self.replies: dict[str, Reply] = {}
 
-    def post(
-        self, name: str, parts: dict[str, Any], url_path: str | None = None, headers: dict[str, str] | None = None
-    ) -> None:
-        path = {} if url_path is None else {"url_path": url_path}
-        self.waiting[name] = (parts, {**(headers or {}), **path})
+    def post(self, name: str, parts: dict[str, Any], url_path: str = "", headers: dict[str, str] | None = None) -> None:
+        """By /predictions/NAME, or VERSION and ``url_path``."""
+        self.send(name, parts, {"Host": "here", **(headers or {}), "explain": "False", "url_path": url_path})
+
+    def send(self, name: str, parts: dict[str, Any], headers: dict[str, str]) -> None:
+        """By any of TorchServe's doors: ``headers`` are what tells them apart."""
+        about_parts = {part: {"content-type": ""} for part in parts}
+        self.waiting[name] = (parts, {**about_parts, **headers})
         self.replies[name] = Reply()
 
     def leave(self, name: str) -> None:
@@ -82,7 +91,8 @@ class Worker:
         self.context.request_processor = [RequestProcessor(self.waiting[name][1]) for name in names]
         answers = self.handler.handle([self.waiting[name][0] for name in names], self.context)
         assert len(answers) == len(names)
-        for index, name in enumerate(names):
+        for index in self.context.request_ids:  # who isn't named in the answer stays as he is
+            name = names[index]
             end = self.context.stopping_criteria[index](answers[index])
             status, _ = self.context.get_response_status(index)
             self.replies[name].add(answers[index], end, status, self.context.get_response_content_type(index))
@@ -97,7 +107,7 @@ class Worker:
             assert time.monotonic() < deadline
             self.step()
 
-    def ask(self, parts: dict[str, Any], url_path: str | None = None) -> Reply:
+    def ask(self, parts: dict[str, Any], url_path: str = "") -> Reply:
         self.post("r", parts, url_path)
         self.run()
         return self.replies["r"]
@@ -111,7 +121,6 @@ class Reply:
     def add(self, body: bytes, end: bool | None, status: int, content_type: str) -> None:
         assert not self.messages or (self.messages[-1][1] is False and end is not None), "it had ended"
         if not self.messages:
-            assert end is not True, "the frontend sends no header then"
             self.status, self.content_type = status, content_type
         self.messages.append((body, end))
 
@@ -133,12 +142,11 @@ class Reply:
 
 
 @pytest.fixture
-def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     made: list[Worker] = []
-    monkeypatch.setattr("paged_torchserve.desk._ADMISSION_S", 30.0)  # else a slow machine's refusals have no status
 
     def make(model: AlphabetModel | None = None, **settings: Any) -> Worker:
-        made.append(Worker(monkeypatch, model, **settings))
+        made.append(Worker(monkeypatch, tmp_path, model, **settings))
         return made[-1]
 
     yield make
@@ -246,15 +254,15 @@ def test_a_body_that_torchserve_has_not_decoded_is_read(worker):
 @pytest.mark.parametrize(
     ("parts", "route", "status", "told"),
     [
-        ({}, None, 422, "no prompt"),
-        ({"body": ""}, None, 422, "empty"),
-        ({"body": bytearray(b"\xff\xfe\x00")}, None, 422, "neither text"),
-        ({"body": 7}, None, 422, "data must be a string"),
-        ({"body": ["a", 7]}, None, 422, "list of strings"),
-        ({"body": {"prompt": "abc", "temperature": "hot"}}, None, 422, "temperature"),
-        ({"body": {"prompt": "abc", "num_beams": 4}}, None, 422, "num_beams"),
-        ({"body": {"prompt": "abc", "details": True}}, None, 422, "details"),
-        ({"body": {"prompt": "a" * 5000}}, None, 422, "tokens"),
+        ({}, "", 422, "no prompt"),
+        ({"body": ""}, "", 422, "empty"),
+        ({"body": bytearray(b"\xff\xfe\x00")}, "", 422, "neither text"),
+        ({"body": 7}, "", 422, "data must be a string"),
+        ({"body": ["a", 7]}, "", 422, "list of strings"),
+        ({"body": {"prompt": "abc", "temperature": "hot"}}, "", 422, "temperature"),
+        ({"body": {"prompt": "abc", "num_beams": 4}}, "", 422, "num_beams"),
+        ({"body": {"prompt": "abc", "details": True}}, "", 422, "details"),
+        ({"body": {"prompt": "a" * 5000}}, "", 422, "tokens"),
         ({"body": "abc"}, "v1/nothing", 404, "nothing at v1/nothing"),
         ({"body": {"model": "other", "prompt": "abc"}}, "v1/completions", 404, "other"),
         ({"body": bytearray(b"{")}, "v1/completions", 400, "JSON"),
@@ -421,9 +429,9 @@ LONE = "\ud800"  # half a surrogate pair, which TorchServe's JSON lets pass
 @pytest.mark.parametrize(
     ("body", "route"),
     [
-        ({"prompt": f"a{LONE}"}, None),
-        ({"prompt": "a", LONE: 1}, None),
-        ([f"a{LONE}", "b"], None),
+        ({"prompt": f"a{LONE}"}, ""),
+        ({"prompt": "a", LONE: 1}, ""),
+        ([f"a{LONE}", "b"], ""),
         ({"inputs": "a", "parameters": {"stop": [LONE]}}, "generate"),
         ({"prompt": "a", "model": LONE}, "v1/completions"),
         ({"messages": [{"role": "user", "content": LONE}]}, "v1/chat/completions"),
@@ -470,6 +478,7 @@ def test_an_error_late_in_streamed_plain_text_is_a_last_line_of_json(worker):
 
 def test_a_request_that_another_worker_had_begun_is_ended_with_an_error(worker):
     """The frontend hands the requests of a worker that was scaled away to the next one, without their bodies."""
+    worker()  # of the same model, before
     serving = worker()
     serving.post("plain", {}, headers={"content-length": "24"})
     serving.post("events", {}, "v1/completions", headers={"Content-Length": "24"})
@@ -478,7 +487,48 @@ def test_a_request_that_another_worker_had_begun_is_ended_with_an_error(worker):
     assert ends == [False, True]  # "the whole" would leave a client without an end
     assert "ask again" in json.loads(serving.replies["plain"].text)["error"]
     assert b'data: {"error"' in serving.replies["events"].messages[0][0]
-    assert serving.replies["plain"].status == 500  # seen if there was no other worker, but a form without a field
+    assert serving.replies["plain"].status == 200  # more would close the connection before the body
+
+
+def test_a_body_that_the_frontend_lost_is_refused_where_no_other_worker_was(worker):
+    serving = worker()
+    headers = {"content-length": "24", "content-type": "application/x-www-form-urlencoded"}
+    serving.post("r", {}, headers=headers)
+    serving.run()
+    reply = serving.replies["r"]
+    assert (reply.status, [end for _, end in reply.messages]) == (422, [None])
+    assert "text/plain" in reply.json["error"]
+
+
+# ---- other doors than plain REST -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headers", "end"),
+    [({}, True), ({"Host": "here"}, None)],
+    ids=["gRPC", "workflow"],
+)
+def test_who_takes_one_message_gets_nothing_before_it(worker, headers, end):
+    serving = worker(slow(0.02))
+    serving.send("r", {"body": bytearray(b'{"prompt": "abc", "max_new_tokens": 9, "stream": true}')}, headers)
+    serving.post("beside", {"body": "abc"})
+    serving.run()
+    assert serving.replies["r"].messages == [(b"abcdefghijkl", end)]
+    assert serving.replies["beside"].text == REST
+    serving.send("long", {"body": "a" * 1000}, headers)
+    serving.run()
+    ((told, _),) = serving.replies["long"].messages
+    assert "tokens" in json.loads(told)["error"]
+
+
+def test_whoever_takes_one_message_hears_that_his_answer_was_cut(worker):
+    serving = worker(slow(0.05), heartbeat_s=0.2)
+    serving.send("r", {"body": {"prompt": "abc", "stream": True, "max_new_tokens": 90}}, {})
+    serving.step()
+    until(lambda: not serving.engine.has_work)
+    serving.run()
+    ((told, _),) = serving.replies["r"].messages
+    assert "cut off" in json.loads(told)["error"]
 
 
 def test_each_prompt_of_a_list_follows_the_grammar_by_itself(worker):
@@ -508,8 +558,7 @@ def test_others_get_their_news_while_a_grammar_is_compiled(worker, monkeypatch):
     assert all("it is bad" in running.replies[name].text for name in names)
 
 
-def test_a_grammar_that_is_refused_soon_has_its_status(worker, monkeypatch):
-    monkeypatch.setattr("paged_torchserve.desk._COMPILING_S", 30.0)
+def test_a_grammar_that_is_refused_has_its_status(worker):
     grammar = {"type": "json", "value": {"type": 5}}
     reply = worker().ask({"body": {"inputs": "A", "parameters": {"grammar": grammar}}})
     assert reply.status == 422
@@ -527,7 +576,6 @@ def test_a_long_list_of_prompts_is_read_beside_the_others(worker, monkeypatch):
         return encode(self, text, *args, **kwargs)
 
     monkeypatch.setattr(CharacterTokenizer, "encode", hold)
-    monkeypatch.setattr("paged_torchserve.desk._ADMISSION_S", 0.2)
     serving.post("good", {"body": {"prompt": "!", "max_new_tokens": 40}})
     serving.step()
     serving.post("long", {"body": ["held"] * 3})
@@ -561,6 +609,52 @@ def test_metrics_are_told_together_and_not_once_a_token(worker):
     assert serving.cache.num_updates == before
 
 
+def test_several_engines_share_the_requests_and_their_metrics_are_added_up(worker):
+    serving = worker(slow(0.02), replicas=2, device="cpu", max_new_tokens=20)
+    serving.handler._watch.close()
+    names = [chr(ord("A") + number) for number in range(6)]
+    for name in names:
+        serving.post(name, {"body": name})
+    for _ in range(3):
+        serving.step()
+    running = [sum(each.lane.engine is engine for each in serving.handler._desk._open.values())
+               for engine in serving.handler._engines]  # fmt: skip
+    assert running == [3, 3]
+    serving.run()
+    assert [serving.replies[name].text for name in names] == [
+        "".join(chr(ord(name) + k) for k in range(21)) for name in names
+    ]
+    serving.handler._watch._flush()
+    assert serving.cache.told["paged_generation_tokens_total"] == 120
+    assert serving.cache.told["paged_requests_succeeded_total"] == 6
+
+
+@pytest.mark.parametrize(
+    ("gpu_id", "gpu_ids", "settings", "devices"),
+    [
+        (None, [], {}, ["cpu"]),
+        (None, [], {"replicas": 4}, ["cpu"]),
+        (0, [0], {}, ["cuda:0"]),
+        (1, [0, 1, 2, 3], {"replicas": 1}, ["cuda:1"]),
+        (1, [0, 1, 2, 3], {"replicas": 4}, ["cuda:1", "cuda:2", "cuda:3", "cuda:0"]),
+        (0, [0, 1], {"replicas": 8}, ["cuda:0", "cuda:1"]),
+        (2, [2, 3], {"device": "cuda:3"}, ["cuda:3"]),
+        (2, [2, 3], {"device": "auto"}, ["auto"]),
+        (None, [], {"device": "cpu", "replicas": 2}, ["cpu", "cpu"]),
+        (0, [0, 1], {"tensor_parallel_size": 2}, ["auto"]),
+    ],
+)
+def test_each_engine_has_a_gpu_of_its_own(gpu_id, gpu_ids, settings, devices):
+    assert choose_devices(gpu_id, gpu_ids, read_settings({"paged": settings})) == devices
+
+
+def test_a_host_of_several_gpus_is_not_taken_for_one_without_a_word():
+    with pytest.raises(ConfigError, match=r"there are 4.*replicas=4 for all.*replicas=1 for this one"):
+        choose_devices(2, range(4), read_settings({}))
+    with pytest.raises(ConfigError, match="leave device out"):
+        choose_devices(2, range(4), read_settings({"paged": {"device": "cuda:1", "replicas": 2}}))
+
+
 def slow(step_s: float, steps: list[Any] | None = None) -> AlphabetModel:
     """``steps`` gets the token ids of each."""
 
@@ -580,9 +674,6 @@ def until(condition: Any, limit_s: float = 30.0) -> None:
 
 
 def test_settings_of_an_engine_are_checked_by_name_and_type():
-    from paged_core import ConfigError
-    from paged_torchserve.settings import read_settings
-
     assert read_settings({"paged": {"max_num_seqs": 4, "watermark": 0}}).engine == EngineConfig(
         max_num_seqs=4, watermark=0.0
     )

@@ -1,0 +1,14 @@
+"""Target: the model that requests are read for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from paged_serving import ServedModel
+from paged_torchserve.settings import Settings
+
+
+class Target(NamedTuple):
+    served: ServedModel
+    settings: Settings
+    version: str = ""  # of the archive
