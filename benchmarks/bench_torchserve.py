@@ -1,11 +1,13 @@
 """The same model behind TorchServe by a stock-style handler and by ours, under the same clients.
 
     python benchmarks/bench_torchserve.py [--model FOLDER] [--clients 16] [--requests 64] [--tokens 64] [--rounds 3]
-                                          [--json PATH]
+                                          [--min-tokens 16] [--json PATH]
 
 One archive is made, with the stock-style handler; it is served with batchSize 1 and 8, and swapped to ours. Of the
 three models in one TorchServe only one is asked at a time, in turns, so that a busy machine is unfair to none. All
-decode greedily: "texts_equal_to_paged" is the share of answers, of all rounds, that are ours to the letter.
+decode greedily, and mean the same by --min-tokens: until then no token that ends a text is chosen. So
+"texts_equal_to_paged", the share of answers of all rounds that are ours to the letter, is to be 1. Rates and times are
+medians of rounds.
 """
 
 import argparse
@@ -33,8 +35,10 @@ from transformers import AutoTokenizer
 from paged_bench.prose import TOPICS
 from paged_bench.report import cpu_name
 from paged_torchserve import archive
+from paged_torchserve.inquiries import Addresses
 from paged_torchserve.java import find_java, java_version
-from paged_torchserve.server import Addresses, Options, TorchServe
+from paged_torchserve.reading import MANIFEST
+from paged_torchserve.server import Options, TorchServe
 
 SYSTEMS = ("stock1", "stock8", "paged")
 STOCK_HANDLER = Path(__file__).with_name("torchserve_stock_handler.py")
@@ -55,6 +59,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--requests", type=int, default=64, help="of each system in each round")
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--min-tokens", type=int, default=16, help="no answer ends before")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -100,7 +105,7 @@ def make_archives(model: Path, folder: Path) -> list[Path]:
         made.append(folder / name)
     renamed = folder / "renamed"
     shutil.copytree(made[0], renamed, copy_function=os.link)
-    manifest = renamed / archive.MANIFEST
+    manifest = renamed / MANIFEST
     told = json.loads(manifest.read_text())
     told["model"]["modelName"] = "paged"
     manifest.unlink()  # a link to the other's
@@ -130,16 +135,9 @@ def drive(
     with httpx2.Client(timeout=600, trust_env=False, limits=httpx2.Limits(max_connections=args.clients)) as client:
 
         def ask(prompt: str) -> Answer:
-            body: dict[str, Any] = {"prompt": prompt, "max_new_tokens": args.tokens}
-            if name == "paged" and streamed:
-                body["stream"] = True
-            began, first, parts = time.perf_counter(), None, []
-            with client.stream("POST", url, json=body) as response:
-                assert response.status_code == 200, response.read()
-                for part in response.iter_bytes():
-                    first = first or time.perf_counter() - began
-                    parts.append(part)
-            return Answer(b"".join(parts).decode(), time.perf_counter() - began, first)
+            if name == "paged":
+                return ask_paged(client, f"{url}/1.0/v1/completions", prompt, args, stream=bool(streamed))
+            return ask_stock(client, url, prompt, args)
 
         began = time.perf_counter()
         pool = ThreadPoolExecutor(args.clients)
@@ -152,9 +150,36 @@ def drive(
     return took, answers
 
 
+def ask_stock(client: httpx2.Client, url: str, prompt: str, args: argparse.Namespace) -> Answer:
+    began = time.perf_counter()
+    body = {"prompt": prompt, "max_new_tokens": args.tokens, "min_new_tokens": args.min_tokens}
+    response = client.post(url, json=body)
+    assert response.status_code == 200, response.text
+    return Answer(response.text, time.perf_counter() - began, None)
+
+
+def ask_paged(client: httpx2.Client, url: str, prompt: str, args: argparse.Namespace, *, stream: bool) -> Answer:
+    body = {"prompt": prompt, "max_tokens": args.tokens, "min_tokens": args.min_tokens, "temperature": 0,
+            "stream": stream}  # fmt: skip
+    began, first, texts = time.perf_counter(), None, []
+    with client.stream("POST", url, json=body) as response:
+        assert response.status_code == 200, response.read()
+        for line in response.iter_lines():
+            told = line.removeprefix("data: ").strip()
+            if told not in ("", "[DONE]"):
+                texts.append(json.loads(told)["choices"][0]["text"])
+                if first is None and texts[-1]:
+                    first = time.perf_counter() - began
+    return Answer("".join(texts), time.perf_counter() - began, first)
+
+
 def summary(rounds: list[tuple[float, list[Answer]]], tokenizer: Any) -> dict[str, float]:
-    seconds = sum(each for each, _ in rounds)
-    answers = [answer for _, each in rounds for answer in each]
+    """The median round of each figure."""
+    each = [of_round(seconds, answers, tokenizer) for seconds, answers in rounds]
+    return {name: statistics.median(found[name] for found in each) for name in each[0]}
+
+
+def of_round(seconds: float, answers: list[Answer], tokenizer: Any) -> dict[str, float]:
     num_tokens = sum(len(tokenizer.encode(answer.text, add_special_tokens=False)) for answer in answers)
     latencies = statistics.quantiles([answer.latency_s for answer in answers], n=20)
     return {

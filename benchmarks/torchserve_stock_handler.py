@@ -25,11 +25,13 @@ class StockHandler:
         bodies = [each["body"] for each in data]
         batch = self.tokenizer([body["prompt"] for body in bodies], return_tensors="pt", padding=True)
         most = max(body["max_new_tokens"] for body in bodies)
+        least = min(body["min_new_tokens"] for body in bodies)
         with torch.inference_mode():
             rows = self.model.generate(
                 **batch,
                 do_sample=False,
                 max_new_tokens=most,
+                min_new_tokens=least,
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=self.ends or None,
             )
