@@ -603,8 +603,8 @@ def test_vllms_example_keeps_its_names_and_limits_and_adapters_are_refused(stock
         shutil.copytree(model, outer / "model" / "snapshots" / name)
     assert swap(stock(outer, VLLM), tmp_path / "new.mar") == 0
     assert section(tmp_path / "new.mar") == {
-        "replicas": 1, "max_num_seqs": 16, "max_model_len": 250, "tensor_parallel_size": 4, "model": "model/snapshots/abc",
-        "served_model_name": ["meta-llama/Llama", "llama3-8b"],
+        "replicas": 1, "max_num_seqs": 16, "max_model_len": 250, "tensor_parallel_size": 4,
+        "model": "model/snapshots/abc", "served_model_name": ["meta-llama/Llama", "llama3-8b"],
     }  # fmt: skip
     assert "vllm_engine_config.swap_space: 16" in capsys.readouterr().out
     (tmp_path / "old.mar").unlink()
