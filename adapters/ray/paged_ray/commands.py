@@ -17,6 +17,7 @@ _DEFAULTS = {each.name: each.default for each in fields(Settings)}
 def register(commands: Commands) -> None:
     """Add the command to ``commands``."""
     parser = commands.add_parser("ray", help="serve a model with Ray Serve: several replicas, on one machine or many")
+    parser.set_defaults(run=lambda args: parser.print_help())  # each subcommand has its own instead
     add_commands(parser)
 
 
