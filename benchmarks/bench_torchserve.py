@@ -97,7 +97,9 @@ def make_archives(model: Path, folder: Path) -> list[Path]:
     config = folder / "model-config.yaml"
     made = []
     for name, batch_size in (("stock1", 1), ("stock8", 8)):
-        config.write_text(f"minWorkers: 1\nmaxWorkers: 1\nbatchSize: {batch_size}\nmaxBatchDelay: 50\n")
+        config.write_text(
+            f"minWorkers: 1\nmaxWorkers: 1\nbatchSize: {batch_size}\nmaxBatchDelay: 50\nstartupTimeout: 600\n"
+        )
         command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", name, "--version", "1.0",
                    "--handler", STOCK_HANDLER, "--extra-files", model, "--config-file", config,
                    "--export-path", folder, "--archive-format", "no-archive"]  # fmt: skip

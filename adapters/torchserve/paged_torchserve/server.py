@@ -45,7 +45,6 @@ class Options:
     model_api: bool = False
     properties: Mapping[str, str] = field(default_factory=dict)
     java: Path | None = None
-    startup_s: int = 600  # TorchServe's own 120 are too few where kernels have to be compiled
 
 
 class TorchServe:
@@ -153,7 +152,7 @@ class TorchServe:
 def serve(args: argparse.Namespace, properties: Mapping[str, str]) -> int:
     """``paged torchserve serve``: until a signal comes, or TorchServe ends."""
     addresses = Addresses(args.host, args.port, args.management_port, args.metrics_port, args.grpc_port)
-    options = Options(addresses, args.token_auth, args.model_api, properties, args.java, max(600, int(args.timeout)))
+    options = Options(addresses, args.token_auth, args.model_api, properties, args.java)
     workdir = args.workdir or Path(tempfile.mkdtemp(prefix="paged-torchserve-"))
     signal.signal(signal.SIGTERM, _interrupt)
     with TorchServe(args.archives, workdir, options) as server:
@@ -224,7 +223,6 @@ def _properties(options: Options) -> str:
         "grpc_management_port": str(at.grpc + 1),
         "metrics_mode": "prometheus",
         "model_metrics_auto_detect": "true",  # else each of ours would have to be declared in a file
-        "default_startup_timeout": str(options.startup_s),  # of archives that don't say
         **options.properties,
     }
     return "".join(f"{key}={value}\n" for key, value in lines.items())
