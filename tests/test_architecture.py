@@ -106,7 +106,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "paged_core/tiers": ({"paged_core.tiers", "paged_core.scheduling", "paged_core.errors", "torch"}, set()),
     "paged_core": (CORE, {"paged_core.builtin"}),
     "adapters/serving/paged_serving": (
-        {"paged_serving", "paged_core", "torch", "llguidance", "prometheus_client", "msgspec", "zmq"},
+        {"paged_serving", "paged_core", "torch", "llguidance", "prometheus_client", "msgspec", "regex", "zmq"},
         set(),
     ),
 }

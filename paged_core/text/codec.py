@@ -12,6 +12,7 @@ import re
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from paged_core.errors import InvalidRequestError
@@ -38,8 +39,12 @@ class Tokenizer(Role):
     """What it ends texts with."""
     chat_template: Any = None
     """How it writes messages, if it does."""
+    response_template: Any = None
+    """How the model writes reasoning and calls of tools, as transformers declares it, if it says so."""
     all_special_ids: Sequence[int] = ()
     """Tokens that are no text."""
+    added_tokens_decoder: Mapping[int, Any] = {}
+    """Tokens that were added to its vocabulary, by id; more of them may be no text."""
 
     @abstractmethod
     def encode(self, text: str, *, add_special_tokens: bool = True) -> Sequence[int]: ...
@@ -79,6 +84,27 @@ class TextCodec:
     @property
     def has_chat_template(self) -> bool:
         return bool(self._encoder.chat_template)
+
+    @property
+    def chat_template(self) -> str:
+        """The source of the chat template; of several, all of them; empty where there is none."""
+        source = self._encoder.chat_template
+        texts = source.values() if isinstance(source, Mapping) else [source]
+        return "\n".join(each for each in texts if isinstance(each, str))
+
+    @property
+    def response_template(self) -> Any:
+        """How the model writes reasoning and calls of tools, if the tokenizer says so."""
+        return self._encoder.response_template
+
+    @cached_property
+    def special_texts(self) -> Sequence[str]:
+        """What ``skip_special_tokens`` leaves out, as it is spelt otherwise."""
+        if self.tokenizer is None:
+            return ()
+        tokens = {*self.special_token_ids, *self._decoder.added_tokens_decoder}
+        spelt = {self.decode([token]) for token in tokens if not self.decode([token], skip_special_tokens=True)}
+        return sorted(spelt - {""})
 
     @property
     def special_token_ids(self) -> frozenset[int]:

@@ -118,6 +118,11 @@ def _add_behaviour(group: Any) -> None:
         help="stream chats as the text-generation client reads them (OpenAI's don't)")  # fmt: skip
     add("--strict-fields", action="store_true",
         help="refuse requests with fields that nobody knows (else the header x-ignored-fields names them)")  # fmt: skip
+    add("--response-template", metavar="FILE",
+        help="how the model writes reasoning and calls of tools: a file, the name of one known here (docs/serving.md), "
+        "or none (default: as the tokenizer or its chat template says)")  # fmt: skip
+    add("--reasoning", default="auto", choices=("auto", "off"),
+        help="tell reasoning apart from what is said, where the model marks it (default: %(default)s)")  # fmt: skip
     add("--no-page", action="store_false", dest="page", help="no page for browsers at /")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="default: %(default)s")
     add("--log-prompts", action="store_true", help="write requests' bodies to the log")

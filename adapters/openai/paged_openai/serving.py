@@ -49,6 +49,7 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
         served = ServedModel(
             served_engine, names, limits,
             model_defaults=args.generation_config == "auto", strict_fields=args.strict_fields,
+            response_template=args.response_template, reasoning=args.reasoning == "auto",
         )  # fmt: skip
         service = Service(
             served_engine, served,

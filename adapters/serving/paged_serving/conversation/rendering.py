@@ -1,15 +1,32 @@
-"""A conversation as the model's chat template writes it."""
+"""A conversation as the model's chat template writes it.
+
+Templates differ in what they read: arguments as an object or as its JSON text, a message without content as None or as
+an empty text. Each form is tried, until one is taken that shows every call.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from paged_core import TextCodec
+from paged_core import InvalidRequestError, TextCodec
 from paged_serving.conversation.turns import Conversation, Tool, ToolCall, Turn
 
 _NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # what templates call it
+_SWITCHES = ("enable_thinking", "thinking")  # by which templates let a model think or not
+
+
+class _Form(NamedTuple):
+    """How messages with calls are given to a template."""
+
+    arguments_as_text: bool
+    no_content: str | None
+
+
+_FORMS = (_Form(False, None), _Form(False, ""), _Form(True, None), _Form(True, ""))
 
 
 def render(codec: TextCodec, conversation: Conversation) -> str:
@@ -17,39 +34,98 @@ def render(codec: TextCodec, conversation: Conversation) -> str:
 
     Raises:
         InvalidRequestError: there is no chat template, it refuses the conversation, or it leaves out what the user
-            says.
+            says, a call, or a tool; ``param`` is "tools" for the last.
     """
+    options = _options(codec, conversation)
+    called = [call for turn in conversation.turns for call in turn.tool_calls]
+    forms = _FORMS if called or any(turn.content is None for turn in conversation.turns) else _FORMS[:1]
+    refusal: InvalidRequestError | None = None
+    for form in forms:
+        try:
+            text = codec.render_chat([_message(codec, turn, form) for turn in conversation.turns], **options)
+        except InvalidRequestError as error:
+            refusal = refusal or error
+            continue
+        if all(_is_shown(call, text) for call in called):
+            _check_tools(conversation, text)
+            return text
+    raise refusal or InvalidRequestError(
+        f"the chat template leaves out calls of tools, such as that of {called[0].name}; tell of them in a text"
+    )
+
+
+def _is_shown(call: ToolCall, text: str) -> bool:
+    """Its name, and not its arguments as Python writes them."""
+    arguments = json.loads(call.arguments)
+    spelt = repr(arguments)
+    return call.name in text and (not arguments or spelt == json.dumps(arguments) or spelt not in text)
+
+
+def _check_tools(conversation: Conversation, text: str) -> None:
+    for tool in conversation.callable_tools:
+        if tool.name not in text:
+            told = f"the chat template of this model doesn't tell it of tools ({tool.name} is left out)"
+            raise InvalidRequestError(f"{told}; describe them in a message", "tools")
+
+
+def _options(codec: TextCodec, conversation: Conversation) -> dict[str, Any]:
+    """All that the template is given beside the messages."""
     options: dict[str, Any] = dict(conversation.template_options)
-    if conversation.tools and conversation.choice.mode != "none":
-        options["tools"] = [_tool(each) for each in conversation.tools]
+    options = {**_effort(codec.chat_template, conversation.reasoning_effort), **options}
+    if tools := conversation.callable_tools:
+        options["tools"] = [_tool(each) for each in tools]
     if not conversation.opens_answer:
         options["add_generation_prompt"] = False
     if conversation.continues_last:
         options.update(add_generation_prompt=False, continue_final_message=True)
-    return codec.render_chat([_message(turn) for turn in conversation.turns], **options)
+    return options
 
 
-def _message(turn: Turn) -> dict[str, Any]:
+def _effort(source: str, effort: str | None) -> dict[str, Any]:
+    """What a template is told of how much to think, by the name that it reads."""
+    if effort is None:
+        return {}
+    if _reads(source, "reasoning_effort") and effort != "none":
+        return {"reasoning_effort": effort}
+    if switch := next((name for name in _SWITCHES if _reads(source, name)), None):
+        return {switch: effort != "none"}
+    if effort == "none":
+        return {}
+    raise InvalidRequestError(
+        "reasoning_effort can't be honoured: the chat template of this model reads no such option; leave it out",
+        "reasoning_effort",
+    )
+
+
+def _reads(source: str, name: str) -> bool:
+    return re.search(rf"(?<![\w.'\"]){name}\b", source) is not None
+
+
+def _message(codec: TextCodec, turn: Turn, form: _Form) -> dict[str, Any]:
     """As templates read it. Of a content in parts the template gets the form that it reads."""
     content = turn.content
-    parts = content if content is None or isinstance(content, str) else _parts(content)
-    told: dict[str, Any] = {"role": turn.role, "content": parts}
+    if turn.tool_calls and not content:
+        content = None
+    told: dict[str, Any] = {"role": turn.role, "content": form.no_content if content is None else _parts(content)}
     if turn.name is not None:
         told["name"] = turn.name
+    if turn.reasoning:
+        known = [name for name in _REASONING if re.search(rf"[.'\"]{name}\b", codec.chat_template)]
+        told.update(dict.fromkeys(known[:1], turn.reasoning))
     if turn.tool_calls:
-        told["tool_calls"] = [_call(call) for call in turn.tool_calls]
+        told["tool_calls"] = [_call(call, form) for call in turn.tool_calls]
     if turn.tool_call_id is not None:
         told["tool_call_id"] = turn.tool_call_id
     return told
 
 
-def _parts(texts: Sequence[str]) -> list[dict[str, Any]]:
-    return [{"type": "text", "text": text} for text in texts]
+def _parts(content: str | Sequence[str]) -> Any:
+    return content if isinstance(content, str) else [{"type": "text", "text": text} for text in content]
 
 
-def _call(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": json.loads(call.arguments)}
-    return {"id": call.id, "type": "function", "function": function}
+def _call(call: ToolCall, form: _Form) -> dict[str, Any]:
+    arguments = call.arguments if form.arguments_as_text else json.loads(call.arguments)
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 def _tool(tool: Tool) -> dict[str, Any]:

@@ -61,3 +61,11 @@ class Conversation:
     reasoning_effort: str | None = None  # handed to the chat template, if it reads that
     continues_last: bool = False  # the last message is one that the answer goes on with
     opens_answer: bool = True  # the prompt ends where the assistant begins to speak
+
+    @property
+    def callable_tools(self) -> Sequence[Tool]:
+        """The tools that the answer may call."""
+        names = self.choice.names
+        if self.choice.mode == "none":
+            return ()
+        return [tool for tool in self.tools if names is None or tool.name in names]

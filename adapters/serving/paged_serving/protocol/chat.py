@@ -62,7 +62,7 @@ def to_call(body: ChatBody, served: ServedModel) -> Asked:
     prompt = served.finish_prompt("messages", talk.prompt, body.truncate_prompt_tokens)
     tells_prompt = body.return_token_ids or body.prompt_logprobs is not None
     params = served.finish_params(
-        options.params,
+        talk.adapted(options.params),
         [prompt],
         options.grammar,
         copies=1 if tells_prompt else 0,
@@ -86,7 +86,8 @@ class ChatCall:
         asked = to_call(wished, served)
         self.options, self.prompts, self.params = asked.options, [asked.prompt], asked.params
         self.stream, self.grammar = asked.options.stream, asked.options.grammar
-        self._talk = asked.talk
+        self._talk, self._skips_special = asked.talk, wished.skip_special_tokens
+        self._tells_reasoning = wished.include_reasoning
         self._readers: dict[int, ChoiceReader] = {}  # by choice, once something of it was told
         self._num_top, self._num_prompt_top = asked.num_top, asked.num_prompt_top
         self._tokens = served.token_numbers if wished.return_tokens_as_token_ids else served.tokens
@@ -114,8 +115,8 @@ class ChatCall:
         how the choice ends with the last."""
         self._usage.add(len(delta.token_ids))
         if delta.index not in self._readers:
-            self._readers[delta.index] = self._talk.reader()
-        events = self._readers[delta.index].feed(delta)
+            self._readers[delta.index] = self._talk.reader(skip_special_tokens=self._skips_special)
+        events = self._told(self._readers[delta.index].feed(delta))
         contents = _contents(events) or [{"content": ""} if delta.token_ids else {}]
         chunks = [self._chunk(delta.index, content, {}) for content in contents]
         chunks[0]["choices"][0] |= self._of_tokens(delta)
@@ -142,7 +143,7 @@ class ChatCall:
         return answer
 
     def _choice(self, index: int, output: CompletionOutput) -> dict[str, Any]:
-        events = self._talk.reader().feed(output)
+        events = self._told(self._talk.reader(skip_special_tokens=self._skips_special).feed(output))
         told = Answer().add(events)
         message: dict[str, Any] = {"role": "assistant", "content": told.text, "refusal": None}
         if told.tool_calls:
@@ -151,6 +152,9 @@ class ChatCall:
         if told.reasoning:
             message["reasoning_content"] = told.reasoning
         return {"index": index, "message": message, **_NO_NEWS, **self._of_tokens(output), **_end(events)}
+
+    def _told(self, events: Sequence[Event]) -> Sequence[Event]:
+        return events if self._tells_reasoning else [each for each in events if not isinstance(each, ReasoningDelta)]
 
     def _chunk(self, index: int, content: Mapping[str, Any], news: Mapping[str, Any]) -> dict[str, Any]:
         usage = {"usage": self._usage.body() if self.options.usage_in_every_chunk else None}

@@ -112,6 +112,8 @@ class ChatBody(OpenAIBody, frozen=True, kw_only=True):
     tools: list[FunctionTool] = field(default_factory=list)
     tool_choice: Annotated[Literal["none", "auto", "required"] | ChosenTool, must(_CHOICE)] | None = None
     parallel_tool_calls: bool = True
+    reasoning_effort: Annotated[str, Meta(pattern="^[a-z]{1,16}$"), must('a word such as "low"')] | None = None
+    include_reasoning: bool = True
 
     chat_template: Annotated[Any, only(why="can't be set by a request: a template is a program")] = None
     functions: Annotated[Any, only([], why=_OLD)] = None
@@ -121,7 +123,6 @@ class ChatBody(OpenAIBody, frozen=True, kw_only=True):
     prediction: Annotated[Any, only(why="can't be honoured: this server takes no predicted output")] = None
     web_search_options: Annotated[Any, only(why="can't be honoured: this server searches nothing")] = None
     moderation: Annotated[Any, only(why="can't be honoured: this server moderates nothing")] = None
-    reasoning_effort: Annotated[Any, only(why=_IN_THE_TEMPLATE)] = None
     verbosity: Annotated[Any, only(why=_IN_THE_TEMPLATE)] = None
 
 
@@ -144,6 +145,7 @@ def to_conversation(body: ChatBody) -> Conversation:
         tools=tools,
         choice=_choice(body),
         template_options=_template_options(body.chat_template_kwargs or {}),
+        reasoning_effort=body.reasoning_effort,
         continues_last=body.continue_final_message,
         opens_answer=body.add_generation_prompt,
     )

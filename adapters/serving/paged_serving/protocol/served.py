@@ -20,6 +20,8 @@ from paged_serving.protocol.parsing import ProtocolError, shortened
 from paged_serving.protocol.sizes import check_sizes
 from paged_serving.protocol.structured import Structure
 from paged_serving.protocol.tokens import TokenNumbers, TokenTexts
+from paged_serving.response_templates.selection import given, of_model
+from paged_serving.response_templates.template import ResponseTemplate
 
 if TYPE_CHECKING:
     from paged_core import AsyncEngine
@@ -47,7 +49,14 @@ class RequestLimits:
 class ServedModel:
     """A model under the names it is served by. Knows its text side; runs nothing.
 
-    ``model_defaults``: sampling fields that a request leaves out are as the model's makers advise.
+    Args:
+        model_defaults: sampling fields that a request leaves out are as the model's makers advise.
+        response_template: by which its answers are read: a file, or one of ours by its name; "none": by none; None: the
+            tokenizer's own, or one of ours that fits its chat template.
+        reasoning: whether reasoning is told apart from what is said.
+
+    Raises:
+        ConfigError: the response template can't be used.
     ``strict_fields``: a field that nobody knows is refused; else it is left out.
     """
 
@@ -58,6 +67,8 @@ class ServedModel:
         limits: RequestLimits | None = None,
         *,
         model_defaults: bool = True,
+        response_template: str | None = None,
+        reasoning: bool = True,
         strict_fields: bool = True,
     ) -> None:
         spec = engine.engine.spec
@@ -73,6 +84,7 @@ class ServedModel:
         self._vocab_size = spec.vocab_size
         of_tokenizer = (token for token in self.codec.eos_token_ids if token < spec.vocab_size)
         self._eos_token_ids = tuple(dict.fromkeys((*spec.eos_token_ids, *of_tokenizer)))
+        self.response_template = _response_template(self.codec, response_template, reasoning)
         self.has_priorities = engine.config.scheduling_policy == "priority"
 
     def check_name(self, asked: str | None) -> str:
@@ -216,6 +228,13 @@ class ServedModel:
             if value is not None and most is not None and value > most:
                 own = named.get(name, name)
                 raise ProtocolError(f"{own} asks for {value}; this server's limit is {most}", own)
+
+
+def _response_template(codec: TextCodec, wanted: str | None, reasoning: bool) -> ResponseTemplate | None:
+    if wanted == "none":
+        return None
+    found = of_model(codec.response_template, codec.chat_template) if wanted is None else given(wanted)
+    return found if reasoning or found is None else found.only(lambda field: field is not found.reasoning)
 
 
 def _are_integers(values: Sequence[Any]) -> bool:

@@ -1,17 +1,23 @@
-"""A conversation as one served model takes it: its prompt, what the answer must follow, and how that is read."""
+"""A conversation as one served model takes it: its prompt, and how the answer is read."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from paged_core import InvalidRequestError, Prompt
+from paged_core import InvalidRequestError, Prompt, SamplingParams
 from paged_serving.conversation.reader import ChoiceReader, PlainText
 from paged_serving.conversation.rendering import render
-from paged_serving.conversation.turns import Conversation
+from paged_serving.conversation.turns import Conversation, Tool
 from paged_serving.protocol.parsing import ProtocolError
 from paged_serving.protocol.served import ServedModel
+from paged_serving.response_templates.parser import TemplateParser
+from paged_serving.response_templates.template import ResponseTemplate
 
-_NO_TOOLS = "asks for tools, and how this model calls them isn't known here; give the server a --response-template"
+_NO_TOOLS = (
+    "asks for tools, and how this model calls them isn't known here: its tokenizer has no response template, and its "
+    "chat template has the marks of none that is. Give the server one: --response-template FILE (see docs/serving.md)"
+)
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Fields:
     turns: str = "messages"
     tools: str = "tools"
     choice: str = "tool_choice"
+    effort: str = "reasoning_effort"
 
 
 @dataclass(frozen=True)
@@ -28,10 +35,20 @@ class Talk:
     """What a conversation comes to."""
 
     prompt: Prompt  # not yet cut or checked for its length
+    _template: ResponseTemplate | None  # by which the answer is read; None: it is text
+    _tools: Sequence[Tool]
+    _special_texts: Sequence[str]
 
-    def reader(self) -> ChoiceReader:
-        """A new choice's."""
-        return ChoiceReader(PlainText())
+    def reader(self, *, skip_special_tokens: bool = True) -> ChoiceReader:
+        """A new choice's. ``skip_special_tokens``: as the client asked for it."""
+        if self._template is None:
+            return ChoiceReader(PlainText())
+        silent = self._special_texts if skip_special_tokens else ()
+        return ChoiceReader(TemplateParser(self._template, self.prompt.text or "", tools=self._tools, silent=silent))
+
+    def adapted(self, params: SamplingParams) -> SamplingParams:
+        """As the engine must be asked, so that a reader sees all markers."""
+        return params if self._template is None else replace(params, skip_special_tokens=False)
 
 
 def to_talk(
@@ -42,10 +59,24 @@ def to_talk(
     Raises:
         ProtocolError: the chat template refuses it, or it asks for tools and nobody knows how the model calls them.
     """
-    if conversation.tools and conversation.choice.mode != "none":
+    tools = conversation.callable_tools
+    template = served.response_template
+    if tools and (template is None or template.calls is None):
         raise ProtocolError(f"{fields.tools} {_NO_TOOLS}", fields.tools)
     try:
         text = render(served.codec, conversation)
     except InvalidRequestError as error:
-        raise ProtocolError(str(error), fields.turns) from error
-    return Talk(served.encode(text, add_special_tokens=add_special_tokens))
+        named = {"tools": fields.tools, "reasoning_effort": fields.effort}
+        raise ProtocolError(str(error), named.get(error.param or "", fields.turns)) from error
+    prompt = served.encode(text, add_special_tokens=add_special_tokens)
+    return Talk(prompt, _needed(template, with_calls=bool(tools)), tools, served.codec.special_texts)
+
+
+def _needed(template: ResponseTemplate | None, *, with_calls: bool) -> ResponseTemplate | None:
+    """What of a template has something to tell: without tools nothing is read as a call; without reasoning and calls
+    all is text, unless that has markers too."""
+    if template is None or with_calls:
+        return template
+    template = template.only(lambda field: field.name != "tool_calls")
+    plain = template.reasoning is None and template.implicit is not None
+    return None if plain else template
