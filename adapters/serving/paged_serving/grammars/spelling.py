@@ -37,21 +37,39 @@ def spell(kind: str, value: Any, form: Form) -> str:
     return _lark(_from_gbnf(text) if _GBNF_RULE.search(text) else text)
 
 
+def json_rule(schema: Any, form: Form) -> str:
+    """A JSON schema as the right side of a Lark rule. Raises as ``spell``."""
+    found, options = _checked_schema(schema, form)
+    return f"%json {json.dumps({'x-guidance': options, **({} if found is True else found)}, ensure_ascii=False)}"
+
+
+def choice_rule(choices: Sequence[str]) -> str:
+    """The same for a choice."""
+    return " | ".join(json.dumps(each, ensure_ascii=False) for each in choices)
+
+
 def _json(schema: Any, form: Form) -> str:
     from llguidance import LLMatcher
 
-    if isinstance(schema, str):
-        schema = _parsed(_checked(schema))
-    if not isinstance(schema, (Mapping, bool)):
-        raise InvalidRequestError(f"a JSON schema must be an object; it is {type(schema).__name__}")
-    text = _checked(json.dumps(adapted(schema), ensure_ascii=False))
-    space = _SPACE if form.whitespace_pattern is None else form.whitespace_pattern
-    options: Any = {"whitespace_flexible": False} if form.disable_any_whitespace else {"whitespace_pattern": space}
+    found, options = _checked_schema(schema, form)
     try:
+        text = _checked(json.dumps(found, ensure_ascii=False))
         spelt: str = LLMatcher.grammar_from_json_schema(text, overrides=options)
     except ValueError as error:
         raise InvalidRequestError(f"the schema can't be read: {error}") from error
     return spelt
+
+
+def _checked_schema(schema: Any, form: Form) -> tuple[Any, Any]:
+    """(a schema that llguidance reads rightly, how it is to be set)."""
+    if isinstance(schema, str):
+        schema = _parsed(_checked(schema))
+    if not isinstance(schema, (Mapping, bool)):
+        raise InvalidRequestError(f"a JSON schema must be an object; it is {type(schema).__name__}")
+    _checked(json.dumps(schema, ensure_ascii=False))
+    space = _SPACE if form.whitespace_pattern is None else form.whitespace_pattern
+    options: Any = {"whitespace_flexible": False} if form.disable_any_whitespace else {"whitespace_pattern": space}
+    return adapted(schema), options
 
 
 def _parsed(text: str) -> Any:
@@ -64,7 +82,7 @@ def _parsed(text: str) -> Any:
 def _choice(choices: Sequence[str]) -> str:
     """Spelt here, because llguidance escapes what isn't ASCII, and reads no such escapes. One terminal: of thousands of
     rules it would take none."""
-    return "start: ANY\nANY: " + " | ".join(json.dumps(each, ensure_ascii=False) for each in choices)
+    return f"start: ANY\nANY: {choice_rule(choices)}"
 
 
 def _from_gbnf(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paged_core import CompletionOutput, GenerationOutput, Prompt, SamplingParams, StreamDelta
 from paged_serving.conversation.events import (
@@ -23,8 +23,12 @@ from paged_serving.protocol.chat_body import ChatBody, read_chat, to_conversatio
 from paged_serving.protocol.openai_body import Options, check_truncation, to_options
 from paged_serving.protocol.parsing import refuse
 from paged_serving.protocol.served import ServedModel
+from paged_serving.protocol.structured import openai_structure
 from paged_serving.protocol.talk import Fields, Talk, to_talk
 from paged_serving.protocol.usage import Usage, best
+
+if TYPE_CHECKING:
+    from paged_serving.grammars.grammars import Grammar
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Asked:
     talk: Talk
     prompt: Prompt
     params: SamplingParams  # as the engine gets them
+    grammar: Grammar | None
     num_top: int | None  # log-probabilities beside each token; None: none are told
     num_prompt_top: int | None
 
@@ -58,17 +63,27 @@ def to_call(body: ChatBody, served: ServedModel) -> Asked:
         prompt_logprobs=body.prompt_logprobs,
         named={"logprobs": "top_logprobs" if num_top else "logprobs", "prompt": "messages", **own},
     )
-    talk = to_talk(to_conversation(body), served, Fields(), add_special_tokens=body.add_special_tokens)
+    talk = to_talk(
+        to_conversation(body),
+        served,
+        Fields(),
+        add_special_tokens=body.add_special_tokens,
+        structure=openai_structure(body),
+        ignore_eos=body.ignore_eos,
+    )
+    if talk.grammar is not None and body.use_beam_search:
+        refuse("use_beam_search", "can't go with calls or a structure that must be followed; leave one of them out")
+    grammar = talk.grammar or options.grammar
     prompt = served.finish_prompt("messages", talk.prompt, body.truncate_prompt_tokens)
     tells_prompt = body.return_token_ids or body.prompt_logprobs is not None
     params = served.finish_params(
         talk.adapted(options.params),
         [prompt],
-        options.grammar,
+        grammar,
         copies=1 if tells_prompt else 0,
         named={**options.named, "echo": "return_token_ids"},
     )
-    return Asked(options, talk, prompt, params, num_top, body.prompt_logprobs)
+    return Asked(options, talk, prompt, params, grammar, num_top, body.prompt_logprobs)
 
 
 class ChatCall:
@@ -85,7 +100,7 @@ class ChatCall:
         wished = read_chat(body, served)
         asked = to_call(wished, served)
         self.options, self.prompts, self.params = asked.options, [asked.prompt], asked.params
-        self.stream, self.grammar = asked.options.stream, asked.options.grammar
+        self.stream, self.grammar = asked.options.stream, asked.grammar
         self._talk, self._skips_special = asked.talk, wished.skip_special_tokens
         self._tells_reasoning = wished.include_reasoning
         self._readers: dict[int, ChoiceReader] = {}  # by choice, once something of it was told

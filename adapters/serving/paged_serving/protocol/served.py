@@ -204,6 +204,12 @@ class ServedModel:
 
         return Grammars(self.codec, self._vocab_size, self._eos_token_ids, self.limits.max_grammar_ms)
 
+    @cached_property
+    def special_texts(self) -> Mapping[str, int]:
+        """Tokens that no text can spell in a grammar, by what they stand for."""
+        ids = sorted({*self.codec.special_token_ids, *self._eos_token_ids})
+        return {text: token for token in ids if (text := self.tokens[token])}
+
     def default_max_tokens(self, usual: int | None) -> int | None:
         """Of an answer whose length nobody asked for: the ``usual``, as far as the limit allows."""
         limits = [limit for limit in (usual, self.limits.max_tokens) if limit is not None]

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from paged_core import InvalidRequestError, Prompt, SamplingParams
 from paged_serving.conversation.reader import ChoiceReader, PlainText
 from paged_serving.conversation.rendering import render
 from paged_serving.conversation.turns import Conversation, Tool
+from paged_serving.grammars.spelling import choice_rule, json_rule
 from paged_serving.protocol.parsing import ProtocolError
 from paged_serving.protocol.served import ServedModel
+from paged_serving.protocol.structured import Structure
+from paged_serving.response_templates.forcing import CallGrammar
 from paged_serving.response_templates.parser import TemplateParser
-from paged_serving.response_templates.template import ResponseTemplate
+from paged_serving.response_templates.template import ResponseTemplate, TemplateError
+
+if TYPE_CHECKING:
+    from paged_serving.grammars.grammars import Grammar
 
 _NO_TOOLS = (
     "asks for tools, and how this model calls them isn't known here: its tokenizer has no response template, and its "
@@ -35,6 +42,7 @@ class Talk:
     """What a conversation comes to."""
 
     prompt: Prompt  # not yet cut or checked for its length
+    grammar: Grammar | None  # that the answer must follow; None: there is none, but what the structure alone asks for
     _template: ResponseTemplate | None  # by which the answer is read; None: it is text
     _tools: Sequence[Tool]
     _special_texts: Sequence[str]
@@ -52,9 +60,18 @@ class Talk:
 
 
 def to_talk(
-    conversation: Conversation, served: ServedModel, fields: Fields, *, add_special_tokens: bool = False
+    conversation: Conversation,
+    served: ServedModel,
+    fields: Fields,
+    *,
+    add_special_tokens: bool = False,
+    structure: Structure | None = None,
+    ignore_eos: bool = False,
 ) -> Talk:
-    """``add_special_tokens``: those of the tokenizer beside those of the chat template.
+    """
+    Args:
+        add_special_tokens: those of the tokenizer beside those of the chat template.
+        structure: what is said must look like.
 
     Raises:
         ProtocolError: the chat template refuses it, or it asks for tools and nobody knows how the model calls them.
@@ -69,7 +86,51 @@ def to_talk(
         named = {"tools": fields.tools, "reasoning_effort": fields.effort}
         raise ProtocolError(str(error), named.get(error.param or "", fields.turns)) from error
     prompt = served.encode(text, add_special_tokens=add_special_tokens)
-    return Talk(prompt, _needed(template, with_calls=bool(tools)), tools, served.codec.special_texts)
+    template = _needed(template, with_calls=bool(tools))
+    grammar = None
+    if template is not None and (asked := _asked(conversation, fields, structure)) is not None:
+        told = _grammar_text(template, text, conversation, served, structure, asked)
+        grammar = served.grammar(told, ignore_eos=ignore_eos)
+    return Talk(prompt, grammar, template, tools, served.codec.special_texts)
+
+
+def _asked(conversation: Conversation, fields: Fields, structure: Structure | None) -> str | None:
+    """The field that asks for a grammar, if one does."""
+    if conversation.choice.mode == "required":
+        return fields.choice
+    if structure is not None:
+        return structure.field
+    return fields.tools if any(tool.strict for tool in conversation.callable_tools) else None
+
+
+def _grammar_text(
+    template: ResponseTemplate,
+    prompt: str,
+    conversation: Conversation,
+    served: ServedModel,
+    structure: Structure | None,
+    asked: str,
+) -> Structure | None:
+    """The structure of the whole answer, reasoning and calls included; None: the structure's own will do."""
+    tools, choice = conversation.callable_tools, conversation.choice
+    if not tools and template.reasoning is None:
+        return None
+    try:
+        otherwise = _rule_of(structure) if structure is not None and choice.mode != "required" else None
+        text = CallGrammar(template, prompt, served.special_texts).text(tools, choice, otherwise)
+    except (TemplateError, InvalidRequestError) as error:
+        raise ProtocolError(f"{asked} can't be followed: {error}", asked) from error
+    return Structure(asked, "grammar", text)
+
+
+def _rule_of(structure: Structure) -> str:
+    """What is said, as a rule of a larger grammar."""
+    if structure.kind == "json":
+        return json_rule(structure.value, structure.form)
+    if structure.kind == "choice":
+        return choice_rule(structure.value)
+    told = "reasoning or calls of tools can't stand before it; leave them out, or ask for a JSON schema"
+    raise InvalidRequestError(f"it is of kind {structure.kind!r}: {told}")
 
 
 def _needed(template: ResponseTemplate | None, *, with_calls: bool) -> ResponseTemplate | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ import regex
 _PLACEHOLDER = re.compile(r"\{(\w+(?:\.\w+)*)\}")
 _BARE_KEY = re.compile(r'("(?:\\.|[^"\\])*")|(?<=[{,])(\s*)(\w+)(\s*):')
 _PYTHON_NAMES = {"true": True, "false": False, "null": None}
+_LARGEST = sys.float_info.max
 _BETWEEN_VALUES = " \t\r\n;,"
 
 
@@ -74,7 +76,7 @@ def _json(text: str, args: Mapping[str, Any]) -> Any:
     if args.get("unquoted_keys"):
         text = _BARE_KEY.sub(lambda found: found[1] or f'{found[2]}"{found[3]}"{found[4]}:', text)
     try:
-        value = _values(text) if args.get("several") else json.loads(text, parse_constant=_no_constant)
+        value = _values(text) if args.get("several") else _STRICT.decode(text)
     except ValueError:
         if args.get("allow_non_json"):
             return text.strip()
@@ -83,10 +85,10 @@ def _json(text: str, args: Mapping[str, Any]) -> Any:
 
 
 def _values(text: str) -> list[Any]:
-    decoder, found, place = json.JSONDecoder(parse_constant=_no_constant), [], 0
+    found, place = [], 0
     text = text.strip(_BETWEEN_VALUES)
     while place < len(text):
-        value, place = decoder.raw_decode(text, place)
+        value, place = _STRICT.raw_decode(text, place)
         found.append(value)
         while place < len(text) and text[place] in _BETWEEN_VALUES:
             place += 1
@@ -103,8 +105,16 @@ def _with(value: Any, kept: list[str]) -> Any:
     return value
 
 
+def number(text: str | float) -> float:
+    """A float; what is too large for one is the largest: no JSON holds an infinity."""
+    return max(-_LARGEST, min(_LARGEST, float(text)))
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+_STRICT = json.JSONDecoder(parse_float=number, parse_constant=_no_constant)
 
 
 def _xml_inline(text: str, args: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,11 +169,11 @@ def _python_call(call: ast.expr) -> dict[str, Any]:
 def _python_value(node: ast.expr) -> Any:
     match node:
         case ast.Constant(value) if value is None or isinstance(value, str | bool | int | float):
-            return value
+            return number(value) if isinstance(value, float) else value
         case ast.Name(name) if name in _PYTHON_NAMES:
             return _PYTHON_NAMES[name]
         case ast.UnaryOp(ast.USub(), ast.Constant(value)) if type(value) in (int, float):
-            return -value  # type: ignore[operator]
+            return -number(value) if isinstance(value, float) else -value  # type: ignore[operator]
         case ast.List(values):
             return [_python_value(each) for each in values]
         case ast.Dict(keys, values) if all(

@@ -63,6 +63,11 @@ class Scanner:
         closing = [_Watched("close", implicit, implicit.close)] if implicit is not None and implicit.close else []
         return [*opening, *closing, *self._silent]
 
+    @property
+    def field(self) -> Field | None:
+        """That text is of now."""
+        return self._field
+
     def feed(self, text: str) -> Iterator[Part]:
         self._text += text
         return self._parts(ended=False)

@@ -3,7 +3,8 @@
 A template has fields, each with what opens and closes it (texts or expressions), what stands between (``content``) and
 what becomes of that (``transform``). One field may open with nothing: all other text is its. ``start_anchor`` ends what
 stands before the assistant's message in a prompt. See transformers' documentation of chat response parsing; the format
-is its version 1. Ours may also say of which chat templates it is: ``chat_template_has``, texts that all stand in those.
+is its version 1. Ours may also say of which chat templates it is (``chat_template_has``: texts that all stand in those)
+and how a field is written (``written``: "open", "close", and of arguments in tags "argument").
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from paged_serving.response_templates.contents import CONTENTS
 _KEYS = {"version", "defaults", "fields", "start_anchor", "start_anchor_pattern", "chat_template_has", "models"}
 _FIELD_KEYS = {
     "open", "open_pattern", "close", "close_pattern", "content", "content_args", "repeats", "join", "optional",
-    "transform", "transform_each",
+    "transform", "transform_each", "written",
 }  # fmt: skip
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names of its field
 
@@ -35,6 +36,7 @@ class Marker:
     pattern: regex.Pattern[str]
     source: str  # the expression
     is_final: bool  # a text: once it is there, what follows can't change it
+    texts: Sequence[str] = ()  # that it is one of, if it is no expression
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Field:
     join: str | None  # between its texts, if there are several
     transform: Any  # None: the content as it is
     transform_each: bool
+    written: Mapping[str, str]  # how models write it, where that can't be told from its markers; ours alone
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,7 @@ def _field(name: str, declared: Any) -> Field:
         join=join,
         transform=declared.get("transform"),
         transform_each=bool(declared.get("transform_each", False)),
+        written=declared.get("written", {}),
     )
 
 
@@ -148,7 +152,7 @@ def text_marker(texts: Any, where: str = "a marker") -> Marker:
         raise TemplateError(f"{where} must be opened and closed by texts that aren't empty")
     source = "|".join(regex.escape(each) for each in sorted(texts, key=len, reverse=True))
     grows = any(one != other and one.startswith(other) for one in texts for other in texts)
-    return Marker(regex.compile(source, regex.DOTALL), source, not grows)
+    return Marker(regex.compile(source, regex.DOTALL), source, not grows, tuple(texts))
 
 
 def _check_keys(where: str, declared: Mapping[str, Any], known: set[str]) -> None:
