@@ -102,6 +102,12 @@ def test_strict_arguments_follow_the_schema_and_others_need_not(client: openai.O
         assert json.loads(call.function.arguments)["city"] in cities
 
 
+def test_one_call_is_the_most_where_they_may_not_be_parallel(client: openai.OpenAI, model: SayingModel) -> None:
+    model.say(f"Well.{CALL}{CALL}")
+    for parallel, num in ((True, 2), (False, 1)):
+        assert len(chat(client, parallel_tool_calls=parallel).choices[0].message.tool_calls) == num
+
+
 def test_what_the_tool_says_goes_back_to_the_model(client: openai.OpenAI, model: SayingModel, server: Running) -> None:
     model.say(CALL)
     message = chat(client).choices[0].message

@@ -97,6 +97,15 @@ def test_who_may_call_speaks_freely_or_calls_validly(begin: str) -> None:
         assert len(valid_calls(answer)) >= ("<tool_call>" in begin)
 
 
+def test_text_holds_no_second_call_where_one_is_allowed() -> None:
+    grammar = grammar_of(known()["hermes"], "auto", "", parallel=False)
+    matcher = compile_grammar(TOKENIZER, grammar)
+    call = b'<tool_call>\n{"name": "stop", "arguments": {}}\n</tool_call>'
+    assert matcher.consume_tokens([*b"Well.", *call])
+    assert matcher.is_accepting()
+    assert not matcher.compute_logit_bias()[ord("<")]
+
+
 def test_what_was_begun_to_be_thought_is_thought_to_its_end() -> None:
     template, prompt = known()["hermes"], "<|im_start|>assistant\n<think>\n"
     for answer in answers(grammar_of(template, "required", prompt), template, prompt, 3, "Hm.</think>"):

@@ -100,7 +100,9 @@ def _asked(conversation: Conversation, fields: Fields, structure: Structure | No
         return fields.choice
     if structure is not None:
         return structure.field
-    return fields.tools if any(tool.strict for tool in conversation.callable_tools) else None
+    tools = conversation.callable_tools
+    one_by_one = bool(tools) and not conversation.choice.parallel
+    return fields.tools if one_by_one or any(tool.strict for tool in tools) else None
 
 
 def _grammar_text(

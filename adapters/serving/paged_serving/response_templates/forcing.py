@@ -140,9 +140,9 @@ class _Calls:
         if not self._how.trigger:  # a call is the whole answer
             return f"SPACE ({self.all(several)} | /[^{{\\[ \\n](\\n|.)*/)?"
         call = self._grammar.rule(f"{self._begun()} {self._rest(several)}")
-        if self._repeats:
-            return f"{call}{'*' if several else '?'} TEXT"
-        return f"({call} | TEXT)"
+        if several and self._repeats:
+            return f"{call}* TEXT"
+        return f"({call} SPACE | TEXT)"  # text behind the one call might hold another
 
     def _begun(self) -> str:
         """Any text, and then the trigger."""
