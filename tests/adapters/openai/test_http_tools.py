@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import openai
 import pytest
 
-from hermes_model import SayingModel, hermes_tokenizer
-from http_server import Running, alphabet_server
+from free_ports import free_ports
+from hermes_model import CHAT, SayingModel, hermes_tokenizer
+from http_server import Running, alphabet_server, until
+from tiny_folder import save
 
 CITY = {"type": "string", "enum": ["Paris", "Rome"]}
 PARAMETERS = {"type": "object", "properties": {"city": CITY, "days": {"type": "integer", "minimum": 0, "maximum": 9}},
@@ -167,3 +174,34 @@ def test_what_cannot_be_is_refused_by_its_name(client: openai.OpenAI, fields: An
     with pytest.raises(openai.BadRequestError, match=why) as refused:
         chat(client, **fields)
     assert refused.value.param == param
+
+
+def test_a_real_server_of_a_real_model_calls_tools(tmp_path: Path) -> None:
+    tokenizer_folder = save(tmp_path / "model")
+    (tokenizer_folder / "chat_template.jinja").write_text(CHAT, encoding="utf-8")
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "paged_openai", "--model", str(tokenizer_folder), "--port", str(port),
+               "--served-model-name", "alphabet", "--attention-backend", "reference", "--kv-bytes", "50M"]  # fmt: skip
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+            until(lambda: is_ready(client, process), 240)
+            plain = chat(client, tool_choice="required", parallel_tool_calls=False).choices[0].message.tool_calls
+            jsonschema_rs.validate(PARAMETERS, json.loads(plain[0].function.arguments))
+            chunks = chat(client, tool_choice="required", parallel_tool_calls=False, stream=True)
+            pieces = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+            streamed = "".join(piece.function.arguments for piece in pieces)
+            assert (pieces[0].function.name, streamed) == ("get_weather", plain[0].function.arguments)
+    finally:
+        process.kill()
+        process.wait(60)
+
+
+def is_ready(client: openai.OpenAI, process: subprocess.Popen[bytes]) -> bool:
+    assert process.poll() is None, "the server has ended"
+    try:
+        return bool(client.models.list().data)
+    except openai.APIConnectionError:
+        return False
