@@ -1,4 +1,4 @@
-"""Random answers in random pieces: ``python tests/many_pieces.py [TEXTS]`` for every response template of ours."""
+"""Random answers in random pieces: ``python tests/many_pieces.py [TEXTS [TEMPLATE ...]]``, else all of ours."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ def pieces_of(chance: random.Random, text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    for template in known():
+    for template in sys.argv[2:] or known():
         split_differently(template, random.Random(template), int((sys.argv[1:] or ["10000"])[0]))
-        print(template, "comes to the same in any pieces")
+        print(template, "comes to the same in any pieces", flush=True)
