@@ -44,6 +44,12 @@ _REFUSED = {
     "--hf-overrides": "change config.json in the model's folder",
     "--override-generation-config": "change generation_config.json in the model's folder",
 }
+TOOL_PARSERS = {  # vLLM's -> our response templates
+    "hermes": "hermes", "qwen3_coder": "qwen3-xml", "qwen3_xml": "qwen3-xml", "llama3_json": "llama3-json",
+    "llama4_pythonic": "llama4-pythonic", "deepseek_v3": "deepseek", "deepseek_v31": "deepseek-v31",
+    "openai": "gpt-oss", "granite": "granite3", "granite4": "granite4", "phi4_mini_json": "phi4-mini", "olmo3": "olmo3",
+    "glm45": "glm4", "kimi_k2": "kimi-k2", "gemma4": "gemma4",
+}  # fmt: skip
 
 
 def add_spellings(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +61,10 @@ def add_spellings(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--allowed-origins", type=_origins, dest="cors_origin", metavar="JSON", default=argparse.SUPPRESS,
         help="our --cors-origin, for each",
+    )  # fmt: skip
+    group.add_argument(
+        "--tool-call-parser", type=_tool_parser, dest="response_template", metavar="NAME", default=argparse.SUPPRESS,
+        help="our --response-template, for models that it is known of",
     )  # fmt: skip
     for flag in _DONE_ANYWAY:
         group.add_argument(flag, action="store_true", dest="_done_anyway", default=argparse.SUPPRESS, help="it is so")
@@ -93,6 +103,13 @@ class _Only(argparse.Action):
         if values not in self._values:
             given = "" if values is None or values == [] else f" {values}"
             parser.error(f"{option_string}{given} can't be had here: {self._why}")
+
+
+def _tool_parser(name: str) -> str:
+    if name not in TOOL_PARSERS:
+        told = f"there are {', '.join(TOOL_PARSERS)}; leave it out, and the model's chat template tells, or use"
+        raise argparse.ArgumentTypeError(f"{name!r} isn't known here: {told} --response-template")
+    return TOOL_PARSERS[name]
 
 
 def _origins(text: str) -> list[str]:

@@ -11,7 +11,9 @@ from alphabet_model import AlphabetModel
 from paged_core import ConfigError, Engine, EngineConfig
 from paged_openai.commands import add_options
 from paged_openai.serving import _app_options, _template, _tokenizer
+from paged_openai.spellings import TOOL_PARSERS
 from paged_serving import engine_config
+from paged_serving.response_templates.selection import known
 
 
 @pytest.fixture
@@ -32,6 +34,13 @@ def test_other_words_for_the_same(parser: argparse.ArgumentParser) -> None:
     assert _app_options(args).cors_origins == ("http://a", "http://b")
 
 
+def test_parsers_of_calls_are_response_templates(parser: argparse.ArgumentParser) -> None:
+    given = {"openai": "gpt-oss", "llama3_json": "llama3-json", "hermes": "hermes"}
+    for theirs, ours in given.items():
+        assert parser.parse_args(["--tool-call-parser", theirs]).response_template == ours
+    assert set(TOOL_PARSERS.values()) <= set(known())
+
+
 def test_what_is_done_anyway_passes(parser: argparse.ArgumentParser) -> None:
     args = parser.parse_args(
         ["--enable-auto-tool-choice", "--disable-log-requests", "--enable-chunked-prefill", "--trust-remote-code",
@@ -47,6 +56,7 @@ def test_what_is_done_anyway_passes(parser: argparse.ArgumentParser) -> None:
         (["--revision", "main"], "give its folder as MODEL"),
         (["--quantization", "awq"], "models come as they were quantised"),
         (["--enable-lora"], "merge_and_unload"),
+        (["--tool-call-parser", "jamba"], "'jamba' isn't known here: there are hermes"),
         (["--allowed-origins", "http://a"], "isn't a JSON list"),
         (["--uvicorn-log-level", "trace"], "invalid choice"),
         (["--root-path", "/a b"], "is no path such as /llm"),

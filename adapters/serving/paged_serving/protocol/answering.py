@@ -71,11 +71,11 @@ class Answering:
         named: Names,
     ) -> None:
         served.check_limits(params, named)
-        self.grammar: Grammar | None = served.grammar(structure)
-        talk = to_talk(conversation, served, fields)
+        talk = to_talk(conversation, served, fields, structure=structure)
+        self.grammar: Grammar | None = talk.grammar or served.grammar(structure)
         prompt = served.finish_prompt(fields.turns, talk.prompt, None)
         names = {"prompt": fields.turns, **named}
-        self.params = served.finish_params(params, [prompt], self.grammar, copies=0, named=names)
+        self.params = served.finish_params(talk.adapted(params), [prompt], self.grammar, copies=0, named=names)
         self.prompts: list[Prompt] = [prompt]
         self.blocks = Blocks()
         self._reader = talk.reader()

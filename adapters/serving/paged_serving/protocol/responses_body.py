@@ -137,7 +137,7 @@ def to_conversation(body: ResponsesBody, earlier: Sequence[Turn]) -> Conversatio
         tools=[Tool(each.name, each.description, each.parameters, each.strict) for each in body.tools],
         choice=_choice(body),
         template_options=body.chat_template_kwargs or {},
-        reasoning_effort=None if effort == "none" else effort,
+        reasoning_effort=effort,
     )
 
 
