@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from paged_core import InvalidRequestError, Prompt, SamplingParams
+from paged_core import InvalidRequestError, Prompt, SamplingParams, TextCodec
 from paged_serving.conversation.reader import ChoiceReader, PlainText
 from paged_serving.conversation.rendering import render
 from paged_serving.conversation.turns import Conversation, Tool
@@ -45,14 +45,18 @@ class Talk:
     grammar: Grammar | None  # that the answer must follow; None: there is none, but what the structure alone asks for
     _template: ResponseTemplate | None  # by which the answer is read; None: it is text
     _tools: Sequence[Tool]
-    _special_texts: Sequence[str]
+    _codec: TextCodec
 
     def reader(self, *, skip_special_tokens: bool = True) -> ChoiceReader:
         """A new choice's. ``skip_special_tokens``: as the client asked for it."""
         if self._template is None:
-            return ChoiceReader(PlainText())
-        silent = self._special_texts if skip_special_tokens else ()
-        return ChoiceReader(TemplateParser(self._template, self.prompt.text or "", tools=self._tools, silent=silent))
+            return ChoiceReader(PlainText(), self._count)
+        silent = self._codec.special_texts if skip_special_tokens else ()
+        parser = TemplateParser(self._template, self.prompt.text or "", tools=self._tools, silent=silent)
+        return ChoiceReader(parser, self._count)
+
+    def _count(self, text: str) -> int:
+        return len(self._codec.encode(text, add_special_tokens=False))
 
     def adapted(self, params: SamplingParams) -> SamplingParams:
         """As the engine must be asked, so that a reader sees all markers."""
@@ -91,7 +95,7 @@ def to_talk(
     if template is not None and (asked := _asked(conversation, fields, structure)) is not None:
         told = _grammar_text(template, text, conversation, served, structure, asked)
         grammar = served.grammar(told, ignore_eos=ignore_eos)
-    return Talk(prompt, grammar, template, tools, served.codec.special_texts)
+    return Talk(prompt, grammar, template, tools, served.codec)
 
 
 def _asked(conversation: Conversation, fields: Fields, structure: Structure | None) -> str | None:
