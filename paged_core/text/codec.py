@@ -29,6 +29,7 @@ from paged_core.text.detokenizer import (
     is_byte_level,
 )
 
+_LONG = 16_384  # characters
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
@@ -74,6 +75,7 @@ class TextCodec:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._encoder, self._decoder = _private_copies(tokenizer)
+        self._long_encoder: Tokenizer | None = None  # made with the first long text
         self.eos_token_ids = _eos_token_ids(self._encoder)
         self.renew_locks()
         self._chat = ChatTemplate(self._apply_chat_template)
@@ -115,6 +117,7 @@ class TextCodec:
         """For a forked child: who held one in the parent isn't there to let it go."""
         self._encode_lock = threading.Lock()
         self._decode_lock = self._encode_lock if self._encoder is self._decoder else threading.Lock()
+        self._long_lock = self._encode_lock if self._encoder is self._decoder else threading.Lock()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         if self.tokenizer is None:
@@ -123,8 +126,18 @@ class TextCodec:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequestError(f"the text can't be written as UTF-8: {error}") from error
+        if len(text) > _LONG and self._encoder is not self._decoder:
+            return self._encode_long(text, add_special_tokens)
         with self._encode_lock:
             return list(self._encoder.encode(text, add_special_tokens=add_special_tokens))
+
+    def _encode_long(self, text: str, add_special_tokens: bool) -> list[int]:
+        """By a copy of its own: whoever brings a book doesn't make those wait who bring a line."""
+        with self._long_lock:
+            if self._long_encoder is None:
+                with self._encode_lock:
+                    self._long_encoder, _ = _private_copies(self.tokenizer)
+            return list(self._long_encoder.encode(text, add_special_tokens=add_special_tokens))
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         with self._decode_lock:

@@ -16,6 +16,7 @@ from paged_serving import Call, CallError, Failure, ProtocolError, ServedModel, 
 
 _T = TypeVar("_T")
 _NUM_READERS = 4  # tokenising is one at a time in any case
+_LARGE = 32 * 2**10  # bytes of a body: it is read behind others of its size, and not before those of small ones
 _NUM_COMPILING = 64  # they wait for other processes
 
 
@@ -100,9 +101,10 @@ class Service:
             self._num_open -= 1
             self._num_unread_bytes -= num_bytes
 
-    async def read(self, function: Callable[..., _T], *args: object) -> _T:
-        """``function(*args)``, which reads a body, in one of a few threads: it must not hold up the others' streams."""
-        return await to_thread.run_sync(as_outcome, function, *args, limiter=self._readers)
+    async def read(self, function: Callable[[bytes], _T], raw: bytes) -> _T:
+        """``function(raw)``, which reads a body, in one of a few threads: it must not hold up the others' streams."""
+        readers = self._readers if len(raw) <= _LARGE else self._large_readers
+        return await to_thread.run_sync(as_outcome, function, raw, limiter=readers)
 
     async def compile(self, call: Call) -> None:
         """Its grammar, if it has one. That may take long; who has none doesn't wait for it.
@@ -120,6 +122,10 @@ class Service:
 
     @cached_property
     def _readers(self) -> CapacityLimiter:
+        return CapacityLimiter(_NUM_READERS)
+
+    @cached_property
+    def _large_readers(self) -> CapacityLimiter:
         return CapacityLimiter(_NUM_READERS)
 
     @contextmanager

@@ -187,7 +187,7 @@ LAYOUT = """(() => {
     return {
         sticks_out: document.documentElement.scrollWidth > innerWidth,
         buttons: new Set(tops(".buttons button")).size,
-        parted: [...document.querySelectorAll(".row label")].filter((label) => {
+        parted: [...document.querySelectorAll("#ask .row label")].filter((label) => {
             const [whole, box] = [label, label.querySelector("input")].map((each) => each.getBoundingClientRect());
             return whole.height > 1.5 * box.height;
         }).length,
