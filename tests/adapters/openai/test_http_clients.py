@@ -62,7 +62,7 @@ def test_openai_gets_vllms_beam_search(client: openai.OpenAI) -> None:
 
 def test_openai_hears_how_a_server_learns_to_read_calls(client: openai.OpenAI) -> None:
     tool: Any = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-    with pytest.raises(openai.BadRequestError, match="give the server a --response-template") as refused:
+    with pytest.raises(openai.BadRequestError, match="Give the server one: --response-template FILE") as refused:
         client.chat.completions.create(model="alphabet", messages=MESSAGES, tools=[tool], tool_choice="auto")
     assert refused.value.param == "tools"
 

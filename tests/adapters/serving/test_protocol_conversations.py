@@ -140,7 +140,7 @@ def test_a_template_is_told_whether_to_think() -> None:
     for kind, told in (("enabled", True), ("adaptive", True), ("disabled", False)):
         assert messages(messages=said, thinking={"type": kind}).template_options == {"enable_thinking": told}
     assert responses(input="x", reasoning={"effort": "low"}).reasoning_effort == "low"
-    assert responses(input="x", reasoning={"effort": "none"}).reasoning_effort is None
+    assert responses(input="x", reasoning={"effort": "none"}).reasoning_effort == "none"
 
 
 # ---- blocks ------------------------------------------------------------------------------------------------------
