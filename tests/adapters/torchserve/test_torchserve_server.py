@@ -297,7 +297,8 @@ def test_a_second_version_whose_archive_holds_the_handler_as_a_file_comes_and_go
     archive = stock_archive(tmp_path, "other", model, handler, config)
     register = {"url": archive.name, "model_name": "narrow", "initial_workers": "1", "synchronous": "true"}
     (running.server.workdir / "model-store" / archive.name).symlink_to(archive)
-    assert running.client.post(f"{running.management}/models", params=register).status_code == 200
+    added = running.client.post(f"{running.management}/models", params=register, timeout=READY_S)
+    assert added.status_code == 200
     body = {"prompt": "Hello", "max_new_tokens": 9}
     first, second = running.post("narrow/2.0", json=body).text, running.post("narrow/1.0", json=body).text
     assert first == stock("Hello", 9) != second
