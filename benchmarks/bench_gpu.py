@@ -18,7 +18,7 @@ import math
 import platform
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import NormalDist, median
@@ -59,27 +59,29 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     bandwidth = copy_bandwidth(torch.device(options.device))
-    print(f"{device_name(options.device)}, copies {bandwidth / 1e9:.0f} GB/s")
-    results = {}
+    print(f"{device_name(options.device)}, copies {bandwidth / 1e9:.0f} GB/s", flush=True)
+    about = {
+        "device": device_name(options.device),
+        "copy_bytes_per_s": bandwidth,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "date": str(date.today()),
+        "requests": options.requests,
+    }
+    results: dict[str, dict[str, Any]] = {}
     for name in options.models.split(","):
-        results[name] = measure(name, options, bandwidth)
+        for results[name] in measure(name, options, bandwidth):  # a run cut short has what it measured
+            if options.json:
+                options.json.write_text(json.dumps({**about, "models": results}, indent=1) + "\n")
         show(name, results[name])
-        if options.json:  # after each model: a run cut short has what it measured
-            about = {
-                "device": device_name(options.device),
-                "copy_bytes_per_s": bandwidth,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-                "date": str(date.today()),
-                "requests": options.requests,
-            }
-            options.json.write_text(json.dumps({**about, "models": results}, indent=1) + "\n")
 
 
-def measure(name: str, options: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
-    """Ours over all requests, then each of stock's batches."""
+def measure(name: str, options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, Any]]:
+    """Ours over all requests, then each of stock's batches: what is known after each of them."""
+    began = time.perf_counter()
     model = random_model(SHAPES[name], options.longest, torch.device(options.device))
+    print(f"{name}: made in {time.perf_counter() - began:.1f} s", flush=True)
     requests = sharegpt_like(options.requests, options.longest, model.config.vocab_size)
     steps = Steps()
     config = EngineConfig(
@@ -102,7 +104,10 @@ def measure(name: str, options: argparse.Namespace, bandwidth: float) -> dict[st
         "itl_p99_s": ours.itl_p99_s,
         "decode": steps.against_floor(_num_bytes(model), bandwidth, model.config),
         "static": {},
+        "times": None,
     }
+    print(f"{name}: ours {ours.tokens_per_s:.0f} tok/s, {run.duration_s:.1f} s", flush=True)
+    yield result
     del paged
     _forget()
     stock = HFStatic(model, 1)
@@ -110,11 +115,11 @@ def measure(name: str, options: argparse.Namespace, bandwidth: float) -> dict[st
     sizes = map(int, options.static.split(",")) if options.static else [_largest_batch(model, options)]
     for size in sizes:
         result["static"][size] = _stock(stock, size, requests, run)
-    speeds = [static["tokens_per_s"] for static in result["static"].values() if "tokens_per_s" in static]
-    result["times"] = ours.tokens_per_s / max(speeds) if speeds else None
+        speeds = [static["tokens_per_s"] for static in result["static"].values() if "tokens_per_s" in static]
+        result["times"] = ours.tokens_per_s / max(speeds) if speeds else None
+        yield result
     del stock, model
     _forget()
-    return result
 
 
 def _stock(stock: HFStatic, size: int, requests: Sequence[BenchRequest], paged: Run) -> dict[str, Any]:

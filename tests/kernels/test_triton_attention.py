@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_cases import CODED, Case, make_case
+import attention_cases
+from attention_cases import CODED, Case
 from interpreter import DEVICE, ON_GPU, round_as_gpus_do
 from paged_kernels import reference
 from paged_kernels.layers import LayerCache
@@ -25,6 +26,10 @@ MIX = ([0, 1, 90, 40, 70, 20], [1, 1, 1, 7, 70, 0])
 @pytest.fixture(autouse=True)
 def rounding(monkeypatch):
     round_as_gpus_do(monkeypatch)
+
+
+def make_case(*args, **facts) -> Case:
+    return attention_cases.make_case(*args, **facts).on(DEVICE)
 
 
 def assert_equals_reference(case: Case) -> None:
