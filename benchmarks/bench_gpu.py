@@ -71,7 +71,8 @@ def main() -> None:
     }
     results: dict[str, dict[str, Any]] = {}
     for name in options.models.split(","):
-        for results[name] in measure(name, options, bandwidth):  # a run cut short has what it measured
+        for measured in measure(name, options, bandwidth):  # a run cut short has what it measured
+            results[name] = measured
             if options.json:
                 options.json.write_text(json.dumps({**about, "models": results}, indent=1) + "\n")
         show(name, results[name])
