@@ -11,6 +11,7 @@ import torch
 
 from paged_kernels.cpu import launch, parallel
 from paged_kernels.cpu.vectors import fetch_add, store_i64
+from places import TESTS
 
 numbers = torch.zeros(64, dtype=torch.int64)
 
@@ -112,3 +113,12 @@ def test_a_cache_file_cut_short_is_compiled_anew(monkeypatch, tmp_path):
     numbers.zero_()
     again(numbers.data_ptr(), 1)
     assert numbers[0] == 1
+
+
+def test_kernels_that_different_processes_compiled_keep_their_own_helpers(tmp_path, monkeypatch):
+    """What is kept on disk calls its helpers by name, and in a process that loads both a name is one function."""
+    monkeypatch.setenv("PAGED_CORE_CACHE", str(tmp_path))
+    for names in (["float32"], ["bfloat16"], ["float32", "bfloat16"]):
+        command = [sys.executable, str(TESTS / "products_in_one_process.py"), *names]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["right"] * len(names)

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import os
 import pickle
+import secrets
 import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numba
 import torch
 from numba import types
-from numba.core import ccallback
+from numba.core import bytecode, ccallback
 from platformdirs import user_cache_path
 
 
@@ -127,9 +129,8 @@ def _disk_cache(function: Callable[[int], None]) -> Any:
     return Cache(function)
 
 
-@cache
-def _digest() -> str:
-    """Of all that compiled code depends on, besides the processor, which numba's own key holds."""
+def _read_sources() -> str:
+    """A digest of all that compiled code depends on, besides the processor, which numba's own key holds."""
     digest = hashlib.sha256(f"{numba.__version__} {sys.version_info[:2]}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
@@ -140,7 +141,7 @@ def cache_folder() -> Path | None:
     """Where compiled kernels are kept: a folder named by all that their code depends on. PAGED_CORE_CACHE overrides
     its parent."""
     for parent in _cache_parents():
-        folder = parent / "kernels" / _digest()
+        folder = parent / "kernels" / _DIGEST
         try:
             parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.mkdir(parents=True, exist_ok=True)
@@ -167,4 +168,11 @@ def _cache_parents() -> list[Path]:
     return [user_cache_path("paged-core", appauthor=False), Path(tempfile.gettempdir()) / f"paged-core-{whose}"]
 
 
+# numba names a function by its Python name and a number that counts up from 1 in each process, and what a loaded
+# program calls is found by name: helpers of two kernels that two processes compiled and kept would be taken for one
+# another. No two processes count from the same number.
+bytecode.FunctionIdentity._unique_ids = itertools.count(secrets.randbits(48))
+# Read while they are what this process has loaded: after an upgrade of the package the old code would be kept as the
+# new one's.
+_DIGEST = _read_sources()
 _launch = _find_launcher()
