@@ -32,7 +32,7 @@ class EngineView(NamedTuple):
     block_size: int
     references: Sequence[int]  # of blocks 1, 2, ...
     cached: Sequence[int]  # ids of blocks that are kept for prefix hits only
-    offloading: OffloadingStats  # what tiers hold and have done
+    offloading: OffloadingStats = OffloadingStats()  # what tiers hold and have done
 
     @classmethod
     def of(cls, scheduler: Scheduler, offloading: OffloadingStats) -> EngineView:

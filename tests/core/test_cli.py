@@ -115,7 +115,7 @@ def test_where_no_extra_brings_what_is_missing_all_extras_are_named(with_command
     assert cli.main(["puzzled"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("paged: Please install what it takes to read this.\n")
-    assert "'paged-core[EXTRA]', where EXTRA is of bench, cpu, gpu, hf, otel, server, torchserve;" in said
+    assert "'paged-core[EXTRA]', where EXTRA is of bench, cpu, events, gpu, hf, otel, ray, server, torchserve;" in said
     with pytest.raises(ImportError):
         cli.main(["puzzled", "--debug"])
 

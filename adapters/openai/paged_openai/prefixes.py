@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
+from typing import TYPE_CHECKING
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+if TYPE_CHECKING:  # commands that serve nothing run where there is no Starlette
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 _SANE = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 _KEY = "prefix"

@@ -12,6 +12,7 @@ def quiet_imports() -> None:
 
 
 def no_progress_bars() -> None:
-    """For a process whose log is lines of JSON: other libraries' bars have no place between them. Before tqdm is
-    imported; it reads this then."""
+    """For a process whose log is lines of JSON: other libraries' bars have no place between them. Before tqdm and
+    huggingface_hub, whose switch transformers reads, are imported: they look at this then."""
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

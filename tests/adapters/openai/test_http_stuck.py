@@ -154,7 +154,7 @@ def forever(token_ids):
 stuck = AlphabetModel(forever)
 serving.Engine = lambda model, config, **options: Engine(stuck, config, plugins=options["plugins"])
 serving.AsyncEngine = lambda engine, old=serving.AsyncEngine, **options: old(
-    engine, tokenizer=CharacterTokenizer(), **options
+    engine, **{{**options, "tokenizer": CharacterTokenizer()}}
 )
 serving._LAST_STEP_S = 0.5
 from paged_openai.commands import main

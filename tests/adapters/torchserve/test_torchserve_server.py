@@ -249,7 +249,6 @@ def test_a_killed_worker_is_replaced_and_its_clients_hear_of_it(running, stock):
     until(replaced, READY_S)
     assert running.post("tiny", json={"prompt": "Hello", "max_new_tokens": 9}).text == stock("Hello", 9)
     assert running.post("tiny", json={"prompt": prompt, "max_new_tokens": 9}).text == told
-    until(lambda: running.metric("paged_external_prefix_cache_hits_total", "tiny") >= 64)
 
 
 def test_clients_of_a_worker_that_is_scaled_away_hear_of_it_when_there_is_another(running, stock):
