@@ -110,7 +110,11 @@ def test_padded_rows_are_what_stock_makes_of_them(
 def test_prompt_lookup_rolls_back_as_over_stocks_cache(tiny: Callable[..., Any], family: str) -> None:
     ids = make_ids(1, 6).repeat(1, 3)  # repeats itself, so that there is something to look up
     cache = assert_same(
-        tiny(family, **{"num_hidden_layers": 4, **_FAMILIES[family]}), ids, prompt_lookup_num_tokens=5, max_new_tokens=24, eos_token_id=95
+        tiny(family, **{"num_hidden_layers": 4, **_FAMILIES[family]}),
+        ids,
+        prompt_lookup_num_tokens=5,
+        max_new_tokens=24,
+        eos_token_id=95,
     )
     assert cache.get_seq_length() == 18 + 24 - 1
 
