@@ -6,50 +6,18 @@ It is what /v1/responses and /v1/messages share.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated
-
-from msgspec import field
+from typing import TYPE_CHECKING
 
 from paged_core import CompletionOutput, GenerationOutput, SamplingParams, StreamDelta
 from paged_serving.conversation.blocks import BlockNews, Blocks
 from paged_serving.conversation.turns import Conversation
-from paged_serving.protocol.bodies import HUGE, Body, Defaults, Penalty, Served, Share, Texts, Whole, between, wide
 from paged_serving.protocol.served import Names, ServedModel
 from paged_serving.protocol.structured import Structure
 from paged_serving.protocol.talk import Fields, to_talk
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any
-
     from paged_core import Prompt
     from paged_serving.grammars.grammars import Grammar
-
-
-class SamplingBody(Body, frozen=True, kw_only=True):
-    """How tokens are drawn, by the names that all protocols have for it, vLLM's additions included."""
-
-    model: str | None = None
-    stream: bool = False
-    temperature: Annotated[float, between(0, HUGE)] = 1.0
-    top_k: Annotated[int, between(-1)] = 0
-    top_p: Share = 1.0
-    min_p: Share = 0.0
-    repetition_penalty: Annotated[float, between(0, HUGE)] = 1.0
-    presence_penalty: Penalty = 0.0
-    frequency_penalty: Penalty = 0.0
-    min_tokens: Whole = 0
-    seed: Annotated[int, wide(-(2**63), 2**64 - 1)] | None = None
-    stop: Texts = field(default_factory=list)
-
-    @classmethod
-    def defaults(cls, served: Served, wished: Mapping[str, Any]) -> Defaults:
-        """As the model's makers advise."""
-        return {cls: served.defaults}
-
-
-SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-           "min_tokens", "seed")  # fmt: skip
 
 
 class Answering:

@@ -9,9 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta, field
 
 from paged_serving.conversation.turns import Conversation, Tool, ToolCall, ToolChoice, Turn
-from paged_serving.protocol.answering import SamplingBody
-from paged_serving.protocol.bodies import Body, Ignored, Positive, must, only
+from paged_serving.protocol.bodies import Body, Ignored, Positive, ToolName, must, only
 from paged_serving.protocol.parsing import refuse
+from paged_serving.protocol.sampling_body import SamplingBody
 
 _TEXT_ONLY = "a string or a list of text blocks; this server reads text only"
 _KINDS = '"text", "tool_use", "tool_result", "thinking" or "redacted_thinking": this server reads text only'
@@ -49,7 +49,7 @@ class Message(Body, frozen=True):
 
 
 class ToolBody(Body, frozen=True):
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,128}$"), must("1 to 128 letters, digits, '_', '-' and '.'")]
+    name: ToolName
     input_schema: dict[str, Any]
     description: str = ""
     type: Annotated[Literal["custom"], must('"custom": this server runs no tools of its own')] = "custom"

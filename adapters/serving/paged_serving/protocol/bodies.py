@@ -77,6 +77,7 @@ Share = Annotated[float, between(0, 1)]
 Penalty = Annotated[float, between(-2, 2)]
 Text = Annotated[str, Meta(min_length=1)]
 Texts = Annotated[Text | list[Text], must("a string or a list of strings, none of them empty")]
+ToolName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,128}$"), must("1 to 128 letters, digits, '_', '-' and '.'")]
 TokenIds = Annotated[list[int], must("a list of integers")]
 
 

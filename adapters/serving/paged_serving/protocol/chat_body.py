@@ -9,9 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta, field
 
 from paged_serving.conversation.turns import Conversation, Tool, ToolCall, ToolChoice, Turn
-from paged_serving.protocol.bodies import Body, Ignored, Positive, Whole, must, only
+from paged_serving.protocol.bodies import Body, Ignored, Positive, ToolName, Whole, must, only
 from paged_serving.protocol.openai_body import OpenAIBody
-from paged_serving.protocol.parsing import refuse
+from paged_serving.protocol.parsing import refuse, refuse_unless_object
 from paged_serving.protocol.reading import read_body
 from paged_serving.protocol.served import ServedModel
 
@@ -19,7 +19,6 @@ _OURS = ("tokenize", "chat_template", "add_generation_prompt", "continue_final_m
 _RETURNS = ("return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length")
 _OLD = "is OpenAI's older way to call functions, which this server doesn't know; use tools"
 _IN_THE_TEMPLATE = "can't be honoured; if the chat template has such a switch, use chat_template_kwargs"
-_Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,128}$"), must("1 to 128 letters, digits, '_', '-' and '.'")]
 _CHOICE = (
     '"none", "auto", "required", {"type": "function", "function": {"name": NAME}}, '
     'or {"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": [...]}}'
@@ -63,7 +62,7 @@ class Message(Body, frozen=True):
 
 
 class Function(Body, frozen=True):
-    name: _Name
+    name: ToolName
     description: str = ""
     parameters: dict[str, Any] | None = None
     strict: bool = False
@@ -178,12 +177,7 @@ def _arguments(function: CalledFunction, path: str) -> str:
     """As JSON text of an object, which chat templates are given as an object."""
     if isinstance(function.arguments, dict):
         return json.dumps(function.arguments, ensure_ascii=False)
-    try:
-        value = json.loads(function.arguments or "{}")
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        refuse(f"{path}.function.arguments", "must be the JSON text of an object")
+    refuse_unless_object(f"{path}.function.arguments", function.arguments)
     return function.arguments or "{}"
 
 

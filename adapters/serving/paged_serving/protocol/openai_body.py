@@ -10,15 +10,12 @@ from msgspec import Meta, field
 
 from paged_core import SamplingParams
 from paged_serving.protocol.bodies import (
-    HUGE,
     Body,
     Defaults,
     Ignored,
     Number,
-    Penalty,
     Positive,
     Served,
-    Share,
     Texts,
     TokenIds,
     Whole,
@@ -26,10 +23,10 @@ from paged_serving.protocol.bodies import (
     listed,
     must,
     only,
-    wide,
 )
 from paged_serving.protocol.others import OthersFields
 from paged_serving.protocol.parsing import refuse
+from paged_serving.protocol.sampling_body import SAMPLED
 from paged_serving.protocol.served import Names, ServedModel, sampling_params
 from paged_serving.protocol.structured import openai_structure
 
@@ -45,8 +42,7 @@ _Salt = Annotated[
     str, Meta(min_length=1, max_length=_MAX_SALT), must(f"a string of 1 to {_MAX_SALT} characters that only you know")
 ]
 _AS_THEY_ARE = (  # fields of SamplingParams by the same name
-    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
-    "min_tokens", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "priority", "cache_salt",
+    *SAMPLED, "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "priority", "cache_salt",
     "use_beam_search", "length_penalty", "early_stopping",
 )  # fmt: skip
 
@@ -57,32 +53,20 @@ class StreamOptions(Body, frozen=True):
     include_obfuscation: Ignored = None  # padding
 
 
-class OpenAIBody(OthersFields, frozen=True):
+class OpenAIBody(OthersFields, frozen=True, kw_only=True):
     """The fields that both routes mean alike."""
 
-    model: str | None = None
     n: Positive = 1
     best_of: Positive | None = None
-    stream: bool = False
     stream_options: StreamOptions = field(default_factory=StreamOptions)
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     truncate_prompt_tokens: Annotated[int, between(-1)] | None = None
     prompt_logprobs: Whole | None = None
 
-    temperature: Annotated[float, between(0, HUGE)] = 1.0
-    top_k: Annotated[int, between(-1)] = 0
-    top_p: Share = 1.0
-    min_p: Share = 0.0
-    repetition_penalty: Annotated[float, between(0, HUGE)] = 1.0
-    presence_penalty: Penalty = 0.0
-    frequency_penalty: Penalty = 0.0
-    seed: Annotated[int, wide(-(2**63), 2**64 - 1)] | None = None
     logit_bias: _LogitBias | None = None
     bad_words: Texts = field(default_factory=list)
     allowed_token_ids: TokenIds | None = None
-    min_tokens: Whole = 0
-    stop: Texts = field(default_factory=list)
     stop_token_ids: TokenIds = field(default_factory=list)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False

@@ -16,7 +16,7 @@ _LENGTH = "isn't this server's name for it; use max_tokens"
 _SAMPLING = "can't be honoured: this server doesn't sample so"
 
 
-class OthersFields(OpenAIStructures, frozen=True):
+class OthersFields(OpenAIStructures, frozen=True, kw_only=True):
     """Each passes with a value that asks for nothing."""
 
     max_new_tokens: Annotated[Any, only(why=_LENGTH)] = None

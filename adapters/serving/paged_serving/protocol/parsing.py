@@ -31,6 +31,20 @@ def refuse(name: str, why: str) -> NoReturn:
     raise ProtocolError(f"{name} {why}", name)
 
 
+def refuse_unless_object(name: str, text: str) -> None:
+    """Field ``name`` holds the JSON text of an object; an empty one counts as such.
+
+    Raises:
+        ProtocolError: it doesn't.
+    """
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        refuse(name, "must be the JSON text of an object")
+
+
 def parse_json(raw: bytes) -> Any:
     """The value of a body. Strict: no NaN, no halves of surrogate pairs, no field twice, no depth beyond reason.
 

@@ -10,11 +10,12 @@ from typing import Any
 from paged_core import GenerationOutput, StreamDelta
 from paged_serving.conversation.blocks import Block, BlockNews
 from paged_serving.conversation.turns import ToolCall, Turn
-from paged_serving.protocol.answering import SAMPLED, Answering, num_cached
+from paged_serving.protocol.answering import Answering, num_cached
 from paged_serving.protocol.bodies import listed
 from paged_serving.protocol.reading import read_body
 from paged_serving.protocol.response_store import ResponseStore
 from paged_serving.protocol.responses_body import ResponsesBody, input_turns, structure_of, to_conversation
+from paged_serving.protocol.sampling_body import SAMPLED
 from paged_serving.protocol.served import ServedModel, sampling_params
 from paged_serving.protocol.talk import Fields
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from msgspec import Meta, field
+from msgspec import field
 
 from paged_serving.conversation.turns import Conversation, Tool, ToolCall, ToolChoice, Turn
-from paged_serving.protocol.answering import SamplingBody
-from paged_serving.protocol.bodies import Body, Ignored, Positive, Text, must, only
-from paged_serving.protocol.parsing import refuse
+from paged_serving.protocol.bodies import Body, Ignored, Positive, Text, ToolName, must, only
+from paged_serving.protocol.parsing import refuse, refuse_unless_object
+from paged_serving.protocol.sampling_body import SamplingBody
 from paged_serving.protocol.structured import Structure
 
 _TEXT_ONLY = "a string or a list of text parts; this server reads text only"
@@ -51,7 +50,7 @@ class Item(Body, frozen=True):
 
 class FunctionTool(Body, frozen=True):
     type: Annotated[Literal["function"], must('"function": this server runs no tools of its own')]
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,128}$"), must("1 to 128 letters, digits, '_', '-' and '.'")]
+    name: ToolName
     description: str = ""
     parameters: dict[str, Any] | None = None
     strict: bool = False
@@ -210,12 +209,7 @@ def _told(item: Item, path: str) -> Turn:
 def _check_call(item: Item, path: str) -> None:
     if item.name is None:
         refuse(f"{path}.name", "is missing; it must be a string")
-    try:
-        value = json.loads(item.arguments or "{}")
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        refuse(f"{path}.arguments", "must be the JSON text of an object")
+    refuse_unless_object(f"{path}.arguments", item.arguments)
 
 
 def _text(content: str | Sequence[Part] | None) -> str:

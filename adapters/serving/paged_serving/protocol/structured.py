@@ -10,6 +10,7 @@ from msgspec import Meta, field
 from paged_serving.grammars.form import Form
 from paged_serving.protocol.bodies import Body, Text, listed, must
 from paged_serving.protocol.parsing import refuse
+from paged_serving.protocol.sampling_body import SamplingBody
 
 _OBJECT = {"type": "object"}
 
@@ -60,7 +61,7 @@ class StructuredOutputs(Body, frozen=True):
     whitespace_pattern: str | None = None
 
 
-class OpenAIStructures(Body, frozen=True):
+class OpenAIStructures(SamplingBody, frozen=True, kw_only=True):
     """Every field that asks for a structure, on OpenAI's two routes."""
 
     response_format: (

@@ -195,7 +195,7 @@ def test_what_stock_refuses_is_refused_in_stocks_own_words(model: Any, wrong: st
     agrees(model)
 
 
-def test_new_tokens_of_aresized_vocabulary_run_natively(model: Any) -> None:
+def test_new_tokens_of_a_resized_vocabulary_run_natively(model: Any) -> None:
     agrees(model)
     resize(model)
     given = prompts()
