@@ -76,8 +76,9 @@ class Admission:
 
     def _computes_alone(self, rows: Sequence[Request]) -> bool:
         """Whether nobody else would have the tokens of a step that this request takes."""
-        others = any(len(row.tokens) - row.num_computed > 1 for row in self._roster.running)
-        return len(rows) == len(self._roster.waiting) == 1 and not rows[0].group.lockstep and not others
+        if not len(rows) == len(self._roster.waiting) == 1 or rows[0].group.lockstep:
+            return False
+        return not any(len(row.tokens) - row.num_computed > 1 for row in self._roster.running)
 
     def _blocks_to_start(self, request: Request, found: Found) -> int:
         """Available blocks that a waiting request takes: new ones, and those found in the cache that nobody uses."""

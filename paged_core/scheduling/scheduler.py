@@ -304,7 +304,9 @@ class Scheduler:
 
     def _schedule_rows(self, rows: Sequence[Request], step: _Step) -> None:
         """Give one request, or the rows of one lockstep group, their tokens; all rows sample or none does."""
-        lacks = [self._tails.chunk(row, len(row.tokens) - row.num_computed) for row in rows]
+        lacks = [len(row.tokens) - row.num_computed for row in rows]
+        if self._tails:
+            lacks = [self._tails.chunk(row, lack) for row, lack in zip(rows, lacks, strict=True)]
         # Each request yet to be served has one token of the budget for certain.
         budget = step.budget - step.num_to_serve
         if len(rows) > 1 and sum(lacks) > budget:
