@@ -1,5 +1,5 @@
 """Linear layers of a decode step: torch's own and oneDNN prepacked against packed products, and whole steps without
-attention.
+attention; weights of int8 and int4, and torch's own dynamic int8, beside them.
 
 Weights are read from memory as in a real step: each shape has as many copies as fill --megabytes, used in turn. All
 are interleaved, and the least of --repeats counts, because whatever else runs can only add. With one thread its CPU
@@ -13,7 +13,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from functools import partial
 from itertools import chain
@@ -28,8 +28,11 @@ from torch.nn.functional import linear, silu
 
 from paged_bench.report import cpu_name
 from paged_kernels.cpu import fma, host
-from paged_kernels.cpu.linear import PackedLinear
+from paged_kernels.cpu.integer_product import IntegerProduct
+from paged_kernels.cpu.integers import quantize
+from paged_kernels.cpu.linear import Packed, PackedLinear
 from paged_kernels.cpu.product import Product
+from paged_kernels.cpu.quantized import QuantizedLinear
 
 # SmolLM2-135M: (name, output columns of each layer, input columns, gated)
 SHAPES = [
@@ -63,6 +66,13 @@ def main() -> None:
             for result in chain(products(dtype, ways, rows, args), steps(dtype, rows, args)):
                 results.append({"dtype": name, "peak_gflops": peak, **result})
                 print_line(results[-1])
+        for kind in filter(None, args.weights.split(",")):
+            by = [None, *(product for product in host.INTEGERS if wanted_by_name(product, args.paths))]
+            peak = measure_integer_peak(kind, by, args)
+            print(f"{kind}: peak {peak:.0f} GFLOP/s", flush=True)
+            for result in integer_products(kind, by, rows, args):
+                results.append({"dtype": kind, "peak_gflops": peak, **result})
+                print_line(results[-1])
     if args.json:
         args.json.write_text(json.dumps({**about(), "results": results}, indent=1) + "\n", encoding="utf-8")
 
@@ -77,6 +87,7 @@ def parse_args() -> argparse.Namespace:
         help="how ours compute: 'chosen' by the host, 'all' that it can run, or names by commas: "
         + ", ".join(product.name for product in host.BF16),
     )
+    parser.add_argument("--weights", default="int8,int4", help="kinds of integers, by commas; empty: none")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--megabytes", type=int, default=64, help="weights of one shape, at least one copy")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
@@ -128,6 +139,58 @@ def products(
             yield {"what": name, "rows": num_rows, "us": us, "gflops": gflops}
 
 
+def wanted_by_name(product: IntegerProduct, paths: str) -> bool:
+    return host.can_run(product) and (paths == "all" or product.name in paths.split(","))
+
+
+def integer_products(
+    kind: str, by: list[IntegerProduct | None], rows: list[int], args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Rows of bfloat16 by weights of integers; torch's own for int8 takes float32 and quantises rows as a whole."""
+    for name, sizes, depth, gated in SHAPES:
+        copies = max(1, args.megabytes * 2**20 // (sum(sizes) * depth))
+        weights = [[torch.randn(n, depth).mul_(0.02) for n in sizes] for _ in range(copies)]
+        integers = [[quantize(weight, kind) for weight in ws] for ws in weights]
+        ours = {}
+        for product in by:
+            packed = [QuantizedLinear(ws, [None] * len(ws), gated, product) for ws in integers]
+            ours[product.name if product else "chosen"] = packed
+        for num_rows in rows:
+            x = torch.randn(num_rows, depth)
+            calls: Calls = {who: partial(call_all, packed) for who, packed in ours.items()}
+            us = timed(calls, x.bfloat16(), args) | timed(torch_int8(weights, gated) if kind == "int8" else {}, x, args)
+            us = {who: each / copies for who, each in us.items()}
+            flop = 2 * num_rows * sum(sizes) * depth
+            gflops = {who: flop / each / 1e3 for who, each in us.items()}
+            yield {"what": name, "rows": num_rows, "us": us, "gflops": gflops}
+
+
+def torch_int8(copies: list[list[Tensor]], gated: bool) -> Calls:
+    """torch's own product of int8 weights, a scale a row, and rows that are quantised on the way; where it has one."""
+    try:
+        packed = []
+        for weights in copies:
+            scales = [weight.abs().amax(1) / 127 for weight in weights]
+            codes = [
+                torch.quantize_per_channel(weight, scale, torch.zeros(len(scale), dtype=torch.int64), 0, torch.qint8)
+                for weight, scale in zip(weights, scales, strict=True)
+            ]
+            packed.append([torch.ops.quantized.linear_prepack(each, None) for each in codes])
+    except (AttributeError, RuntimeError):
+        return {}
+    return {"torch int8": torch_calls(packed, gated, torch.ops.quantized.linear_dynamic)}
+
+
+def measure_integer_peak(kind: str, by: list[IntegerProduct | None], args: argparse.Namespace) -> float:
+    """GFLOP/s"""
+    x, weight = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    integers = [quantize(weight, kind)]
+    calls: Calls = {str(product): QuantizedLinear(integers, [None], product=product) for product in by}
+    best = list(timed(calls, x.bfloat16(), args).values())
+    best += timed(torch_int8([[weight]], False) if kind == "int8" else {}, x, args).values()
+    return 2 * 1024**3 / min(best) / 1e3
+
+
 def measure_peak(dtype: torch.dtype, ways: list[Product], args: argparse.Namespace) -> float:
     """GFLOP/s"""
     x, weight = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
@@ -156,7 +219,7 @@ def prepacked(copies: list[list[Tensor]], gated: bool, num_rows: int) -> Calls:
     return {"prepacked": torch_calls(packed, gated, lambda x, weight: run(x, weight, None, "none", [], ""))}
 
 
-def call_all(copies: list[PackedLinear], x: Tensor) -> None:
+def call_all(copies: Sequence[Packed], x: Tensor) -> None:
     for product in copies:
         product(x)
 

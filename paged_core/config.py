@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 KV_CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")  # the last two with scales
+WEIGHTS = ("int8", "int4")
 
 
 class Option(NamedTuple):
@@ -53,6 +54,10 @@ class EngineConfig:
     kv_cache_dtype: str | None = _option(
         None, "what K/V are kept in: " + ", ".join(KV_CACHE_DTYPES), "the model's", "--kv-cache-dtype", "DTYPE"
     )
+    weights: str | None = _option(
+        None, "on a CPU, weights of linear layers: int8 or int4 (other tokens; docs/cpu.md)", "as the model has them",
+        "--weights", "KIND",
+    )  # fmt: skip
     max_num_seqs: int | None = _option(
         None, "sequences that run at once", "half the tokens of a step, 256 at most", "--max-num-seqs", "N"
     )
@@ -123,6 +128,13 @@ class EngineConfig:
             )
         if self.kv_cache_dtype not in (None, *KV_CACHE_DTYPES):
             raise ConfigError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; use {', '.join(KV_CACHE_DTYPES)} or None")
+        if self.weights not in (None, *WEIGHTS):
+            raise ConfigError(f"weights is {self.weights!r}; use {', '.join(WEIGHTS)} or None")
+        if self.weights is not None and (self.compile_model or not self.fast_forwards):
+            raise ConfigError(
+                f"weights is {self.weights!r}, which takes forwards that stand in for linear layers; leave "
+                "compile_model and fast_forwards out"
+            )
         budget = self.max_num_batched_tokens
         if budget is not None and self.max_num_seqs is not None and budget < self.max_num_seqs:
             raise ConfigError(
@@ -134,7 +146,7 @@ class EngineConfig:
         """What is known of one process only can't be wished for several."""
         if self.tensor_parallel_size == 1:
             return
-        for name in ("kv_disk_path", "kv_host_bytes", "compile_model", "cuda_graphs", "lookahead"):
+        for name in ("kv_disk_path", "kv_host_bytes", "compile_model", "cuda_graphs", "lookahead", "weights"):
             if getattr(self, name):
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r}, which works in one process, and tensor_parallel_size is "

@@ -84,9 +84,12 @@ def create_sampler(spec: ModelSpec, config: EngineConfig) -> RequestSampler | No
 
 
 @hookspec(firstresult=True)
-def create_module_forward(module: torch.nn.Module, device: torch.device) -> ModuleForward | Callable[..., Any] | None:
+def create_module_forward(
+    module: torch.nn.Module, device: torch.device, config: EngineConfig
+) -> ModuleForward | Callable[..., Any] | None:
     """A faster forward of the same meaning as ``module.forward``, used inside the engine's own steps only. Check it
-    against the module before you return it. If it packs weights, give it ``stale() -> bool``."""
+    against the module before you return it. If it packs weights, give it ``stale() -> bool``. What
+    ``config.weights`` asks for it may do; it then says so (``quantized``)."""
 
 
 # ---- all answers used ------------------------------------------------------------------------------------------

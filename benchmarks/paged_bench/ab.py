@@ -13,6 +13,7 @@ from paged_bench import chart, report, workloads
 from paged_bench.agreement import Agreement, compare, reference_of
 from paged_bench.outcome import Outcome
 from paged_bench.progress import Progress
+from paged_bench.quality import Quality
 from paged_bench.results import Run, summarise
 from paged_bench.worker import Facts, Job, SystemFailed, Worker
 from paged_bench.workloads import Workload
@@ -104,11 +105,12 @@ class _Comparison:
                 self._run_one(name, number, workload)
             runs = {name: done for name, done in self._runs.items() if done}
             agreements, reference = self._agreements(runs, workload)
+            quality = self._quality()
         finally:
             for worker in self._workers.values():
                 worker.close()
         summaries = tuple(summarise(name, done, workload.requests) for name, done in runs.items())
-        return Outcome(facts, workload, tuple(self._order), summaries, self._failures, agreements, reference)
+        return Outcome(facts, workload, tuple(self._order), summaries, self._failures, agreements, quality, reference)
 
     def _paged_facts(self) -> Facts:
         """If paged can't even take the model, there is nothing to compare."""
@@ -156,6 +158,15 @@ class _Comparison:
         ask = self._margins
         found = [compare(name, samples[name], reference, workload.requests, ask) for name in samples]
         return tuple(agreement for agreement in found if agreement.num_compared), words
+
+    def _quality(self) -> Quality | None:
+        if self._config.weights is None or PAGED in self._failures:
+            return None
+        try:
+            return self._worker(PAGED).quality()
+        except SystemFailed as failure:
+            print(f"the quality of {self._config.weights} weights is unknown: {failure}", file=sys.stderr)
+            return None
 
     def _margins(self, questions: list[tuple[tuple[int, ...], int, int]]) -> list[tuple[float, float]]:
         """The stock model answers, in the worker that is still up: its modules are the stock ones."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from paged_bench.agreement import Agreement
+from paged_bench.quality import Quality
 from paged_bench.results import Summary
 from paged_bench.worker import Facts
 from paged_bench.workloads import Workload
@@ -20,4 +21,5 @@ class Outcome:
     summaries: tuple[Summary, ...]  # paged first
     failures: dict[str, str]  # system -> why it has no figures, or not all
     agreements: tuple[Agreement, ...]
+    quality: Quality | None  # of weights that were quantised
     reference: str  # who the reference is, in words; empty: nothing to agree with

@@ -17,6 +17,7 @@ from typing import Any
 
 from paged_bench.agreement import Agreement
 from paged_bench.outcome import Outcome
+from paged_bench.quality import Quality
 from paged_bench.results import Summary
 from paged_core import EngineConfig
 
@@ -81,7 +82,17 @@ def remarks(outcome: Outcome) -> list[str]:
         lines.append(f"same tokens: against {outcome.reference}.")
     for agreement in outcome.agreements:
         lines += _differences(agreement)
+    if outcome.quality is not None:
+        lines.append(_quality(outcome.quality))
     return lines
+
+
+def _quality(found: Quality) -> str:
+    return (
+        f"{found.weights} weights, on {found.num_tokens} tokens of plain English: perplexity "
+        f"{found.perplexity:.3f}, {found.change:+.2%} ({found.perplexity_plain:.3f} with the weights as they are); "
+        f"the likeliest next token is the same at {found.same_likeliest:.1%} of the places."
+    )
 
 
 def write_json(outcome: Outcome, path: Path, config: EngineConfig, seed: int) -> None:
@@ -125,6 +136,7 @@ def as_dict(outcome: Outcome, config: EngineConfig, seed: int) -> dict[str, Any]
             for summary in outcome.summaries
         },
         "failures": outcome.failures,
+        "quality": outcome.quality and {**asdict(outcome.quality), "change": outcome.quality.change},
         "reference": outcome.reference,
         "agreement": {
             agreement.system: {

@@ -12,13 +12,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from paged_bench.memory import PeakMemory, resident_bytes
 from paged_bench.results import Run
 from paged_bench.workloads import BenchRequest
 from paged_core import ConfigError, EngineConfig
 from paged_serving import quiet_imports
+
+if TYPE_CHECKING:
+    from paged_bench.quality import Quality
 
 Told = Callable[[int], None]
 Report = Callable[[str, int, int], None]
@@ -86,6 +89,12 @@ class Worker:
         result: list[tuple[float, float]] = self._ask(("margins", questions), _ignore, _ignore)
         return result
 
+    def quality(self) -> Quality | None:
+        """What the weights that the job's config asks for cost; None if they can't be judged."""
+        self.facts()
+        result: Quality | None = self._ask(("quality", None), _ignore, _ignore)
+        return result
+
     def close(self) -> None:
         self._connection.close()  # the child's next read ends it
         self._process.join(5)
@@ -147,6 +156,8 @@ def _serve(connection: Connection, job: Job) -> None:
         try:
             if command == "margins":
                 answer: Any = [_margin(model, *question) for question in payload]
+            elif command == "quality":
+                answer = _quality(model, job)
             else:
                 if not warm:
                     system.run([replace(payload[0], num_output=2, n=1, arrival_s=0.0)], _ignore)
@@ -208,6 +219,12 @@ def _measured(system: System, requests: Sequence[BenchRequest], resting: int | N
     if peak.num_bytes is None or resting is None:
         return run
     return replace(run, peak_bytes=max(0, peak.num_bytes - resting))
+
+
+def _quality(model: Any, job: Job) -> Quality | None:
+    from paged_bench.quality import measure
+
+    return measure(model, job.source, job.config)
 
 
 def _margin(model: Any, prefix: Sequence[int], reference_id: int, token_id: int) -> tuple[float, float]:

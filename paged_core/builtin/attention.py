@@ -18,7 +18,7 @@ from paged_core.hookspecs import hookimpl
 from paged_kernels.layers import Extras, LayerCache
 
 if TYPE_CHECKING:
-    from paged_core.config import StepSizes
+    from paged_core.config import EngineConfig, StepSizes
     from paged_core.execution.batch import AttentionMetadata
     from paged_core.execution.kv_cache import KVCache
     from paged_core.execution.spec import LayerSpec, ModelSpec
@@ -28,7 +28,9 @@ _log = logging.getLogger("paged_core")
 
 
 @hookimpl
-def create_attention_backend(name: str, spec: ModelSpec, sizes: StepSizes) -> AttentionBackend | None:
+def create_attention_backend(
+    name: str, spec: ModelSpec, config: EngineConfig, sizes: StepSizes
+) -> AttentionBackend | None:
     """The CPU's own, if every layer is on the CPU in a dtype it knows and numba is there."""
     if name not in ("auto", "cpu") or any(layer.device.type != "cpu" for layer in spec.layers):
         return None
@@ -36,7 +38,7 @@ def create_attention_backend(name: str, spec: ModelSpec, sizes: StepSizes) -> At
         from paged_kernels.cpu import launch
     except ImportError:
         return None
-    return CpuBackend(spec, sizes.kv_dtype) if launch.supports(spec.dtype, sizes.kv_dtype) else None
+    return CpuBackend(spec, sizes.kv_dtype, config.weights) if launch.supports(spec.dtype, sizes.kv_dtype) else None
 
 
 @hookimpl(trylast=True, specname="create_attention_backend")
@@ -118,12 +120,12 @@ class CpuBackend(PlannedBackend):
     name = "cpu"
     reads_scales = True
 
-    def __init__(self, spec: ModelSpec, cache_dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, cache_dtype: torch.dtype, weights: str | None = None) -> None:
         from paged_kernels.cpu import launch
 
         self._ops = launch
         self._layers = spec.layers
-        self._dtype, self._cache_dtype = spec.dtype, cache_dtype
+        self._dtype, self._cache_dtype, self._weights = spec.dtype, cache_dtype, weights
         self._plans: dict[tuple[int | None, ...], Any] = {}  # one for layers of one shape
         self._plan_of_layer = [self._plan_for(layer) for layer in spec.layers]
 
@@ -136,11 +138,13 @@ class CpuBackend(PlannedBackend):
     def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None:
         """Compile, or load from disk, all that a step needs, so that no request waits for it: attention, and what the
         forwards and the sampler of this folder use. ``progress(what, done, total)``."""
-        from paged_kernels.cpu import elementwise, linear
+        from paged_kernels.cpu import elementwise, linear, quantized
 
         self._ops.warm_up(progress, self._cache_dtype)
         elementwise.warm_up(progress)
         linear.warm_up(self._dtype, progress)
+        if self._weights is not None:
+            quantized.warm_up(progress)
 
     def plan(self, metadata: AttentionMetadata) -> None:
         for plan in self._plans.values():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from paged_core.builtin.elementwise import norm_forward
 from paged_core.builtin.modules import head_dim, hooks_of, is_decoder_layer
 from paged_core.builtin.packed import Layers, added_up
-from paged_core.builtin.trials import layer_agrees, random_rows
+from paged_core.builtin.trials import layer_agrees, random_rows, seen_with, tolerances
 from paged_core.execution.model import ModuleForward
 
 _HONOURED = frozenset({"attend", "position_embeddings", "position_ids"})  # the last are in the angles already
@@ -31,15 +31,16 @@ def is_plain_decoder_layer(module: nn.Module) -> bool:
     return own_nothing and set(attention._modules) == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
-def decoder_layer_forward(module: nn.Module) -> ModuleForward | None:
-    """None if the layer computes something else than its parts tell."""
+def decoder_layer_forward(module: nn.Module, weights: str | None = None) -> ModuleForward | None:
+    """None if the layer computes something else than its parts tell. ``weights``: as Layers takes it."""
     norms = [norm_forward(module.get_submodule(name)) for name in ("input_layernorm", "post_attention_layernorm")]
     weight = module.get_submodule("self_attn.q_proj").weight
     if None in norms:
         return None
     assert isinstance(weight, Tensor), "the caller knows its parts"
-    ours = _DecoderLayer(module, *norms)
-    return ours if layer_agrees(ours, module, random_rows(weight, weight.shape[1])) else None
+    ours = _DecoderLayer(module, norms[0], norms[1], weights)
+    seen = seen_with(module, ours.take_stood_for())
+    return ours if layer_agrees(ours, seen, random_rows(weight, weight.shape[1]), tolerances(weights)) else None
 
 
 def _matters(value: Any) -> bool:
@@ -52,7 +53,7 @@ class _DecoderLayer(ModuleForward):
 
     follows_module = True
 
-    def __init__(self, module: nn.Module, norm: Any, second_norm: Any) -> None:
+    def __init__(self, module: nn.Module, norm: Any, second_norm: Any, weights: str | None) -> None:
         attention, mlp = module.get_submodule("self_attn"), module.get_submodule("mlp")
         q, k, v = (attention.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj"))
         dim = head_dim(module)
@@ -60,11 +61,12 @@ class _DecoderLayer(ModuleForward):
         self._module, self._head_dim = weakref.ref(module), dim
         self._parts = [(part, dict(part._modules)) for part in (module, attention, mlp)]
         self._norm, self._second_norm = norm, second_norm
-        self._qkv = Layers([q, k, v])
-        self._out = Layers([attention.get_submodule("o_proj")])
-        self._inner = Layers([mlp.get_submodule(name) for name in ("gate_proj", "up_proj")], gated=True)
-        self._outer = Layers([mlp.get_submodule("down_proj")])
+        self._qkv = Layers([q, k, v], weights=weights)
+        self._out = Layers([attention.get_submodule("o_proj")], weights=weights)
+        self._inner = Layers([mlp.get_submodule(name) for name in ("gate_proj", "up_proj")], True, weights)
+        self._outer = Layers([mlp.get_submodule("down_proj")], weights=weights)
         self._add_up = [added_up(attention.get_submodule("o_proj")), added_up(mlp.get_submodule("down_proj"))]
+        self.quantized = weights is not None
         self._heads = [layer.out_features // dim for layer in (q, k, v)]  # type: ignore[operator]
         self._hooks = [hooks for part in module.modules() if part is not module for hooks in hooks_of(part)]
 
@@ -73,7 +75,7 @@ class _DecoderLayer(ModuleForward):
         from paged_kernels.cpu.elementwise import rotary
 
         attend, rotation = named.get("attend"), named.get("position_embeddings")
-        products = [layers.packed(hidden_states) for layers in (self._qkv, self._out, self._inner, self._outer)]
+        products = [layers.packed(hidden_states) for layers in self._layers()]
         if (
             rest
             or attend is None
@@ -104,9 +106,19 @@ class _DecoderLayer(ModuleForward):
         return x[None]
 
     def stale(self) -> bool:
-        layers = (self._qkv, self._out, self._inner, self._outer)
         return (
             self._module() is None
             or any(part._modules != children for part, children in self._parts)
-            or any(each.stale() for each in (*layers, self._norm, self._second_norm))
+            or any(each.stale() for each in (*self._layers(), self._norm, self._second_norm))
         )
+
+    def release(self) -> None:
+        for layers in self._layers():
+            layers.release()
+
+    def take_stood_for(self) -> dict[int, Tensor]:
+        """See Layers."""
+        return {owner: weight for layers in self._layers() for owner, weight in layers.take_stood_for().items()}
+
+    def _layers(self) -> tuple[Layers, ...]:
+        return self._qkv, self._out, self._inner, self._outer

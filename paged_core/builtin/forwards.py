@@ -19,8 +19,17 @@ from torch import Tensor, nn
 from paged_core.builtin.decoder_layer import decoder_layer_forward, is_plain_decoder_layer
 from paged_core.builtin.elementwise import norm_forward, rotary_forward, rotated_on_cpu
 from paged_core.builtin.modules import hooks_of, is_gated_mlp, is_listened_to
-from paged_core.builtin.packed import Layers, added_up, is_packable, is_packable_end, is_packable_shard, shape_of
-from paged_core.builtin.trials import alike, random_rows, stock
+from paged_core.builtin.packed import (
+    Layers,
+    added_up,
+    has_plain_weight,
+    is_packable,
+    is_packable_end,
+    is_packable_shard,
+    shape_of,
+)
+from paged_core.builtin.trials import alike, random_rows, seen_with, stock, tolerances
+from paged_core.config import EngineConfig
 from paged_core.execution.model import ModuleForward
 from paged_core.execution.split_linear import SplitLinear
 from paged_core.execution.watched import version_of
@@ -30,29 +39,32 @@ _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called
 
 
 @hookimpl
-def create_module_forward(module: nn.Module, device: torch.device) -> ModuleForward | None:
+def create_module_forward(
+    module: nn.Module, device: torch.device, config: EngineConfig | None = None
+) -> ModuleForward | None:
     """Asked for parents before their children: a parent that is left alone tells which children belong together."""
     if device.type != "cpu" or "forward" in module.__dict__ or not _have_kernels():
         return None
+    weights = None if config is None else config.weights
     if is_packable(module):
         group = _GROUPS.get(module)
         sibling = None if group is None else group.forward_of(module)
-        return sibling or _checked(_Linear(module), module, module)
+        return sibling or _checked(_Linear(module, weights), module, module)
     if isinstance(module, SplitLinear):
         return _shard_forward(module)
     if _is_packable_mlp(module):
-        return _checked(_GatedMLP(module), module, module.get_submodule("gate_proj"))
-    layer = _decoder_layer(module)
+        return _checked(_GatedMLP(module, weights), module, module.get_submodule("gate_proj"))
+    layer = _decoder_layer(module, weights)
     if layer is not None:
         return layer
     for names in _SIBLINGS:
         children = [module._modules.get(name) for name in names]
         if all(is_packable(child) for child in children):
-            _remember([child for child in children if child is not None])
+            _remember([child for child in children if child is not None], weights)
     return norm_forward(module) or rotary_forward(module, rotated_on_cpu, device)
 
 
-def _decoder_layer(module: nn.Module) -> ModuleForward | None:
+def _decoder_layer(module: nn.Module, weights: str | None) -> ModuleForward | None:
     """A whole decoder layer, where all its parts are plain."""
     if not is_plain_decoder_layer(module):
         return None
@@ -60,28 +72,44 @@ def _decoder_layer(module: nn.Module) -> ModuleForward | None:
     *others, o_proj = (attention.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
     plain = all(map(is_packable, others)) and is_packable_end(o_proj) and _is_packable_mlp(mlp)
     listened = any(is_listened_to(part) for part in module.modules() if part is not module)
-    return decoder_layer_forward(module) if plain and not listened else None
+    return decoder_layer_forward(module, weights) if plain and not listened else None
 
 
 def _have_kernels() -> bool:
     return find_spec("numba") is not None
 
 
-class _Linear(ModuleForward):
-    """One linear layer from its packed weight."""
+class _Packing(ModuleForward):
+    """Has packed layers, and is as stale as they are."""
 
     follows_module = True
 
-    def __init__(self, module: nn.Module) -> None:
-        self._layers = Layers([module])
+    def __init__(self, weights: str | None, *layers: Layers) -> None:
+        self._all, self.quantized, self.tolerances = layers, weights is not None, tolerances(weights)
+
+    def stale(self) -> bool:
+        return any(layers.stale() for layers in self._all)
+
+    def release(self) -> None:
+        for layers in self._all:
+            layers.release()
+
+    def take_stood_for(self) -> dict[int, Tensor]:
+        """See Layers."""
+        return {owner: weight for layers in self._all for owner, weight in layers.take_stood_for().items()}
+
+
+class _Linear(_Packing):
+    """One linear layer from its packed weight."""
+
+    def __init__(self, module: nn.Module, weights: str | None) -> None:
+        self._layers = Layers([module], weights=weights)
+        super().__init__(weights, self._layers)
 
     def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())
         product = self._layers.packed(x)
         return self._layers.alone(0, x) if product is None else product(x)
-
-    def stale(self) -> bool:
-        return self._layers.stale()
 
 
 class _SplitLinear(ModuleForward):
@@ -90,7 +118,7 @@ class _SplitLinear(ModuleForward):
     follows_module = True
 
     def __init__(self, module: SplitLinear) -> None:
-        self._product, self._before, self._after = _Linear(module), module.before, module.after
+        self._product, self._before, self._after = _Linear(module, None), module.before, module.after
 
     def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())
@@ -105,7 +133,7 @@ def _shard_forward(module: SplitLinear) -> ModuleForward | None:
     if not is_packable_shard(module):
         return None
     x = _rows_for(module)
-    return _SplitLinear(module) if alike(_Linear(module)(x), nn.Linear.forward(module, x)) else None
+    return _SplitLinear(module) if alike(_Linear(module, None)(x), nn.Linear.forward(module, x)) else None
 
 
 class _Left(threading.local):
@@ -120,15 +148,14 @@ class _Left(threading.local):
 _LEFT = _Left()
 
 
-class _Sibling(ModuleForward):
+class _Sibling(_Packing):
     """One of several linear layers over one input: the first computes for all, the others take what it left them.
 
     Another input, one that was written to, another order or a second call finds nothing and is computed alone.
     """
 
-    follows_module = True
-
-    def __init__(self, layers: Layers, sizes: Sequence[int], index: int) -> None:
+    def __init__(self, layers: Layers, sizes: Sequence[int], index: int, weights: str | None) -> None:
+        super().__init__(weights, layers)
         self._layers, self._sizes, self._index = layers, list(sizes), index
 
     def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
@@ -144,20 +171,16 @@ class _Sibling(ModuleForward):
             left.product = left.x = None
         return self._layers.alone(index, x) if part is None else part
 
-    def stale(self) -> bool:
-        return self._layers.stale()
 
-
-class _GatedMLP(ModuleForward):
+class _GatedMLP(_Packing):
     """down(silu(gate(x)) * up(x)) in two products."""
 
-    follows_module = True
-
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, weights: str | None) -> None:
         self._module = weakref.ref(module)
         self._children = dict(module._modules)
         gate, up, down = linears = [module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj")]
-        self._inner, self._outer = Layers([gate, up], gated=True), Layers([down])
+        self._inner, self._outer = Layers([gate, up], True, weights), Layers([down], weights=weights)
+        super().__init__(weights, self._inner, self._outer)
         self._add_up = added_up(down)
         self._hooks = [h for part in (*linears, module.get_submodule("act_fn")) for h in hooks_of(part)]
 
@@ -172,7 +195,7 @@ class _GatedMLP(ModuleForward):
 
     def stale(self) -> bool:
         module = self._module()
-        return module is None or module._modules != self._children or self._inner.stale() or self._outer.stale()
+        return module is None or module._modules != self._children or super().stale()
 
 
 # ---- which module is what --------------------------------------------------------------------------------------
@@ -193,32 +216,35 @@ def _is_packable_mlp(module: nn.Module) -> bool:
 class _Siblings:
     """Siblings that their parent named; packed when the first of them is asked for."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], weights: str | None) -> None:
         self._modules = [weakref.ref(module) for module in modules]
         self._layers: Layers | None = None
+        self._weights = weights
 
     def forward_of(self, module: nn.Module) -> _Sibling | None:
-        modules = [m for m in (ref() for ref in self._modules) if m is not None and is_packable(m)]
+        modules = [m for m in (ref() for ref in self._modules) if m is not None and has_plain_weight(m)]
         if len(modules) < len(self._modules) or len({shape_of(m)[1:] for m in modules}) > 1:
             return None
         sizes = [shape_of(m)[0] for m in modules]
         if self._layers is None or self._layers.stale():
-            layers = Layers(modules)
+            layers = Layers(modules, weights=self._weights)
             x = _rows_for(module)
-            product = layers.packed(x)
+            product, stood_for = layers.packed(x), layers.take_stood_for()
             if product is None or not all(
-                alike(part, stock(m, x)) for m, part in zip(modules, product(x).split(sizes, -1), strict=True)
+                alike(part, stock(seen_with(m, stood_for), x), tolerances(self._weights))
+                for m, part in zip(modules, product(x).split(sizes, -1), strict=True)
             ):
                 return None
             self._layers = layers
-        return _Sibling(self._layers, sizes, next(i for i, m in enumerate(modules) if m is module))
+        number = next(i for i, m in enumerate(modules) if m is module)
+        return _Sibling(self._layers, sizes, number, self._weights)
 
 
 _GROUPS: weakref.WeakKeyDictionary[nn.Module, _Siblings] = weakref.WeakKeyDictionary()
 
 
-def _remember(children: Sequence[nn.Module]) -> None:
-    group = _Siblings(children)
+def _remember(children: Sequence[nn.Module], weights: str | None) -> None:
+    group = _Siblings(children, weights)
     for child in children:
         _GROUPS[child] = group
 
@@ -226,10 +252,11 @@ def _remember(children: Sequence[nn.Module]) -> None:
 # ---- held against the module itself ----------------------------------------------------------------------------
 
 
-def _checked(forward: ModuleForward, module: nn.Module, first: nn.Module) -> ModuleForward | None:
+def _checked(forward: _Packing, module: nn.Module, first: nn.Module) -> ModuleForward | None:
     """``forward``, if it computes what ``module`` computes; ``first`` is the linear layer that takes its input."""
     x = _rows_for(first)
-    return forward if alike(forward(x), stock(module, x)) else None
+    theirs = stock(seen_with(module, forward.take_stood_for()), x)
+    return forward if alike(forward(x), theirs, forward.tolerances) else None
 
 
 def _rows_for(linear: nn.Module) -> Tensor:

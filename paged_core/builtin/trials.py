@@ -18,6 +18,27 @@ ROUGHLY = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of
 CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # where only the last bit may differ
 
 
+INTEGERS = {torch.float32: 0.2, torch.bfloat16: 0.2}  # where rows are rounded to eight bits on the way
+
+
+def tolerances(weights: str | None) -> dict[torch.dtype, float]:
+    """For forwards with weights of this kind."""
+    return ROUGHLY if weights is None else INTEGERS
+
+
+def seen_with(module: nn.Module, weights: dict[int, Tensor]) -> nn.Module:
+    """The module with other weights, by the identity of each part's parameters; itself if there are none."""
+    if not weights:
+        return module
+    twin = copy.copy(module)
+    twin.__dict__["_modules"] = {
+        name: None if child is None else seen_with(child, weights) for name, child in module._modules.items()
+    }
+    if (weight := weights.get(id(module._parameters))) is not None:
+        twin.__dict__["_parameters"] = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    return twin
+
+
 @torch.no_grad()
 def stock(module: nn.Module, x: Tensor) -> Tensor:
     """What the module's own forward gives, hooks left out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -99,7 +100,7 @@ def build(
     backend = create_backend(manager, loaded.spec, config, steps, progress)
     compile_model(loaded, backend, config, steps, progress)
     with ranks.silent():
-        accelerate(manager, loaded, config)
+        accelerate(manager, loaded, config, owned=isinstance(asked.model, str | os.PathLike))
     sizes = engine_sizes(steps, config, loaded, backend, sampler, ranks.least)
     cache = create_cache(manager, loaded.spec, config, sizes)
     if make_runner is not None:
@@ -139,11 +140,37 @@ def create_backend(
     return backend
 
 
-def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig) -> None:
-    """Let plugins stand in for submodules, if the model lets them and the config wants it."""
-    if config.fast_forwards and not config.compile_model:
-        ask, device = manager.hook.create_module_forward, model.spec.device
-        model.accelerate(lambda module: ask(module=module, device=device))
+def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig, owned: bool) -> None:
+    """Let plugins stand in for submodules, if the model lets them and the config wants it.
+
+    Args:
+        owned: whether nobody else has the model: weights that were quantised are then let go.
+
+    Raises:
+        ConfigError: weights are to be quantised, and no plugin can.
+    """
+    if not config.fast_forwards or config.compile_model:
+        return
+    ask, device = manager.hook.create_module_forward, model.spec.device
+    num_quantized = 0
+
+    def create(module: torch.nn.Module) -> Any:
+        nonlocal num_quantized
+        forward = ask(module=module, device=device, config=config)
+        num_quantized += bool(getattr(forward, "quantized", False))
+        return forward
+
+    if owned and config.weights is not None:
+        if config.kv_disk_path is not None:
+            model.fingerprint()  # while there is something to tell it from
+        model.hand_over()
+    model.accelerate(create)
+    if config.weights is not None and not num_quantized:
+        raise ConfigError(
+            f"weights is {config.weights!r}, but no layer of this model can be so here (it computes in "
+            f"{str(model.spec.dtype).removeprefix('torch.')} on {device}); linear layers of float32 and bfloat16 on a "
+            "CPU can, with paged-core[cpu]; leave weights out, or load the model so"
+        )
 
 
 def compile_model(
@@ -168,9 +195,7 @@ def create_tiers(
     manager: Plugins, model: PagedModel, config: EngineConfig, sizes: EngineSizes, cache: KVCache
 ) -> Sequence[OffloadTier]:
     """Where blocks go that the cache gives up: what all plugins answer."""
-    layout = BlockLayout(
-        cache.block_bytes, sizes.block_size, lambda: _fingerprint(model, sizes, cache, config.attention_backend)
-    )
+    layout = BlockLayout(cache.block_bytes, sizes.block_size, lambda: _fingerprint(model, sizes, cache, config))
     asked: dict[str, Any] = {"spec": model.spec, "config": filled(config, sizes), "sizes": sizes, "layout": layout}
     tiers = [tier for tier in manager.hook.create_offload_tier(**asked) if tier is not None]
     if tiers and not config.enable_prefix_caching:
@@ -249,13 +274,14 @@ def create_graphs(
     return DecodeGraphs(*shape, spec.device, lambda: RECORDERS[spec.device.type](spec.device))
 
 
-def _fingerprint(model: PagedModel, sizes: EngineSizes, cache: KVCache, backend: str) -> str | None:
+def _fingerprint(model: PagedModel, sizes: EngineSizes, cache: KVCache, config: EngineConfig) -> str | None:
     """Of the model and the cache's layout, and of the code that computes; None: the model can't tell its own."""
     own = model.fingerprint()
     if own is None:
         return None
     layout = [(tensor.dtype, tuple(tensor.shape[1:])) for tensor in cache.tensors]
-    return fingerprint((), own, layout, model.spec, sizes.block_size, backend, torch.__version__)
+    how = config.attention_backend, config.weights
+    return fingerprint((), own, layout, model.spec, sizes.block_size, how, torch.__version__)
 
 
 def _show(what: str, done: int, total: int) -> None:

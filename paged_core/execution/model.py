@@ -39,6 +39,8 @@ class ModuleForward(Role):
     itself asks only after one."""
     calls_children: bool = False
     """Whether it calls the module's children, which are then asked for too."""
+    quantized: bool = False
+    """Whether it computes with weights that EngineConfig.weights asks for."""
 
     @abstractmethod
     def __call__(self, *args: Any, **named: Any) -> Any: ...
@@ -46,6 +48,9 @@ class ModuleForward(Role):
     def stale(self) -> bool:
         """Whether it means something else than the module by now."""
         return False
+
+    def release(self) -> None:
+        """Take weights that it has a copy of from the module: nobody else needs them."""
 
 
 class PagedModel(Role):
@@ -89,6 +94,10 @@ class PagedModel(Role):
         """Ask ``create`` once for each submodule; run what it answers (a ModuleForward) in its place, in the engine's
         steps only. Returns how many were taken."""
         return 0
+
+    def hand_over(self) -> None:
+        """Called before ``accelerate`` by an engine that alone has the model: weights that a faster forward has copied
+        needn't be kept. What ``fingerprint`` has told before, it tells ever after."""
 
     compilable: bool = False
     """Whether the model can run its modules through torch.compile. It is then called with an ``attend`` that a

@@ -6,6 +6,7 @@ import pytest
 
 from paged_bench import ab, chart, report
 from paged_bench.agreement import compare, first_difference, reference_of
+from paged_bench.quality import Quality
 from paged_bench.results import Run, Sample, percentile, summarise
 from paged_bench.worker import Facts
 from paged_bench.workloads import BenchRequest, Workload
@@ -111,6 +112,7 @@ def outcome():
         summaries=tuple(summarise(name, done, REQUESTS) for name, done in runs.items()),
         failures={"hf-continuous": "RuntimeError: its manager died"},
         agreements=tuple(agreement for agreement in agreements if agreement.num_compared),
+        quality=Quality("int8", 1000, 20.0, 20.1, 0.95),
         reference=words,
     )
 
@@ -145,6 +147,15 @@ def test_the_json_holds_the_figures_and_what_they_were_made_with(outcome, tmp_pa
     assert data["hardware"]["cpu"]
     assert data["versions"]["torch"]
     assert data["workload"]["output_tokens"] == [4, 4, 4]
+
+
+def test_what_quantised_weights_cost_stands_below_the_table_and_in_the_json(outcome, tmp_path):
+    line = next(line for line in report.remarks(outcome) if line.startswith("int8 weights"))
+    assert "20.100, +0.50% (20.000 with the weights as they are)" in line and "same at 95.0%" in line
+    report.write_json(outcome, tmp_path / "out.json", EngineConfig(weights="int8"), seed=0)
+    assert json.loads((tmp_path / "out.json").read_text())["quality"]["change"] == pytest.approx(0.005)
+    plain = ab.Outcome(**{**vars(outcome), "quality": None})
+    assert not any("weights" in line for line in report.remarks(plain))
 
 
 def test_the_json_is_strict_even_where_a_margin_could_not_be_measured(outcome, tmp_path):

@@ -8,7 +8,7 @@ from torch.nn.functional import linear, silu
 
 from machine_code import machine_code
 from paged_kernels.cpu import amx_int8, dot_int8, host
-from paged_kernels.cpu.integers import Integers, quantize
+from paged_kernels.cpu.integers import Integers, integers_of, quantize
 from paged_kernels.cpu.passes import emit_pass
 from paged_kernels.cpu.quantized import QuantizedLinear, kernel_group
 
@@ -145,9 +145,9 @@ def test_no_number_is_read_beyond_the_rows_and_noughts_stay_noughts(product):
 
 def test_integers_err_by_half_a_step_at_most():
     weight = draw(20, 150)
-    weight[3], weight[4, :64] = 0, 1e-30
+    weight[3], weight[4, :32] = 0, 1e-30
     eight, four = quantize(weight, "int8"), quantize(weight.bfloat16(), "int4")
-    steps = eight.scales.float().repeat_interleave(64, 1)[:, :150]
+    steps = eight.scales.float().repeat_interleave(32, 1)[:, :150]
     assert ((eight.widened() - weight).abs() <= 0.51 * steps).all()
     assert torch.equal(eight.widened()[3], weight[3]) and torch.equal(four.widened()[3], weight[3])
     assert (four.widened() - weight).square().mean() < 0.012 * weight.square().mean()
@@ -190,3 +190,23 @@ def test_tiles_are_the_instruction_four_at_a_time(halves):
     code = machine_code("+amx-tile,+amx-int8", lambda b, args: amx_int8.emit_group(halves, True, b, args), 8)
     assert code.count("tdpbsud") == 2 * halves and code.count("tileloadd") == halves + 2
     assert code.count("tilestored") == code.count("tilezero") == 2 * halves
+
+
+# ---- weights that were integers before -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, bits, minima", [("Q8_0", 8, False), ("Q4_0", 4, False), ("Q4_1", 4, True)])
+def test_weights_that_gguf_made_of_integers_are_packed_as_these_to_the_last_bit(kind, bits, minima):
+    gguf = pytest.importorskip("gguf")
+    form = gguf.GGMLQuantizationType[kind]
+    weight = torch.from_numpy(gguf.dequantize(gguf.quantize(draw(20, 96).numpy(), form), form))
+    weight[3, 32:64] = 0
+    found = integers_of(weight, "int4")
+    assert (found.bits, found.group, found.minima is not None) == (bits, 32, minima)
+    assert torch.equal(found.widened(), weight)
+    weight[7, 40] *= 1.01
+    assert integers_of(weight, "int4").minima is not None and integers_of(weight, "int8").bits == 8
+
+
+def test_a_head_keeps_eight_bits():
+    assert integers_of(draw(300, 32), "int4").bits == 8 and integers_of(draw(200, 32), "int4").bits == 4

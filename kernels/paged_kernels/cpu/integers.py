@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 ZERO = {8: 128, 4: 8}  # the code that stands for nought where there are no minima
-INT8_GROUP, INT4_GROUP = 64, 32  # weights that share a scale when this file makes integers of them
+INT8_GROUP = INT4_GROUP = 32  # weights that share a scale when this file makes integers of them
+_GGUF_GROUP = 32
+_HEAD = 8
 _SHRINKS = (1.0, 0.94, 0.88, 0.82, 0.76)  # ranges that are tried: what is cut off at the ends makes steps smaller
 
 
@@ -99,3 +101,53 @@ def _whole(codes: Tensor, weight: Tensor) -> Tensor:
 def _or_one(scales: Tensor) -> Tensor:
     """Rows and groups of zeros have a scale all the same."""
     return torch.where(scales == 0, torch.ones_like(scales), scales)
+
+
+# ---- weights that were integers before -----------------------------------------------------------------------------
+
+
+def integers_of(weight: Tensor, kind: str) -> Integers:
+    """``weight [N, K]`` as integers: those that it was made of, if they can be told, else as ``quantize`` makes them.
+
+    A head (a weight with _HEAD times as many rows as columns) keeps eight bits: of all, its errors cost tokens most."""
+    if kind == "int4" and len(weight) > _HEAD * weight.shape[1]:
+        kind = "int8"
+    for bits, minima in ((8, False), (4, False), (4, True)):
+        if bits == 8 or kind == "int4":
+            found = _found(weight.detach(), bits, minima)
+            if found is not None:
+                return found
+    return quantize(weight, kind)
+
+
+def _found(weight: Tensor, bits: int, minima: bool) -> Integers | None:
+    """The integers of a weight whose groups of 32 lie on grids, as GGUF's Q8_0, Q4_0 and Q4_1 make them: the largest
+    number of a group is the grid's last. None if one number isn't on it, to the last bit."""
+    if weight.shape[1] % _GGUF_GROUP:
+        return None
+    for rows in (weight[:2], weight):  # two rows tell it for most
+        found = _on_grid(rows.float(), bits, minima)
+        if found is None:
+            return None
+    return found
+
+
+def _on_grid(weight: Tensor, bits: int, minima: bool) -> Integers | None:
+    groups = weight.reshape(len(weight), -1, _GGUF_GROUP)
+    if minima:
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        scales, zero = (high - low) / 15, low
+    else:
+        far = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+        scales, zero = (far / -8 if bits == 4 else far.abs() / 127), torch.zeros(())
+    scales, lowest = _or_one(scales).half(), zero.half()
+    steps = scales.float()
+    codes = ((groups - lowest.float()) / _or_one(steps)).round_()
+    if not torch.equal(codes * steps + lowest.float(), groups):
+        return None
+    if not minima:
+        codes += ZERO[bits]
+    if codes.amin() < 0 or codes.amax() >= 2**bits:
+        return None
+    least = lowest.squeeze(-1) if minima else None
+    return Integers(_whole(codes, weight), scales.squeeze(-1), least, bits, _GGUF_GROUP)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from paged_kernels.cpu import host
 from paged_kernels.cpu.integer_product import COLUMNS, IntegerProduct
-from paged_kernels.cpu.integers import Integers
+from paged_kernels.cpu.integers import ZERO, Integers
 from paged_kernels.cpu.linear import Packed, bias_or_zeros, sides, workspace
 from paged_kernels.cpu.product import LINE
 from paged_kernels.cpu.vectors import BF16, F16, F32, HAS_F16
@@ -91,6 +91,17 @@ class QuantizedLinear(Packed):
             self._codes_at, _FLOATS[self._scales_dtype], self._scale_step, self._has_minima,
         )  # fmt: skip
         product.kernels[self._bits](space.address, num_threads)
+
+
+def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
+    """Compile, or load from disk, the products that this host takes. ``progress(what, done, total)``."""
+    todo = {p.kernels[bits] for bits in ZERO for p in host.choose_integers(bits)[:2]}
+    for done, each in enumerate(todo):
+        if progress is not None:
+            progress("products of integers", done, len(todo))
+        each.compile()
+    if progress is not None:
+        progress("products of integers", len(todo), len(todo))
 
 
 def kernel_group(weight: Integers) -> int:

@@ -6,7 +6,7 @@ This file knows transformers models. It knows nothing of blocks, requests or sch
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,8 @@ class HFPagedModel(PagedModel):
         self._embeds = Embeds()
         self._takes_embeds: bool | None  # None: not known yet
         self._behind = False  # whether a change was noticed and isn't caught up with
+        self._owned = self._released = False
+        self._told: str | None = None  # the last fingerprint
         self._take_in()
 
     @property
@@ -122,16 +124,30 @@ class HFPagedModel(PagedModel):
         self._compiled = CompiledRoot(self.shadow.root) if wanted else None
 
     def accelerate(self, create: CreateForward) -> int:
-        """Let ``create`` stand in for modules of the twin, parents before children. Returns how many it took."""
+        """Let ``create`` stand in for modules of the twin, parents before children. Returns how many it took.
+
+        Raises:
+            EngineDeadError: the engine before this one has let weights go.
+        """
+        if self._released:
+            raise EngineDeadError("an engine has quantised this model's weights and let them go; load it anew")
         self._create = create
         self._let_go()
         self._ask(self.shadow.root)
+        if self._owned:
+            self._released = True
+            self._look()  # the weights that are gone are watched no longer
         return len(self._fast)
+
+    def hand_over(self) -> None:
+        self._owned = True
 
     def fingerprint(self) -> str | None:
         """None: users' hooks and forwards may compute anything, and so may a model that changes by itself."""
         known = self._unheard and self._reach.whole and not self._restless
-        return identity(self._base, self._reach) if known else None
+        if not self._released:
+            self._told = identity(self._base, self._reach) if known else None
+        return self._told
 
     def refresh(self) -> bool:
         """Catch up with what was done to the user's model. True: K/V computed before are worthless.
@@ -283,8 +299,18 @@ class HFPagedModel(PagedModel):
 
     def _ask(self, twin: nn.Module) -> None:
         if not self._replace(twin) or self._fast[twin].calls_children:
-            for child in twin.children():
+            children = list(twin.children())
+            for child in children:
                 self._ask(child)
+            self._release(child for child in children if not child._modules)  # siblings are packed together
+        else:
+            self._release([twin] if twin._modules else [])
+
+    def _release(self, twins: Iterable[nn.Module]) -> None:
+        if self._owned:
+            for twin in twins:
+                if twin in self._fast:
+                    self._fast[twin].release()
 
     def _replace(self, twin: nn.Module) -> bool:
         """Ask for a faster forward of one module. What the user changed himself, or listens to, stays as it is."""

@@ -1,0 +1,102 @@
+"""weights="int8" and "int4": linear layers of integers in the engine, and what becomes of the model's own weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paged_core import ConfigError, Engine, EngineConfig, EngineDeadError, hookimpl
+from paged_core.builtin.forwards import create_module_forward
+from paged_hf.loading.load import load_model
+from paged_hf.model.paged_model import HFPagedModel
+
+SIZES: dict[str, Any] = {"num_blocks": 32, "block_size": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: Any, tmp_path_factory: Any) -> Path:
+    path: Path = tmp_path_factory.mktemp("weights")
+    tiny("llama", hidden_size=64, intermediate_size=128).save_pretrained(path)
+    return path
+
+
+def logits(model: HFPagedModel) -> torch.Tensor:
+    """Of a pass whose attention gives the queries back."""
+    ids = torch.arange(5, 25)
+    return model.forward(ids, ids, lambda layer, q, k, v, sinks=None: q, ids - 5)
+
+
+def accelerated(model: HFPagedModel, weights: str | None) -> HFPagedModel:
+    config = EngineConfig(weights=weights)
+    model.accelerate(lambda module: create_module_forward(module, torch.device("cpu"), config))
+    return model
+
+
+class Loader:
+    """A plugin that remembers what it has loaded."""
+
+    @hookimpl
+    def load_model(self, source: Any, device: str | None, dtype: str | None) -> Any:
+        self.loaded = load_model(source, device, dtype)
+        return self.loaded
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("weights, error", [("int8", 0.03), ("int4", 0.3)])
+def test_logits_move_by_what_rounding_costs(model_type: str, weights: str, error: float, tiny: Any) -> None:
+    model = tiny(model_type)
+    exact, ours = logits(HFPagedModel(model)), logits(accelerated(HFPagedModel(model), weights))
+    moved = float((ours - exact).norm() / exact.norm())
+    assert 0.1 * error < moved < error
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_tokens_are_the_same_alone_and_in_a_batch(
+    dtype: str, weights: str, tiny: Any, paged: Any, engine: Any, prompts: Any
+) -> None:
+    model = tiny("llama", hidden_size=64, intermediate_size=128).to(getattr(torch, dtype))
+    running = engine(HFPagedModel(model), weights=weights)
+    together = paged(running, prompts, 8)
+    assert [paged(running, [prompt], 8)[0] for prompt in prompts] == together
+
+
+def test_an_engine_that_loads_the_model_lets_go_what_it_has_quantised(folder: Path, paged: Any, prompts: Any) -> None:
+    live, loader = load_model(folder), Loader()
+    assert live is not None
+    before = sum(weight.numel() for weight in live.model.parameters())
+    tokens = paged(Engine(live.model, EngineConfig(weights="int8", **SIZES)), prompts, 8)
+    assert sum(weight.numel() for weight in live.model.parameters()) == before, "a live model is left alone"
+    owning = Engine(str(folder), EngineConfig(weights="int8", **SIZES), plugins=[loader])
+    assert paged(owning, prompts, 8) == tokens == paged(owning, prompts, 8)
+    assert loader.loaded is not None
+    model = loader.loaded.model
+    left = sum(weight.numel() for weight in model.parameters() if weight.ndim)
+    assert left == model.get_input_embeddings().weight.numel() + sum(
+        w.numel() for w in model.parameters() if w.ndim == 1
+    )
+    with pytest.raises(RuntimeError, match=r"size|shape|dimension"):
+        model(torch.tensor([[5]]))
+    with pytest.raises(EngineDeadError, match=r"quantised this model's weights and let them go; load it anew"):
+        Engine(loader.loaded, EngineConfig(**SIZES))
+
+
+def test_a_fingerprint_that_was_told_before_is_told_ever_after(folder: Path) -> None:
+    model = load_model(folder)
+    assert model is not None
+    told = model.fingerprint()
+    model.hand_over()
+    assert accelerated(model, "int4").fingerprint() == told is not None
+    assert not model.refresh(), "nothing has changed since"
+
+
+def test_what_cannot_be_quantised_is_refused(tiny: Any) -> None:
+    with pytest.raises(ConfigError, match=r"weights is 'int8', but no layer .* float16 on cpu"):
+        Engine(tiny("llama").half(), EngineConfig(weights="int8", attention_backend="reference", **SIZES))
+    with pytest.raises(ConfigError, match="weights is 'int2'; use int8, int4 or None"):
+        EngineConfig(weights="int2")
+    with pytest.raises(ConfigError, match="leave compile_model and fast_forwards out"):
+        EngineConfig(weights="int8", fast_forwards=False)
