@@ -45,7 +45,7 @@ class Loader:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3"])
-@pytest.mark.parametrize("weights, error", [("int8", 0.03), ("int4", 0.3)])
+@pytest.mark.parametrize("weights, error", [("int8", 0.06), ("int4", 0.4)])
 def test_logits_move_by_what_rounding_costs(model_type: str, weights: str, error: float, tiny: Any) -> None:
     model = tiny(model_type)
     exact, ours = logits(HFPagedModel(model)), logits(accelerated(HFPagedModel(model), weights))
