@@ -112,9 +112,8 @@ class _DecoderLayer(ModuleForward):
             or any(each.stale() for each in (*self._layers(), self._norm, self._second_norm))
         )
 
-    def release(self) -> None:
-        for layers in self._layers():
-            layers.release()
+    def release(self) -> bool:
+        return sum(layers.release() for layers in self._layers()) > 0
 
     def take_stood_for(self) -> dict[int, Tensor]:
         """See Layers."""

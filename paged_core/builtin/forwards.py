@@ -90,9 +90,8 @@ class _Packing(ModuleForward):
     def stale(self) -> bool:
         return any(layers.stale() for layers in self._all)
 
-    def release(self) -> None:
-        for layers in self._all:
-            layers.release()
+    def release(self) -> bool:
+        return sum(layers.release() for layers in self._all) > 0
 
     def take_stood_for(self) -> dict[int, Tensor]:
         """See Layers."""
@@ -126,6 +125,9 @@ class _SplitLinear(ModuleForward):
 
     def stale(self) -> bool:
         return self._product.stale()
+
+    def release(self) -> bool:
+        return self._product.release()
 
 
 def _shard_forward(module: SplitLinear) -> ModuleForward | None:

@@ -50,7 +50,7 @@ class Layers:
         assert weight is not None
         if not weight.numel():
             if self._product is None:
-                raise RuntimeError("the weight was let go when it was quantised, and has been replaced since")
+                raise RuntimeError("the weight was let go when it was packed, and has been replaced since")
             part: Tensor = torch.split(self._product(x), self._sizes, -1)[index]
             return part
         return nn.functional.linear(x, weight.t() if self._turned else weight, bias)
@@ -61,17 +61,21 @@ class Layers:
         owners = [id(owner) for owner in self._owners]
         return dict(zip(owners, (w.t() if self._turned else w for w in taken), strict=bool(taken)))
 
-    def release(self) -> None:
+    def release(self) -> bool:
         """Leave the modules weights of no numbers: torch refuses to multiply with these (with weights on
-        the meta device it does, and gives anything)."""
+        the meta device it does, and gives anything). Returns whether there were any."""
         if self._product is None:
-            return
+            return False
+        from paged_kernels.cpu.pages import forget
+
         for owner in self._owners:
             weight = owner["weight"]
             assert weight is not None
             if weight.numel():  # a sibling may have been packed twice
+                forget(weight)
                 owner["weight"] = nn.Parameter(weight.new_empty(0), requires_grad=False)
         self._watched = WatchedTensors(self._tensors())
+        return True
 
     def _tensors(self) -> list[Tensor | None]:
         return [owner.get(name) for owner in self._owners for name in ("weight", "bias")]

@@ -144,7 +144,7 @@ def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig, owned:
     """Let plugins stand in for submodules, if the model lets them and the config wants it.
 
     Args:
-        owned: whether nobody else has the model: weights that were quantised are then let go.
+        owned: whether nobody else has the model: weights of which there is a packed copy are then let go.
 
     Raises:
         ConfigError: weights are to be quantised, and no plugin can.
@@ -160,7 +160,7 @@ def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig, owned:
         num_quantized += bool(getattr(forward, "quantized", False))
         return forward
 
-    if owned and config.weights is not None:
+    if owned:
         if config.kv_disk_path is not None:
             model.fingerprint()  # while there is something to tell it from
         model.hand_over()

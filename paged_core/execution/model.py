@@ -49,8 +49,10 @@ class ModuleForward(Role):
         """Whether it means something else than the module by now."""
         return False
 
-    def release(self) -> None:
-        """Take weights that it has a copy of from the module: nobody else needs them."""
+    def release(self) -> bool:
+        """Take weights that it has a copy of from the module: nobody else needs them. Returns whether there were
+        any."""
+        return False
 
 
 class PagedModel(Role):

@@ -1,5 +1,6 @@
 """Memory for packed weights: tensors are apart from each other, and their memory goes back."""
 
+import sys
 import threading
 
 import psutil
@@ -54,3 +55,30 @@ def test_a_system_without_huge_pages_gives_usual_memory(monkeypatch):
 @pytest.mark.parametrize("shape", [(0,), (0, 7)])
 def test_nothing_takes_nothing(shape):
     assert pages.empty(shape, torch.float32).shape == shape
+
+
+def of_file(folder, numbers):
+    path = folder / "weights"
+    numbers.numpy().tofile(path)
+    return torch.from_file(str(path), size=numbers.numel(), dtype=numbers.dtype)
+
+
+def test_pages_of_a_file_go_and_read_the_same_afterwards(tmp_path):
+    numbers = torch.randn(1 << 18)  # 1 MiB
+    mapped = of_file(tmp_path, numbers)
+    mapped.sum()  # now they are in memory
+    whole = mapped[: 1 << 17]
+    assert pages.forget(whole) == (whole.numel() * 4 if sys.platform == "linux" else 0)
+    assert torch.equal(mapped, numbers)
+
+
+def test_pages_that_were_written_to_and_memory_of_no_file_stay(tmp_path):
+    numbers = torch.randn(1 << 18)
+    mapped = of_file(tmp_path, numbers)
+    mapped[5] = 7.0
+    assert pages.forget(mapped) == 0
+    assert mapped[5] == 7.0
+    own = numbers.clone()
+    assert pages.forget(own) == 0
+    assert torch.equal(own, numbers)
+    assert pages.forget(mapped[3:4]) == 0, "less than a page"

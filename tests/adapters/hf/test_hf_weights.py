@@ -64,13 +64,16 @@ def test_tokens_are_the_same_alone_and_in_a_batch(
     assert [paged(running, [prompt], 8)[0] for prompt in prompts] == together
 
 
-def test_an_engine_that_loads_the_model_lets_go_what_it_has_quantised(folder: Path, paged: Any, prompts: Any) -> None:
+@pytest.mark.parametrize("weights", ["int8", None])
+def test_an_engine_that_loads_the_model_lets_go_what_it_has_packed(
+    weights: str | None, folder: Path, paged: Any, prompts: Any
+) -> None:
     live, loader = load_model(folder), Loader()
     assert live is not None
     before = sum(weight.numel() for weight in live.model.parameters())
-    tokens = paged(Engine(live.model, EngineConfig(weights="int8", **SIZES)), prompts, 8)
+    tokens = paged(Engine(live.model, EngineConfig(weights=weights, **SIZES)), prompts, 8)
     assert sum(weight.numel() for weight in live.model.parameters()) == before, "a live model is left alone"
-    owning = Engine(str(folder), EngineConfig(weights="int8", **SIZES), plugins=[loader])
+    owning = Engine(str(folder), EngineConfig(weights=weights, **SIZES), plugins=[loader])
     assert paged(owning, prompts, 8) == tokens == paged(owning, prompts, 8)
     assert loader.loaded is not None
     model = loader.loaded.model
@@ -80,7 +83,7 @@ def test_an_engine_that_loads_the_model_lets_go_what_it_has_quantised(folder: Pa
     )
     with pytest.raises(RuntimeError, match=r"size|shape|dimension"):
         model(torch.tensor([[5]]))
-    with pytest.raises(EngineDeadError, match=r"quantised this model's weights and let them go; load it anew"):
+    with pytest.raises(EngineDeadError, match=r"packed this model's weights and let them go; load it anew"):
         Engine(loader.loaded, EngineConfig(**SIZES))
 
 

@@ -130,12 +130,11 @@ class HFPagedModel(PagedModel):
             EngineDeadError: the engine before this one has let weights go.
         """
         if self._released:
-            raise EngineDeadError("an engine has quantised this model's weights and let them go; load it anew")
+            raise EngineDeadError("an engine has packed this model's weights and let them go; load it anew")
         self._create = create
         self._let_go()
         self._ask(self.shadow.root)
         if self._owned:
-            self._released = True
             self._look()  # the weights that are gone are watched no longer
         return len(self._fast)
 
@@ -310,7 +309,7 @@ class HFPagedModel(PagedModel):
         if self._owned:
             for twin in twins:
                 if twin in self._fast:
-                    self._fast[twin].release()
+                    self._released |= self._fast[twin].release()
 
     def _replace(self, twin: nn.Module) -> bool:
         """Ask for a faster forward of one module. What the user changed himself, or listens to, stays as it is."""
