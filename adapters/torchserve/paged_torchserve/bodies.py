@@ -19,10 +19,10 @@ from paged_serving import (
     parse_json,
 )
 from paged_torchserve.forms import OPENAI, TEXT, TEXTS, TGI, Form
-from paged_torchserve.kserve import kserve_call
+from paged_torchserve.kserve import infer_call, infer_form, kserve_call
 from paged_torchserve.models_list import ModelList
 from paged_torchserve.plain import plain_call, read_fields
-from paged_torchserve.requests import FrontendRequest, Parts
+from paged_torchserve.requests import Carrier, FrontendRequest, Parts
 from paged_torchserve.target import Target
 
 _MakeCall = Callable[[Any, ServedModel, str], Call]
@@ -40,8 +40,10 @@ _NO_FIELD = (
 )
 
 
-def error_form(request: FrontendRequest) -> Form:
+def error_form(request: FrontendRequest, target: Target) -> Form:
     """The Form for what is wrong with ``request`` before it has been read."""
+    if request.carrier is Carrier.TENSORS:
+        return infer_form(request.body, target)
     if request.route.startswith("v1"):
         return OPENAI
     return TGI if request.route else TEXT
@@ -53,6 +55,8 @@ def read_call(request: FrontendRequest, target: Target) -> tuple[Call, Form]:
         CallError, ProtocolError: it can't be served.
     """
     _check_body(request)
+    if request.carrier is Carrier.TENSORS:
+        return infer_call(request.body, target), infer_form(request.body, target)
     if request.headers.get("explain") == "True":
         raise CallError(Failure.NOT_FOUND, "texts have no explanations here; use /predictions")
     if not request.route:

@@ -101,9 +101,9 @@ class Desk:
         return errand.reply.take() if errand.settled else None
 
     def _begin(self, request: FrontendRequest) -> Errand:
-        form = error_form(request)
-        reply = Reply(form.content_type, self._max_bytes, carrier=request.carrier, begun=request.is_orphan)
         lane = emptiest(self._lanes, [each.lane for each in self._open.values()])
+        form = error_form(request, lane.target)
+        reply = Reply(form.content_type, self._max_bytes, carrier=request.carrier, begun=request.is_orphan)
         errand = Errand(partial(read_call, request, lane.target), form, lane, reply, self._news.set, self._compilers)
         if self._failure is not None:
             errand.fail(self._failure)

@@ -15,7 +15,7 @@ from paged_core import AsyncEngine
 from paged_serving import PrometheusMetrics, RequestLimits, ServedModel, quiet_imports
 from paged_torchserve.desk import Desk
 from paged_torchserve.devices import choose_devices
-from paged_torchserve.envelopes import pass_envelopes_by
+from paged_torchserve.envelopes import have_bodies_decoded, pass_envelopes_by
 from paged_torchserve.lanes import Admissions, Lane, Observers
 from paged_torchserve.metrics import TorchServeMetrics
 from paged_torchserve.opening import open_engines
@@ -45,6 +45,7 @@ class PagedHandler:
         quiet_imports()
         announce_compiling(_log)
         pass_envelopes_by()
+        have_bodies_decoded()
         devices = choose_devices(place.get("gpu_id"), _gpu_ids(config), settings)
         observers = [Observers(Admissions(), PrometheusMetrics(context.model_name)) for _ in devices]
         plugins = [each.plugins for each in observers]

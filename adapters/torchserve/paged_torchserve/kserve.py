@@ -2,17 +2,22 @@
 
 Sources: KServe's Data Plane V1, and its Open Inference Protocol (V2). A text is a BYTES element of a tensor. In V2 each
 tensor of the body is answered by one of its name, as TorchServe's own envelope does.
+
+V2 comes by gRPC too (ModelInfer). Its elements are in base64 there, and TorchServe 0.12.0 makes a ModelInferResponse of
+the answer: one without an id, a model's name and version, and tensors would end its worker.
 """
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 from paged_core import GenerationOutput
-from paged_serving import ProtocolError
-from paged_torchserve.plain import PROMPTS, PlainCall, take_parameters
+from paged_serving import ProtocolError, tgi_error
+from paged_torchserve.forms import TEXTS, Form
+from paged_torchserve.plain import PROMPTS, PlainCall, as_text, take_parameters
 from paged_torchserve.target import Target
 
 _V1, _V2 = {"instances", "parameters"}, {"id", "inputs", "parameters", "model_name", "outputs"}
@@ -32,10 +37,7 @@ class V2Call(PlainCall):
 
     def answer(self, results: Sequence[GenerationOutput]) -> Any:
         texts = iter(self.texts(results))
-        outputs = [
-            {"name": name, "shape": [size], "datatype": "BYTES", "data": list(islice(texts, size))}
-            for name, size in self._sizes
-        ]
+        outputs = [_tensor(name, list(islice(texts, size))) for name, size in self._sizes]
         return {**self._about, "outputs": outputs}
 
 
@@ -49,10 +51,48 @@ def kserve_call(fields: Mapping[str, Any], request_id: str, target: Target) -> P
         return _v1(fields, target)
     inputs = fields.get("inputs")
     if isinstance(inputs, list) and inputs and all(isinstance(each, Mapping) for each in inputs):
-        name, version = target.served.names[0], target.version
-        about = {"id": fields.get("id") or request_id, "model_name": name, "model_version": version}
-        return _v2(fields, about, target)
+        return _v2(fields, _about(fields.get("id") or request_id, target), target)
     return None
+
+
+def infer_call(fields: Mapping[str, Any], target: Target) -> PlainCall:
+    """The call of a ModelInferRequest.
+
+    Raises:
+        ProtocolError: it can't be served.
+    """
+    inputs = [{**tensor, "data": _decoded(tensor)} for tensor in fields["inputs"]]
+    return _v2({**fields, "inputs": inputs}, _about(fields["id"], target), target)
+
+
+def infer_form(fields: Mapping[str, Any], target: Target) -> Form:
+    """How a ModelInferRequest is answered. TorchServe has no status for a single one: what is wrong with it is the text
+    of a tensor named ``error``."""
+
+    def error(failure: Exception) -> tuple[int, dict[str, Any]]:
+        status, told = tgi_error(failure)
+        return status, {**_about(fields["id"], target), "outputs": [_tensor("error", [told["error"]])]}
+
+    return TEXTS._replace(error=error)
+
+
+def _about(request_id: Any, target: Target) -> dict[str, Any]:
+    return {"id": request_id, "model_name": target.served.names[0], "model_version": target.version}
+
+
+def _tensor(name: str, texts: Sequence[str]) -> dict[str, Any]:
+    return {"name": name, "shape": [len(texts)], "datatype": "BYTES", "data": texts}
+
+
+def _decoded(tensor: Mapping[str, Any]) -> Any:
+    """Of a tensor as TorchServe hands it over; what isn't of type BYTES stays as it is."""
+    data = tensor.get("data")
+    if tensor.get("datatype") != "BYTES":
+        return data
+    if not data:
+        told = f"inputs: {tensor.get('name')!r} is empty; put its texts into contents.bytes_contents"
+        raise ProtocolError(f"{told} (TorchServe doesn't hand over raw_input_contents)", "inputs")
+    return [as_text(b64decode(each)) for each in data]
 
 
 def _v1(fields: Mapping[str, Any], target: Target) -> PlainCall:
@@ -68,6 +108,8 @@ def _v2(fields: Mapping[str, Any], about: Mapping[str, Any], target: Target) -> 
     _check_known(fields, _V2)
     if fields.get("outputs"):
         raise ProtocolError("outputs can't be chosen: each input is answered by a tensor of its name", "outputs")
+    if not fields["inputs"]:
+        raise ProtocolError("inputs must be a list of tensors, and not empty", "inputs")
     prompts: list[str] = []
     sizes = []
     for tensor in fields["inputs"]:

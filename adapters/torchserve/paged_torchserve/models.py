@@ -12,6 +12,7 @@ from paged_core import ConfigError
 WEIGHTS = (".safetensors",)
 _NO_TEXT = ("Classification", "QuestionAnswering", "MaskedLM", "NextSentencePrediction", "MultipleChoice")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+_ADAPTER = "adapter_config.json"  # peft's
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -37,21 +38,24 @@ def find_model(names: Iterable[str], read: Callable[[str], bytes], hint: str | N
     Raises:
         NoModel: there is none.
         SeveralModels: there are more.
-        ConfigError: it writes no text.
+        ConfigError: it writes no text, or is an adapter.
     """
     names = list(names)
+    adapters = {str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name == _ADAPTER}
     folders = [str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name == "config.json"]
     if hint is not None:
         folders = [folder for folder in folders if folder == str(PurePosixPath(hint))]
     configs = {folder: _model_config(read(_join(folder, "config.json"))) for folder in folders}
     folders = [folder for folder in folders if configs[folder] is not None]
     if not folders:
+        _check_no_adapter(next(iter(sorted(adapters)), None))
         where = f" in {hint}" if hint is not None else ""
         raise NoModel(f"there is no Hugging Face model{where} inside: no config.json that names a model_type")
     if len(folders) > 1:
         told = ", ".join(folders)
         raise SeveralModels(f"there are several models inside ({told}); say which: --set model=FOLDER")
     (folder,) = folders
+    _check_no_adapter(folder if folder in adapters else None)
     _check_kind(configs[folder] or {})
     inside = [PurePosixPath(name) for name in names if str(PurePosixPath(name).parent) == folder]
     safe = any(path.suffix in WEIGHTS for path in inside)
@@ -78,6 +82,15 @@ def check_tokenizer(found: Found, names: Iterable[str]) -> None:
         raise ConfigError(
             f"there is no tokenizer beside {_join(found.folder, 'config.json')}, so that no text could be served; say "
             "which: --set tokenizer=FOLDER (inside, or of the machine that serves) or a hub id"
+        )
+
+
+def _check_no_adapter(folder: str | None) -> None:
+    """Raises ConfigError if there is one: without it, the model would be another."""
+    if folder is not None:
+        raise ConfigError(
+            f"{_join(folder, _ADAPTER)} makes a LoRA adapter of this, and there are none here yet: merge it into the "
+            "weights (peft's merge_and_unload) and save the model that comes out; or leave the file out"
         )
 
 

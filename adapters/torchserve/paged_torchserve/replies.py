@@ -93,5 +93,5 @@ class Reply:
         if not self.ended:
             return None
         self.sent = True
-        end = True if self._carrier is Carrier.GRPC else None
+        end = None if self._carrier is Carrier.WHOLE else True
         return Message(bytes(self._unsent), end, self.status, self.content_type)

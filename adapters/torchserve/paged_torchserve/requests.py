@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 Parts = Mapping[str, Any]  # name -> value: dict, list or str where TorchServe has decoded it, else bytes
 _FORM = "application/x-www-form-urlencoded"
+_MODEL_INFER = {"id", "model_name", "inputs"}  # what the frontend makes of a ModelInferRequest, whatever else it holds
 
 
 class Carrier(Enum):
@@ -17,6 +18,7 @@ class Carrier(Enum):
     HTTP = auto()  # as many messages as there are
     WHOLE = auto()  # one message: a workflow's node, or a route that can't be told from one
     GRPC = auto()  # one message that says that it is the last: a second one, or none that says so, kills the worker
+    TENSORS = auto()  # gRPC's ModelInfer: as GRPC, and what isn't a V2 answer of KServe's kills the worker too
 
 
 class FrontendRequest(NamedTuple):
@@ -28,9 +30,15 @@ class FrontendRequest(NamedTuple):
     @property
     def carrier(self) -> Carrier:
         if not any(isinstance(value, str) for value in self.headers.values()):
-            return Carrier.GRPC
+            return Carrier.TENSORS if self._is_model_infer else Carrier.GRPC
         # The frontend's routes for predictions add a header of their own; its workflows and its oldest routes don't.
         return Carrier.HTTP if isinstance(self.headers.get("explain"), str) else Carrier.WHOLE
+
+    @property
+    def _is_model_infer(self) -> bool:
+        """Bodies of gRPC's other methods are bytes."""
+        body = self.parts.get("body")
+        return isinstance(body, Mapping) and body.keys() == _MODEL_INFER
 
     @property
     def route(self) -> str:

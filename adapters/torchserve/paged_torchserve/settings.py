@@ -34,6 +34,7 @@ DEFAULTS: Mapping[str, type] = {
 }  # fmt: skip
 SAMPLING = frozenset({"do_sample", "temperature", "top_k", "top_p"})  # each of them turns sampling on
 REPLIES = ("text", "json", "list")
+_WITHOUT, _NO_LORA = "none", "there are none here yet"
 
 _LEAST: Mapping[str, float] = {
     "replicas": 1,
@@ -62,6 +63,7 @@ class Settings:
     return_full_text: bool = True  # whether answers to plain requests begin with the prompt, as stock handlers' do
     served_model_name: str | list[str] | None = None  # what else than the archive's name clients may call the model
     max_reply_bytes: int = MAX_REPLY_BYTES  # TorchServe's max_response_size
+    adapters: str | None = None  # "none": the model is served without those that the old handler's section names
     heartbeat_s: float = 3.0  # requests are dropped when TorchServe hasn't asked for their news for so long
     engine: EngineConfig = field(default_factory=EngineConfig)
 
@@ -75,7 +77,8 @@ def read_settings(config: Mapping[str, Any] | None) -> Settings:
     """The settings in a model-config.yaml that has been read.
 
     Raises:
-        ConfigError: a key isn't known, or its value can't be used.
+        ConfigError: a key isn't known, its value can't be used, or the model would be another one without what the
+            section of an old handler asks for.
     """
     section = (config or {}).get(SECTION) or {}
     if not isinstance(section, Mapping):
@@ -91,6 +94,7 @@ def read_settings(config: Mapping[str, Any] | None) -> Settings:
             raise ConfigError(f"{SECTION}.{name} is no setting; there are {', '.join(known_keys())}")
     settings = Settings(**own, engine=EngineConfig(**engine))
     _check_plain(settings)
+    _check_adapters(settings, (config or {}).get("handler"))
     for name, least in _LEAST.items():
         value = getattr(settings, name)
         if value is not None and not value >= least:
@@ -106,6 +110,22 @@ def _check_plain(settings: Settings) -> None:
         if name not in DEFAULTS:
             raise ConfigError(f"{SECTION}.defaults.{name} is no setting; there are {', '.join(DEFAULTS)}")
         _typed(f"{SECTION}.defaults.{name}", value, DEFAULTS[name].__name__)
+
+
+def _check_adapters(settings: Settings, handler: Any) -> None:
+    """Raises ConfigError for adapters in ``handler``, the section that vLLM's handler reads."""
+    if settings.adapters not in (None, _WITHOUT):
+        raise ConfigError(
+            f"{SECTION}.adapters is {settings.adapters!r}; {_WITHOUT!r} is all that it can be: {_NO_LORA}"
+        )
+    handler = handler if isinstance(handler, Mapping) else {}
+    engine = handler.get("vllm_engine_config")
+    asked = handler.get("adapters") or (isinstance(engine, Mapping) and engine.get("enable_lora"))
+    if asked and settings.adapters is None:
+        raise ConfigError(
+            f"model-config.yaml asks for adapters (LoRA) beside the model, and {_NO_LORA}: merge one into the weights "
+            f"(peft's merge_and_unload), or say --set adapters={_WITHOUT} to serve the model without them"
+        )
 
 
 def known_keys() -> list[str]:

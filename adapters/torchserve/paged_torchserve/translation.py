@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from paged_core import ConfigError
 from paged_torchserve.families import Family
 from paged_torchserve.settings import DEFAULTS, SAMPLING
 
@@ -25,18 +24,9 @@ class Translated(NamedTuple):
 
 
 def translate(handler: Mapping[str, Any], setup: Mapping[str, Any], family: Family | None) -> Translated:
-    """``handler``: that section of the old model-config.yaml; ``setup``: a setup_config.json's.
-
-    Raises:
-        ConfigError: it asks for something without which the model would be another one.
-    """
+    """``handler``: that section of the old model-config.yaml; ``setup``: a setup_config.json's."""
     engine = handler.get("vllm_engine_config")
     engine = engine if isinstance(engine, Mapping) else {}
-    if handler.get("adapters") or engine.get("enable_lora"):
-        raise ConfigError(
-            "the old archive serves adapters (LoRA) beside its model, and there are none here yet: merge one into the "
-            "weights (peft's merge_and_unload), or say --set adapters=none to serve the model without them"
-        )
     section, used = _generation({**setup, **handler}, family)
     section |= _loading({**setup, **handler}, engine, used)
     old = {"handler": handler, "handler.vllm_engine_config": engine, "setup_config.json": setup}
@@ -96,7 +86,7 @@ def _loading(old: Mapping[str, Any], engine: Mapping[str, Any], used: set[str]) 
 def _ignored(old: Mapping[str, Mapping[str, Any]], used: set[str]) -> Iterator[str]:
     for place, values in old.items():
         for name, value in values.items():
-            if name not in used and name not in _PLACES and f"{place}.{name}" not in _SECTIONS and name != "adapters":
+            if name not in used and name not in _PLACES and f"{place}.{name}" not in _SECTIONS:
                 yield f"{place}.{name}: {value}"
 
 

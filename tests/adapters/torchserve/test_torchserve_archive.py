@@ -597,7 +597,7 @@ handler:
 """
 
 
-def test_vllms_example_keeps_its_names_and_limits_and_adapters_are_refused(stock, model, tmp_path, capsys):
+def test_vllms_example_keeps_its_names_and_limits(stock, model, tmp_path, capsys):
     outer = tmp_path / "outer"
     for name in ("abc", "other"):
         shutil.copytree(model, outer / "model" / "snapshots" / name)
@@ -607,9 +607,34 @@ def test_vllms_example_keeps_its_names_and_limits_and_adapters_are_refused(stock
         "model": "model/snapshots/abc", "served_model_name": ["meta-llama/Llama", "llama3-8b"],
     }  # fmt: skip
     assert "vllm_engine_config.swap_space: 16" in capsys.readouterr().out
-    (tmp_path / "old.mar").unlink()
-    adapters = VLLM + "  adapters:\n    one: adapters/one\n"
-    assert "merge one into the weights" in refused(capsys, "swap", stock(outer, adapters), tmp_path / "other.mar")
+
+
+@pytest.mark.parametrize("asked", ["  adapters:\n    one: adapters/one\n", "    enable_lora: true\n"])
+def test_adapters_are_refused_unless_the_model_is_to_be_served_without_them(stock, model, tmp_path, capsys, asked):
+    (model.parent / "outer").mkdir()
+    shutil.move(model, model.parent / "outer" / "model")
+    old = stock(model.parent / "outer", VLLM.replace("model/snapshots/abc", "model") + asked)
+    told = refused(capsys, "swap", old, tmp_path / "new.mar")
+    assert "adapters (LoRA)" in told and "--set adapters=none" in told
+    assert swap(old, tmp_path / "new.mar", "--set", "adapters=none") == 0
+    assert f"without a meaning here: handler.{asked.partition(':')[0].strip()}" in capsys.readouterr().out.replace(
+        "vllm_engine_config.", "")  # fmt: skip
+    config = contents(tmp_path / "new.mar")[2]
+    assert read_settings(config).adapters == "none", "the worker takes it as the swap did"
+    del config["paged"]["adapters"]
+    with pytest.raises(ConfigError, match="adapters=none"):
+        read_settings(config)  # as the worker does of an archive that was not swapped
+    assert "adapters" in refused(capsys, "swap", old, tmp_path / "other.mar", "--set", "adapters=all")
+
+
+def test_a_model_with_an_adapter_beside_it_is_refused_by_swap_and_worker(stock, model, tmp_path, capsys):
+    (model / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "merge_and_unload" in refused(capsys, "swap", stock(model), tmp_path / "new.mar")
+    assert "merge_and_unload" in refused(capsys, "archive", model, tmp_path / "new.mar")
+    with pytest.raises(ConfigError, match="merge_and_unload"):
+        open_engines(model, ["cpu"], read_settings({}), [[]])
+    (model / "config.json").unlink()
+    assert "merge_and_unload" in refused(capsys, "archive", model, tmp_path / "new.mar")
 
 
 # ---- where the model is ----------------------------------------------------------------------------------------

@@ -1,27 +1,24 @@
 """Every door of a real TorchServe but plain REST: gRPC, workflows, KServe's and the oldest routes, curl's defaults; and
-more workers than one. One server, whose config.properties say service_envelope=kserve for all models."""
+more workers than one. One server, whose config.properties say service_envelope=kserve and
+decode_input_request=false for all models."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import grpc
-import grpc_tools.protoc
 import openai
 import pytest
 
 import tiny_folder
 from paged_core.cli import main
 from paged_torchserve.server import Options, TorchServe
+from torchserve_grpc import Grpc
 from torchserve_server import ENGINE, READY_S, Running, free_addresses, stock_generate, until
 
 NAMES = ["llama3-8b", "meta-llama/Meta-Llama-3.1-8B"]  # as the vLLM example's served_model_name has them
@@ -57,7 +54,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     settings = [word for setting in other for word in ("--set", setting)]
     assert main(["torchserve", "archive", str(tmp / "model"), str(going), *ENGINE, *settings]) == 0
     workflow(tmp / "workflow.war")
-    properties = {"service_envelope": "kserve", "workflow_store": str(tmp)}
+    properties = {"service_envelope": "kserve", "workflow_store": str(tmp), "ts_open_inference_protocol": "true",
+                  "decode_input_request": "false"}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         server = TorchServe(
@@ -83,39 +81,6 @@ def workflow(path: Path) -> None:
 
 
 # ---- gRPC ------------------------------------------------------------------------------------------------------
-
-
-class Grpc:
-    """Stubs of the proto that TorchServe publishes in its jar."""
-
-    def __init__(self, folder: Path, address: str) -> None:
-        (package,) = find_spec("ts").submodule_search_locations
-        with zipfile.ZipFile(Path(package) / "frontend" / "model-server.jar") as jar:
-            for name in ("inference.proto", "google/rpc/status.proto"):
-                jar.extract(name, folder)
-        include = [f"-I{folder}", f"-I{Path(grpc_tools.protoc.__file__).parent / '_proto'}"]
-        made = [f"--python_out={folder}", f"--grpc_python_out={folder}"]
-        assert grpc_tools.protoc.main(["protoc", *include, *made, "inference.proto"]) == 0
-        sys.path.insert(0, str(folder))
-        try:
-            self.messages = importlib.import_module("inference_pb2")
-            services = importlib.import_module("inference_pb2_grpc")
-        finally:
-            sys.path.remove(str(folder))
-        self.channel = grpc.insecure_channel(address)
-        self.stub = services.InferenceAPIsServiceStub(self.channel)
-
-    def request(self, **parts: str) -> Any:
-        encoded = {name: value.encode() for name, value in parts.items()}
-        return self.messages.PredictionsRequest(model_name="tiny", input=encoded)
-
-    def predict(self, **parts: str) -> str:
-        return self.stub.Predictions(self.request(**parts), timeout=60).prediction.decode()
-
-    def stream(self, **parts: str) -> str:
-        """The whole of it: 0.12.0 takes one message of a stream and no more."""
-        pieces = list(self.stub.StreamPredictions(self.request(**parts), timeout=60))
-        return b"".join(piece.prediction for piece in pieces).decode()
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +139,42 @@ def test_an_answer_too_long_for_the_one_message_is_refused(remote):
     body = {"prompt": "a", "max_tokens": 200, "n": 4, "logprobs": 5, "temperature": 0}
     told = json.loads(remote.predict(url_path="v1/completions", data=json.dumps(body)))
     assert "one message" in told["error"]["message"]
+
+
+# ---- KServe's V2 by gRPC ---------------------------------------------------------------------------------------
+
+
+def test_model_infer_is_answered_tensor_by_tensor(remote, stock):
+    answer = remote.infer({"first": ["Hello", "日本語"], "second": ["they"]}, request_id="7")
+    assert (answer.id, answer.model_name, answer.model_version) == ("7", NAMES[0], "1.0")
+    assert remote.texts(answer) == {"first": [stock("Hello", 100), stock("日本語", 100)],
+                                    "second": [stock("they", 100)]}  # fmt: skip
+
+
+def test_model_infers_clients_share_a_batch(remote, stock):
+    def ask(number: int) -> str:
+        return remote.texts(remote.infer({"text": [f"Story {number}"]}))["text"][0]
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(ask, range(6))) == [stock(f"Story {number}", 100) for number in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "told"),
+    [
+        ({}, "not empty"),
+        ({"numbers": [1, 2]}, "BYTES"),
+        ({"raw": []}, "raw_input_contents"),
+        ({"text": [b"\xff"]}, "UTF-8"),
+        ({"text": ["a" * 3000]}, "2048"),
+        ({"text": ["a"] * 300}, "256"),
+    ],
+)
+def test_what_model_infer_cant_have_is_told_in_a_tensor_of_its_own(remote, tensors, told):
+    answer = remote.infer(tensors, request_id="8")
+    assert answer.id == "8"
+    ((error,),) = remote.texts(answer).values()
+    assert told in error and answer.outputs[0].name == "error"
 
 
 # ---- KServe, workflows, the oldest routes ----------------------------------------------------------------------
