@@ -25,7 +25,7 @@ from paged_torchserve.contents import check_contents, read_text
 from paged_torchserve.inquiries import Addresses, Inquiries
 from paged_torchserve.java import find_java
 from paged_torchserve.reading import MANIFEST
-from paged_torchserve.worker_log import is_compiling, last_words
+from paged_torchserve.worker_log import Patience, last_words
 
 _POLL_S = 0.2
 _METRICS_S = 1.2  # a little more than from one telling of metrics to the next
@@ -98,7 +98,7 @@ class TorchServe:
         Raises:
             ServerError: it ended, or a model has not loaded in time.
         """
-        left = timeout_s
+        patience = Patience(timeout_s)
         for name in self.models:
             while not self.inquiries.is_ready(name):
                 log = self._read_log()
@@ -106,11 +106,9 @@ class TorchServe:
                     raise ServerError(f"{name} has not loaded; {self._last_words()}")  # it would be tried for minutes
                 if self._process.poll() is not None:
                     raise ServerError(f"TorchServe has ended; {self._last_words()}")
-                if left < 0:
+                if patience.is_at_its_end(log):
                     raise ServerError(f"{name} has not loaded in {timeout_s:g} s; {self._last_words()}")
-                began = time.monotonic()
                 time.sleep(_POLL_S)
-                left -= 0.0 if is_compiling(log) else time.monotonic() - began
 
     def wait(self) -> int:
         """Until it ends by itself. Returns its exit status."""

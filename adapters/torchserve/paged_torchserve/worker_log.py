@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+import time
 from typing import Any
 
 BEGINS, ENDS = "kernels are being compiled", "kernels have been compiled"
@@ -40,8 +41,22 @@ def announce_compiling(log: logging.Logger) -> None:
     event.register("numba:compile", Announcer())
 
 
-def is_compiling(log: str) -> bool:
-    """Whether a server with that log has a worker that compiles."""
+class Patience:
+    """With a start: ``limit_s`` of time in which no worker compiles."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._left_s = limit_s
+        self._looked = time.monotonic()
+
+    def is_at_its_end(self, log: str) -> bool:
+        """``log``: the server's, as it is now."""
+        now = time.monotonic()
+        self._left_s -= 0.0 if _is_compiling(log) else now - self._looked
+        self._looked = now
+        return self._left_s < 0
+
+
+def _is_compiling(log: str) -> bool:
     return log.count(BEGINS) > log.count(ENDS)
 
 

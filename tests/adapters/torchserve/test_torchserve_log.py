@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import numba
 
-from paged_torchserve.worker_log import announce_compiling, is_compiling, last_words
+from paged_torchserve import worker_log
+from paged_torchserve.worker_log import BEGINS, ENDS, Patience, announce_compiling, last_words
 
 FAILED = """\
 nvidia-smi not available or failed: Cannot run program "nvidia-smi": error=2, No such file or directory
@@ -36,9 +38,7 @@ def test_a_worker_tells_when_it_begins_and_ends_to_compile():
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             told.append(record.getMessage())
-            states.append(is_compiling("\n".join(told)))
 
-    states: list[bool] = []
     log = logging.getLogger("test-compiling")
     log.setLevel(logging.INFO)
     log.addHandler(Handler())
@@ -53,6 +53,21 @@ def test_a_worker_tells_when_it_begins_and_ends_to_compile():
         return inner(number) * 2
 
     assert outer(3) == 8
-    assert states[:2] == [True, False]
+    assert told == [BEGINS, ENDS]
     assert outer(4) == 10
-    assert len(states) == 2, "what is compiled is not compiled again"
+    assert len(told) == 2, "what is compiled is not compiled again"
+
+
+def test_time_in_which_a_worker_compiles_is_not_counted_against_a_start(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(worker_log, "time", SimpleNamespace(monotonic=lambda: now))
+    patience = Patience(10)
+    log = ""
+    for seconds, then in [(6, BEGINS), (1000, ENDS), (3, f"{BEGINS} {BEGINS} {ENDS}"), (1000, ENDS)]:
+        now += seconds
+        assert not patience.is_at_its_end(log)
+        log += f"\n{then}"
+    now += 0.5
+    assert not patience.is_at_its_end(log)
+    now += 0.6
+    assert patience.is_at_its_end(log)
