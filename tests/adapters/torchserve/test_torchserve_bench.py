@@ -53,6 +53,9 @@ def test_a_short_run_ends_with_what_it_ran_on_and_texts_that_agree(tmp_path, tem
     assert {name: each["texts_equal_to_paged"] for name, each in found["results"].items()} == {
         "stock1": 1.0, "stock8": 1.0, "paged": 1.0,
     }  # fmt: skip
+    paged, batched = (found["results"][name]["tokens_per_s"] for name in ("paged", "stock8"))
+    assert found["ratios"]["stock8"]["tokens_per_s"] == paged / batched
+    assert set(found["ratios"]["stock1"]) == {"tokens_per_s", "latency_p95_s", "first_text_p50_s"}
     assert left_behind(temp) == []
 
 
