@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -214,11 +215,20 @@ def test_clients_that_leave_free_their_blocks_the_last_one_too(running):
     assert running.metric("paged_generation_tokens_total", "tiny") - done < 2 * 1900
 
 
+def kept_blocks(running: Running, prompt: str) -> int:
+    """Of the prompt's full blocks (8 tokens), those whose entries are in the folder of "tiny"."""
+    files = [path.read_bytes() for path in running.kept.glob("*.kv")]
+    tokens = tiny_folder.byte_tokenizer().encode(prompt)
+    entries = [struct.pack("<8q", *tokens[at : at + 8]) for at in range(0, len(tokens) - 7, 8)]
+    return sum(any(entry in file for file in files) for entry in entries)
+
+
 def test_a_killed_worker_is_replaced_and_its_clients_hear_of_it(running, stock):
     """Its successor finds on disk what it had computed: TorchServe leaves no worker the time to save anything."""
     prompt = "What a worker has computed outlives it, if it had a second to spare."
     told = running.post("tiny", json={"prompt": prompt, "max_new_tokens": 9}).text
-    until(lambda: sum(path.stat().st_size for path in running.kept.glob("*.kv")) > 0)
+    until(lambda: kept_blocks(running, prompt) == len(prompt) // 8)
+    loaded = running.metric("paged_external_prefix_cache_hits_total", "tiny")
     heard: list[str] = []
 
     def read() -> None:
@@ -247,8 +257,9 @@ def test_a_killed_worker_is_replaced_and_its_clients_hear_of_it(running, stock):
         return worker["status"] == "READY" and worker["pid"] != before
 
     until(replaced, READY_S)
-    assert running.post("tiny", json={"prompt": "Hello", "max_new_tokens": 9}).text == stock("Hello", 9)
     assert running.post("tiny", json={"prompt": prompt, "max_new_tokens": 9}).text == told
+    until(lambda: running.metric("paged_external_prefix_cache_hits_total", "tiny") >= loaded + 64)
+    assert running.post("tiny", json={"prompt": "Hello", "max_new_tokens": 9}).text == stock("Hello", 9)
 
 
 def test_clients_of_a_worker_that_is_scaled_away_hear_of_it_when_there_is_another(running, stock):
