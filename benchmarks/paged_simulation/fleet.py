@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import cast
@@ -12,8 +12,8 @@ from typing import cast
 from paged_core import ConfigError, InvalidRequestError, Request
 from paged_ray.placement import OPEN_COST, Placement
 from paged_simulation.costs import Costs
-from paged_simulation.replica import Record, Replica, Sizes, new_request, routed
-from paged_simulation.traffic import Arrival
+from paged_simulation.replica import Record, Replica, Sizes, new_request
+from paged_simulation.traffic import Arrival, Beginning
 
 ROUTINGS = ("prefix", "load", "round-robin", "random")
 Progress = Callable[[int, float], None]
@@ -29,6 +29,7 @@ class Fleet:
     routing: str = "prefix"  # as paged_ray does it; load: power of two choices; round-robin; random
     open_cost: int = OPEN_COST  # what a request weighs for prefix routing: tokens of a prompt
     report_s: float = 1.0  # between two reports of what replicas have cached
+    leaps: bool = True  # steps that can be foretold are taken at once; it changes nothing but the time that this takes
     seed: int = 0
 
 
@@ -58,14 +59,16 @@ class _Simulation:
         self._fleet, self._progress = fleet, progress
         self._rng = random.Random(fleet.seed)
         self._record = Record()
-        key, tells = secrets.token_bytes(32), fleet.routing == "prefix"
+        key, tells_s = secrets.token_bytes(32), fleet.report_s if fleet.routing == "prefix" else None
         self._replicas = [
-            Replica(fleet.sizes, costs, key, self._record, tells=tells) for _ in range(fleet.num_replicas)
+            Replica(fleet.sizes, costs, key, self._record, tells_s=tells_s, leaps=fleet.leaps)
+            for _ in range(fleet.num_replicas)
         ]
         self._placement = Placement(fleet.sizes.block_size, fleet.open_cost)
         self._placement.update(range(fleet.num_replicas))
-        self._ends: list[tuple[float, int]] = []  # a heap: (when a step ends, which replica's)
-        self._reported = [0.0] * fleet.num_replicas
+        self._ends: list[tuple[float, int]] = []  # a heap: (when steps end, whose); some end sooner than it says
+        self._pool = self._replicas[0].pool  # all of them name blocks alike
+        self._beginnings: dict[int, list[bytes]] = {}
         self._turn = 0
         self._num_refused = 0
 
@@ -82,47 +85,65 @@ class _Simulation:
 
     def _run_until(self, at_s: float, now: float) -> float:
         """All that happens before ``at_s``. Returns when the last of it did."""
-        ends, replicas = self._ends, self._replicas
+        ends = self._ends
         while ends and ends[0][0] <= at_s:
-            now, index = heappop(ends)
-            replica = replicas[index]
-            for request in replica.end(now):
+            end, index = heappop(ends)
+            replica = self._replicas[index]
+            if replica.ends_at != end:
+                continue  # somebody came meanwhile, and they ended sooner
+            now = end
+            for request in replica.end():
                 self._placement.ended(request.id)
             if self._fleet.routing == "prefix":
                 self._hear_of(index, now)
-            took = replica.begin(now)
-            if took:
-                heappush(ends, (now + took, index))
+            self._begin(index, now)
         return now
+
+    def _begin(self, index: int, now: float) -> None:
+        replica = self._replicas[index]
+        replica.begin(now)
+        if replica.ends_at is not None:
+            heappush(self._ends, (replica.ends_at, index))
 
     def _hear_of(self, index: int, now: float) -> None:
         replica = self._replicas[index]
         for request in replica.begun:
             self._placement.begun(request.id)
-        if now - self._reported[index] >= self._fleet.report_s:
-            self._reported[index] = now
-            self._placement.take_in(index, replica.report())
+        report = replica.report(now)
+        if report is not None:
+            self._placement.take_in(index, report)
 
     def _take(self, number: int, arrival: Arrival) -> None:
         request = new_request(number, arrival.prompt, arrival.num_output)
+        self._name_blocks(request, arrival.beginning)
         index = self._route(request)
         replica = self._replicas[index]
+        before = replica.ends_at
         try:
             replica.submit(request, arrival.at_s)
         except InvalidRequestError:
             self._num_refused += 1
             self._placement.ended(request.id)
             return
-        if not replica.busy:
-            took = replica.begin(arrival.at_s)
-            heappush(self._ends, (arrival.at_s + took, index))
+        if before is None:
+            self._begin(index, arrival.at_s)
+        elif replica.ends_at is not None and replica.ends_at < before:
+            heappush(self._ends, (replica.ends_at, index))
+
+    def _name_blocks(self, request: Request, beginning: Beginning | None) -> None:
+        """As the replicas' schedulers would; but what many begin with is named once."""
+        if not self._fleet.sizes.enable_prefix_caching:
+            return
+        if beginning is not None:
+            known = self._beginnings.setdefault(beginning.number, [])
+            self._pool.extend_digests(known, beginning.tokens, None)
+            request.digests += known
+        self._pool.extend_digests(request.digests, request.tokens, None)
 
     def _route(self, request: Request) -> int:
         fleet = self._fleet
         if fleet.routing == "prefix":
-            self._replicas[0].pool.extend_digests(request.digests, request.tokens, None)
-            lookups = request.digests[: (request.num_prompt - 1) // fleet.sizes.block_size]
-            digests: Sequence[int] = [routed(digest) for digest in lookups]
+            digests = request.digests[: (request.num_prompt - 1) // fleet.sizes.block_size]
             index = cast(int, self._placement.best(digests, request.num_prompt))
             self._placement.sent(request.id, index, digests, request.num_prompt)
             return index

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 _GROWTH = math.log(1.01)
 
@@ -20,6 +21,10 @@ class Histogram:
         self._bins[number] = self._bins.get(number, 0) + times
         self.count += times
         self.total += value * times
+
+    def counts(self) -> Mapping[int, int]:
+        """How many values there are in each bin."""
+        return dict(self._bins)
 
     @property
     def mean(self) -> float:

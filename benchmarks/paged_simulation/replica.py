@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from paged_core import BlockPool, BlockRemoved, BlockStored, Request, SamplingParams, Selection
+from paged_core import BlockPool, BlockRemoved, BlockStored, Request, RequestOutput, SamplingParams, Selection
 from paged_core.scheduling.policies import Fcfs
 from paged_core.scheduling.schedule import Limits, Schedule
 from paged_core.scheduling.scheduler import Scheduler
+from paged_core.scheduling.stretches import Stretch
 from paged_ray.placement import Report
 from paged_simulation.costs import Costs, StepSize
 from paged_simulation.histogram import Histogram
@@ -48,79 +50,86 @@ class Record:
 
 
 class Replica:
-    """Answers requests in steps: ``begin`` tells how long the next one takes, ``end`` is called when it is over."""
+    """Answers requests in steps: ``begin`` says when the next ones are over, and ``end`` is called then. They are
+    several where the scheduler can foretell them, and fewer if somebody comes meanwhile.
 
-    def __init__(self, sizes: Sizes, costs: Costs, key: bytes, record: Record, *, tells: bool = False) -> None:
+    Args:
+        tells_s: between two reports of what is cached; None: nobody asks.
+        leaps: whether to take steps that can be foretold at once. What comes of them is the same.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        costs: Costs,
+        key: bytes,
+        record: Record,
+        *,
+        tells_s: float | None = None,
+        leaps: bool = True,
+    ) -> None:
         self.pool = BlockPool(sizes.num_blocks, sizes.block_size, key=key)
         self.scheduler = Scheduler(self.pool, Fcfs(), sizes.limits())
-        self.busy = False
+        self.ends_at: float | None = None  # when the steps under way are over; None: it is idle
         self.num_open = 0
         self.busy_s = 0.0
         self.num_steps = 0
-        self.begun: Sequence[Request] = ()  # whose first token the last step has brought
+        self.begun: Sequence[Request] = ()  # whose first token the last steps have brought
         self._costs, self._record = costs, record
+        self._tells_s, self._told_at, self._leaps = tells_s, 0.0, leaps
         self._arrived: dict[Request, float] = {}
         self._last_token: dict[Request, float] = {}  # of rows that were preempted since
-        self._schedule: Schedule | None = None
-        self._firsts: list[Request] = []  # whose prompt's end the step computes
+        self._under_way: Schedule | Stretch | None = None
+        self._ends: list[float] = []  # of each step under way
+        self._began = 0.0
+        self._firsts: list[Request] = []  # who hasn't had a token in the step before
         self._num_samples = 0
-        self._last_end = 0.0
         self._changes: dict[bytes, bool] = {}
         self._num_changes = 0
-        if tells:
+        if tells_s is not None:
             self.pool.watch()
 
     def submit(self, request: Request, now: float) -> None:
-        """Raises InvalidRequestError if it can never fit."""
+        """It is looked at when the step under way is over.
+
+        Raises:
+            InvalidRequestError: it can never fit.
+        """
         self.scheduler.add([request])
         self._arrived[request] = now
         self.num_open += 1
+        if self.ends_at is not None:
+            del self._ends[bisect_right(self._ends, now) + 1 :]
+            self.ends_at = self._ends[-1]
 
-    def begin(self, now: float) -> float:
-        """Seconds of the step that begins now; 0: there is nothing to do."""
+    def begin(self, now: float) -> None:
+        """The next steps, if there is anything to do."""
+        self._began, self._under_way, self.ends_at = now, None, None
         if not self._arrived:
-            return 0.0
-        schedule = self.scheduler.schedule()
-        for request in schedule.preempted:
-            self._last_token[request] = self._last_end
-        num_tokens = num_context = num_samples = 0
-        firsts = []
-        for request, start, num, samples in schedule.chunks:
-            num_tokens += num
-            num_context += start + num
-            if samples:
-                num_samples += 1
-                if num > 1 or start < request.num_prompt:
-                    firsts.append(request)
-        self._schedule, self._firsts, self._num_samples = schedule, firsts, num_samples
-        self.busy = True
-        took = self._costs.step_s(StepSize(num_tokens, num_samples, num_context))
-        self.busy_s += took
-        return took
+            return
+        stretch = self.scheduler.stretch(_LOOK - self.num_steps % _LOOK) if self._leaps else None
+        if stretch is not None:
+            self._under_way, self._ends = stretch, list(self._foretold(stretch, now))
+        else:
+            self._under_way = schedule = self.scheduler.schedule()
+            self._ends = [now + self._seconds(schedule)]
+        self.ends_at = self._ends[-1]
 
-    def end(self, now: float) -> Sequence[Request]:
-        """Takes the step's tokens in. Returns who has ended."""
-        schedule, record = self._schedule, self._record
-        assert schedule is not None
-        num_on = self._num_samples - len(self._firsts)
-        if num_on:
-            record.between_tokens.add(now - self._last_end, num_on)
-        for request in self._firsts:
-            if request.num_output:  # it goes on after it was preempted
-                record.between_tokens.add(now - self._last_token.pop(request, self._last_end))
-            else:
-                record.first_token.add(now - self._arrived[request])
-        outputs = self.scheduler.update(schedule, Selection([_TOKEN] * self._num_samples))
-        self.begun = self._firsts
-        self._last_end, self._schedule, self.busy = now, None, False
-        record.num_output_tokens += self._num_samples
-        self.num_steps += 1
+    def end(self) -> Sequence[Request]:
+        """Takes the tokens of the steps in. Returns who has ended."""
+        steps, now = self._under_way, self._ends[-1]
+        assert steps is not None
+        outputs = self._leap(steps) if isinstance(steps, Stretch) else self._update(steps, now)
+        self.busy_s += now - self._began
         if self.num_steps % _LOOK == 0:
             self._look()
         return [self._ended(output.request, now) for output in outputs if output.finish_reason is not None]
 
-    def report(self) -> Report:
-        """What has changed in the prefix cache since this was asked."""
+    def report(self, now: float) -> Report | None:
+        """What has changed in the prefix cache since this was asked, if it is time to tell."""
+        if not self._is_to_tell(now):
+            return None
+        self._told_at = now
         for event in self.pool.take_events():
             if isinstance(event, BlockStored):
                 self._changes[event.digest] = True
@@ -128,9 +137,70 @@ class Replica:
                 self._changes[event.digest] = False
         changes, self._changes = self._changes, {}
         self._num_changes += len(changes)
-        stored = [routed(digest) for digest, came in changes.items() if came]
-        removed = [routed(digest) for digest, came in changes.items() if not came]
+        stored = [digest for digest, came in changes.items() if came]
+        removed = [digest for digest, came in changes.items() if not came]
         return Report(self._num_changes, stored, removed)
+
+    # ---- a step that was scheduled -----------------------------------------------------------------------------------
+
+    def _seconds(self, schedule: Schedule) -> float:
+        """That it takes."""
+        for request in schedule.preempted:
+            if request.num_output:
+                self._last_token[request] = self._began  # which is when the step before was over
+        num_tokens = num_context = num_samples = 0
+        firsts = []
+        for request, start, num, samples in schedule.chunks:
+            num_tokens += num
+            num_context += start + num
+            if samples:
+                num_samples += 1
+                if start < request.num_prompt or request in self._last_token:
+                    firsts.append(request)
+        self._firsts, self._num_samples = firsts, num_samples
+        return self._costs.step_s(StepSize(num_tokens, num_samples, num_context))
+
+    def _update(self, schedule: Schedule, now: float) -> Sequence[RequestOutput]:
+        record = self._record
+        num_on = self._num_samples - len(self._firsts)
+        if num_on:
+            record.between_tokens.add(now - self._began, num_on)
+        for request in self._firsts:
+            if request.num_output:  # it goes on after it was preempted
+                record.between_tokens.add(now - self._last_token.pop(request))
+            else:
+                record.first_token.add(now - self._arrived[request])
+        record.num_output_tokens += self._num_samples
+        self.begun = self._firsts
+        self.num_steps += 1
+        return self.scheduler.update(schedule, Selection([_TOKEN] * self._num_samples))
+
+    # ---- steps that were foretold ------------------------------------------------------------------------------------
+
+    def _foretold(self, stretch: Stretch, now: float) -> Iterator[float]:
+        """When each of them is over, until there is something to tell."""
+        num_rows, num_context = len(stretch.requests), stretch.num_context
+        for _ in range(stretch.num_steps):
+            now += self._costs.step_s(StepSize(num_rows, num_rows, num_context))
+            num_context += num_rows
+            yield now
+            if self._is_to_tell(now):
+                return
+
+    def _leap(self, stretch: Stretch) -> Sequence[RequestOutput]:
+        num_rows, before = len(stretch.requests), self._began
+        for at in self._ends:
+            self._record.between_tokens.add(at - before, num_rows)
+            before = at
+        self._record.num_output_tokens += num_rows * len(self._ends)
+        self.begun = ()
+        self.num_steps += len(self._ends)
+        return self.scheduler.leap(stretch, len(self._ends), _TOKEN)
+
+    # ---- both --------------------------------------------------------------------------------------------------------
+
+    def _is_to_tell(self, now: float) -> bool:
+        return self._tells_s is not None and now - self._told_at >= self._tells_s
 
     def _ended(self, request: Request, now: float) -> Request:
         self._record.whole.add(now - self._arrived.pop(request))
@@ -147,11 +217,6 @@ class Replica:
         self._record.num_looks += 1
         self._record.usage += pool.num_used / pool.num_blocks
         self._record.waste += wasted / (pool.num_used * size) if pool.num_used else 0.0
-
-
-def routed(digest: bytes) -> int:
-    """A block's digest as a router is told of it."""
-    return int.from_bytes(digest[:8], "big")
 
 
 _PARAMS: dict[int, SamplingParams] = {}

@@ -18,12 +18,20 @@ from paged_core import ConfigError
 _BASE = 251  # token ids are small: Python keeps those once for all
 
 
+class Beginning(NamedTuple):
+    """What several prompts begin with."""
+
+    number: int
+    tokens: list[int]
+
+
 class Arrival(NamedTuple):
     """One request."""
 
     at_s: float
     prompt: list[int]
     num_output: int
+    beginning: Beginning | None = None  # of its prompt, if others have it too
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,8 @@ class Traffic:
             now += rng.expovariate(self.rate) if math.isfinite(self.rate) else 0.0
             num_prompt = _length(rng, self.prompt_median, self.prompt_sigma, self.max_prompt)
             num_output = _length(rng, self.output_median, self.output_sigma, self.max_output)
-            yield Arrival(now, prefixes.draw(rng) + unique(number, num_prompt), num_output)
+            beginning = prefixes.draw(rng)
+            yield Arrival(now, _with(beginning, unique(number, num_prompt)), num_output, beginning)
 
 
 @dataclass(frozen=True)
@@ -83,27 +92,34 @@ class Trace:
             rounds, i = divmod(number, len(rows))
             stamp, context, generated = rows[i]
             at_s = (stamp - first + rounds * span) * scale
-            prefix = prefixes.draw(rng)
-            yield Arrival(at_s, prefix + unique(number, max(1, context - len(prefix))), max(1, generated))
+            beginning = prefixes.draw(rng)
+            num_own = context - len(beginning.tokens) if beginning is not None else context
+            prompt = _with(beginning, unique(number, max(1, num_own)))
+            yield Arrival(at_s, prompt, max(1, generated), beginning)
 
 
 class Prefixes:
     """Shared beginnings of prompts, drawn by popularity."""
 
     def __init__(self, num: int, num_tokens: int) -> None:
-        self._prefixes = [_spelled(number, num_tokens, 1) for number in range(num)] if num_tokens else []
+        spelled = (Beginning(number, _spelled(number, num_tokens, 1)) for number in range(num))
+        self._prefixes = list(spelled) if num_tokens else []
         self._sums = list(accumulate(1 / (rank + 1) for rank in range(len(self._prefixes))))
 
-    def draw(self, rng: random.Random) -> list[int]:
-        """One of them; no tokens if there are none."""
+    def draw(self, rng: random.Random) -> Beginning | None:
+        """One of them; None if there are none."""
         if not self._prefixes:
-            return []
+            return None
         return self._prefixes[bisect_left(self._sums, rng.random() * self._sums[-1])]
 
 
 def unique(number: int, num_tokens: int) -> list[int]:
     """Tokens that no other number's begin with, as long as there are four of them."""
     return _spelled(number, num_tokens, 2)
+
+
+def _with(beginning: Beginning | None, tokens: list[int]) -> list[int]:
+    return tokens if beginning is None else beginning.tokens + tokens
 
 
 def _spelled(number: int, num_tokens: int, kind: int) -> list[int]:

@@ -59,8 +59,11 @@ class Prefixes:
 
     def digest(self, request: Request, num_tokens: int) -> None:
         """Name the full blocks of its first ``num_tokens`` by their content."""
-        if self._enabled and len(request.digests) < num_tokens // self._pool.block_size:
-            self._pool.extend_digests(request.digests, request.tokens[:num_tokens], request.params.cache_salt)
+        num_full, tokens = num_tokens // self._pool.block_size, request.tokens
+        if self._enabled and len(request.digests) < num_full:
+            if len(tokens) // self._pool.block_size > num_full:
+                tokens = tokens[:num_tokens]
+            self._pool.extend_digests(request.digests, tokens, request.params.cache_salt)
 
     def lookup(self, request: Request, *, beside: bool) -> Found:
         """Leading blocks of a waiting request that are there already, or are loaded more quickly than computed.
@@ -103,11 +106,11 @@ class Prefixes:
         for digest in request.digests[len(hit) :]:
             self._in_flight.setdefault(digest, request)
 
-    def publish(self, request: Request) -> None:
-        """Let others find the blocks that the request has filled."""
+    def publish(self, request: Request, num_computed: int) -> None:
+        """Let others find the blocks that the request has filled with its first ``num_computed`` tokens."""
         if not self._enabled:
             return
-        full = request.num_computed // self._pool.block_size
+        full = num_computed // self._pool.block_size
         self.digest(request, full * self._pool.block_size)
         self._publish(request, full)
 
@@ -185,7 +188,7 @@ class Prefixes:
         if not request.num_recomputed_to:
             request.num_cached += num_skipped
         if num_tokens // self._pool.block_size > request.num_published:
-            self.publish(request)
+            self.publish(request, num_tokens)
 
     def _in_tier(self, request: Request, start: int, stored: Stored) -> Iterator[int | None]:
         """What follows the first ``start`` blocks: in the tier, or in the cache after a gap."""
@@ -240,11 +243,13 @@ class Prefixes:
             request.num_cached = num_tokens
 
     def _publish(self, request: Request, full: int) -> None:
+        size, digests, salt = self._pool.block_size, request.digests, request.params.cache_salt
         for i in range(request.num_published, full):
-            if request.block_table[i] != NULL_BLOCK:
-                parent = request.digests[i - 1] if i else None
-                self._pool.publish(*self._content(request, i, request.block_table[i]), parent)
-            self._landed(request, request.digests[i])
+            block = request.block_table[i]
+            if block != NULL_BLOCK:
+                tokens = request.tokens[i * size : (i + 1) * size]
+                self._pool.publish(block, digests[i], tokens, salt, digests[i - 1] if i else None)
+            self._landed(request, digests[i])
         request.num_published = full
 
     def _content(self, request: Request, i: int, block: int) -> BlockContent:

@@ -24,6 +24,7 @@ class Roster:
         self._policy = policy
         self._pending_forks: dict[Request, list[Request]] = {}  # rows that will fork from a request's prompt
         self._num_arrivals = 0
+        self._anyone_ended = False  # who is still in a list
         self._kind: str | None = None  # what the policy's keys are
 
     @property
@@ -104,9 +105,13 @@ class Roster:
             else:
                 self._wait(first_fork)
         request.status = RequestStatus.FINISHED
+        self._anyone_ended = True
         return first_fork
 
     def drop_finished(self) -> None:
+        if not self._anyone_ended:
+            return
+        self._anyone_ended = False
         self.running = [request for request in self.running if not request.finished]
         if any(request.finished for request in self.waiting):
             self.waiting = [request for request in self.waiting if not request.finished]

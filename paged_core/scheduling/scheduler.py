@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from paged_core.scheduling import forks
+from paged_core.scheduling import forks, stretches
 from paged_core.scheduling.admission import Admission
 from paged_core.scheduling.block_pool import BlockContent, BlockPool
 from paged_core.scheduling.block_table import BlockMove
@@ -29,6 +29,7 @@ from paged_core.scheduling.request import (
 )
 from paged_core.scheduling.roster import Roster, by_prompt, lockstep_rows
 from paged_core.scheduling.schedule import Limits, Load, Schedule, ScheduledChunk
+from paged_core.scheduling.stretches import Stretch
 from paged_core.scheduling.tails import Tails
 
 
@@ -221,6 +222,27 @@ class Scheduler:
             request.block_table.extend(self.pool, position, 1)
         return Schedule(chunks, (), (), self._given_up())
 
+    def stretch(self, most: int) -> Stretch | None:
+        """The steps that come next, ``most`` of them at most, as long as all that they do is one token for each running
+        request. None: the next one must be scheduled, since somebody may start, lacks more than a token, or may stop
+        before his length."""
+        limits = self.limits
+        if self.waiting and self._roster.num_seats < limits.max_num_seqs:
+            return None
+        if self.loading or self._tails or limits.sliding_window or self._budget < limits.max_num_batched_tokens:
+            return None
+        return stretches.find(self.running, self.pool, most)
+
+    def leap(self, stretch: Stretch, num_steps: int, token: int) -> list[RequestOutput]:
+        """The first ``num_steps`` of a stretch, in each of which ``token`` is what each request is given: the same as
+        ``schedule`` and ``update`` so many times. Tells who has ended with the last of them."""
+        stretches.walk(stretch, num_steps, token, self.pool, self._prefixes.publish)
+        ended = [request for request in stretch.requests if len(request.tokens) >= request.max_total]
+        for request in ended:
+            self._end(request, FinishReason.LENGTH, None)
+        self._roster.drop_finished()
+        return [RequestOutput(request, (token,), None, FinishReason.LENGTH) for request in ended]
+
     def fills_blocks(self, schedule: Schedule) -> list[bool]:
         """Of each chunk, whether ``update`` would let others find blocks that are full with it."""
         if not self.limits.enable_prefix_caching:
@@ -238,14 +260,14 @@ class Scheduler:
         ``not_finite``: requests for which the step has not computed numbers: nobody else may find their blocks.
         """
         rows: list[Request] = []
-        size = self.pool.block_size
+        size, has_tails = self.pool.block_size, bool(self._tails)
         for request, start, num_tokens, samples in schedule.chunks:
             request.num_computed = computed = start + num_tokens
             if request in not_finite:
                 self._prefixes.distrust(request)
             elif computed // size > request.num_published:
-                self._prefixes.publish(request)
-            if self._tails:
+                self._prefixes.publish(request, computed)
+            if has_tails:
                 self._tails.advance(request)
             if len(samples) > 1:
                 forks.fork(self.pool, request, self._roster.take_forks(request))
@@ -256,8 +278,7 @@ class Scheduler:
         if self.limits.sliding_window is not None:
             for chunk in schedule.chunks:
                 self._leave_window(chunk.request, self.limits.sliding_window)
-        if any(request.status is RequestStatus.FINISHED for request in rows):
-            self._roster.drop_finished()
+        self._roster.drop_finished()
         return outputs
 
     def shrink(self, num_tokens: int) -> None:
@@ -295,12 +316,12 @@ class Scheduler:
             step.num_to_serve -= 1
             if request.held:
                 continue
-            if len(request.tokens) - request.num_computed > 1:
+            start = request.num_computed
+            if len(request.tokens) - start > 1:
                 self._schedule_rows((request,), step)
-            elif request.block_table.has_slot(self.pool, request.num_computed) or self._make_room(
-                request, 1, (request,), step
-            ):
-                self._emit(request, 1, step)
+            elif request.block_table.has_slot(self.pool, start) or self._make_room(request, 1, (request,), step):
+                step.budget -= 1
+                step.chunks.append(ScheduledChunk(request, start, 1, self._roster.samples(request)))
 
     def _schedule_rows(self, rows: Sequence[Request], step: _Step) -> None:
         """Give one request, or the rows of one lockstep group, their tokens; all rows sample or none does."""

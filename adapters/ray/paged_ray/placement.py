@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
+Digest: TypeAlias = Hashable
 OPEN_COST = 64  # prompt tokens that an open request weighs: it decodes beside those that come
 
 
@@ -23,8 +24,8 @@ class Report(NamedTuple):
     """What has changed among the blocks that a replica has, since it was asked the last time."""
 
     last: int  # number of the last change: to be asked from next time
-    stored: Sequence[int]
-    removed: Sequence[int]
+    stored: Sequence[Digest]
+    removed: Sequence[Digest]
     whole: bool = False  # ``stored`` is all that it has: forget what was known
 
 
@@ -34,8 +35,8 @@ class _Replica:
     last: int = 0  # change that it has reported
     pending_tokens: int = 0  # to compute, of requests that it hasn't begun to answer
     num_open: int = 0
-    assumed: set[int] = field(default_factory=set)  # digests of prompts that it was sent since its last report
-    assumed_before: set[int] = field(default_factory=set)  # and between that one and the report before
+    assumed: set[Digest] = field(default_factory=set)  # digests of prompts that it was sent since its last report
+    assumed_before: set[Digest] = field(default_factory=set)  # and between that one and the report before
 
 
 @dataclass
@@ -57,8 +58,8 @@ class Placement:
         self._open_cost = open_cost
         self._replicas: dict[Hashable, _Replica] = {}
         self._free_bits: list[int] = []
-        self._holders: dict[int, int] = {}  # digest -> mask of replicas that have reported it
-        self._assumed: dict[int, int] = {}  # digest -> mask of replicas that were sent a prompt with it
+        self._holders: dict[Digest, int] = {}  # digest -> mask of replicas that have reported it
+        self._assumed: dict[Digest, int] = {}  # digest -> mask of replicas that were sent a prompt with it
         self._open: dict[Hashable, _Open] = {}
         self.num_sent = 0  # requests, so far
         self._turn = 0
@@ -99,7 +100,7 @@ class Placement:
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
-    def rank(self, digests: Sequence[int], num_tokens: int) -> list[Hashable]:
+    def rank(self, digests: Sequence[Digest], num_tokens: int) -> list[Hashable]:
         """All replicas, the cheapest first. ``num_tokens``: of the prompt."""
         hits = self._hits(digests)
         size, cost = self.block_size, self._open_cost
@@ -115,7 +116,7 @@ class Placement:
         ]
         return [name for _, _, name in sorted(priced, key=_price)]
 
-    def best(self, digests: Sequence[int], num_tokens: int) -> Hashable:
+    def best(self, digests: Sequence[Digest], num_tokens: int) -> Hashable:
         """The first of ``rank``, without sorting the others."""
         hits = self._hits(digests)
         size, cost = self.block_size, self._open_cost
@@ -131,12 +132,12 @@ class Placement:
                     found, lowest = name, price
         return found
 
-    def num_cached(self, name: Hashable, digests: Sequence[int]) -> int:
+    def num_cached(self, name: Hashable, digests: Sequence[Digest]) -> int:
         """Leading blocks of a prompt that a replica has, or is computing, as far as is known."""
         replica = self._replicas.get(name)
         return 0 if replica is None else self._hits(digests).get(replica.bit, 0)
 
-    def sent(self, request: Hashable, name: Hashable, digests: Sequence[int], num_tokens: int) -> None:
+    def sent(self, request: Hashable, name: Hashable, digests: Sequence[Digest], num_tokens: int) -> None:
         """``request`` (a name for it) goes to a replica, which will have its blocks soon."""
         replica = self._replicas.get(name)
         if replica is None:
@@ -166,7 +167,7 @@ class Placement:
 
     # ---- within ----------------------------------------------------------------------------------------------------
 
-    def _hits(self, digests: Sequence[int]) -> dict[int, int]:
+    def _hits(self, digests: Sequence[Digest]) -> dict[int, int]:
         """bit of a replica -> how many of the leading blocks it has; those that have none are left out."""
         hits: dict[int, int] = {}
         mask = -1
@@ -206,12 +207,12 @@ def _note(hits: dict[int, int], mask: int, depth: int) -> None:
         mask ^= bit
 
 
-def _add(masks: dict[int, int], digests: Iterable[int], bit: int) -> None:
+def _add(masks: dict[Digest, int], digests: Iterable[Digest], bit: int) -> None:
     for digest in digests:
         masks[digest] = masks.get(digest, 0) | bit
 
 
-def _remove(masks: dict[int, int], digest: int, bit: int) -> None:
+def _remove(masks: dict[Digest, int], digest: Digest, bit: int) -> None:
     mask = masks.get(digest, 0) & ~bit
     if mask:
         masks[digest] = mask
