@@ -38,7 +38,9 @@ def create_attention_backend(
         from paged_kernels.cpu import launch
     except ImportError:
         return None
-    return CpuBackend(spec, sizes.kv_dtype, config.weights) if launch.supports(spec.dtype, sizes.kv_dtype) else None
+    if not launch.supports(spec.dtype, sizes.kv_dtype):
+        return None
+    return CpuBackend(spec, sizes.kv_dtype, sizes.block_size, config.weights)
 
 
 @hookimpl(trylast=True, specname="create_attention_backend")
@@ -115,24 +117,26 @@ class PlannedBackend(AttentionBackend):
 
 
 class CpuBackend(PlannedBackend):
-    """Store and attention in one launch a layer, on torch's own threads."""
+    """Store and attention in one launch a layer, on torch's own threads. Blocks that requests begin with together are
+    read once for all of them, which changes no result."""
 
     name = "cpu"
     reads_scales = True
 
-    def __init__(self, spec: ModelSpec, cache_dtype: torch.dtype, weights: str | None = None) -> None:
+    def __init__(self, spec: ModelSpec, cache_dtype: torch.dtype, block_size: int, weights: str | None = None) -> None:
         from paged_kernels.cpu import launch
 
         self._ops = launch
         self._layers = spec.layers
-        self._dtype, self._cache_dtype, self._weights = spec.dtype, cache_dtype, weights
+        self._dtype, self._cache_dtype, self._block_size = spec.dtype, cache_dtype, block_size
+        self._weights = weights
         self._plans: dict[tuple[int | None, ...], Any] = {}  # one for layers of one shape
         self._plan_of_layer = [self._plan_for(layer) for layer in spec.layers]
 
     def _plan_for(self, layer: LayerSpec) -> Any:
         shape = (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.value_head_dim, layer.sliding_window)
         if shape not in self._plans:
-            self._plans[shape] = self._ops.AttentionPlan(*shape)
+            self._plans[shape] = self._ops.AttentionPlan(*shape, self._block_size)
         return self._plans[shape]
 
     def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None:

@@ -58,12 +58,12 @@ def test_kernels_for_codes_are_compiled_only_for_who_has_them():
 
 def test_a_second_process_loads_kernels_from_disk(tmp_path):
     script = (
-        "from paged_kernels.cpu import attention, parallel\n"
+        "from paged_kernels.cpu import items, parallel\n"
         "from numba.core import ccallback\n"
         "counts = []\n"
         "compile_anew = ccallback.CFunc._compile_uncached\n"
         "ccallback.CFunc._compile_uncached = lambda self: counts.append(1) or compile_anew(self)\n"
-        "attention.plan_items.compile()\n"
+        "items.plan_items.compile()\n"
         "print(len(counts))"
     )
     for expected in ("1", "0"):

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from paged_kernels.cpu import arguments, codes
+from paged_kernels.cpu import arguments, codes, items, sharing
 from paged_kernels.cpu import attention as kernels
-from paged_kernels.cpu.attention import ROWS, TILE
+from paged_kernels.cpu.sharing import TILE
+from paged_kernels.cpu.sums import NUM_VECTORS, ROWS
 from paged_kernels.cpu.vectors import BF16, F16, F32, HAS_F16, LANES
 from paged_kernels.layers import Extras, LayerCache
 
 _FLOATS = {torch.float32: F32, torch.bfloat16: BF16} | ({torch.float16: F16} if HAS_F16 else {})
 _CODES = {torch.int8: codes.INT8, torch.float8_e4m3fn: codes.FP8}
 _EVERYTHING = 1 << 40  # a window wider than any context
+_COUNTED = ("num_shared_rows", "num_items", "num_partials", "num_counters")
+_FEW_ROWS = 32  # of a request: its keys are cut into pieces if threads would be idle
 
 
 def supports(dtype: torch.dtype, cache_dtype: torch.dtype) -> bool:
@@ -30,7 +34,9 @@ def supports(dtype: torch.dtype, cache_dtype: torch.dtype) -> bool:
 class AttentionPlan:
     """Attention for layers of one shape: arguments of the kernel, its list of work, its buffers.
 
-    One step at a time: an instance must not be used by two threads at once.
+    One step at a time: an instance must not be used by two threads at once. ``block_size``: of the caches to come;
+    where it is given, blocks that several requests of a step begin with are read once for all of them. That changes
+    no result.
     """
 
     def __init__(
@@ -40,39 +46,46 @@ class AttentionPlan:
         head_dim: int,
         value_head_dim: int,
         sliding_window: int | None = None,
+        block_size: int | None = None,
     ) -> None:
-        self._args = torch.zeros(arguments.NUM_ARGS, dtype=torch.int64)
-        self._address = self._args.data_ptr()
-        self._set = self._args.numpy().data
-        self._bytes = self._set.cast("B")
-        self._group = num_heads // num_kv_heads
+        self._args = np.zeros(1, arguments.ARGUMENTS)
+        self._given = self._args[0]
+        self._address = self._args.ctypes.data
+        self._bytes = self._args.view(np.uint8).data
         self._out_shape = (num_heads, value_head_dim)
-        self._buffers: dict[int, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
         self._metadata: tuple[Tensor, ...] = ()
         self._num_stores = 0
         self._num_threads = 1
-        given = self._set
-        given[arguments.NUM_KV_HEADS] = num_kv_heads
-        given[arguments.GROUP] = self._group
-        given[arguments.HEAD_DIM] = head_dim
-        given[arguments.VALUE_DIM] = value_head_dim
-        given[arguments.WINDOW] = _EVERYTHING if sliding_window is None else sliding_window
-        self._scratch_bytes = self._part_scratch(head_dim, value_head_dim)
+        self._row_bytes = 4 * (LANES + _padded(value_head_dim))
+        self._num_kv_heads = num_kv_heads
+        for name, value in {
+            "num_kv_heads": num_kv_heads,
+            "group": num_heads // num_kv_heads,
+            "head_dim": head_dim,
+            "value_dim": value_head_dim,
+            "window": _EVERYTHING if sliding_window is None else sliding_window,
+            "planned_block_size": block_size or 0,
+            "row_tile": ROWS,
+            "few_rows": _FEW_ROWS,
+        }.items():
+            self._given[name] = value
+        self._scratch_bytes = self._part_scratch(_padded(head_dim), _padded(value_head_dim))
 
-    def _part_scratch(self, head_dim: int, value_head_dim: int) -> int:
-        dim, value_dim = _padded(head_dim), _padded(value_head_dim)
+    def _part_scratch(self, dim: int, value_dim: int) -> int:
         at = 0
-        for name, num_bytes in (
-            (arguments.AT_Q, 4 * ROWS * dim),
-            (arguments.AT_SCORES, 4 * ROWS * TILE),
-            (arguments.AT_OUT, 4 * ROWS * value_dim),
-            (arguments.AT_KEYS, 4 * TILE * dim),
-            (arguments.AT_VALUES, 4 * TILE * value_dim),
-            (arguments.AT_ROWS, 4 * 5 * ROWS + 2 * 8 * TILE),
-        ):
-            self._set[name] = at
+        for name, num_bytes in {
+            "at_q": 4 * ROWS * dim,
+            "at_scores": 4 * ROWS * TILE,
+            "at_out": 4 * ROWS * value_dim,
+            "at_keys": 4 * TILE * dim,
+            "at_values": 4 * TILE * value_dim,
+            "at_rows": 4 * NUM_VECTORS * ROWS + 2 * 8 * TILE,
+        }.items():
+            self._given[name] = at
             at += -(-num_bytes // 64) * 64
-        return at + 64  # threads' parts never share a cache line
+        self._given["scratch_stride"] = at + 64  # threads' parts never share a cache line
+        return at + 64
 
     def plan(self, query_starts: Tensor, seq_lens: Tensor, block_tables: Tensor, slot_mapping: Tensor) -> None:
         """Take in a step: ``i32 [R+1], i32 [R], i32 [R,B], i64 [T]``, all on the CPU."""
@@ -83,30 +96,32 @@ class AttentionPlan:
         assert slot_mapping.dtype == torch.int64
         self._num_stores = slot_mapping.shape[0]
         self._num_threads = torch.get_num_threads()
-        given = self._set
-        given[arguments.NUM_REQUESTS] = seq_lens.shape[0]
-        given[arguments.SLOTS] = slot_mapping.data_ptr()
-        given[arguments.QUERY_STARTS] = query_starts.data_ptr()
-        given[arguments.SEQ_LENS] = seq_lens.data_ptr()
-        given[arguments.TABLES] = block_tables.data_ptr()
-        given[arguments.TABLE_STRIDE] = block_tables.stride(0)
-        given[arguments.ITEMS] = 0
-        kernels.plan_items(self._address, 1)
-        row_bytes = 4 * (LANES + _padded(given[arguments.VALUE_DIM]))
-        self._reserve(arguments.COUNTERS, 8 * given[arguments.NUM_COUNTERS])
-        self._reserve(arguments.PARTIALS, row_bytes * given[arguments.NUM_PARTIALS])
-        self._reserve(arguments.ITEMS, 8 * arguments.ITEM_SIZE * given[arguments.NUM_ITEMS])
-        self._reserve(arguments.SCRATCH, self._scratch_bytes * self._num_threads)
-        given[arguments.SCRATCH_STRIDE] = self._scratch_bytes
-        kernels.plan_items(self._address, 1)
+        num_requests, num_tokens = seq_lens.shape[0], int(query_starts[-1])
+        of_nodes = sharing.NODE_BYTES * 2 * (num_requests + 1)
+        arguments.EACH_STEP.pack_into(
+            self._bytes, arguments.OFFSET["num_requests"], num_requests, slot_mapping.data_ptr(),
+            query_starts.data_ptr(), seq_lens.data_ptr(), block_tables.data_ptr(), block_tables.stride(0),
+            self._num_threads, self._room("order", 8 * num_requests), self._room("reach", 8 * num_requests),
+            self._room("nodes", of_nodes), self._room("stack", of_nodes), self._room("tokens", 8 * num_tokens),
+        )  # fmt: skip
+        items.plan_groups(self._address, 1)
+        shared, num_items, num_partials, num_counters = (int(self._given[name]) for name in _COUNTED)
+        shared *= self._num_kv_heads
+        arguments.ROOM.pack_into(
+            self._bytes, arguments.OFFSET["states"], self._room("states", self._row_bytes * shared),
+            self._room("marks", 8 * shared), self._room("items", items.ITEM_BYTES * num_items),
+            self._room("partials", self._row_bytes * num_partials), self._room("counters", 8 * num_counters),
+            self._room("scratch", self._scratch_bytes * self._num_threads),
+        )  # fmt: skip
+        items.plan_items(self._address, 1)
 
-    def _reserve(self, name: int, num_bytes: int) -> None:
-        """Point argument ``name`` at a buffer of at least this size; a new one is zeroed."""
+    def _room(self, name: str, num_bytes: int) -> int:
+        """The address of a buffer of at least this size; a new one is zeroed."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < num_bytes:
             buffer = torch.zeros(max(num_bytes + num_bytes // 2, 64), dtype=torch.uint8)
             self._buffers[name] = buffer
-        self._set[name] = buffer.data_ptr()
+        return buffer.data_ptr()
 
     def run(self, q: Tensor, k: Tensor | None, v: Tensor | None, cache: LayerCache, extras: Extras) -> Tensor:
         """Store ``k [T,K,D], v [T,K,Dv]`` (if given) at the planned slots, then attend: ``q [T,H,D] -> [T,H,Dv]``.
@@ -158,10 +173,11 @@ def warm_up(progress: Callable[[str, int, int], None] | None = None, cache_dtype
 
     They are the same for every model: shapes are arguments, and so are dtypes, but for those of codes.
     """
+    of_plan = (items.plan_groups, items.plan_items)
     if cache_dtype in _CODES:
-        todo = (kernels.plan_items, kernels.store_codes, kernels.store_and_attend_codes)
+        todo = (*of_plan, kernels.store_codes, kernels.store_and_attend_codes)
     else:
-        todo = (kernels.plan_items, kernels.store, kernels.store_and_attend)
+        todo = (*of_plan, kernels.store, kernels.store_and_attend)
     for done, each in enumerate(todo):
         if progress is not None:
             progress(each.name, done, len(todo))
@@ -174,20 +190,20 @@ def store_kv(k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> N
     """``k [T,K,D], v [T,K,Dv]`` into the cache at ``slot_mapping i64 [T]``; see ``reference.store_kv``."""
     key_cache, value_cache, key_scales, value_scales = cache
     cache_code = _cache_code(key_cache, key_scales)
-    args = torch.zeros(arguments.NUM_ARGS, dtype=torch.int64)
-    given = args.numpy().data
+    args = np.zeros(1, arguments.ARGUMENTS)
     slot_mapping = slot_mapping.contiguous()
     (k, *k_strides), (v, *v_strides) = _side_by_side(k), _side_by_side(v.to(k.dtype))
     arguments.EACH_LAYER.pack_into(
-        given.cast("B"), 0, 0, 0, 0, k.data_ptr(), *k_strides, v.data_ptr(), *v_strides, 0,
+        args.view(np.uint8).data, 0, 0, 0, 0, k.data_ptr(), *k_strides, v.data_ptr(), *v_strides, 0,
         key_cache.data_ptr(), value_cache.data_ptr(), _address(key_scales), _address(value_scales), 0, 0, 0,
         _FLOATS[k.dtype], cache_code, key_cache.shape[2], slot_mapping.shape[0], 0.0, 0.0,
     )  # fmt: skip
-    given[arguments.SLOTS] = slot_mapping.data_ptr()
-    given[arguments.NUM_KV_HEADS], given[arguments.HEAD_DIM] = key_cache.shape[1], key_cache.shape[3]
-    given[arguments.VALUE_DIM] = value_cache.shape[3]
+    given = args[0]
+    given["slots"] = slot_mapping.data_ptr()
+    given["num_kv_heads"], given["head_dim"] = key_cache.shape[1], key_cache.shape[3]
+    given["value_dim"] = value_cache.shape[3]
     kernel = kernels.store if key_scales is None else kernels.store_codes
-    kernel(args.data_ptr(), torch.get_num_threads())
+    kernel(args.ctypes.data, torch.get_num_threads())
 
 
 def copy_blocks(caches: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
@@ -202,7 +218,7 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of packed queries over the blocks of their own request; see ``reference.paged_attention``."""
     shape = (q.shape[1], cache.keys.shape[1], q.shape[2], cache.values.shape[3])
-    plan = AttentionPlan(*shape, extras.sliding_window)
+    plan = AttentionPlan(*shape, extras.sliding_window, cache.keys.shape[2])
     plan.plan(query_starts, seq_lens, block_tables, torch.empty(0, dtype=torch.int64))
     return plan.run(q, None, None, cache, extras)
 

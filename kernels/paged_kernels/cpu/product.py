@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from paged_kernels.cpu.exponents import vexp2
 from paged_kernels.cpu.parallel import Kernel
 from paged_kernels.cpu.vectors import (
     LANES,
@@ -28,7 +29,6 @@ from paged_kernels.cpu.vectors import (
     store_f32,
     vadd,
     vdiv,
-    vexp2,
     vload,
     vload_bf16,
     vmul,

@@ -9,31 +9,7 @@ from __future__ import annotations
 
 from numba import float32
 
-from paged_kernels.cpu.arguments import (
-    BLOCK_SIZE,
-    CACHE_DTYPE,
-    DTYPE,
-    HEAD_DIM,
-    K_HEAD,
-    K_TOKEN,
-    KEY_SCALES,
-    KEYS,
-    NEXT_STORE,
-    NUM_KV_HEADS,
-    NUM_STORED,
-    NUM_TOKENS,
-    REQUEST,
-    SLOTS,
-    TABLE_STRIDE,
-    TABLES,
-    V_HEAD,
-    V_TOKEN,
-    VALUE_DIM,
-    VALUE_SCALES,
-    VALUES,
-    K,
-    V,
-)
+from paged_kernels.cpu.arguments import NEXT_STORE, NUM_STORED, as_arguments
 from paged_kernels.cpu.codes import (
     INT8,
     hlargest,
@@ -83,41 +59,42 @@ def padded(count):
 
 
 @inline
-def store_all(args, codes):
+def store_all(address, codes):
     """Take batches of tokens until none are left, then wait for those that other threads have taken."""
-    num_tokens = load_i64(args, NUM_TOKENS)
+    args = as_arguments(address)
+    num_tokens = args.num_tokens
     num_batches = (num_tokens + STORE_TOKENS - 1) // STORE_TOKENS
     while True:
-        batch = fetch_add(args + 8 * NEXT_STORE, 1)
+        batch = fetch_add(address + NEXT_STORE, 1)
         if batch >= num_batches:
             break
         for token in range(batch * STORE_TOKENS, min(num_tokens, (batch + 1) * STORE_TOKENS)):
             _store_token(args, token, codes)
-        fetch_add(args + 8 * NUM_STORED, 1)
-    while load_shared(args + 8 * NUM_STORED) < num_batches:
+        fetch_add(address + NUM_STORED, 1)
+    while load_shared(address + NUM_STORED) < num_batches:
         pass
 
 
 @inline
 def _store_token(args, token, codes):
-    slot = load_i64(load_i64(args, SLOTS), token)
-    block_size, num_kv_heads = load_i64(args, BLOCK_SIZE), load_i64(args, NUM_KV_HEADS)
+    slot = load_i64(args.slots, token)
+    block_size, num_kv_heads = args.block_size, args.num_kv_heads
     block = slot // block_size
     offset = slot - block * block_size
-    size = size_of(load_i64(args, DTYPE))
-    keys, key_scales, dim = load_i64(args, KEYS), load_i64(args, KEY_SCALES), load_i64(args, HEAD_DIM)
-    values, value_scales, value_dim = load_i64(args, VALUES), load_i64(args, VALUE_SCALES), load_i64(args, VALUE_DIM)
+    size = size_of(args.dtype)
+    keys, key_scales, dim = args.keys, args.key_scales, args.head_dim
+    values, value_scales, value_dim = args.values, args.value_scales, args.value_dim
     for head in range(num_kv_heads):
         row = (block * num_kv_heads + head) * block_size + offset
-        source = load_i64(args, K) + (token * load_i64(args, K_TOKEN) + head * load_i64(args, K_HEAD)) * size
+        source = args.k + (token * args.k_token + head * args.k_head) * size
         _write(args, source, keys, key_scales, row, dim, codes)
-        source = load_i64(args, V) + (token * load_i64(args, V_TOKEN) + head * load_i64(args, V_HEAD)) * size
+        source = args.v + (token * args.v_token + head * args.v_head) * size
         _write(args, source, values, value_scales, row, value_dim, codes)
 
 
 @inline
 def _write(args, source, cache, scales, row, dim, codes):
-    dtype, cache_dtype = load_i64(args, DTYPE), load_i64(args, CACHE_DTYPE)
+    dtype, cache_dtype = args.dtype, args.cache_dtype
     if codes is None:
         copy(source, dtype, cache + row * dim * size_of(cache_dtype), cache_dtype, dim)
     else:
@@ -166,17 +143,17 @@ def _to_codes(source, dtype, target, target_dtype, count):
 
 
 @inline
-def find_rows(args, item, head, cache, scales, dim, start, count, rows, staging, codes):
-    """Put the addresses of keys (or values) start..start+count into the table ``rows``, and fill it up to a multiple
-    of LANES with the last one. Rows the products can't read as they lie are first copied to ``staging``, as
-    float32 and padded with zeros."""
-    num_kv_heads, block_size = load_i64(args, NUM_KV_HEADS), load_i64(args, BLOCK_SIZE)
-    dtype, width = load_i64(args, CACHE_DTYPE), padded(dim)
+def find_rows(args, item, head, cache, scales, dim, tile, lead, count, rows, staging, codes):
+    """Put the addresses of keys (or values) number lead..count of the tile that begins with key ``tile`` into the table
+    ``rows``, and fill it up on both sides to whole multiples of LANES with the first and the last. Rows the products
+    can't read as they lie are first copied to ``staging``, as float32 and padded with zeros."""
+    num_kv_heads, block_size = args.num_kv_heads, args.block_size
+    dtype, width = args.cache_dtype, padded(dim)
     row_bytes = dim * size_of(dtype)
-    table = load_i64(args, TABLES) + 4 * load_i64(item, REQUEST) * load_i64(args, TABLE_STRIDE)
-    block = start // block_size
-    offset = start - block * block_size
-    i = 0
+    table = args.tables + 4 * item.request * args.table_stride
+    block = (tile + lead) // block_size
+    offset = tile + lead - block * block_size
+    i = lead
     while i < count:
         row = (load_i32(table, block) * num_kv_heads + head) * block_size + offset
         address = cache + row * row_bytes
@@ -194,7 +171,7 @@ def find_rows(args, item, head, cache, scales, dim, start, count, rows, staging,
         block += 1
         offset = 0
     if codes is None and (dtype != F32 or dim != width):
-        for i in range(count):
+        for i in range(lead, count):
             source, target = load_i64(rows, i), staging + 4 * i * width
             if dim == width:
                 for d in range(0, dim, LANES):
@@ -202,7 +179,9 @@ def find_rows(args, item, head, cache, scales, dim, start, count, rows, staging,
             else:
                 widen(source, dtype, target, dim, width)
             store_i64(rows, i, target)
-    last = load_i64(rows, count - 1)
+    first, last = load_i64(rows, lead), load_i64(rows, count - 1)
+    for i in range(lead // LANES * LANES, lead):
+        store_i64(rows, i, first)
     for i in range(count, padded(count)):
         store_i64(rows, i, last)
 
@@ -239,19 +218,19 @@ def _from_codes(source, dtype, scale, target, count, width):
 def call_for(args, item, head, start, stop, codes):
     """Ask memory for keys and values start..stop, which are needed soon: blocks lie apart, so the hardware's own
     prefetching starts anew with each."""
-    num_kv_heads, block_size = load_i64(args, NUM_KV_HEADS), load_i64(args, BLOCK_SIZE)
-    size = size_of(load_i64(args, CACHE_DTYPE))
-    key_bytes, value_bytes = load_i64(args, HEAD_DIM) * size, load_i64(args, VALUE_DIM) * size
-    table = load_i64(args, TABLES) + 4 * load_i64(item, REQUEST) * load_i64(args, TABLE_STRIDE)
+    num_kv_heads, block_size = args.num_kv_heads, args.block_size
+    size = size_of(args.cache_dtype)
+    key_bytes, value_bytes = args.head_dim * size, args.value_dim * size
+    table = args.tables + 4 * item.request * args.table_stride
     while start < stop:
         block = start // block_size
         count = min(stop, (block + 1) * block_size) - start
         row = (load_i32(table, block) * num_kv_heads + head) * block_size + start - block * block_size
-        _call_run(load_i64(args, KEYS) + row * key_bytes, count * key_bytes)
-        _call_run(load_i64(args, VALUES) + row * value_bytes, count * value_bytes)
+        _call_run(args.keys + row * key_bytes, count * key_bytes)
+        _call_run(args.values + row * value_bytes, count * value_bytes)
         if codes is not None:
-            _call_run(load_i64(args, KEY_SCALES) + row * 4, count * 4)
-            _call_run(load_i64(args, VALUE_SCALES) + row * 4, count * 4)
+            _call_run(args.key_scales + row * 4, count * 4)
+            _call_run(args.value_scales + row * 4, count * 4)
         start += count
 
 

@@ -233,6 +233,12 @@ def load_shared(builder: Any, address: Any) -> Any:
     return builder.load_atomic(builder.inttoptr(address, _i64.as_pointer()), "acquire", 8)
 
 
+@_define(types.void, types.int64, types.int64)
+def store_shared(builder: Any, address: Any, value: Any) -> None:
+    """Write the int64 at address, for others to see after all that was written before."""
+    builder.store_atomic(value, builder.inttoptr(address, _i64.as_pointer()), "release", 8)
+
+
 # ---- arithmetic on vectors ------------------------------------------------------------------------------------
 
 
@@ -311,184 +317,6 @@ def _fold(builder: Any, a: Any, combine: Callable[[Any, Any], Any]) -> Any:
         a = combine(a, builder.shuffle_vector(a, a, ir.Constant(_ivec, order)))
         step //= 2
     return builder.extract_element(a, _i32(0))
-
-
-# 2**f = 1 + f * p(f) on [-0.5, 0.5] and tanh(x) = x + x * z * p(z), z = x * x, on [-0.65, 0.65]: fitted for the least
-# greatest relative error, 2e-9 and 6e-9.
-_EXP2 = (0.6931471824645996, 0.24022647738456726, 0.055503323674201965, 0.00961843691766262, 0.0013398875016719103,
-         0.00015353361959569156)  # fmt: skip
-_TANH = (-0.3333326280117035, 0.1333089917898178, -0.05369296669960022, 0.020483311265707016, -0.005528628826141357)
-_ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
-
-
-def _polynomial(builder: Any, x: Any, coefficients: tuple[float, ...]) -> Any:
-    total = _const(coefficients[-1])
-    for c in reversed(coefficients[:-1]):
-        total = _call(builder, f"llvm.fma.v{LANES}f32", total, x, _const(c))
-    return total
-
-
-@_define(vector, vector)
-def vexp2(builder: Any, x: Any) -> Any:
-    """2**x to about one unit in the last place, for x <= 127; 0 below -126 (so for -inf); NaN for NaN."""
-    too_small = builder.fcmp_ordered("olt", x, _const(-126.0))
-    x = builder.select(too_small, _const(-126.0), x)
-    shifted = builder.fadd(x, _const(_ROUND))
-    f = builder.fsub(x, builder.fsub(shifted, _const(_ROUND)))
-    power = builder.shl(builder.add(builder.bitcast(shifted, _ivec), _iconst(127)), _iconst(23))
-    p = _polynomial(builder, f, _EXP2)
-    y = _call(builder, f"llvm.fma.v{LANES}f32", p, f, _const(1.0))
-    return builder.select(too_small, _const(0.0), builder.fmul(y, builder.bitcast(power, _vec)))
-
-
-@_define(vector, vector)
-def vtanh_near(builder: Any, x: Any) -> Any:
-    """tanh(x) for -0.65 <= x <= 0.65."""
-    z = builder.fmul(x, x)
-    xz = builder.fmul(x, z)
-    return _call(builder, f"llvm.fma.v{LANES}f32", xz, _polynomial(builder, z, _TANH), x)
-
-
-@inline
-def vtanh(x):
-    """tanh(x) to a few units in the last place; NaN for NaN."""
-    one = vsplat(1.0)
-    size = vmax(x, vsub(vsplat(0.0), x))
-    power = vexp2(vmul(vselect_less(vsplat(20.0), size, vsplat(20.0), size), vsplat(-2.885390081777927)))
-    far = vdiv(vsub(one, power), vadd(one, power))
-    far = vselect_less(x, vsplat(0.0), vsub(vsplat(0.0), far), far)
-    near = vtanh_near(x)
-    return vselect_less(size, vsplat(0.625), near, far)
-
-
-# ---- products held in registers -------------------------------------------------------------------------------
-
-
-def _accumulators(builder: Any, rows: int, columns: int) -> list[list[Any]]:
-    return [[cgutils.alloca_once(builder, _vec) for _ in range(columns)] for _ in range(rows)]
-
-
-def make_outer(rows: int, columns: int) -> Any:
-    """``outer(a_rows, b, b_stride, c, c_stride, count)``: C[m, lanes] = sum over k of A[m, k] * B[k, lanes].
-
-    ``rows`` rows of A, each found through an address in the table ``a_rows``; ``columns`` vectors of B and C. Strides
-    count floats.
-    """
-    i = types.int64
-
-    @_define(types.void, i, i, i, i, i, i)
-    def outer(builder: Any, a_rows: Any, b: Any, b_stride: Any, c: Any, c_stride: Any, count: Any) -> None:
-        acc = _accumulators(builder, rows, columns)
-        a = [builder.load(_at(builder, a_rows, _i64(m), _i64)) for m in range(rows)]
-        for m in range(rows):
-            for n in range(columns):
-                builder.store(_const(0.0), acc[m][n])
-        with cgutils.for_range(builder, count) as loop:
-            k = loop.index
-            at = builder.mul(k, b_stride)
-            right = [
-                builder.load(_at(builder, b, builder.add(at, _i64(n * LANES)), _f32, _vec), align=4)
-                for n in range(columns)
-            ]
-            for m in range(rows):
-                left = _splat(builder, builder.load(_at(builder, a[m], k, _f32)))
-                for n in range(columns):
-                    total = _call(builder, f"llvm.fma.v{LANES}f32", left, right[n], builder.load(acc[m][n]))
-                    builder.store(total, acc[m][n])
-        for m in range(rows):
-            for n in range(columns):
-                index = builder.add(builder.mul(_i64(m), c_stride), _i64(n * LANES))
-                builder.store(builder.load(acc[m][n]), _at(builder, c, index, _f32, _vec), align=4)
-
-    return outer
-
-
-def make_mix(rows: int, columns: int) -> Any:
-    """``mix(p, p_row, p_key, b_rows, offset, c, c_stride, alphas, count)``: C[m, lanes] = C * alphas[m] + sum over k
-    of P[m, k] * B[k, offset + lanes].
-
-    P's element stands at ``m * p_row + k * p_key``; row k of B is found through an address in the table ``b_rows``.
-    """
-    i = types.int64
-
-    @_define(types.void, i, i, i, i, i, i, i, i, i)
-    def mix(
-        builder: Any, p: Any, p_row: Any, p_key: Any, b_rows: Any, offset: Any, c: Any, c_stride: Any, alphas: Any,
-        count: Any,
-    ) -> None:  # fmt: skip
-        acc = _accumulators(builder, rows, columns)
-        targets = []
-        for m in range(rows):
-            alpha = _splat(builder, builder.load(_at(builder, alphas, _i64(m), _f32)))
-            for n in range(columns):
-                index = builder.add(builder.add(builder.mul(_i64(m), c_stride), offset), _i64(n * LANES))
-                targets.append(_at(builder, c, index, _f32, _vec))
-                builder.store(builder.fmul(builder.load(targets[-1], align=4), alpha), acc[m][n])
-        with cgutils.for_range(builder, count) as loop:
-            k = loop.index
-            row = builder.load(_at(builder, b_rows, k, _i64))
-            right = [
-                builder.load(_at(builder, row, builder.add(offset, _i64(n * LANES)), _f32, _vec), align=4)
-                for n in range(columns)
-            ]
-            at = builder.mul(k, p_key)
-            for m in range(rows):
-                index = builder.add(at, builder.mul(_i64(m), p_row))
-                left = _splat(builder, builder.load(_at(builder, p, index, _f32)))
-                for n in range(columns):
-                    total = _call(builder, f"llvm.fma.v{LANES}f32", left, right[n], builder.load(acc[m][n]))
-                    builder.store(total, acc[m][n])
-        for m in range(rows):
-            for n in range(columns):
-                builder.store(builder.load(acc[m][n]), targets[m * columns + n], align=4)
-
-    return mix
-
-
-@_define(vector, types.int64, types.int64, types.int64)
-def dots(builder: Any, rows: Any, x: Any, chunks: Any) -> Any:
-    """One dot product a lane: x with each of LANES rows, found through the address table ``rows``; ``chunks`` vectors
-    long."""
-    acc = _accumulators(builder, LANES, 1)
-    for m in range(LANES):
-        builder.store(_const(0.0), acc[m][0])
-
-    def add(first: Any, width: int) -> None:
-        at = [builder.mul(builder.add(first, _i64(n)), _i64(LANES)) for n in range(width)]
-        right = [builder.load(_at(builder, x, index, _f32, _vec), align=4) for index in at]
-        for m in range(LANES):
-            row = builder.load(_at(builder, rows, _i64(m), _i64))
-            total = builder.load(acc[m][0])
-            for n in range(width):
-                left = builder.load(_at(builder, row, at[n], _f32, _vec), align=4)
-                total = _call(builder, f"llvm.fma.v{LANES}f32", left, right[n], total)
-            builder.store(total, acc[m][0])
-
-    fours = builder.lshr(chunks, _i64(2))
-    with cgutils.for_range(builder, fours) as loop:
-        add(builder.shl(loop.index, _i64(2)), 4)
-    done = builder.shl(fours, _i64(2))
-    with cgutils.for_range(builder, builder.sub(chunks, done)) as loop:
-        add(builder.add(done, loop.index), 1)
-    return _sum_each(builder, [builder.load(acc[m][0]) for m in range(LANES)])
-
-
-def _sum_each(builder: Any, vectors: list[Any]) -> Any:
-    """The sum of each of LANES vectors, in the lane of its number. At each level, two vectors whose numbers differ in
-    one bit meet in one: lanes that have the bit clear keep the first's, the others the second's."""
-    bit = 1
-    while len(vectors) > 1:
-        keep = [lane + LANES if lane & bit else lane for lane in range(LANES)]
-        cross = [(lane ^ bit) + LANES if lane & bit else lane ^ bit for lane in range(LANES)]
-        vectors = [
-            builder.fadd(
-                builder.shuffle_vector(one, other, ir.Constant(_ivec, keep)),
-                builder.shuffle_vector(one, other, ir.Constant(_ivec, cross)),
-            )
-            for one, other in zip(vectors[::2], vectors[1::2], strict=True)
-        ]
-        bit *= 2
-    return vectors[0]
 
 
 # ---- numbers of a dtype that is known only when the kernel runs ---------------------------------------------------

@@ -1,0 +1,143 @@
+"""A tile of keys for few query rows, in float32: vectors run along the head dim, so each key is read where it lies."""
+
+from __future__ import annotations
+
+from numba import float32
+
+from paged_kernels.cpu.exponents import vexp2
+from paged_kernels.cpu.register_tiles import dots, make_mix
+from paged_kernels.cpu.rows import call_for, padded, widen
+from paged_kernels.cpu.scores import bias_of, biased, cap
+from paged_kernels.cpu.sharing import TILE
+from paged_kernels.cpu.sums import (
+    KEPT,
+    LOG2E,
+    LOWEST,
+    NOTHING,
+    TAKEN,
+    TILE_MAXIMUM,
+    TILE_SUM,
+    at,
+    head_of,
+    query_of,
+    sees_until,
+    take_in,
+)
+from paged_kernels.cpu.vectors import (
+    LANES,
+    REGISTERS,
+    hmax,
+    hsum,
+    inline,
+    lane_numbers,
+    store_f32,
+    vadd,
+    vload,
+    vmax,
+    vmul,
+    vselect_less,
+    vsplat,
+    vstore,
+    vsub,
+)
+
+FEW = LANES // 2  # rows; from there on, vectors along the rows are faster
+WIDEST = 4 if REGISTERS == 32 else 2  # vectors side by side in a register tile
+mix_1x4, mix_2x4, mix_3x4, mix_4x4 = make_mix(1, 4), make_mix(2, 4), make_mix(3, 4), make_mix(4, 4)
+mix_1x2, mix_2x2, mix_3x2, mix_4x2 = make_mix(1, 2), make_mix(2, 2), make_mix(3, 2), make_mix(4, 2)
+mix_1x1, mix_2x1, mix_3x1, mix_4x1 = make_mix(1, 1), make_mix(2, 1), make_mix(3, 1), make_mix(4, 1)
+
+
+@inline
+def take_few(args, item, head, queries):
+    """The rows' queries, scaled, padded with zeros."""
+    dim, width = args.head_dim, padded(args.head_dim)
+    scale = vsplat(args.scale * float32(LOG2E))
+    for row in range(item.num_rows):
+        query = queries + 4 * row * width
+        widen(query_of(args, item, head, row), args.dtype, query, dim, width)
+        for i in range(0, width, LANES):
+            vstore(query, i, vmul(vload(query, i), scale))
+
+
+@inline
+def tile_of_few(args, item, head, tile, lead, count, key_rows, value_rows, queries, scores, state, out, ahead,
+                ahead_head, ahead_start, ahead_stop, codes):  # fmt: skip
+    """Keys number lead..count of a tile into the rows' states. Keys that are needed next are fetched meanwhile."""
+    width, value_width = padded(args.head_dim), padded(args.value_dim)
+    begun = lead // LANES * LANES
+    for row in range(item.num_rows):
+        query, line = queries + 4 * row * width, scores + 4 * row * TILE
+        bias = bias_of(args, head_of(args, item, head, row))
+        high = min(count, sees_until(args, item, row) - tile)
+        low = max(lead, sees_until(args, item, row) - tile - args.window)
+        top = vsplat(LOWEST)
+        for i in range(begun, count, LANES):
+            if row == 0:
+                call_for(args, ahead, ahead_head, ahead_start + i, min(ahead_stop, ahead_start + i + LANES), codes)
+            s = dots(key_rows + 8 * i, query, width // LANES)
+            if args.softcap != 0.0:
+                s = cap(s, args.softcap)
+            if bias != 0:
+                s = biased(s, vload(bias, tile + i))
+            if i + LANES > high:
+                s = vselect_less(lane_numbers(), vsplat(float32(high - i)), s, vsplat(NOTHING))
+            if i < low:
+                s = vselect_less(lane_numbers(), vsplat(float32(low - i)), vsplat(NOTHING), s)
+            vstore(line, i, s)
+            top = vmax(top, s)
+        m = hmax(top)
+        total = vsplat(float32(0.0))
+        for i in range(begun, count, LANES):
+            p = vexp2(vsub(vload(line, i), vsplat(m)))
+            vstore(line, i, p)
+            total = vadd(total, p)
+        store_f32(state, at(TILE_MAXIMUM, row), m)
+        store_f32(state, at(TILE_SUM, row), hsum(total))
+    take_in(item, state)
+    row = 0
+    while row < item.num_rows:
+        height = min(4, item.num_rows - row)
+        mix(
+            height, scores + 4 * (row * TILE + lead), TILE, 1, value_rows + 8 * lead, out + 4 * row * value_width,
+            value_width, state + 4 * at(KEPT, row), state + 4 * at(TAKEN, row), count - lead,
+        )  # fmt: skip
+        row += height
+
+
+@inline
+def mix(height, p, p_row, p_key, rows, out, width, kept, taken, count):
+    """out[height, width] = out * kept + taken * (p @ rows), in register tiles."""
+    at = 0
+    while at < width:
+        left = (width - at) // LANES
+        if left >= 4 and WIDEST == 4:
+            if height == 4:
+                mix_4x4(p, p_row, p_key, rows, at, out, width, kept, taken, count)
+            elif height == 3:
+                mix_3x4(p, p_row, p_key, rows, at, out, width, kept, taken, count)
+            elif height == 2:
+                mix_2x4(p, p_row, p_key, rows, at, out, width, kept, taken, count)
+            else:
+                mix_1x4(p, p_row, p_key, rows, at, out, width, kept, taken, count)
+            at += 4 * LANES
+        elif left >= 2:
+            if height == 4:
+                mix_4x2(p, p_row, p_key, rows, at, out, width, kept, taken, count)
+            elif height == 3:
+                mix_3x2(p, p_row, p_key, rows, at, out, width, kept, taken, count)
+            elif height == 2:
+                mix_2x2(p, p_row, p_key, rows, at, out, width, kept, taken, count)
+            else:
+                mix_1x2(p, p_row, p_key, rows, at, out, width, kept, taken, count)
+            at += 2 * LANES
+        else:
+            if height == 4:
+                mix_4x1(p, p_row, p_key, rows, at, out, width, kept, taken, count)
+            elif height == 3:
+                mix_3x1(p, p_row, p_key, rows, at, out, width, kept, taken, count)
+            elif height == 2:
+                mix_2x1(p, p_row, p_key, rows, at, out, width, kept, taken, count)
+            else:
+                mix_1x1(p, p_row, p_key, rows, at, out, width, kept, taken, count)
+            at += LANES

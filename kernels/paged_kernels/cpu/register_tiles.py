@@ -1,0 +1,204 @@
+"""Words for numba kernels: products of small matrices, held in registers.
+
+Each sum has one order, whichever word computes it. A dot product's: lane i sums the numbers i, i + LANES, i + 2 LANES
+and so on, then lanes are added pair by pair, neighbours first. A mix of rows is summed row by row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from paged_kernels.cpu.vectors import (
+    LANES,
+    _at,
+    _call,
+    _const,
+    _define,
+    _f32,
+    _i64,
+    _ivec,
+    _splat,
+    _vec,
+    vector,
+)
+
+
+def _accumulators(builder: Any, rows: int, columns: int) -> list[list[Any]]:
+    return [[cgutils.alloca_once(builder, _vec) for _ in range(columns)] for _ in range(rows)]
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return _call(builder, f"llvm.fma.v{LANES}f32", a, b, c)
+
+
+def make_outer(rows: int, columns: int, together: int) -> Any:
+    """``outer(a_rows, b, b_stride, c, c_stride, count)``: C[m, lanes] = sum over k of A[m, k] * B[k, lanes], each as
+    ``dots`` sums it.
+
+    ``rows`` rows of A, each found through an address in the table ``a_rows``; ``columns`` vectors of B and C. Strides
+    count floats. What ``dots`` sums in lanes is summed here in so many passes: ``together`` of these lanes in each, and
+    what they come to waits in registers for its neighbour.
+    """
+    i = types.int64
+    cells = [(m, n) for m in range(rows) for n in range(columns)]
+
+    @_define(types.void, i, i, i, i, i, i)
+    def outer(builder: Any, a_rows: Any, b: Any, b_stride: Any, c: Any, c_stride: Any, count: Any) -> None:
+        a = [builder.load(_at(builder, a_rows, _i64(m), _i64)) for m in range(rows)]
+
+        def add_products(acc: Any, k: Any) -> None:
+            at = builder.mul(k, b_stride)
+            right = [
+                builder.load(_at(builder, b, builder.add(at, _i64(n * LANES)), _f32, _vec), align=4)
+                for n in range(columns)
+            ]
+            for m in range(rows):
+                left = _splat(builder, builder.load(_at(builder, a[m], k, _f32)))
+                for n in range(columns):
+                    builder.store(_fma(builder, left, right[n], builder.load(acc[m, n])), acc[m, n])
+
+        def one_pass(first: int) -> list[Any]:
+            lanes = [{cell: cgutils.alloca_once(builder, _vec) for cell in cells} for _ in range(together)]
+            for acc in lanes:
+                for cell in cells:
+                    builder.store(_const(0.0), acc[cell])
+            whole = builder.sdiv(builder.add(count, _i64(LANES - first - together)), _i64(LANES))
+            with cgutils.for_range(builder, whole) as loop:
+                k = builder.add(builder.mul(loop.index, _i64(LANES)), _i64(first))
+                for n, acc in enumerate(lanes):
+                    add_products(acc, builder.add(k, _i64(n)))
+            rest = builder.add(builder.mul(whole, _i64(LANES)), _i64(first))
+            for n, acc in enumerate(lanes[:-1]):
+                k = builder.add(rest, _i64(n))
+                with builder.if_then(builder.icmp_signed("<", k, count)):
+                    add_products(acc, k)
+            return [{cell: builder.load(acc[cell]) for cell in cells} for acc in lanes]
+
+        def fold(sums: list[Any]) -> Any:
+            while len(sums) > 1:
+                pairs = zip(sums[::2], sums[1::2], strict=True)
+                sums = [{cell: builder.fadd(one[cell], other[cell]) for cell in cells} for one, other in pairs]
+            return sums[0]
+
+        def lanes(first: int, num: int) -> Any:
+            if num == together:
+                return fold(one_pass(first))
+            return fold([lanes(first, num // 2), lanes(first + num // 2, num // 2)])
+
+        sums = lanes(0, LANES)
+        for m, n in cells:
+            index = builder.add(builder.mul(_i64(m), c_stride), _i64(n * LANES))
+            builder.store(sums[m, n], _at(builder, c, index, _f32, _vec), align=4)
+
+    return outer
+
+
+def make_mix(rows: int, columns: int) -> Any:
+    """``mix(p, p_row, p_key, b_rows, offset, c, c_stride, kept, taken, count)``: C[m, lanes] = C * kept[m] + taken[m] *
+    (sum over k of P[m, k] * B[k, offset + lanes]).
+
+    P's element stands at ``m * p_row + k * p_key``; row k of B is found through an address in the table ``b_rows``.
+    """
+    i = types.int64
+
+    @_define(types.void, i, i, i, i, i, i, i, i, i, i)
+    def mix(
+        builder: Any, p: Any, p_row: Any, p_key: Any, b_rows: Any, offset: Any, c: Any, c_stride: Any, kept: Any,
+        taken: Any, count: Any,
+    ) -> None:  # fmt: skip
+        acc = _accumulators(builder, rows, columns)
+        for m in range(rows):
+            for n in range(columns):
+                builder.store(_const(0.0), acc[m][n])
+        with cgutils.for_range(builder, count) as loop:
+            k = loop.index
+            row = builder.load(_at(builder, b_rows, k, _i64))
+            right = [
+                builder.load(_at(builder, row, builder.add(offset, _i64(n * LANES)), _f32, _vec), align=4)
+                for n in range(columns)
+            ]
+            at = builder.mul(k, p_key)
+            for m in range(rows):
+                index = builder.add(at, builder.mul(_i64(m), p_row))
+                left = _splat(builder, builder.load(_at(builder, p, index, _f32)))
+                for n in range(columns):
+                    builder.store(_fma(builder, left, right[n], builder.load(acc[m][n])), acc[m][n])
+        for m in range(rows):
+            keep, take = (_splat(builder, builder.load(_at(builder, x, _i64(m), _f32))) for x in (kept, taken))
+            for n in range(columns):
+                index = builder.add(builder.add(builder.mul(_i64(m), c_stride), offset), _i64(n * LANES))
+                target = _at(builder, c, index, _f32, _vec)
+                before = builder.fmul(builder.load(target, align=4), keep)
+                builder.store(_fma(builder, builder.load(acc[m][n]), take, before), target, align=4)
+
+    return mix
+
+
+@_define(vector, types.int64, types.int64, types.int64)
+def dots(builder: Any, rows: Any, x: Any, chunks: Any) -> Any:
+    """One dot product a lane: x with each of LANES rows, found through the address table ``rows``; ``chunks`` vectors
+    long."""
+    acc = _accumulators(builder, LANES, 1)
+    for m in range(LANES):
+        builder.store(_const(0.0), acc[m][0])
+
+    def add(first: Any, width: int) -> None:
+        at = [builder.mul(builder.add(first, _i64(n)), _i64(LANES)) for n in range(width)]
+        right = [builder.load(_at(builder, x, index, _f32, _vec), align=4) for index in at]
+        for m in range(LANES):
+            row = builder.load(_at(builder, rows, _i64(m), _i64))
+            total = builder.load(acc[m][0])
+            for n in range(width):
+                left = builder.load(_at(builder, row, at[n], _f32, _vec), align=4)
+                total = _fma(builder, left, right[n], total)
+            builder.store(total, acc[m][0])
+
+    fours = builder.lshr(chunks, _i64(2))
+    with cgutils.for_range(builder, fours) as loop:
+        add(builder.shl(loop.index, _i64(2)), 4)
+    done = builder.shl(fours, _i64(2))
+    with cgutils.for_range(builder, builder.sub(chunks, done)) as loop:
+        add(builder.add(done, loop.index), 1)
+    return _sum_each(builder, [builder.load(acc[m][0]) for m in range(LANES)])
+
+
+def _sum_each(builder: Any, vectors: list[Any]) -> Any:
+    """The sum of each of LANES vectors, in the lane of its number. At each level, two vectors whose numbers differ in
+    one bit meet in one: lanes that have the bit clear keep the first's, the others the second's."""
+    bit = 1
+    while len(vectors) > 1:
+        keep = [lane + LANES if lane & bit else lane for lane in range(LANES)]
+        cross = [(lane ^ bit) + LANES if lane & bit else lane ^ bit for lane in range(LANES)]
+        vectors = [
+            builder.fadd(
+                builder.shuffle_vector(one, other, ir.Constant(_ivec, keep)),
+                builder.shuffle_vector(one, other, ir.Constant(_ivec, cross)),
+            )
+            for one, other in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+        bit *= 2
+    return vectors[0]
+
+
+@_define(vector, types.int64, types.int64, types.int64)
+def sum_down(builder: Any, lines: Any, stride: Any, blocks: Any) -> Any:
+    """The sum of ``blocks`` times LANES vectors that lie ``stride`` floats apart: lane by lane what ``hsum`` makes of
+    the sum of as many vectors, if each lane's numbers lay side by side."""
+    acc = _accumulators(builder, LANES, 1)
+    for m in range(LANES):
+        builder.store(_const(0.0), acc[m][0])
+    with cgutils.for_range(builder, blocks) as loop:
+        first = builder.mul(loop.index, _i64(LANES))
+        for m in range(LANES):
+            index = builder.mul(builder.add(first, _i64(m)), stride)
+            line = builder.load(_at(builder, lines, index, _f32, _vec), align=4)
+            builder.store(builder.fadd(builder.load(acc[m][0]), line), acc[m][0])
+    sums = [builder.load(acc[m][0]) for m in range(LANES)]
+    while len(sums) > 1:
+        half = len(sums) // 2
+        sums = [builder.fadd(one, other) for one, other in zip(sums[:half], sums[half:], strict=True)]
+    return sums[0]

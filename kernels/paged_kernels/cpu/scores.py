@@ -1,0 +1,28 @@
+"""What becomes of a score between q·k and the softmax, in base 2, the same for one query as for many."""
+
+from __future__ import annotations
+
+from numba import float32
+
+from paged_kernels.cpu.exponents import vtanh
+from paged_kernels.cpu.sums import LOG2E
+from paged_kernels.cpu.vectors import inline, vfma, vmul, vsplat
+
+
+@inline
+def cap(scores, softcap):
+    """softcap * tanh(scores / softcap), of scores in base 2."""
+    inner = vmul(scores, vsplat(float32(1.0) / (softcap * float32(LOG2E))))
+    return vmul(vtanh(inner), vsplat(softcap * float32(LOG2E)))
+
+
+@inline
+def biased(scores, bias):
+    """Scores in base 2, and their bias."""
+    return vfma(bias, vsplat(float32(LOG2E)), scores)
+
+
+@inline
+def bias_of(args, query_head):
+    """The address of a head's bias, or 0."""
+    return args.key_bias + 4 * query_head * args.bias_stride if args.key_bias != 0 else args.key_bias

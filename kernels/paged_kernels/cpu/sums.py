@@ -1,0 +1,221 @@
+"""The softmax of query rows while it grows: tile by tile of keys, always in the order of the keys.
+
+A row's state is its largest score so far, the sum of powers of two of all scores less that, and the values' sum so
+weighted. Each tile of keys is summed by itself and then taken into the state, so it makes no difference who has summed
+it: the row's own item, one that does it for several requests, or several that each do some of the tiles.
+"""
+
+from __future__ import annotations
+
+from numba import float32
+
+from paged_kernels.cpu.exponents import vexp2
+from paged_kernels.cpu.rows import copy, padded
+from paged_kernels.cpu.sharing import TILE
+from paged_kernels.cpu.vectors import (
+    F32,
+    LANES,
+    fetch_add,
+    inline,
+    load_f32,
+    load_i32,
+    load_shared,
+    size_of,
+    store_f32,
+    store_i64,
+    store_shared,
+    vadd,
+    vfirst,
+    vfma,
+    vload,
+    vmax,
+    vmul,
+    vsplat,
+    vstore,
+    vsub,
+)
+
+ROWS = 4 * LANES  # query rows of an item, at most
+
+# Vectors of one float for each row. Of the state: maximum and sum. Of the tile that is to be taken in: the same, and
+# what both are to be multiplied by. Which keys a row sees: LOW <= key < HIGH.
+MAXIMUM, SUM, TILE_MAXIMUM, TILE_SUM, KEPT, TAKEN, LOW, HIGH, NUM_VECTORS = range(9)
+
+LOG2E = 1.4426950408889634
+LOWEST = float32(-1e30)  # below every score, and finite: LOWEST - LOWEST is 0
+NOTHING = float32(float("-inf"))
+
+
+@inline
+def at(vector, row):
+    return vector * ROWS + row
+
+
+@inline
+def token_of(args, item, row):
+    """Where in q and out a row's token is."""
+    return load_i32(args.tokens, item.first_token + (item.first_row + row) // args.group)
+
+
+@inline
+def head_of(args, item, head, row):
+    return head * args.group + (item.first_row + row) % args.group
+
+
+@inline
+def query_of(args, item, head, row):
+    """The address of a row's query."""
+    index = token_of(args, item, row) * args.q_token + head_of(args, item, head, row) * args.q_head
+    return args.q + index * size_of(args.dtype)
+
+
+@inline
+def sees_until(args, item, row):
+    """The first key that a row does not see, since it comes later."""
+    if item.many_requests == 1:
+        return item.key_stop
+    return item.first_position + (item.first_row + row) // args.group + 1
+
+
+@inline
+def clear(args, item, state, out):
+    """No key has been seen."""
+    for i in range(0, padded(item.num_rows), LANES):
+        vstore(state, at(MAXIMUM, i), vsplat(LOWEST))
+        vstore(state, at(SUM, i), vsplat(float32(0.0)))
+    for i in range(0, item.num_rows * padded(args.value_dim), LANES):
+        vstore(out, i, vsplat(float32(0.0)))
+
+
+@inline
+def take_in(item, state):
+    """Take a tile's maxima and sums into the state. KEPT and TAKEN are what the values' sums are to be multiplied by:
+    those so far, and the tile's."""
+    for i in range(0, padded(item.num_rows), LANES):
+        before, of_tile = vload(state, at(MAXIMUM, i)), vload(state, at(TILE_MAXIMUM, i))
+        now = vmax(before, of_tile)
+        kept, taken = vexp2(vsub(before, now)), vexp2(vsub(of_tile, now))
+        total = vmul(vload(state, at(SUM, i)), kept)
+        vstore(state, at(SUM, i), vadd(total, vmul(vload(state, at(TILE_SUM, i)), taken)))
+        vstore(state, at(MAXIMUM, i), now)
+        vstore(state, at(KEPT, i), kept)
+        vstore(state, at(TAKEN, i), taken)
+
+
+# ---- states that wait in memory -------------------------------------------------------------------------------
+
+
+@inline
+def _row_bytes(args):
+    return 4 * (LANES + padded(args.value_dim))
+
+
+@inline
+def _keep(args, state, out, row, target):
+    width = padded(args.value_dim)
+    store_f32(target, 0, load_f32(state, at(MAXIMUM, row)))
+    store_f32(target, 1, load_f32(state, at(SUM, row)))
+    for i in range(0, width, LANES):
+        vstore(target, LANES + i, vload(out, row * width + i))
+
+
+@inline
+def begin(args, item, head, state, out):
+    """The rows' states before the item: what was carried over, as soon as it is there, or nothing."""
+    if item.goes_on == 0:
+        clear(args, item, state, out)
+        return
+    width = padded(args.value_dim)
+    for row in range(item.num_rows):
+        index = head * args.num_shared_rows + item.state + row
+        # Whoever computes it took it before this item was taken, and waits at most for others like it.
+        while load_shared(args.marks + 8 * index) != item.key_start:
+            pass
+        source = args.states + _row_bytes(args) * index
+        store_f32(state, at(MAXIMUM, row), load_f32(source, 0))
+        store_f32(state, at(SUM, row), load_f32(source, 1))
+        for i in range(0, width, LANES):
+            vstore(out, row * width + i, vload(source, LANES + i))
+
+
+@inline
+def end(args, item, head, state, out):
+    """The rows' states after the item: results, or carried over."""
+    width = padded(args.value_dim)
+    for row in range(item.num_rows):
+        index = head * args.num_shared_rows + item.state + row
+        if item.ends == 0:
+            _keep(args, state, out, row, args.states + _row_bytes(args) * index)
+            store_shared(args.marks + 8 * index, item.key_stop)
+            continue
+        if item.goes_on == 1:
+            store_i64(args.marks, index, 0)  # for the next layer
+        m, total = load_f32(state, at(MAXIMUM, row)), load_f32(state, at(SUM, row))
+        _write(args, item, head, row, m, total, out + 4 * row * width)
+
+
+@inline
+def keep_tile(args, item, head, tile, state, out):
+    """Put a tile's own sums aside: other threads compute other tiles of these rows."""
+    first = _partial_of(args, item, head, tile)
+    for row in range(item.num_rows):
+        _keep(args, state, out, row, first + _row_bytes(args) * row)
+
+
+@inline
+def is_last_piece(args, item, head):
+    """Whether all others of the rows' pieces are finished."""
+    counter = args.counters + 8 * (item.counter + head)
+    if fetch_add(counter, 1) < item.num_pieces - 1:
+        return False
+    store_i64(counter, 0, 0)
+    return True
+
+
+@inline
+def take_in_tiles(args, item, head, state, out):
+    """Take in all tiles of the rows that were put aside, as if they were computed now."""
+    width = padded(args.value_dim)
+    for tile in range(item.key_start // TILE * TILE, item.key_stop, TILE):
+        first = _partial_of(args, item, head, tile)
+        for row in range(item.num_rows):
+            store_f32(state, at(TILE_MAXIMUM, row), load_f32(first + _row_bytes(args) * row, 0))
+            store_f32(state, at(TILE_SUM, row), load_f32(first + _row_bytes(args) * row, 1))
+        take_in(item, state)
+        for row in range(item.num_rows):
+            take_in_values(state, row, first + _row_bytes(args) * row + 4 * LANES, out + 4 * row * width, width)
+
+
+@inline
+def take_in_values(state, row, of_tile, out, width):
+    """``out`` of one row times KEPT plus the tile's times TAKEN."""
+    kept, taken = vsplat(load_f32(state, at(KEPT, row))), vsplat(load_f32(state, at(TAKEN, row)))
+    for i in range(0, width, LANES):
+        vstore(out, i, vfma(vload(of_tile, i), taken, vmul(vload(out, i), kept)))
+
+
+@inline
+def _partial_of(args, item, head, tile):
+    num_tiles = (item.key_stop - 1) // TILE - item.key_start // TILE + 1
+    number = head * num_tiles + tile // TILE - item.key_start // TILE
+    return args.partials + _row_bytes(args) * (item.partial + number * item.num_rows)
+
+
+# ---- from sums to results -------------------------------------------------------------------------------------
+
+
+@inline
+def _write(args, item, head, row, m, total, values):
+    """One row of the result: values / total, the sink's share taken into account."""
+    query_head = head_of(args, item, head, row)
+    weight = float32(1.0)
+    if args.sinks != 0:
+        sink = load_f32(args.sinks, query_head) * float32(LOG2E)
+        top = max(m, sink)
+        weight = vfirst(vexp2(vsplat(m - top)))
+        total = total * weight + vfirst(vexp2(vsplat(sink - top)))
+    factor = vsplat(weight / total)
+    for i in range(0, args.value_dim, LANES):
+        vstore(values, i, vmul(vload(values, i), factor))
+    index = (token_of(args, item, row) * args.num_kv_heads * args.group + query_head) * args.value_dim
+    copy(values, F32, args.out + index * size_of(args.dtype), args.dtype, args.value_dim)
