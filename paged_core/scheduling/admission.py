@@ -43,7 +43,9 @@ class Admission:
         step before the next ones are looked at. Those whose blocks a tier is to bring have their seats, and load."""
         roster = self._roster
         num_seats = roster.num_seats
-        promised = sum(self._blocks_lacking(request) for request in (*roster.running, *roster.loading))
+        # Who lacks one token has its slot by now, or there is no block for anybody.
+        behind = _behind(roster.running)
+        promised = sum(self._blocks_lacking(request) for request in (*behind, *roster.loading))
         i = 0
         while i < min(len(roster.waiting), self._limits.max_num_seqs):
             head = roster.waiting[i]
@@ -51,7 +53,7 @@ class Admission:
             if head.held:
                 i += len(rows)
                 continue
-            beside = self._computes_alone(rows)
+            beside = not behind and self._computes_alone(rows)
             found = [self._prefixes.lookup(row, beside=beside) for row in rows]
             if any(self._prefixes.comes_soon(row, blocks) for row, blocks in zip(rows, found, strict=True)):
                 i += len(rows)  # it shares a block that is being computed now: cheaper to wait for it
@@ -72,13 +74,12 @@ class Admission:
                 for row in rows:
                     roster.start(row)
                 yield rows
+            behind += _behind(rows)
             promised += sum(self._blocks_lacking(row) for row in rows)
 
     def _computes_alone(self, rows: Sequence[Request]) -> bool:
-        """Whether nobody else would have the tokens of a step that this request takes."""
-        if not len(rows) == len(self._roster.waiting) == 1 or rows[0].group.lockstep:
-            return False
-        return not any(len(row.tokens) - row.num_computed > 1 for row in self._roster.running)
+        """Whether nobody else waits for the tokens of a step that this request takes."""
+        return len(rows) == len(self._roster.waiting) == 1 and not rows[0].group.lockstep
 
     def _blocks_to_start(self, request: Request, found: Found) -> int:
         """Available blocks that a waiting request takes: new ones, and those found in the cache that nobody uses."""
@@ -90,3 +91,8 @@ class Admission:
         """Blocks that the known tokens of a request will still take."""
         lacking = -(-len(request.tokens) // self._pool.block_size) - len(request.block_table)
         return max(0, min(lacking, self._max_blocks_at_once))
+
+
+def _behind(rows: Sequence[Request]) -> list[Request]:
+    """Who lacks more than one token, that is: some of a prompt, or of what was lost."""
+    return [row for row in rows if len(row.tokens) - row.num_computed > 1]
