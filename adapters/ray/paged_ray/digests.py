@@ -28,9 +28,10 @@ def chain(key: bytes, token_ids: Sequence[int], salt: str | None, block_size: in
         salt: what keeps the tenant apart from others.
     """
     parent, found = _first(salt), []
-    for start in range(0, (len(token_ids) - 1) // block_size * block_size, block_size):
-        parent = _digest(key, parent, token_ids[start : start + block_size])
-        found.append(int.from_bytes(parent, "big"))
+    content, size = array("q", token_ids).tobytes(), block_size * 8
+    for end in range(size, (len(content) - 8) // size * size + 1, size):
+        parent = blake2b(parent + content[end - size : end], digest_size=_BYTES, key=key).digest()
+        found.append(_number(parent))
     return found
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
-from paged_core import AsyncEngine, TextCodec
+from paged_core import AsyncEngine
 from paged_ray.digests import chain
 from paged_ray.messages import Facts
+from paged_ray.pieces import PieceCodec
 from paged_ray.settings import Settings
 from paged_serving import Call, ChatCall, CompletionCall, ServedModel, TGICall, parse_json
 
@@ -25,10 +26,10 @@ class Prompts:
     """The text side of an engine that is elsewhere. For several threads."""
 
     def __init__(self, facts: Facts, settings: Settings) -> None:
+        self._codec = PieceCodec(facts.tokenizer)
         engine = SimpleNamespace(
-            engine=SimpleNamespace(spec=facts.spec), codec=TextCodec(facts.tokenizer), sizes=facts.sizes,
-            config=facts.config,
-        )  # fmt: skip
+            engine=SimpleNamespace(spec=facts.spec), codec=self._codec, sizes=facts.sizes, config=facts.config
+        )
         self._served = ServedModel(cast(AsyncEngine, engine), settings.served_names, settings.limits)
         self._key = settings.key
         self.block_size: int = facts.sizes.block_size
@@ -38,12 +39,14 @@ class Prompts:
         return path in _MAKES
 
     def digests(self, path: str, body: bytes) -> tuple[list[int], int]:
-        """(digests of its first prompt's leading blocks, tokens of all its prompts); nothing of a body that is wrong:
-        whoever answers it says so."""
+        """(digests of its first prompt's leading blocks, tokens of all its prompts, about); nothing of a body that is
+        wrong: whoever answers it says so."""
+        self._codec.take_unread()
         try:
             call = _MAKES[path](parse_json(body), self._served, "routed")
             salt = call.params.cache_salt
             first = call.prompts[0].token_ids
-            return chain(self._key, first, salt, self.block_size), sum(len(each.token_ids) for each in call.prompts)
+            num_tokens = sum(len(each.token_ids) for each in call.prompts) + self._codec.take_unread()
+            return chain(self._key, first, salt, self.block_size), num_tokens
         except Exception:
             return [], 0
