@@ -23,7 +23,7 @@ from paged_ray.placement import OPEN_COST
 from paged_simulation import costs as cost_models
 from paged_simulation.fleet import ROUTINGS, Fleet, simulate
 from paged_simulation.replica import Sizes
-from paged_simulation.report import figures, plot, table
+from paged_simulation.report import differences, figures, plot, table
 from paged_simulation.traffic import Trace, Traffic
 
 _SWEPT = ("rate", "replicas", "routing", "blocks", "batched_tokens", "watermark")  # options that take several values
@@ -74,6 +74,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--seed", type=int, default=1)
+    _add_real(parser)
     parser.set_defaults(run=_fit)
 
 
@@ -81,8 +82,16 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--costs", type=Path, metavar="FILE", help="as fit writes them (default: fitted first)")
     parser.add_argument("--seed", type=int, default=0)
+    _add_real(parser)
     _add_output(parser)
     parser.set_defaults(run=_compare)
+
+
+def _add_real(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--requests", type=int, default=32, metavar="N", help="of a workload (default: %(default)s)")
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall",
+        help="what a step's time is: of the wall, or of the processor, for a busy machine and one thread "
+             "(default: %(default)s)")  # fmt: skip
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +119,7 @@ def _run(args: argparse.Namespace) -> None:
 def _fit(args: argparse.Namespace) -> None:
     from paged_simulation import real
 
-    costs = real.fitted(args.model, args.seed)
+    costs = real.fitted(args.model, args.seed, args.clock, args.requests)
     cost_models.write(costs, args.out)
     print(costs)
 
@@ -118,8 +127,11 @@ def _fit(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace) -> None:
     from paged_simulation import real
 
-    costs = real.fitted(args.model, 1) if args.costs is None else cost_models.read(args.costs)
-    _tell(args, real.compared(args.model, costs, args.seed), {"costs": str(costs)})
+    how = args.clock, args.requests
+    costs = real.fitted(args.model, 1, *how) if args.costs is None else cost_models.read(args.costs)
+    found = real.compared(args.model, costs, args.seed, *how)
+    print(differences(found))
+    _write(args, found, {"costs": str(costs)})
 
 
 def _traffic(args: argparse.Namespace, choice: dict[str, Any]) -> Traffic | Trace:
@@ -150,6 +162,10 @@ def _name_of(args: argparse.Namespace, choice: dict[str, Any]) -> str:
 
 def _tell(args: argparse.Namespace, found: dict[str, Any], facts: dict[str, Any]) -> None:
     print(table(found))
+    _write(args, found, facts)
+
+
+def _write(args: argparse.Namespace, found: dict[str, Any], facts: dict[str, Any]) -> None:
     if args.json is not None:
         args.json.write_text(json.dumps({"command": sys.argv, **facts, "outcomes": found}, indent=1) + "\n")
     if args.plot is not None:

@@ -1,7 +1,8 @@
 """A real engine beside the simulator: what its steps cost, and what three workloads come to in both.
 
-Its clock is processor time: a request that is to come at second 3 comes when the engine has computed for 3 seconds. So
-the other processes of a busy machine don't count, as far as they leave the caches alone.
+No time passes but the engine's: a request that is to come at second 3 comes when it has computed for 3 seconds. Those
+are seconds of the clock on the wall, or of the processor: then the other processes of a busy machine don't count, as
+far as they leave the caches alone, and each thread counts by itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from paged_simulation.replica import Record, Sizes
 from paged_simulation.report import figures
 from paged_simulation.traffic import Arrival
 
-_FIT_REQUESTS, _REQUESTS = 24, 24
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 _LONG = 400  # tokens of the long prompts that costs are fitted to
 
 
@@ -46,24 +47,25 @@ class Steps:
         return StepSize(stats.num_tokens, stats.num_sampled, context)
 
 
-def fitted(model: str, seed: int) -> LinearCosts:
-    """What steps of a model cost here, by requests that come one by one, and long prompts among them."""
+def fitted(model: str, seed: int, clock: str, num_requests: int) -> LinearCosts:
+    """What steps of a model cost here, by requests that come one by one, and long prompts among them. ``clock``: one of
+    CLOCKS."""
     engine, steps = _engine(model)
-    work = _mixed(engine, seed)
+    work = _mixed(engine, seed, num_requests)
     seen: list[tuple[StepSize, float]] = []
-    _run(engine, steps, work.requests, lambda size, took: seen.append((size, took)))
+    _run(engine, steps, work.requests, CLOCKS[clock], lambda size, took: seen.append((size, took)))
     engine.close()
-    return fit(seen, f"{model}: {len(seen)} steps, processor time")
+    return fit(seen, f"{model}: {len(seen)} steps, {clock} clock")
 
 
-def compared(model: str, costs: Costs, seed: int) -> dict[str, dict[str, Any]]:
+def compared(model: str, costs: Costs, seed: int, clock: str, num_requests: int) -> dict[str, dict[str, Any]]:
     """Figures of three workloads, each run and simulated: ``NAME, run`` and ``NAME, simulated``."""
     found: dict[str, dict[str, Any]] = {}
     for name, make in _WORKLOADS.items():
         engine, steps = _engine(model)
-        work = make(engine, seed)
+        work = make(engine, seed, num_requests)
         arrivals = [Arrival(each.arrival_s, list(each.prompt), each.num_output) for each in work.requests]
-        found[f"{name}, run"] = figures(_run(engine, steps, work.requests, lambda size, took: None))
+        found[f"{name}, run"] = figures(_run(engine, steps, work.requests, CLOCKS[clock], lambda size, took: None))
         sizes = _sizes(engine)
         engine.close()
         found[f"{name}, simulated"] = figures(simulate(iter(arrivals), Fleet(sizes, routing="load"), costs))
@@ -87,7 +89,11 @@ def _sizes(engine: Engine) -> Sizes:
 
 
 def _run(
-    engine: Engine, steps: Steps, requests: Sequence[BenchRequest], saw: Callable[[StepSize, float], object]
+    engine: Engine,
+    steps: Steps,
+    requests: Sequence[BenchRequest],
+    clock: Callable[[], float],
+    saw: Callable[[StepSize, float], object],
 ) -> Outcome:
     """As Fleet's replicas are driven, with a model behind it."""
     record, now, busy_s, num_steps = Record(), 0.0, 0.0, 0
@@ -102,9 +108,9 @@ def _run(
             _submit(engine, following)
             arrived[str(following.index)] = following.arrival_s
             following = next(coming, None)
-        began = time.process_time()
+        began = clock()
         outputs = engine.step()
-        took = time.process_time() - began
+        took = clock() - began
         now, busy_s, num_steps = now + took, busy_s + took, num_steps + 1
         size = steps.take()
         if size is not None:
@@ -148,30 +154,30 @@ def _encode(engine: Engine) -> Callable[[str], Sequence[int]]:
     return lambda text: list(tokenizer.encode(text))
 
 
-def _mixed(engine: Engine, seed: int) -> Workload:
+def _mixed(engine: Engine, seed: int, num_requests: int) -> Workload:
     encode = _encode(engine)
-    short = workloads.with_poisson_arrivals(workloads.synthetic(encode, _FIT_REQUESTS, seed), 1.0, seed)
+    short = workloads.with_poisson_arrivals(workloads.synthetic(encode, num_requests, seed), 1.0, seed)
     rngs = [random.Random(f"long {seed} {number}") for number in range(4)]
     long = [
-        BenchRequest(_FIT_REQUESTS + i, workloads.prose(encode, _LONG, rng), 8, 4.0 * i) for i, rng in enumerate(rngs)
+        BenchRequest(num_requests + i, workloads.prose(encode, _LONG, rng), 8, 4.0 * i) for i, rng in enumerate(rngs)
     ]
     return Workload("to fit costs to", (*short.requests, *long))
 
 
-def _at_once(engine: Engine, seed: int) -> Workload:
-    return workloads.synthetic(_encode(engine), _REQUESTS, seed)
+def _at_once(engine: Engine, seed: int, num_requests: int) -> Workload:
+    return workloads.synthetic(_encode(engine), num_requests, seed)
 
 
-def _one_by_one(engine: Engine, seed: int) -> Workload:
-    return workloads.with_poisson_arrivals(workloads.synthetic(_encode(engine), _REQUESTS, seed), 1.5, seed)
+def _one_by_one(engine: Engine, seed: int, num_requests: int) -> Workload:
+    return workloads.with_poisson_arrivals(workloads.synthetic(_encode(engine), num_requests, seed), 1.5, seed)
 
 
-def _shared(engine: Engine, seed: int) -> Workload:
+def _shared(engine: Engine, seed: int, num_requests: int) -> Workload:
     encode = _encode(engine)
-    alike = workloads.with_shared_prefix(workloads.synthetic(encode, _REQUESTS, seed), encode, 256, seed)
+    alike = workloads.with_shared_prefix(workloads.synthetic(encode, num_requests, seed), encode, 256, seed)
     return workloads.with_poisson_arrivals(alike, 1.5, seed)
 
 
-_WORKLOADS: dict[str, Callable[[Engine, int], Workload]] = {
+_WORKLOADS: dict[str, Callable[[Engine, int, int], Workload]] = {
     "at once": _at_once, "Poisson": _one_by_one, "shared prefix": _shared,
 }  # fmt: skip

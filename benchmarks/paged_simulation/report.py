@@ -68,6 +68,30 @@ def table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+_COMPARED: Sequence[tuple[str, Callable[[Mapping[str, Any]], float], str]] = (
+    ("output tokens a second", lambda f: f["output_tokens_s"], "{:,.0f}"),
+    ("first token, p50, ms", lambda f: f["first_token_s"]["p50"] * 1e3, "{:,.0f}"),
+    ("next token, p50, ms", lambda f: f["between_tokens_s"]["p50"] * 1e3, "{:,.1f}"),
+    ("whole request, p50, ms", lambda f: f["whole_s"]["p50"] * 1e3, "{:,.0f}"),
+    ("prompt tokens found in the prefix cache, %", lambda f: f["prefix_hit_rate"] * 100, "{:.1f}"),
+)
+
+
+def differences(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: what was run, what was simulated and how far that is off, of each workload. Columns are named
+    ``NAME, run`` and ``NAME, simulated``."""
+    names = [name.removesuffix(", run") for name in columns if name.endswith(", run")]
+    lines = ["| run / simulated | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for told, value, form in _COMPARED:
+        cells = []
+        for name in names:
+            run, simulated = value(columns[f"{name}, run"]), value(columns[f"{name}, simulated"])
+            off = f" ({(simulated / run - 1) * 100:+.0f} %)" if run else ""
+            cells.append(f"{form.format(run)} / {form.format(simulated)}{off}")
+        lines.append(f"| {told} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def plot(columns: Mapping[str, Mapping[str, Any]], path: Path, across: str = "") -> None:
     """Throughput, both latencies and hit rates, by the columns' names in their order; several lines where names are
     ``line @ place``."""

@@ -9,6 +9,7 @@ import tracemalloc
 
 import pytest
 
+import tiny_folder
 from paged_core import ConfigError
 from paged_simulation.costs import CardCosts, LinearCosts, StepSize, fit
 from paged_simulation.fleet import Fleet, simulate
@@ -168,3 +169,18 @@ def test_the_command_line_writes_table_json_and_plot(tmp_path):
     outcomes = json.loads((tmp_path / "out.json").read_text())["outcomes"]
     assert outcomes.keys() == {f"routing {r} @ {rate}" for r in ("prefix", "load") for rate in (20, 40)}
     assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_a_model_that_runs_here_is_compared_with_its_simulation(tmp_path):
+    folder = tiny_folder.save(tmp_path / "tiny")
+    command = [sys.executable, str(ROOT / "benchmarks/simulate.py"), "compare", str(folder), "--requests", "4",
+               "--json", str(tmp_path / "out.json")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    outcomes = json.loads((tmp_path / "out.json").read_text())["outcomes"]
+    for name in ("at once", "Poisson", "shared prefix"):
+        run, simulated = outcomes[f"{name}, run"], outcomes[f"{name}, simulated"]
+        for told in ("num_requests", "output_tokens", "prompt_tokens"):
+            assert run[told] == simulated[told] > 0
+        assert simulated["prefix_hit_rate"] == pytest.approx(run["prefix_hit_rate"], abs=0.05)
+        assert f"{run['output_tokens_s']:,.0f} / " in done.stdout
