@@ -9,13 +9,16 @@ it rounds where the modules do, but for what lies between gate, up and down, whi
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from paged_core.builtin.elementwise import norm_forward
 from paged_core.builtin.modules import head_dim, hooks_of, is_decoder_layer
 from paged_core.builtin.packed import Layers, added_up
+from paged_core.builtin.replayed import Replayed, Rooms
 from paged_core.builtin.trials import layer_agrees, random_rows, seen_with, tolerances
 from paged_core.execution.model import ModuleForward
 
@@ -65,15 +68,15 @@ class _DecoderLayer(ModuleForward):
         self._out = Layers([attention.get_submodule("o_proj")], weights=weights)
         self._inner = Layers([mlp.get_submodule(name) for name in ("gate_proj", "up_proj")], True, weights)
         self._outer = Layers([mlp.get_submodule("down_proj")], weights=weights)
-        self._add_up = [added_up(attention.get_submodule("o_proj")), added_up(mlp.get_submodule("down_proj"))]
+        sums = added_up(attention.get_submodule("o_proj")), added_up(mlp.get_submodule("down_proj"))
+        self._add_up = None if sums == (None, None) else [each or _as_it_is for each in sums]
+        self._until_attention, self._from_attention_on = Replayed(_until_attention, 3), Replayed(_from_attention_on, 4)
         self.quantized = weights is not None
         self._heads = [layer.out_features // dim for layer in (q, k, v)]  # type: ignore[operator]
         self._hooks = [hooks for part in module.modules() if part is not module for hooks in hooks_of(part)]
 
     def __call__(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:
         """``hidden_states [1,T,N] -> [1,T,N]``"""
-        from paged_kernels.cpu.elementwise import rotary
-
         attend, rotation = named.get("attend"), named.get("position_embeddings")
         products = [layers.packed(hidden_states) for layers in self._layers()]
         if (
@@ -88,22 +91,22 @@ class _DecoderLayer(ModuleForward):
             module = self._module()
             return type(module).forward(module, hidden_states, *rest, **named)  # type: ignore[union-attr, no-any-return]
         qkv, out, inner, outer = products
-        x = hidden_states[0]  # [T,N]
-        heads = qkv(self._norm(x)).view(len(x), -1, self._head_dim)  # type: ignore[misc]
-        q, k, v = heads.split(self._heads, dim=1)  # [T,H,D], [T,K,D], [T,K,D]
-        cos, sin = rotation
-        rotary(q, k, cos[0], sin[0])
-        attended, (after_out, after_outer) = attend(q, k, v, None).reshape(len(x), -1), self._add_up
-        if after_out is None:
-            x = out(attended, residual=x)  # type: ignore[misc]
-        else:
-            x = after_out(out(attended)) + x  # type: ignore[misc]
-        gated = inner(self._second_norm(x), outer.x_dtype)  # type: ignore[misc, union-attr]
-        if after_outer is None:
-            x = outer(gated, x.dtype, residual=x)  # type: ignore[misc]
-        else:
-            x = after_outer(outer(gated, x.dtype)) + x  # type: ignore[misc]
-        return x[None]
+        x, (cos, sin) = hidden_states[0], rotation  # [T,N], [1,T,D] each
+        heads = x.new_empty(len(x), sum(self._heads) * self._head_dim)
+        basis = (qkv, self._norm.weight(), self._norm.eps, self._heads, self._head_dim)
+        self._until_attention(basis, heads, x, cos[0], sin[0])
+        attended = attend(*_parted(heads, self._heads, self._head_dim), None).reshape(len(x), -1)
+        if self._add_up is not None:
+            return self._of_one_rank(attended, x, out, inner, outer)
+        basis = (out, self._second_norm.weight(), self._second_norm.eps, inner, outer)
+        return self._from_attention_on(basis, torch.empty_like(x), attended, x)[None]
+
+    def _of_one_rank(self, attended: Tensor, x: Tensor, out: Any, inner: Any, outer: Any) -> Tensor:
+        """The rest of the layer, where ranks add up what either product gives."""
+        assert self._add_up is not None
+        after_out, after_outer = self._add_up
+        x = after_out(out(attended)) + x
+        return (after_outer(outer(inner(self._second_norm(x), outer.x_dtype), x.dtype)) + x)[None]
 
     def stale(self) -> bool:
         return (
@@ -121,3 +124,33 @@ class _DecoderLayer(ModuleForward):
 
     def _layers(self) -> tuple[Layers, ...]:
         return self._qkv, self._out, self._inner, self._outer
+
+
+def _until_attention(basis: Any, heads: Tensor, tensors: Sequence[Tensor], rooms: Rooms) -> None:
+    """Norm, q/k/v, rotary: ``x [T,N], cos [T,D], sin [T,D] -> heads [T,(H+2K)*D]``"""
+    from paged_kernels.cpu.elementwise import rms_norm, rotary
+
+    (x, cos, sin), (qkv, weight, eps, counts, dim) = tensors, basis
+    qkv(rms_norm(x, weight, eps, rooms.room("normed", *x.shape, x.dtype)), out=heads)
+    q, k, _ = _parted(heads, counts, dim)
+    rotary(q, k, cos, sin)
+
+
+def _from_attention_on(basis: Any, y: Tensor, tensors: Sequence[Tensor], rooms: Rooms) -> None:
+    """Output, norm, gate and up, down, with the residual around each half: ``attended [T,H*D], x [T,N] -> y [T,N]``"""
+    from paged_kernels.cpu.elementwise import rms_norm
+
+    (attended, x), (out, weight, eps, inner, outer) = tensors, basis
+    middle = out(attended, residual=x, out=rooms.room("middle", *x.shape, x.dtype))
+    normed = rms_norm(middle, weight, eps, rooms.room("normed", *x.shape, x.dtype))
+    gated = inner(normed, out=rooms.room("gated", len(x), inner.num_columns, outer.x_dtype))
+    outer(gated, residual=middle, out=y)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _parted(heads: Tensor, counts: Sequence[int], dim: int) -> Sequence[Tensor]:
+    """``[T,(H+2K)*D] -> [T,H,D], [T,K,D], [T,K,D]``"""
+    return heads.view(len(heads), -1, dim).split(counts, dim=1)

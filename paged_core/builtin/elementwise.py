@@ -51,22 +51,27 @@ class _RMSNorm(ModuleForward):
         from paged_kernels.cpu.elementwise import rms_norm
 
         self._kernel, self._module, self._owner = rms_norm, weakref.ref(module), module._parameters
-        self._eps, self._plus_one = known_eps(module), plus_one
+        self.eps, self._plus_one = known_eps(module), plus_one
         self._take()
 
     def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())
-        if not self._watched.same([self._owner.get("weight")]):
-            self._take()
-        if x.dtype is not self._weight.dtype or x.device.type != "cpu":
+        weight = self.weight()
+        if x.dtype is not weight.dtype or x.device.type != "cpu":
             module = self._module()
             return type(module).forward(module, x)  # type: ignore[union-attr, no-any-return]
-        out: Tensor = self._kernel(x, self._weight, self._eps)
+        out: Tensor = self._kernel(x, weight, self.eps)
         return out
+
+    def weight(self) -> Tensor:
+        """What rows are multiplied by, as it is now."""
+        if not self._watched.same([self._owner.get("weight")]):
+            self._take()
+        return self._weight
 
     def stale(self) -> bool:
         module = self._module()
-        return module is None or eps_of(module) != self._eps or self._watched.stale([self._owner.get("weight")])
+        return module is None or eps_of(module) != self.eps or self._watched.stale([self._owner.get("weight")])
 
     def _take(self) -> None:
         weight = self._owner["weight"]

@@ -18,7 +18,7 @@ from numba import float32, int64
 from torch import Tensor
 
 from paged_kernels import reference
-from paged_kernels.cpu.parallel import kernel
+from paged_kernels.cpu.parallel import kernel, spoil_recording
 from paged_kernels.cpu.vectors import (
     BF16,
     F32,
@@ -216,12 +216,18 @@ def _argmax_rows(args):  # type: ignore[no-untyped-def]
         store_f32(load_i64(args, C), row, float32(math.nan) if has_nan else best)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x [..., N], weight [N] -> [..., N]``: x / rms(x) in x's dtype, times weight, as Llama does it."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """``x [..., N], weight [N] -> [..., N]``: x / rms(x) in x's dtype, times weight, as Llama does it; into ``out``
+    (contiguous), if that is given."""
     rows = _rows(x)
     if not _fits(rows, weight):
-        return reference.rms_norm(x, weight, eps)
-    out = torch.empty(x.shape, dtype=x.dtype)
+        spoil_recording()
+        normed = reference.rms_norm(x, weight, eps)
+        return normed if out is None else out.copy_(normed)
+    if rows.data_ptr() != x.data_ptr():
+        spoil_recording()
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype)
     _run(_rms_norm, rows, a=rows, b=out, c=weight, eps=eps)
     return out
 
@@ -231,6 +237,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     does it. Dimensions past rotary_dim stay as they are."""
     plain = q.dtype in _CODES and q.dtype == k.dtype == cos.dtype == sin.dtype
     if not (plain and q.stride(-1) == k.stride(-1) == 1 and cos.is_contiguous() and sin.is_contiguous()):
+        spoil_recording()
         reference.rotary(q, k, cos, sin)
         return
     _run(_rotary, cos, a=q, b=k, d=cos, e=sin, heads=(q.shape[1], q.stride(1), k.shape[1], k.stride(1)))
@@ -296,7 +303,7 @@ def _run(
         0 if c is None else c.data_ptr(), 0 if d is None else d.data_ptr(),
         0 if e is None else e.data_ptr(), 0 if e is None else e.stride(0), *tail,
     )  # fmt: skip
-    kernel(_arguments.address, threads)
+    kernel(_arguments.address, threads, _LAYOUT.size)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from paged_kernels.cpu import host, pages
+from paged_kernels.cpu.parallel import keep_for_recording, spoil_recording
 from paged_kernels.cpu.product import COUNTERS, LINE, NUM_THREADS, TICKET, Product
 
 
@@ -36,17 +37,27 @@ class Packed:
     def num_bytes(self) -> int:
         return self._weight.numel() * self._weight.element_size() + self._bias.numel() * 4
 
-    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None, residual: Tensor | None = None) -> Tensor:
-        """x of float32 or bfloat16; sums are in float32; the result as x, or as asked of the two.
+    def __call__(
+        self,
+        x: Tensor,
+        out_dtype: torch.dtype | None = None,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """x of float32 or bfloat16; sums are in float32; the result as x, or as asked of the two, in ``out`` if given.
 
         ``residual [..., N]`` is added to it: to float32 sums, or, where the result is bfloat16, to what they were
         rounded to.
         """
-        out = torch.empty(*x.shape[:-1], self.num_columns, dtype=out_dtype or x.dtype, device="cpu")
+        if out is None:
+            out = torch.empty(*x.shape[:-1], self.num_columns, dtype=out_dtype or x.dtype, device="cpu")
         if residual is None:
             return self._into(out, x, 0, 0)
         start = self._takes(residual, out)
-        return self._into(out, x, 0, 0) + residual if start is None else self._into(out, x, *start)
+        if start is None:
+            spoil_recording()
+            return self._into(out, x, 0, 0).add_(residual)
+        return self._into(out, x, *start)
 
     def _into(self, out: Tensor, x: Tensor, start: int, addend: int) -> Tensor:
         """Fill ``out``; the addresses of what sums start from in place of a bias, and of what is added: see _takes."""
@@ -129,15 +140,19 @@ class PackedLinear(Packed):
             self.num_columns if start else 0, out.data_ptr(), self.num_columns, num_rows, self.num_columns, self._units,
             self._units * self._columns * self._weight.element_size(), self._gated, out.dtype is torch.bfloat16, addend,
         )  # fmt: skip
-        self.product.kernel(space.address, num_threads)
+        self.product.kernel(space.address, num_threads, space.num_bytes)
 
     def _rows(self, x: Tensor, num_rows: int) -> Tensor:
         """x as the kernel reads it: ``[num_rows, K]``, K filled up, each row's numbers side by side."""
         rows = x if x.dtype is self.product.x_dtype else x.to(self.product.x_dtype)
         rows = rows.reshape(num_rows, self._depth)
         if self._filled != self._depth:
-            return torch.nn.functional.pad(rows, (0, self._filled - self._depth))
-        return rows if rows.stride(1) == 1 else rows.contiguous()
+            rows = torch.nn.functional.pad(rows, (0, self._filled - self._depth))
+        elif rows.stride(1) != 1:
+            rows = rows.contiguous()
+        if rows.data_ptr() != x.data_ptr():
+            spoil_recording()
+        return rows
 
     def _elements(self, weight: Tensor) -> Tensor:
         """``[N, K]`` as ``[N, elements]``, which are laid into tiles."""
@@ -184,7 +199,7 @@ class _Workspace:
         stride = -(-scratch_bytes // LINE) * LINE
         self._scratch = torch.empty(num_threads * stride + LINE, dtype=torch.uint8)
         scratch = -(-self._scratch.data_ptr() // LINE) * LINE
-        size = 8 * COUNTERS + LINE * num_threads
+        self.num_bytes = size = 8 * COUNTERS + LINE * num_threads
         self._args = torch.zeros(size + LINE, dtype=torch.uint8)
         self.address = -(-self._args.data_ptr() // LINE) * LINE
         offset = self.address - self._args.data_ptr()
@@ -207,6 +222,7 @@ def workspace(num_threads: int, scratch_bytes: int) -> _Workspace:
     space: _Workspace | None = getattr(_local, "space", None)
     if space is None or space.num_threads != num_threads or space.scratch_bytes < scratch_bytes:
         space = _local.space = _Workspace(num_threads, scratch_bytes)
+    keep_for_recording(space)
     return space
 
 

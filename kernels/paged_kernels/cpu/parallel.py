@@ -20,13 +20,16 @@ import threading
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numba
 import torch
 from numba import types
 from numba.core import bytecode, ccallback
 from platformdirs import user_cache_path
+
+if TYPE_CHECKING:
+    from paged_kernels.cpu.replay import Recorder
 
 
 class Kernel:
@@ -50,15 +53,49 @@ class Kernel:
     def _pointer(self) -> int:
         return _compile(self._function)
 
-    def __call__(self, args: int, num_threads: int) -> None:
-        """Run on up to ``num_threads`` threads, this one among them; returns when all are done."""
+    def __call__(self, args: int, num_threads: int, num_bytes: int = 0) -> None:
+        """Run on up to ``num_threads`` threads, this one among them; returns when all are done. ``num_bytes`` of
+        arguments are noted where a replay.Recorder looks on."""
         if not self.is_compiled:
             self.compile()
+        if recording.recorder is not None:
+            recording.recorder.add(self._pointer, args, num_threads, num_bytes)
         _launch(self._pointer, args, num_threads, 0)
+
+    def here(self, args: int) -> None:
+        """Run on this thread alone."""
+        if not self.is_compiled:
+            self.compile()
+        self._native(args)
+
+    @cached_property
+    def _native(self) -> Callable[[int], None]:
+        return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._pointer)
 
 
 def kernel(function: Callable[[int], None]) -> Kernel:
     return Kernel(function)
+
+
+class _Recording(threading.local):
+    """Who looks on at what this thread launches; see replay.py."""
+
+    recorder: Recorder | None = None
+
+
+recording = _Recording()
+
+
+def keep_for_recording(memory: Any) -> None:
+    """A launch to come uses memory that its caller may let go."""
+    if recording.recorder is not None:
+        recording.recorder.keep(memory)
+
+
+def spoil_recording() -> None:
+    """A launch reads or writes what isn't there when it is made again, or something is computed beside launches."""
+    if recording.recorder is not None:
+        recording.recorder.spoiled = True
 
 
 def _find_launcher() -> Callable[[int, int, int, int], None]:
@@ -78,6 +115,11 @@ def _find_launcher() -> Callable[[int, int, int, int], None]:
         call(function)(data)
 
     return alone
+
+
+def launcher_address() -> int:
+    """Of GOMP_parallel; 0 where the calling thread does all the work."""
+    return ctypes.cast(_launch, ctypes.c_void_p).value or 0 if isinstance(_launch, ctypes._CFuncPtr) else 0
 
 
 def _compile(function: Callable[[int], None]) -> int:

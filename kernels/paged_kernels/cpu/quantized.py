@@ -12,6 +12,7 @@ from paged_kernels.cpu import host
 from paged_kernels.cpu.integer_product import COLUMNS, IntegerProduct
 from paged_kernels.cpu.integers import ZERO, Integers
 from paged_kernels.cpu.linear import Packed, bias_or_zeros, sides, workspace
+from paged_kernels.cpu.parallel import keep_for_recording, spoil_recording
 from paged_kernels.cpu.product import LINE
 from paged_kernels.cpu.vectors import BF16, F16, F32, HAS_F16
 
@@ -81,6 +82,8 @@ class QuantizedLinear(Packed):
         rows = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
         rows = rows.reshape(num_rows, self._depth)
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        if rows.data_ptr() != x.data_ptr():
+            spoil_recording()
         num_threads = torch.get_num_threads()
         space = workspace(num_threads, product.scratch_bytes)
         space.fill(
@@ -90,7 +93,7 @@ class QuantizedLinear(Packed):
             rows.data_ptr(), rows.stride(0) * rows.element_size(), _FLOATS[rows.dtype], self._depth, self._group,
             self._codes_at, _FLOATS[self._scales_dtype], self._scale_step, self._has_minima,
         )  # fmt: skip
-        product.kernels[self._bits](space.address, num_threads)
+        product.kernels[self._bits](space.address, num_threads, space.num_bytes)
 
 
 def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
@@ -147,4 +150,5 @@ def _room(num_bytes: int) -> int:
     """The address of so many bytes, at the beginning of a line."""
     if _ROOMS.room.numel() < num_bytes + LINE:
         _ROOMS.room = torch.empty(num_bytes + num_bytes // 4 + LINE, dtype=torch.uint8, device="cpu")
+    keep_for_recording(_ROOMS.room)
     return -(-_ROOMS.room.data_ptr() // LINE) * LINE

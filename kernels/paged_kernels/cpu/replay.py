@@ -1,0 +1,127 @@
+"""Kernels that were launched once, launched again by one call from Python, on other tensors of the same shapes.
+
+From one launch to the next Python takes 10 to 15 microseconds; a decoder layer launches seven kernels besides
+attention, and a decode step of one row has hundreds. ``Recorder`` notes what kernels are given while they run as
+always. What it has noted is copied, so that ``Replay`` can run it again: tensors that are to be others each time are
+known by their addresses among the arguments. Nothing but launches is seen: whoever copies or converts a tensor on the
+way to one says ``parallel.spoil_recording()``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+from paged_kernels.cpu import parallel
+from paged_kernels.cpu.vectors import load_i64, store_i64
+
+_LINE = 64  # bytes: where arguments begin
+_LAUNCHER, _WORK, _COUNT, _FIRST = range(4)  # of the table; then, for each launch:
+_KERNEL, _IMAGE, _WORDS, _THREADS, _ENTRY = range(5)
+
+_i32, _byte = ir.IntType(32), ir.IntType(8).as_pointer()
+
+
+class Recorder:
+    """While it is entered, notes what this thread launches."""
+
+    def __init__(self) -> None:
+        self.spoiled = False
+        self._launches: list[tuple[int, bytes, int]] = []
+        self._kept: list[Any] = []
+
+    def __enter__(self) -> Recorder:
+        parallel.recording.recorder = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        parallel.recording.recorder = None
+
+    def add(self, kernel: int, args: int, num_threads: int, num_bytes: int) -> None:
+        """A launch that is about to be made; ``num_bytes`` of arguments, 0 if that isn't known."""
+        self.spoiled |= not num_bytes
+        self._launches.append((kernel, ctypes.string_at(args, num_bytes), num_threads))
+
+    def keep(self, memory: Any) -> None:
+        """Memory that a launch uses and that its caller may let go."""
+        self._kept.append(memory)
+
+    def replay(self, tensors: Sequence[Tensor], num_launches: int) -> Replay | None:
+        """What was noted, for ``tensors`` that are others each time (contiguous). None if it is not all there is, or
+        not as many launches as were foreseen."""
+        whole = not self.spoiled and len(self._launches) == num_launches
+        if not whole or not all(tensor.is_contiguous() for tensor in tensors):
+            return None
+        return Replay(self._launches, tensors, self._kept)
+
+
+class Replay:
+    """Launches, one after another. One thread at a time may call it."""
+
+    def __init__(self, launches: Sequence[tuple[int, bytes, int]], tensors: Sequence[Tensor], kept: Any) -> None:
+        sizes = [len(image) // 8 for _, image, _ in launches]
+        self._images = torch.frombuffer(bytearray(b"".join(image for _, image, _ in launches)), dtype=torch.int64)
+        self._work = torch.empty(8 * max(sizes) + _LINE, dtype=torch.uint8)
+        self._kept = kept
+        places = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
+        self._moves = [
+            (at, which, word - first)
+            for at, word in enumerate(self._images.tolist())
+            for which, (first, end) in enumerate(places)
+            if first <= word < end
+        ]
+        self._words = self._images.numpy().data
+        work = -(-self._work.data_ptr() // _LINE) * _LINE
+        table, image = [parallel.launcher_address(), work, len(launches)], self._images.data_ptr()
+        for (kernel, _, num_threads), size in zip(launches, sizes, strict=True):
+            table += [kernel, image, size, num_threads]
+            image += 8 * size
+        self._table = torch.tensor(table, dtype=torch.int64)
+        self._address = self._table.data_ptr()
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """On tensors of the shapes, dtypes and strides of those that it was made for."""
+        addresses, words = [t.data_ptr() for t in tensors], self._words
+        for at, which, offset in self._moves:
+            words[at] = addresses[which] + offset
+        _launch_all.here(self._address)
+
+
+@intrinsic
+def _launch(typingctx: Any, launcher: Any, function: Any, data: Any, num_threads: Any) -> Any:
+    """GOMP_parallel(function, data, num_threads, 0); without a launcher, function(data)."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        launcher, function, data, num_threads = args
+        function, data = b.inttoptr(function, _byte), b.inttoptr(data, _byte)
+        alone = ir.FunctionType(ir.VoidType(), [_byte])
+        shared = ir.FunctionType(ir.VoidType(), [_byte, _byte, _i32, _i32])
+        with b.if_else(cgutils.is_not_null(b, launcher)) as (then, otherwise):
+            with then:
+                start = b.inttoptr(launcher, shared.as_pointer())
+                b.call(start, [function, data, b.trunc(num_threads, _i32), _i32(0)])
+            with otherwise:
+                b.call(b.bitcast(function, alone.as_pointer()), [data])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
+@parallel.kernel
+def _launch_all(table):  # type: ignore[no-untyped-def]
+    """Each launch gets a copy of its arguments: kernels count in them."""
+    launcher, work = load_i64(table, _LAUNCHER), load_i64(table, _WORK)
+    for number in range(load_i64(table, _COUNT)):
+        entry = table + 8 * (_FIRST + _ENTRY * number)
+        image = load_i64(entry, _IMAGE)
+        for word in range(load_i64(entry, _WORDS)):
+            store_i64(work, word, load_i64(image, word))
+        _launch(launcher, load_i64(entry, _KERNEL), work, load_i64(entry, _THREADS))
