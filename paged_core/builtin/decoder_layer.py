@@ -72,7 +72,7 @@ class _DecoderLayer(ModuleForward):
         self._add_up = None if sums == (None, None) else [each or _as_it_is for each in sums]
         self._until_attention, self._from_attention_on = Replayed(_until_attention, 3), Replayed(_from_attention_on, 4)
         self.quantized = weights is not None
-        self._heads = [layer.out_features // dim for layer in (q, k, v)]  # type: ignore[operator]
+        self._heads = [len(layer._parameters["weight"]) // dim for layer in (q, k, v)]  # type: ignore[arg-type]
         self._hooks = [hooks for part in module.modules() if part is not module for hooks in hooks_of(part)]
 
     def __call__(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:
@@ -93,7 +93,7 @@ class _DecoderLayer(ModuleForward):
         qkv, out, inner, outer = products
         x, (cos, sin) = hidden_states[0], rotation  # [T,N], [1,T,D] each
         heads = x.new_empty(len(x), sum(self._heads) * self._head_dim)
-        basis = (qkv, self._norm.weight(), self._norm.eps, self._heads, self._head_dim)
+        basis: tuple[Any, ...] = (qkv, self._norm.weight(), self._norm.eps, self._heads, self._head_dim)
         self._until_attention(basis, heads, x, cos[0], sin[0])
         attended = attend(*_parted(heads, self._heads, self._head_dim), None).reshape(len(x), -1)
         if self._add_up is not None:
@@ -131,7 +131,7 @@ def _until_attention(basis: Any, heads: Tensor, tensors: Sequence[Tensor], rooms
     from paged_kernels.cpu.elementwise import rms_norm, rotary
 
     (x, cos, sin), (qkv, weight, eps, counts, dim) = tensors, basis
-    qkv(rms_norm(x, weight, eps, rooms.room("normed", *x.shape, x.dtype)), out=heads)
+    qkv(rms_norm(x, weight, eps, rooms.room("normed", x.shape, x.dtype)), out=heads)
     q, k, _ = _parted(heads, counts, dim)
     rotary(q, k, cos, sin)
 
@@ -141,9 +141,9 @@ def _from_attention_on(basis: Any, y: Tensor, tensors: Sequence[Tensor], rooms: 
     from paged_kernels.cpu.elementwise import rms_norm
 
     (attended, x), (out, weight, eps, inner, outer) = tensors, basis
-    middle = out(attended, residual=x, out=rooms.room("middle", *x.shape, x.dtype))
-    normed = rms_norm(middle, weight, eps, rooms.room("normed", *x.shape, x.dtype))
-    gated = inner(normed, out=rooms.room("gated", len(x), inner.num_columns, outer.x_dtype))
+    middle = out(attended, residual=x, out=rooms.room("middle", x.shape, x.dtype))
+    normed = rms_norm(middle, weight, eps, rooms.room("normed", x.shape, x.dtype))
+    gated = inner(normed, out=rooms.room("gated", (len(x), inner.num_columns), outer.x_dtype))
     outer(gated, residual=middle, out=y)
 
 
@@ -151,6 +151,6 @@ def _as_it_is(x: Tensor) -> Tensor:
     return x
 
 
-def _parted(heads: Tensor, counts: Sequence[int], dim: int) -> Sequence[Tensor]:
+def _parted(heads: Tensor, counts: list[int], dim: int) -> Sequence[Tensor]:
     """``[T,(H+2K)*D] -> [T,H,D], [T,K,D], [T,K,D]``"""
-    return heads.view(len(heads), -1, dim).split(counts, dim=1)
+    return torch.split(heads.view(len(heads), -1, dim), counts, dim=1)

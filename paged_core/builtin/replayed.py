@@ -25,11 +25,11 @@ class Rooms(threading.local):
     def __init__(self) -> None:
         self._tensors: dict[tuple[object, ...], Tensor] = {}
 
-    def room(self, name: str, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        """``[num_rows, width]``, holding anything."""
-        key = (name, num_rows, width, dtype)
+    def room(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor that holds anything."""
+        key = (name, *shape, dtype)
         if key not in self._tensors:
-            self._tensors[key] = torch.empty(num_rows, width, dtype=dtype, device="cpu")
+            self._tensors[key] = torch.empty(*shape, dtype=dtype, device="cpu")
         return self._tensors[key]
 
 
@@ -74,11 +74,12 @@ class Replayed(threading.local):
         return out
 
     def _record(self, basis: tuple[Any, ...], out: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        from paged_kernels.cpu.replay import Recorder
+        from paged_kernels.cpu.recording import Recorder
+        from paged_kernels.cpu.replay import replay_of
 
         with Recorder() as recorder:
             self._compute(basis, out, tensors, _ROOMS)
-        replay = recorder.replay([out, *tensors], self._num_launches)
+        replay = replay_of(recorder, [out, *tensors], self._num_launches)
         dtypes = [tensor.dtype for tensor in tensors]
         self._known[len(out)] = _Known(torch.get_num_threads(), dtypes, replay)
         return out

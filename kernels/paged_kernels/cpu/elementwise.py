@@ -18,7 +18,8 @@ from numba import float32, int64
 from torch import Tensor
 
 from paged_kernels import reference
-from paged_kernels.cpu.parallel import kernel, spoil_recording
+from paged_kernels.cpu.parallel import kernel
+from paged_kernels.cpu.recording import spoil_recording
 from paged_kernels.cpu.vectors import (
     BF16,
     F32,

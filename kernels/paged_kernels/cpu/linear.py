@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from paged_kernels.cpu import host, pages
-from paged_kernels.cpu.parallel import keep_for_recording, spoil_recording
 from paged_kernels.cpu.product import COUNTERS, LINE, NUM_THREADS, TICKET, Product
+from paged_kernels.cpu.recording import keep_for_recording, spoil_recording
 
 
 class Packed:

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numba
 import torch
@@ -28,8 +28,7 @@ from numba import types
 from numba.core import bytecode, ccallback
 from platformdirs import user_cache_path
 
-if TYPE_CHECKING:
-    from paged_kernels.cpu.replay import Recorder
+from paged_kernels.cpu.recording import recording
 
 
 class Kernel:
@@ -55,7 +54,7 @@ class Kernel:
 
     def __call__(self, args: int, num_threads: int, num_bytes: int = 0) -> None:
         """Run on up to ``num_threads`` threads, this one among them; returns when all are done. ``num_bytes`` of
-        arguments are noted where a replay.Recorder looks on."""
+        arguments are noted where a Recorder looks on."""
         if not self.is_compiled:
             self.compile()
         if recording.recorder is not None:
@@ -75,27 +74,6 @@ class Kernel:
 
 def kernel(function: Callable[[int], None]) -> Kernel:
     return Kernel(function)
-
-
-class _Recording(threading.local):
-    """Who looks on at what this thread launches; see replay.py."""
-
-    recorder: Recorder | None = None
-
-
-recording = _Recording()
-
-
-def keep_for_recording(memory: Any) -> None:
-    """A launch to come uses memory that its caller may let go."""
-    if recording.recorder is not None:
-        recording.recorder.keep(memory)
-
-
-def spoil_recording() -> None:
-    """A launch reads or writes what isn't there when it is made again, or something is computed beside launches."""
-    if recording.recorder is not None:
-        recording.recorder.spoiled = True
 
 
 def _find_launcher() -> Callable[[int, int, int, int], None]:
@@ -119,7 +97,11 @@ def _find_launcher() -> Callable[[int, int, int, int], None]:
 
 def launcher_address() -> int:
     """Of GOMP_parallel; 0 where the calling thread does all the work."""
-    return ctypes.cast(_launch, ctypes.c_void_p).value or 0 if isinstance(_launch, ctypes._CFuncPtr) else 0
+    return (ctypes.cast(_launch, ctypes.c_void_p).value or 0) if _is_native(_launch) else 0  # type: ignore[arg-type]
+
+
+def _is_native(launch: Callable[..., None]) -> bool:
+    return hasattr(launch, "argtypes")  # as functions of ctypes have
 
 
 def _compile(function: Callable[[int], None]) -> int:

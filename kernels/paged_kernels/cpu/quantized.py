@@ -12,8 +12,8 @@ from paged_kernels.cpu import host
 from paged_kernels.cpu.integer_product import COLUMNS, IntegerProduct
 from paged_kernels.cpu.integers import ZERO, Integers
 from paged_kernels.cpu.linear import Packed, bias_or_zeros, sides, workspace
-from paged_kernels.cpu.parallel import keep_for_recording, spoil_recording
 from paged_kernels.cpu.product import LINE
+from paged_kernels.cpu.recording import keep_for_recording, spoil_recording
 from paged_kernels.cpu.vectors import BF16, F16, F32, HAS_F16
 
 X_GROUP = 64  # numbers of x that share a scale, where the weights of a whole row do

@@ -1,15 +1,12 @@
 """Kernels that were launched once, launched again by one call from Python, on other tensors of the same shapes.
 
 From one launch to the next Python takes 10 to 15 microseconds; a decoder layer launches seven kernels besides
-attention, and a decode step of one row has hundreds. ``Recorder`` notes what kernels are given while they run as
-always. What it has noted is copied, so that ``Replay`` can run it again: tensors that are to be others each time are
-known by their addresses among the arguments. Nothing but launches is seen: whoever copies or converts a tensor on the
-way to one says ``parallel.spoil_recording()``.
+attention, and a decode step of one row has hundreds. What a Recorder has noted (recording.py) a ``Replay`` runs again:
+tensors that are to be others each time are known by their addresses among the arguments.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +18,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from paged_kernels.cpu import parallel
+from paged_kernels.cpu.recording import Recorder
 from paged_kernels.cpu.vectors import load_i64, store_i64
 
 _LINE = 64  # bytes: where arguments begin
@@ -30,37 +28,13 @@ _KERNEL, _IMAGE, _WORDS, _THREADS, _ENTRY = range(5)
 _i32, _byte = ir.IntType(32), ir.IntType(8).as_pointer()
 
 
-class Recorder:
-    """While it is entered, notes what this thread launches."""
-
-    def __init__(self) -> None:
-        self.spoiled = False
-        self._launches: list[tuple[int, bytes, int]] = []
-        self._kept: list[Any] = []
-
-    def __enter__(self) -> Recorder:
-        parallel.recording.recorder = self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        parallel.recording.recorder = None
-
-    def add(self, kernel: int, args: int, num_threads: int, num_bytes: int) -> None:
-        """A launch that is about to be made; ``num_bytes`` of arguments, 0 if that isn't known."""
-        self.spoiled |= not num_bytes
-        self._launches.append((kernel, ctypes.string_at(args, num_bytes), num_threads))
-
-    def keep(self, memory: Any) -> None:
-        """Memory that a launch uses and that its caller may let go."""
-        self._kept.append(memory)
-
-    def replay(self, tensors: Sequence[Tensor], num_launches: int) -> Replay | None:
-        """What was noted, for ``tensors`` that are others each time (contiguous). None if it is not all there is, or
-        not as many launches as were foreseen."""
-        whole = not self.spoiled and len(self._launches) == num_launches
-        if not whole or not all(tensor.is_contiguous() for tensor in tensors):
-            return None
-        return Replay(self._launches, tensors, self._kept)
+def replay_of(recorder: Recorder, tensors: Sequence[Tensor], num_launches: int) -> Replay | None:
+    """What was noted, for ``tensors`` that are others each time (contiguous). None if it is not all there is, or not as
+    many launches as were foreseen."""
+    whole = not recorder.spoiled and len(recorder.launches) == num_launches
+    if not whole or not all(tensor.is_contiguous() for tensor in tensors):
+        return None
+    return Replay(recorder.launches, tensors, recorder.kept)
 
 
 class Replay:
@@ -95,7 +69,7 @@ class Replay:
         _launch_all.here(self._address)
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def _launch(typingctx: Any, launcher: Any, function: Any, data: Any, num_threads: Any) -> Any:
     """GOMP_parallel(function, data, num_threads, 0); without a launcher, function(data)."""
 
