@@ -1,12 +1,13 @@
 """An environment that has nothing but Python, torch and what pip puts there: what a stranger has after an install.
 
-torch and what torch requires are lent by the environment that runs the tests, as links: torch is gigabytes, everybody
-who installs us gets it, and its release is the same in both (constraints.txt). pip sees it as installed. All the rest
-comes from the index that the tests' own environment came from.
+pip is asked first what it would install. What the environment that runs the tests has in the very same release is lent
+by it, as links: unpacking and compiling it once more would take longer than all that the tests look at. torch, which is
+gigabytes, is lent before pip is asked. pip then sees both as installed, and brings the rest from the index.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import venv
 from collections.abc import Sequence
-from importlib.metadata import distribution
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,9 @@ class CleanEnvironment:
             "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}",
             "PAGED_CORE_CACHE": str(folder / "cache"),
         }
-        (packages,) = (folder / "env" / "lib").glob("python*/site-packages")
+        (self._packages,) = (folder / "env" / "lib").glob("python*/site-packages")
         for name in lent:
-            _lend(packages, name)
+            _lend_with_requirements(self._packages, name)
 
     def install(self, command: str) -> None:
         """A line ``pip install ...`` of the docs, where our package is the wheel, and releases are those that the
@@ -59,9 +60,15 @@ class CleanEnvironment:
         program, verb, *what = shlex.split(command, comments=True)
         assert (program, verb) == ("pip", "install"), command
         what = [re.sub(r"^(\.|paged-core)(?=\[|$)", str(self.wheel), word) for word in what]
-        python = self.bin / "python"
         # Not compiled: few of these modules are ever imported here, and the first interpreter that does keeps them.
-        _pip("--python", python, "install", "--no-compile", "-c", ROOT / "constraints.txt", *what, env=self.variables)
+        pip = ("--python", self.bin / "python", "install", "--no-compile", "-c", ROOT / "constraints.txt", *what)
+        report = self.folder / "report.json"
+        _pip(*pip, "--dry-run", "--report", report, env=self.variables)
+        for each in json.loads(report.read_text())["install"]:
+            found = _installed(each["metadata"]["name"])
+            if found is not None and found.version == each["metadata"]["version"] and not _shares_a_folder(found):
+                _lend(self._packages, found)
+        _pip(*pip, env=self.variables)
 
     def run(self, *command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
         """To its end, in a folder that has nothing of ours."""
@@ -86,17 +93,39 @@ def _pip(*arguments: str | Path, env: dict[str, str] | None = None) -> None:
     assert done.returncode == 0, told + done.stdout[-3000:] + done.stderr[-5000:]
 
 
-def _lend(packages: Path, name: str) -> None:
+def _lend_with_requirements(packages: Path, name: str) -> None:
     """Link a distribution of ours, and what it requires, into another environment's site-packages."""
     found = distribution(name)
-    for file in found.files or ():
-        top = file.parts[0]
-        if top not in ("..", "__pycache__") and not (packages / top).exists():
-            (packages / top).symlink_to(Path(str(found.locate_file(top))).resolve())
+    _lend(packages, found)
     for requirement in map(Requirement, found.requires or ()):
         wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         if wanted and not _has(packages, requirement.name):
-            _lend(packages, requirement.name)
+            _lend_with_requirements(packages, requirement.name)
+
+
+def _lend(packages: Path, found: Distribution) -> None:
+    for top in _tops(found):
+        if not (packages / top).exists():
+            (packages / top).symlink_to(Path(str(found.locate_file(top))).resolve())
+
+
+def _tops(found: Distribution) -> set[str]:
+    """What lies in site-packages itself; programs don't."""
+    return {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}
+
+
+def _shares_a_folder(found: Distribution) -> bool:
+    """With distributions that pip may not want. Ours does: it is installed as the folder of its sources."""
+    tops = [Path(str(found.locate_file(top))) for top in _tops(found)]
+    packages = [top for top in tops if top.is_dir() and top.suffix not in (".dist-info", ".libs")]
+    return not packages or not all((package / "__init__.py").exists() for package in packages)
+
+
+def _installed(name: str) -> Distribution | None:
+    try:
+        return distribution(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _has(packages: Path, name: str) -> bool:

@@ -50,14 +50,14 @@ def test_a_compiled_model_gives_the_tokens_of_stock_by_graphs_of_its_warm_up_alo
 def test_a_change_of_the_weights_is_in_the_next_answer(
     replaced: bool, tiny: Any, engine: Any, stock: Any, paged: Any, prompts: Any, graphs: Any, caplog: Any
 ) -> None:
-    model = tiny("llama", num_hidden_layers=2)
+    model = tiny("llama", num_hidden_layers=1)
     running = engine(model, compile_model=True)
     before, num_graphs = paged(running, prompts, 8), graphs.frame_count
     if replaced:
-        other = tiny("llama", seed=3, num_hidden_layers=2)
-        model.model.layers[1] = other.model.layers[1]
+        other = tiny("llama", seed=3, num_hidden_layers=1)
+        model.model.layers[0] = other.model.layers[0]
     else:
-        model.model.layers[1].mlp.up_proj.weight.data.mul_(-1)
+        model.model.layers[0].mlp.up_proj.weight.data.mul_(-1)
     expected = stock(model, prompts, 8)
     assert expected != before
     assert paged(running, prompts, 8) == expected
@@ -68,10 +68,10 @@ def test_a_change_of_the_weights_is_in_the_next_answer(
 def test_a_model_that_the_compiler_can_not_follow_runs_without_it_and_one_warning_says_so(
     tiny: Any, engine: Any, stock: Any, paged: Any, prompts: Any, caplog: Any
 ) -> None:
-    model = tiny("llama", num_hidden_layers=2)
+    model = tiny("llama", num_hidden_layers=1)
     expected = stock(model, prompts, 8)
-    model.model.layers[1].register_forward_hook(lambda module, args, output: print(end="") or None)
-    model.model.layers[1].register_forward_hook(lambda module, args, output: torch._dynamo.graph_break())
+    model.model.layers[0].register_forward_hook(lambda module, args, output: print(end="") or None)
+    model.model.layers[0].register_forward_hook(lambda module, args, output: torch._dynamo.graph_break())
     running = engine(model, compile_model=True)
     assert paged(running, prompts, 8) == expected
     (warning,) = told(caplog)
@@ -81,7 +81,7 @@ def test_a_model_that_the_compiler_can_not_follow_runs_without_it_and_one_warnin
 def test_a_compiler_that_fails_in_a_step_costs_no_request(
     tiny: Any, engine: Any, stock: Any, paged: Any, prompts: Any, caplog: Any, monkeypatch: Any
 ) -> None:
-    model = tiny("llama", num_hidden_layers=2)
+    model = tiny("llama", num_hidden_layers=1)
     running = engine(model, compile_model=True)
 
     def broken(**given: Any) -> None:
@@ -117,13 +117,13 @@ def test_a_compiled_model_that_answers_otherwise_is_refused(tiny: Any, engine: A
 
     monkeypatch.setattr(compiled, "BACKEND", wrong)
     with pytest.raises(ConfigError, match="compile_model"):
-        engine(tiny("llama", num_hidden_layers=2), compile_model=True)
+        engine(tiny("llama", num_hidden_layers=1), compile_model=True)
 
 
 def test_the_next_engine_of_the_same_model_compiles_only_if_it_is_told_to(
     tiny: Any, engine: Any, stock: Any, paged: Any, prompts: Any, graphs: Any
 ) -> None:
-    model = tiny("llama", num_hidden_layers=2)
+    model = tiny("llama", num_hidden_layers=1)
     expected, shared = stock(model, prompts, 8), HFPagedModel(model)
     for wanted in (False, True, False, True):
         assert paged(engine(shared, compile_model=wanted, attention_backend="cpu"), prompts, 8) == expected

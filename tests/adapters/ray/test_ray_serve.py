@@ -23,6 +23,7 @@ import pytest
 
 import tiny_folder
 from free_ports import free_ports
+from paged_ray import commands
 from places import ROOT
 from ray_cluster import Cluster, ray_cluster
 
@@ -139,17 +140,17 @@ def test_the_articles_two_actors_answer_as_the_docs_show(running):
     assert done.stdout.count("->") == 4
 
 
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        (["--cpus-per-replica", "50"], "lower --replicas or --cpus-per-replica, or add nodes"),
-        (["--max-replicas", "1"], "max_replicas (1) is below replicas (2)"),
-    ],
-)
-def test_what_cant_be_had_is_told_in_a_sentence(running, options, told):
-    command = [*serve(running.folder, running.address), *options]
+def test_more_than_the_cluster_has_room_for_is_told_in_a_sentence(running):
+    command = [*serve(running.folder, running.address), "--cpus-per-replica", "50"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and told in done.stderr.splitlines()[-1], done.stderr[-3000:]
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "lower --replicas or --cpus-per-replica, or add nodes" in done.stderr.splitlines()[-1]
+
+
+def test_options_that_contradict_each_other_are_told_in_a_sentence(running, capsys):
+    _, _, _, *arguments = serve(running.folder, running.address)
+    assert commands.main([*arguments, "--max-replicas", "1"]) == 2
+    assert "max_replicas (1) is below replicas (2)" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_killed_replica_costs_its_own_streams_only_and_comes_back(running):

@@ -86,7 +86,7 @@ def with_ends_that_are_not_told(monkeypatch):
 def test_what_is_broken_on_purpose_is_found(breaking, monkeypatch):
     breaking(monkeypatch)
     alone = Alone()
-    found = (failure(0, number, range(OPERATIONS), alone) for number in range(20))
+    found = (failure(1, number, range(OPERATIONS), alone) for number in range(20))
     assert any(found)
 
 
