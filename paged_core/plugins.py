@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, TypeVar
 
 import pluggy
 
 from paged_core import hookspecs
 from paged_core.errors import PluginError
+from paged_core.roles import Role
+
+_R = TypeVar("_R", bound=Role)
 
 BUILTIN = (
     "paged_core.builtin.attention",
@@ -73,6 +76,19 @@ def _register(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
         manager.register(plugin, name if not manager.has_plugin(name) else f"{name} ({id(plugin):#x})")
     except (ValueError, pluggy.PluginValidationError) as error:
         raise PluginError(f"plugin {name!r} can't be used: {error}") from error
+
+
+def in_role(role: type[_R], answer: Any, hook: str) -> _R:
+    """What answers ``hook``, in its role.
+
+    Raises:
+        PluginError: it lacks what must be there. A step that misses it would fail the requests of that step.
+    """
+    missing = role.missing_in(answer)
+    if missing:
+        what = f"{type(answer).__name__}, which answers {hook}"
+        raise PluginError(f"{what}, lacks {', '.join(missing)}; docs/plugins.md shows a whole one")
+    return role.of(answer)
 
 
 def describe(manager: pluggy.PluginManager) -> str:

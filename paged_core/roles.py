@@ -26,7 +26,12 @@ class Role(ABC):  # noqa: B024  roles have the abstract methods
     @classmethod
     def is_met_by(cls, given: Any) -> bool:
         """Whether it has all that must be there."""
-        return all(hasattr(given, name) for name in cls.__abstractmethods__)
+        return not cls.missing_in(given)
+
+    @classmethod
+    def missing_in(cls, given: Any) -> list[str]:
+        """What must be there, and isn't."""
+        return sorted(name for name in cls.__abstractmethods__ if not hasattr(given, name))
 
 
 class _StandIn:

@@ -12,7 +12,7 @@ import torch
 from paged_core.config import EngineConfig, EngineSizes, StepSizes
 from paged_core.engine.loading import dtype_name, load_model, named
 from paged_core.engine.sizes import engine_sizes, filled, limits, step_sizes
-from paged_core.engine.team import Asked, MakeRunner, Team
+from paged_core.engine.team import EngineArgs, MakeRunner, Team
 from paged_core.errors import ConfigError, PluginError, UnsupportedModel
 from paged_core.execution import compiling, kv_cache
 from paged_core.execution.fingerprint import fingerprint
@@ -21,7 +21,7 @@ from paged_core.execution.kv_cache import KVCache
 from paged_core.execution.model import AttentionBackend, PagedModel, RequestSampler
 from paged_core.execution.model_runner import ModelRunner
 from paged_core.execution.spec import ModelSpec
-from paged_core.plugins import Plugins, describe
+from paged_core.plugins import Plugins, describe, in_role
 from paged_core.ranks.ranks import ALONE, Ranks
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.scheduler import Scheduler
@@ -66,7 +66,7 @@ def assemble(
     Raises:
         PluginError, UnsupportedModel, ConfigError: as Engine does.
     """
-    asked = Asked(model, config, None if device is None else str(device), dtype_name(dtype))
+    asked = EngineArgs(model, config, None if device is None else str(device), dtype_name(dtype))
     progress = progress or _show
     if config.tensor_parallel_size == 1:
         computing = build(manager, asked, progress)
@@ -83,7 +83,7 @@ def assemble(
 
 def build(
     manager: Plugins,
-    asked: Asked,
+    asked: EngineArgs,
     progress: Progress,
     ranks: Ranks = ALONE,
     make_runner: MakeRunner | None = None,
@@ -115,7 +115,7 @@ def create_sampler(manager: Plugins, spec: ModelSpec, config: EngineConfig, size
     sampler = manager.hook.create_sampler(spec=spec, config=filled(config, sizes))
     if sampler is None:
         raise PluginError(f"no plugin brings a sampler; loaded plugins: {describe(manager)}")
-    return sampler  # type: ignore[no-any-return]
+    return in_role(RequestSampler, sampler, "create_sampler")
 
 
 def create_backend(
@@ -130,7 +130,7 @@ def create_backend(
             f"no attention backend called {name!r} can run this model here; leave attention_backend out for one that "
             f"can; loaded plugins: {describe(manager)}"
         )
-    backend = AttentionBackend.of(found)
+    backend = in_role(AttentionBackend, found, "create_attention_backend")
     if sizes.kv_dtype in kv_cache.QUANTIZED and not backend.reads_scales:
         raise ConfigError(
             f"attention backend {backend.name!r} does not read the scales of a K/V cache in {config.kv_cache_dtype}; "

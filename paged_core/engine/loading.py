@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from paged_core.engine.team import Asked
+from paged_core.engine.team import EngineArgs
 from paged_core.errors import ConfigError, PluginError
 from paged_core.execution.model import PagedModel
 from paged_core.execution.spec import ModelSpec
-from paged_core.plugins import Plugins, describe
+from paged_core.plugins import Plugins, describe, in_role
 from paged_core.ranks.ranks import ALONE, Ranks
 
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # torch has both names, and so has vLLM
 
 
-def load_model(manager: Plugins, asked: Asked, ranks: Ranks) -> PagedModel:
+def load_model(manager: Plugins, asked: EngineArgs, ranks: Ranks) -> PagedModel:
     """The model itself if it is a PagedModel already, else what a plugin makes of it.
 
     Raises:
@@ -38,7 +38,7 @@ def load_model(manager: Plugins, asked: Asked, ranks: Ranks) -> PagedModel:
             f"no plugin can load {named(model)}; loaded plugins: {describe(manager)}. "
             "For Hugging Face models: pip install 'paged-core[hf]'"
         )
-    loaded = PagedModel.of(loaded)
+    loaded = in_role(PagedModel, loaded, "load_model")
     if loaded.num_ranks != ranks.size:
         raise ConfigError(
             f"tensor_parallel_size is {ranks.size}, and the plugin that loads {named(model)} can't split it; leave "

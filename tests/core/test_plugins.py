@@ -149,13 +149,38 @@ class Named:
 def test_the_first_answer_wins_and_later_plugins_are_asked_first():
     asked: list[str] = []
     engine = engine_of(Named("one", asked), Named("two", asked), attention_backend="auto")
-    assert (engine._runner.backend.name, asked) == ("two", ["two"])
+    assert (engine.attention_backend, asked) == ("two", ["two"])
 
 
 def test_who_passes_lets_the_next_one_answer():
     asked: list[str] = []
     engine = engine_of(Named("one", asked), Named("two", asked), attention_backend="one")
-    assert (engine._runner.backend.name, asked) == ("one", ["two", "one"])
+    assert (engine.attention_backend, asked) == ("one", ["two", "one"])
+
+
+class Half:
+    """Answers one hook with an object that has only half of what is asked of it."""
+
+    name = "half"
+    spec = None
+
+    def plan(self, metadata): ...
+
+    def select(self, logits, requests): ...
+
+
+@pytest.mark.parametrize(
+    ("hook", "lacks"),
+    [
+        ("create_attention_backend", "copy_blocks, run"),
+        ("create_sampler", "prompt_logprobs"),
+        ("load_model", "forward"),
+    ],
+)
+def test_an_answer_that_lacks_what_is_asked_of_it_is_refused_before_a_step_needs_it(hook, lacks):
+    answer = type("Plugin", (), {hook: hookimpl(lambda self: Half())})
+    with pytest.raises(PluginError, match=rf"Half, which answers {hook}, lacks {lacks}; docs/plugins.md"):
+        Engine("a path" if hook == "load_model" else TinyModel(), EngineConfig(num_blocks=64), plugins=[answer()])
 
 
 def test_the_plugins_given_are_asked_before_the_built_in_ones():
@@ -190,8 +215,8 @@ def test_each_engine_has_its_own_plugins():
     asked: list[str] = []
     first = engine_of(Named("mine", asked), attention_backend="auto")
     second = engine_of(attention_backend="auto")
-    assert first._runner.backend.name == "mine"
-    assert second._runner.backend.name != "mine"
+    assert first.attention_backend == "mine"
+    assert second.attention_backend != "mine"
     assert asked == ["mine"]
 
 
