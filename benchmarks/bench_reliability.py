@@ -91,26 +91,28 @@ def measure_kill(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure_flood(args: argparse.Namespace) -> dict[str, Any]:
     """A neighbour's streams, alone and beside clients that submit and leave in a loop."""
-    return _neighbour(args, flood, args.clients, ["--max-queue", str(args.max_queue)])
+    with serving(args.model, options=["--max-queue", str(args.max_queue)]) as (_, port):
+        return neighbour(args, port, flood, args.clients)
 
 
 def measure_bombs(args: argparse.Namespace) -> dict[str, Any]:
     """A neighbour's streams, alone and beside schemas that take seconds to compile."""
-    return _neighbour(args, bombs, args.rate, [])
+    with serving(args.model) as (_, port):
+        return neighbour(args, port, bombs, args.rate)
 
 
-def _neighbour(args: argparse.Namespace, trouble: Trouble, how_much: float, options: Sequence[str]) -> dict[str, Any]:
+def neighbour(args: argparse.Namespace, port: int, trouble: Trouble, how_much: float) -> dict[str, Any]:
+    """What a client of the server on that port feels, alone and beside trouble, in turns."""
     alone: list[Seen] = []
     troubled: list[Seen] = []
     outcomes: Counter[str] = Counter()
     load = os.getloadavg()[0]
-    with serving(args.model, options=options) as (_, port):
-        read_stream(port, 10)  # what is done once
-        for _ in range(args.rounds):
-            alone.append(read_stream(port, args.tokens))
-            with beside(trouble, port, how_much) as told:
-                troubled.append(read_stream(port, args.tokens))
-            outcomes += told
+    read_stream(port, 10)  # what is done once
+    for _ in range(args.rounds):
+        alone.append(read_stream(port, args.tokens))
+        with beside(trouble, port, how_much) as told:
+            troubled.append(read_stream(port, args.tokens))
+        outcomes += told
     about = {"cores": os.cpu_count(), "load_before": load, "tokens": args.tokens, "rounds": args.rounds}
     return {**about, "alone": _felt(alone), "beside": _felt(troubled), "of_the_others": dict(outcomes)}
 

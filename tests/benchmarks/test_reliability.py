@@ -28,14 +28,14 @@ def test_clients_of_a_killed_server_see_an_error_and_never_a_shorter_answer(benc
 
 
 def test_a_neighbour_of_a_flood_and_of_bombs_is_told_all_and_they_are_refused(bench: Any, tmp_path: Path) -> None:
-    options = {"clients": 4, "rate": 4.0, "max_queue": 1, "rounds": 1, "tokens": 20}
-    args = argparse.Namespace(model=str(save(tmp_path / "model")), **options)
-    for measure, outcomes in (
-        (bench.measure_flood, {"left at once", "left after an event", "refused: 503"}),
-        (bench.measure_bombs, {"400"}),
-    ):
-        told = measure(args)
-        assert told["of_the_others"].keys() <= outcomes
-        assert told["of_the_others"]
-        for felt in (told["alone"], told["beside"]):
-            assert (felt["ends"], felt["tokens"]) == ({"[DONE]": 1}, 20)
+    args = argparse.Namespace(rounds=1, tokens=20)
+    with bench.serving(str(save(tmp_path / "model")), options=["--max-queue", "1"]) as (_, port):
+        for trouble, how_much, outcomes in (
+            (bench.flood, 4, {"left at once", "left after an event", "refused: 503"}),
+            (bench.bombs, 4.0, {"400"}),
+        ):
+            told = bench.neighbour(args, port, trouble, how_much)
+            assert told["of_the_others"].keys() <= outcomes
+            assert told["of_the_others"]
+            for felt in (told["alone"], told["beside"]):
+                assert (felt["ends"], felt["tokens"]) == ({"[DONE]": 1}, 20)
