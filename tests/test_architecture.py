@@ -375,5 +375,11 @@ def test_every_file_has_its_line_in_the_docs_and_every_line_its_file():
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     listed = re.findall(r"^- `([^`]+\.py)`: \S", text, re.MULTILINE)
     assert sorted(listed) == sorted(set(listed)), "a file has two lines"
-    assert sorted(set(files) - set(listed)) == []
+    untold = {file for file in files if file.endswith("/__init__.py") and _is_only_a_docstring(ROOT / file)}
+    assert sorted(set(files) - untold - set(listed)) == []
     assert sorted(set(listed) - set(files)) == []
+
+
+def _is_only_a_docstring(path: Path) -> bool:
+    code = ast.parse(path.read_text(encoding="utf-8")).body
+    return len(code) == 1 and ast.get_docstring(ast.Module(code, [])) is not None
