@@ -29,7 +29,7 @@ _COMPUTING = frozenset({"load_model", "create_kv_cache", "create_attention_backe
 MakeRunner = Callable[[PagedModel, AttentionBackend, KVCache], ModelRunner]
 
 
-class Asked(NamedTuple):
+class EngineArgs(NamedTuple):
     """What an engine is to be built of, as its user says it."""
 
     model: Any
@@ -42,7 +42,7 @@ class Job(NamedTuple):
     """What another rank is told. It can be pickled."""
 
     rank: int
-    asked: Asked
+    asked: EngineArgs
     store: Path
     num_threads: int  # of torch
     leader: int  # the process that it is not to outlive
@@ -55,7 +55,7 @@ class Team:
         ConfigError: this model, or what else was asked, can't be had on several ranks.
     """
 
-    def __init__(self, manager: Plugins, asked: Asked) -> None:
+    def __init__(self, manager: Plugins, asked: EngineArgs) -> None:
         _check(manager, asked)
         size = asked.config.tensor_parallel_size
         asked = asked._replace(model=os.fspath(asked.model))
@@ -99,7 +99,7 @@ class Team:
             self._threads = 0
 
 
-def _check(manager: Plugins, asked: Asked) -> None:
+def _check(manager: Plugins, asked: EngineArgs) -> None:
     size = asked.config.tensor_parallel_size
     if not isinstance(asked.model, str | os.PathLike):
         raise ConfigError(

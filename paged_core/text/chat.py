@@ -23,7 +23,7 @@ _MOST_SHAPES = 64  # kinds of conversations whose forms are kept
 _LONGEST_ROLE = 32  # characters of a role in those
 
 
-class Form(Enum):
+class ContentFormat(Enum):
     """How a message's content is given to the template."""
 
     TEXT = "a string: the parts joined by line ends"
@@ -38,8 +38,10 @@ class Kind(NamedTuple):
     has_parts: bool
 
     @property
-    def preferred(self) -> tuple[Form, ...]:
-        return (Form.PARTS, Form.TEXT, Form.ONE_PART) if self.has_parts else (Form.TEXT, Form.PARTS)
+    def preferred(self) -> tuple[ContentFormat, ...]:
+        if self.has_parts:
+            return ContentFormat.PARTS, ContentFormat.TEXT, ContentFormat.ONE_PART
+        return ContentFormat.TEXT, ContentFormat.PARTS
 
 
 class ChatTemplate:
@@ -47,7 +49,7 @@ class ChatTemplate:
 
     def __init__(self, apply: Apply) -> None:
         self._apply = apply
-        self._forms: dict[frozenset[Kind], Mapping[Kind, Form]] = {}  # by what a conversation holds
+        self._forms: dict[frozenset[Kind], Mapping[Kind, ContentFormat]] = {}  # by what a conversation holds
 
     def render(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
         """The messages as one text.
@@ -59,7 +61,7 @@ class ChatTemplate:
         kinds = [_kind_of(message) for message in messages]
         asked = _asked(messages)
         if asked is None:
-            return self._apply([_in_form(message, Form.TEXT) for message in messages], options)
+            return self._apply([_in_form(message, ContentFormat.TEXT) for message in messages], options)
         forms = self._known_forms(messages, kinds, options)
         if kinds[asked] not in forms:
             return self._render_unsure(messages, asked, options)
@@ -69,7 +71,7 @@ class ChatTemplate:
 
     def _known_forms(
         self, messages: Sequence[Mapping[str, Any]], kinds: Sequence[Kind], options: Mapping[str, Any]
-    ) -> Mapping[Kind, Form]:
+    ) -> Mapping[Kind, ContentFormat]:
         """As found before for such a conversation. What a caller's own options made of the template is not kept."""
         shape = frozenset(kinds)
         if shape in self._forms and options.keys() <= _PLAIN:
@@ -82,18 +84,18 @@ class ChatTemplate:
 
     def _find_forms(
         self, messages: Sequence[Mapping[str, Any]], kinds: Sequence[Kind], options: Mapping[str, Any]
-    ) -> Mapping[Kind, Form]:
+    ) -> Mapping[Kind, ContentFormat]:
         """The form of each kind of message; none for those that the template prints in no form."""
         words = [_words(number, message) for number, message in enumerate(messages)]
-        seen = {Form.TEXT: self._seen(messages, kinds, words, [Form.TEXT] * len(messages), options)}
-        if all(not kind.has_parts and kind in seen[Form.TEXT] for kind in kinds):
-            return dict.fromkeys(kinds, Form.TEXT)
-        for form in (Form.PARTS, Form.ONE_PART):
+        seen = {ContentFormat.TEXT: self._seen(messages, kinds, words, [ContentFormat.TEXT] * len(messages), options)}
+        if all(not kind.has_parts and kind in seen[ContentFormat.TEXT] for kind in kinds):
+            return dict.fromkeys(kinds, ContentFormat.TEXT)
+        for form in (ContentFormat.PARTS, ContentFormat.ONE_PART):
             seen[form] = self._seen(messages, kinds, words, [form] * len(messages), options)
             if not seen[form]:  # it may have raised for a role that needs a string
-                mixed = [Form.TEXT if kind in seen[Form.TEXT] else form for kind in kinds]
+                mixed = [ContentFormat.TEXT if kind in seen[ContentFormat.TEXT] else form for kind in kinds]
                 found = self._seen(messages, kinds, words, mixed, options)
-                seen[form] = {kind: num for kind, num in found.items() if kind not in seen[Form.TEXT]}
+                seen[form] = {kind: num for kind, num in found.items() if kind not in seen[ContentFormat.TEXT]}
         forms = {}
         for kind in kinds:
             most = max(found.get(kind, 0) for found in seen.values())
@@ -106,7 +108,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         kinds: Sequence[Kind],
         words: Sequence[Sequence[str]],
-        forms: Sequence[Form],
+        forms: Sequence[ContentFormat],
         options: Mapping[str, Any],
     ) -> dict[Kind, int]:
         """How many words come out, by kind of message, counted from the last message of the kind that lost one: a
@@ -128,7 +130,7 @@ class ChatTemplate:
         """For templates that don't print words as they are: they quote them, say, or take only some. Whether the text
         of message ``asked`` counts shows when it is another."""
         refusal: InvalidRequestError | None = None
-        for form in (Form.TEXT, Form.PARTS):
+        for form in (ContentFormat.TEXT, ContentFormat.PARTS):
             try:
                 rendered = self._apply([_in_form(message, form) for message in messages], options)
             except InvalidRequestError as error:
@@ -144,7 +146,7 @@ class ChatTemplate:
         raise refusal
 
     def _other_with(
-        self, messages: Sequence[Mapping[str, Any]], asked: int, form: Form, options: Mapping[str, Any]
+        self, messages: Sequence[Mapping[str, Any]], asked: int, form: ContentFormat, options: Mapping[str, Any]
     ) -> str | None:
         """What is rendered if message ``asked`` says more; None if the template refuses that."""
         told = [_in_form(message, form) for message in messages]
@@ -189,15 +191,15 @@ def _asked(messages: Sequence[Mapping[str, Any]]) -> int | None:
     return max(users or spoken, default=None)
 
 
-def _in_form(message: Mapping[str, Any], form: Form, texts: Sequence[str] | None = None) -> dict[str, Any]:
+def _in_form(message: Mapping[str, Any], form: ContentFormat, texts: Sequence[str] | None = None) -> dict[str, Any]:
     """The message with its texts, or with others in their place, in the form."""
     if texts is None:
         texts = texts_of(message)
     if texts is None or message["content"] is None:
         return dict(message)
-    if form is not Form.PARTS:
+    if form is not ContentFormat.PARTS:
         texts = ["\n".join(texts)]
-    content = texts[0] if form is Form.TEXT else [{"type": "text", "text": text} for text in texts]
+    content = texts[0] if form is ContentFormat.TEXT else [{"type": "text", "text": text} for text in texts]
     return {**message, "content": content}
 
 

@@ -18,10 +18,10 @@ from paged_core import Attend
 PAGED = "paged_core"
 PROBE = "paged_core_probe"
 PROBE_WITH_MASKS = "paged_core_probe_with_masks"
-UNDER_WAY = "_paged_core_step"  # attribute of every twin: a list of one, the Step under way
+UNDER_WAY = "_paged_core_step"  # attribute of every twin: a list of one, the CountedAttend of the pass under way
 
 
-class Step:
+class CountedAttend:
     """``attend`` for one forward pass: counts the calls, so that the n-th is layer n."""
 
     __slots__ = ("attend", "layer", "positions")
@@ -57,7 +57,7 @@ def _paged_attention(
     key: Tensor,  # [1,K,T,D]
     value: Tensor,  # [1,K,T,Dv]
     attention_mask: Tensor | None,
-    attend: Step | None = None,
+    attend: CountedAttend | None = None,
     s_aux: Tensor | None = None,  # [H]
     key_bias: Tensor | None = None,  # f32 [H,P]
     **facts: Any,  # seen and judged by the probe, when the model was taken in
@@ -86,7 +86,13 @@ def _probing_attention(
 
 
 def attend_through(
-    step: Step, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **facts: Any
+    step: CountedAttend,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    **facts: Any,
 ) -> Tensor:
     """For modules that don't ask the registry: ``query [1,H,T,D], key [1,K,T,D], value [1,K,T,Dv] -> [1,T,H,Dv]``."""
     return _probing_attention(module, query, key, value, mask, step, **facts)[0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from paged_core import Attend, EngineDeadError, ModelSpec, ModuleForward, PagedModel, UnsupportedModel
-from paged_hf.model.attention import PAGED, UNDER_WAY, Step
+from paged_hf.model.attention import PAGED, UNDER_WAY, CountedAttend
 from paged_hf.model.compiled import CompiledRoot
 from paged_hf.model.config_facts import (
     eos_token_ids,
@@ -103,7 +103,7 @@ class HFPagedModel(PagedModel):
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend, sample_indices: Tensor) -> Tensor:
         """``token_ids i64 [T], positions i64 [T], sample_indices i64 [S] -> logits [S, vocab]``"""
-        step = Step(attend, positions)
+        step = CountedAttend(attend, positions)
         rows = sample_indices if sample_indices.numel() else sample_indices.new_zeros(1)  # some heads refuse no rows
         logits = self._call(token_ids, positions, step, rows, self._compiled)
         if step.layer != len(self._spec.layers):
@@ -191,7 +191,7 @@ class HFPagedModel(PagedModel):
 
     def _take_in(self) -> None:
         self.shadow = Shadow(self._base)
-        self._under_way: list[Step | None] = [None]
+        self._under_way: list[CountedAttend | None] = [None]
         self.shadow.give_all(UNDER_WAY, self._under_way)
         self._look()
         self._unheard = not any(_listened_to(module) and not _aligned(module) for module in self._base.modules())
@@ -267,7 +267,7 @@ class HFPagedModel(PagedModel):
         self,
         token_ids: Tensor,
         positions: Tensor,
-        step: Step | None,
+        step: CountedAttend | None,
         rows: Tensor | None = None,
         compiled: CompiledRoot | None = None,
     ) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from paged_core import LayerSpec, UnsupportedModel
-from paged_hf.model.attention import PAGED, PROBE, PROBE_WITH_MASKS, Step
+from paged_hf.model.attention import PAGED, PROBE, PROBE_WITH_MASKS, CountedAttend
 from paged_hf.model.dense import DenseAttend
 from paged_hf.model.masks import FAR, WIDEST, causal_until, window_of
 from paged_hf.model.rounding import Widened, difference, narrow_dtype, tolerance, usual_difference
@@ -141,8 +141,8 @@ def _record(shadow: Shadow, call: ForwardPass, ids: Tensor) -> _Recorder:
     return recorder
 
 
-class _Recorder(Step):
-    """A Step that writes down what each attention call brings, and refuses what the engine can't honour."""
+class _Recorder(CountedAttend):
+    """A CountedAttend that writes down what each attention call brings, and refuses what the engine can't honour."""
 
     __slots__ = ("dtype", "layers", "makes_masks", "max_length", "num_tokens", "strange_masks", "windows")
 
@@ -239,7 +239,7 @@ def _in_chunks(
         if not sum(lengths):
             continue
         positions = torch.cat([_positions(ids)[part] for ids, part in zip(prompts, parts, strict=True)])
-        step = Step(attend.bind(lengths), positions)
+        step = CountedAttend(attend.bind(lengths), positions)
         ids = torch.cat([ids[part] for ids, part in zip(prompts, parts, strict=True)])
         try:
             rows = call(ids, positions, step)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from paged_hf.model import stand_ins as make
-from paged_hf.model.attention import Step
+from paged_hf.model.attention import CountedAttend
 from paged_hf.model.shadow import Shadow
 from paged_hf.model.stand_ins import KeyBias, StandIn
 
@@ -42,7 +42,7 @@ _RULES: dict[str, tuple[str, Callable[[Any, KeyBias], StandIn]]] = {  # class: m
 _PLACED = frozenset({"bloom.BloomAttention", "mpt.MptAttention"})  # positions are in the bias, and nowhere else
 
 
-def apply_rules(shadow: Shadow, under_way: list[Step | None], max_length: int, takes_positions: bool) -> bool:
+def apply_rules(shadow: Shadow, under_way: list[CountedAttend | None], max_length: int, takes_positions: bool) -> bool:
     """Give the twins their rules. True: positions reach a model whose forward doesn't take them.
 
     A module that the user has given a forward of his own is left alone.
@@ -67,7 +67,7 @@ def _is_table_of_positions(kind: type[nn.Module]) -> bool:
     return named_so and "position_ids" in inspect.signature(kind.forward).parameters
 
 
-def _install(twin: nn.Module, method: str, stand_in: StandIn, under_way: list[Step | None]) -> bool:
+def _install(twin: nn.Module, method: str, stand_in: StandIn, under_way: list[CountedAttend | None]) -> bool:
     if method in twin.__dict__ or not hasattr(twin, method):
         return False
     own = getattr(twin, method)

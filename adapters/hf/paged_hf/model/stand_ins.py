@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from paged_core import UnsupportedModel
-from paged_hf.model.attention import Step, attend_through
+from paged_hf.model.attention import CountedAttend, attend_through
 from paged_hf.upstream import cache_argument
 
 StandIn = Callable[..., Any]
@@ -45,7 +45,7 @@ def embed_positions(module: nn.Module) -> StandIn:
     """A table of positions whose rows the decoder counts itself."""
     forward = type(module).forward
 
-    def embed(step: Step, *args: Any, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
+    def embed(step: CountedAttend, *args: Any, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
         positions = step.positions if position_ids is None else step.positions.view(position_ids.shape)
         return forward(module, *args, position_ids=positions, **kwargs)
 
@@ -63,7 +63,7 @@ def attending(
     def make(module: Any, bias: KeyBias) -> StandIn:
         own_window, own_scale = window(module), scale(module)
 
-        def attend(step: Step, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Any:
+        def attend(step: CountedAttend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Any:
             out = attend_through(
                 step,
                 module,
@@ -82,7 +82,7 @@ def attending(
 
 
 def openai_gpt(module: Any, bias: KeyBias) -> StandIn:
-    def attend(step: Step, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *rest: Any) -> Any:
+    def attend(step: CountedAttend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *rest: Any) -> Any:
         scale = q.shape[-1] ** -0.5 if module.scale else 1.0
         out = attend_through(step, module, q, k.transpose(2, 3), v, scaling=scale)
         return [out.transpose(1, 2)]
@@ -104,7 +104,7 @@ def _heads(x: Tensor, head_dim: int) -> Tensor:
 
 
 def as_bart(module: Any, bias: KeyBias) -> StandIn:
-    def forward(step: Step, hidden_states: Tensor, attention_mask: Tensor | None = None, **rest: Any) -> Any:
+    def forward(step: CountedAttend, hidden_states: Tensor, attention_mask: Tensor | None = None, **rest: Any) -> Any:
         if rest.get("key_value_states") is not None or rest.get("attn_prompt") is not None:
             raise UnsupportedModel(f"{type(module).__name__} attends to more than the tokens before")
         q = module.q_proj(hidden_states) * module.scaling
@@ -117,7 +117,7 @@ def as_bart(module: Any, bias: KeyBias) -> StandIn:
 
 def as_bert(module: Any, bias: KeyBias) -> StandIn:
     def forward(
-        step: Step,
+        step: CountedAttend,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         sinusoidal_pos: Tensor | None = None,
@@ -140,7 +140,7 @@ def falcon(module: Any, bias: KeyBias) -> StandIn:
     file = sys.modules[type(module).__module__]
 
     def forward(
-        step: Step,
+        step: CountedAttend,
         hidden_states: Tensor,
         alibi: Tensor | None = None,  # of the packed row: of no use but to tell that there is one
         attention_mask: Tensor | None = None,
@@ -167,7 +167,7 @@ def falcon(module: Any, bias: KeyBias) -> StandIn:
 def bloom(module: Any, bias: KeyBias) -> StandIn:
     file = sys.modules[type(module).__module__]
 
-    def forward(step: Step, hidden_states: Tensor, residual: Tensor, *args: Any, **rest: Any) -> Any:
+    def forward(step: CountedAttend, hidden_states: Tensor, residual: Tensor, *args: Any, **rest: Any) -> Any:
         if module.pretraining_tp > 1 and module.slow_but_exact:
             raise UnsupportedModel("slow_but_exact adds up its output in slices")
         q, k, v = module._reshape(module.query_key_value(hidden_states))
@@ -187,7 +187,7 @@ def mpt(module: Any, bias: KeyBias) -> StandIn:
         slopes: Tensor = -before_last
         return slopes * (ones.cumsum(-1) - 1)
 
-    def forward(step: Step, hidden_states: Tensor, *args: Any, **rest: Any) -> Any:
+    def forward(step: CountedAttend, hidden_states: Tensor, *args: Any, **rest: Any) -> Any:
         qkv = module.Wqkv(hidden_states)
         if module.clip_qkv:
             qkv = qkv.clamp(min=-module.clip_qkv, max=module.clip_qkv)
@@ -224,7 +224,7 @@ def llama4(module: Any, bias: KeyBias) -> StandIn:
     forward = type(module).forward
     name = cache_argument(forward)
 
-    def counting(step: Step, *args: Any, **kwargs: Any) -> Any:
+    def counting(step: CountedAttend, *args: Any, **kwargs: Any) -> Any:
         return forward(module, *args, **kwargs | {name: _Past(step.positions)})
 
     return counting
