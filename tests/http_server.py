@@ -56,8 +56,7 @@ class Running:
 
     def come_to_rest(self) -> None:
         """Wait until nothing runs, and see that nothing was left behind."""
-        until(lambda: not self.engine.engine.has_work and not self.service._open)
-        assert self.service.num_open == 0
+        until(lambda: not self.engine.engine.has_work and not self.service.num_open)
         assert self.engine.submit([33]).result(LIMIT_S).finished, "a step after the last, for its stats"
         until(lambda: self.num_blocks_used == 0)
 

@@ -39,9 +39,9 @@ def answers(engine, prompts, **params):
         for output in engine.step():
             told.setdefault((output.request.id, output.request.index), []).extend(output.token_ids)
             ends += [output.request] if output.finish_reason is not None else []
-        engine._scheduler.check()
+        engine.check()
     assert len(ends) == len(set(ends)) == len(told)
-    assert engine._pool.num_used == 0
+    assert engine.memory.num_blocks_used == 0
     return told
 
 

@@ -42,6 +42,7 @@ def test_beams_over_one_prompt_of_embeddings_share_its_blocks(model: Any) -> Non
 
 
 def test_embeddings_that_are_no_longer_there_are_no_tokens(model: Any) -> None:
+    model.generate(torch.tensor([[5, 6]]), max_new_tokens=1, do_sample=False, pad_token_id=0)  # which builds the engine
     paged = model.generate.tiers.host.paged_model
     ids = paged.acquire_ids(torch.zeros(2, 32))
     assert all(paged.knows(token) for token in ids)

@@ -7,6 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from alphabet_model import AlphabetModel
+from async_calls import CONFIG
+from paged_core import AsyncEngine
+from toy_tokenizers import CharacterTokenizer
+
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
@@ -14,3 +19,14 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def model() -> AlphabetModel:
+    return AlphabetModel()
+
+
+@pytest.fixture
+def engine(model: AlphabetModel) -> Iterator[AsyncEngine]:
+    with AsyncEngine(model, tokenizer=CharacterTokenizer(), config=CONFIG) as engine:
+        yield engine
