@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypeVar
+from typing import Any
 
 import pluggy
 
 from paged_core import hookspecs
 from paged_core.errors import PluginError
-from paged_core.roles import Role
-
-_R = TypeVar("_R", bound=Role)
 
 BUILTIN = (
     "paged_core.builtin.attention",
@@ -78,17 +75,15 @@ def _register(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
         raise PluginError(f"plugin {name!r} can't be used: {error}") from error
 
 
-def in_role(role: type[_R], answer: Any, hook: str) -> _R:
-    """What answers ``hook``, in its role.
+def check_whole(answer: Any, missing: Sequence[str], hook: str) -> None:
+    """``missing``: what its role finds missing in what answers ``hook``.
 
     Raises:
-        PluginError: it lacks what must be there. A step that misses it would fail the requests of that step.
+        PluginError: something is. A step that needs it would fail the requests of that step.
     """
-    missing = role.missing_in(answer)
     if missing:
         what = f"{type(answer).__name__}, which answers {hook}"
         raise PluginError(f"{what}, lacks {', '.join(missing)}; docs/plugins.md shows a whole one")
-    return role.of(answer)
 
 
 def describe(manager: pluggy.PluginManager) -> str:

@@ -21,7 +21,7 @@ from paged_core.execution.kv_cache import KVCache
 from paged_core.execution.model import AttentionBackend, PagedModel, RequestSampler
 from paged_core.execution.model_runner import ModelRunner
 from paged_core.execution.spec import ModelSpec
-from paged_core.plugins import Plugins, describe, in_role
+from paged_core.plugins import Plugins, check_whole, describe
 from paged_core.ranks.ranks import ALONE, Ranks
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.scheduler import Scheduler
@@ -115,7 +115,8 @@ def create_sampler(manager: Plugins, spec: ModelSpec, config: EngineConfig, size
     sampler = manager.hook.create_sampler(spec=spec, config=filled(config, sizes))
     if sampler is None:
         raise PluginError(f"no plugin brings a sampler; loaded plugins: {describe(manager)}")
-    return in_role(RequestSampler, sampler, "create_sampler")
+    check_whole(sampler, RequestSampler.missing_in(sampler), "create_sampler")
+    return RequestSampler.of(sampler)
 
 
 def create_backend(
@@ -130,7 +131,8 @@ def create_backend(
             f"no attention backend called {name!r} can run this model here; leave attention_backend out for one that "
             f"can; loaded plugins: {describe(manager)}"
         )
-    backend = in_role(AttentionBackend, found, "create_attention_backend")
+    check_whole(found, AttentionBackend.missing_in(found), "create_attention_backend")
+    backend = AttentionBackend.of(found)
     if sizes.kv_dtype in kv_cache.QUANTIZED and not backend.reads_scales:
         raise ConfigError(
             f"attention backend {backend.name!r} does not read the scales of a K/V cache in {config.kv_cache_dtype}; "

@@ -12,7 +12,7 @@ from paged_core.engine.team import EngineArgs
 from paged_core.errors import ConfigError, PluginError
 from paged_core.execution.model import PagedModel
 from paged_core.execution.spec import ModelSpec
-from paged_core.plugins import Plugins, describe, in_role
+from paged_core.plugins import Plugins, check_whole, describe
 from paged_core.ranks.ranks import ALONE, Ranks
 
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # torch has both names, and so has vLLM
@@ -38,7 +38,8 @@ def load_model(manager: Plugins, asked: EngineArgs, ranks: Ranks) -> PagedModel:
             f"no plugin can load {named(model)}; loaded plugins: {describe(manager)}. "
             "For Hugging Face models: pip install 'paged-core[hf]'"
         )
-    loaded = in_role(PagedModel, loaded, "load_model")
+    check_whole(loaded, PagedModel.missing_in(loaded), "load_model")
+    loaded = PagedModel.of(loaded)
     if loaded.num_ranks != ranks.size:
         raise ConfigError(
             f"tensor_parallel_size is {ranks.size}, and the plugin that loads {named(model)} can't split it; leave "
