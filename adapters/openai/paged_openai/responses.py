@@ -45,14 +45,14 @@ class Form(NamedTuple):
     error: Callable[[Exception], tuple[int, dict[str, Any]]]
     last_event: bytes
     event: Callable[[Any], bytes] = event_bytes
-    late_error: Callable[[dict[str, Any]], Any] = lambda body: body  # an error's body, as an event
+    late_error: Callable[[dict[str, Any], int], Any] = lambda body, num_sent: body  # an error's body, as an event
 
 
-def _named_error(body: dict[str, Any]) -> dict[str, Any]:
+def _named_error(body: dict[str, Any], num_sent: int) -> dict[str, Any]:
     """OpenAI's event of its responses."""
     return {
         "type": "error",
-        "sequence_number": 0,
+        "sequence_number": num_sent,
         **{name: body["error"][name] for name in ("code", "message", "param")},
     }
 
@@ -138,7 +138,7 @@ class CallResponse(Response):
 
     async def _send_events(self, exchange: CuttableExchange, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises only while nothing has been sent; later errors are events themselves."""
-        started = False
+        started, num_sent = False, 0
         try:
             with exchange.until_cut():
                 async for chunks in exchange.chunks():
@@ -150,11 +150,12 @@ class CallResponse(Response):
                     else:
                         events = await run_in_threadpool(_large_events, chunks)
                     await _send_body(send, events, more=True)
+                    num_sent += len(chunks)
         except Exception as error:
             if not started:
                 raise
             self._error, self._notes["error"] = error, error_note(error)
-            told = self._form.late_error(_told(self._form, error)[1])
+            told = self._form.late_error(_told(self._form, error)[1], num_sent)
             await _send_body(send, self._form.event(told), more=True)
         await _send_body(send, self._form.last_event, more=False)
 

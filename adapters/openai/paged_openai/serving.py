@@ -21,6 +21,7 @@ from paged_openai.keys import read_keys
 from paged_openai.logs import log_to_stderr
 from paged_openai.server import Server
 from paged_openai.service import Service
+from paged_openai.spellings import check_reasoning
 from paged_openai.tracing import open_traces
 from paged_serving import KVEvents, PrometheusMetrics, RequestLimits, ServedModel
 
@@ -51,6 +52,7 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
             model_defaults=args.generation_config == "auto", strict_fields=args.strict_fields,
             response_template=args.response_template, reasoning=args.reasoning == "auto",
         )  # fmt: skip
+        check_reasoning(args.reasoning_parser, served.response_template)
         service = Service(
             served_engine, served,
             max_queue=args.max_queue, max_unread_bytes=_BODIES_AT_ONCE * args.max_body_bytes,

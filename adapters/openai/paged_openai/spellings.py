@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from paged_core import ConfigError
+
+if TYPE_CHECKING:
+    from paged_serving import ResponseTemplate
 
 _ALIASES = {  # vLLM's -> ours
     "--kv-cache-memory-bytes": "--kv-bytes",
@@ -50,6 +55,15 @@ TOOL_PARSERS = {  # vLLM's -> our response templates
     "openai": "gpt-oss", "granite": "granite3", "granite4": "granite4", "phi4_mini_json": "phi4-mini", "olmo3": "olmo3",
     "glm45": "glm4", "kimi_k2": "kimi-k2", "gemma4": "gemma4",
 }  # fmt: skip
+_THINK = (
+    "hermes", "qwen3-xml", "deepseek", "deepseek-v31", "glm4", "granite3", "granite4", "kimi-k2", "lfm2", "olmo3",
+    "phi4",
+)  # fmt: skip
+REASONING_PARSERS = {  # vLLM's -> our response templates that read reasoning of the same form
+    "deepseek_r1": _THINK, "deepseek_v3": _THINK, "qwen3": _THINK, "glm45": _THINK, "olmo3": _THINK, "kimi_k2": _THINK,
+    "mistral": ("mistral-args",), "openai_gptoss": ("gpt-oss",), "gemma4": ("gemma4",),
+}  # fmt: skip
+_THAT_REASON = {name for names in REASONING_PARSERS.values() for name in names}
 
 
 def add_spellings(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +80,10 @@ def add_spellings(parser: argparse.ArgumentParser) -> None:
         "--tool-call-parser", type=_tool_parser, dest="response_template", metavar="NAME", default=argparse.SUPPRESS,
         help="our --response-template, for models that it is known of",
     )  # fmt: skip
+    group.add_argument(
+        "--reasoning-parser", choices=REASONING_PARSERS, metavar="NAME",
+        help="refused where the model's response template reads reasoning of another form, or none",
+    )  # fmt: skip
     for flag in _DONE_ANYWAY:
         group.add_argument(flag, action="store_true", dest="_done_anyway", default=argparse.SUPPRESS, help="it is so")
     for flag, (values, why) in _ONLY.items():
@@ -77,6 +95,19 @@ def add_spellings(parser: argparse.ArgumentParser) -> None:
     for flag, why in _REFUSED.items():
         group.add_argument(flag, action=_Only, values=(), why=why, metavar="X", nargs="?", dest="_only",
                            default=argparse.SUPPRESS, help=f"refused: {why}")  # fmt: skip
+
+
+def check_reasoning(name: str | None, template: ResponseTemplate | None) -> None:
+    """Raises ConfigError if ``template`` doesn't read what vLLM's parser ``name`` does. A template that isn't of ours
+    is trusted if it reads any reasoning."""
+    if name is None:
+        return
+    fitting = REASONING_PARSERS[name]
+    other = template is not None and template.name in _THAT_REASON and template.name not in fitting
+    if template is None or template.reasoning is None or other:
+        found = "none is known of it" if template is None else f"its response template is {template.name}"
+        ways = f"leave it out, or give --response-template (such as {', '.join(fitting)})"
+        raise ConfigError(f"--reasoning-parser {name} isn't how this model's reasoning is read: {found}; {ways}")
 
 
 class _As(argparse.Action):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from paged_serving.protocol.tgi_body import TGIBody
     from paged_serving.protocol.tokenize import TokenizeBody, tokenize
     from paged_serving.quiet import no_progress_bars, quiet_imports
+    from paged_serving.response_templates.template import ResponseTemplate
 
 # Imported when first used: plugins are looked through without loading torch.
 _LAZY = {
@@ -53,6 +54,7 @@ _LAZY = {
     "ProtocolError": "protocol.parsing",
     "RequestLimits": "protocol.served",
     "ResponseStore": "protocol.response_store",
+    "ResponseTemplate": "response_templates.template",
     "ResponsesBody": "protocol.responses_body",
     "ResponsesCall": "protocol.responses",
     "ServedModel": "protocol.served",
@@ -102,6 +104,7 @@ __all__ = [
     "ProtocolError",
     "RequestLimits",
     "ResponseStore",
+    "ResponseTemplate",
     "ResponsesBody",
     "ResponsesCall",
     "ServedModel",

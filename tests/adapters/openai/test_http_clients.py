@@ -261,6 +261,27 @@ def test_tokenize_knows_both_forms(server: Running) -> None:
         assert client.post("/tokenize", json={}).status_code == 422
 
 
+def test_messages_are_tokenised_as_a_chat_has_them(server: Running) -> None:
+    with server.client() as client:
+        body = {"model": "alphabet", "messages": MESSAGES, "return_token_strs": True}
+        found = client.post("/tokenize", json=body).json()
+        asked = {"messages": MESSAGES, "max_tokens": 1, "return_token_ids": True}
+        chat = client.post("/v1/chat/completions", json=asked).json()
+        assert found["tokens"] == chat["prompt_token_ids"]
+        assert found["count"] == len(found["token_strs"]) == chat["usage"]["prompt_tokens"]
+        closed = client.post("/tokenize", json={"messages": MESSAGES, "add_generation_prompt": False}).json()
+        assert closed["tokens"] == found["tokens"][: closed["count"]] != found["tokens"]
+        for wrong, named in (
+            ({"messages": MESSAGES, "prompt": "A"}, "messages can't go with prompt"),
+            ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
+            ({"messages": [], "inputs": "A"}, "messages can't go with inputs"),
+            ({"messages": MESSAGES * 300}, "messages holds 300 objects"),
+        ):
+            refused = client.post("/tokenize", json=wrong)
+            assert refused.status_code == 422
+            assert named in refused.json()["error"]
+
+
 def test_detokenize_gives_the_text_back(server: Running) -> None:
     with server.client() as client:
         assert client.post("/detokenize", json={"model": "alphabet", "tokens": [33, 34]}).json() == {"prompt": "AB"}

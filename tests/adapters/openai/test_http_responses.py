@@ -101,6 +101,28 @@ def test_a_response_goes_on_from_another_and_its_instructions_dont(gpt: openai.O
         prompt_of(input="x", previous_response_id=ids[0])
 
 
+def test_a_response_can_be_asked_for_again_and_deleted(gpt: openai.OpenAI, raw: httpx2.Client) -> None:
+    asked: Any = {"model": "alphabet", "input": "Hi", "temperature": 0, "extra_body": {"stop": "?"}}
+    plain = gpt.responses.create(**asked)
+    with gpt.responses.stream(**asked) as stream:
+        streamed = stream.get_final_response()
+    for answer in (plain, streamed):
+        assert gpt.responses.retrieve(answer.id).model_dump(exclude_unset=True) == answer.model_dump(
+            exclude_unset=True,
+            exclude={"output_parsed": True, "output": {"__all__": {"content": {"__all__": {"parsed"}}}}},
+        )
+    with pytest.raises(openai.BadRequestError, match="has ended"):
+        gpt.responses.retrieve(plain.id, stream=True)
+    assert raw.delete(f"/v1/responses/{plain.id}").json() == {"id": plain.id, "object": "response", "deleted": True}
+    for gone in (plain.id, "resp_0", gpt.responses.create(**asked, store=False).id):
+        with pytest.raises(openai.NotFoundError, match="is not kept here"):
+            gpt.responses.retrieve(gone)
+        with pytest.raises(openai.NotFoundError):
+            gpt.responses.delete(gone)
+        with pytest.raises(openai.NotFoundError):
+            gpt.responses.create(**asked, previous_response_id=gone)
+
+
 def test_a_responses_text_follows_a_schema(gpt: openai.OpenAI) -> None:
     text: Any = {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA, "strict": True}}
     answer = gpt.responses.create(model="alphabet", input="Hi", text=text, max_output_tokens=200)
@@ -118,6 +140,9 @@ def test_a_responses_text_follows_a_schema(gpt: openai.OpenAI) -> None:
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
         ({"background": True}, "background"),
+        ({"include": ["message.output_text.logprobs"]}, "include"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
         ({"conversation": "x"}, "conversation"),
         ({"truncation": "auto"}, "truncation"),
         ({"max_tokens": 4}, "max_tokens"),
@@ -129,6 +154,7 @@ def test_a_responses_text_follows_a_schema(gpt: openai.OpenAI) -> None:
 def test_what_a_response_cannot_have_is_refused_by_name(raw: httpx2.Client, fields: dict[str, Any], param: str) -> None:
     refused = raw.post("/v1/responses", json={"input": "Hi", **fields})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+    assert refused.json()["error"]["message"].startswith(param) or param == "input"
 
 
 def test_a_responses_late_error_is_an_event_of_its_own(gate: Gate) -> None:
@@ -145,6 +171,9 @@ def test_a_responses_late_error_is_an_event_of_its_own(gate: Gate) -> None:
             assert "event: error" in text.splitlines()[-3:], text
             assert events[-1]["type"] == "error"
             assert "was not done in" in json.dumps(events[-1])
+            if path == "/v1/responses":
+                assert [event["sequence_number"] for event in events] == list(range(len(events)))
+                assert len(events) > 4
 
 
 # ---- openai-agents -----------------------------------------------------------------------------------------------

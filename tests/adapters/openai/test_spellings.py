@@ -11,7 +11,7 @@ from alphabet_model import AlphabetModel
 from paged_core import ConfigError, Engine, EngineConfig
 from paged_openai.commands import add_options
 from paged_openai.serving import _app_options, _template, _tokenizer
-from paged_openai.spellings import TOOL_PARSERS
+from paged_openai.spellings import REASONING_PARSERS, TOOL_PARSERS, check_reasoning
 from paged_serving import engine_config
 from paged_serving.response_templates.selection import known
 
@@ -41,6 +41,19 @@ def test_parsers_of_calls_are_response_templates(parser: argparse.ArgumentParser
     assert set(TOOL_PARSERS.values()) <= set(known())
 
 
+def test_parsers_of_reasoning_must_read_what_the_template_does(parser: argparse.ArgumentParser) -> None:
+    assert parser.parse_args([]).reasoning_parser is None
+    assert parser.parse_args(["--reasoning-parser", "qwen3"]).reasoning_parser == "qwen3"
+    for names in REASONING_PARSERS.values():
+        assert all(known()[name].reasoning is not None for name in names)
+    plain = known()["hermes"].only(lambda field: field.name != "reasoning_content")
+    check_reasoning(None, plain)
+    check_reasoning("qwen3", known()["hermes"])
+    for name, template in (("mistral", known()["hermes"]), ("qwen3", plain), ("qwen3", None)):
+        with pytest.raises(ConfigError, match=f"--reasoning-parser {name} isn't how .* --response-template"):
+            check_reasoning(name, template)
+
+
 def test_what_is_done_anyway_passes(parser: argparse.ArgumentParser) -> None:
     args = parser.parse_args(
         ["--enable-auto-tool-choice", "--disable-log-requests", "--enable-chunked-prefill", "--trust-remote-code",
@@ -57,6 +70,7 @@ def test_what_is_done_anyway_passes(parser: argparse.ArgumentParser) -> None:
         (["--quantization", "awq"], "models come as they were quantised"),
         (["--enable-lora"], "merge_and_unload"),
         (["--tool-call-parser", "jamba"], "'jamba' isn't known here: there are hermes"),
+        (["--reasoning-parser", "jamba"], "invalid choice: 'jamba'"),
         (["--allowed-origins", "http://a"], "isn't a JSON list"),
         (["--uvicorn-log-level", "trace"], "invalid choice"),
         (["--root-path", "/a b"], "is no path such as /llm"),

@@ -190,20 +190,26 @@ def test_an_empty_answer_has_one_empty_text() -> None:
 def test_the_store_keeps_the_newest_and_no_more_than_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     store = ResponseStore(2)
     for name in ("a", "b"):
-        store.put(name, [Turn("user", name)])
+        store.put(name, [Turn("user", name)], {})
     assert store.turns("a") == [Turn("user", "a")]
-    store.put("c", [Turn("user", "c")])
+    store.put("c", [Turn("user", "c")], {})
     with pytest.raises(ProtocolError, match="2 newest"):
         store.turns("b")  # "a" was used since
     assert store.turns("a") and store.turns("c")
     monkeypatch.setattr("paged_serving.protocol.response_store._MAX_CHARACTERS", 1000)
-    store.put("d", [Turn("user", "x" * 900)])
-    store.put("e", [Turn("user", "x" * 900)])
+    store.put("d", [Turn("user", "x" * 900)], {})
+    store.put("e", [Turn("user", "x" * 900)], {})
     assert store.turns("e")
     for gone in ("a", "c", "d"):
         with pytest.raises(ProtocolError):
             store.turns(gone)
+    store.put("f", [], {"text": "x" * 900})
+    with pytest.raises(ProtocolError):
+        store.turns("e")  # what was answered counts too
+    store.delete("f")
+    store.put("g", [Turn("user", "x" * 900)], {})
+    assert store.turns("g"), "what was deleted counts no more"
     none = ResponseStore(0)
-    none.put("a", [Turn("user", "a")])
+    none.put("a", [Turn("user", "a")], {})
     with pytest.raises(ProtocolError):
         none.turns("a")

@@ -34,7 +34,8 @@ def render(codec: TextCodec, conversation: Conversation) -> str:
 
     Raises:
         InvalidRequestError: there is no chat template, it refuses the conversation, or it leaves out what the user
-            says, a call, or a tool; ``param`` is "tools" for the last.
+            says, a call, or a tool; ``param`` is "tools" for the last. It can't be told how much to think; ``param`` is
+            "reasoning_effort", and the error's text goes on from the field's name.
     """
     options = _options(codec, conversation)
     called = [call for turn in conversation.turns for call in turn.tool_calls]
@@ -92,7 +93,7 @@ def _effort(source: str, effort: str | None) -> dict[str, Any]:
     if effort == "none":
         return {}
     raise InvalidRequestError(
-        "reasoning_effort can't be honoured: the chat template of this model reads no such option; leave it out",
+        "can't be honoured: the chat template of this model reads no such option; leave it out",
         "reasoning_effort",
     )
 

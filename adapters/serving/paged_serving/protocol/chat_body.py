@@ -126,11 +126,16 @@ class ChatBody(OpenAIBody, frozen=True, kw_only=True):
 
 
 def read_chat(value: Any, served: ServedModel) -> ChatBody:
-    """Raises ProtocolError as ``read_body`` does; of more messages than the model has places none is read."""
+    """Raises ProtocolError as ``read_body`` and ``check_number`` do."""
+    check_number(value, served)
+    return read_body(ChatBody, value, served)
+
+
+def check_number(value: Any, served: ServedModel) -> None:
+    """Raises ProtocolError for more messages than the model has places: none of them is read."""
     messages = value.get("messages") if isinstance(value, Mapping) else None
     if isinstance(messages, list) and len(messages) > served.max_model_len:
         refuse("messages", f"holds {len(messages)} objects; at most {served.max_model_len} can be served")
-    return read_body(ChatBody, value, served)
 
 
 def to_conversation(body: ChatBody) -> Conversation:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from paged_serving.conversation.turns import Turn
+from paged_serving.messages import json_text
 from paged_serving.protocol.parsing import ProtocolError, shortened
 
 _MAX_CHARACTERS = 64 * 2**20
@@ -15,6 +16,7 @@ _MAX_CHARACTERS = 64 * 2**20
 
 class _Kept(NamedTuple):
     turns: Sequence[Turn]
+    response: Mapping[str, Any]  # as it was answered
     size: int  # characters
 
 
@@ -27,10 +29,10 @@ class ResponseStore:
         self._kept: OrderedDict[str, _Kept] = OrderedDict()  # used last, last
         self._size = 0
 
-    def put(self, response_id: str, turns: Sequence[Turn]) -> None:
-        """The conversation up to that response, without instructions. The ids are not to be guessed: who has one may
-        read on."""
-        kept = _Kept(turns, sum(map(_size, turns)))
+    def put(self, response_id: str, turns: Sequence[Turn], response: Mapping[str, Any]) -> None:
+        """A response, and the conversation up to it, without instructions. The ids are not to be guessed: who has one
+        may read on."""
+        kept = _Kept(turns, response, sum(map(_size, turns)) + len(json_text(response)))
         with self._lock:
             self._kept[response_id] = kept
             self._size += kept.size
@@ -43,16 +45,48 @@ class ResponseStore:
         Raises:
             ProtocolError: it isn't kept, or not any more.
         """
+        kept = self._used(response_id)
+        if kept is not None:
+            return kept.turns
+        told = f"{self._missing(response_id)}. Send the whole input instead"
+        raise ProtocolError(
+            f"previous_response_id: {told}", "previous_response_id", status=404, code="previous_response_not_found"
+        )
+
+    def response(self, response_id: str) -> Mapping[str, Any]:
+        """
+        Raises:
+            ProtocolError: it isn't kept, or not any more.
+        """
+        kept = self._used(response_id)
+        if kept is None:
+            raise self._not_found(response_id)
+        return kept.response
+
+    def delete(self, response_id: str) -> None:
+        """Raises ProtocolError as ``response``."""
+        with self._lock:
+            gone = self._kept.pop(response_id, None)
+            if gone is None:
+                raise self._not_found(response_id)
+            self._size -= gone.size
+
+    def _used(self, response_id: str) -> _Kept | None:
         with self._lock:
             kept = self._kept.get(response_id)
             if kept is not None:
                 self._kept.move_to_end(response_id)
-                return kept.turns
-        told = (
-            f"previous_response_id: {shortened(response_id)!r} is not kept here; the {self._max} newest are, in memory "
-            "(--max-stored-responses), and none that said store: false. Send the whole input instead"
+            return kept
+
+    def _not_found(self, response_id: str) -> ProtocolError:
+        told = f"response_id: {self._missing(response_id)}"
+        return ProtocolError(told, "response_id", status=404, code="response_not_found")
+
+    def _missing(self, response_id: str) -> str:
+        return (
+            f"{shortened(response_id)!r} is not kept here; the {self._max} newest are, in memory "
+            "(--max-stored-responses), and none that said store: false"
         )
-        raise ProtocolError(told, "previous_response_id", status=404, code="previous_response_not_found")
 
 
 def _size(turn: Turn) -> int:

@@ -14,12 +14,18 @@ from paged_serving.protocol.answering import Answering, num_cached
 from paged_serving.protocol.bodies import listed
 from paged_serving.protocol.reading import read_body
 from paged_serving.protocol.response_store import ResponseStore
-from paged_serving.protocol.responses_body import ResponsesBody, input_turns, structure_of, to_conversation
+from paged_serving.protocol.responses_body import (
+    ResponsesBody,
+    check_include,
+    input_turns,
+    structure_of,
+    to_conversation,
+)
 from paged_serving.protocol.sampling_body import SAMPLED
 from paged_serving.protocol.served import ServedModel, sampling_params
 from paged_serving.protocol.talk import Fields
 
-_FIELDS = Fields(turns="input")
+_FIELDS = Fields(turns="input", effort="reasoning.effort")
 _PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}
 _NAMES = {"max_tokens": "max_output_tokens"}
 
@@ -33,6 +39,7 @@ class ResponsesCall:
 
     def __init__(self, body: Any, served: ServedModel, request_id: str, *, store: ResponseStore) -> None:
         asked = read_body(ResponsesBody, body, served)
+        check_include(asked)
         self.id = f"resp_{uuid.uuid4().hex}"  # no client's word: whoever knows it may go on from it
         self._asked, self._model = asked, served.check_name(asked.model)
         earlier = () if asked.previous_response_id is None else store.turns(asked.previous_response_id)
@@ -127,8 +134,6 @@ class ResponsesCall:
     def _ended(self, results: Sequence[GenerationOutput]) -> dict[str, Any]:
         blocks, finish = self._answering.blocks.all, self._answering.blocks.finish
         assert finish is not None, "it has ended"
-        if self._store is not None:
-            self._store.put(self.id, [*self._turns, _turn(blocks)])
         cut = finish.reason == "length"
         items = [self._item(block, "completed") for block in blocks]
         if cut and blocks[-1].kind != "call":
@@ -146,6 +151,8 @@ class ResponsesCall:
             response["incomplete_details"] = {"reason": "max_output_tokens"}
         else:
             response["completed_at"] = int(time.time())
+        if self._store is not None:
+            self._store.put(self.id, [*self._turns, _turn(blocks)], response)
         return response
 
     def _response(self, status: str, output: list[Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from paged_serving.protocol.sampling_body import SamplingBody
 from paged_serving.protocol.structured import Structure
 
 _TEXT_ONLY = "a string or a list of text parts; this server reads text only"
+_LOGPROBS = "message.output_text.logprobs"
 _NOT_STORED = "can't be honoured: this server keeps responses, and no conversations or prompts"
 
 
@@ -113,7 +114,7 @@ class ResponsesBody(SamplingBody, frozen=True, kw_only=True):
     prompt: Annotated[Any, only(why=_NOT_STORED)] = None
     top_logprobs: Annotated[Any, only(0, why="can't be honoured here; chats have log-probabilities")] = None
     moderation: Annotated[Any, only(why="can't be honoured: this server moderates nothing")] = None
-    include: Ignored = None  # parts of tools that aren't there, and reasoning that isn't encrypted
+    include: Any = None  # parts of tools that aren't there, reasoning that isn't encrypted; see check_include
     max_tool_calls: Ignored = None
     stream_options: Ignored = None
     service_tier: Ignored = None
@@ -121,6 +122,12 @@ class ResponsesBody(SamplingBody, frozen=True, kw_only=True):
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
     prompt_cache_retention: Ignored = None
+
+
+def check_include(body: ResponsesBody) -> None:
+    """Raises ProtocolError if ``body`` asks for a part that the answer would have elsewhere, and hasn't here."""
+    if isinstance(body.include, list) and _LOGPROBS in body.include:
+        refuse("include", f"can't hold {_LOGPROBS!r}: chats have log-probabilities, and responses don't")
 
 
 def to_conversation(body: ResponsesBody, earlier: Sequence[Turn]) -> Conversation:
