@@ -88,8 +88,8 @@ def to_talk(
         text = render(served.codec, conversation)
     except InvalidRequestError as error:
         named = {"tools": fields.tools, "reasoning_effort": fields.effort}
-        told = f"{fields.effort} {error}" if error.param == "reasoning_effort" else str(error)
-        raise ProtocolError(told, named.get(error.param or "", fields.turns)) from error
+        why = f"{fields.effort} {error}" if error.param == "reasoning_effort" else str(error)
+        raise ProtocolError(why, named.get(error.param or "", fields.turns)) from error
     prompt = served.encode(text, add_special_tokens=add_special_tokens)
     template = _needed(template, with_calls=bool(tools))
     grammar = None
