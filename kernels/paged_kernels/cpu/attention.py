@@ -12,27 +12,29 @@ from __future__ import annotations
 
 from numba import int64
 
+from paged_kernels.cpu.amx import release
 from paged_kernels.cpu.arguments import NEXT_ITEM, TICKET, as_arguments, as_item
 from paged_kernels.cpu.few_rows import FEW, take_few, tile_of_few
 from paged_kernels.cpu.items import ITEM_BYTES
 from paged_kernels.cpu.many_rows import take_many, tile_of_many
+from paged_kernels.cpu.pair_tiles import set_up_tiles
+from paged_kernels.cpu.pairs import take_pairs, tile_of_pairs
 from paged_kernels.cpu.parallel import kernel
 from paged_kernels.cpu.rows import CODES, find_rows, store_all
 from paged_kernels.cpu.sharing import TILE
 from paged_kernels.cpu.sums import (
-    NUM_VECTORS,
-    ROWS,
     begin,
     clear,
     end,
     is_last_piece,
     keep_tile,
+    note_sight,
     take_in_tiles,
 )
 from paged_kernels.cpu.vectors import fetch_add, inline
 
 
-def _make_store_and_attend(codes):
+def _make_store_and_attend(codes, pairs, amx):
     @kernel
     def store_and_attend(address):
         """Store this step's K and V, then compute every item."""
@@ -42,6 +44,8 @@ def _make_store_and_attend(codes):
         if num_units == 0:
             return
         scratch = args.scratch + fetch_add(address + TICKET, 1) * args.scratch_stride
+        if amx is not None:
+            set_up_tiles(scratch)
         n, then = fetch_add(address + NEXT_ITEM, 1), int64(0)
         while n < num_units:
             then = fetch_add(address + NEXT_ITEM, 1)  # taken early, so that its first keys can be called for
@@ -50,8 +54,10 @@ def _make_store_and_attend(codes):
             if then < num_units:
                 next_item = as_item(args.items + ITEM_BYTES * (then // args.num_kv_heads))
                 next_head = then % args.num_kv_heads
-            _compute(args, item, head, scratch, next_item, next_head, codes)
+            _compute(args, item, head, scratch, next_item, next_head, codes, pairs, amx)
             n = then
+        if amx is not None:
+            release()
 
     return store_and_attend
 
@@ -67,25 +73,41 @@ def _make_store(codes):
 
 # For caches of floats, and for caches of codes (see rows.CODES): each is compiled when it is first used.
 store, store_codes = _make_store(None), _make_store(CODES)
-store_and_attend, store_and_attend_codes = _make_store_and_attend(None), _make_store_and_attend(CODES)
+store_and_attend, store_and_attend_codes = (_make_store_and_attend(codes, None, None) for codes in (None, CODES))
+# The same for bfloat16 queries, by vdpbf16ps and by AMX's tiles. A None is pruned by numba where it compiles.
+store_and_attend_dot, store_and_attend_dot_codes = (_make_store_and_attend(codes, 1, None) for codes in (None, CODES))
+store_and_attend_amx, store_and_attend_amx_codes = (_make_store_and_attend(codes, 1, 1) for codes in (None, CODES))
 
 
 @inline
-def _compute(args, item, head, scratch, next_item, next_head, codes):
+def _compute(args, item, head, scratch, next_item, next_head, codes, pairs, amx):
     """All of an item's tiles: one after another into the rows' states, or, if others do the rest, each put aside."""
     state, out = scratch + args.at_rows, scratch + args.at_out
-    queries = scratch + args.at_q
-    few = item.num_rows <= FEW
-    if few:
-        take_few(args, item, head, queries)
+    if pairs is not None:
+        take_pairs(args, item, head, scratch)
+    elif item.num_rows <= FEW:
+        take_few(args, item, head, scratch + args.at_q)
     else:
-        take_many(args, item, head, queries, state)
+        take_many(args, item, head, scratch + args.at_q)
+    note_sight(args, item, state)
     if item.num_pieces == 1:
         begin(args, item, head, state, out)
     for tile in range(item.tile_start, item.tile_stop, TILE):
         if item.num_pieces > 1:
             clear(args, item, state, out)
-        _tile(args, item, head, tile, scratch, next_item, next_head, few, codes)
+        ahead, ahead_head, ahead_start, ahead_stop = item, head, tile + TILE, item.key_stop
+        if tile + TILE >= item.tile_stop:
+            ahead, ahead_head = next_item, next_head
+            ahead_start, ahead_stop = max(next_item.key_start, next_item.tile_start), next_item.key_stop
+        lead, count = max(0, item.key_start - tile), min(TILE, item.key_stop - tile)
+        if pairs is not None:
+            tile_of_pairs(
+                args, item, head, tile, lead, count, scratch, ahead, ahead_head, ahead_start, ahead_stop, codes, amx
+            )
+        else:
+            _tile_of_floats(
+                args, item, head, tile, lead, count, scratch, ahead, ahead_head, ahead_start, ahead_stop, codes
+            )
         if item.num_pieces > 1:
             keep_tile(args, item, head, tile, state, out)
     if item.num_pieces > 1:
@@ -97,12 +119,11 @@ def _compute(args, item, head, scratch, next_item, next_head, codes):
 
 
 @inline
-def _tile(args, item, head, tile, scratch, next_item, next_head, few, codes):
+def _tile_of_floats(args, item, head, tile, lead, count, scratch, ahead, ahead_head, ahead_start, ahead_stop, codes):
     state, out = scratch + args.at_rows, scratch + args.at_out
     queries, scores = scratch + args.at_q, scratch + args.at_scores
-    key_rows = state + 4 * NUM_VECTORS * ROWS
+    key_rows = scratch + args.at_tables
     value_rows = key_rows + 8 * TILE
-    lead, count = max(0, item.key_start - tile), min(TILE, item.key_stop - tile)
     find_rows(
         args, item, head, args.keys, args.key_scales, args.head_dim, tile, lead, count, key_rows,
         scratch + args.at_keys, codes,
@@ -111,11 +132,7 @@ def _tile(args, item, head, tile, scratch, next_item, next_head, few, codes):
         args, item, head, args.values, args.value_scales, args.value_dim, tile, lead, count, value_rows,
         scratch + args.at_values, codes,
     )  # fmt: skip
-    if few:
-        ahead, ahead_head, ahead_start, ahead_stop = item, head, tile + TILE, item.key_stop
-        if tile + TILE >= item.tile_stop:
-            ahead, ahead_head = next_item, next_head
-            ahead_start, ahead_stop = max(next_item.key_start, next_item.tile_start), next_item.key_stop
+    if item.num_rows <= FEW:
         tile_of_few(
             args, item, head, tile, lead, count, key_rows, value_rows, queries, scores, state, out, ahead, ahead_head,
             ahead_start, ahead_stop, codes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numba import float32
+from numba import float32, int64
 
 from paged_kernels.cpu.exponents import vexp2
 from paged_kernels.cpu.register_tiles import dots, make_mix
@@ -10,8 +10,10 @@ from paged_kernels.cpu.rows import call_for, padded, widen
 from paged_kernels.cpu.scores import bias_of, biased, cap
 from paged_kernels.cpu.sharing import TILE
 from paged_kernels.cpu.sums import (
+    HIGH,
     KEPT,
     LOG2E,
+    LOW,
     LOWEST,
     NOTHING,
     TAKEN,
@@ -20,7 +22,6 @@ from paged_kernels.cpu.sums import (
     at,
     head_of,
     query_of,
-    sees_until,
     take_in,
 )
 from paged_kernels.cpu.vectors import (
@@ -30,6 +31,7 @@ from paged_kernels.cpu.vectors import (
     hsum,
     inline,
     lane_numbers,
+    load_f32,
     store_f32,
     vadd,
     vload,
@@ -68,9 +70,9 @@ def tile_of_few(args, item, head, tile, lead, count, key_rows, value_rows, queri
     begun = lead // LANES * LANES
     for row in range(item.num_rows):
         query, line = queries + 4 * row * width, scores + 4 * row * TILE
-        bias = bias_of(args, head_of(args, item, head, row))
-        high = min(count, sees_until(args, item, row) - tile)
-        low = max(lead, sees_until(args, item, row) - tile - args.window)
+        bias = bias_of(args, head_of(args, item, head, row)) if args.key_bias != 0 else 0
+        high = min(count, int64(load_f32(state, at(HIGH, row))) - tile)
+        low = max(lead, int64(load_f32(state, at(LOW, row))) - tile)
         top = vsplat(LOWEST)
         for i in range(begun, count, LANES):
             if row == 0:
@@ -94,7 +96,7 @@ def tile_of_few(args, item, head, tile, lead, count, key_rows, value_rows, queri
             total = vadd(total, p)
         store_f32(state, at(TILE_MAXIMUM, row), m)
         store_f32(state, at(TILE_SUM, row), hsum(total))
-    take_in(item, state)
+    take_in(state, item.num_rows)
     row = 0
     while row < item.num_rows:
         height = min(4, item.num_rows - row)

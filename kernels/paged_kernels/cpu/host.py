@@ -47,6 +47,13 @@ def choose(dtype: torch.dtype, wanted: Product | None = None) -> Product:
     return wanted
 
 
+@cache
+def choose_attention() -> str:
+    """How this host computes attention of bfloat16 queries over bfloat16, int8 or float8 K/V: "amx", "dot", or "float"
+    (widened, as all other dtypes are)."""
+    return {amx.AMX: "amx", dot_bf16.DOT: "dot"}.get(choose(torch.bfloat16), "float")
+
+
 def choose_integers(bits: int, wanted: IntegerProduct | None = None) -> tuple[IntegerProduct, IntegerProduct, int]:
     """The products of integers that this host takes for weights of so many bits: for few rows, for more; and how many
     are few. Both give the same bits.

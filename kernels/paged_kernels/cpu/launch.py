@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paged_kernels.cpu import arguments, codes, items, sharing
+from paged_kernels.cpu import arguments, codes, host, items, sharing
 from paged_kernels.cpu import attention as kernels
+from paged_kernels.cpu.pair_tiles import STEP
+from paged_kernels.cpu.parallel import Kernel
 from paged_kernels.cpu.sharing import TILE
 from paged_kernels.cpu.sums import NUM_VECTORS, ROWS
 from paged_kernels.cpu.vectors import BF16, F16, F32, HAS_F16, LANES
@@ -22,6 +24,11 @@ from paged_kernels.layers import Extras, LayerCache
 _FLOATS = {torch.float32: F32, torch.bfloat16: BF16} | ({torch.float16: F16} if HAS_F16 else {})
 _CODES = {torch.int8: codes.INT8, torch.float8_e4m3fn: codes.FP8}
 _EVERYTHING = 1 << 40  # a window wider than any context
+_KERNELS: dict[str, tuple[Kernel, Kernel]] = {  # for caches of floats, and of codes
+    "float": (kernels.store_and_attend, kernels.store_and_attend_codes),
+    "dot": (kernels.store_and_attend_dot, kernels.store_and_attend_dot_codes),
+    "amx": (kernels.store_and_attend_amx, kernels.store_and_attend_amx_codes),
+}
 _COUNTED = ("num_shared_rows", "num_items", "num_partials", "num_counters")
 _FEW_ROWS = 32  # of a request: its keys are cut into pieces if threads would be idle
 
@@ -57,7 +64,7 @@ class AttentionPlan:
         self._metadata: tuple[Tensor, ...] = ()
         self._num_stores = 0
         self._num_threads = 1
-        self._row_bytes = 4 * (LANES + _padded(value_head_dim))
+        self._row_bytes = 4 * (LANES + _padded(value_head_dim, LANES))
         self._num_kv_heads = num_kv_heads
         for name, value in {
             "num_kv_heads": num_kv_heads,
@@ -70,17 +77,24 @@ class AttentionPlan:
             "few_rows": _FEW_ROWS,
         }.items():
             self._given[name] = value
-        self._scratch_bytes = self._part_scratch(_padded(head_dim), _padded(value_head_dim))
+        self._scratch_bytes = self._part_scratch(head_dim, value_head_dim)
 
-    def _part_scratch(self, dim: int, value_dim: int) -> int:
+    def _part_scratch(self, head_dim: int, value_head_dim: int) -> int:
+        """In float32 a head dim is padded to whole vectors, in pairs of bfloat16 to whole steps, which may be more."""
+        dim, value_dim = _padded(head_dim, LANES), _padded(value_head_dim, LANES)
+        wide, value_wide = _padded(head_dim, STEP), _padded(value_head_dim, STEP)
         at = 0
         for name, num_bytes in {
-            "at_q": 4 * ROWS * dim,
+            "at_q": ROWS * max(4 * dim, 2 * wide),
             "at_scores": 4 * ROWS * TILE,
+            "at_weights": 2 * ROWS * TILE,
             "at_out": 4 * ROWS * value_dim,
-            "at_keys": 4 * TILE * dim,
-            "at_values": 4 * TILE * value_dim,
-            "at_rows": 4 * NUM_VECTORS * ROWS + 2 * 8 * TILE,
+            "at_sums": 4 * ROWS * value_wide,
+            "at_keys": TILE * max(4 * dim, 2 * wide),
+            "at_values": TILE * max(4 * value_dim, 2 * value_wide),
+            "at_staging": 2 * (TILE + 1) * max(wide, value_wide),
+            "at_tables": 2 * 8 * TILE,
+            "at_rows": 4 * NUM_VECTORS * ROWS,
         }.items():
             self._given[name] = at
             at += -(-num_bytes // 64) * 64
@@ -150,8 +164,7 @@ class AttentionPlan:
             _address(sinks), _address(key_bias), 0 if key_bias is None else key_bias.stride(0),
             _FLOATS[dtype], cache_code, key_cache.shape[2], num_stores, scale, softcap or 0.0,
         )  # fmt: skip
-        kernel = kernels.store_and_attend if key_scales is None else kernels.store_and_attend_codes
-        kernel(self._address, self._num_threads)
+        _kernel_for(dtype, key_cache.dtype)(self._address, self._num_threads)
         return out
 
     def _with_room(self, key_bias: Tensor) -> Tensor:
@@ -167,17 +180,26 @@ class AttentionPlan:
         return key_bias if key_bias.stride(1) == 1 else key_bias.contiguous()
 
 
-def warm_up(progress: Callable[[str, int, int], None] | None = None, cache_dtype: torch.dtype = torch.float32) -> None:
-    """Compile, or load from disk, every attention kernel that caches of this dtype need. ``progress(what, done,
-    total)``, before each and after all.
+def _kernel_for(dtype: torch.dtype, cache_dtype: torch.dtype) -> Kernel:
+    """The kernel for queries and caches of these dtypes, by what the host has."""
+    in_pairs = dtype is torch.bfloat16 and (cache_dtype is torch.bfloat16 or cache_dtype in _CODES)
+    of_floats, of_codes = _KERNELS[host.choose_attention() if in_pairs else "float"]
+    return of_codes if cache_dtype in _CODES else of_floats
 
-    They are the same for every model: shapes are arguments, and so are dtypes, but for those of codes.
+
+def warm_up(
+    progress: Callable[[str, int, int], None] | None = None,
+    cache_dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Compile, or load from disk, every attention kernel that caches of this dtype and queries of ``dtype`` (the
+    cache's, or float32, unless it is given) need. ``progress(what, done, total)``, before each and after all.
+
+    They are the same for every model: shapes are arguments.
     """
-    of_plan = (items.plan_groups, items.plan_items)
-    if cache_dtype in _CODES:
-        todo = (*of_plan, kernels.store_codes, kernels.store_and_attend_codes)
-    else:
-        todo = (*of_plan, kernels.store, kernels.store_and_attend)
+    dtype = dtype or (torch.float32 if cache_dtype in _CODES else cache_dtype)
+    store = kernels.store_codes if cache_dtype in _CODES else kernels.store
+    todo = (items.plan_groups, items.plan_items, store, _kernel_for(dtype, cache_dtype))
     for done, each in enumerate(todo):
         if progress is not None:
             progress(each.name, done, len(todo))
@@ -246,5 +268,5 @@ def _side_by_side(x: Tensor) -> tuple[Tensor, int, int]:
     return x, token, head
 
 
-def _padded(dim: int) -> int:
-    return -(-dim // LANES) * LANES
+def _padded(dim: int, unit: int) -> int:
+    return -(-dim // unit) * unit

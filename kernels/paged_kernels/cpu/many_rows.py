@@ -23,7 +23,6 @@ from paged_kernels.cpu.sums import (
     at,
     head_of,
     query_of,
-    sees_until,
     take_in,
 )
 from paged_kernels.cpu.vectors import (
@@ -46,21 +45,17 @@ outer_2x2, outer_4x1 = (make_outer(*size, 4 if REGISTERS == 32 else 2) for size 
 
 
 @inline
-def take_many(args, item, head, queries, state):
-    """The rows' queries, scaled and transposed to [D, ROWS]; which keys each row sees."""
+def take_many(args, item, head, queries):
+    """The rows' queries, scaled and transposed to [D, ROWS]."""
     scale = args.scale * float32(LOG2E)
     for row in range(padded(item.num_rows)):
-        high = item.key_start
         if row < item.num_rows:
-            high = sees_until(args, item, row)
             source = query_of(args, item, head, row)
             for d in range(args.head_dim):
                 store_f32(queries, d * ROWS + row, load_float(source, d, args.dtype) * scale)
         else:
             for d in range(args.head_dim):
                 store_f32(queries, d * ROWS + row, float32(0.0))
-        store_f32(state, at(HIGH, row), float32(high))
-        store_f32(state, at(LOW, row), float32(max(0, high - args.window)))
 
 
 @inline
@@ -78,7 +73,7 @@ def tile_of_many(args, item, head, tile, lead, count, key_rows, value_rows, quer
         if args.key_bias != 0:
             _add_bias(args, item, head, line, column * LANES, tile, lead, count)
         _softmax(line, state + 4 * column * LANES, tile, lead, count, masked)
-    take_in(item, state)
+    take_in(state, item.num_rows)
     for row in range(0, item.num_rows, 4):
         mix(
             4, scores + 4 * (lead * ROWS + row), 1, ROWS, value_rows + 8 * lead, out + 4 * row * value_width,

@@ -24,5 +24,5 @@ def biased(scores, bias):
 
 @inline
 def bias_of(args, query_head):
-    """The address of a head's bias, or 0."""
-    return args.key_bias + 4 * query_head * args.bias_stride if args.key_bias != 0 else args.key_bias
+    """The address of a head's bias."""
+    return args.key_bias + 4 * query_head * args.bias_stride

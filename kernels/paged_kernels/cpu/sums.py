@@ -78,6 +78,15 @@ def sees_until(args, item, row):
 
 
 @inline
+def note_sight(args, item, state):
+    """Which keys each row sees, LOW <= key < HIGH; rows that only fill up a vector see none."""
+    for row in range(padded(item.num_rows)):
+        high = sees_until(args, item, row) if row < item.num_rows else item.key_start
+        store_f32(state, at(HIGH, row), float32(high))
+        store_f32(state, at(LOW, row), float32(max(0, high - args.window)))
+
+
+@inline
 def clear(args, item, state, out):
     """No key has been seen."""
     for i in range(0, padded(item.num_rows), LANES):
@@ -88,10 +97,10 @@ def clear(args, item, state, out):
 
 
 @inline
-def take_in(item, state):
+def take_in(state, num_rows):
     """Take a tile's maxima and sums into the state. KEPT and TAKEN are what the values' sums are to be multiplied by:
     those so far, and the tile's."""
-    for i in range(0, padded(item.num_rows), LANES):
+    for i in range(0, padded(num_rows), LANES):
         before, of_tile = vload(state, at(MAXIMUM, i)), vload(state, at(TILE_MAXIMUM, i))
         now = vmax(before, of_tile)
         kept, taken = vexp2(vsub(before, now)), vexp2(vsub(of_tile, now))
@@ -181,7 +190,7 @@ def take_in_tiles(args, item, head, state, out):
         for row in range(item.num_rows):
             store_f32(state, at(TILE_MAXIMUM, row), load_f32(first + _row_bytes(args) * row, 0))
             store_f32(state, at(TILE_SUM, row), load_f32(first + _row_bytes(args) * row, 1))
-        take_in(item, state)
+        take_in(state, item.num_rows)
         for row in range(item.num_rows):
             take_in_values(state, row, first + _row_bytes(args) * row + 4 * LANES, out + 4 * row * width, width)
 

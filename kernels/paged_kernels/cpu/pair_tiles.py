@@ -1,0 +1,180 @@
+"""Words for numba kernels: small products of bfloat16, whose right side lies in pairs.
+
+``y [rows, columns] f32 = x [rows, depth] @ w``: x lies row by row. w lies as ``[depth / 2, columns]`` of two numbers
+that follow each other along the depth. Two ways, chosen by host.py: AMX's tiles, and ``vdpbf16ps``. Either sums a row
+in one order, whatever other rows there are. Rows of x and y are readable up to a multiple of 16, columns a multiple of
+32, and the depth one of 32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from paged_kernels.cpu.amx import call, load_config, move
+from paged_kernels.cpu.dot_bf16 import _add, _BFloat, _load, _spread
+from paged_kernels.cpu.vectors import _at, _const, _define, inline, store_i64, vector
+
+STEP = 32  # of the depth, and of columns
+ROWS = 16  # of x in a tile of AMX's
+
+_i8, _i16, _i32, _i64, _f32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_words, _floats, _halves = ir.VectorType(_i32, 16), ir.VectorType(_f32, 16), ir.VectorType(_i16, 16)
+
+_bfloats = ir.VectorType(_BFloat(), 16) if llvm.llvm_version_info >= (16,) else _halves
+
+# Registers of AMX's: sums of two halves of rows with two halves of columns; rows of x; columns of w.
+_SUMS, _X, _W = ((0, 1), (2, 3)), (4, 5), (6, 7)
+
+
+def _emit_amx(
+    halves: int, b: Any, x: Any, x_stride: Any, w: Any, w_stride: Any, steps: Any, y: Any, y_stride: Any
+) -> None:
+    cells = [(h, c) for h in range(halves) for c in range(2)]
+
+    def half(base: Any, stride: Any, h: int) -> Any:
+        return b.add(base, b.mul(stride, _i64(ROWS * h)))
+
+    for h, c in cells:
+        call(b, "tilezero", _i8(_SUMS[h][c]))
+    with cgutils.for_range(b, steps) as loop:
+        rows = b.add(w, b.mul(b.mul(loop.index, _i64(STEP // 2)), w_stride))
+        left = b.add(x, b.mul(loop.index, _i64(2 * STEP)))
+        for c in range(2):
+            move(b, "tileloadd64", _W[c], b.add(rows, _i64(64 * c)), w_stride)
+        for h in range(halves):
+            move(b, "tileloadd64", _X[h], half(left, x_stride, h), x_stride)
+        for h, c in cells:
+            call(b, "tdpbf16ps", _i8(_SUMS[h][c]), _i8(_X[h]), _i8(_W[c]))
+    for h, c in cells:
+        move(b, "tilestored64", _SUMS[h][c], b.add(half(y, y_stride, h), _i64(64 * c)), y_stride)
+
+
+def _emit_dot(
+    rows: int, b: Any, x: Any, x_stride: Any, w: Any, w_stride: Any, steps: Any, y: Any, y_stride: Any
+) -> None:
+    sums = [[cgutils.alloca_once(b, _floats) for _ in range(2)] for _ in range(rows)]
+    for row in sums:
+        for cell in row:
+            b.store(ir.Constant(_floats, [ir.Constant(_f32, 0.0)] * 16), cell)
+    with cgutils.for_range(b, b.mul(steps, _i64(STEP // 2))) as loop:
+        pairs = b.add(w, b.mul(loop.index, w_stride))
+        right = [_load(b, _at(b, b.add(pairs, _i64(64 * c)), _i64(0), _i8))[0] for c in range(2)]
+        for m in range(rows):
+            address = b.add(b.add(x, b.mul(x_stride, _i64(m))), b.mul(loop.index, _i64(4)))
+            left = _spread(b, _at(b, address, _i64(0), _i8))
+            for c in range(2):
+                b.store(_add(b, left, right[c], b.load(sums[m][c])), sums[m][c])
+    for m in range(rows):
+        for c in range(2):
+            address = b.add(b.add(y, b.mul(y_stride, _i64(m))), _i64(64 * c))
+            b.store(b.load(sums[m][c]), _at(b, address, _i64(0), _f32, _floats), align=4)
+
+
+def _make(emit: Any, size: int) -> Any:
+    i = types.int64
+
+    @_define(types.void, i, i, i, i, i, i, i)
+    def product(b: Any, x: Any, x_stride: Any, w: Any, w_stride: Any, steps: Any, y: Any, y_stride: Any) -> None:
+        emit(size, b, x, x_stride, w, w_stride, steps, y, y_stride)
+
+    return product
+
+
+_amx_16, _amx_32, _dot_8 = _make(_emit_amx, 1), _make(_emit_amx, 2), _make(_emit_dot, 8)
+
+
+@inline
+def product(x, x_stride, w, w_stride, num_rows, columns, depth, y, y_stride, amx):
+    """Strides count bytes. ``amx``: None for the other way."""
+    steps = depth // STEP
+    for column in range(0, columns, STEP):
+        wc, yc = w + 4 * column, y + 4 * column
+        if amx is None:
+            for row in range(0, num_rows, 8):
+                _dot_8(x + row * x_stride, x_stride, wc, w_stride, steps, yc + row * y_stride, y_stride)
+        else:
+            for row in range(0, num_rows - ROWS, 2 * ROWS):
+                _amx_32(x + row * x_stride, x_stride, wc, w_stride, steps, yc + row * y_stride, y_stride)
+            if (num_rows - 1) // ROWS % 2 == 0:
+                row = (num_rows - 1) // ROWS * ROWS
+                _amx_16(x + row * x_stride, x_stride, wc, w_stride, steps, yc + row * y_stride, y_stride)
+
+
+@inline
+def set_up_tiles(config):
+    """All of AMX's tiles: 16 rows of 64 bytes. ``config``: 64 bytes to write that into."""
+    for word in range(8):
+        store_i64(config, word, 0)
+    store_i64(config, 0, 1)
+    for word in (2, 3):
+        store_i64(config, word, 0x0040004000400040)
+    store_i64(config, 6, 0x1010101010101010)
+    load_config(config)
+
+
+@_define(types.void, types.int64, types.int64, types.int64, types.int64)
+def transpose_pairs(b: Any, rows: Any, start: Any, target: Any, stride: Any) -> None:
+    """16 pairs of each of 16 rows, from byte ``start`` on: pair p of row r becomes pair r of the line at ``target + p *
+    stride``. Rows are found through an address in the table ``rows``."""
+    lines = []
+    for r in range(16):
+        address = b.add(b.load(_at(b, rows, _i64(r), _i64)), start)
+        lines.append(b.load(_at(b, address, _i64(0), _i32, _words), align=2))
+
+    def pick(one: Any, other: Any, order: list[int]) -> Any:
+        return b.shuffle_vector(one, other, ir.Constant(_words, order))
+
+    for bit in (1, 2, 4, 8):  # exchange what has the bit set in rows with what has it set in lanes
+        for r in range(16):
+            if not r & bit:
+                one, other = lines[r], lines[r | bit]
+                lines[r] = pick(one, other, [i if not i & bit else (i ^ bit) + 16 for i in range(16)])
+                lines[r | bit] = pick(one, other, [i | bit if not i & bit else i + 16 for i in range(16)])
+    for p in range(16):
+        address = b.add(target, b.mul(stride, _i64(p)))
+        b.store(lines[p], _at(b, address, _i64(0), _i32, _words), align=4)
+
+
+@_define(types.void, types.int64, types.int64, types.int64)
+def interleave(b: Any, one: Any, other: Any, target: Any) -> None:
+    """16 numbers of two rows as 16 pairs."""
+    low, high = (b.zext(b.load(_at(b, x, _i64(0), _i16, _halves), align=2), _words) for x in (one, other))
+    shifted = b.shl(high, ir.Constant(_words, [16] * 16))
+    b.store(b.or_(low, shifted), _at(b, target, _i64(0), _i32, _words), align=4)
+
+
+def _intrinsic(b: Any, name: str, result: Any, *args: Any) -> Any:
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    return b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
+
+
+@_define(types.void, types.int64, types.int64, vector)
+def vstore_as_bf16(b: Any, address: Any, index: Any, value: Any) -> None:
+    """Rounded by the processor's own instruction, which takes denormal numbers for zero."""
+    rounded = _intrinsic(b, "llvm.x86.avx512bf16.cvtneps2bf16.512", _bfloats, value)
+    b.store(b.bitcast(rounded, _halves), _at(b, address, index, _i16, _halves), align=2)
+
+
+# 2**f on [-0.5, 0.5], fitted for the least greatest relative error, 2.6e-6; bfloat16 rounds off up to 4e-3.
+_EXP2 = (0.99999926, 0.69312181, 0.24024745, 0.05591786, 0.0095701)
+
+
+@_define(vector, vector)
+def vexp2_for_bf16(b: Any, x: Any) -> Any:
+    """2**x to about 3e-6, for x <= 0; 0 below -126 (so for -inf), lest there be denormal numbers; NaN for NaN."""
+    least = _const(-126.0)
+    too_small = b.fcmp_ordered("olt", x, least)
+    x = b.select(too_small, least, x)
+    whole = _intrinsic(b, "llvm.nearbyint.v16f32", _floats, x)
+    f = b.fsub(x, whole)
+    total = _const(_EXP2[-1])
+    for c in reversed(_EXP2[:-1]):
+        total = _intrinsic(b, "llvm.fma.v16f32", _floats, total, f, _const(c))
+    power = b.shl(b.fptosi(whole, _words), ir.Constant(_words, [23] * 16))
+    y = b.bitcast(b.add(b.bitcast(total, _words), power), _floats)
+    return b.select(too_small, _const(0.0), b.select(b.fcmp_unordered("uno", x, x), x, y))

@@ -1,0 +1,266 @@
+"""A tile of keys for bfloat16 queries, few or many: both products by the processor's own instructions for bfloat16.
+
+Keys are transposed into pairs along the head dim, values laid out as pairs of keys, once for all rows of the item.
+Scores, their softmax and all sums are float32. Weights are rounded to bfloat16 where they meet the values. Codes become
+bfloat16 as they are, which int8 and float8 fit into; their scales join the scores, and the weights.
+"""
+
+from __future__ import annotations
+
+from numba import float32, int64
+
+from paged_kernels.cpu.codes import INT8, load_fp8, load_int8, vload_fp8, vload_int8, vstore_upper_bf16
+from paged_kernels.cpu.pair_tiles import STEP, interleave, product, transpose_pairs, vexp2_for_bf16, vstore_as_bf16
+from paged_kernels.cpu.rows import call_for, padded
+from paged_kernels.cpu.scores import bias_of, biased, cap
+from paged_kernels.cpu.sharing import TILE
+from paged_kernels.cpu.sums import (
+    HIGH,
+    LOG2E,
+    LOW,
+    LOWEST,
+    NOTHING,
+    TILE_MAXIMUM,
+    TILE_SUM,
+    at,
+    head_of,
+    query_of,
+    take_in,
+    take_in_values,
+)
+from paged_kernels.cpu.vectors import (
+    LANES,
+    copy_bf16,
+    hmax,
+    hsum,
+    inline,
+    lane_numbers,
+    load_bf16,
+    load_f32,
+    load_i32,
+    load_i64,
+    store_bf16,
+    store_f32,
+    store_i64,
+    vadd,
+    vload,
+    vmax,
+    vmul,
+    vselect_less,
+    vsplat,
+    vstore,
+    vstore_bf16,
+    vsub,
+)
+
+AT_ONCE = 32  # rows
+
+
+@inline
+def in_steps(count):
+    return (count + STEP - 1) // STEP * STEP
+
+
+@inline
+def take_pairs(args, item, head, scratch):
+    """The rows' queries as they are, padded with zeros; and a row of zeros, for keys that aren't there."""
+    width, queries = in_steps(args.head_dim), scratch + args.at_q
+    for row in range(item.num_rows):
+        _copy_padded(query_of(args, item, head, row), queries + 2 * row * width, args.head_dim, width)
+    for i in range(0, max(width, in_steps(args.value_dim)), LANES):
+        vstore_bf16(_zeros(args, scratch), i, vsplat(float32(0.0)))
+
+
+@inline
+def _zeros(args, scratch):
+    return scratch + args.at_staging + 2 * TILE * max(in_steps(args.head_dim), in_steps(args.value_dim))
+
+
+@inline
+def _copy_padded(source, target, count, width):
+    whole = count // LANES * LANES
+    for i in range(0, whole, LANES):
+        copy_bf16(source, target, i)
+    for i in range(whole, count):
+        store_bf16(target, i, load_bf16(source, i))
+    for i in range(count, width):
+        store_bf16(target, i, float32(0.0))
+
+
+@inline
+def tile_of_pairs(args, item, head, tile, lead, count, scratch, ahead, ahead_head, ahead_start, ahead_stop, codes, amx):
+    """Keys number lead..count of a tile into the rows' states. Keys that are needed next are fetched meanwhile."""
+    first, stop = lead // STEP * STEP, in_steps(count)
+    _lay_out(
+        args, item, head, tile, lead, count, first, stop, scratch, ahead, ahead_head, ahead_start, ahead_stop, codes
+    )
+    for row in range(0, item.num_rows, AT_ONCE):
+        num_rows = min(AT_ONCE, item.num_rows - row)
+        _some_rows(args, item, head, row, num_rows, tile, lead, count, first, stop, scratch, codes, amx)
+        if row == 0 and item.num_rows <= AT_ONCE:
+            _call_part(args, ahead, ahead_head, ahead_start + 48, ahead_stop, codes)
+
+
+@inline
+def _some_rows(args, item, head, row, num_rows, tile, lead, count, first, stop, scratch, codes, amx):
+    """As many rows as the nearest cache has room for."""
+    width, value_width = in_steps(args.head_dim), in_steps(args.value_dim)
+    state, scores, weights = scratch + args.at_rows, scratch + args.at_scores, scratch + args.at_weights
+    keys, values = scratch + args.at_keys + 4 * first, scratch + args.at_values + 2 * first * value_width
+    product(
+        scratch + args.at_q + 2 * row * width, 2 * width, keys, 4 * TILE, num_rows, stop - first, width,
+        scores + 4 * first, 4 * TILE, amx,
+    )  # fmt: skip
+    for r in range(num_rows):
+        _softmax(args, item, head, row + r, r, tile, lead, count, first, stop, scratch, codes)
+    take_in(state + 4 * row, num_rows)
+    sums, out_width = scratch + args.at_sums, padded(args.value_dim)
+    product(
+        weights + 2 * first, 2 * TILE, values, 4 * value_width, num_rows, value_width, stop - first, sums,
+        4 * value_width, amx,
+    )  # fmt: skip
+    for r in range(num_rows):
+        out = scratch + args.at_out + 4 * (row + r) * out_width
+        take_in_values(state, row + r, sums + 4 * r * value_width, out, out_width)
+
+
+# ---- keys and values as pairs ---------------------------------------------------------------------------------
+
+
+@inline
+def _lay_out(args, item, head, tile, lead, count, first, stop, scratch, ahead, ahead_head, ahead_start, ahead_stop,
+             codes):  # fmt: skip
+    width, value_width, rows = in_steps(args.head_dim), in_steps(args.value_dim), scratch + args.at_tables
+    few = item.num_rows <= AT_ONCE  # with many, memory waits for what is computed
+    if few:
+        _call_part(args, ahead, ahead_head, ahead_start, ahead_stop, codes)
+    _find(args, item, head, args.keys, args.key_scales, args.head_dim, tile, lead, count, first, stop, scratch, 0,
+          codes)  # fmt: skip
+    for key in range(first, stop, 16):
+        _lay_out_keys(key, width, rows, scratch + args.at_keys)
+    if few:
+        _call_part(args, ahead, ahead_head, ahead_start + 16, ahead_stop, codes)
+    _find(args, item, head, args.values, args.value_scales, args.value_dim, tile, lead, count, first, stop, scratch,
+          TILE, codes)  # fmt: skip
+    for key in range(first, stop, 16):
+        _lay_out_values(key, value_width, rows, scratch + args.at_values)
+    if few:
+        _call_part(args, ahead, ahead_head, ahead_start + 32, ahead_stop, codes)
+
+
+@inline
+def _call_part(args, item, head, start, stop, codes):
+    """Ask memory for 16 more of the keys that come next. It answers so many calls at once, and more would hold up what
+    is computed meanwhile."""
+    call_for(args, item, head, start, min(stop, start + 16), codes)
+
+
+@inline
+def _lay_out_keys(key, width, rows, target):
+    """16 keys into [pairs of the head dim, keys]."""
+    for d in range(0, width, STEP):
+        transpose_pairs(rows + 8 * key, 2 * d, target + 4 * (d // 2 * TILE + key), 4 * TILE)
+
+
+@inline
+def _lay_out_values(key, width, rows, target):
+    """16 values into [pairs of keys, head dim]."""
+    for k in range(key, key + 16, 2):
+        one, other = load_i64(rows, k), load_i64(rows, k + 1)
+        for d in range(0, width, 16):
+            interleave(one + 2 * d, other + 2 * d, target + 2 * k * width + 4 * d)
+
+
+@inline
+def _find(args, item, head, cache, cache_scales, dim, tile, lead, count, first, stop, scratch, at_scale, codes):
+    """Put the addresses of keys (or values) first..stop of a tile into the table, and codes' scales next to it, from
+    number ``at_scale`` on. Those that don't lie as whole steps of bfloat16 are copied; those that the item doesn't see
+    are zeros."""
+    rows, staging, width = scratch + args.at_tables, scratch + args.at_staging, in_steps(dim)
+    scales = rows + 8 * TILE + 4 * at_scale
+    table = args.tables + 4 * item.request * args.table_stride
+    block = (tile + lead) // args.block_size
+    offset = tile + lead - block * args.block_size
+    for i in range(first, lead):
+        _leave_out(args, scratch, rows, scales, i)
+    for i in range(count, stop):
+        _leave_out(args, scratch, rows, scales, i)
+    i = lead
+    while i < count:
+        row = (load_i32(table, block) * args.num_kv_heads + head) * args.block_size + offset
+        end = min(count, i + args.block_size - offset)
+        while i < end:
+            target = staging + 2 * i * width
+            if codes is not None:
+                _codes_as_bf16(cache + row * dim, args.cache_dtype, target, dim, width)
+                store_f32(scales, i, load_f32(cache_scales, row))
+            elif dim != width:
+                _copy_padded(cache + 2 * row * dim, target, dim, width)
+            else:
+                target = cache + 2 * row * dim
+            store_i64(rows, i, target)
+            row += 1
+            i += 1
+        block += 1
+        offset = 0
+
+
+@inline
+def _leave_out(args, scratch, rows, scales, i):
+    store_i64(rows, i, _zeros(args, scratch))
+    store_f32(scales, i, float32(0.0))
+
+
+@inline
+def _codes_as_bf16(source, dtype, target, count, width):
+    """Codes as the numbers that they are without their scale, then zeros up to ``width``. No bit is lost."""
+    whole = count // (2 * LANES) * 2 * LANES
+    if dtype == INT8:
+        for i in range(0, whole, 2 * LANES):
+            vstore_upper_bf16(target, i, vload_int8(source, i), vload_int8(source, i + LANES))
+    else:
+        for i in range(0, whole, 2 * LANES):
+            vstore_upper_bf16(target, i, vload_fp8(source, i), vload_fp8(source, i + LANES))
+    for i in range(whole, count):
+        store_bf16(target, i, load_int8(source, i) if dtype == INT8 else load_fp8(source, i))
+    for i in range(count, width):
+        store_bf16(target, i, float32(0.0))
+
+
+# ---- from scores to weights -----------------------------------------------------------------------------------
+
+
+@inline
+def _softmax(args, item, head, row, r, tile, lead, count, first, stop, scratch, codes):
+    """A row's scores to weights in bfloat16; the tile's maximum and sum. ``r``: where the row's scores lie."""
+    line, weights = scratch + args.at_scores + 4 * r * TILE, scratch + args.at_weights + 2 * r * TILE
+    state, key_scales = scratch + args.at_rows, scratch + args.at_tables + 8 * TILE
+    bias = bias_of(args, head_of(args, item, head, row)) if args.key_bias != 0 else 0
+    scale = vsplat(args.scale * float32(LOG2E))
+    high = min(count, int64(load_f32(state, at(HIGH, row))) - tile)
+    low = max(lead, int64(load_f32(state, at(LOW, row))) - tile)
+    top = vsplat(LOWEST)
+    for i in range(first, stop, LANES):
+        s = vmul(vload(line, i), scale)
+        if codes is not None:
+            s = vmul(s, vload(key_scales, i))
+        if args.softcap != 0.0:
+            s = cap(s, args.softcap)
+        if bias != 0:
+            s = biased(s, vload(bias, tile + i))
+        if i + LANES > high:
+            s = vselect_less(lane_numbers(), vsplat(float32(high - i)), s, vsplat(NOTHING))
+        if i < low:
+            s = vselect_less(lane_numbers(), vsplat(float32(low - i)), vsplat(NOTHING), s)
+        vstore(line, i, s)
+        top = vmax(top, s)
+    m = hmax(top)
+    total = vsplat(float32(0.0))
+    for i in range(first, stop, LANES):
+        p = vexp2_for_bf16(vsub(vload(line, i), vsplat(m)))
+        total = vadd(total, p)
+        if codes is not None:
+            p = vmul(p, vload(key_scales, TILE + i))
+        vstore_as_bf16(weights, i, p)
+    store_f32(state, at(TILE_MAXIMUM, row), m)
+    store_f32(state, at(TILE_SUM, row), hsum(total))
