@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import threading
@@ -22,6 +23,8 @@ from paged_ray.settings import Settings
 _APP = "paged"
 _DEPLOYED = (ApplicationStatus.RUNNING, ApplicationStatus.DEPLOY_FAILED)
 _LOOK_S = 0.5
+_KNOCK_S = 10.0
+_FORCE_STOP = "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"  # else who waits for a stuck one waits until drain_s is over
 _log = logging.getLogger("paged_ray")
 
 
@@ -54,13 +57,22 @@ def serve(told: Settings, host: str, port: int, address: str | None = None) -> i
 
 def _connect(address: str | None) -> None:
     """To the cluster at ``address``, or to one that is started here, for this application alone."""
+    if address is None:
+        os.environ.setdefault(_FORCE_STOP, "1")  # the controller, which Ray starts from here, reads it
+        ray.init("local", include_dashboard=False)
+        return
     try:
-        if address is None:
-            ray.init("local", include_dashboard=False)
-        else:
-            ray.init(address)
-    except ConnectionError as error:
+        _knock(address)
+        ray.init(address)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"no Ray cluster answers at {address}: {error}; leave --address out to start one") from error
+
+
+def _knock(address: str) -> None:
+    """Raises OSError or ValueError if nobody is there: Ray would look for somebody for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "//" not in address:  # else it is a name that Ray knows, as "auto"
+        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_S).close()
 
 
 def _check_room(told: Settings) -> None:
