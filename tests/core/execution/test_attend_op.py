@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from paged_core import ConfigError, Engine, EngineConfig
 from paged_core.execution.attend_op import AttendOp
-from paged_hf.model.attention import Step
+from paged_hf.model.attention import CountedAttend
 from paged_hf.model.paged_model import HFPagedModel
 from tiny_model import TinyModel
 
@@ -67,7 +67,7 @@ def test_a_compiled_model_has_no_breaks_needs_no_new_graph_for_new_lengths_and_a
 
     def logits(root, num_tokens, attend):
         positions = torch.arange(num_tokens)
-        step = Step(attend, positions)
+        step = CountedAttend(attend, positions)
         with torch.no_grad():
             given = {"input_ids": 7 * positions[None] % 97, "position_ids": positions[None], "attend": step}
             out = root(**given, attention_mask=None, use_cache=False).logits
