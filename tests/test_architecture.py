@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -383,3 +384,17 @@ def test_every_file_has_its_line_in_the_docs_and_every_line_its_file():
 def _is_only_a_docstring(path: Path) -> bool:
     code = ast.parse(path.read_text(encoding="utf-8")).body
     return len(code) == 1 and ast.get_docstring(ast.Module(code, [])) is not None
+
+
+def test_tests_hardly_reach_into_private_parts():
+    """What a user or an observer could notice is public. What must be broken or held still may be private."""
+
+    def private(folder: str):
+        for path in sources(ROOT / folder):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
+                    yield node.attr, isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+    ours = {name for folder in ("paged_core", "kernels", "adapters") for name, by_self in private(folder) if by_self}
+    reaches = [name for name, by_self in private("tests") if not by_self and name in ours - {"_replace"}]
+    assert 0 < len(reaches) <= 140, Counter(reaches)
