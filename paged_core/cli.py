@@ -11,6 +11,7 @@ from importlib.metadata import requires
 from paged_core import __version__
 from paged_core.errors import InvalidRequestError, PagedCoreError, PluginError
 from paged_core.plugins import Plugins, load_plugins
+from paged_core.processors import settle_threads
 
 _DISTRIBUTIONS = {"yaml": "pyyaml", "ts": "torchserve"}  # whose modules have other names
 
@@ -47,6 +48,7 @@ def _run(argv: Sequence[str]) -> int:
     if "--version" in argv[:1]:
         parser.parse_args(argv)  # quick: before any plugin is imported
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    settle_threads()
     manager = load_plugins(builtin=())  # the built-in ones bring no command, and import torch
     listing = commands.add_parser("plugins", help="list the plugins, where they come from and what they answer")
     listing.set_defaults(run=lambda args: _list_plugins(load_plugins()))
