@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paged_core.builtin.came_quantized import came_quantized_forward
 from paged_core.builtin.decoder_layer import decoder_layer_forward, is_plain_decoder_layer
 from paged_core.builtin.elementwise import norm_forward, rotary_forward, rotated_on_cpu
 from paged_core.builtin.modules import hooks_of, is_gated_mlp, is_listened_to
@@ -52,6 +53,8 @@ def create_module_forward(
         return sibling or _checked(_Linear(module, weights), module, module)
     if isinstance(module, SplitLinear):
         return _shard_forward(module)
+    if weights is not None and (theirs := came_quantized_forward(module)) is not None:
+        return theirs
     if _is_packable_mlp(module):
         return _checked(_GatedMLP(module, weights), module, module.get_submodule("gate_proj"))
     layer = _decoder_layer(module, weights)

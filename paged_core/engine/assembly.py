@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.scheduler import Scheduler
 from paged_core.tiers.costs import Costs
 from paged_core.tiers.tier import BlockLayout, OffloadTier
+
+_log = logging.getLogger("paged_core")
 
 Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``, called while an engine is being built."""
@@ -154,12 +157,13 @@ def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig, owned:
     if not config.fast_forwards or config.compile_model:
         return
     ask, device = manager.hook.create_module_forward, model.spec.device
-    num_quantized = 0
+    num_quantized = num_left = 0
 
     def create(module: torch.nn.Module) -> Any:
-        nonlocal num_quantized
+        nonlocal num_quantized, num_left
         forward = ask(module=module, device=device, config=config)
         num_quantized += bool(getattr(forward, "quantized", False))
+        num_left += forward is None and isinstance(module, torch.nn.Linear)
         return forward
 
     if owned:
@@ -173,6 +177,9 @@ def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig, owned:
             f"{str(model.spec.dtype).removeprefix('torch.')} on {device}); linear layers of float32 and bfloat16 on a "
             "CPU can, with paged-core[cpu]; leave weights out, or load the model so"
         )
+    if config.weights is not None and num_left:
+        layers = "1 linear layer runs" if num_left == 1 else f"{num_left} linear layers run"
+        _log.warning("weights=%r: %s as it is, from weights of a kind that is not packed", config.weights, layers)
 
 
 def compile_model(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from paged_core import ConfigError, Engine, EngineConfig, EngineDeadError, hookimpl
 from paged_core.builtin.forwards import create_module_forward
@@ -103,3 +105,66 @@ def test_what_cannot_be_quantised_is_refused(tiny: Any) -> None:
         EngineConfig(weights="int2")
     with pytest.raises(ConfigError, match="leave compile_model and fast_forwards out"):
         EngineConfig(weights="int8", fast_forwards=False)
+
+
+def torchao_model(tiny: Any, config: Any) -> Any:
+    from torchao import quantization
+
+    model = tiny("llama", hidden_size=64, intermediate_size=128)
+    quantization.quantize_(model, config(quantization))
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda ao: ao.Int8WeightOnlyConfig(),
+        lambda ao: ao.IntxWeightOnlyConfig(weight_dtype=torch.int8),
+        lambda ao: ao.IntxWeightOnlyConfig(weight_dtype=torch.int4),
+        lambda ao: ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(32)),
+    ],
+)
+def test_torchaos_integers_are_taken_as_they_are(config: Any, dtype: str, tiny: Any, paged: Any, prompts: Any) -> None:
+    model = torchao_model(lambda *args, **sizes: tiny(*args, **sizes).to(getattr(torch, dtype)), config)
+    plain = logits(HFPagedModel(model)).float()
+    taken = accelerated(HFPagedModel(model), "int8")
+    linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    assert sum(forward.quantized for forward in taken._fast.values()) == linears
+    moved = float((logits(taken).float() - plain).norm() / plain.norm())
+    assert moved < 0.04, "rows are rounded to eight bits, and nothing else"
+    running = Engine(model, EngineConfig(weights="int8", **SIZES))
+    together = paged(running, prompts, 8)
+    assert [paged(running, [prompt], 8)[0] for prompt in prompts] == together
+
+
+def test_layers_that_are_not_understood_run_as_they_are_and_the_log_says_so(tiny: Any, caplog: Any) -> None:
+    from torchao import quantization
+
+    model = tiny("llama", hidden_size=64, intermediate_size=128)
+    quantization.quantize_(model.lm_head, quantization.Int8DynamicActivationInt8WeightConfig())
+    layer = torch.nn.Sequential(model.lm_head)[0]
+    assert create_module_forward(layer, torch.device("cpu"), EngineConfig(weights="int8")) is None
+    model = tiny("llama", hidden_size=64, intermediate_size=128)
+    quantization.quantize_(model.lm_head, quantization.IntxWeightOnlyConfig(weight_dtype=torch.int3))
+    with caplog.at_level("WARNING", "paged_core"):
+        Engine(model, EngineConfig(weights="int8", **SIZES))
+    assert "1 linear layer runs as it is" in caplog.text
+
+
+def test_bitsandbytes_integers_are_taken_as_they_are(tiny: Any, tmp_path: Path) -> None:
+    tiny("llama", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # bitsandbytes' own, on casts to float16
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path,
+            dtype=torch.float32,
+            quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True),
+            device_map="cpu",
+        )
+        for _ in range(2):  # the first call of a module moves its scales
+            taken = accelerated(HFPagedModel(model), "int8")
+            assert sum(forward.quantized for forward in taken._fast.values()) == 7 * 2 + 1
+            plain = logits(HFPagedModel(model))
+            moved = float((logits(taken) - plain).norm() / plain.norm())
+            assert moved < 0.04
