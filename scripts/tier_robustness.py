@@ -120,8 +120,7 @@ def _is_torn(folder: Path, shape: Shape) -> bool:
     last = max(folder.glob("*.kv"), key=lambda path: path.stat().st_mtime_ns, default=None)
     if last is None:
         return False
-    capacity = SlabFolder(str(folder), MAX_BYTES[shape]).slab_capacity(shape)
-    return (last.stat().st_size - shape.payload(capacity)) % shape.block_bytes != 0
+    return (last.stat().st_size - shape.offset(0)) % shape.record_bytes != 0
 
 
 def damage(folder: Path, times: int, rnd: random.Random) -> dict[str, int]:

@@ -21,7 +21,7 @@ class Shelf:
 
     def __init__(self) -> None:
         self.kept: dict[bytes, list[Any]] = {}
-        self.wants_more = True
+        self.wants_more = self.wants_back = True
         self.quick = True
         self.beside = False
 

@@ -104,7 +104,9 @@ class Offloading:
     def carry_out(self, schedule: Schedule) -> None:
         """What a schedule gives up is copied, and what it wants is asked for. Before its blocks are written."""
         if schedule.offloads:
+            began = time.perf_counter()
             self._store(schedule.offloads)
+            self._costs.copied(len(schedule.offloads), time.perf_counter() - began)
         for load in schedule.loads:
             self._begin(load)
 
@@ -115,6 +117,7 @@ class Offloading:
 
     def measure(self, num_tokens: int, num_rows: int, seconds: float) -> None:
         """A step has computed ``num_tokens`` of ``num_rows`` requests."""
+        self._costs.stepped(seconds)
         if num_tokens >= 16 and num_tokens > 4 * num_rows:
             self._costs.computed(num_tokens, seconds)
 
@@ -229,6 +232,7 @@ class Offloading:
         self._measure_load(each, time.perf_counter() - each.began)
         lost = set() if load.met else {content.block for content in load.contents} - each.good
         self._scheduler.landed(load, lost)
+        self._costs.saved(len(each.good) * self._scheduler.pool.block_size, each.busy_s)
         self._abandoned += bool(lost)
         self._end(each)
 

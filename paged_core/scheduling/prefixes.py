@@ -23,7 +23,12 @@ class Stored(Protocol):
 
     @property
     def wants_more(self) -> bool:
-        """Whether what the cache gives up is worth bringing there."""
+        """Whether what the cache gives up is worth bringing there, though nobody may ask for it again."""
+        ...
+
+    @property
+    def wants_back(self) -> bool:
+        """Whether that is so of what somebody will ask for again."""
         ...
 
     def holds(self, digest: bytes) -> bool: ...
@@ -55,6 +60,7 @@ class Prefixes:
         self._enabled = limits.enable_prefix_caching
         self._window = limits.sliding_window
         self._stored = stored
+        self._preempted: list[Request] = []  # that may still wait for their turn
         self._in_flight: dict[bytes, Request] = {}  # blocks being computed or loaded: who shares them waits for them
 
     def digest(self, request: Request, num_tokens: int) -> None:
@@ -141,11 +147,23 @@ class Prefixes:
     def swap_out(self, request: Request) -> None:
         """The block of a request about to be preempted that nobody can find, being partly filled: with it in a tier,
         the request will go on from where it is."""
+        if self._stored is None:
+            return
+        self._preempted = [*self._still_waiting(), request]
         full, rest = divmod(request.num_computed, self._pool.block_size)
-        if self._stored is None or not rest or request.num_published != full or not self._stored.wants_more:
+        if not rest or request.num_published != full or not self._stored.wants_back:
             return
         request.num_swapped = request.num_computed
         self._pool.give_up(self._last_content(request, request.block_table[full]))
+
+    def asked_back(self) -> set[bytes]:
+        """Digests of what preempted requests had."""
+        self._preempted = self._still_waiting()
+        found = {digest for request in self._preempted for digest in request.digests}
+        return found | {self._last_digest(request) for request in self._preempted if request.num_swapped}
+
+    def _still_waiting(self) -> list[Request]:
+        return [each for each in self._preempted if each.status is RequestStatus.WAITING]
 
     def load(self, request: Request, found: Found, coming: dict[bytes, BlockContent]) -> int:
         """After ``take``: a block for each that a tier brings, unless it is among those ``coming`` already. Returns how

@@ -408,7 +408,10 @@ class Scheduler:
     def _given_up(self) -> list[BlockContent]:
         """What the cache has given up since this was asked the last time, if a tier wants it."""
         given_up = self.pool.take_given_up()
-        return given_up if given_up and self._stored is not None and self._stored.wants_more else []
+        if not given_up or self._stored is None or self._stored.wants_more:
+            return given_up if self._stored is not None else []
+        wanted = self._prefixes.asked_back() if self._stored.wants_back else ()
+        return [content for content in given_up if content.digest in wanted]
 
     def _admit(self, step: _Step) -> None:
         step.admitting = True

@@ -1,4 +1,5 @@
-"""Costs: whether to load blocks or to compute them, or both, by what either has taken lately.
+"""Costs: whether to load blocks or to compute them, or both, by what either has taken lately; and whether to write
+what may never be asked for again.
 
 This file knows tiers by what they hold, and seconds, bytes and tokens. It starts nothing.
 """
@@ -16,6 +17,7 @@ _FIRST_RETRY_S, _LAST_RETRY_S = 1.0, 60.0  # a tier that was too slow is tried a
 _PATIENCE_S = 0.05  # that any load may take
 _UNMEASURED_S = 10.0  # that a load may take while nobody knows what computing takes
 _TOO_SLOW_BESIDE = 9.0  # times as slow as computing: then it saves less than a tenth of that
+_SHARE = 0.01  # of the time of steps that writing may take before it has saved any
 _WORTH_BESIDE = 0.8  # of the time of loading all of it: computing takes processors, and a step may end too late
 
 
@@ -33,6 +35,9 @@ class Costs:
         self.latency_s = 0.0  # of a load, beside that: until the step under way is over, say
         self._tiers = tiers
         self._block_bytes, self._block_size = block_bytes, block_size
+        self._to_spend_s = 0.0  # on writing what the cache evicts
+        self._paid_s = 0.0  # of that, to tiers' own threads
+        self._copy_s = 0.0  # of a block, within a step
         self._retry_at = 0.0
         self._retry_s = _FIRST_RETRY_S
 
@@ -40,8 +45,33 @@ class Costs:
 
     @property
     def wants_more(self) -> bool:
-        """Not while loading takes longer than computing: then what is written costs, and never pays."""
-        return any(tier.wants_more for tier in self._tiers) and not self._too_slow
+        """Not while loading takes longer than computing: then what is written costs, and never pays. Else as far as
+        loads have saved what writing costs, and a little beyond that."""
+        self._pay_tiers()
+        return self._to_spend_s > 0 and not self._too_slow and self._can_write
+
+    @property
+    def wants_back(self) -> bool:
+        if self.tokens_per_s is None:
+            return self._can_write
+        load_s = self._block_bytes / self.bytes_per_s if self.bytes_per_s is not None else 0.0
+        return self._write_s + load_s < self._block_size / self.tokens_per_s and self._can_write
+
+    @property
+    def _can_write(self) -> bool:
+        return any(tier.wants_more for tier in self._tiers)
+
+    @property
+    def _write_s(self) -> float:
+        """Of a block, on an average."""
+        stats = [tier.stats for tier in self._tiers]
+        num_out = max(1, sum(each.blocks_out for each in stats))
+        return self._copy_s + sum(each.seconds_out for each in stats) / num_out
+
+    def _pay_tiers(self) -> None:
+        written_s = sum(tier.stats.seconds_out for tier in self._tiers)
+        self._to_spend_s -= written_s - self._paid_s
+        self._paid_s = written_s
 
     @property
     def _too_slow(self) -> bool:
@@ -90,6 +120,20 @@ class Costs:
         """A step that was mostly of prompts."""
         weight = _NEWEST * min(1.0, num_tokens / _FULL_STEP)
         self.tokens_per_s = _averaged(self.tokens_per_s, num_tokens / max(seconds, 1e-9), weight)
+
+    def stepped(self, seconds: float) -> None:
+        """A step took so long, whatever it computed."""
+        self._to_spend_s += _SHARE * seconds
+
+    def copied(self, num_blocks: int, seconds: float) -> None:
+        """A step was held up for so long by what was copied out for tiers."""
+        self._to_spend_s -= seconds
+        self._copy_s = _averaged(self._copy_s or None, seconds / num_blocks)
+
+    def saved(self, num_tokens: int, busy_s: float) -> None:
+        """So many tokens need not be computed, as tiers were at them for so long."""
+        if self.tokens_per_s is not None:
+            self._to_spend_s += max(0.0, num_tokens / self.tokens_per_s - busy_s)
 
     def brought(self, num_blocks: int, busy_s: float) -> None:
         """A tier was at so many blocks for so long."""

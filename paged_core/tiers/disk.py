@@ -46,6 +46,7 @@ class DiskTier:
         self._folder, self._shape = folder, shape
         self._capacity = folder.slab_capacity(shape)
         self._counts = empty_counts()
+        self._seconds_out = 0.0
         self._can_write = True
         self._temporary: list[Path] | None = None  # if it is a list: slabs of a model that no other process can have
         self._start_afresh()
@@ -76,7 +77,7 @@ class DiskTier:
 
     @property
     def stats(self) -> TierStats:
-        return TierStats("disk", len(self._index), **self._counts)
+        return TierStats("disk", len(self._index), self._seconds_out, **self._counts)
 
     # ---- the engine's thread -------------------------------------------------------------------------------------
 
@@ -147,6 +148,7 @@ class DiskTier:
     # ---- the writing thread --------------------------------------------------------------------------------------
 
     def _write(self, contents: Sequence[BlockContent], data: Tensor, shape: Shape) -> None:
+        began = time.thread_time()
         try:
             for content, row in zip(contents, data, strict=True):
                 self._write_block(content, row, shape)
@@ -158,6 +160,7 @@ class DiskTier:
                 self._num_queued_bytes -= data.numel()
                 for content in contents:
                     self._queued.pop(content.digest, None)
+            self._seconds_out += time.thread_time() - began
 
     def _write_block(self, content: BlockContent, row: Tensor, shape: Shape) -> None:
         slab = self._slab_to_write(shape) if self._can_write and shape is self._shape else None

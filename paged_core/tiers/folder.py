@@ -47,9 +47,9 @@ class SlabFolder:
             ConfigError: the limit has no room for two slabs of one block.
         """
         capacity = shape.capacity(min(self.max_bytes // _SLABS, _MOST_SLAB_BYTES))
-        if capacity < 1 and 2 * shape.slab_bytes(1) > self.max_bytes:
+        if capacity < 1 and 2 * shape.offset(1) > self.max_bytes:
             raise ConfigError(
-                f"kv_disk_bytes ({self.max_bytes}) has no room for two files of one block, {shape.slab_bytes(1)} "
+                f"kv_disk_bytes ({self.max_bytes}) has no room for two files of one block, {shape.offset(1)} "
                 "bytes each; raise it"
             )
         return max(1, capacity)
@@ -63,7 +63,7 @@ class SlabFolder:
         """
         path = self.path / f"{shape.fingerprint}.{secrets.token_hex(8)}{_SUFFIX}"
         with self._locked():
-            if not self._make_room(shape.slab_bytes(capacity)):
+            if not self._make_room(shape.offset(capacity)):
                 return None
             return Slab.create(path, shape, capacity)
 

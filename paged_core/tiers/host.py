@@ -52,7 +52,7 @@ class HostTier:
 
     @property
     def stats(self) -> TierStats:
-        return TierStats("host", len(self._kept), **self._counts)
+        return TierStats("host", len(self._kept), **self._counts)  # all in the engine's thread
 
     def holds(self, digest: bytes) -> bool:
         return digest in self._kept

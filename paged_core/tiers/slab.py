@@ -4,13 +4,12 @@
 bytes                 what
 ====================  ==============================================================================
 0 .. 4095             head: magic, the slab's fingerprint, sizes, a checksum of these
-4096 ..               table: an entry for each block, in order
-payload ..            the blocks' bytes, one after another
+4096 ..               records, one for each block: its entry, then its bytes
 ====================  ==============================================================================
 
-A block's bytes are written before its entry. An entry has a checksum of itself and one of its block, so whatever was
-torn, cut or changed since is told from what was written. Who writes holds a lock on the file until the slab is full.
-Nothing here knows digests' meaning, nor other slabs.
+A record is written, and read, at once. Its entry has a checksum of itself and one of the block, so whatever was torn,
+cut or changed since is told from what was written. Who writes holds a lock on the file until the slab is full. Nothing
+here knows digests' meaning, nor other slabs.
 """
 
 from __future__ import annotations
@@ -26,10 +25,9 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-_MAGIC = b"pagedkv1"
+_MAGIC = b"pagedkv2"
 _HEAD = struct.Struct("<8s16sQIII")  # magic, fingerprint, block_bytes, block_size, capacity, checksum
 _HEAD_BYTES = 4096
-_PAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -49,18 +47,17 @@ class Shape:
     def entry_bytes(self) -> int:
         return self.entry.size + 4
 
-    def payload(self, capacity: int) -> int:
-        """Where the blocks of a slab begin."""
-        return -(-(_HEAD_BYTES + capacity * self.entry_bytes) // _PAGE) * _PAGE
+    @property
+    def record_bytes(self) -> int:
+        return self.entry_bytes + self.block_bytes
 
-    def slab_bytes(self, capacity: int) -> int:
-        """Of a slab that is full."""
-        return self.payload(capacity) + capacity * self.block_bytes
+    def offset(self, place: int) -> int:
+        """Where a record is; of the capacity, what a slab takes that is full."""
+        return _HEAD_BYTES + place * self.record_bytes
 
     def capacity(self, num_bytes: int) -> int:
         """Blocks of a slab of so many bytes."""
-        most = (num_bytes - _HEAD_BYTES - _PAGE) // (self.block_bytes + self.entry_bytes)
-        return max(0, most)
+        return max(0, (num_bytes - _HEAD_BYTES) // self.record_bytes)
 
 
 @dataclass(frozen=True)
@@ -87,8 +84,7 @@ class Slab:
         self.capacity = capacity
         self._file = file
         self._shape = shape
-        self._payload = shape.payload(capacity)
-        self._size = -1  # of the file, when it was scanned
+        self._num_scanned = 0
         weakref.finalize(self, os.close, file)  # it may be being read when it is dropped
 
     @classmethod
@@ -98,7 +94,7 @@ class Slab:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.pwrite(file, _head(shape, capacity), 0)
-            os.ftruncate(file, shape.payload(capacity))
+            os.ftruncate(file, _HEAD_BYTES)
         except BaseException:
             os.close(file)
             path.unlink(missing_ok=True)
@@ -128,9 +124,8 @@ class Slab:
             OSError: it can't be written, and isn't there.
         """
         place = self.num_written
-        _write(self._file, data, self._payload + place * self._shape.block_bytes)
-        entry = Entry(digest, salt_digest, tokens, crc32(data))
-        _write(self._file, entry.packed(self._shape), _HEAD_BYTES + place * self._shape.entry_bytes)
+        entry = Entry(digest, salt_digest, tokens, crc32(data)).packed(self._shape)
+        _write(self._file, entry, memoryview(data).cast("B"), self._shape.offset(place))
         self.num_written += 1
         return place
 
@@ -141,29 +136,27 @@ class Slab:
     # ---- reading -------------------------------------------------------------------------------------------------
 
     def scan(self) -> Iterator[tuple[int, bytes]]:
-        """(place, digest) of every sound entry, if the file has grown since the last time."""
+        """(place, digest) of every sound entry whose record has been written since the last time."""
         size = os.fstat(self._file).st_size
-        if size == self._size:
-            return
-        self._size = size
-        step = self._shape.entry_bytes
-        table = os.pread(self._file, self.capacity * step, _HEAD_BYTES)
-        for place in range(len(table) // step):
-            entry = self._parse(table[place * step : (place + 1) * step])
+        num = min((size - _HEAD_BYTES) // self._shape.record_bytes, self.capacity)
+        for place in range(self._num_scanned, num):
+            entry = self._parse(os.pread(self._file, self._shape.entry_bytes, self._shape.offset(place)))
             if entry is not None:
                 yield place, entry.digest
+        self._num_scanned = max(num, self._num_scanned)
 
     def read(self, place: int, digest: bytes, salt_digest: bytes, tokens: tuple[int, ...], into: Any) -> bool:
         """Fill ``into``, a buffer of ``block_bytes``, with the block at ``place``. False: it isn't that block, or isn't
         what was written."""
-        step = self._shape.entry_bytes
-        entry = self._parse(os.pread(self._file, step, _HEAD_BYTES + place * step))
+        told = bytearray(self._shape.entry_bytes)
+        if os.preadv(self._file, [told, into], self._shape.offset(place)) != self._shape.record_bytes:
+            return False
+        entry = self._parse(told)
         if entry is None or (entry.digest, entry.salt_digest, entry.tokens) != (digest, salt_digest, tokens):
             return False
-        num_read = os.preadv(self._file, [into], self._payload + place * self._shape.block_bytes)
-        return num_read == self._shape.block_bytes and crc32(into) == entry.checksum
+        return crc32(into) == entry.checksum
 
-    def _parse(self, told: bytes) -> Entry | None:
+    def _parse(self, told: bytes | bytearray) -> Entry | None:
         if len(told) < self._shape.entry_bytes or crc32(told[:-4]) != int.from_bytes(told[-4:], "little"):
             return None
         digest, salt_digest, num_tokens, *tokens, checksum = self._shape.entry.unpack(told[:-4])
@@ -192,7 +185,7 @@ def size_when_full(path: Path) -> int:
             head = os.pread(file, _HEAD.size, 0)
             if len(head) == _HEAD.size and head.startswith(_MAGIC):
                 _, _, block_bytes, block_size, capacity, _ = _HEAD.unpack(head)
-                size = max(size, Shape("", block_bytes, block_size).slab_bytes(capacity))
+                size = max(size, Shape("", block_bytes, block_size).offset(capacity))
         return size
     finally:
         os.close(file)
@@ -227,9 +220,10 @@ def _capacity_in(head: bytes, shape: Shape) -> int | None:
     return capacity if head == _head(shape, capacity) else None
 
 
-def _write(file: int, data: Any, offset: int) -> None:
-    """All of it: a full disk may take a part first."""
-    view = memoryview(data).cast("B")
-    while len(view):
-        num = os.pwrite(file, view, offset)
-        view, offset = view[num:], offset + num
+def _write(file: int, entry: bytes, data: memoryview, offset: int) -> None:
+    """All of both: a full disk may take a part first."""
+    num = os.pwritev(file, [entry, data], offset)
+    if num < len(entry) + len(data):
+        left = memoryview(entry + bytes(data))
+        while num < len(left):
+            num += os.pwrite(file, left[num:], offset + num)

@@ -11,6 +11,7 @@ class TierStats(NamedTuple):
 
     name: str
     num_blocks: int = 0  # that it holds now and this engine could load
+    seconds_out: float = 0.0  # of a processor, beside the engine's thread: what writing has taken
     blocks_out: int = 0  # written to it
     bytes_out: int = 0
     blocks_in: int = 0  # read from it, and sound
@@ -40,4 +41,4 @@ class OffloadingStats(NamedTuple):
 
 def empty_counts() -> dict[str, int]:
     """Of a tier that has done nothing."""
-    return dict.fromkeys(TierStats._fields[2:], 0)
+    return dict.fromkeys(TierStats._fields[3:], 0)

@@ -145,6 +145,7 @@ class FickleTier:
 
 def count_on_luck(costs: Costs, rnd: random.Random) -> None:
     """What is quicker is whatever it is: nothing that was measured says."""
+    costs._to_spend_s = float("inf")
     costs.pays_beside = lambda num_blocks, num_tokens: rnd.random() < 0.5
     costs.num_to_compute = lambda num_blocks, num_tokens: rnd.randrange(num_tokens + 1)
     honest = costs.patience_s

@@ -38,6 +38,7 @@ def answers(model, num_blocks, path=None):
 
 def test_twenty_of_twenty_requests_get_the_tokens_of_undisturbed_ones(model, tmp_path, monkeypatch):
     monkeypatch.setattr(Costs, "wants_more", True)
+    monkeypatch.setattr(Costs, "wants_back", True)
     monkeypatch.setattr(Costs, "pays", lambda self, num_blocks, num_tokens, beside: True)
     monkeypatch.setattr(Costs, "pays_beside", lambda self, num_blocks, num_tokens: False)
     monkeypatch.setattr(Costs, "patience_s", lambda self, num_tokens: 60.0)

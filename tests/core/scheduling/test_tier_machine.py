@@ -67,9 +67,11 @@ class PoolAndTier(RuleBasedStateMachine):
         self.machine.take([output.request for output in outputs])
 
     @precondition(lambda self: self.machine is not None)
-    @rule(wants_more=st.booleans(), quick=st.sampled_from((True, True, False)), beside=st.booleans())
-    def mood(self, wants_more, quick, beside):
-        self.machine.shelf.wants_more, self.machine.shelf.quick = wants_more, quick
+    @rule(wanted=st.sampled_from(("all", "back", "none")), quick=st.sampled_from((True, True, False)),
+          beside=st.booleans())  # fmt: skip
+    def mood(self, wanted, quick, beside):
+        self.machine.shelf.wants_more, self.machine.shelf.wants_back = wanted == "all", wanted != "none"
+        self.machine.shelf.quick = quick
         self.machine.shelf.beside = beside
 
     @precondition(lambda self: self.machine is not None)
@@ -172,8 +174,10 @@ def test_what_ends_a_load_frees_its_blocks(ends):
     machine.drain(random.Random(0))
 
 
-def test_a_preempted_request_goes_on_from_where_it_was_if_a_tier_has_its_last_block():
+@pytest.mark.parametrize("wants_more", [True, False])
+def test_a_preempted_request_goes_on_from_where_it_was_if_a_tier_has_its_last_block(wants_more):
     machine = Machine(8, None)
+    machine.shelf.wants_more = wants_more  # what nobody waits for; what a preempted request had is wanted in any case
     machine.add([1] * 10, 1, 18, None)
     machine.add([2] * 10, 1, 14, None)
     first, second = machine.open
@@ -186,6 +190,22 @@ def test_a_preempted_request_goes_on_from_where_it_was_if_a_tier_has_its_last_bl
     machine.land(load, set())
     assert victim.num_computed == reached == len(victim.tokens) - 1
     machine.drain(random.Random(0))
+
+
+def test_what_nobody_waits_for_is_not_written_where_it_does_not_pay():
+    machine = Machine(8, None)
+    machine.shelf.wants_more = False
+    for number in range(6):
+        machine.add([number] * 12, 1, 3, None)
+        machine.drain(random.Random(0))
+    assert machine.scheduler.num_preemptions == 0
+    assert machine.shelf.kept == {}
+    machine.shelf.wants_back = False
+    machine.add([1] * 10, 1, 18, None)
+    machine.add([2] * 10, 1, 14, None)
+    machine.drain(random.Random(0))
+    assert machine.scheduler.num_preemptions > 0
+    assert machine.shelf.kept == {}
 
 
 def test_digests_of_ids_that_mean_something_in_this_process_only_are_this_processs():

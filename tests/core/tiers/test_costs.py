@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from paged_core.tiers import costs
 from paged_core.tiers.costs import Costs
+from paged_core.tiers.stats import TierStats
 
 BLOCK_BYTES = 1000
 
@@ -144,20 +145,58 @@ def test_a_tier_that_has_been_of_use_is_forgiven(monkeypatch):
 
 class Willing:
     wants_more = True
+    stats = TierStats("willing")
+
+    def wrote(self, num_blocks, seconds):
+        self.stats = TierStats("willing", seconds_out=seconds, blocks_out=num_blocks)
 
 
 def test_what_the_cache_evicts_is_not_written_to_a_tier_that_is_slower_than_computing():
     measured = Costs([Willing()], BLOCK_BYTES, 8)
-    assert measured.wants_more
+    measured.stepped(1000)
+    assert measured.wants_more and measured.wants_back
     measured.computed(1000, 1.0)
-    assert measured.wants_more
     measured.brought(10, 10 * 0.0079)
-    assert measured.wants_more
+    assert measured.wants_more and measured.wants_back
     for _ in range(20):
         measured.brought(10, 10 * 0.0081)
-    assert not measured.wants_more
+    assert not measured.wants_more and not measured.wants_back
     for _ in range(20):
         measured.brought(10, 0.01)
-    assert measured.wants_more, "it has become quick"
+    assert measured.wants_more and measured.wants_back, "it has become quick"
     measured._tiers[0].wants_more = False
+    assert not measured.wants_more and not measured.wants_back
+
+
+def test_writing_takes_a_hundredth_of_the_time_of_steps_until_loads_have_paid_for_more():
+    tier = Willing()
+    measured = Costs([tier], BLOCK_BYTES, 8)
     assert not measured.wants_more
+    measured.stepped(1.0)
+    assert measured.wants_more
+    measured.copied(5, 0.004)  # within steps
+    assert measured.wants_more
+    tier.wrote(5, 0.007)  # by its own thread
+    assert not measured.wants_more
+    measured.computed(1000, 1.0)
+    measured.saved(100, 0.08)  # 20 ms less than computing
+    assert measured.wants_more
+    tier.wrote(10, 0.027)
+    assert not measured.wants_more, "what was saved is spent"
+    measured.saved(100, 7.0)
+    assert not measured.wants_more, "a slow load saves nothing"
+
+
+def test_what_is_sure_to_be_asked_for_again_is_written_where_writing_and_loading_are_quicker_than_computing():
+    tier = Willing()
+    measured = Costs([tier], BLOCK_BYTES, 8)
+    assert measured.wants_back, "nobody has measured it"
+    measured.computed(1000, 1.0)  # a block in 8 ms
+    measured.copied(2, 0.004)
+    tier.wrote(10, 0.03)
+    assert measured.wants_back and not measured.wants_more
+    measured.brought(10, 0.029)
+    assert measured.wants_back
+    for _ in range(30):
+        measured.brought(10, 0.031)
+    assert not measured.wants_back

@@ -91,7 +91,7 @@ def test_a_disk_that_cant_be_written_is_told_once_and_read_on(tier, monkeypatch,
     def fails(*args):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "pwrite", fails)
+    monkeypatch.setattr(os, "pwritev", fails)
     with caplog.at_level(logging.WARNING, "paged_core"):
         for block in (2, 3, 4):
             store(tier, block)

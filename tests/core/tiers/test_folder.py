@@ -15,7 +15,7 @@ from paged_core.tiers.folder import SlabFolder
 from tier_blocks import SHAPE
 
 CAPACITY = 4
-SLAB = SHAPE.slab_bytes(CAPACITY)
+SLAB = SHAPE.offset(CAPACITY)
 
 
 def filled(folder):
@@ -121,5 +121,5 @@ def test_what_a_killed_process_was_writing_counts_and_is_given_up(tmp_path):
 
 
 def test_a_limit_without_room_for_two_blocks_is_refused_with_the_numbers(tmp_path):
-    with pytest.raises(ConfigError, match=rf"kv_disk_bytes \(5000\).*{SHAPE.slab_bytes(1)} bytes each"):
+    with pytest.raises(ConfigError, match=rf"kv_disk_bytes \(5000\).*{SHAPE.offset(1)} bytes each"):
         SlabFolder(str(tmp_path), 5000).slab_capacity(SHAPE)

@@ -42,7 +42,24 @@ def test_what_is_written_later_is_seen_by_the_next_scan(tmp_path):
     assert len(list(other.scan())) == 1
     assert list(other.scan()) == []  # nothing is new
     slab.append(content(2).digest, SALT, content(2).tokens, bytes_of(2).numpy())
-    assert [place for place, _ in other.scan()] == [0, 1]
+    assert [place for place, _ in other.scan()] == [1]
+
+
+def test_a_disk_that_takes_a_record_in_parts_gets_all_of_it(tmp_path, monkeypatch):
+    whole = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda file, parts, at: whole(file, [parts[0][:7]], at))
+    slab = written(tmp_path / "a.kv", 1)
+    assert read(slab, 0, 1) == bytes(bytes_of(1))
+
+
+def test_a_record_that_is_not_all_there_yet_is_found_when_it_is(tmp_path):
+    written(tmp_path / "a.kv", 1, 2)
+    whole = (tmp_path / "a.kv").read_bytes()
+    (tmp_path / "b.kv").write_bytes(whole[:-1])
+    slab = Slab.open(tmp_path / "b.kv", SHAPE)
+    assert [place for place, _ in slab.scan()] == [0]
+    (tmp_path / "b.kv").write_bytes(whole)
+    assert [place for place, _ in slab.scan()] == [1]
 
 
 def test_a_block_is_read_only_by_its_digest_its_tokens_and_its_salt(tmp_path):
@@ -74,7 +91,7 @@ def test_a_slab_of_another_model_or_layout_is_not_opened(tmp_path, shape):
 
 
 @pytest.mark.parametrize("size", [0, 10, 4095, 4096, 5000])
-def test_a_file_that_was_cut_within_its_head_or_table_holds_nothing(tmp_path, size):
+def test_a_file_that_was_cut_within_its_head_or_a_record_holds_nothing(tmp_path, size):
     written(tmp_path / "a.kv", 1)
     os.truncate(tmp_path / "a.kv", size)
     slab = Slab.open(tmp_path / "a.kv", SHAPE)
@@ -108,7 +125,7 @@ def test_a_slab_counts_with_all_that_it_may_become_while_it_is_written(tmp_path)
     path = tmp_path / "a.kv"
     slab = written(path, 1)
     assert in_use(path)
-    assert size_when_full(path) == SHAPE.slab_bytes(8) > path.stat().st_size
+    assert size_when_full(path) == SHAPE.offset(8) > path.stat().st_size
     slab.seal()
     assert not in_use(path)
     assert size_when_full(path) == path.stat().st_size
