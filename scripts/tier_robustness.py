@@ -2,8 +2,9 @@
 
 ``python scripts/tier_robustness.py --kills 1000 --damages 100000``
 
-After each kill, and each change, a tier opens the folder and fetches every block that it finds there. A block comes
-back as it was written, or not at all; the folder stays below its limit; nothing raises.
+After each kill, and whenever each file has been changed in a way of its own, a tier opens the folder and fetches every
+block that it finds there. A block comes back as it was written, or not at all; the folder stays below its limit;
+nothing raises.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from paged_core.tiers.slab import Shape
 SMALL, LARGE = Shape("ab" * 16, 2048, 4), Shape("ab" * 16, 4 << 20, 4)  # a kill tears blocks of the second kind
 MAX_BYTES = {SMALL: 400_000, LARGE: 96 << 20}
 _NUMBERS = {SMALL: 400, LARGE: 12}  # of different blocks
+_HEAD = 44  # bytes of a slab's head that say something
+_DAMAGED = 60  # blocks of the folder whose files are changed
 
 
 @cache
@@ -60,10 +63,10 @@ def write_for_ever(folder: Path, shape: Shape, first: int, begun: int) -> None:
         number += 1
 
 
-def check(folder: Path, shape: Shape) -> tuple[int, int]:
+def check(folder: Path, shape: Shape, num_blocks: int) -> tuple[int, int]:
     """(blocks that came back, blocks that did not), of those that the index names."""
     tier, arrived = opened(folder, shape), threading.Event()
-    contents = [content(number) for number in range(_NUMBERS[shape])]
+    contents = [content(number) for number in range(num_blocks)]
     held = [number for number, each in enumerate(contents) if tier.holds(each.digest)]
     fetch = tier.fetch([contents[number] for number in held], arrived)
     num_good = num_lost = 0
@@ -95,7 +98,7 @@ def kill(folder: Path, times: int, rnd: random.Random) -> dict[str, int]:
         own = folder / str(shape.block_bytes)
         _kill_a_writer(own, shape, round_ * 37, rnd.random() * 0.03)
         num_torn += _is_torn(own, shape)
-        num_good += check(own, shape)[0]
+        num_good += check(own, shape, _NUMBERS[shape])[0]
     return {"kills": times, "kills_that_tore_a_block": num_torn, "blocks_back": num_good}
 
 
@@ -124,23 +127,23 @@ def _is_torn(folder: Path, shape: Shape) -> bool:
 
 
 def damage(folder: Path, times: int, rnd: random.Random) -> dict[str, int]:
-    """Each time one file of a sound folder is cut, or has some bits turned."""
+    """Files of a sound folder are cut, or have some bits turned: all of them, each in its own way, before each look."""
     tier = opened(folder, SMALL)
-    for number in range(60):
+    for number in range(_DAMAGED):
         tier.store([content(number)], truth(number, SMALL)[None])
     tier.flush(60)
     tier.close(5)
     whole = {path: path.read_bytes() for path in sorted(folder.glob("*.kv"))}
-    good = lost = 0
-    for number in range(times):
-        if number and number % 10_000 == 0:
-            print(f"{number} damages so far", flush=True)
-        path = rnd.choice(list(whole))
-        path.write_bytes(_damaged(whole[path], rnd))
-        back, gone = check(folder, SMALL)
-        good, lost = good + back, lost + gone
-        path.write_bytes(whole[path])
-    return {"damages": times, "blocks_back": good, "blocks_found_damaged": lost}
+    assert check(folder, SMALL, _DAMAGED) == (_DAMAGED, 0)
+    done = good = lost = 0
+    while done < times:
+        for path, data in whole.items():
+            path.write_bytes(_damaged(data, rnd))
+        back, gone = check(folder, SMALL, _DAMAGED)
+        done, good, lost = done + len(whole), good + back, lost + gone
+        if done // 10_000 > (done - len(whole)) // 10_000:
+            print(f"{done} damages so far", flush=True)
+    return {"damages": done, "blocks_back": good, "blocks_found_damaged": lost}
 
 
 def _damaged(whole: bytes, rnd: random.Random) -> bytes:
@@ -148,9 +151,11 @@ def _damaged(whole: bytes, rnd: random.Random) -> bytes:
     if rnd.random() < 0.3:
         del data[rnd.randrange(len(data)) :]
         return bytes(data)
-    table = 4096 + 60 * SMALL.entry_bytes  # half of the turned bits are in what tells of blocks
+    num_blocks = (len(data) - SMALL.offset(0)) // SMALL.record_bytes
     for _ in range(rnd.choice((1, 1, 2, 8))):
-        data[rnd.randrange(min(table, len(data)) if rnd.random() < 0.5 else len(data))] ^= 1 << rnd.randrange(8)
+        entry = SMALL.offset(rnd.randrange(num_blocks)) + rnd.randrange(SMALL.entry_bytes)
+        anywhere = rnd.randrange(len(data))
+        data[rnd.choice((entry, entry, anywhere, anywhere, rnd.randrange(_HEAD)))] ^= 1 << rnd.randrange(8)
     return bytes(data)
 
 
