@@ -30,6 +30,8 @@ FAMILIES: Sequence[Family] = (
     Family("large_models/vllm", ("AsyncLLMEngine",), full_text=False),
     Family("large_models/tp_llama", ("from llama2 import", "stopping_criteria"), "json", False),
     Family("large_models/inferentia2 (continuous batching)", ("neuronx", "stopping_criteria"), "json", False),
+    Family("large_models/trt_llm", ("class TRTLLMHandler",), "json", False),
+    Family("large_models/deepspeed_mii", ("class DeepSpeedMIIHandler", "max_new_tokens"), full_text=False),
     Family("large_models/gpt_fast", ("class GptHandler",), full_text=False, streamed=True),
     Family("large_models/mixtral_moe", ("TextIteratorStreamerBatch",), streamed=True),
     Family("large_models/deepspeed", ("get_ds_engine", "batch_decode"), "list",

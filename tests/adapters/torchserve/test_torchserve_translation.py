@@ -63,6 +63,8 @@ HANDLERS = {  # as much of pytorch/serve's examples as tells them apart
     "large_models/Huggingface_accelerate": "from transformers import BloomForCausalLM\nself.setup_config\n",
     "large_models/Huggingface_accelerate/llama": "class LlamaHandler(BaseHandler):\n  batch_decode\n",
     "large_models/tp_llama": "from llama2 import Llama\nself.context.stopping_criteria = []\n",
+    "large_models/trt_llm": "from tensorrt_llm.runtime import ModelRunner\nclass TRTLLMHandler(BaseHandler):\n",
+    "large_models/deepspeed_mii": "class DeepSpeedMIIHandler(BaseHandler, ABC):\n  self.max_new_tokens\n",
     "large_models/mixtral_moe": "TextIteratorStreamerBatch(tokenizer)\n",
 }
 
@@ -78,6 +80,8 @@ SAMPLED = {"do_sample": True, "top_p": 0.95, "top_k": 60}
         ("large_models/Huggingface_accelerate", {"defaults": SAMPLED, "max_new_tokens": 50}),
         ("large_models/Huggingface_accelerate/llama", {"defaults": {"max_length": 10}}),
         ("large_models/tp_llama", {"reply": "json", "return_full_text": False, "max_new_tokens": 10}),
+        ("large_models/trt_llm", {"reply": "json", "return_full_text": False, "max_new_tokens": 10}),
+        ("large_models/deepspeed_mii", {"return_full_text": False, "max_new_tokens": 10}),
         ("large_models/mixtral_moe", {"defaults": {"stream": True}, "max_new_tokens": 10}),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from paged_core import ConfigError, Engine, RequestStatus, SamplingParams
 from paged_core.engine import assembly
 from paged_core.tiers.costs import Costs
-from tier_engines import SMALL, Slow, answers, filled_and_evicted, on_disk, prompts_like, stats
+from tier_engines import SMALL, Slow, answers, filled_and_evicted, prompts_like, stats
 from tiny_model import ChangingModel, TinyModel
 
 PROMPT = list(range(90))  # 22 blocks and two tokens; a step has room for eight
@@ -166,16 +166,32 @@ def test_a_tier_and_several_ranks_are_refused_together(engine):
         assembly.create_tiers(engine._manager, engine._model, split, engine.sizes, engine._runner.cache)
 
 
-@pytest.mark.parametrize("dtype", [None, "int8"])
-def test_tokens_from_a_disk_are_those_without_one(tmp_path, beside, dtype):
-    config = replace(SMALL, kv_cache_dtype=dtype)
-    prompts = prompts_like(7, 40)
-    plain = Engine(TinyModel(), config)
-    engine = on_disk(tmp_path, config)
-    answers(engine, prompts)
+@pytest.mark.parametrize(
+    ("options", "params", "window"),
+    [
+        ({}, {}, None),
+        ({"kv_cache_dtype": "int8"}, {}, None),
+        ({"kv_cache_dtype": "float8_e4m3fn"}, {"cache_salt": "a tenant's"}, None),
+        ({"kv_cache_slab_bytes": 20_000}, {"n": 3, "temperature": 0.8, "seed": 3}, None),
+        ({"lookahead": True}, {"n": 2, "use_beam_search": True, "max_tokens": 4}, None),
+        ({}, {}, 12),  # behind a window there is nothing to compute: all of it is loaded
+    ],
+)
+def test_tokens_from_a_disk_are_those_without_one(tmp_path, beside, options, params, window):
+    config = replace(SMALL, **options)
+    on_it = replace(config, kv_disk_path=str(tmp_path), kv_disk_bytes=50_000_000)
+    prompts = prompts_like(7, 12)
+    plain = Engine(TinyModel(window=window), config)
+    engine = Engine(TinyModel(window=window), on_it)
+    answers(engine, prompts, **params)
     engine.close()
-    again = on_disk(tmp_path, config)
+    again = Engine(TinyModel(window=window), on_it)
+    met: list[bool] = []
+    tails = again._scheduler._tails
+    begin = tails.begin
+    tails.begin = lambda row, found: met.append(True) or begin(row, found)
     for prompt in prompts:  # one by one, so that each computes alone
-        assert answers(again, [prompt]) == answers(plain, [prompt])
+        assert answers(again, [prompt], **params) == answers(plain, [prompt], **params)
     assert stats(again).total_tokens_loaded > 0
+    assert bool(met) == (window is None and "use_beam_search" not in params)
     again.close()

@@ -9,10 +9,11 @@ import threading
 import time
 
 import pytest
+import torch
 
 from paged_core.tiers import disk
 from paged_core.tiers.slab import Slab
-from tier_blocks import BLOCK_BYTES, SHAPE, bytes_of, content, disk_tier, sound, store
+from tier_blocks import BLOCK_BYTES, SHAPE, bytes_of, content, disk_tier, fetched, sound, store
 
 
 @pytest.fixture
@@ -74,6 +75,45 @@ def test_a_slow_disk_holds_nobody_up_and_what_it_cant_take_is_dropped(tier, monk
     go_on.set()
     assert tier.flush(30)
     assert tier.stats.blocks_out == 3
+
+
+def test_a_block_that_waits_to_be_written_comes_to_nobody_else(tier, monkeypatch):
+    written = threading.Event()
+    monkeypatch.setattr(Slab, "append", _waiting(Slab.append, written))
+    tier.store([content(1, "a")], bytes_of(1)[None])
+    try:
+        assert sound(tier, 1, salt="a") == [1]
+        assert sound(tier, 1, salt="b") == []
+        assert fetched(tier, [content(1, "a")._replace(tokens=(9, 9, 9, 9))]) == [None]
+    finally:
+        written.set()
+    assert tier.flush(30)
+
+
+def test_what_is_being_written_when_the_model_changes_is_not_found(tier, monkeypatch):
+    begun, go_on, append = threading.Event(), threading.Event(), Slab.append
+
+    def waiting(*args):
+        begun.set()
+        assert go_on.wait(30)
+        return append(*args)
+
+    monkeypatch.setattr(Slab, "append", waiting)
+    tier.store([content(1), content(2)], torch.stack([bytes_of(1), bytes_of(2)]))
+    assert begun.wait(30)
+    tier.forget()
+    assert not tier.holds(content(1).digest) and not tier.holds(content(2).digest)
+    go_on.set()
+    assert tier.flush(30)
+    assert not tier.holds(content(1).digest)
+    assert sound(tier, 1, 2) == []
+
+
+def test_what_writing_takes_is_told(tier):
+    assert tier.stats.seconds_out == 0.0
+    for _ in range(20):
+        store(tier, 1)
+    assert tier.stats.seconds_out > 0.0
 
 
 def _waiting(function, event):

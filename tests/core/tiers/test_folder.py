@@ -82,6 +82,18 @@ def test_it_never_takes_more_than_its_limit_and_gives_up_what_was_of_use_longest
     assert (tmp_path / "letters.txt").exists()
 
 
+def test_a_byte_less_than_two_slabs_take_is_room_for_one(tmp_path):
+    folder = SlabFolder(str(tmp_path / "growing"), 2 * SLAB - 1)
+    growing = folder.create(SHAPE, CAPACITY)
+    assert folder.create(SHAPE, CAPACITY) is None
+    assert not growing.gone
+    folder = SlabFolder(str(tmp_path / "full"), 2 * SLAB - 1)
+    first = filled(folder)
+    filled(folder)
+    assert first.gone
+    assert sizes(folder) == SLAB
+
+
 def test_a_slab_that_is_being_written_is_nobodys_to_delete(tmp_path):
     folder = SlabFolder(str(tmp_path), 2 * SLAB)
     growing = folder.create(SHAPE, CAPACITY)
