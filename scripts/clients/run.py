@@ -1,7 +1,7 @@
 """Clients that nobody here wrote, each in an environment of its own, against a server of a real model.
 
     make clients                              # all; a table of what came of it goes into docs/serving.md
-    make clients CLIENTS='litellm vercel'     # these only, without the table
+    make clients CLIENTS='litellm vercel'     # these only, and their rows of it
 
 Each is installed as the package index has it today, and each trial is in ``try_*.py`` (``js.mjs`` for those of npm). A
 client that doesn't install or end in its time is told of as such.
@@ -81,8 +81,7 @@ def main() -> int:
         for client in asked:
             outcomes.append(_outcome(client, url, args))
             print(_row(client, outcomes[-1]), flush=True)
-    if not args.clients:
-        _write([_row(client, outcome) for client, outcome in zip(asked, outcomes, strict=True)])
+    _write([_row(client, outcome) for client, outcome in zip(asked, outcomes, strict=True)])
     return 1 if any(outcome.wrong or any(outcome.trials.values()) for outcome in outcomes) else 0
 
 
@@ -108,9 +107,8 @@ def _install(client: Client, folder: Path, limit_s: float) -> None:
     if done.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    packages = (
-        [*client.beside] if any(client.package in each for each in client.beside) else [client.package, *client.beside]
-    )
+    with_extras = any(each.startswith(f"{client.package}[") for each in client.beside)
+    packages = [*client.beside] if with_extras else [client.package, *client.beside]
     if client.is_python:
         venv.create(folder, with_pip=True)
         command = [
@@ -179,12 +177,14 @@ def _short(told: str) -> str:
 
 
 def _write(rows: Sequence[str]) -> None:
+    """Rows of clients that were not asked stay as they are."""
     text = _DOCS.read_text(encoding="utf-8")
     before, rest = text.split(_BEGIN)
-    after = rest.split(_END)[1]
-    table = "\n".join(["| client | version | works | doesn't |", "|---|---|---|---|", *rows])
+    old, after = rest.split(_END)
+    table = {line.split("|")[1]: line for line in [*old.splitlines(), *rows] if line.startswith("| `")}
+    lines = ["| client | version | works | doesn't |", "|---|---|---|---|", *table.values()]
     told = f"On {date.today().isoformat()}, Python {sys.version.split()[0]}:"
-    _DOCS.write_text(f"{before}{_BEGIN}\n\n{told}\n\n{table}\n\n{_END}{after}", encoding="utf-8")
+    _DOCS.write_text("\n".join([f"{before}{_BEGIN}", "", told, "", *lines, "", f"{_END}{after}"]), encoding="utf-8")
 
 
 def _arguments() -> argparse.Namespace:

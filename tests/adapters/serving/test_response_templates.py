@@ -18,7 +18,7 @@ from paged_serving.response_templates.contents import read
 from paged_serving.response_templates.parser import TemplateParser
 from paged_serving.response_templates.selection import given, known, of_model
 from paged_serving.response_templates.template import TemplateError, load
-from response_texts import BOTH, HERMES, TOOLS, WRITTEN, Written, parser_of, read_in, told
+from response_texts import BOTH, DEEPSEEK, HERMES, TOOLS, WRITTEN, Written, parser_of, read_in, told
 
 IM = "<|im_start|>assistant\n"
 
@@ -36,8 +36,8 @@ def test_every_template_of_ours_is_tried() -> None:
 
 @pytest.mark.parametrize("name", sorted(known()))
 def test_the_pieces_that_a_text_comes_in_change_nothing(name: str) -> None:
-    """``python tests/many_pieces.py`` tries 10,000 texts for each template."""
-    split_differently(name, random.Random(name), 60)
+    """``make pieces`` tries 10,000 texts for each template."""
+    split_differently(name, random.Random(name), 300)
 
 
 @pytest.mark.parametrize("written", [each for each in WRITTEN if each.calls], ids=lambda each: each.template)
@@ -178,6 +178,10 @@ def test_a_template_is_given_by_name_or_as_a_file(tmp_path: Path) -> None:
         ("<|im_start|> <tool_call> <function= <parameter=", "qwen3-xml"),
         ("[INST] [TOOL_CALLS]", "mistral"),
         ("[INST] [TOOL_CALLS] [ARGS]", "mistral-args"),
+        (f"<｜Assistant｜> {DEEPSEEK} </think> thinking", "deepseek"),
+        ("<｜Assistant｜> <｜tool▁calls▁begin｜> <｜tool▁sep｜> </think> thinking", "deepseek-v31"),
+        ('<|start_header_id|> <|eot_id|> ipython {"name": "f", "parameters": {}}', "llama3-json"),
+        ("<|start_header_id|> <|eot_id|> ipython <function=f> parameters", None),
         ("<|im_start|>", None),
         ("", None),
     ],
