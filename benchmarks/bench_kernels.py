@@ -1,6 +1,8 @@
 """The CPU's kernels by themselves: decode against the machine's own read speed and against SDPA, chunks against SDPA,
 helpers against torch. Seeded; rivals are timed in turn and each keeps its best time, so that noise hits all alike.
 
+Shared: requests that begin with the same blocks, read once and each by itself.
+
 Decode goes round more layers than the caches hold, as a model does, so its keys come from memory; once more with as
 many layers of int8 codes and their scales, which are a quarter or half of the bytes. SDPA is given
 contiguous K/V (which nobody who pages has), and with ``gather`` the K/V it must first collect from the blocks.
@@ -35,7 +37,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="of queries and caches")
     parser.add_argument("--repeats", type=int, default=7, help="times each rival runs; the best counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", choices=["memory", "decode", "chunks", "launch", "helpers"], help="one part")
+    parser.add_argument(
+        "--only", choices=["memory", "decode", "shared", "chunks", "launch", "helpers"], help="one part"
+    )
     parser.add_argument("--quick", action="store_true", help="small shapes only")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     options = parser.parse_args()
@@ -45,7 +49,14 @@ def main() -> None:
     launch.warm_up(cache_dtype=torch.int8)
     elementwise.warm_up()
     rows: list[dict[str, Any]] = []
-    parts = {"memory": memory, "decode": decode, "chunks": chunks, "launch": launches, "helpers": helpers}
+    parts = {
+        "memory": memory,
+        "decode": decode,
+        "shared": shared,
+        "chunks": chunks,
+        "launch": launches,
+        "helpers": helpers,
+    }
     for name, part in parts.items():
         if options.only in (None, name):
             print(f"\n{name}")
@@ -92,6 +103,29 @@ def _decode(num_rows: int, context: int, heads: tuple[int, int, int], block_size
         "GB/s": num_bytes / per_layer["paged"] / 1e9,
         **{f"{name} us": 1e6 * seconds for name, seconds in per_layer.items()},
     }
+
+
+def shared(options: argparse.Namespace) -> Any:
+    """64 requests with 512 tokens in common and some of their own: read once, and by each request by itself."""
+    for name in options.dtype:
+        step = Step(64, 576, 1, SMOLLM2, 8, DTYPES[name], stream=False, shared=512)
+        alone = launch.AttentionPlan(*SMOLLM2[:2], SMOLLM2[2], SMOLLM2[2])
+        together = step.plan
+        for plan in (alone, together):
+            plan.plan(*step.metadata)
+        rivals: dict[str, Work] = {}
+        for kind, run in {"": step.run_all, " int8": step.codes_all()}.items():
+            rivals |= {f"alone{kind}": _with(step, alone, run), f"together{kind}": _with(step, together, run)}
+        best = race(rivals, options.repeats * 5)
+        yield {"dtype": name, **{f"{what} us": 1e6 * seconds for what, seconds in best.items()}}
+
+
+def _with(step: Step, plan: launch.AttentionPlan, run: Work) -> Work:
+    def work() -> None:
+        step.plan = plan
+        run()
+
+    return work
 
 
 def chunks(options: argparse.Namespace) -> Any:
@@ -145,7 +179,7 @@ class Step:
     """One step of some requests, over as many layers as it takes to leave the caches."""
 
     def __init__(self, num_rows: int, context: int, queries: int, heads: tuple[int, int, int], block_size: int,
-                 dtype: torch.dtype, stream: bool = True) -> None:  # fmt: skip
+                 dtype: torch.dtype, stream: bool = True, shared: int = 0) -> None:  # fmt: skip
         num_heads, num_kv_heads, dim = heads
         blocks = -(-context // block_size)
         shape = (num_rows * blocks + 1, num_kv_heads, block_size, dim)
@@ -156,12 +190,13 @@ class Step:
         self.k = torch.randn(num_rows * queries, num_kv_heads, dim).to(dtype)
         self.scale, self.context, self.num_rows = dim**-0.5, context, num_rows
         self.tables = (torch.randperm(num_rows * blocks).int() + 1).view(num_rows, blocks)
+        self.tables[:, : shared // block_size] = self.tables[0, : shared // block_size]
         at = torch.arange(context - queries, context)
         slots = self.tables.long()[:, at // block_size] * block_size + at % block_size
         starts = torch.arange(num_rows + 1, dtype=torch.int32) * queries
         lens = torch.full((num_rows,), context, dtype=torch.int32)
         self.metadata = (starts, lens, self.tables, slots.flatten())
-        self.plan = launch.AttentionPlan(num_heads, num_kv_heads, dim, dim)
+        self.plan = launch.AttentionPlan(num_heads, num_kv_heads, dim, dim, None, block_size)
         self.plan.plan(*self.metadata)
         hidden = torch.ones(queries, context, dtype=torch.bool).tril(context - queries)
         self.mask = hidden if queries > 1 else None
