@@ -125,15 +125,6 @@ def vstore_fp8(builder: Any, address: Any, index: Any, value: Any) -> None:
     _store(builder, address, index, _to_fp8(builder, value, _MANY), _MANY)
 
 
-@_define(types.void, types.int64, types.int64, vector, vector)
-def vstore_upper_bf16(builder: Any, address: Any, index: Any, one: Any, other: Any) -> None:
-    """The upper halves of two vectors, next to each other: for numbers whose lower halves are zero, as codes' are."""
-    halves = ir.VectorType(ir.IntType(16), 2 * LANES)
-    upper = ir.Constant(ir.VectorType(_i32, 2 * LANES), [2 * i + 1 for i in range(2 * LANES)])
-    bits = builder.shuffle_vector(builder.bitcast(one, halves), builder.bitcast(other, halves), upper)
-    builder.store(bits, _at(builder, address, index, ir.IntType(16), halves), align=2)
-
-
 def _larger(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.icmp_unsigned("<", a, b), b, a)
 

@@ -16,6 +16,7 @@ from numba import types
 from numba.core import cgutils
 
 from paged_kernels.cpu.amx import call, load_config, move
+from paged_kernels.cpu.codes import _MANY, _from_fp8, _from_int8
 from paged_kernels.cpu.dot_bf16 import _add, _BFloat, _load, _spread
 from paged_kernels.cpu.vectors import _at, _const, _define, inline, store_i64, vector
 
@@ -25,6 +26,7 @@ ROWS = 16  # of x in a tile of AMX's
 _i8, _i16, _i32, _i64, _f32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _words, _floats, _halves = ir.VectorType(_i32, 16), ir.VectorType(_f32, 16), ir.VectorType(_i16, 16)
 
+_shorts, _indices = ir.VectorType(_i16, 32), ir.VectorType(_i32, 32)
 _bfloats = ir.VectorType(_BFloat(), 16) if llvm.llvm_version_info >= (16,) else _halves
 
 # Registers of AMX's: sums of two halves of rows with two halves of columns; rows of x; columns of w.
@@ -117,35 +119,87 @@ def set_up_tiles(config):
     load_config(config)
 
 
+def _codes_of(from_codes: Any) -> Any:
+    """Loads 32 codes as 16 pairs of bfloat16, which hold them to the last bit."""
+
+    def load(b: Any, address: Any) -> Any:
+        floats = [b.bitcast(from_codes(b, _codes_at(b, address, i), _MANY), _shorts) for i in (0, 16)]
+        return b.bitcast(b.shuffle_vector(*floats, ir.Constant(_indices, [2 * i + 1 for i in range(32)])), _words)
+
+    return load
+
+
+def _codes_at(b: Any, address: Any, index: int) -> Any:
+    return b.load(_at(b, address, _i64(index), _i8, _MANY.bytes), align=1)
+
+
+def _pairs_at(b: Any, address: Any) -> Any:
+    return b.load(_at(b, address, _i64(0), _i32, _words), align=2)
+
+
+def _make_transpose(load: Any) -> Any:
+    """``transpose(rows, start, target, stride)``: 16 pairs of each of 16 rows, from byte ``start`` on: pair p of row r
+    becomes pair r of the line at ``target + p * stride``. Rows are found through an address in the table ``rows``."""
+    i = types.int64
+
+    @_define(types.void, i, i, i, i)
+    def transpose(b: Any, rows: Any, start: Any, target: Any, stride: Any) -> None:
+        lines = [load(b, b.add(b.load(_at(b, rows, _i64(r), _i64)), start)) for r in range(16)]
+
+        def pick(one: Any, other: Any, order: list[int]) -> Any:
+            return b.shuffle_vector(one, other, ir.Constant(_words, order))
+
+        for bit in (1, 2, 4, 8):  # exchange what has the bit set in rows with what has it set in lanes
+            for r in range(16):
+                if not r & bit:
+                    one, other = lines[r], lines[r | bit]
+                    lines[r] = pick(one, other, [i if not i & bit else (i ^ bit) + 16 for i in range(16)])
+                    lines[r | bit] = pick(one, other, [i | bit if not i & bit else i + 16 for i in range(16)])
+        for p in range(16):
+            address = b.add(target, b.mul(stride, _i64(p)))
+            b.store(lines[p], _at(b, address, _i64(0), _i32, _words), align=4)
+
+    return transpose
+
+
+def _make_interleave(load: Any) -> Any:
+    """``interleave(one, other, target)``: 16 numbers of two rows as 16 pairs."""
+    i = types.int64
+
+    @_define(types.void, i, i, i)
+    def interleave(b: Any, one: Any, other: Any, target: Any) -> None:
+        low, high = load(b, one), load(b, other)
+        b.store(
+            b.or_(b.lshr(low, ir.Constant(_words, [16] * 16)), high), _at(b, target, _i64(0), _i32, _words), align=4
+        )
+
+    return interleave
+
+
+def _upper_halves(b: Any, address: Any) -> Any:
+    """16 numbers of bfloat16 in the upper halves of 16 words."""
+    numbers = b.zext(b.load(_at(b, address, _i64(0), _i16, _halves), align=2), _words)
+    return b.shl(numbers, ir.Constant(_words, [16] * 16))
+
+
+def _upper_halves_of(from_codes: Any) -> Any:
+    return lambda b, address: b.bitcast(from_codes(b, _codes_at(b, address, 0), _MANY), _words)
+
+
+transpose_pairs, transpose_int8, transpose_fp8 = (
+    _make_transpose(load) for load in (_pairs_at, _codes_of(_from_int8), _codes_of(_from_fp8))
+)
+interleave_pairs, interleave_int8, interleave_fp8 = (
+    _make_interleave(load) for load in (_upper_halves, _upper_halves_of(_from_int8), _upper_halves_of(_from_fp8))
+)
+
+
 @_define(types.void, types.int64, types.int64, types.int64, types.int64)
-def transpose_pairs(b: Any, rows: Any, start: Any, target: Any, stride: Any) -> None:
-    """16 pairs of each of 16 rows, from byte ``start`` on: pair p of row r becomes pair r of the line at ``target + p *
-    stride``. Rows are found through an address in the table ``rows``."""
-    lines = []
-    for r in range(16):
-        address = b.add(b.load(_at(b, rows, _i64(r), _i64)), start)
-        lines.append(b.load(_at(b, address, _i64(0), _i32, _words), align=2))
-
-    def pick(one: Any, other: Any, order: list[int]) -> Any:
-        return b.shuffle_vector(one, other, ir.Constant(_words, order))
-
-    for bit in (1, 2, 4, 8):  # exchange what has the bit set in rows with what has it set in lanes
-        for r in range(16):
-            if not r & bit:
-                one, other = lines[r], lines[r | bit]
-                lines[r] = pick(one, other, [i if not i & bit else (i ^ bit) + 16 for i in range(16)])
-                lines[r | bit] = pick(one, other, [i | bit if not i & bit else i + 16 for i in range(16)])
-    for p in range(16):
-        address = b.add(target, b.mul(stride, _i64(p)))
-        b.store(lines[p], _at(b, address, _i64(0), _i32, _words), align=4)
-
-
-@_define(types.void, types.int64, types.int64, types.int64)
-def interleave(b: Any, one: Any, other: Any, target: Any) -> None:
-    """16 numbers of two rows as 16 pairs."""
-    low, high = (b.zext(b.load(_at(b, x, _i64(0), _i16, _halves), align=2), _words) for x in (one, other))
-    shifted = b.shl(high, ir.Constant(_words, [16] * 16))
-    b.store(b.or_(low, shifted), _at(b, target, _i64(0), _i32, _words), align=4)
+def copy_padded(b: Any, source: Any, target: Any, num_bytes: Any, whole_bytes: Any) -> None:
+    """``num_bytes``, then zeros up to ``whole_bytes``, a multiple of 32."""
+    with cgutils.for_range(b, b.lshr(whole_bytes, _i64(5))) as loop:
+        b.store(ir.Constant(_halves, [0] * 16), _at(b, target, b.shl(loop.index, _i64(4)), _i16, _halves), align=1)
+    cgutils.raw_memcpy(b, _at(b, target, _i64(0), _i8), _at(b, source, _i64(0), _i8), num_bytes, 1)
 
 
 def _intrinsic(b: Any, name: str, result: Any, *args: Any) -> Any:

@@ -9,8 +9,20 @@ from __future__ import annotations
 
 from numba import float32, int64
 
-from paged_kernels.cpu.codes import INT8, load_fp8, load_int8, vload_fp8, vload_int8, vstore_upper_bf16
-from paged_kernels.cpu.pair_tiles import STEP, interleave, product, transpose_pairs, vexp2_for_bf16, vstore_as_bf16
+from paged_kernels.cpu.codes import INT8
+from paged_kernels.cpu.pair_tiles import (
+    STEP,
+    copy_padded,
+    interleave_fp8,
+    interleave_int8,
+    interleave_pairs,
+    product,
+    transpose_fp8,
+    transpose_int8,
+    transpose_pairs,
+    vexp2_for_bf16,
+    vstore_as_bf16,
+)
 from paged_kernels.cpu.rows import call_for, padded
 from paged_kernels.cpu.scores import bias_of, biased, cap
 from paged_kernels.cpu.sharing import TILE
@@ -30,16 +42,14 @@ from paged_kernels.cpu.sums import (
 )
 from paged_kernels.cpu.vectors import (
     LANES,
-    copy_bf16,
     hmax,
     hsum,
     inline,
     lane_numbers,
-    load_bf16,
     load_f32,
     load_i32,
     load_i64,
-    store_bf16,
+    size_of,
     store_f32,
     store_i64,
     vadd,
@@ -66,7 +76,7 @@ def take_pairs(args, item, head, scratch):
     """The rows' queries as they are, padded with zeros; and a row of zeros, for keys that aren't there."""
     width, queries = in_steps(args.head_dim), scratch + args.at_q
     for row in range(item.num_rows):
-        _copy_padded(query_of(args, item, head, row), queries + 2 * row * width, args.head_dim, width)
+        copy_padded(query_of(args, item, head, row), queries + 2 * row * width, 2 * args.head_dim, 2 * width)
     for i in range(0, max(width, in_steps(args.value_dim)), LANES):
         vstore_bf16(_zeros(args, scratch), i, vsplat(float32(0.0)))
 
@@ -74,17 +84,6 @@ def take_pairs(args, item, head, scratch):
 @inline
 def _zeros(args, scratch):
     return scratch + args.at_staging + 2 * TILE * max(in_steps(args.head_dim), in_steps(args.value_dim))
-
-
-@inline
-def _copy_padded(source, target, count, width):
-    whole = count // LANES * LANES
-    for i in range(0, whole, LANES):
-        copy_bf16(source, target, i)
-    for i in range(whole, count):
-        store_bf16(target, i, load_bf16(source, i))
-    for i in range(count, width):
-        store_bf16(target, i, float32(0.0))
 
 
 @inline
@@ -137,13 +136,13 @@ def _lay_out(args, item, head, tile, lead, count, first, stop, scratch, ahead, a
     _find(args, item, head, args.keys, args.key_scales, args.head_dim, tile, lead, count, first, stop, scratch, 0,
           codes)  # fmt: skip
     for key in range(first, stop, 16):
-        _lay_out_keys(key, width, rows, scratch + args.at_keys)
+        _lay_out_keys(args, key, width, rows, scratch + args.at_keys, codes)
     if few:
         _call_part(args, ahead, ahead_head, ahead_start + 16, ahead_stop, codes)
     _find(args, item, head, args.values, args.value_scales, args.value_dim, tile, lead, count, first, stop, scratch,
           TILE, codes)  # fmt: skip
     for key in range(first, stop, 16):
-        _lay_out_values(key, value_width, rows, scratch + args.at_values)
+        _lay_out_values(args, key, value_width, rows, scratch + args.at_values, codes)
     if few:
         _call_part(args, ahead, ahead_head, ahead_start + 32, ahead_stop, codes)
 
@@ -156,28 +155,39 @@ def _call_part(args, item, head, start, stop, codes):
 
 
 @inline
-def _lay_out_keys(key, width, rows, target):
+def _lay_out_keys(args, key, width, rows, target, codes):
     """16 keys into [pairs of the head dim, keys]."""
     for d in range(0, width, STEP):
-        transpose_pairs(rows + 8 * key, 2 * d, target + 4 * (d // 2 * TILE + key), 4 * TILE)
+        place = target + 4 * (d // 2 * TILE + key)
+        if codes is None:
+            transpose_pairs(rows + 8 * key, 2 * d, place, 4 * TILE)
+        elif args.cache_dtype == INT8:
+            transpose_int8(rows + 8 * key, d, place, 4 * TILE)
+        else:
+            transpose_fp8(rows + 8 * key, d, place, 4 * TILE)
 
 
 @inline
-def _lay_out_values(key, width, rows, target):
+def _lay_out_values(args, key, width, rows, target, codes):
     """16 values into [pairs of keys, head dim]."""
     for k in range(key, key + 16, 2):
-        one, other = load_i64(rows, k), load_i64(rows, k + 1)
+        one, other, place = load_i64(rows, k), load_i64(rows, k + 1), target + 2 * k * width
         for d in range(0, width, 16):
-            interleave(one + 2 * d, other + 2 * d, target + 2 * k * width + 4 * d)
+            if codes is None:
+                interleave_pairs(one + 2 * d, other + 2 * d, place + 4 * d)
+            elif args.cache_dtype == INT8:
+                interleave_int8(one + d, other + d, place + 4 * d)
+            else:
+                interleave_fp8(one + d, other + d, place + 4 * d)
 
 
 @inline
 def _find(args, item, head, cache, cache_scales, dim, tile, lead, count, first, stop, scratch, at_scale, codes):
     """Put the addresses of keys (or values) first..stop of a tile into the table, and codes' scales next to it, from
-    number ``at_scale`` on. Those that don't lie as whole steps of bfloat16 are copied; those that the item doesn't see
+    number ``at_scale`` on. Those that don't lie as whole steps are copied; those that the item doesn't see
     are zeros."""
     rows, staging, width = scratch + args.at_tables, scratch + args.at_staging, in_steps(dim)
-    scales = rows + 8 * TILE + 4 * at_scale
+    scales, size = rows + 8 * TILE + 4 * at_scale, size_of(args.cache_dtype)
     table = args.tables + 4 * item.request * args.table_stride
     block = (tile + lead) // args.block_size
     offset = tile + lead - block * args.block_size
@@ -190,15 +200,13 @@ def _find(args, item, head, cache, cache_scales, dim, tile, lead, count, first, 
         row = (load_i32(table, block) * args.num_kv_heads + head) * args.block_size + offset
         end = min(count, i + args.block_size - offset)
         while i < end:
-            target = staging + 2 * i * width
+            address = cache + row * dim * size
+            if dim != width:
+                copy_padded(address, staging + 2 * i * width, dim * size, width * size)
+                address = staging + 2 * i * width
+            store_i64(rows, i, address)
             if codes is not None:
-                _codes_as_bf16(cache + row * dim, args.cache_dtype, target, dim, width)
                 store_f32(scales, i, load_f32(cache_scales, row))
-            elif dim != width:
-                _copy_padded(cache + 2 * row * dim, target, dim, width)
-            else:
-                target = cache + 2 * row * dim
-            store_i64(rows, i, target)
             row += 1
             i += 1
         block += 1
@@ -209,22 +217,6 @@ def _find(args, item, head, cache, cache_scales, dim, tile, lead, count, first, 
 def _leave_out(args, scratch, rows, scales, i):
     store_i64(rows, i, _zeros(args, scratch))
     store_f32(scales, i, float32(0.0))
-
-
-@inline
-def _codes_as_bf16(source, dtype, target, count, width):
-    """Codes as the numbers that they are without their scale, then zeros up to ``width``. No bit is lost."""
-    whole = count // (2 * LANES) * 2 * LANES
-    if dtype == INT8:
-        for i in range(0, whole, 2 * LANES):
-            vstore_upper_bf16(target, i, vload_int8(source, i), vload_int8(source, i + LANES))
-    else:
-        for i in range(0, whole, 2 * LANES):
-            vstore_upper_bf16(target, i, vload_fp8(source, i), vload_fp8(source, i + LANES))
-    for i in range(whole, count):
-        store_bf16(target, i, load_int8(source, i) if dtype == INT8 else load_fp8(source, i))
-    for i in range(count, width):
-        store_bf16(target, i, float32(0.0))
 
 
 # ---- from scores to weights -----------------------------------------------------------------------------------

@@ -175,13 +175,6 @@ def vstore_bf16(builder: Any, address: Any, index: Any, value: Any) -> None:
     builder.store(builder.trunc(bits, _svec), target, align=2)
 
 
-@_define(types.void, types.int64, types.int64, types.int64)
-def copy_bf16(builder: Any, source: Any, target: Any, index: Any) -> None:
-    """LANES numbers as they are."""
-    halves = builder.load(_at(builder, source, index, ir.IntType(16), _svec), align=2)
-    builder.store(halves, _at(builder, target, index, ir.IntType(16), _svec), align=2)
-
-
 @_define(vector, types.int64, types.int64)
 def vload_f16(builder: Any, address: Any, index: Any) -> Any:
     return _widened(builder, builder.load(_at(builder, address, index, _half, _hvec), align=2), _vec)
