@@ -93,8 +93,8 @@ def differences(columns: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def plot(columns: Mapping[str, Mapping[str, Any]], path: Path, across: str = "") -> None:
-    """Throughput, both latencies and hit rates, by the columns' names in their order; several lines where names are
-    ``line @ place``."""
+    """Throughput, both latencies, hit rates and preemptions where there are any, by the columns' names in their order;
+    several lines where names are ``line @ place``."""
     from matplotlib import pyplot
 
     lines: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
@@ -109,13 +109,16 @@ def plot(columns: Mapping[str, Mapping[str, Any]], path: Path, across: str = "")
         ("found in the prefix cache", lambda f: f["prefix_hit_rate"]),
         ("preemptions", lambda f: f["preemptions"]),
     )
-    figure, axes = pyplot.subplots(2, 3, figsize=(12, 6))
-    for axis, (title, value) in zip(axes.flat, charts, strict=True):
+    shown = [(title, value) for title, value in charts if any(map(value, columns.values()))]
+    figure, axes = pyplot.subplots(2, -(-len(shown) // 2), figsize=(12, 6), squeeze=False)
+    for axis in list(axes.flat)[len(shown) :]:
+        axis.remove()
+    for axis, (title, value) in zip(axes.flat, shown, strict=False):
         for line, points in lines.items():
             axis.plot([place for place, _ in points], [value(found) for _, found in points], marker="o", label=line)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(across, fontsize=8)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * max(map(value, columns.values())))
         axis.tick_params(labelsize=8)
     if len(lines) > 1:
         axes.flat[0].legend(fontsize=8)
