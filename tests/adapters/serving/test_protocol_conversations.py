@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from paged_core import InvalidRequestError, TextCodec
 from paged_serving.conversation.blocks import Blocks
 from paged_serving.conversation.events import (
     ArgumentsDelta,
@@ -15,6 +16,7 @@ from paged_serving.conversation.events import (
     ToolCallEnd,
     ToolCallStart,
 )
+from paged_serving.conversation.rendering import render
 from paged_serving.conversation.turns import Conversation, Turn
 from paged_serving.protocol import anthropic_body, chat_body, responses_body
 from paged_serving.protocol.anthropic_body import MessagesBody
@@ -24,6 +26,7 @@ from paged_serving.protocol.parsing import ProtocolError
 from paged_serving.protocol.reading import read_body
 from paged_serving.protocol.response_store import ResponseStore
 from paged_serving.protocol.responses_body import ResponsesBody
+from tiny_folder import byte_tokenizer
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
 
@@ -144,6 +147,31 @@ def test_a_template_is_told_whether_to_think() -> None:
 
 
 # ---- blocks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shows_calls", [True, False])
+def test_a_template_that_tells_of_tools_and_not_of_calls_is_refused(shows_calls: bool) -> None:
+    tokenizer = byte_tokenizer()
+    of_calls = "{%- for call in m.tool_calls or [] %}[{{ call.function.name }}]{% endfor %}" if shows_calls else ""
+    tokenizer.chat_template = (
+        "{{ tools | tojson }}{% for m in messages %}"
+        + f"{{{{ m.role }}}}: {{{{ m.content or '' }}}}{of_calls}\n{{% endfor %}}"
+    )
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
+    talk = chat(
+        messages=[
+            {"role": "user", "content": "Is weather good?"},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "content": "rain", "tool_call_id": "c1"},
+        ],
+        tools=[{"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}],
+    )
+    codec = TextCodec(tokenizer)
+    if shows_calls:
+        assert "assistant: [weather]" in render(codec, talk)
+    else:
+        with pytest.raises(InvalidRequestError, match="leaves out calls of tools, such as that of weather"):
+            render(codec, talk)
 
 
 def test_events_become_blocks_that_open_grow_and_close() -> None:

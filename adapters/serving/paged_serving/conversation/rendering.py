@@ -6,6 +6,8 @@ an empty text. Each form is tried, until one is taken that shows every call.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,7 @@ from paged_core import InvalidRequestError, TextCodec
 from paged_serving.conversation.turns import Conversation, Tool, ToolCall, Turn
 
 _NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
+_MARK = "paged_core_call_"
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # what templates call it
 _SWITCHES = ("enable_thinking", "thinking")  # by which templates let a model think or not
 
@@ -42,12 +45,14 @@ def render(codec: TextCodec, conversation: Conversation) -> str:
     forms = _FORMS if called or any(turn.content is None for turn in conversation.turns) else _FORMS[:1]
     refusal: InvalidRequestError | None = None
     for form in forms:
+        messages = [_message(codec, turn, form) for turn in conversation.turns]
         try:
-            text = codec.render_chat([_message(codec, turn, form) for turn in conversation.turns], **options)
+            text = codec.render_chat(messages, **options)
+            renamed = codec.render_chat(_renamed(messages), **options) if called else text
         except InvalidRequestError as error:
             refusal = refusal or error
             continue
-        if all(_is_shown(call, text) for call in called):
+        if all(_is_shown(call, number, text, renamed) for number, call in enumerate(called)):
             _check_tools(conversation, text)
             return text
     raise refusal or InvalidRequestError(
@@ -55,11 +60,20 @@ def render(codec: TextCodec, conversation: Conversation) -> str:
     )
 
 
-def _is_shown(call: ToolCall, text: str) -> bool:
+def _renamed(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Calls by names that stand nowhere else, as the real ones do among the tools: so it can be seen who shows them."""
+    renamed, numbers = copy.deepcopy(list(messages)), itertools.count()
+    for call in (call for message in renamed for call in message.get("tool_calls", ())):
+        call["function"]["name"] = f"{_MARK}{next(numbers)}_"
+    return renamed
+
+
+def _is_shown(call: ToolCall, number: int, text: str, renamed: str) -> bool:
     """Its name, and not its arguments as Python writes them."""
     arguments = json.loads(call.arguments)
     spelt = repr(arguments)
-    return call.name in text and (not arguments or spelt == json.dumps(arguments) or spelt not in text)
+    as_json = not arguments or spelt == json.dumps(arguments) or spelt not in text
+    return as_json and call.name in text and f"{_MARK}{number}_" in renamed
 
 
 def _check_tools(conversation: Conversation, text: str) -> None:
