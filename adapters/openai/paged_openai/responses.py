@@ -24,10 +24,8 @@ from paged_serving import (
     Failure,
     anthropic_error,
     as_event,
-    event_bytes,
     json_bytes,
     json_text,
-    named_event_bytes,
     openai_error,
     tgi_error,
 )
@@ -44,8 +42,12 @@ class Form(NamedTuple):
 
     error: Callable[[Exception], tuple[int, dict[str, Any]]]
     last_event: bytes
-    event: Callable[[Any], bytes] = event_bytes
+    named: bool = False  # its events have names: their types
     late_error: Callable[[dict[str, Any], int], Any] = lambda body, num_sent: body  # an error's body, as an event
+
+    def events(self, values: Sequence[Any], encode: Callable[[Any], bytes] = json_bytes) -> bytes:
+        names = [f"event: {value['type']}\n".encode() if self.named else b"" for value in values]
+        return b"".join([name + as_event(encode(value)) for name, value in zip(names, values, strict=True)])
 
 
 def _named_error(body: dict[str, Any], num_sent: int) -> dict[str, Any]:
@@ -59,8 +61,8 @@ def _named_error(body: dict[str, Any], num_sent: int) -> dict[str, Any]:
 
 OPENAI = Form(openai_error, LAST_EVENT)
 OPENAI_WITHOUT_DONE = Form(openai_error, b"")  # for clients that read every event as JSON
-RESPONSES = Form(openai_error, b"", named_event_bytes, _named_error)
-ANTHROPIC = Form(anthropic_error, b"", named_event_bytes)
+RESPONSES = Form(openai_error, b"", named=True, late_error=_named_error)
+ANTHROPIC = Form(anthropic_error, b"", named=True)
 TGI = Form(tgi_error, b"")
 
 
@@ -145,18 +147,18 @@ class CallResponse(Response):
                     if not started:
                         await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
                         started = True
-                    if self._call.params.prompt_logprobs is None:
-                        events = b"".join([self._form.event(chunk) for chunk in chunks])
+                    if chunks.large:
+                        events = await run_in_threadpool(self._form.events, chunks.told, large_json_bytes)
                     else:
-                        events = await run_in_threadpool(_large_events, chunks)
+                        events = self._form.events(chunks.told)
                     await _send_body(send, events, more=True)
-                    num_sent += len(chunks)
+                    num_sent += len(chunks.told)
         except Exception as error:
             if not started:
                 raise
             self._error, self._notes["error"] = error, error_note(error)
             told = self._form.late_error(_told(self._form, error)[1], num_sent)
-            await _send_body(send, self._form.event(told), more=True)
+            await _send_body(send, self._form.events([told]), more=True)
         await _send_body(send, self._form.last_event, more=False)
 
     def _note(self, results: Sequence[GenerationOutput]) -> None:
@@ -201,10 +203,6 @@ async def _until_disconnect(receive: Receive, left: Callable[[], None]) -> None:
 
 async def _send_body(send: Send, body: bytes, *, more: bool) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": more})
-
-
-def _large_events(values: Sequence[Any]) -> bytes:
-    return b"".join([as_event(large_json_bytes(value)) for value in values])
 
 
 def _told(form: Form, error: Exception) -> tuple[int, dict[str, Any]]:

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from paged_serving.exchange import Exchange
     from paged_serving.health import trouble
     from paged_serving.kv_events import KVEvents
-    from paged_serving.messages import LAST_EVENT, as_event, event_bytes, json_bytes, json_text, named_event_bytes
+    from paged_serving.messages import LAST_EVENT, as_event, event_bytes, json_bytes, json_text
     from paged_serving.metrics import PrometheusMetrics
     from paged_serving.options import add_engine_options, engine_config, whole_number
     from paged_serving.outcomes import as_outcome
@@ -72,7 +72,6 @@ _LAZY = {
     "event_bytes": "messages",
     "json_bytes": "messages",
     "json_text": "messages",
-    "named_event_bytes": "messages",
     "no_progress_bars": "quiet",
     "openai_error": "protocol.failures",
     "parse_json": "protocol.parsing",
@@ -122,7 +121,6 @@ __all__ = [
     "event_bytes",
     "json_bytes",
     "json_text",
-    "named_event_bytes",
     "no_progress_bars",
     "openai_error",
     "parse_json",

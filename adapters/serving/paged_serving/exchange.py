@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from paged_core import AsyncEngine, EngineBusyError, GenerationOutput, Stream, StreamDelta
+from paged_core import AsyncEngine, EngineBusyError, GenerationOutput, InvalidRequestError, Stream, StreamDelta
 from paged_serving.outcomes import as_outcome
 from paged_serving.protocol.call import Call
 from paged_serving.protocol.failures import CallError, Failure
+from paged_serving.protocol.parsing import in_words_of
 
 _News = tuple[int, StreamDelta | Exception | None]  # None: that stream has ended
+
+
+class Chunks(NamedTuple):
+    """What is sent at once."""
+
+    told: list[Any]
+    large: bool  # to make it, and to write it as JSON, is a thread's work, and not the event loop's
 
 
 class Exchange:
@@ -65,7 +73,10 @@ class Exchange:
             CallError: it was cut, or the engine could not finish it.
             InvalidRequestError: the engine refused it.
         """
-        self.results = list(await asyncio.gather(*[stream.aresult() for stream in self._streams]))
+        try:
+            self.results = list(await asyncio.gather(*[stream.aresult() for stream in self._streams]))
+        except InvalidRequestError as error:
+            raise in_words_of(self.call.named, error) from error
         for result in self.results:
             for output in result.outputs:
                 self._check(output.finish_reason, result.error)
@@ -75,20 +86,31 @@ class Exchange:
         """The body of a call that isn't streamed, when all has ended. Raises as ``finish``."""
         return await self._in_thread(as_outcome, self.call.answer, await self.finish())
 
-    async def chunks(self) -> AsyncIterator[list[Any]]:
+    async def chunks(self) -> AsyncIterator[Chunks]:
         """The chunks of a streamed call, several at a time. The first come with the first news of the engine, so that
         what it refuses is told before anything was sent. Raises as ``finish``."""
-        chunks = list(self.call.first_chunks())
-        async for number, delta in _merge(self._streams):
+        chunks, begun = list(self.call.first_chunks()), set[tuple[int, int]]()
+        async for number, delta in self._news():
             self._check(delta.finish_reason, delta.error)
-            if delta.prompt_logprobs is None:
-                chunks += as_outcome(self.call.chunks, number, delta)
-            else:  # large: a thread's work, and not the event loop's
-                chunks += await self._in_thread(as_outcome, self.call.chunks, number, delta)
-            yield chunks
+            first = (number, delta.index) not in begun
+            begun.add((number, delta.index))
+            retells = self.call.retells and (first or delta.finish_reason is not None)
+            large = retells or delta.prompt_logprobs is not None
+            yield Chunks(chunks + await self._made(large, self.call.chunks, number, delta), large)
             chunks = []
-        if last := self.call.last_chunks(await self.finish()):
-            yield last
+        if last := await self._made(self.call.retells, self.call.last_chunks, await self.finish()):
+            yield Chunks(last, self.call.retells)
+
+    async def _news(self) -> AsyncIterator[tuple[int, StreamDelta]]:
+        try:
+            async for number, delta in _merge(self._streams):
+                yield number, delta
+        except InvalidRequestError as error:
+            raise in_words_of(self.call.named, error) from error
+
+    async def _made(self, large: bool, make: Callable[..., list[Any]], *args: Any) -> list[Any]:
+        made: list[Any] = await self._in_thread(as_outcome, make, *args) if large else as_outcome(make, *args)
+        return made
 
     def _check(self, finish_reason: str | None, error: str | None) -> None:
         if finish_reason == "abort":

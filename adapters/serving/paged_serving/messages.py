@@ -21,11 +21,6 @@ def event_bytes(value: Any) -> bytes:
     return as_event(json_bytes(value))
 
 
-def named_event_bytes(value: Any) -> bytes:
-    """The same, under the name that its ``type`` gives it."""
-    return f"event: {value['type']}\n".encode() + event_bytes(value)
-
-
 def as_event(told: bytes) -> bytes:
     """JSON in one line as an event."""
     return b"data: " + told + b"\n\n"

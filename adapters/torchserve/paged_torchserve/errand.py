@@ -99,7 +99,7 @@ class Errand:
     async def _carry_out(self, exchange: Exchange) -> None:
         if exchange.call.stream:
             async for chunks in exchange.chunks():
-                for chunk in chunks:
+                for chunk in chunks.told:
                     self._say(self._form.event(chunk))
                 self._on_news()
             self._say(self._form.last_event)

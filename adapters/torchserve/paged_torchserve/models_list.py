@@ -19,7 +19,8 @@ class ModelList:
         self.prompts: list[Prompt] = []
         self.params = SamplingParams()
         self.grammar: Any = None
-        self.stream = False
+        self.stream = self.retells = False
+        self.named: dict[str, str] = {}
         self._served = served
 
     def first_chunks(self) -> list[Any]:

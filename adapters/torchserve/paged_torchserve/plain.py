@@ -39,7 +39,7 @@ class PlainCall:
             raise ProtocolError("best_of above 1 can't be streamed: the best is known at the end", "best_of")
         self.prompts = [prompt for call in self._calls for prompt in call.prompts]
         self.params, self.grammar = self._calls[0].params, self._calls[0].grammar
-        self.stream = stream
+        self.stream, self.retells, self.named = stream, False, self._calls[0].named
         self._opening = prompts[0] if parameters.get("return_full_text") else ""
 
     def first_chunks(self) -> list[Any]:

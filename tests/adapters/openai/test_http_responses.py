@@ -134,11 +134,14 @@ def test_a_responses_text_follows_a_schema(gpt: openai.OpenAI) -> None:
     [
         ({"input": ""}, "input"),
         ({"input": []}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
         ({"input": [{"role": "user"}]}, "input[0].content"),
         ({"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "["}]}, "input[0].arguments"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+            "input[0].content[0].type",
+        ),
         ({"background": True}, "background"),
         ({"include": ["message.output_text.logprobs"]}, "include"),
         ({"top_logprobs": 2}, "top_logprobs"),
@@ -154,7 +157,7 @@ def test_a_responses_text_follows_a_schema(gpt: openai.OpenAI) -> None:
 def test_what_a_response_cannot_have_is_refused_by_name(raw: httpx2.Client, fields: dict[str, Any], param: str) -> None:
     refused = raw.post("/v1/responses", json={"input": "Hi", **fields})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
-    assert refused.json()["error"]["message"].startswith(param) or param == "input"
+    assert refused.json()["error"]["message"].startswith(param)
 
 
 def test_a_responses_late_error_is_an_event_of_its_own(gate: Gate) -> None:

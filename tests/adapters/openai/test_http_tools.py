@@ -84,6 +84,18 @@ def test_a_streamed_call_comes_to_the_same(client: openai.OpenAI, model: SayingM
     assert [each.function.arguments for each in message.tool_calls or ()] == [ARGUMENTS] * 2
 
 
+def test_a_responses_usage_says_how_much_was_reasoning(client: openai.OpenAI, model: SayingModel) -> None:
+    model.say("<think>\nI look it up.\n</think>\n\nIt rains.")
+    asked: Any = {"model": "alphabet", "input": ASKED, "temperature": 0}
+    plain = client.responses.create(**asked)
+    with client.responses.stream(**asked) as stream:
+        streamed = stream.get_final_response()
+    for answer in (plain, streamed):
+        assert answer.output_text == "It rains." and answer.usage is not None
+        assert answer.usage.output_tokens_details.reasoning_tokens == len("I look it up."), "a token is a byte"
+        assert answer.usage.output_tokens > 40
+
+
 def test_a_call_that_is_cut_is_not_told(client: openai.OpenAI, model: SayingModel) -> None:
     model.say(f"Hm.{CALL}{CALL}")
     most = len(f"Hm.{CALL}") + 40
@@ -159,7 +171,11 @@ def bytes_of(token_ids: Any) -> str:
 @pytest.mark.parametrize(
     ("fields", "param", "why"),
     [
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "not among the tools"),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+            "tool_choice.function.name",
+            "not among the tools",
+        ),
         ({"tools": [], "tool_choice": "required"}, "tool_choice", "there are no tools"),
         ({"tools": [tool(name="a b")]}, "tools[0].function.name", "1 to 128 letters"),
         ({"tools": [tool(parameters={"type": "object", "properties": 3}, strict=True)]}, "tools", "can't be used"),

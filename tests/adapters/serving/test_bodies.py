@@ -62,7 +62,7 @@ def served() -> Iterator[ServedModel]:
         ({"words": ["a", 7]}, "words", 'words is ["a", 7]; it must be a word, or words'),
         ({"words": "x" * 99, "flag": 1}, "flag", "flag is 1; it must be true or false"),
         ({"words": {"x" * 99: 1}}, "words", 'words is {"' + "x" * 58 + "...; it must be a word, or words"),
-        ({"part": "a"}, "part", "part must be a JSON object"),
+        ({"part": "a"}, "part", 'part is "a"; it must be a JSON object'),
         ({"part": {}}, "part.name", "part.name is missing; it must be a string"),
         ({"part": {"name": None}}, "part.name", "part.name is missing; it must be a string"),
         ({"part": {"name": "a", "share": 2}}, "part.share", "part.share is 2; it must be a number from 0 to 1"),

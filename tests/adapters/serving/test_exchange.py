@@ -28,7 +28,7 @@ def open_engine(model: AlphabetModel | None = None, **options: Any) -> AsyncEngi
 def test_streams_of_all_prompts_come_as_one(alphabet: Alphabet) -> None:
     async def main() -> list[Any]:
         exchange = Exchange(alphabet.engine, call(alphabet, stream=True, stream_options={"include_usage": True}))
-        return [chunk async for chunks in exchange.chunks() for chunk in chunks]
+        return [chunk async for chunks in exchange.chunks() for chunk in chunks.told]
 
     *chunks, last = asyncio.run(main())
     texts = ["", ""]
@@ -50,6 +50,24 @@ def test_an_answer_is_made_in_a_thread(alphabet: Alphabet) -> None:
 
     assert [choice["text"] for choice in asyncio.run(main())["choices"]] == ["BCD", "CDE"]
     assert len(made) == 1
+
+
+def test_of_a_stream_only_what_may_be_large_is_made_in_a_thread(alphabet: Alphabet) -> None:
+    made: list[str] = []
+
+    async def in_thread(function: Any, make: Any, *args: Any) -> Any:
+        made.append(make.__name__)
+        return await asyncio.to_thread(function, make, *args)
+
+    async def num_large(**fields: Any) -> int:
+        asked = call(alphabet, max_tokens=8, stream=True, stream_options={"include_usage": True}, **fields)
+        exchange = Exchange(alphabet.engine, asked, in_thread=in_thread)
+        return sum([chunks.large async for chunks in exchange.chunks()])
+
+    assert asyncio.run(num_large()) == len(made) == 0
+    num = asyncio.run(num_large(echo=True))
+    assert num == len(made) > 0
+    assert made.count("chunks") <= 4, "the first and the last of each of two prompts"
 
 
 @pytest.mark.parametrize("stream", [False, True])

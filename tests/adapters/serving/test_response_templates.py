@@ -12,10 +12,11 @@ import pytest
 
 from many_pieces import split_differently
 from paged_core import ConfigError
-from paged_serving.conversation.events import ToolCallEnd, ToolCallStart
+from paged_serving.conversation.events import Answer, ToolCallEnd, ToolCallStart
 from paged_serving.conversation.turns import Tool
 from paged_serving.response_templates.contents import read
 from paged_serving.response_templates.parser import TemplateParser
+from paged_serving.response_templates.scanner import LONGEST
 from paged_serving.response_templates.selection import given, known, of_model
 from paged_serving.response_templates.template import TemplateError, load
 from response_texts import BOTH, DEEPSEEK, HERMES, TOOLS, WRITTEN, Written, parser_of, read_in, told
@@ -157,6 +158,20 @@ GOOD: dict[str, Any] = {"start_anchor": "A:", "fields": {"content": {"content": 
 def test_what_is_no_template_is_refused_with_the_part_that_is_wrong(wrong: Any, why: str) -> None:
     with pytest.raises(TemplateError, match=re.escape(why)):
         load({**GOOD, **wrong}, "mine")
+
+
+@pytest.mark.parametrize("name", known())
+def test_a_piece_costs_the_same_however_long_the_text_is_before(name: str) -> None:
+    """White space may be the beginning of most markers, and models may write it without an end."""
+    call = next((each.text for each in WRITTEN if each.template == name and each.calls and not each.prompt), "")
+    for unit in (" ", "<", '{"a": '):
+        parser = TemplateParser(known()[name], "", tools=TOOLS)
+        answer = Answer()
+        for _ in range(600):
+            answer.add(parser.feed(unit * 10))
+            assert len(parser._scanner._text) <= 4 * LONGEST, "what was told is forgotten"
+        pieces = told(answer.add(parser.feed(call)).add(parser.finish(cut=False)))
+        assert pieces == told(read_in(TemplateParser(known()[name], "", tools=TOOLS), [unit * 6000 + call]))
 
 
 def test_a_template_is_given_by_name_or_as_a_file(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from paged_serving.conversation.events import (
@@ -23,9 +23,19 @@ class Block:
 
     kind: Literal["text", "reasoning", "call"]
     index: int  # among the blocks of the answer
-    text: str = ""  # of a call: the JSON text of its arguments
     call_id: str = ""
     name: str = ""  # of the tool that is called
+    _pieces: list[str] = field(default_factory=list, init=False)  # joined when asked for
+
+    def add(self, text: str) -> None:
+        self._pieces.append(text)
+
+    @property
+    def text(self) -> str:
+        """Of a call: the JSON text of its arguments."""
+        if len(self._pieces) > 1:
+            self._pieces = ["".join(self._pieces)]
+        return "".join(self._pieces)
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class Blocks:
             yield from self._close()
             yield self._opened(Block(kind, len(self.all)))
         assert self._open is not None, "it was opened"
-        self._open.text += text
+        self._open.add(text)
         yield BlockNews("grown", self._open, text)
 
     def _opened(self, block: Block) -> BlockNews:

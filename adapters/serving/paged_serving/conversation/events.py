@@ -62,7 +62,6 @@ class Finish:
     reason: FinishReason  # "tool_calls": it stopped by itself, and has called
     stop_reason: str | int | None  # the stop string or the stop token id that ended it; None for EOS
     num_tokens: int  # that the choice was given, all in all
-    num_reasoning_tokens: int = 0  # of these, what its reasoning comes to when it is tokenised by itself
 
 
 Event = TextDelta | ReasoningDelta | ToolCallStart | ArgumentsDelta | ToolCallEnd | Finish

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Protocol
 
 from paged_core import CompletionOutput, StreamDelta
-from paged_serving.conversation.events import Event, Finish, FinishReason, ReasoningDelta, TextDelta, ToolCallStart
+from paged_serving.conversation.events import Event, Finish, FinishReason, TextDelta, ToolCallStart
 
 
 class Parser(Protocol):
@@ -31,11 +31,10 @@ class PlainText:
 
 
 class ChoiceReader:
-    """One choice's news as events. ``count``: the tokens of a text."""
+    """One choice's news as events."""
 
-    def __init__(self, parser: Parser, count: Callable[[str], int]) -> None:
-        self._parser, self._count = parser, count
-        self._reasoning: list[str] = []
+    def __init__(self, parser: Parser) -> None:
+        self._parser = parser
         self._num_tokens = 0
         self._has_called = False
 
@@ -49,16 +48,10 @@ class ChoiceReader:
         if news.finish_reason is not None:
             cut = news.finish_reason == "length"
             events += self._parser.finish(cut=cut or isinstance(news.stop_reason, str))
-        self._reasoning += [event.text for event in events if isinstance(event, ReasoningDelta)]
         self._has_called = self._has_called or any(isinstance(event, ToolCallStart) for event in events)
         if news.finish_reason is not None:
-            events.append(self._finish(news.finish_reason, news.stop_reason))
+            events.append(Finish(self._reason(news.finish_reason), news.stop_reason, self._num_tokens))
         return events
-
-    def _finish(self, ended: str, stop_reason: str | int | None) -> Finish:
-        reasoning = "".join(self._reasoning)
-        num_reasoning = min(self._count(reasoning), self._num_tokens) if reasoning else 0
-        return Finish(self._reason(ended), stop_reason, self._num_tokens, num_reasoning)
 
     def _reason(self, ended: str) -> FinishReason:
         if ended == "length":

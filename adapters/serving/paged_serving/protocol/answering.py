@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Answering:
     """One prompt, and the answer to it as it comes.
 
-    ``named``: what the protocol calls fields of SamplingParams, where that differs.
+    ``named``: what the protocol calls fields of SamplingParams, and the prompt, where that differs.
 
     Raises:
         ProtocolError: it asks for something that can't be had, or the chat template refuses it.
@@ -42,11 +42,11 @@ class Answering:
         talk = to_talk(conversation, served, fields, structure=structure)
         self.grammar: Grammar | None = talk.grammar or served.grammar(structure)
         prompt = served.finish_prompt(fields.turns, talk.prompt, None)
-        names = {"prompt": fields.turns, **named}
-        self.params = served.finish_params(talk.adapted(params), [prompt], self.grammar, copies=0, named=names)
+        self.params = served.finish_params(talk.adapted(params), [prompt], self.grammar, copies=0, named=named)
         self.prompts: list[Prompt] = [prompt]
         self.blocks = Blocks()
         self._reader = talk.reader()
+        self._served = served
 
     def feed(self, news: StreamDelta | CompletionOutput) -> Iterator[BlockNews]:
         """What ``news`` means for the blocks."""
@@ -58,6 +58,14 @@ class Answering:
         (output,) = result.outputs
         for _ in self.feed(output):
             pass
+
+    def num_reasoning_tokens(self) -> int:
+        """Of an answer that has ended: what its reasoning comes to when it is tokenised by itself. Takes a while."""
+        finish, blocks = self.blocks.finish, self.blocks.all
+        reasoning = "".join(block.text for block in blocks if block.kind == "reasoning")
+        if finish is None or not reasoning:
+            return 0
+        return min(len(self._served.encode(reasoning, add_special_tokens=False).token_ids), finish.num_tokens)
 
 
 def num_cached(results: Sequence[GenerationOutput]) -> int:

@@ -38,12 +38,14 @@ class MessagesCall:
         self._model = served.check_name(asked.model)
         sampled = {name: getattr(asked, name) for name in SAMPLED}
         stop = [*asked.stop_sequences, *listed(asked.stop)]
-        params = sampling_params(max_tokens=asked.max_tokens, stop=stop, **sampled)
-        self._answering = Answering(to_conversation(asked), served, params, None, _FIELDS, {"stop": "stop_sequences"})
+        self.named = {"prompt": "messages"} | ({"stop": "stop_sequences"} if asked.stop_sequences else {})
+        params = sampling_params(self.named, max_tokens=asked.max_tokens, stop=stop, **sampled)
+        self._answering = Answering(to_conversation(asked), served, params, None, _FIELDS, self.named)
         self.prompts, self.params, self.grammar = (
             self._answering.prompts, self._answering.params, self._answering.grammar,
         )  # fmt: skip
         self.stream = asked.stream
+        self.retells = False
         self._id = f"msg_{uuid.uuid4().hex}"
 
     def first_chunks(self) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta, field
 
 from paged_serving.conversation.turns import Conversation, Tool, ToolCall, ToolChoice, Turn
-from paged_serving.protocol.bodies import Body, Ignored, Positive, ToolName, must, only
+from paged_serving.protocol.bodies import Body, Ignored, Positive, Text, ToolName, must, only
 from paged_serving.protocol.parsing import refuse
 from paged_serving.protocol.sampling_body import SamplingBody
 
@@ -18,7 +18,7 @@ _KINDS = '"text", "tool_use", "tool_result", "thinking" or "redacted_thinking": 
 
 
 class TextBlock(Body, frozen=True):
-    type: Literal["text"]
+    type: Annotated[Literal["text"], must('"text": this server reads text only')]
     text: str
     cache_control: Ignored = None
     citations: Ignored = None
@@ -96,7 +96,7 @@ class MessagesBody(TalkBody, frozen=True, kw_only=True):
         "n": "can't be honoured: there is one answer",
     }
     max_tokens: Positive
-    stop_sequences: list[Annotated[str, Meta(min_length=1)]] = field(default_factory=list)
+    stop_sequences: Annotated[list[Text], must("a list of strings, none of them empty")] = field(default_factory=list)
 
 
 class CountBody(TalkBody, frozen=True, kw_only=True):

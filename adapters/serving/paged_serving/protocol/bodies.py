@@ -111,6 +111,16 @@ def body_of(kind: inspect.Type) -> type[Body] | None:
     return kind.cls if isinstance(kind, inspect.StructType) and issubclass(kind.cls, Body) else None
 
 
+def fitting_kind(value: Any, kind: inspect.Type) -> inspect.Type:
+    """Of several kinds that a field may hold, the one that an object or a list is read as."""
+    for each in kind.types if isinstance(kind, inspect.UnionType) else (kind,):
+        if isinstance(value, Mapping) and body_of(each) is not None:
+            return each
+        if isinstance(value, list) and isinstance(each, inspect.ListType) and body_of(each.item_type) is not None:
+            return each
+    return inspect.AnyType()
+
+
 def _field(info: msgspec.structs.FieldInfo) -> Field:
     kind, extra = _bare(inspect.type_info(info.type))
     body = body_of(kind)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from paged_core import GenerationOutput, Prompt, SamplingParams, StreamDelta
@@ -21,6 +21,12 @@ class Call(Protocol):
     params: SamplingParams
     grammar: Grammar | None  # that ``params`` bring: its ``compile`` comes first, in a thread that may be kept
     stream: bool
+    retells: bool  # its first and its last chunks hold what the body or the whole answer does: they may be large
+
+    @property
+    def named(self) -> Mapping[str, str]:
+        """What the protocol calls "prompt" and fields of SamplingParams, where that differs."""
+        ...
 
     def first_chunks(self) -> list[dict[str, Any]]:
         """Told before all news."""

@@ -54,7 +54,7 @@ def to_call(body: ChatBody, served: ServedModel) -> Asked:
         refuse("top_logprobs", "needs logprobs to be true")
     num_top = body.top_logprobs or 0 if body.logprobs else None
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    own = {} if body.max_tokens is not None else {"max_tokens": "max_completion_tokens"}
+    own = {"max_tokens": "max_completion_tokens"} if body.max_completion_tokens or not body.max_tokens else {}
     options = to_options(
         body,
         served,
@@ -116,6 +116,7 @@ class ChatCall:
             "system_fingerprint": "paged-core",
         }
         self._usage = Usage(self.prompts)
+        self.retells, self.named = self.options.return_token_ids, self.options.named
 
     def first_chunks(self) -> list[dict[str, Any]]:
         """Who speaks, for every choice."""

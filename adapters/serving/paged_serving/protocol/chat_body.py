@@ -26,7 +26,7 @@ _CHOICE = (
 
 
 class TextPart(Body, frozen=True):
-    type: Literal["text"]
+    type: Annotated[Literal["text"], must('"text": this server reads text only')]
     text: str
     cache_control: Ignored = None
 
@@ -198,17 +198,17 @@ def _choice(body: ChatBody) -> ToolChoice:
     ):
         refuse("tool_choice", f"must be {_CHOICE}")
     if asked.function is not None:
-        return _among(body, ToolChoice("required", [asked.function.name], parallel=False))
+        return _among(body, ToolChoice("required", [asked.function.name], parallel=False), "tool_choice.function.name")
     assert asked.allowed_tools is not None, "one of the two is there"
     names = [each.function.name for each in asked.allowed_tools.tools]
-    return _among(body, ToolChoice(asked.allowed_tools.mode, names, parallel))
+    return _among(body, ToolChoice(asked.allowed_tools.mode, names, parallel), "tool_choice.allowed_tools")
 
 
-def _among(body: ChatBody, choice: ToolChoice) -> ToolChoice:
+def _among(body: ChatBody, choice: ToolChoice, field: str) -> ToolChoice:
     known = [each.function.name for each in body.tools]
     for name in choice.names or ():
         if name not in known:
-            refuse("tool_choice", f"names {name!r}, which is not among the tools")
+            refuse(field, f"names {name!r}, which is not among the tools")
     return choice
 
 

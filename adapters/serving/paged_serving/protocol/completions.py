@@ -113,6 +113,7 @@ class CompletionCall:
             "model": self.options.model,
         }
         self._usage = Usage(self.prompts)
+        self.retells, self.named = asked.echo or self.options.return_token_ids, self.options.named
         self._placed: dict[int, Placed] = {}  # by choice, once something of it was told
         self._prompt_logprobs: dict[int, Sequence[TokenLogprobs | None]] = {}  # by prompt
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import msgspec
 from msgspec import inspect
 
-from paged_serving.protocol.bodies import HUGE, Body, Field, fields_of
+from paged_serving.protocol.bodies import HUGE, Body, Field, body_of, fields_of, fitting_kind
 from paged_serving.protocol.parsing import ProtocolError, shortened, shown
 
 Fault = tuple[str | None, str]  # the field as the whole body knows it, None for the body itself; what is wrong with it
@@ -69,11 +70,12 @@ def _faults_of_field(value: Any, field: Field, path: str) -> Iterator[Fault]:
     try:
         msgspec.convert(value, field.annotation)
     except msgspec.ValidationError:
-        if field.body is not None:
-            yield from faults(value, field.body, path)
-        elif field.item is not None and isinstance(value, list) and value:
-            for place, item in enumerate(value):
-                yield from faults(item, field.item, f"{path}[{place}]")
+        fitting = fitting_kind(value, field.kind)
+        if (body := body_of(fitting)) is not None:
+            yield from faults(value, body, path)
+        elif isinstance(fitting, inspect.ListType) and value and (item := body_of(fitting.item_type)) is not None:
+            for place, each in enumerate(value):
+                yield from faults(each, item, f"{path}[{place}]")
         else:
             yield path, _told(value, field)
 
@@ -99,7 +101,17 @@ def _described(kind: inspect.Type) -> str:
         return "a number" + _between(kind.ge, kind.le)
     if isinstance(kind, inspect.StrType):
         return "a string that isn't empty" if kind.min_length else "a string"
+    if isinstance(kind, inspect.LiteralType):
+        return _joined_by_or([json.dumps(each) for each in kind.values])
+    if isinstance(kind, inspect.ListType):
+        return "a list"
+    if isinstance(kind, inspect.UnionType):
+        return _joined_by_or([_described(each) for each in kind.types if not isinstance(each, inspect.NoneType)])
     return "a JSON object"
+
+
+def _joined_by_or(parts: Sequence[str]) -> str:
+    return " or ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def _between(low: float | None, high: float | None) -> str:

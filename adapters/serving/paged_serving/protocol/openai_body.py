@@ -131,7 +131,9 @@ def to_options(
         refuse(structure.field, "can't go with use_beam_search; leave one of them out")
     model = served.check_name(body.model)
     by_logprobs = best_of > body.n and not body.use_beam_search  # so the best samples are found
+    named = named if best_of == body.n else {"n": "best_of", **named}
     params = sampling_params(
+        named,
         n=best_of,
         max_tokens=max_tokens,
         logprobs=num_top or 0 if by_logprobs else num_top,
@@ -143,7 +145,6 @@ def to_options(
         stop_token_ids=served.token_ids("stop_token_ids", body.stop_token_ids) or (),
         **{name: getattr(body, name) for name in _AS_THEY_ARE},
     )
-    named = named if best_of == body.n else {"n": "best_of", **named}
     served.check_limits(params, named)
     return Options(
         model=model,

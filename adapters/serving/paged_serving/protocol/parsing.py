@@ -7,13 +7,16 @@ out silently.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NoReturn
 
-from paged_core import InvalidRequestError
+from paged_core import InvalidRequestError, SamplingParams
 
 _MAX_DEPTH = 100  # objects and lists in each other: more than any schema needs, less than any reader's stack takes
+_OF_CORE = frozenset(each.name for each in fields(SamplingParams))
 _SHOWN = 60  # characters of a wrong value, or of its name, that an error repeats
 
 
@@ -29,6 +32,27 @@ class ProtocolError(InvalidRequestError):
 def refuse(name: str, why: str) -> NoReturn:
     """Raises the ProtocolError of field ``name``."""
     raise ProtocolError(f"{name} {why}", name)
+
+
+def in_words_of(named: Mapping[str, str], error: InvalidRequestError) -> ProtocolError:
+    """``error``, which the core has raised of a field that it knows by its own name. ``named``: what the protocol at
+    hand calls such fields, where that differs."""
+    if isinstance(error, ProtocolError):
+        return error
+    told, param = str(error), error.param
+    if param is None and told.split()[0] in _OF_CORE:
+        param = told.split()[0]
+    for field, own in named.items():
+        if field in _OF_CORE:
+            told = re.sub(_word(field), own, told)
+    if param is not None:
+        param = named.get(param, param)
+        told = told if re.search(_word(param), told) else f"{param}: {told}"
+    return ProtocolError(told, param)
+
+
+def _word(field: str) -> str:
+    return rf"(?<![\w.]){re.escape(field)}(?![\w.])"
 
 
 def refuse_unless_object(name: str, text: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import inspect
 
-from paged_serving.protocol.bodies import Body, Defaults, Served, body_of, fields_of
+from paged_serving.protocol.bodies import Body, Defaults, Served, body_of, fields_of, fitting_kind
 from paged_serving.protocol.faults import faults, refusal, unheeded
 from paged_serving.protocol.parsing import shortened
 
@@ -73,22 +73,12 @@ def _adapts(kind: inspect.Type) -> bool:
 def _plain(value: Any, kind: inspect.Type, defaults: Defaults, strict: bool) -> Any:
     if isinstance(value, float):
         return int(value) if isinstance(kind, inspect.IntType) and value.is_integer() else value
-    fitting = _fitting(value, kind)
+    fitting = fitting_kind(value, kind)
     if isinstance(value, Mapping) and (body := body_of(fitting)) is not None:
         return _filled(value, body, defaults, strict)
     if isinstance(value, list) and isinstance(fitting, inspect.ListType):
         return [_plain(item, fitting.item_type, defaults, strict) for item in value]
     return value
-
-
-def _fitting(value: Any, kind: inspect.Type) -> inspect.Type:
-    """Of several kinds that a field may hold, the one that an object or a list is read as."""
-    for each in kind.types if isinstance(kind, inspect.UnionType) else (kind,):
-        if isinstance(value, Mapping) and body_of(each) is not None:
-            return each
-        if isinstance(value, list) and isinstance(each, inspect.ListType) and _adapts(each):
-            return each
-    return inspect.AnyType()
 
 
 def _unknown(value: Mapping[str, Any], body: type[Body], path: str) -> Iterator[str]:
@@ -101,7 +91,7 @@ def _unknown(value: Mapping[str, Any], body: type[Body], path: str) -> Iterator[
 
 
 def _unknown_inside(value: Any, kind: inspect.Type, path: str) -> Iterator[str]:
-    fitting = _fitting(value, kind)
+    fitting = fitting_kind(value, kind)
     if isinstance(value, Mapping) and (body := body_of(fitting)) is not None:
         yield from _unknown(value, body, f"{path}.")
     elif isinstance(value, list) and isinstance(fitting, inspect.ListType):

@@ -27,7 +27,7 @@ from paged_serving.protocol.talk import Fields
 
 _FIELDS = Fields(turns="input", effort="reasoning.effort")
 _PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}
-_NAMES = {"max_tokens": "max_output_tokens"}
+_NAMES = {"max_tokens": "max_output_tokens", "prompt": "input"}
 
 
 class ResponsesCall:
@@ -47,13 +47,14 @@ class ResponsesCall:
         self._store = store if asked.store else None
         most = served.default_max_tokens(None) if asked.max_output_tokens is None else asked.max_output_tokens
         sampled = {name: getattr(asked, name) for name in SAMPLED}
-        params = sampling_params(max_tokens=most, stop=listed(asked.stop), **sampled)
+        params = sampling_params(_NAMES, max_tokens=most, stop=listed(asked.stop), **sampled)
         conversation = to_conversation(asked, earlier)
         self._answering = Answering(conversation, served, params, structure_of(asked), _FIELDS, _NAMES)
         self.prompts, self.params, self.grammar = (
             self._answering.prompts, self._answering.params, self._answering.grammar,
         )  # fmt: skip
         self.stream = asked.stream
+        self.retells, self.named = True, _NAMES
         self._created = int(time.time())
         self._item_ids: list[str] = []  # by block
         self._num_events = 0
@@ -144,7 +145,7 @@ class ResponsesCall:
             "input_tokens": num_prompt,
             "input_tokens_details": {"cached_tokens": num_cached(results), "cache_write_tokens": 0},
             "output_tokens": finish.num_tokens,
-            "output_tokens_details": {"reasoning_tokens": finish.num_reasoning_tokens},
+            "output_tokens_details": {"reasoning_tokens": self._answering.num_reasoning_tokens()},
             "total_tokens": num_prompt + finish.num_tokens,
         }
         if cut:

@@ -19,7 +19,10 @@ _NOT_STORED = "can't be honoured: this server keeps responses, and no conversati
 
 
 class Part(Body, frozen=True):
-    type: Literal["input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"]
+    type: Annotated[
+        Literal["input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"],
+        must('"input_text" or "output_text": this server reads text only'),
+    ]
     text: str = ""
     refusal: str = ""
     annotations: Ignored = None
@@ -234,6 +237,7 @@ def _choice(body: ResponsesBody) -> ToolChoice:
     names = [asked.name] if asked.type == "function" else [each.get("name") for each in asked.tools]
     for name in names or [None]:
         if name not in known:
-            refuse("tool_choice", f"names {name!r}, which is not among the tools")
+            field = "tool_choice.name" if asked.type == "function" else "tool_choice.tools"
+            refuse(field, f"names {name!r}, which is not among the tools")
     told = [str(name) for name in names]
     return ToolChoice("required" if asked.type == "function" else asked.mode or "auto", told, parallel)

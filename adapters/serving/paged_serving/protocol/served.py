@@ -16,7 +16,7 @@ from paged_core import (
     encode_prompt,
     prepare_params,
 )
-from paged_serving.protocol.parsing import ProtocolError, shortened
+from paged_serving.protocol.parsing import ProtocolError, in_words_of, shortened
 from paged_serving.protocol.sizes import check_sizes
 from paged_serving.protocol.structured import Structure
 from paged_serving.protocol.tokens import TokenNumbers, TokenTexts
@@ -256,10 +256,9 @@ def _max_prompt_tokens(engine: AsyncEngine, limits: RequestLimits) -> int:
     return most if limits.max_prompt_tokens is None else min(most, limits.max_prompt_tokens)
 
 
-def sampling_params(**fields: Any) -> SamplingParams:
-    """SamplingParams; what they refuse is told with the field at fault."""
+def sampling_params(named: Names, **fields: Any) -> SamplingParams:
+    """SamplingParams; what they refuse is told with the field at fault, as ``named`` has it."""
     try:
         return SamplingParams(**fields)
     except InvalidRequestError as error:
-        first = str(error).split()[0]
-        raise ProtocolError(str(error), first if first in fields else None) from error
+        raise in_words_of(named, error) from error

@@ -50,13 +50,10 @@ class Talk:
     def reader(self, *, skip_special_tokens: bool = True) -> ChoiceReader:
         """A new choice's. ``skip_special_tokens``: as the client asked for it."""
         if self._template is None:
-            return ChoiceReader(PlainText(), self._count)
+            return ChoiceReader(PlainText())
         silent = self._codec.special_texts if skip_special_tokens else ()
         parser = TemplateParser(self._template, self.prompt.text or "", tools=self._tools, silent=silent)
-        return ChoiceReader(parser, self._count)
-
-    def _count(self, text: str) -> int:
-        return len(self._codec.encode(text, add_special_tokens=False))
+        return ChoiceReader(parser)
 
     def adapted(self, params: SamplingParams) -> SamplingParams:
         """As the engine must be asked, so that a reader sees all markers."""

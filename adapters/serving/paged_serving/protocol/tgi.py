@@ -11,7 +11,7 @@ from typing import Any
 from paged_core import CompletionOutput, Detokenizer, GenerationOutput, Logprob, StreamDelta
 from paged_serving.protocol.reading import read_body
 from paged_serving.protocol.served import ServedModel
-from paged_serving.protocol.tgi_body import TGIBody, to_call
+from paged_serving.protocol.tgi_body import NAMES, TGIBody, to_call
 from paged_serving.protocol.tokens import finite
 from paged_serving.protocol.usage import best
 
@@ -29,6 +29,7 @@ class TGICall:
     def __init__(self, body: Any, served: ServedModel, stream: bool | None = None) -> None:
         wished = read_body(TGIBody, body, served)
         self.stream = wished.stream if stream is None else stream
+        self.retells, self.named = True, NAMES
         asked = to_call(wished, served, stream=self.stream)
         self.prompts, self.params, self.grammar = [asked.prompt], asked.params, asked.grammar
         self._served, self._seed = served, asked.seed

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from paged_serving.grammars.grammars import Grammar
 
 _MAX_NEW_TOKENS = 100  # TGI's default
-_NAMES = {
+NAMES = {
     "n": "parameters.best_of",
     "max_tokens": "parameters.max_new_tokens",
     "stop": "parameters.stop",
@@ -117,14 +117,14 @@ def to_call(body: TGIBody, served: ServedModel, *, stream: bool) -> Asked:
     seed = _seed(wished)
     params = _params(wished, seed, stream=stream)
     grammar = served.grammar(tgi_structure(wished.grammar))
-    served.check_limits(params, _NAMES)
+    served.check_limits(params, NAMES)
     if stream and wished.decoder_input_details:
         refuse("parameters.decoder_input_details", "can't be streamed")
     if stream and params.n > 1:
         refuse("parameters.best_of", "above 1 can't be streamed: the best is known at the end")
     prompt = served.finish_prompt("inputs", served.encode(body.inputs), wished.truncate)
     copies = params.n if wished.decoder_input_details or wished.return_full_text else 0
-    named = {**_NAMES, "echo": "parameters.return_full_text"}
+    named = {**NAMES, "echo": "parameters.return_full_text"}
     return Asked(prompt, served.finish_params(params, [prompt], grammar, copies=copies, named=named), grammar, seed)
 
 
@@ -141,6 +141,7 @@ def _params(wished: TGIParameters, seed: int | None, *, stream: bool) -> Samplin
         refuse("parameters.best_of", "needs sampling; set do_sample")
     tells_tokens = stream or wished.details or wished.best_of > 1
     return sampling_params(
+        NAMES,
         n=wished.best_of,
         temperature=0.0 if seed is None else wished.temperature or 1.0,
         top_k=wished.top_k,

@@ -1,7 +1,8 @@
 """Text that comes in pieces, split at a template's markers. Knows no events.
 
 What may be the beginning of a marker is held back until it is clear. So the parts that come out, joined, are the same
-however the text is cut into pieces.
+however the text is cut into pieces. No marker is longer than ``LONGEST``: each piece costs what it and that come to,
+however long the text is before.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Literal, NamedTuple
 import regex
 
 from paged_serving.response_templates.template import Field, Marker, ResponseTemplate, text_marker
+
+LONGEST = 1024  # characters of a marker, the white space that it may begin with included
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,21 @@ class Scanner:
         return self._field
 
     def feed(self, text: str) -> Iterator[Part]:
-        self._text += text
-        return self._parts(ended=False)
+        for start in range(0, len(text), LONGEST):
+            self._forget()
+            self._text += text[start : start + LONGEST]
+            yield from self._parts(ended=False)
 
     def finish(self, *, cut: bool) -> Iterator[Part]:
         """What was held back; no field closes by that. ``cut``: what may have become a marker is left out."""
         return self._parts(ended=True, cut=cut)
+
+    def _forget(self) -> None:
+        """What is done, but for what a marker may look back at."""
+        gone = self._place - LONGEST
+        if gone >= LONGEST:
+            self._text, self._place = self._text[gone:], LONGEST
+            self._opened_at = None if self._opened_at is None else self._opened_at - gone
 
     def _parts(self, *, ended: bool, cut: bool = False) -> Iterator[Part]:
         while True:
@@ -108,7 +120,7 @@ class Scanner:
         """The next marker, if it is certain which it is; else how far the text is certain to hold none."""
         best, certain = None, len(self._text)
         for watched in self._watched():
-            match = watched.marker.pattern.search(self._text, self._place, partial=not ended)
+            match = self._search(watched.marker, partial=not ended)
             if match is None or self._is_spent(watched, match):
                 continue
             if not ended and (match.partial or self._may_change(watched.marker, match)):
@@ -119,6 +131,15 @@ class Scanner:
         if best is not None and best.match.start() >= certain:
             best = None
         return best, certain
+
+    def _search(self, marker: Marker, *, partial: bool) -> regex.Match[str] | None:
+        """The first match that isn't too long: what begins too early to be one is passed by."""
+        start = self._place
+        while match := marker.pattern.search(self._text, start, partial=partial):
+            if match.end() - match.start() <= LONGEST:
+                return match
+            start = match.end() - LONGEST
+        return None
 
     def _watched(self) -> Sequence[_Watched]:
         if self._field is self._implicit:
