@@ -18,6 +18,7 @@ _PATIENCE_S = 0.05  # that any load may take
 _UNMEASURED_S = 10.0  # that a load may take while nobody knows what computing takes
 _TOO_SLOW_BESIDE = 9.0  # times as slow as computing: then it saves less than a tenth of that
 _SHARE = 0.01  # of the time of steps that writing may take before it has saved any
+_AT_FIRST_S = 0.02  # that it may take before there were any steps to speak of
 _WORTH_BESIDE = 0.8  # of the time of loading all of it: computing takes processors, and a step may end too late
 
 
@@ -35,7 +36,7 @@ class Costs:
         self.latency_s = 0.0  # of a load, beside that: until the step under way is over, say
         self._tiers = tiers
         self._block_bytes, self._block_size = block_bytes, block_size
-        self._to_spend_s = 0.0  # on writing what the cache evicts
+        self._to_spend_s = _AT_FIRST_S  # on writing what the cache evicts
         self._paid_s = 0.0  # of that, to tiers' own threads
         self._copy_s = 0.0  # of a block, within a step
         self._retry_at = 0.0

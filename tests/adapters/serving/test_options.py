@@ -29,13 +29,13 @@ def test_every_option_reaches_its_field():
             "--max-num-seqs", "3", "--max-num-batched-tokens", "30", "--max-model-len", "99", "--no-prefix-caching",
             "--kv-disk", "a/folder", "--kv-disk-bytes", "20G", "--kv-host-bytes", "300m",
             "--scheduling-policy", "priority", "--attention-backend", "cpu", "--no-cuda-graphs",
-            "--seed", "-5"]  # fmt: skip
+            "--weights", "int4", "--seed", "-5"]  # fmt: skip
     config = engine_config(parser().parse_args(said))
     assert config == EngineConfig(
         block_size=4, kv_cache_bytes=1000, gpu_memory_utilization=0.5, kv_cache_dtype="int8", max_num_seqs=3,
         max_num_batched_tokens=30, max_model_len=99, enable_prefix_caching=False, scheduling_policy="priority",
         kv_disk_path="a/folder", kv_disk_bytes=20 << 30, kv_host_bytes=300 << 20,
-        attention_backend="cpu", cuda_graphs=False, seed=-5,
+        attention_backend="cpu", cuda_graphs=False, weights="int4", seed=-5,
     )  # fmt: skip
     flags = {field.metadata["option"].flag for field in fields(EngineConfig)} - {None}
     assert flags == {word for word in said if word.startswith("--")} | {"--tensor-parallel-size"}

@@ -133,6 +133,9 @@ def test_a_sampler_that_raises_ends_the_rows_of_that_step_and_the_engine_goes_on
                 raise RuntimeError("sampler of mine")
             return Selection(logits.argmax(-1).tolist())
 
+        def prompt_logprobs(self, logits, next_ids, num):
+            raise NotImplementedError
+
     class Plugin:
         @hookimpl
         def create_sampler(self):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from paged_core import ConfigError, EngineConfig, KVCache, hookimpl
+from paged_core.builtin.attention import ReferenceBackend
 from paged_core.execution.kv_cache import allocate, bytes_per_block
 from paged_kernels import reference
 from tiny_engine import greedy, run, tiny_engine, tokens_of
@@ -183,13 +184,13 @@ def test_a_plugins_quantized_cache_without_scales_is_refused():
 
 
 def test_a_backend_that_reads_no_scales_never_gets_a_quantized_cache():
-    class Plain:
-        name = "plain"
+    class Plain(ReferenceBackend):
+        name, reads_scales = "plain", False
 
     class PlainPlugin:
         @hookimpl
         def create_attention_backend(self, name, spec):
-            return Plain() if name == "plain" else None
+            return Plain(spec) if name == "plain" else None
 
     with pytest.raises(ConfigError, match=r"attention backend 'plain' does not read the scales .* in int8; leave"):
         make_engine(plugins=[PlainPlugin()], attention_backend="plain")

@@ -171,6 +171,8 @@ def test_what_the_cache_evicts_is_not_written_to_a_tier_that_is_slower_than_comp
 def test_writing_takes_a_hundredth_of_the_time_of_steps_until_loads_have_paid_for_more():
     tier = Willing()
     measured = Costs([tier], BLOCK_BYTES, 8)
+    assert measured.wants_more, "a little may be written before there were steps"
+    tier.wrote(1, 0.02)
     assert not measured.wants_more
     measured.stepped(1.0)
     assert measured.wants_more
