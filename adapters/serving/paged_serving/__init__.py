@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from paged_serving.protocol.failures import CallError, Failure, anthropic_error, openai_error, tgi_error
     from paged_serving.protocol.parsing import ProtocolError, parse_json
     from paged_serving.protocol.reading import unknown_fields
+    from paged_serving.protocol.response_items import items_page
     from paged_serving.protocol.response_store import ResponseStore
     from paged_serving.protocol.responses import ResponsesCall
     from paged_serving.protocol.responses_body import ResponsesBody
@@ -70,6 +71,7 @@ _LAZY = {
     "detokenize": "protocol.detokenize",
     "engine_config": "options",
     "event_bytes": "messages",
+    "items_page": "protocol.response_items",
     "json_bytes": "messages",
     "json_text": "messages",
     "no_progress_bars": "quiet",
@@ -119,6 +121,7 @@ __all__ = [
     "detokenize",
     "engine_config",
     "event_bytes",
+    "items_page",
     "json_bytes",
     "json_text",
     "no_progress_bars",

@@ -6,15 +6,20 @@ import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import anthropic
 import httpx2
 import openai
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from alphabet_model import AlphabetModel, Gate
 from http_server import Running, alphabet_server
 from paged_openai.app import AppOptions
+from paged_serving import items_page
+from paged_serving.conversation.turns import ToolCall, Turn
 
 HI: Any = [{"role": "user", "content": "Hi"}]
 SCHEMA = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
@@ -121,6 +126,67 @@ def test_a_response_can_be_asked_for_again_and_deleted(gpt: openai.OpenAI, raw: 
             gpt.responses.delete(gone)
         with pytest.raises(openai.NotFoundError):
             gpt.responses.create(**asked, previous_response_id=gone)
+
+
+def test_what_a_response_was_asked_is_told_as_items(gpt: openai.OpenAI) -> None:
+    talk: Any = [
+        {"role": "user", "content": [{"type": "input_text", "text": "A"}, {"type": "input_text", "text": "B"}]},
+        {"role": "assistant", "content": "C"},
+        {"role": "user", "content": "D"},
+    ]
+    first = gpt.responses.create(model="alphabet", input=talk, instructions="Spell.", max_output_tokens=2)
+    then = gpt.responses.create(model="alphabet", input="E", previous_response_id=first.id, max_output_tokens=2)
+    items: list[Any] = list(gpt.responses.input_items.list(then.id, order="asc", limit=2))  # page after page
+    said = [(item.role, [(part.type, part.text) for part in item.content]) for item in items]
+    assert said == [
+        ("user", [("input_text", "A"), ("input_text", "B")]),
+        ("assistant", [("output_text", "C")]),
+        ("user", [("input_text", "D")]),
+        ("assistant", [("output_text", first.output_text)]),
+        ("user", [("input_text", "E")]),
+    ]
+    assert [item.id for item in gpt.responses.input_items.list(then.id)] == [item.id for item in reversed(items)]
+    for query, param in (({"limit": 0}, "limit"), ({"limit": 101}, "limit"), ({"after": "msg_0"}, "after")):
+        with pytest.raises(openai.BadRequestError) as refused:
+            gpt.responses.input_items.list(then.id, **query)
+        assert refused.value.param == param
+    gpt.responses.delete(then.id)
+    with pytest.raises(openai.NotFoundError, match="is not kept here"):
+        gpt.responses.input_items.list(then.id)
+
+
+def test_calls_and_thoughts_are_items_too() -> None:
+    call = ToolCall("c1", "f", '{"a": 1}')
+    turns = [Turn("user", "Hi"), Turn("assistant", None, reasoning="hm", tool_calls=[call]),
+             Turn("tool", ["1", "2"], tool_call_id="c1")]  # fmt: skip
+    page = items_page(turns, "resp_1", {"order": "asc", "limit": "3"})
+    assert [item["type"] for item in page["data"]] == ["message", "reasoning", "function_call"]
+    assert page["data"][2] | {"call_id": "c1", "arguments": '{"a": 1}'} == page["data"][2]
+    rest = items_page(turns, "resp_1", {"order": "asc", "after": page["last_id"]})
+    assert [(item["type"], item["call_id"], item["output"]) for item in rest["data"]] == [
+        ("function_call_output", "c1", "12")
+    ]
+    assert (page["has_more"], rest["has_more"]) == (True, False)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.one_of(st.none(), st.text(max_size=20), st.sampled_from(["", ".", "..", "/", "%", "x" * 2000])),
+    path=st.sampled_from(["", "/", "/input_items", "/cancel"]),
+    method=st.sampled_from(["GET", "DELETE", "POST", "HEAD", "PUT"]),
+    query=st.dictionaries(st.sampled_from(["limit", "order", "after", "stream", "x"]), st.text(max_size=9), max_size=3),
+)
+def test_any_question_about_a_response_is_answered_in_openais_form(
+    raw: httpx2.Client, name: str | None, path: str, method: str, query: dict[str, str]
+) -> None:
+    """``name`` None: of one that is there."""
+    if name is None:
+        name = raw.post("/v1/responses", json={"input": "Hi", "max_output_tokens": 1}).json()["id"]
+    answer = raw.request(method, f"/v1/responses/{quote(name, safe='')}{path}", params=query)
+    assert answer.status_code in (200, 400, 404, 405), answer.text
+    if method != "HEAD":
+        told = answer.json()
+        assert told["object"] in ("response", "list") if answer.status_code == 200 else told["error"]["message"]
 
 
 def test_a_responses_text_follows_a_schema(gpt: openai.OpenAI) -> None:

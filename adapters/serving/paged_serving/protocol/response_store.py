@@ -30,8 +30,8 @@ class ResponseStore:
         self._size = 0
 
     def put(self, response_id: str, turns: Sequence[Turn], response: Mapping[str, Any]) -> None:
-        """A response, and the conversation up to it, without instructions. The ids are not to be guessed: who has one
-        may read on."""
+        """A response, and the conversation up to it, its own answer included and instructions left out. The ids are not
+        to be guessed: who has one may read on."""
         kept = _Kept(turns, response, sum(map(_size, turns)) + len(json_text(response)))
         with self._lock:
             self._kept[response_id] = kept
@@ -58,10 +58,11 @@ class ResponseStore:
         Raises:
             ProtocolError: it isn't kept, or not any more.
         """
-        kept = self._used(response_id)
-        if kept is None:
-            raise self._not_found(response_id)
-        return kept.response
+        return self._found(response_id).response
+
+    def asked(self, response_id: str) -> Sequence[Turn]:
+        """The conversation that the response answers, without instructions. Raises ProtocolError as ``response``."""
+        return self._found(response_id).turns[:-1]
 
     def delete(self, response_id: str) -> None:
         """Raises ProtocolError as ``response``."""
@@ -70,6 +71,12 @@ class ResponseStore:
             if gone is None:
                 raise self._not_found(response_id)
             self._size -= gone.size
+
+    def _found(self, response_id: str) -> _Kept:
+        kept = self._used(response_id)
+        if kept is None:
+            raise self._not_found(response_id)
+        return kept
 
     def _used(self, response_id: str) -> _Kept | None:
         with self._lock:
