@@ -26,7 +26,6 @@ _DONE_ANYWAY = (  # flags that ask for what is always so
     "--trust-remote-code",  # a permission that is not made use of: no code that a model brings is run
 )  # fmt: skip
 _ONLY: dict[str, tuple[tuple[str, ...], str]] = {  # values that ask for what is always so; what else there is
-    "--tensor-parallel-size": (("1",), "one process serves a model on one device"),
     "--pipeline-parallel-size": (("1",), "there is no pipeline parallelism"),
     "--data-parallel-size": (("1",), "run a server for each replica, and a balancer before them"),
     "--tokenizer-mode": (("auto",), "the model's own tokenizer is used"),
@@ -87,8 +86,6 @@ def add_spellings(parser: argparse.ArgumentParser) -> None:
     for flag in _DONE_ANYWAY:
         group.add_argument(flag, action="store_true", dest="_done_anyway", default=argparse.SUPPRESS, help="it is so")
     for flag, (values, why) in _ONLY.items():
-        if flag in known:
-            continue
         told = f"{' or '.join(values)}: {why}"
         group.add_argument(flag, action=_Only, values=values, why=why, metavar="X", dest="_only",
                            default=argparse.SUPPRESS, help=told)  # fmt: skip

@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import paged_core
 from alphabet_model import AlphabetModel, Gate
 from http_server import Running, alphabet_server, until
+from paged_openai.app import _FOR_OTHER_MODELS
 
 
 @pytest.fixture
@@ -299,8 +300,9 @@ def test_the_small_routes_that_probes_and_balancers_ask(server: Running) -> None
         assert (lost.status_code, lost.headers["allow"]) == (405, "POST")
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/rerank", "/v1/rerank", "/score", "/v1/score", "/pooling"])
+@pytest.mark.parametrize("path", _FOR_OTHER_MODELS)
 def test_what_needs_another_kind_of_model_is_told(server: Running, path: str) -> None:
+    assert {"/v1/embeddings", "/rerank", "/score"} <= set(_FOR_OTHER_MODELS)
     with server.client() as client:
         response = client.post(path, json={"model": "alphabet", "input": "A"})
     assert response.status_code == 404

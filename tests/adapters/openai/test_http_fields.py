@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx2
@@ -16,7 +16,11 @@ CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_to
 BODIES = {
     "/v1/completions": {"prompt": "A", "max_tokens": 2},
     "/v1/chat/completions": CHAT,
+    "/v1/responses": {"input": "A", "max_output_tokens": 2},
+    "/v1/messages": {"messages": CHAT["messages"], "max_tokens": 2},
+    "/v1/messages/count_tokens": {"messages": CHAT["messages"]},
     "/generate": {"inputs": "A"},
+    "/detokenize": {"tokens": [33]},
     "/tokenize": {"inputs": "A"},
 }
 
@@ -38,6 +42,48 @@ def test_every_route_leaves_them_out_and_names_them(client: httpx2.Client, path:
     response = client.post(path, json={**BODIES[path], "colour": "red", "nothing": None})
     assert (response.status_code, response.headers["x-ignored-fields"]) == (200, "colour")
     assert "x-ignored-fields" not in client.post(path, json=BODIES[path]).headers
+
+
+NOTHING: dict[str, list[dict[str, Any]]] = {  # fields that ask for what is done anyway
+    "/v1/completions": [
+        {"temperature": 0, "top_p": 0}, {"n": 1, "best_of": 1, "suffix": ""}, {"use_beam_search": False},
+        {"request_id": "x", "return_tokens_as_token_ids": False, "add_special_tokens": True, "logits_processors": []},
+    ],
+    "/v1/chat/completions": [
+        {"temperature": 0, "top_p": 0}, {"tools": [], "tool_choice": "none", "parallel_tool_calls": True},
+        {"reasoning_effort": "none", "functions": [], "function_call": "none"}, {"modalities": ["text"]},
+        {"response_format": {"type": "text"}, "store": False, "request_id": "x", "return_tokens_as_token_ids": False},
+    ],
+    "/v1/responses": [
+        {"temperature": 0, "top_p": 0}, {"tools": [], "tool_choice": "none"}, {"reasoning": {"effort": "none"}},
+        {"truncation": "disabled", "background": False, "top_logprobs": 0, "include": []},
+        {"text": {"format": {"type": "text"}, "verbosity": "medium"}},
+    ],
+    "/v1/messages": [
+        {"temperature": 0, "top_p": 0}, {"tools": [], "tool_choice": {"type": "none"}}, {"mcp_servers": []},
+        {"thinking": {"type": "disabled"}, "stop_sequences": []},
+    ],
+    "/generate": [{"parameters": {"watermark": False, "typical_p": 1.0, "adapter_id": None, "stop": []}}],
+}  # fmt: skip
+
+
+SAID: dict[str, Callable[[Any], str]] = {
+    "/v1/completions": lambda answer: answer["choices"][0]["text"],
+    "/v1/chat/completions": lambda answer: answer["choices"][0]["message"]["content"],
+    "/v1/responses": lambda answer: answer["output"][0]["content"][0]["text"],
+    "/v1/messages": lambda answer: answer["content"][0]["text"],
+    "/generate": lambda answer: answer["generated_text"],
+}
+
+
+@pytest.mark.parametrize("path", NOTHING)
+def test_fields_that_ask_for_nothing_change_nothing_and_are_not_told_of(client: httpx2.Client, path: str) -> None:
+    greedy = {} if path == "/generate" else {"temperature": 0}
+    plain = SAID[path](client.post(path, json={**BODIES[path], **greedy}).json())
+    for fields in NOTHING[path]:
+        answer = client.post(path, json={**BODIES[path], **greedy, **fields})
+        assert (answer.status_code, answer.headers.get("x-ignored-fields")) == (200, None), (fields, answer.text)
+        assert SAID[path](answer.json()) == plain, fields
 
 
 def test_streams_and_errors_name_them_too(client: httpx2.Client) -> None:

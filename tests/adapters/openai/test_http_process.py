@@ -106,7 +106,8 @@ def test_a_real_model_is_served_until_a_signal_comes(process: Process) -> None:
     assert statuses == [0]
     log = [json.loads(line) for line in process.log.read_text().splitlines()]  # and nothing between them
     (told,) = [line for line in log if line["message"] == "serving"]
-    assert (told["url"], told["dtype"]) == (f"http://127.0.0.1:{process.port}", "float32")
+    assert (told["model"], told["dtype"]) == ("smollm2", "float32")
+    assert told["url"] == f"http://127.0.0.1:{process.port}"
     assert (told["attention_backend"], told["max_model_len"]) == ("reference", 512)
     assert 0 < told["kv_bytes"] <= 51_000_000 and told["kv_tokens"] > 512
     assert any(line["message"] == "request" and line["path"] == "/generate" for line in log)

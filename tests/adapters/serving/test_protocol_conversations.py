@@ -141,9 +141,19 @@ def test_what_the_assistant_has_begun_is_gone_on_with() -> None:
 def test_a_template_is_told_whether_to_think() -> None:
     said = [{"role": "user", "content": "x"}]
     for kind, told in (("enabled", True), ("adaptive", True), ("disabled", False)):
-        assert messages(messages=said, thinking={"type": kind}).template_options == {"enable_thinking": told}
+        asked = messages(messages=said, thinking={"type": kind})
+        assert (asked.thinks, asked.template_options) == (told, {})
     assert responses(input="x", reasoning={"effort": "low"}).reasoning_effort == "low"
     assert responses(input="x", reasoning={"effort": "none"}).reasoning_effort == "none"
+
+
+@pytest.mark.parametrize("switch", ["enable_thinking", "thinking", None])
+def test_it_is_told_by_the_switch_that_it_reads(switch: str | None) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = f"{{{{ messages[0].content }}}}:{{{{ {switch or 'nothing'} }}}}"
+    for thinks in (True, False):
+        asked = Conversation([Turn("user", "x")], thinks=thinks)
+        assert render(TextCodec(tokenizer), asked) == f"x:{thinks if switch else ''}"
 
 
 # ---- blocks ------------------------------------------------------------------------------------------------------

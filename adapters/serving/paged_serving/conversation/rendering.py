@@ -86,7 +86,8 @@ def _check_tools(conversation: Conversation, text: str) -> None:
 def _options(codec: TextCodec, conversation: Conversation) -> dict[str, Any]:
     """All that the template is given beside the messages."""
     options: dict[str, Any] = dict(conversation.template_options)
-    options = {**_effort(codec.chat_template, conversation.reasoning_effort), **options}
+    source, effort, thinks = codec.chat_template, conversation.reasoning_effort, conversation.thinks
+    options = {**_effort(source, effort), **({} if thinks is None else _switched(source, thinks)), **options}
     if tools := conversation.callable_tools:
         options["tools"] = [_tool(each) for each in tools]
     if not conversation.opens_answer:
@@ -102,14 +103,16 @@ def _effort(source: str, effort: str | None) -> dict[str, Any]:
         return {}
     if _reads(source, "reasoning_effort") and effort != "none":
         return {"reasoning_effort": effort}
-    if switch := next((name for name in _SWITCHES if _reads(source, name)), None):
-        return {switch: effort != "none"}
-    if effort == "none":
-        return {}
+    if (switched := _switched(source, effort != "none")) or effort == "none":
+        return switched
     raise InvalidRequestError(
         "can't be honoured: the chat template of this model reads no such option; leave it out",
         "reasoning_effort",
     )
+
+
+def _switched(source: str, thinks: bool) -> dict[str, Any]:
+    return dict.fromkeys([name for name in _SWITCHES if _reads(source, name)][:1], thinks)
 
 
 def _reads(source: str, name: str) -> bool:

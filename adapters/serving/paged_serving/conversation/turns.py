@@ -59,6 +59,7 @@ class Conversation:
     choice: ToolChoice = field(default_factory=ToolChoice)
     template_options: Mapping[str, Any] = field(default_factory=dict)  # handed to the chat template
     reasoning_effort: str | None = None  # handed to the chat template, if it reads that
+    thinks: bool | None = None  # before it speaks, if the chat template has such a switch; None: as the template has it
     continues_last: bool = False  # the last message is one that the answer goes on with
     opens_answer: bool = True  # the prompt ends where the assistant begins to speak
 

@@ -115,14 +115,12 @@ def to_conversation(body: TalkBody) -> Conversation:
     turns = [] if body.system is None else [Turn("system", _text(body.system))]
     for place, message in enumerate(body.messages):
         turns += _turns(message, f"messages[{place}]")
-    options = dict(body.chat_template_kwargs or {})
-    if body.thinking is not None:
-        options.setdefault("enable_thinking", body.thinking.type != "disabled")
     return Conversation(
         turns=turns,
         tools=[Tool(each.name, each.description, each.input_schema, each.strict) for each in body.tools],
         choice=_choice(body),
-        template_options=options,
+        template_options=body.chat_template_kwargs or {},
+        thinks=None if body.thinking is None else body.thinking.type != "disabled",
         continues_last=body.messages[-1].role == "assistant",
     )
 
