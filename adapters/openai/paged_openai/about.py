@@ -12,7 +12,7 @@ from starlette.responses import Response
 from paged_core import __version__
 from paged_openai.openapi import openapi
 from paged_openai.prefixes import prefix_of
-from paged_openai.responses import OPENAI, TGI, error_response, json_response
+from paged_openai.responses import OPENAI, TGI, error_response, json_response, large_json_bytes
 from paged_openai.service import Service
 from paged_serving import CallError, Failure, PrometheusMetrics, ProtocolError
 
@@ -70,7 +70,8 @@ class About:
             routes = request.app.routes
             self._document = await run_in_threadpool(openapi, routes, self._served, with_keys=self._with_keys)
         prefix = prefix_of(request.scope)
-        return json_response({**self._document, **({"servers": [{"url": prefix}]} if prefix else {})})
+        document = {**self._document, **({"servers": [{"url": prefix}]} if prefix else {})}
+        return Response(await run_in_threadpool(large_json_bytes, document), media_type="application/json")
 
     async def health(self, request: Request) -> Response:
         """Whether the process does its work: if not, restart it."""
@@ -88,7 +89,7 @@ class About:
     async def metrics(self, request: Request) -> Response:
         if self._metrics is None:
             return error_response(TGI, CallError(Failure.NOT_FOUND, "this server keeps no metrics"))
-        body, content_type = self._metrics.render()
+        body, content_type = await run_in_threadpool(self._metrics.render)
         return Response(body, headers={"content-type": content_type})
 
     def _status(self, bad: str | None) -> Response:
