@@ -357,4 +357,4 @@ def test_parts_of_a_message_that_nobody_reads_are_refused(alphabet: Alphabet) ->
     assert chat(alphabet, messages=[{"role": "user", "content": [part]}]).prompts[0].text == "user: Hi\nassistant:"
     with pytest.raises(ProtocolError) as refused:
         chat(alphabet, messages=[{"role": "user", "content": [{**part, "image_url": "x"}]}])
-    assert refused.value.param == "messages[0].content"
+    assert refused.value.param == "messages[0].content[0].image_url"

@@ -300,7 +300,7 @@ def test_chats_and_tgis_route_follow_it_too(alphabet: Alphabet) -> None:
 @pytest.mark.parametrize(
     ("asked", "param"),
     [
-        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": "json"}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}}, "response_format"),
@@ -310,12 +310,15 @@ def test_chats_and_tgis_route_follow_it_too(alphabet: Alphabet) -> None:
         ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"guided_choice": []}, "guided_choice"),
-        ({"response_format": {}}, "response_format"),
+        ({"response_format": {}}, "response_format.type"),
         ({"response_format": {"type": "text", "value": {}}}, "response_format"),
         ({"response_format": {"type": "regex", "value": {}}}, "response_format.value"),
         ({"response_format": {"type": "json"}}, "response_format"),
         ({"response_format": {"type": "json", "value": SCHEMA, "schema": SCHEMA}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "shape": 1}}}, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "shape": 1}}},
+            "response_format.json_schema.shape",
+        ),
         ({"guided_regex": "(" * 5000 + ")" * 5000}, "guided_regex"),
         ({"guided_regex": "a" * 300_000}, "guided_regex"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
