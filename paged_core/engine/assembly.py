@@ -22,7 +22,7 @@ from paged_core.execution.kv_cache import KVCache
 from paged_core.execution.model import AttentionBackend, PagedModel, RequestSampler
 from paged_core.execution.model_runner import ModelRunner
 from paged_core.execution.spec import ModelSpec
-from paged_core.plugins import Plugins, check_whole, describe
+from paged_core.plugins import BUILTIN, Plugins, check_whole, describe
 from paged_core.ranks.ranks import ALONE, Ranks
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.scheduler import Scheduler
@@ -167,7 +167,7 @@ def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig, owned:
         return forward
 
     if owned:
-        if config.kv_disk_path is not None:
+        if config.kv_disk_path is not None or _strangers_bring_tiers(manager):
             model.fingerprint()  # while there is something to tell it from
         model.hand_over()
     model.accelerate(create)
@@ -180,6 +180,10 @@ def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig, owned:
     if config.weights is not None and num_left:
         layers = "1 linear layer runs" if num_left == 1 else f"{num_left} linear layers run"
         _log.warning("weights=%r: %s as it is, from weights of a kind that is not packed", config.weights, layers)
+
+
+def _strangers_bring_tiers(manager: Plugins) -> bool:
+    return any(found.plugin_name not in BUILTIN for found in manager.hook.create_offload_tier.get_hookimpls())
 
 
 def compile_model(

@@ -98,6 +98,21 @@ def test_a_fingerprint_that_was_told_before_is_told_ever_after(folder: Path) -> 
     assert not model.refresh(), "nothing has changed since"
 
 
+def test_a_tier_of_a_plugin_is_told_which_model_it_is_though_the_weights_are_gone(folder: Path) -> None:
+    told = []
+
+    class Asks:
+        @hookimpl
+        def create_offload_tier(self, layout: Any) -> None:
+            told.append(layout.fingerprint())
+
+    Engine(str(folder), EngineConfig(**SIZES), plugins=[Asks()])
+    live = load_model(folder)
+    assert live is not None
+    Engine(live, EngineConfig(**SIZES), plugins=[Asks()])
+    assert told[0] == told[1] is not None
+
+
 def test_what_cannot_be_quantised_is_refused(tiny: Any) -> None:
     with pytest.raises(ConfigError, match=r"weights is 'int8', but no layer .* float16 on cpu"):
         Engine(tiny("llama").half(), EngineConfig(weights="int8", attention_backend="reference", **SIZES))
