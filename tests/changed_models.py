@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from paged_hf import paged_generate
 
@@ -30,3 +31,22 @@ def agrees(model: Any, tier: str | None = "native") -> list[list[int]]:
         assert tier in (None, taken.tier), (mode, taken)
         assert torch.equal(got, model.generate.stock(**given, **own)), mode
     return model.generate(**given).tolist()
+
+
+class Reading(nn.Module):
+    """Gives what ``inner`` gives, times what ``factor(self)`` reads."""
+
+    def __init__(self, inner: nn.Module, factor: Callable[[Any], Any], **held: Any) -> None:
+        super().__init__()
+        self.inner, self.factor = inner, factor
+        for name, value in held.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.factor(self)
+
+
+def hold(model: Any, factor: Callable[[Any], Any], **held: Any) -> Any:
+    layer = model.model.layers[0]
+    layer.mlp = Reading(layer.mlp, factor, **held)
+    return layer.mlp

@@ -1,6 +1,7 @@
 """Products of integers: exact sums, the same bits by any instruction. What a host lacks is compiled all the same, and
 the instruction looked for in the machine code. The first test tells what ran."""
 
+import gguf
 import llvmlite.binding as llvm
 import pytest
 import torch
@@ -197,7 +198,6 @@ def test_tiles_are_the_instruction_four_at_a_time(halves):
 
 @pytest.mark.parametrize("kind, bits, minima", [("Q8_0", 8, False), ("Q4_0", 4, False), ("Q4_1", 4, True)])
 def test_weights_that_gguf_made_of_integers_are_packed_as_these_to_the_last_bit(kind, bits, minima):
-    gguf = pytest.importorskip("gguf")
     form = gguf.GGMLQuantizationType[kind]
     weight = torch.from_numpy(gguf.dequantize(gguf.quantize(draw(20, 96).numpy(), form), form))
     weight[3, 32:64] = 0

@@ -13,9 +13,9 @@ import numpy as np
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from changed_models import SMALL, agrees
+from changed_models import SMALL, Reading, agrees, hold
 from paged_hf import paged_generate
 
 # what PEFT asks transformers for
@@ -31,25 +31,6 @@ Turn = Callable[[], object]
 @pytest.fixture
 def model(tiny: Any) -> Any:
     return tiny("llama", **SMALL)
-
-
-class Reading(nn.Module):
-    """Gives what ``inner`` gives, times what ``factor(self)`` reads."""
-
-    def __init__(self, inner: nn.Module, factor: Callable[[Any], Any], **held: Any) -> None:
-        super().__init__()
-        self.inner, self.factor = inner, factor
-        for name, value in held.items():
-            setattr(self, name, value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) * self.factor(self)
-
-
-def hold(model: Any, factor: Callable[[Any], Any], **held: Any) -> Any:
-    layer = model.model.layers[0]
-    layer.mlp = Reading(layer.mlp, factor, **held)
-    return layer.mlp
 
 
 class Knob:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama import modeling_llama
 
-from changed_models import GREEDY, MODES, SMALL, agrees, prompts
+from changed_models import GREEDY, MODES, SMALL, agrees, hold, prompts
 from paged_core import UnsupportedModel
 from paged_hf import paged_generate
 from paged_hf.model.paged_model import HFPagedModel
@@ -26,25 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 @pytest.fixture
 def model(tiny: Any) -> Any:
     return tiny("llama", **SMALL)
-
-
-class Reading(nn.Module):
-    """Gives what ``inner`` gives, times what ``factor(self)`` reads."""
-
-    def __init__(self, inner: nn.Module, factor: Callable[[Any], Any], **held: Any) -> None:
-        super().__init__()
-        self.inner, self.factor = inner, factor
-        for name, value in held.items():
-            setattr(self, name, value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) * self.factor(self)
-
-
-def hold(model: Any, factor: Callable[[Any], Any], **held: Any) -> Any:
-    layer = model.model.layers[0]
-    layer.mlp = Reading(layer.mlp, factor, **held)
-    return layer.mlp
 
 
 def llamas_mlp(model: Any, patch: pytest.MonkeyPatch) -> None:

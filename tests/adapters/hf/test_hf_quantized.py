@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
+from bitsandbytes_model import bitsandbytes_int8
 from paged_hf.loading.load import load_model
 from paged_hf.model.paged_model import HFPagedModel
 
@@ -32,17 +32,11 @@ def test_torchao_int8_weights(tiny: Any, stock: Any, paged: Any, engine: Any, pr
 
 
 def test_bitsandbytes_int8(tiny: Any, stock: Any, paged: Any, prompts: Any, tmp_path: Path) -> None:
-    _wide(tiny).save_pretrained(tmp_path)
+    model = bitsandbytes_int8(_wide(tiny), tmp_path)
+    model.generation_config.eos_token_id = None
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear8bitLt"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # bitsandbytes' own, on casts to float16
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path,
-            dtype=torch.float32,
-            quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True),
-            device_map="cpu",
-        )
-        model.generation_config.eos_token_id = None
-        assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear8bitLt"
         assert paged(model, prompts, 8) == stock(model, prompts, 8)
 
 

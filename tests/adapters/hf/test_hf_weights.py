@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
+from bitsandbytes_model import bitsandbytes_int8
 from paged_core import ConfigError, Engine, EngineConfig, EngineDeadError, hookimpl
 from paged_core.builtin.forwards import create_module_forward
 from paged_hf.loading.load import load_model
@@ -168,15 +168,9 @@ def test_layers_that_are_not_understood_run_as_they_are_and_the_log_says_so(tiny
 
 
 def test_bitsandbytes_integers_are_taken_as_they_are(tiny: Any, tmp_path: Path) -> None:
-    tiny("llama", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    model = bitsandbytes_int8(tiny("llama", hidden_size=64, intermediate_size=128), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # bitsandbytes' own, on casts to float16
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path,
-            dtype=torch.float32,
-            quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True),
-            device_map="cpu",
-        )
         for _ in range(2):  # the first call of a module moves its scales
             taken = accelerated(HFPagedModel(model), "int8")
             assert sum(forward.quantized for forward in taken._fast.values()) == 7 * 2 + 1
