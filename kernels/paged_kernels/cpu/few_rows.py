@@ -7,7 +7,7 @@ from numba import float32, int64
 from paged_kernels.cpu.exponents import vexp2
 from paged_kernels.cpu.register_tiles import dots, make_mix
 from paged_kernels.cpu.rows import call_for, padded, widen
-from paged_kernels.cpu.scores import bias_of, biased, cap
+from paged_kernels.cpu.scores import as_seen, bias_of
 from paged_kernels.cpu.sharing import TILE
 from paged_kernels.cpu.sums import (
     HIGH,
@@ -15,7 +15,6 @@ from paged_kernels.cpu.sums import (
     LOG2E,
     LOW,
     LOWEST,
-    NOTHING,
     TAKEN,
     TILE_MAXIMUM,
     TILE_SUM,
@@ -30,14 +29,12 @@ from paged_kernels.cpu.vectors import (
     hmax,
     hsum,
     inline,
-    lane_numbers,
     load_f32,
     store_f32,
     vadd,
     vload,
     vmax,
     vmul,
-    vselect_less,
     vsplat,
     vstore,
     vsub,
@@ -45,9 +42,27 @@ from paged_kernels.cpu.vectors import (
 
 FEW = LANES // 2  # rows; from there on, vectors along the rows are faster
 WIDEST = 4 if REGISTERS == 32 else 2  # vectors side by side in a register tile
-mix_1x4, mix_2x4, mix_3x4, mix_4x4 = make_mix(1, 4), make_mix(2, 4), make_mix(3, 4), make_mix(4, 4)
-mix_1x2, mix_2x2, mix_3x2, mix_4x2 = make_mix(1, 2), make_mix(2, 2), make_mix(3, 2), make_mix(4, 2)
-mix_1x1, mix_2x1, mix_3x1, mix_4x1 = make_mix(1, 1), make_mix(2, 1), make_mix(3, 1), make_mix(4, 1)
+
+
+def _make_mix_of(columns):
+    """``mix`` of one to four rows, by ``height``."""
+    one, two, three, four = (make_mix(rows, columns) for rows in (1, 2, 3, 4))
+
+    @inline
+    def mix_of(height, p, p_row, p_key, rows, at, out, width, kept, taken, count):
+        if height == 4:
+            four(p, p_row, p_key, rows, at, out, width, kept, taken, count)
+        elif height == 3:
+            three(p, p_row, p_key, rows, at, out, width, kept, taken, count)
+        elif height == 2:
+            two(p, p_row, p_key, rows, at, out, width, kept, taken, count)
+        else:
+            one(p, p_row, p_key, rows, at, out, width, kept, taken, count)
+
+    return mix_of
+
+
+_mix_of_4, _mix_of_2, _mix_of_1 = _make_mix_of(4), _make_mix_of(2), _make_mix_of(1)
 
 
 @inline
@@ -78,14 +93,7 @@ def tile_of_few(args, item, head, tile, lead, count, key_rows, value_rows, queri
             if row == 0:
                 call_for(args, ahead, ahead_head, ahead_start + i, min(ahead_stop, ahead_start + i + LANES), codes)
             s = dots(key_rows + 8 * i, query, width // LANES)
-            if args.softcap != 0.0:
-                s = cap(s, args.softcap)
-            if bias != 0:
-                s = biased(s, vload(bias, tile + i))
-            if i + LANES > high:
-                s = vselect_less(lane_numbers(), vsplat(float32(high - i)), s, vsplat(NOTHING))
-            if i < low:
-                s = vselect_less(lane_numbers(), vsplat(float32(low - i)), vsplat(NOTHING), s)
+            s = as_seen(args, s, bias, tile, i, low, high)
             vstore(line, i, s)
             top = vmax(top, s)
         m = hmax(top)
@@ -114,32 +122,11 @@ def mix(height, p, p_row, p_key, rows, out, width, kept, taken, count):
     while at < width:
         left = (width - at) // LANES
         if left >= 4 and WIDEST == 4:
-            if height == 4:
-                mix_4x4(p, p_row, p_key, rows, at, out, width, kept, taken, count)
-            elif height == 3:
-                mix_3x4(p, p_row, p_key, rows, at, out, width, kept, taken, count)
-            elif height == 2:
-                mix_2x4(p, p_row, p_key, rows, at, out, width, kept, taken, count)
-            else:
-                mix_1x4(p, p_row, p_key, rows, at, out, width, kept, taken, count)
+            _mix_of_4(height, p, p_row, p_key, rows, at, out, width, kept, taken, count)
             at += 4 * LANES
         elif left >= 2:
-            if height == 4:
-                mix_4x2(p, p_row, p_key, rows, at, out, width, kept, taken, count)
-            elif height == 3:
-                mix_3x2(p, p_row, p_key, rows, at, out, width, kept, taken, count)
-            elif height == 2:
-                mix_2x2(p, p_row, p_key, rows, at, out, width, kept, taken, count)
-            else:
-                mix_1x2(p, p_row, p_key, rows, at, out, width, kept, taken, count)
+            _mix_of_2(height, p, p_row, p_key, rows, at, out, width, kept, taken, count)
             at += 2 * LANES
         else:
-            if height == 4:
-                mix_4x1(p, p_row, p_key, rows, at, out, width, kept, taken, count)
-            elif height == 3:
-                mix_3x1(p, p_row, p_key, rows, at, out, width, kept, taken, count)
-            elif height == 2:
-                mix_2x1(p, p_row, p_key, rows, at, out, width, kept, taken, count)
-            else:
-                mix_1x1(p, p_row, p_key, rows, at, out, width, kept, taken, count)
+            _mix_of_1(height, p, p_row, p_key, rows, at, out, width, kept, taken, count)
             at += LANES

@@ -24,14 +24,13 @@ from paged_kernels.cpu.pair_tiles import (
     vstore_as_bf16,
 )
 from paged_kernels.cpu.rows import call_for, padded
-from paged_kernels.cpu.scores import bias_of, biased, cap
+from paged_kernels.cpu.scores import as_seen, bias_of
 from paged_kernels.cpu.sharing import TILE
 from paged_kernels.cpu.sums import (
     HIGH,
     LOG2E,
     LOW,
     LOWEST,
-    NOTHING,
     TILE_MAXIMUM,
     TILE_SUM,
     at,
@@ -45,7 +44,6 @@ from paged_kernels.cpu.vectors import (
     hmax,
     hsum,
     inline,
-    lane_numbers,
     load_f32,
     load_i32,
     load_i64,
@@ -56,7 +54,6 @@ from paged_kernels.cpu.vectors import (
     vload,
     vmax,
     vmul,
-    vselect_less,
     vsplat,
     vstore,
     vstore_bf16,
@@ -236,14 +233,7 @@ def _softmax(args, item, head, row, r, tile, lead, count, first, stop, scratch, 
         s = vmul(vload(line, i), scale)
         if codes is not None:
             s = vmul(s, vload(key_scales, i))
-        if args.softcap != 0.0:
-            s = cap(s, args.softcap)
-        if bias != 0:
-            s = biased(s, vload(bias, tile + i))
-        if i + LANES > high:
-            s = vselect_less(lane_numbers(), vsplat(float32(high - i)), s, vsplat(NOTHING))
-        if i < low:
-            s = vselect_less(lane_numbers(), vsplat(float32(low - i)), vsplat(NOTHING), s)
+        s = as_seen(args, s, bias, tile, i, low, high)
         vstore(line, i, s)
         top = vmax(top, s)
     m = hmax(top)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from numba import float32
 
 from paged_kernels.cpu.exponents import vtanh
-from paged_kernels.cpu.sums import LOG2E
-from paged_kernels.cpu.vectors import inline, vfma, vmul, vsplat
+from paged_kernels.cpu.sums import LOG2E, NOTHING
+from paged_kernels.cpu.vectors import LANES, inline, lane_numbers, vfma, vload, vmul, vselect_less, vsplat
 
 
 @inline
@@ -26,3 +26,18 @@ def biased(scores, bias):
 def bias_of(args, query_head):
     """The address of a head's bias."""
     return args.key_bias + 4 * query_head * args.bias_stride
+
+
+@inline
+def as_seen(args, scores, bias, tile, i, low, high):
+    """A vector of one row's scores, from key number ``i`` of the tile on: capped and biased (``bias``: an address, or
+    0), and NOTHING for keys before ``low`` and from ``high`` on."""
+    if args.softcap != 0.0:
+        scores = cap(scores, args.softcap)
+    if bias != 0:
+        scores = biased(scores, vload(bias, tile + i))
+    if i + LANES > high:
+        scores = vselect_less(lane_numbers(), vsplat(float32(high - i)), scores, vsplat(NOTHING))
+    if i < low:
+        scores = vselect_less(lane_numbers(), vsplat(float32(low - i)), vsplat(NOTHING), scores)
+    return scores
