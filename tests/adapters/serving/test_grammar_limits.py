@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -18,6 +19,7 @@ from paged_serving import CallError, CompletionCall, Failure, RequestLimits, ope
 from paged_serving.grammars import compiling
 from paged_serving.grammars.bounded import BoundedThread, TooSlow
 from paged_serving.grammars.trials import Trials
+from waiting import until
 
 PATTERNS = [{"pattern": f".*[a-z]{{{number}}}q.*"} for number in range(20)]
 BOMBS: list[dict[str, Any]] = [
@@ -141,6 +143,25 @@ def test_a_call_that_takes_long_is_left_behind() -> None:
     free.set()
     with pytest.raises(KeyError):
         bounded.call(lambda: {}["nothing"])
+
+
+class Row:
+    """Makes calls that know of it, and it of the thread."""
+
+    def __init__(self) -> None:
+        self.bounded = BoundedThread(5.0)
+
+    def ask(self) -> bool:
+        return self.bounded.call(lambda: self.bounded is not None)
+
+
+def test_the_thread_ends_with_who_has_it_though_its_last_call_knew_of_him() -> None:
+    before = set(threading.enumerate())
+    row = Row()
+    assert row.ask()
+    (thread,) = set(threading.enumerate()) - before
+    del row
+    until(lambda: gc.collect() >= 0 and not thread.is_alive())
 
 
 def test_a_call_that_waits_for_a_busy_machine_is_waited_for() -> None:

@@ -95,3 +95,4 @@ class _Helper:
 def _work(jobs: SimpleQueue[_Job | None]) -> None:
     while (job := jobs.get()) is not None:
         job.run()
+        del job  # it may hold, through what it called, what this thread ends with
