@@ -7,6 +7,7 @@ int8 (codes, a scale a row). What isn't plainly one of these is left alone, and 
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from paged_core.execution.watched import WatchedTensors
 
 if TYPE_CHECKING:
     from paged_kernels.cpu.integers import Integers
+    from paged_kernels.cpu.quantized import QuantizedLinear
 
 _FLOATS = (torch.float32, torch.bfloat16)  # of rows that the kernels read
 
@@ -27,9 +29,8 @@ def came_quantized_forward(module: nn.Module) -> ModuleForward | None:
     integers = _integers_of(module)
     if integers is None:
         return None
-    try:
-        forward = _CameQuantized(module)
-    except ValueError:  # groups that the kernels have no way for
+    forward = _CameQuantized(module, integers)
+    if not forward.packed:
         return None
     widened, bias = integers.widened(), module._parameters.get("bias")
     x = random_rows(widened, widened.shape[1])
@@ -41,20 +42,26 @@ class _CameQuantized(ModuleForward):
     follows_module = True
     quantized = True
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, integers: Integers) -> None:
         self._module, self._owner = weakref.ref(module), module._parameters
-        self._pack(module)
+        self._product: QuantizedLinear | None = None
+        self._pack(integers)
 
     def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())
         module = self._module()
         assert module is not None, "it is the one that is called"
         if not self._watched.same(self._tensors()):
-            self._pack(module)
+            self._pack(_integers_of(module))
         if self._product is None or x.dtype not in _FLOATS:
             return type(module).forward(module, x)  # type: ignore[no-any-return]
         out: Tensor = self._product(x)
         return out
+
+    @property
+    def packed(self) -> bool:
+        """Whether there is a way to compute with its integers."""
+        return self._product is not None
 
     def stale(self) -> bool:
         return self._module() is None or self._watched.stale(self._tensors())
@@ -62,16 +69,18 @@ class _CameQuantized(ModuleForward):
     def _tensors(self) -> list[Tensor | None]:
         return [self._owner.get("weight"), self._owner.get("bias")]
 
-    def _pack(self, module: nn.Module) -> None:
+    def _pack(self, integers: Integers | None) -> None:
         from paged_kernels.cpu.quantized import QuantizedLinear
 
-        self._watched, integers = WatchedTensors(self._tensors()), _integers_of(module)
-        self._product = None if integers is None else QuantizedLinear([integers], [self._owner.get("bias")])
+        self._watched, self._product = WatchedTensors(self._tensors()), None
+        if integers is not None:
+            with suppress(ValueError):  # groups that the kernels have no way for
+                self._product = QuantizedLinear([integers], [self._owner.get("bias")])
 
 
 def _integers_of(module: nn.Module) -> Integers | None:
     weight = module._parameters.get("weight")
-    if weight is None or weight.device.type != "cpu" or weight.ndim != 2 or "forward" in module.__dict__:
+    if weight is None or weight.device.type != "cpu" or weight.ndim != 2:
         return None
     if type(module) is nn.Linear and type(weight) is not nn.Parameter:
         return _of_torchao(weight)

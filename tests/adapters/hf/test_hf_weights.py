@@ -153,6 +153,18 @@ def test_torchaos_integers_are_taken_as_they_are(config: Any, dtype: str, tiny: 
     assert [paged(running, [prompt], 8)[0] for prompt in prompts] == together
 
 
+def test_integers_that_are_replaced_are_taken_anew(tiny: Any) -> None:
+    model = torchao_model(tiny, lambda ao: ao.Int8WeightOnlyConfig())
+    taken = accelerated(HFPagedModel(model), "int8")
+    head, other = model.lm_head, model.model.layers[1].mlp.gate_proj
+    forward = next(fast for twin, fast in taken._fast.items() if twin._parameters is head._parameters)
+    head.weight = torch.nn.Parameter(other.weight.detach(), requires_grad=False)
+    x = torch.randn(3, 64)
+    exact = torch.nn.functional.linear(x, other.weight.dequantize())
+    moved = float((forward(x) - exact).norm() / exact.norm())
+    assert 1e-4 < moved < 0.02, "rows are rounded to eight bits, as before"
+
+
 def test_layers_that_are_not_understood_run_as_they_are_and_the_log_says_so(tiny: Any, caplog: Any) -> None:
     from torchao import quantization
 
