@@ -1,7 +1,7 @@
-"""Stretches: steps in a row that can be foretold, since every running request decodes and nobody comes or goes.
+"""Steps that can be foretold, since every running request decodes and nobody comes or goes: the next one, or a stretch.
 
-Who computes no model (a simulator) takes them at once. What comes of it, block ids and the order of evictions included,
-is what the steps one by one come to.
+Who computes ahead of the last step's tokens repeats that step. Who computes no model (a simulator) takes a stretch of
+steps at once. What comes of it, block ids and the order of evictions included, is what the steps one by one come to.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.request import Request
+from paged_core.scheduling.schedule import Schedule, ScheduledChunk
 
 
 class Stretch(NamedTuple):
@@ -19,6 +20,29 @@ class Stretch(NamedTuple):
     requests: Sequence[Request]  # all that run
     num_steps: int  # at most
     num_context: int  # tokens whose K/V the first step reads; each later one reads a token more for each request
+
+
+def repeat(schedule: Schedule, running: Sequence[Request], pool: BlockPool) -> list[ScheduledChunk]:
+    """The chunks of the step after ``schedule``, before anybody knows its tokens: one token more for each request that
+    can't have reached its length. Takes the blocks for them. None at all: it can't be told. Not all of them sample,
+    others are to be served, or there are no blocks to spare."""
+    if sum(not request.held for request in running) != len(schedule.chunks):
+        return []
+    chunks, without_block = [], []
+    for request, start, num_tokens, samples in schedule.chunks:
+        position = start + num_tokens
+        if samples != (request,) or request.group.lockstep:
+            return []
+        if position + 1 >= request.max_total:
+            continue
+        if position == len(request.block_table) * pool.block_size:
+            without_block.append((request, position))  # else its last block is its own: ``schedule`` writes to it
+        chunks.append(ScheduledChunk(request, position, 1, samples))
+    if pool.num_available < len(without_block):
+        return []
+    for request, position in without_block:
+        request.block_table.extend(pool, position, 1)
+    return chunks
 
 
 def find(running: Sequence[Request], pool: BlockPool, most: int) -> Stretch | None:

@@ -94,15 +94,13 @@ def test_a_cache_that_comes_back_is_whole_though_its_rows_were_preempted(model: 
 
     def preempt(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         ended = torch.tensor([input_ids.shape[1] >= 44])
-        if ended:  # what others would do to a row that is held: see Scheduler._victim
+        if ended:  # what others would do to a row that is held: see ScheduleBuilder._victim
             done = threading.Event()
             call = next(iter(host.thread.holders))
 
             def take(engine: Any) -> None:
                 scheduler = engine._scheduler
-                from paged_core.scheduling.scheduler import _Step
-
-                scheduler._preempt(scheduler.running[-1], _Step(0))
+                scheduler._departures.preempt(scheduler.running[-1])
                 done.set()
 
             host.post(call, take)
