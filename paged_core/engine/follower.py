@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from paged_core.engine import assembly
-from paged_core.engine.team import Job
+from paged_core.engine.team import RankArgs
 from paged_core.execution.model_runner import ModelRunner
 from paged_core.plugins import load_plugins
 from paged_core.ranks.processes import Failure
@@ -33,11 +33,11 @@ def main(fd: int) -> None:
 def follow(connection: Connection) -> None:
     """Do what rank 0 says, until it says nothing more; if that fails, tell it why."""
     with suppress(EOFError, OSError):  # rank 0 is gone, or wants us no more
-        job: Job = connection.recv()
-        threading.Thread(target=_end_with, args=(job.leader,), daemon=True).start()
-        ranks = Ranks(job.rank, job.asked.config.tensor_parallel_size, job.store, lambda: connection.send(None))
+        args: RankArgs = connection.recv()
+        threading.Thread(target=_end_with, args=(args.leader,), daemon=True).start()
+        ranks = Ranks(args.rank, args.asked.config.tensor_parallel_size, args.store, lambda: connection.send(None))
         try:
-            _carry_out(job, ranks, connection)
+            _carry_out(args, ranks, connection)
         except EOFError:
             pass
         except Exception as error:
@@ -46,9 +46,9 @@ def follow(connection: Connection) -> None:
             ranks.leave()
 
 
-def _carry_out(job: Job, ranks: Ranks, connection: Connection) -> None:
-    torch.set_num_threads(job.num_threads)
-    built = assembly.build(load_plugins(), job.asked, lambda *_: None, ranks, ModelRunner)
+def _carry_out(args: RankArgs, ranks: Ranks, connection: Connection) -> None:
+    torch.set_num_threads(args.num_threads)
+    built = assembly.build(load_plugins(), args.asked, lambda *_: None, ranks, ModelRunner)
     device = built.model.spec.device
     while True:
         connection.recv().carry_out(built.runner, device)

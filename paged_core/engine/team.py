@@ -38,7 +38,7 @@ class EngineArgs(NamedTuple):
     dtype: str | None
 
 
-class Job(NamedTuple):
+class RankArgs(NamedTuple):
     """What another rank is told. It can be pickled."""
 
     rank: int
@@ -65,7 +65,7 @@ class Team:
         share = max(1, self._threads // size)
         torch.set_num_threads(share)
         self.others = RankProcesses(
-            size, lambda rank: Job(rank, asked, store, share, os.getpid()), on_death=together.abort
+            size, lambda rank: RankArgs(rank, asked, store, share, os.getpid()), on_death=together.abort
         )
         self.ranks = Ranks(0, size, store, self.others.wait_until_ready)
 

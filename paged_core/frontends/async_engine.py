@@ -1,6 +1,6 @@
 """AsyncEngine: one thread steps the engine; any thread and any event loop submits, listens and cancels.
 
-Who owns what: the engine and the requests under way belong to the stepping thread alone (Served). Others reach it
+Who owns what: the engine and the requests under way belong to the stepping thread alone (OpenStreams). Others reach it
 through one queue of commands (EngineThread), and hear from it through Streams, which are behind their own locks.
 
 A forked child has a copy of the engine and not its thread. There the streams of the parent's requests have failed, and
@@ -20,7 +20,7 @@ from paged_core.config import EngineConfig
 from paged_core.engine.engine import Engine
 from paged_core.engine.openmp import release_helper_threads
 from paged_core.frontends.frontend import Frontend
-from paged_core.frontends.served import Served
+from paged_core.frontends.open_streams import OpenStreams
 from paged_core.frontends.stream import Stream
 from paged_core.scheduling.params import SamplingParams
 from paged_core.text.codec import prepare_params
@@ -60,28 +60,28 @@ class AsyncEngine(Frontend):
         super().__init__(model, tokenizer, config, options)
         release_helper_threads()  # loading has taken some; from now on only the stepping thread computes
         self._numbers = itertools.count()
-        self._served = Served(self.engine, self.codec, max_requests)
+        self._streams = OpenStreams(self.engine, self.codec, max_requests)
 
     @property
     def alive(self) -> bool:
         """Whether it takes requests: it has not failed and isn't closed."""
-        return self._served.alive
+        return self._streams.alive
 
     @property
     def num_open(self) -> int:
         """Requests whose streams have not ended."""
-        return self._served.num_open
+        return self._streams.num_open
 
     @property
     def num_commands(self) -> int:
         """What its thread has been told and not yet done: requests, cancellations, looks."""
-        return self._served.thread.num_commands
+        return self._streams.thread.num_commands
 
     @property
     def busy_s(self) -> float:
         """How long the stepping thread has been at its present step or command; 0 while it has nothing to do. A step
         that never ends shows here."""
-        return self._served.thread.busy_s
+        return self._streams.thread.busy_s
 
     def submit(self, prompt: Any, params: SamplingParams | None = None, request_id: str | None = None) -> Stream:
         """Queue a prompt in any form that ``encode_prompt`` takes: a string, token ids, messages. Callable from any
@@ -94,14 +94,14 @@ class AsyncEngine(Frontend):
             EngineDeadError: the engine was closed or has failed, or stayed in the parent of this process.
             RuntimeError: its thread can't be started (too many threads); a later request may find it can.
         """
-        self._served.check_open()
+        self._streams.check_open()
         arrival = time.perf_counter()
         params = prepare_params(self.codec, params or SamplingParams())
         encoded = encode_prompt(self.codec, prompt)
         if request_id is None:
             request_id = f"request-{next(self._numbers)}"
-        channel = self._served.channel(request_id)
-        self._served.add(Generation(request_id, encoded, params, self.codec, arrival), channel)
+        channel = self._streams.channel(request_id)
+        self._streams.add(Generation(request_id, encoded, params, self.codec, arrival), channel)
         return Stream(channel)
 
     def look(self, function: Callable[[Engine], _T]) -> Future[_T]:
@@ -112,7 +112,7 @@ class AsyncEngine(Frontend):
             EngineDeadError: the engine was closed or has failed; the Future raises it if that happens later.
             ReentryError: raised by the Future, where the stepping thread itself would wait for it.
         """
-        return self._served.look(function)
+        return self._streams.look(function)
 
     def close(self, timeout: float | None = None) -> None:
         """Abort what runs (every stream gets its final delta), end the thread, close the engine. May be repeated.
@@ -120,7 +120,7 @@ class AsyncEngine(Frontend):
         Raises:
             TimeoutError: the step under way did not end in ``timeout`` seconds; the rest follows when it does.
         """
-        if not self._served.close(timeout):
+        if not self._streams.close(timeout):
             raise TimeoutError(f"the engine's step has not ended in {timeout:g} s")
 
     def __enter__(self) -> AsyncEngine:

@@ -20,10 +20,10 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from paged_core.errors import EngineBusyError, EngineDeadError, ReentryError
-from paged_core.frontends.answer import Answer
 from paged_core.frontends.locks import PatientLock, StuckError
 from paged_core.frontends.stream import Bell
 from paged_core.frontends.thread_policy import ThreadPolicy
+from paged_core.frontends.work_item import WorkItem
 
 _T = TypeVar("_T")
 _COMMANDS_S = 0.01  # for commands between two steps; what has begun is finished
@@ -42,7 +42,7 @@ class EngineThread:
     def __init__(self, name: str, policy: ThreadPolicy) -> None:
         self._name = name
         self._policy = weakref.ref(policy)
-        self._answers: weakref.WeakSet[Answer[Any]] = weakref.WeakSet()  # those somebody may still read
+        self._calls: weakref.WeakSet[WorkItem[Any]] = weakref.WeakSet()  # those somebody may still read
         self._start_afresh()
         _THREADS.add(self)
 
@@ -51,7 +51,7 @@ class EngineThread:
         self._thread: threading.Thread | None = None
         self.holders: set[Any] = set()
         self._commands: SimpleQueue[Callable[[], object]] = SimpleQueue()  # put() is safe even in __del__
-        self._unanswered: set[Answer[Any]] = set()
+        self._waiting: set[WorkItem[Any]] = set()
         self._bells: list[Bell] = []  # of those who wait for its end
         self._began: float | None = None  # when it took up what it is at; None: it waits for something to do
 
@@ -111,19 +111,19 @@ class EngineThread:
         """Have ``command`` carried out between two steps."""
         self._commands.put(command)
 
-    def call(self, function: Callable[[], _T]) -> Answer[_T]:
+    def call(self, function: Callable[[], _T]) -> WorkItem[_T]:
         """As ``post``, for what ``function`` returns or raises. Under the lock.
 
         Raises:
             EngineBusyError: very many wait already.
         """
-        if len(self._unanswered) >= _MAX_CALLS:
+        if len(self._waiting) >= _MAX_CALLS:
             raise EngineBusyError(f"{_MAX_CALLS} looks at the engine wait, the limit; try again soon")
-        answer = Answer(function, self.check_may_wait)
-        self._answers.add(answer)
-        self._unanswered.add(answer)
-        self.post(lambda: self._give(answer))
-        return answer
+        item = WorkItem(function, self.check_may_wait)
+        self._calls.add(item)
+        self._waiting.add(item)
+        self.post(lambda: self._run_item(item))
+        return item
 
     def leave(self, holder: Any, last: Callable[[], object]) -> None:
         """``holder`` needs the thread for one last command, and then no more. It may say so twice. Where there is no
@@ -226,9 +226,9 @@ class EngineThread:
         self.holders.discard(holder)
         last()
 
-    def _give(self, answer: Answer[Any]) -> None:
-        self._unanswered.discard(answer)
-        answer.find()
+    def _run_item(self, item: WorkItem[Any]) -> None:
+        self._waiting.discard(item)
+        item.run()
 
     # ---- the process ---------------------------------------------------------------------------------------------
 
@@ -236,8 +236,8 @@ class EngineThread:
         """In the child, right after the fork. Whatever other threads held or had half done is made anew."""
         holders, ran = self.holders, self.running
         self._start_afresh()
-        for answer in list(self._answers):
-            answer.forked(EngineDeadError("the process was forked; build an engine in the child"))
+        for item in list(self._calls):
+            item.forked(EngineDeadError("the process was forked; build an engine in the child"))
         policy = self._policy()
         if policy is not None:
             policy.forked(holders, ran)

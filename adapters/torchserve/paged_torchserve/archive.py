@@ -22,7 +22,7 @@ from paged_torchserve.families import family_of
 from paged_torchserve.models import (
     PICKLES,
     WEIGHTS,
-    Found,
+    FoundModel,
     NoModel,
     SeveralModels,
     check_tokenizer,
@@ -171,7 +171,7 @@ def _gguf(archive: Opened, hint: str | None) -> str | None:
     return files[0] if files else None
 
 
-def _check(found: Found, names: Sequence[str], settings: _Pairs, allow_pickle: bool) -> None:
+def _check(found: FoundModel, names: Sequence[str], settings: _Pairs, allow_pickle: bool) -> None:
     check_weights(found, allow_pickle)
     if option(settings, "tokenizer") is None:
         check_tokenizer(found, names)

@@ -19,7 +19,7 @@ from typing import Any
 from paged_torchserve.bodies import error_form, read_call
 from paged_torchserve.errand import Errand
 from paged_torchserve.lanes import Admissions, Lane, emptiest
-from paged_torchserve.replies import MESSAGE_BYTES, Message, Reply
+from paged_torchserve.replies import MESSAGE_BYTES, Reply, ReplyMessage
 from paged_torchserve.requests import FrontendRequest
 
 _WAIT_S = 0.05  # for news; a client that leaves is noticed after as long
@@ -51,7 +51,7 @@ class Desk:
         """How long TorchServe has not called; 0 during a call."""
         return 0.0 if self._in_step.locked() else time.monotonic() - self._last_call
 
-    def step(self, requests: Sequence[FrontendRequest]) -> list[Message | None]:
+    def step(self, requests: Sequence[FrontendRequest]) -> list[ReplyMessage | None]:
         """What is to be sent for each of ``requests``, in their order; None: nothing this time. TorchServe hands over
         the bodies of those again."""
         with self._in_step:
@@ -84,7 +84,7 @@ class Desk:
         self._loop.run_until_complete(self._loop.shutdown_default_executor())
         self._loop.close()
 
-    async def _step(self, requests: Sequence[FrontendRequest]) -> list[Message | None]:
+    async def _step(self, requests: Sequence[FrontendRequest]) -> list[ReplyMessage | None]:
         for gone in self._open.keys() - {request.id for request in requests}:
             self._forget(gone)
         for request in requests:
@@ -97,7 +97,7 @@ class Desk:
                 self._forget(request.id)
         return messages
 
-    def _take(self, errand: Errand) -> Message | None:
+    def _take(self, errand: Errand) -> ReplyMessage | None:
         return errand.reply.take() if errand.settled else None
 
     def _begin(self, request: FrontendRequest) -> Errand:

@@ -19,7 +19,7 @@ from paged_torchserve.envelopes import have_bodies_decoded, pass_envelopes_by
 from paged_torchserve.lanes import Admissions, Lane, Observers
 from paged_torchserve.metrics import TorchServeMetrics
 from paged_torchserve.opening import open_engines
-from paged_torchserve.replies import Message
+from paged_torchserve.replies import ReplyMessage
 from paged_torchserve.requests import FrontendRequest
 from paged_torchserve.settings import Settings, read_settings
 from paged_torchserve.target import Target
@@ -97,6 +97,6 @@ def _gpu_ids(config: Mapping[str, Any]) -> Sequence[int]:
     return config.get("deviceIds") or range(torch.cuda.device_count())
 
 
-def _set_head(context: Any, index: int, message: Message) -> None:
+def _set_head(context: Any, index: int, message: ReplyMessage) -> None:
     context.set_response_status(message.status, _PHRASES.get(message.status, ""), index)
     context.set_response_content_type(index, message.content_type)

@@ -24,7 +24,7 @@ class SeveralModels(ConfigError):
     """Which of them is meant must be said."""
 
 
-class Found(NamedTuple):
+class FoundModel(NamedTuple):
     """A model's folder among the files of an archive."""
 
     folder: str  # "." at the top
@@ -32,7 +32,7 @@ class Found(NamedTuple):
     pickles: list[str]  # names of weights that are pickles
 
 
-def find_model(names: Iterable[str], read: Callable[[str], bytes], hint: str | None = None) -> Found:
+def find_model(names: Iterable[str], read: Callable[[str], bytes], hint: str | None = None) -> FoundModel:
     """The model among files called ``names``; ``hint``: its folder, where that is known.
 
     Raises:
@@ -59,10 +59,10 @@ def find_model(names: Iterable[str], read: Callable[[str], bytes], hint: str | N
     _check_kind(configs[folder] or {})
     inside = [PurePosixPath(name) for name in names if str(PurePosixPath(name).parent) == folder]
     safe = any(path.suffix in WEIGHTS for path in inside)
-    return Found(folder, safe, sorted(str(path) for path in inside if path.suffix in PICKLES))
+    return FoundModel(folder, safe, sorted(str(path) for path in inside if path.suffix in PICKLES))
 
 
-def check_weights(found: Found, allow_pickle: bool) -> None:
+def check_weights(found: FoundModel, allow_pickle: bool) -> None:
     """Raises ConfigError unless the weights are there, and safe to read or allowed."""
     if found.has_safetensors:
         return
@@ -75,7 +75,7 @@ def check_weights(found: Found, allow_pickle: bool) -> None:
         )
 
 
-def check_tokenizer(found: Found, names: Iterable[str]) -> None:
+def check_tokenizer(found: FoundModel, names: Iterable[str]) -> None:
     """Raises ConfigError unless, among files called ``names``, there is a tokenizer in the model's folder."""
     beside = {PurePosixPath(name).name for name in names if str(PurePosixPath(name).parent) == found.folder}
     if not beside.intersection(_TOKENIZERS) and not any(name.endswith(".tiktoken") for name in beside):

@@ -13,7 +13,7 @@ from paged_torchserve.requests import Carrier
 MESSAGE_BYTES = 1 << 20
 
 
-class Message(NamedTuple):
+class ReplyMessage(NamedTuple):
     """One step's news for one client."""
 
     body: bytes
@@ -77,7 +77,7 @@ class Reply:
         self.say(body)
         self.end()
 
-    def take(self) -> Message | None:
+    def take(self) -> ReplyMessage | None:
         """None: there is nothing that could be sent now."""
         if self._carrier is not Carrier.HTTP:
             return self._take_whole()
@@ -87,11 +87,11 @@ class Reply:
         if end and not self.sent:
             end = False if self.begun else None
         self.sent = True
-        return Message(body, end, self.status, self.content_type)
+        return ReplyMessage(body, end, self.status, self.content_type)
 
-    def _take_whole(self) -> Message | None:
+    def _take_whole(self) -> ReplyMessage | None:
         if not self.ended:
             return None
         self.sent = True
         end = None if self._carrier is Carrier.WHOLE else True
-        return Message(bytes(self._unsent), end, self.status, self.content_type)
+        return ReplyMessage(bytes(self._unsent), end, self.status, self.content_type)

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from paged_kernels.cpu.parallel import kernel
-from paged_kernels.cpu.passes import Step, emit_splat, make_passes
+from paged_kernels.cpu.passes import KStep, emit_splat, make_passes
 from paged_kernels.cpu.product import Product, make_compute, scratch_bytes
 from paged_kernels.cpu.vectors import inline
 
@@ -52,7 +52,7 @@ def _add(b: Any, x: Any, weights: Any, sums: Any) -> Any:
     )
 
 
-STEP = Step(LANES, ROWS, 4, _load, _spread, _add)
+STEP = KStep(LANES, ROWS, 4, _load, _spread, _add)
 TILE = STEP.columns
 _passes = make_passes(STEP)
 

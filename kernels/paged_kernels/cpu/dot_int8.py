@@ -23,7 +23,7 @@ from paged_kernels.cpu.integer_product import (
     take_rows,
 )
 from paged_kernels.cpu.parallel import kernel
-from paged_kernels.cpu.passes import Step, emit_splat, make_passes
+from paged_kernels.cpu.passes import KStep, emit_splat, make_passes
 from paged_kernels.cpu.product import make_compute
 from paged_kernels.cpu.vectors import LANES, inline
 
@@ -90,17 +90,17 @@ def _add_widened(b: Any, x: Any, weights: Any, sums: Any) -> Any:
     return sums
 
 
-def make_step(bits: int, by_dot: bool, lanes: int = LANES) -> Step:
+def make_step(bits: int, by_dot: bool, lanes: int = LANES) -> KStep:
     """Sixteen lanes have 32 registers and meet 8 rows at once; eight have 16, for 4 rows, or for 2 that are widened."""
     rows = 8 if lanes == 16 else 4
     add = _dot(lanes) if by_dot else _add_widened
-    return Step(
+    return KStep(
         lanes, rows, 4, _load_words(bits, lanes), _spread(lanes), add, VECTORS, COLUMNS // (VECTORS * lanes),
         8 // bits, True, _i32, make_close(bits),
     )  # fmt: skip
 
 
-def _make_multiply(step: Step) -> Any:
+def _make_multiply(step: KStep) -> Any:
     passes, sweeps, width = make_passes(step), step.sweeps, 4 * step.vectors * step.lanes
     depth = 4 * step.words  # steps of k
 

@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from paged_kernels.cpu.parallel import kernel
-from paged_kernels.cpu.passes import Step, emit_splat, make_passes
+from paged_kernels.cpu.passes import KStep, emit_splat, make_passes
 from paged_kernels.cpu.product import Product, make_compute, scratch_bytes
 from paged_kernels.cpu.vectors import LANES, inline, vload_bf16, vstore
 
@@ -41,8 +41,8 @@ def _add(b: Any, x: Any, weights: Any, sums: Any) -> Any:
     return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.fma.v{LANES}f32"), [x, weights, sums])
 
 
-_STEP_F32 = Step(LANES, ROWS, 4, _load_f32, _spread, _add)
-_STEP_BF16 = Step(LANES, ROWS, 2, _load_bf16, _spread, _add)
+_STEP_F32 = KStep(LANES, ROWS, 4, _load_f32, _spread, _add)
+_STEP_BF16 = KStep(LANES, ROWS, 2, _load_bf16, _spread, _add)
 TILE = _STEP_F32.columns
 _passes_f32, _passes_bf16 = make_passes(_STEP_F32), make_passes(_STEP_BF16)
 

@@ -127,7 +127,7 @@ def _lay_beside(scales, to_minima, dtype, beside):
 
 
 def make_close(bits: int) -> Any:
-    """What becomes of a vector of int32 sums: see passes.Step."""
+    """What becomes of a vector of int32 sums: see passes.KStep."""
 
     def close(b: Any, sums: Any, start: Any, line: Any, beside: Any, column: int) -> Any:
         lanes = sums.type.count

@@ -2,7 +2,7 @@
 
 A tile lies as [K, columns], so that one step of k reads whole vectors that lie side by side. While a stretch of a tile
 meets the rows of x, each pass fetches its share of the next stretch: memory and arithmetic are busy at the same time.
-What one step of k does is a ``Step``: fma.py, dot_bf16.py and dot_int8.py bring theirs. This file knows LLVM; it knows
+What one step of k does is a ``KStep``: fma.py, dot_bf16.py and dot_int8.py bring theirs. This file knows LLVM; it knows
 no dtype.
 """
 
@@ -29,7 +29,7 @@ def add_to_start(b: Any, sums: Any, start: Any, line: Any, beside: Any, column: 
 
 
 @dataclass(frozen=True)
-class Step:
+class KStep:
     """One step of k: ``words`` times four bytes of each row of x, and ``columns`` elements of weights."""
 
     lanes: int  # sums in a vector
@@ -51,7 +51,7 @@ class Step:
         return self.vectors * self.sweeps * self.lanes
 
 
-def make_passes(step: Step) -> Any:
+def make_passes(step: KStep) -> Any:
     """``passes(x, xs, w, count, num_rows, y, ys, start, ss, ahead, beside)``: all rows of a block meet one stretch of a
     tile, or as much of it as one sweep takes. ``ahead``: the stretch to fetch meanwhile. ``beside``: for ``close``."""
     most, width = step.rows, step.columns * step.weight_bytes  # bytes of weights in one step of k
@@ -78,7 +78,7 @@ def make_passes(step: Step) -> Any:
     return passes
 
 
-def _make_exact(step: Step, num_prefetches: int) -> Any:
+def _make_exact(step: KStep, num_prefetches: int) -> Any:
     """Rows that are left, all in one pass."""
     rest = [None] + [make_pass(step, rows, num_prefetches) for rows in range(1, step.rows)]
     r1, r2, r3 = rest[1:4]
@@ -104,7 +104,7 @@ def _make_exact(step: Step, num_prefetches: int) -> Any:
     return exact
 
 
-def _make_halving(step: Step, num_prefetches: int) -> Any:
+def _make_halving(step: KStep, num_prefetches: int) -> Any:
     """Rows that are left, four, two and one at a time: fewer passes to compile, where weights are small."""
     r1, r2, r4 = (make_pass(step, rows, num_prefetches) for rows in (1, 2, 4))
 
@@ -122,7 +122,7 @@ def _make_halving(step: Step, num_prefetches: int) -> Any:
     return halving
 
 
-def make_pass(step: Step, rows: int, num_prefetches: int) -> Any:
+def make_pass(step: KStep, rows: int, num_prefetches: int) -> Any:
     """``(x, x_stride, w, count, y, y_stride, start, start_stride, ahead, ahead_step, beside)``: y = start + x @ w for
     ``rows`` rows and one sweep of a tile; ``count`` steps of k. Addresses; strides of x and ahead_step count bytes,
     others elements."""
@@ -138,7 +138,7 @@ def make_pass(step: Step, rows: int, num_prefetches: int) -> Any:
     return one_pass
 
 
-def emit_pass(step: Step, rows: int, num_prefetches: int, b: Any, args: Any) -> None:
+def emit_pass(step: KStep, rows: int, num_prefetches: int, b: Any, args: Any) -> None:
     x, x_stride, w, count, y, y_stride, start, start_stride, ahead, ahead_step, beside = args
     sums_type, floats = ir.VectorType(step.sum_type, step.lanes), ir.VectorType(_f32, step.lanes)
 

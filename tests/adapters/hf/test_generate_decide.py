@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 from paged_hf import upstream
-from paged_hf.generate import asked, decide, loops, obstacles
-from paged_hf.generate.asked import Asked
+from paged_hf.generate import decide, loops, obstacles, raw_call
 from paged_hf.generate.decide import Native, OverBlocks, Stock
 from paged_hf.generate.prepared import Prepared
+from paged_hf.generate.raw_call import RawCall
 
 DOCS = Path(__file__).parents[3] / "docs/generate.md"
 IDS = torch.tensor([[7, 8, 9], [4, 5, 6]])
@@ -288,15 +288,15 @@ def test_rows_that_end_are_dropped_where_nobody_can_tell(model: Any) -> None:
 def test_what_stock_must_not_see_us_in_never_reaches_it(
     args: tuple[Any, ...], kwargs: dict[str, Any], reason: str | None, model: Any
 ) -> None:
-    found = decide.decide_as_asked(Asked(model, args, kwargs, as_stock=False))
+    found = decide.decide_as_asked(RawCall(model, args, kwargs, as_stock=False))
     assert (found.reason if found else None) == reason
 
 
 def test_a_part_that_is_called_by_itself_is_told_before_all_else(model: Any) -> None:
-    call = Asked(model, (), {"cache_implementation": "paged"}, as_stock=True, by_wrapper=False)
+    call = RawCall(model, (), {"cache_implementation": "paged"}, as_stock=True, by_wrapper=False)
     assert decide.decide_as_asked(call) == Stock("not this model is patched, but the one around it")
     assert decide.decide_as_asked(replace(call, by_wrapper=True)) == Stock("as_stock() is in force")
-    wrapper = Asked(SimpleNamespace(), (), {"adapter_names": ["a"]}, as_stock=False)
+    wrapper = RawCall(SimpleNamespace(), (), {"adapter_names": ["a"]}, as_stock=False)
     assert decide.decide_as_asked(wrapper, decide.TO_STOCK_AROUND_PEFT) == Stock(
         "adapter_names are one a row of stock's batch"
     )
@@ -316,7 +316,7 @@ def test_the_docs_list_every_rule_in_the_order_in_which_they_are_asked() -> None
     assert listed == [(inspect.getdoc(rule) or "").partition("\n")[0] for rule in rules]
     written = [
         rule
-        for module in (asked, obstacles)
+        for module in (raw_call, obstacles)
         for name, rule in inspect.getmembers(module, inspect.isfunction)
         if rule.__module__ == module.__name__ and not name.startswith("_")
     ]

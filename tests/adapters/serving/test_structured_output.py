@@ -21,7 +21,7 @@ from paged_serving import (
     openai_error,
     tgi_error,
 )
-from paged_serving.grammars.form import Form
+from paged_serving.grammars.form import JsonForm
 from paged_serving.grammars.schemas import FORMATS
 from paged_serving.grammars.spelling import spell
 
@@ -278,7 +278,7 @@ def test_classes_of_an_expression_are_asciis(expression: str, ascii_only: list[s
 
     tokenizer = llguidance.LLTokenizer("byte")
     for text in (*ascii_only, *elsewhere):
-        matcher = llguidance.LLMatcher(tokenizer, spell("regex", expression, Form()))
+        matcher = llguidance.LLMatcher(tokenizer, spell("regex", expression, JsonForm()))
         taken = matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()
         assert taken is (re.fullmatch(expression, text, re.ASCII) is not None) is (text in ascii_only), text
 

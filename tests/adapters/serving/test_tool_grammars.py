@@ -13,7 +13,7 @@ import pytest
 from paged_serving.conversation.events import Answer
 from paged_serving.conversation.turns import Tool, ToolChoice
 from paged_serving.grammars.compiling import Vocabulary, compile_grammar, make_tokenizer, why
-from paged_serving.grammars.form import Form
+from paged_serving.grammars.form import JsonForm
 from paged_serving.grammars.spelling import spell
 from paged_serving.response_templates.forcing import CallGrammar
 from paged_serving.response_templates.parser import TemplateParser
@@ -45,7 +45,7 @@ WITH_CALLS = [name for name, template in sorted(known().items()) if template.cal
 
 def grammar_of(template: ResponseTemplate, mode: Any, prompt: str, parallel: bool = True, otherwise: Any = None) -> str:
     choice = ToolChoice(mode, parallel=parallel)
-    return spell("grammar", CallGrammar(template, prompt, IDS).text(TOOLS, choice, otherwise), Form())
+    return spell("grammar", CallGrammar(template, prompt, IDS).text(TOOLS, choice, otherwise), JsonForm())
 
 
 def walk(grammar: str, chance: random.Random, begin: str = "") -> str | None:

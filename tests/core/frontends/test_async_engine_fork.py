@@ -195,7 +195,7 @@ engine.close()
 
 
 @pytest.mark.parametrize(
-    "lock", ["engine._served.thread._lock.bare()", "engine.codec._encode_lock", "stream._channel._lock"]
+    "lock", ["engine._streams.thread._lock.bare()", "engine.codec._encode_lock", "stream._channel._lock"]
 )
 def test_locks_that_were_held_at_the_fork_stop_nobody(run: RunProgram, lock: str) -> None:
     run(f"""

@@ -9,7 +9,7 @@ import pytest
 
 from paged_core import AsyncEngine, Engine, SamplingParams
 from paged_core.engine import offloading
-from paged_core.frontends import served
+from paged_core.frontends import open_streams
 from paged_core.tiers import disk
 from tier_engines import SMALL, answers, on_disk, stats
 from tiny_model import ChangingModel, TinyModel
@@ -20,7 +20,7 @@ PROMPT = list(range(40, 76))
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    monkeypatch.setattr(served, "_SAVE_AFTER_S", 0.0)
+    monkeypatch.setattr(open_streams, "_SAVE_AFTER_S", 0.0)
 
 
 def until(condition):
@@ -51,7 +51,7 @@ def test_what_a_server_has_computed_is_on_disk_though_nobody_closes_it(tmp_path,
 def test_a_server_without_a_tier_waits_for_ever(monkeypatch):
     engine = AsyncEngine(Engine(TinyModel(), SMALL), tokenizer=CharacterTokenizer())
     asked(engine)
-    until(lambda: engine._served.idle_s is None)
+    until(lambda: engine._streams.idle_s is None)
     engine.close()
 
 

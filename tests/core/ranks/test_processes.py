@@ -148,10 +148,10 @@ def test_what_a_rank_prints_is_no_output_of_the_program():
 LEADER = """
 import os, sys; sys.path[:] = {path!r}
 from paged_core import EngineConfig
-from paged_core.engine.team import EngineArgs, Job
+from paged_core.engine.team import EngineArgs, RankArgs
 from paged_core.ranks.processes import RankProcesses
 asked = EngineArgs("no/model", EngineConfig(tensor_parallel_size=2), None, None)
-others = RankProcesses(2, lambda rank: Job(rank, asked, "store", 1, os.getpid()))
+others = RankProcesses(2, lambda rank: RankArgs(rank, asked, "store", 1, os.getpid()))
 print(others.processes[0].popen.pid, flush=True)
 input()
 """

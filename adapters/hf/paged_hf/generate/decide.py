@@ -14,28 +14,28 @@ from typing import Any, TypeVar
 from transformers import EosTokenCriteria, LogitsProcessor, MaxLengthCriteria, StoppingCriteria
 
 from paged_hf import upstream
-from paged_hf.generate import asked, obstacles
-from paged_hf.generate.asked import Asked
+from paged_hf.generate import obstacles, raw_call
 from paged_hf.generate.prepared import Prepared
+from paged_hf.generate.raw_call import RawCall
 from paged_hf.generate.report import Tier
 
 _Call = TypeVar("_Call")
 Rule = Callable[[_Call], "str | None"]
 """The reason against it, or None."""
 
-TO_STOCK_AS_ASKED: tuple[Rule[Asked], ...] = (
-    asked.not_patched_itself,
-    asked.arguments_fit_no_call,
-    asked.stock_is_in_force,
-    asked.names_another_generate,
-    asked.passes_a_loop_by_position,
-    asked.wants_stocks_own_batching,
-    asked.passes_a_cache,
-    asked.model_prepares_inputs_otherwise,
+TO_STOCK_AS_ASKED: tuple[Rule[RawCall], ...] = (
+    raw_call.not_patched_itself,
+    raw_call.arguments_fit_no_call,
+    raw_call.stock_is_in_force,
+    raw_call.names_another_generate,
+    raw_call.passes_a_loop_by_position,
+    raw_call.wants_stocks_own_batching,
+    raw_call.passes_a_cache,
+    raw_call.model_prepares_inputs_otherwise,
 )
-TO_STOCK_AROUND_PEFT: tuple[Rule[Asked], ...] = (  # of a PEFT model's call, which calls the model inside
-    asked.stock_is_in_force,
-    asked.names_an_adapter_for_each_row,
+TO_STOCK_AROUND_PEFT: tuple[Rule[RawCall], ...] = (  # of a PEFT model's call, which calls the model inside
+    raw_call.stock_is_in_force,
+    raw_call.names_an_adapter_for_each_row,
 )
 TO_STOCK: tuple[Rule[Prepared], ...] = (
     obstacles.model_has_an_encoder,
@@ -96,7 +96,7 @@ class Stock:
 Decision = Native | OverBlocks | Stock
 
 
-def decide_as_asked(call: Asked, rules: Iterable[Rule[Asked]] = TO_STOCK_AS_ASKED) -> Stock | None:
+def decide_as_asked(call: RawCall, rules: Iterable[Rule[RawCall]] = TO_STOCK_AS_ASKED) -> Stock | None:
     """None: let stock prepare the call."""
     reason = _first_reason(rules, call)
     return None if reason is None else Stock(reason)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from paged_core import EngineConfig, EngineSizes, UnsupportedModel
 from paged_hf import upstream
 from paged_hf.generate import loops, selfcheck
-from paged_hf.generate.asked import Asked
 from paged_hf.generate.decide import TO_STOCK_AROUND_PEFT, decide_as_asked
 from paged_hf.generate.host import EngineHost
+from paged_hf.generate.raw_call import RawCall
 from paged_hf.generate.report import Report, forget, last_report, note
 from paged_hf.generate.tiers import Tiers
 
@@ -83,15 +83,15 @@ class PagedGenerate:
             return self._generate(args, kwargs)
 
     def _generate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        decision = decide_as_asked(self._asked(args, kwargs))
+        decision = decide_as_asked(self._raw_call(args, kwargs))
         if decision is not None:
             return self._as_stock(args, kwargs, decision.reason)
         if callable(kwargs.get("custom_generate")):
             kwargs["custom_generate"] = loops.custom_loop(kwargs["custom_generate"], self.tiers)
         return type(self.model).generate(loops.twin(self.model, self.tiers), *args, **kwargs)
 
-    def _asked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Asked:
-        return Asked(self.model, args, kwargs, as_stock=getattr(self._here, "paused", False))
+    def _raw_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RawCall:
+        return RawCall(self.model, args, kwargs, as_stock=getattr(self._here, "paused", False))
 
     def _as_stock(self, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Any:
         result = self.stock(*args, **kwargs)
@@ -166,8 +166,8 @@ class PagedPart(PagedGenerate):
         finally:
             self._here.called = False
 
-    def _asked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Asked:
-        return replace(super()._asked(args, kwargs), by_wrapper=getattr(self._here, "called", False))
+    def _raw_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RawCall:
+        return replace(super()._raw_call(args, kwargs), by_wrapper=getattr(self._here, "called", False))
 
 
 class PagedWrapper(PagedGenerate):
@@ -188,7 +188,7 @@ class PagedWrapper(PagedGenerate):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forget()
-        decision = decide_as_asked(self._asked(args, kwargs), TO_STOCK_AROUND_PEFT)
+        decision = decide_as_asked(self._raw_call(args, kwargs), TO_STOCK_AROUND_PEFT)
         if decision is not None:
             return self._as_stock(args, kwargs, decision.reason)
         with self.inner.called():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Form:
+class JsonForm:
     """How JSON is set. The names are vLLM's."""
 
     disable_any_whitespace: bool = False

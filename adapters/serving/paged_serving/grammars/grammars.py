@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from paged_core import InvalidRequestError, PluginError, Request, TextCodec
 from paged_serving.grammars.bounded import BoundedThread
-from paged_serving.grammars.form import Form
+from paged_serving.grammars.form import JsonForm
 from paged_serving.grammars.processor import Compiled, GrammarProcessor
 from paged_serving.grammars.spelling import spell
 
@@ -43,7 +43,7 @@ class Grammars:
         self._steps = BoundedThread(_STEP_S)
         self._compilers = ThreadPoolExecutor(_NUM_COMPILERS, "paged-compiler", _step_back)
 
-    def grammar(self, field: str, kind: str, value: Any, form: Form) -> Grammar:
+    def grammar(self, field: str, kind: str, value: Any, form: JsonForm) -> Grammar:
         """``field``: of the request, that asks for it; ``kind`` is "json" (a schema), "regex", "choice" (strings) or
         "grammar" (Lark or GBNF).
 

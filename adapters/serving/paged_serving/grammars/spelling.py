@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from paged_core import InvalidRequestError
-from paged_serving.grammars.form import Form
+from paged_serving.grammars.form import JsonForm
 from paged_serving.grammars.schemas import adapted
 
 _MAX_TEXT = 262_144  # characters of a grammar: a second's work
@@ -18,7 +18,7 @@ _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 
 
-def spell(kind: str, value: Any, form: Form) -> str:
+def spell(kind: str, value: Any, form: JsonForm) -> str:
     """``kind`` is "json" (a schema, or its text), "regex", "choice" (strings) or "grammar" (Lark or GBNF).
 
     Raises:
@@ -37,7 +37,7 @@ def spell(kind: str, value: Any, form: Form) -> str:
     return _lark(_from_gbnf(text) if _GBNF_RULE.search(text) else text)
 
 
-def json_rule(schema: Any, form: Form) -> str:
+def json_rule(schema: Any, form: JsonForm) -> str:
     """A JSON schema as the right side of a Lark rule. Raises as ``spell``."""
     found, options = _checked_schema(schema, form)
     return f"%json {json.dumps({'x-guidance': options, **({} if found is True else found)}, ensure_ascii=False)}"
@@ -48,7 +48,7 @@ def choice_rule(choices: Sequence[str]) -> str:
     return " | ".join(json.dumps(each, ensure_ascii=False) for each in choices)
 
 
-def _json(schema: Any, form: Form) -> str:
+def _json(schema: Any, form: JsonForm) -> str:
     from llguidance import LLMatcher
 
     found, options = _checked_schema(schema, form)
@@ -60,7 +60,7 @@ def _json(schema: Any, form: Form) -> str:
     return spelt
 
 
-def _checked_schema(schema: Any, form: Form) -> tuple[Any, Any]:
+def _checked_schema(schema: Any, form: JsonForm) -> tuple[Any, Any]:
     """(a schema that llguidance reads rightly, how it is to be set)."""
     if isinstance(schema, str):
         schema = _parsed(_checked(schema))

@@ -19,7 +19,7 @@ MAX_INTEGER = 2**31 - 1
 Defaults = Mapping[type, Mapping[str, Any]]  # class of a body -> its fields' values where they are left out
 
 
-class Served(Protocol):
+class DefaultsSource(Protocol):
     """What ``defaults`` may depend on: a ServedModel."""
 
     @property
@@ -38,7 +38,7 @@ class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     elsewhere: ClassVar[Mapping[str, str]] = {}  # fields that other bodies have -> why this one can't be given them
 
     @classmethod
-    def defaults(cls, served: Served, wished: Mapping[str, Any]) -> Defaults:
+    def defaults(cls, served: DefaultsSource, wished: Mapping[str, Any]) -> Defaults:
         """What fields of a body are where ``wished``, the body as it came, leaves them out."""
         return {}
 

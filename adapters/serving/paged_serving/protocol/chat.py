@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PreparedChat:
     """What a body comes to."""
 
     options: Options
@@ -44,7 +44,7 @@ class Asked:
     num_prompt_top: int | None
 
 
-def to_call(body: ChatBody, served: ServedModel) -> Asked:
+def to_call(body: ChatBody, served: ServedModel) -> PreparedChat:
     """
     Raises:
         ProtocolError: ``body`` asks for something that can't be had, or the chat template refuses the messages.
@@ -83,7 +83,7 @@ def to_call(body: ChatBody, served: ServedModel) -> Asked:
         copies=1 if tells_prompt else 0,
         named={**options.named, "echo": "return_token_ids"},
     )
-    return Asked(options, talk, prompt, params, grammar, num_top, body.prompt_logprobs)
+    return PreparedChat(options, talk, prompt, params, grammar, num_top, body.prompt_logprobs)
 
 
 class ChatCall:
@@ -98,13 +98,13 @@ class ChatCall:
 
     def __init__(self, body: Any, served: ServedModel, request_id: str, *, whole_deltas: bool = False) -> None:
         wished = read_chat(body, served)
-        asked = to_call(wished, served)
-        self.options, self.prompts, self.params = asked.options, [asked.prompt], asked.params
-        self.stream, self.grammar = asked.options.stream, asked.grammar
-        self._talk, self._skips_special = asked.talk, wished.skip_special_tokens
+        prepared = to_call(wished, served)
+        self.options, self.prompts, self.params = prepared.options, [prepared.prompt], prepared.params
+        self.stream, self.grammar = prepared.options.stream, prepared.grammar
+        self._talk, self._skips_special = prepared.talk, wished.skip_special_tokens
         self._tells_reasoning = wished.include_reasoning
         self._readers: dict[int, ChoiceReader] = {}  # by choice, once something of it was told
-        self._num_top, self._num_prompt_top = asked.num_top, asked.num_prompt_top
+        self._num_top, self._num_prompt_top = prepared.num_top, prepared.num_prompt_top
         self._tokens = served.token_numbers if wished.return_tokens_as_token_ids else served.tokens
         self._served = served
         self._every_delta = {"role": "assistant", "content": "", "tool_calls": None} if whole_deltas else {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from paged_core import CompletionOutput, GenerationOutput, Prompt, SamplingParams, StreamDelta, TokenLogprobs
-from paged_serving.protocol.bodies import Defaults, Served, Whole, must, only
+from paged_serving.protocol.bodies import Defaults, DefaultsSource, Whole, must, only
 from paged_serving.protocol.offsets import Placed, prompt_offsets
 from paged_serving.protocol.openai_body import OpenAIBody, Options, check_truncation, to_options
 from paged_serving.protocol.parsing import refuse
@@ -35,13 +35,13 @@ class CompletionBody(OpenAIBody, frozen=True, kw_only=True):
     suffix: Annotated[Any, only("", why="can't be honoured: the model continues texts, it doesn't fill gaps")] = None
 
     @classmethod
-    def defaults(cls, served: Served, wished: Mapping[str, Any]) -> Defaults:
+    def defaults(cls, served: DefaultsSource, wished: Mapping[str, Any]) -> Defaults:
         advised = super().defaults(served, wished)[cls]
         return {cls: {**advised, "max_tokens": served.default_max_tokens(_MAX_TOKENS)}}
 
 
 @dataclass(frozen=True)
-class Asked:
+class PreparedCompletion:
     """What a body comes to."""
 
     options: Options
@@ -53,7 +53,7 @@ class Asked:
     only_echo: bool  # nothing is added to the prompt: the engine's one token is left out
 
 
-def to_call(body: CompletionBody, served: ServedModel) -> Asked:
+def to_call(body: CompletionBody, served: ServedModel) -> PreparedCompletion:
     """
     Raises:
         ProtocolError: ``body`` asks for something that can't be had.
@@ -81,7 +81,9 @@ def to_call(body: CompletionBody, served: ServedModel) -> Asked:
         copies=options.num_choices if tells_prompt else 0,
         named=options.named if body.echo else {**options.named, "echo": "return_token_ids"},
     )
-    return Asked(options, prompts, params, body.echo, body.logprobs, body.prompt_logprobs, body.max_tokens == 0)
+    return PreparedCompletion(
+        options, prompts, params, body.echo, body.logprobs, body.prompt_logprobs, body.max_tokens == 0
+    )
 
 
 class CompletionCall:
@@ -93,16 +95,16 @@ class CompletionCall:
 
     def __init__(self, body: Any, served: ServedModel, request_id: str) -> None:
         wished = read_body(CompletionBody, body, served)
-        asked = to_call(wished, served)
-        self.options, self.prompts, self.params = asked.options, asked.prompts, asked.params
-        self.stream, self.grammar = asked.options.stream, asked.options.grammar
-        self._served, self._echo, self._only_echo = served, asked.echo, asked.only_echo
-        self._num_top, self._num_prompt_top = asked.num_top, asked.num_prompt_top
+        prepared = to_call(wished, served)
+        self.options, self.prompts, self.params = prepared.options, prepared.prompts, prepared.params
+        self.stream, self.grammar = prepared.options.stream, prepared.options.grammar
+        self._served, self._echo, self._only_echo = served, prepared.echo, prepared.only_echo
+        self._num_top, self._num_prompt_top = prepared.num_top, prepared.num_prompt_top
         self._tokens = served.token_numbers if wished.return_tokens_as_token_ids else served.tokens
-        self._echoes = [self._text_of(prompt) if asked.echo else "" for prompt in self.prompts]
+        self._echoes = [self._text_of(prompt) if prepared.echo else "" for prompt in self.prompts]
         self._echo_offsets = [
             prompt_offsets(prompt, text, served.tokens, served.codec)
-            if asked.echo and asked.num_top is not None
+            if prepared.echo and prepared.num_top is not None
             else []
             for prompt, text in zip(self.prompts, self._echoes, strict=True)
         ]
@@ -113,7 +115,7 @@ class CompletionCall:
             "model": self.options.model,
         }
         self._usage = Usage(self.prompts)
-        self.retells, self.named = asked.echo or self.options.return_token_ids, self.options.named
+        self.retells, self.named = prepared.echo or self.options.return_token_ids, self.options.named
         self._placed: dict[int, Placed] = {}  # by choice, once something of it was told
         self._prompt_logprobs: dict[int, Sequence[TokenLogprobs | None]] = {}  # by prompt
 

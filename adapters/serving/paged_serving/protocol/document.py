@@ -7,14 +7,14 @@ from typing import Any
 
 import msgspec
 
-from paged_serving.protocol.bodies import Body, Defaults, Served
+from paged_serving.protocol.bodies import Body, Defaults, DefaultsSource
 
 Schema = dict[str, Any]
 _NAMED = "#/{name}"
 _NULL = {"type": "null"}
 
 
-def body_schema(body: type[Body], served: Served, *, one_of: Sequence[str] = ()) -> Schema:
+def body_schema(body: type[Body], served: DefaultsSource, *, one_of: Sequence[str] = ()) -> Schema:
     """The JSON schema of what ``read_body`` takes. It may be wider than that, and is never narrower.
 
     ``one_of``: fields of which one must be there.

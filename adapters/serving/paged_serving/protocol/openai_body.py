@@ -12,10 +12,10 @@ from paged_core import SamplingParams
 from paged_serving.protocol.bodies import (
     Body,
     Defaults,
+    DefaultsSource,
     Ignored,
     Number,
     Positive,
-    Served,
     Texts,
     TokenIds,
     Whole,
@@ -89,7 +89,7 @@ class OpenAIBody(OthersFields, frozen=True, kw_only=True):
     prompt_cache_retention: Ignored = None
 
     @classmethod
-    def defaults(cls, served: Served, wished: Mapping[str, Any]) -> Defaults:
+    def defaults(cls, served: DefaultsSource, wished: Mapping[str, Any]) -> Defaults:
         """As the model's makers advise. Beams take the likeliest: nothing is drawn."""
         return {cls: {} if wished.get("use_beam_search") is True else served.defaults}
 

@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import inspect
 
-from paged_serving.protocol.bodies import Body, Defaults, Served, body_of, fields_of, fitting_kind
+from paged_serving.protocol.bodies import Body, Defaults, DefaultsSource, body_of, fields_of, fitting_kind
 from paged_serving.protocol.faults import faults, refusal, unheeded
 from paged_serving.protocol.parsing import shortened
 
 _Body = TypeVar("_Body", bound=Body)
 
 
-def read_body(body: type[_Body], value: Any, served: Served) -> _Body:
+def read_body(body: type[_Body], value: Any, served: DefaultsSource) -> _Body:
     """``value``, parsed JSON, as a ``body``. A field that is null counts as left out, and so does one that isn't
     declared, unless ``served.strict_fields``; ``unknown_fields`` tells which these are.
 

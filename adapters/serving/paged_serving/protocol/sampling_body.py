@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 from msgspec import field
 
-from paged_serving.protocol.bodies import HUGE, Body, Defaults, Penalty, Served, Share, Texts, Whole, between, wide
+from paged_serving.protocol.bodies import (
+    HUGE,
+    Body,
+    Defaults,
+    DefaultsSource,
+    Penalty,
+    Share,
+    Texts,
+    Whole,
+    between,
+    wide,
+)
 
 SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
            "min_tokens", "seed")  # fmt: skip
@@ -30,6 +41,6 @@ class SamplingBody(Body, frozen=True, kw_only=True):
     stop: Texts = field(default_factory=list)
 
     @classmethod
-    def defaults(cls, served: Served, wished: Mapping[str, Any]) -> Defaults:
+    def defaults(cls, served: DefaultsSource, wished: Mapping[str, Any]) -> Defaults:
         """As the model's makers advise."""
         return {cls: served.defaults}

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from msgspec import Meta, field
 
-from paged_serving.grammars.form import Form
+from paged_serving.grammars.form import JsonForm
 from paged_serving.protocol.bodies import Body, Text, listed, must
 from paged_serving.protocol.parsing import refuse
 from paged_serving.protocol.sampling_body import SamplingBody
@@ -27,7 +27,7 @@ class Structure(NamedTuple):
     field: str  # that asked for it
     kind: str  # "json", "regex", "choice", "grammar"
     value: Any
-    form: Form = Form()  # of JSON
+    form: JsonForm = JsonForm()  # of JSON
 
 
 class NamedSchema(Body, frozen=True):
@@ -151,11 +151,11 @@ def _unwrapped(schema: str | dict[str, Any]) -> Any:
     return schema
 
 
-def _form(body: OpenAIStructures) -> Form:
+def _form(body: OpenAIStructures) -> JsonForm:
     """vLLM's fields for white space: inside ``structured_outputs``, or, as ``guided_...``, beside it."""
     outputs = body.structured_outputs
     pattern = outputs.whitespace_pattern if outputs.whitespace_pattern is not None else body.guided_whitespace_pattern
     if outputs.disable_any_whitespace and pattern is not None:
         told = "can't go with disable_any_whitespace; leave one of them out"
         refuse("structured_outputs.whitespace_pattern", told)
-    return Form(outputs.disable_any_whitespace, pattern)
+    return JsonForm(outputs.disable_any_whitespace, pattern)

@@ -30,9 +30,9 @@ class TGICall:
         wished = read_body(TGIBody, body, served)
         self.stream = wished.stream if stream is None else stream
         self.retells, self.named = True, NAMES
-        asked = to_call(wished, served, stream=self.stream)
-        self.prompts, self.params, self.grammar = [asked.prompt], asked.params, asked.grammar
-        self._served, self._seed = served, asked.seed
+        prepared = to_call(wished, served, stream=self.stream)
+        self.prompts, self.params, self.grammar = [prepared.prompt], prepared.params, prepared.grammar
+        self._served, self._seed = served, prepared.seed
         self._listed = stream is None
         self._details, self._full_text = wished.parameters.details, wished.parameters.return_full_text
         self._num_top = wished.parameters.top_n_tokens

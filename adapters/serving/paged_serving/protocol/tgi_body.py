@@ -17,10 +17,10 @@ from paged_serving.protocol.bodies import (
     HUGE,
     Body,
     Defaults,
+    DefaultsSource,
     Ignored,
     Penalty,
     Positive,
-    Served,
     Texts,
     Whole,
     between,
@@ -94,12 +94,12 @@ class TGIBody(Body, frozen=True):
     model: Ignored = None  # some clients name it; there is one
 
     @classmethod
-    def defaults(cls, served: Served, wished: Mapping[str, Any]) -> Defaults:
+    def defaults(cls, served: DefaultsSource, wished: Mapping[str, Any]) -> Defaults:
         return {TGIParameters: {"max_new_tokens": served.default_max_tokens(_MAX_NEW_TOKENS)}}
 
 
 @dataclass(frozen=True)
-class Asked:
+class PreparedTGI:
     """What a body comes to."""
 
     prompt: Prompt
@@ -108,7 +108,7 @@ class Asked:
     seed: int | None  # that is told; None: nothing was drawn
 
 
-def to_call(body: TGIBody, served: ServedModel, *, stream: bool) -> Asked:
+def to_call(body: TGIBody, served: ServedModel, *, stream: bool) -> PreparedTGI:
     """
     Raises:
         ProtocolError: ``body`` asks for something that can't be had.
@@ -125,7 +125,9 @@ def to_call(body: TGIBody, served: ServedModel, *, stream: bool) -> Asked:
     prompt = served.finish_prompt("inputs", served.encode(body.inputs), wished.truncate)
     copies = params.n if wished.decoder_input_details or wished.return_full_text else 0
     named = {**NAMES, "echo": "parameters.return_full_text"}
-    return Asked(prompt, served.finish_params(params, [prompt], grammar, copies=copies, named=named), grammar, seed)
+    return PreparedTGI(
+        prompt, served.finish_params(params, [prompt], grammar, copies=copies, named=named), grammar, seed
+    )
 
 
 def _seed(wished: TGIParameters) -> int | None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from paged_serving.conversation.turns import Tool, ToolChoice
-from paged_serving.grammars.form import Form
+from paged_serving.grammars.form import JsonForm
 from paged_serving.grammars.spelling import json_rule
 from paged_serving.response_templates.casting import types_of
 from paged_serving.response_templates.scanner import Scanner
@@ -117,7 +117,7 @@ class CallGrammar:
         return f"{name} {self.literal(text[len(first) :])}"
 
     def json(self, schema: Mapping[str, Any]) -> str:
-        return self.rule(json_rule(schema, Form()))
+        return self.rule(json_rule(schema, JsonForm()))
 
 
 class _Calls:

@@ -19,7 +19,7 @@ from paged_serving.conversation.events import (
 from paged_serving.conversation.turns import Tool
 from paged_serving.response_templates.casting import cast
 from paged_serving.response_templates.contents import ENDS_ITSELF, read, transformed
-from paged_serving.response_templates.scanner import Part, Scanner
+from paged_serving.response_templates.scanner import Scanner, Segment
 from paged_serving.response_templates.template import REASONING, Field, ResponseTemplate
 
 _LETTERS = string.ascii_letters + string.digits
@@ -52,38 +52,38 @@ class TemplateParser:
         self._groups: dict[str, str] = {}
         self._open: Field | None = None
         self._num_calls = 0
-        for part in self._scanner.feed(template.begun(prompt)):
-            list(self._events(part))
+        for segment in self._scanner.feed(template.begun(prompt)):
+            list(self._events(segment))
         for text in self._texts.values():
             text.forget()
 
     def feed(self, text: str) -> Iterator[Event]:
-        for part in self._scanner.feed(text):
-            yield from self._events(part)
+        for segment in self._scanner.feed(text):
+            yield from self._events(segment)
 
     def finish(self, *, cut: bool) -> Iterator[Event]:
-        for part in self._scanner.finish(cut=cut):
-            yield from self._events(part)
+        for segment in self._scanner.finish(cut=cut):
+            yield from self._events(segment)
         if self._open is not None:
             yield from self._last_call(cut)
 
-    def _events(self, part: Part) -> Iterator[Event]:
-        field = part.of
+    def _events(self, segment: Segment) -> Iterator[Event]:
+        field = segment.of
         if field is None:
             return
         if field.name == "tool_calls":
-            yield from self._of_call(field, part)
+            yield from self._of_call(field, segment)
         elif field.name in self._told:
-            text = self._texts[field.name].take(part)
+            text = self._texts[field.name].take(segment)
             if text:
                 yield self._told[field.name](text)
 
-    def _of_call(self, field: Field, part: Part) -> Iterator[Event]:
+    def _of_call(self, field: Field, segment: Segment) -> Iterator[Event]:
         self._open = field
-        self._groups.update(part.groups)
-        if part.kind == "text":
-            self._body.append(part.text)
-        elif part.kind == "close":
+        self._groups.update(segment.groups)
+        if segment.kind == "text":
+            self._body.append(segment.text)
+        elif segment.kind == "close":
             yield from self._calls(lost=False)
 
     def _last_call(self, cut: bool) -> Iterator[Event]:
@@ -158,13 +158,13 @@ class _Stripped:
         self._fresh = True  # of a part nothing was told yet
         self._held = ""
 
-    def take(self, part: Part) -> str:
+    def take(self, segment: Segment) -> str:
         """What can be told now."""
-        if part.kind != "text":
+        if segment.kind != "text":
             if self._join is not None:
                 self._fresh, self._held = True, self._join if self._begun else ""
             return ""
-        return self._more(part.text)
+        return self._more(segment.text)
 
     def whole(self, text: str) -> str:
         """A text that turned out to belong here."""

@@ -1,8 +1,8 @@
 """Text that comes in pieces, split at a template's markers. Knows no events.
 
-What may be the beginning of a marker is held back until it is clear. So the parts that come out, joined, are the same
-however the text is cut into pieces. No marker is longer than ``LONGEST``: each piece costs what it and that come to,
-however long the text is before.
+What may be the beginning of a marker is held back until it is clear. So the segments that come out, joined, are the
+same however the text is cut into pieces. No marker is longer than ``LONGEST``: each piece costs what it and that come
+to, however long the text is before.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LONGEST = 1024  # characters of a marker, the white space that it may begin with
 
 
 @dataclass(frozen=True)
-class Part:
+class Segment:
     """A field opens, says something, or closes. None: of text that is no field's."""
 
     kind: Literal["open", "text", "close"]
@@ -71,15 +71,15 @@ class Scanner:
         """That text is of now."""
         return self._field
 
-    def feed(self, text: str) -> Iterator[Part]:
+    def feed(self, text: str) -> Iterator[Segment]:
         for start in range(0, len(text), LONGEST):
             self._forget()
             self._text += text[start : start + LONGEST]
-            yield from self._parts(ended=False)
+            yield from self._segments(ended=False)
 
-    def finish(self, *, cut: bool) -> Iterator[Part]:
+    def finish(self, *, cut: bool) -> Iterator[Segment]:
         """What was held back; no field closes by that. ``cut``: what may have become a marker is left out."""
-        return self._parts(ended=True, cut=cut)
+        return self._segments(ended=True, cut=cut)
 
     def _forget(self) -> None:
         """What is done, but for what a marker may look back at."""
@@ -88,33 +88,33 @@ class Scanner:
             self._text, self._place = self._text[gone:], LONGEST
             self._opened_at = None if self._opened_at is None else self._opened_at - gone
 
-    def _parts(self, *, ended: bool, cut: bool = False) -> Iterator[Part]:
+    def _segments(self, *, ended: bool, cut: bool = False) -> Iterator[Segment]:
         while True:
             found, certain = self._next(ended)
             if found is None and cut:
                 certain = self._next(ended=False)[1]
             stop = certain if found is None else found.match.start()
             if stop > self._place:
-                yield Part("text", self._field, self._text[self._place : stop])
+                yield Segment("text", self._field, self._text[self._place : stop])
                 self._place = stop
             if found is None:
                 return
             self._place = found.match.end()
             yield from self._pass(found)
 
-    def _pass(self, found: _Found) -> Iterator[Part]:
+    def _pass(self, found: _Found) -> Iterator[Segment]:
         """A marker is passed."""
         kind, field, _ = found.watched
         groups = {name: each for name, each in found.match.groupdict().items() if each is not None}
         if kind == "open":
             if self._implicit is not None:
-                yield Part("close", self._implicit)
+                yield Segment("close", self._implicit)
             self._field = field
             self._opened_at = None if found.match[0] else found.match.start()
-            yield Part("open", field, groups=groups)
+            yield Segment("open", field, groups=groups)
         elif kind == "close":
             self._field = self._implicit
-            yield Part("close", field, groups=groups)
+            yield Segment("close", field, groups=groups)
 
     def _next(self, ended: bool) -> tuple[_Found | None, int]:
         """The next marker, if it is certain which it is; else how far the text is certain to hold none."""

@@ -1,4 +1,4 @@
-"""Served: the requests under way in an AsyncEngine. Its thread takes them in, steps, and tells their Channels.
+"""OpenStreams: the requests under way in an AsyncEngine. Its thread takes them in, steps, and tells their Channels.
 
 A Channel never makes that thread wait: what its reader hasn't fetched yet is joined into one delta.
 """
@@ -31,7 +31,7 @@ class Submitted(NamedTuple):
     channel: Channel
 
 
-class Served(ThreadPolicy):
+class OpenStreams(ThreadPolicy):
     """At most ``max_requests`` at once. Its thread lives from the first request until ``close``, and is held by it."""
 
     def __init__(self, engine: Engine, codec: TextCodec, max_requests: int) -> None:

@@ -1,4 +1,4 @@
-"""Answer: what a function comes to that another thread is to call. It knows no engine."""
+"""WorkItem: a function that another thread is to call, and the Future of what it comes to. It knows no engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paged_core.frontends.locks import BareCondition
 _T = TypeVar("_T")
 
 
-class Answer(Future[_T]):
+class WorkItem(Future[_T]):
     """``check_may_wait`` raises in the thread that is to call ``function``: what it would wait for would never come."""
 
     def __init__(self, function: Callable[[], _T], check_may_wait: Callable[[], None]) -> None:
@@ -21,7 +21,7 @@ class Answer(Future[_T]):
         self._function = function
         self._check_may_wait = check_may_wait
 
-    def find(self) -> None:
+    def run(self) -> None:
         """Call the function, unless nobody wants to know any more."""
         if not self.set_running_or_notify_cancel():
             return

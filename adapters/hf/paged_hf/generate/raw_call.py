@@ -1,4 +1,4 @@
-"""Asked: a generate() call as its caller has written it, and what sends it to stock before stock has looked at it.
+"""RawCall: a generate() call as its caller has written it, and what sends it to stock before stock has looked at it.
 
 Each rule looks at one thing. It returns a reason, or None: nothing is in the way. The first line of its docstring says
 when that is, for docs/generate.md. Here is what stock would refuse or do otherwise if it saw us; what can wait until
@@ -17,7 +17,7 @@ from paged_hf import upstream
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class RawCall:
     """Arguments of a call of a patched ``generate``."""
 
     model: Any  # has a generate() of its own
@@ -42,60 +42,60 @@ def _signature(kind: type) -> inspect.Signature:
     return inspect.signature(kind.generate)  # type: ignore[attr-defined]
 
 
-def not_patched_itself(asked: Asked) -> str | None:
+def not_patched_itself(call: RawCall) -> str | None:
     """The transformers model inside a patched PEFT model is called by itself."""
-    return None if asked.by_wrapper else "not this model is patched, but the one around it"
+    return None if call.by_wrapper else "not this model is patched, but the one around it"
 
 
-def arguments_fit_no_call(asked: Asked) -> str | None:
+def arguments_fit_no_call(call: RawCall) -> str | None:
     """The arguments don't fit `generate`: stock says how."""
-    return "the arguments don't fit" if asked.given is None else None
+    return "the arguments don't fit" if call.given is None else None
 
 
-def stock_is_in_force(asked: Asked) -> str | None:
+def stock_is_in_force(call: RawCall) -> str | None:
     """The call stands inside `model.generate.as_stock()`."""
-    return "as_stock() is in force" if asked.as_stock else None
+    return "as_stock() is in force" if call.as_stock else None
 
 
-def names_another_generate(asked: Asked) -> str | None:
+def names_another_generate(call: RawCall) -> str | None:
     """`custom_generate` names a repository."""
-    if isinstance(_given(asked, "custom_generate"), str):
+    if isinstance(_given(call, "custom_generate"), str):
         return "custom_generate names a repository, which replaces generate() altogether"
     return None
 
 
-def passes_a_loop_by_position(asked: Asked) -> str | None:
+def passes_a_loop_by_position(call: RawCall) -> str | None:
     """`custom_generate` is passed by position."""
-    if "custom_generate" in (asked.given or {}) and "custom_generate" not in asked.kwargs:
+    if "custom_generate" in (call.given or {}) and "custom_generate" not in call.kwargs:
         return "custom_generate is passed by position"
     return None
 
 
-def wants_stocks_own_batching(asked: Asked) -> str | None:
+def wants_stocks_own_batching(call: RawCall) -> str | None:
     """`cache_implementation="paged"` is passed: stock's own continuous batching."""
-    if _given(asked, "cache_implementation") == "paged":
+    if _given(call, "cache_implementation") == "paged":
         return "cache_implementation='paged' asks for stock's own continuous batching"
     return None
 
 
-def passes_a_cache(asked: Asked) -> str | None:
+def passes_a_cache(call: RawCall) -> str | None:
     """A cache is passed (`cache`, or `past_key_values` before transformers 5.24)."""
-    if upstream.cache_in(asked.given or {}) is not None:
+    if upstream.cache_in(call.given or {}) is not None:
         return "a cache of the caller's own was passed"
     return None
 
 
-def model_prepares_inputs_otherwise(asked: Asked) -> str | None:
+def model_prepares_inputs_otherwise(call: RawCall) -> str | None:
     """The model's `prepare_inputs_for_generation` has been replaced."""
-    if "prepare_inputs_for_generation" in vars(asked.model):
+    if "prepare_inputs_for_generation" in vars(call.model):
         return "its prepare_inputs_for_generation has been replaced"
     return None
 
 
-def names_an_adapter_for_each_row(asked: Asked) -> str | None:
+def names_an_adapter_for_each_row(call: RawCall) -> str | None:
     """A PEFT model is called with `adapter_names`."""
-    return "adapter_names are one a row of stock's batch" if "adapter_names" in asked.kwargs else None
+    return "adapter_names are one a row of stock's batch" if "adapter_names" in call.kwargs else None
 
 
-def _given(asked: Asked, name: str) -> Any:
-    return (asked.given or {}).get(name)
+def _given(call: RawCall, name: str) -> Any:
+    return (call.given or {}).get(name)
