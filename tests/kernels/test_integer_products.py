@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import linear, silu
 
 from machine_code import machine_code
-from paged_kernels.cpu import amx_int8, dot_int8, host
+from paged_kernels.cpu import amx_int8, dot_int8, host, rotation
 from paged_kernels.cpu.integers import Integers, integers_of, quantize
 from paged_kernels.cpu.passes import emit_pass
 from paged_kernels.cpu.quantized import QuantizedLinear, kernel_group
@@ -145,13 +145,32 @@ def test_no_number_is_read_beyond_the_rows_and_noughts_stay_noughts(product):
 
 
 def test_integers_err_by_half_a_step_at_most():
-    weight = draw(20, 150)
+    weight = draw(20, 192)
     weight[3], weight[4, :32] = 0, 1e-30
     eight, four = quantize(weight, "int8"), quantize(weight.bfloat16(), "int4")
-    steps = eight.scales.float().repeat_interleave(32, 1)[:, :150]
-    assert ((eight.widened() - weight).abs() <= 0.51 * steps).all()
+    errors = rotation.rotate(eight.widened() - weight) / rotation.factor(192)
+    assert (errors.abs() <= 0.501 * eight.scales).all()
     assert torch.equal(eight.widened()[3], weight[3]) and torch.equal(four.widened()[3], weight[3])
     assert (four.widened() - weight).square().mean() < 0.012 * weight.square().mean()
+
+
+@pytest.mark.parametrize("depth", [1, 70, 64 * 3, 576, 64 * 15, 64 * 43])
+def test_rotated_rows_have_the_products_that_they_had_and_turn_back(depth):
+    x, w = draw(3, depth), draw(5, depth, seed=1)
+    a, b, factor = rotation.rotate(x), rotation.rotate(w), rotation.factor(depth)
+    torch.testing.assert_close(linear(a, b) / factor, linear(x, w), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(rotation.rotate(a)[:, :depth] / factor, x, atol=1e-5, rtol=1e-5)
+
+
+@products
+def test_one_number_that_is_much_larger_costs_its_row_little(product):
+    weight, x = draw(100, 576), draw(20, 576, seed=1)
+    packed = QuantizedLinear([quantize(weight, "int8")], [None], product=product)
+    large = x.clone()
+    large[:, 3] = 300
+    error, error_of_large = ((packed(rows) - linear(rows, weight)).norm() for rows in (x, large))
+    assert error < 0.015 * linear(x, weight).norm()
+    assert error_of_large < 0.015 * linear(large, weight).norm()
 
 
 def test_weights_of_no_known_layout_are_refused():
@@ -161,6 +180,8 @@ def test_weights_of_no_known_layout_are_refused():
         QuantizedLinear([integers(3, 96, 4, 32, False), integers(3, 96, 4, 32, True)], [None, None])
     with pytest.raises(ValueError, match=r"rows of 131072 weights are too long"):
         QuantizedLinear([integers(1, 1 << 17, 8, None, False)], [None])
+    with pytest.raises(ValueError, match="rows of 64 that were rotated have one scale, not one for 32"):
+        Integers(torch.zeros(3, 64, dtype=torch.uint8), torch.ones(3, 2), None, 8, 32, 64)
     with pytest.raises(ValueError, match=r"scales must be \[3, 2\]"):
         Integers(torch.zeros(3, 64, dtype=torch.uint8), torch.ones(3, 1), None, 4, 32)
 

@@ -1,8 +1,9 @@
 """What products of integers share, whatever instruction sums them up: rows become int8, sums become float32.
 
-Each row of x is cut into groups along k. A group has a scale of its own, its largest number over 127, and becomes int8
-codes. Weights are unsigned codes, eight bits or four. Of a group, codes times codes are summed in int32, which is
-exact; so it does not matter who sums, in which order. Then, in float32 and group by group:
+Each row of x is cut into groups along k, or rotated first (rotation.py), and all of it is one group. A group has a
+scale of its own, its largest number over 127, and becomes int8 codes. Weights are unsigned codes, eight bits or four.
+Of a group, codes times codes are summed in int32, which is exact; so it does not matter who sums, in which order. Then,
+in float32 and group by group:
 
     y += (sum of products - 128 * sum of x's codes) * scale of x * scale of the weights             eight bits
     y += sum of products * scale of x * scale of the weights + (sum of x's codes * scale of x) * minimum    four bits
@@ -36,6 +37,7 @@ from paged_kernels.cpu.product import (
     RAW,
     RAW_DTYPE,
     RAW_STRIDE,
+    ROTATED,
     ROWS_DONE,
     SCALE_DTYPE,
     SCALE_STEP,
@@ -44,7 +46,9 @@ from paged_kernels.cpu.product import (
     X,
     scratch_bytes,
 )
+from paged_kernels.cpu.rotation import rotate_row
 from paged_kernels.cpu.vectors import (
+    F32,
     LANES,
     fetch_add,
     hsum,
@@ -156,7 +160,8 @@ def make_close(bits: int) -> Any:
 
 @inline
 def take_rows(args, scratch):
-    """Take rows until none is left, then wait for those that other threads have taken."""
+    """Take rows until none is left, then wait for those that other threads have taken. A row that is rotated is one
+    group, and becomes float32 in scratch memory first."""
     num_rows, group, codes_at = load_i64(args, NUM_ROWS), load_i64(args, GROUP), load_i64(args, CODES_AT)
     dtype, width = load_i64(args, RAW_DTYPE), load_i64(args, WIDTH)
     while True:
@@ -165,7 +170,10 @@ def take_rows(args, scratch):
             break
         raw = load_i64(args, RAW) + row * load_i64(args, RAW_STRIDE)
         target = load_i64(args, X) + row * load_i64(args, X_STRIDE)
-        for number in range(-(-width // group)):
+        if load_i64(args, ROTATED):
+            rotate_row(raw, dtype, width, scratch, group)
+            _quantize(scratch, F32, target + codes_at, group, group, target)
+        for number in range(0 if load_i64(args, ROTATED) else -(-width // group)):
             first = number * group
             codes, count = target + codes_at + first, min(group, width - first)
             _quantize(raw + first * size_of(dtype), dtype, codes, count, group, target + 8 * number)

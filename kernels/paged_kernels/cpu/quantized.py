@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from paged_kernels.cpu import host
-from paged_kernels.cpu.integer_product import COLUMNS, IntegerProduct
+from paged_kernels.cpu.integer_product import COLUMNS, SCRATCH_BYTES, IntegerProduct
 from paged_kernels.cpu.integers import ZERO, Integers
 from paged_kernels.cpu.linear import Packed, bias_or_zeros, sides, workspace
 from paged_kernels.cpu.product import LINE
 from paged_kernels.cpu.recording import keep_for_recording, spoil_recording
 from paged_kernels.cpu.vectors import BF16, F16, F32, HAS_F16
 
-X_GROUP = 64  # numbers of x that share a scale, where the weights of a whole row do
+X_GROUP = 64  # numbers of x that share a scale, where the weights of a whole row do, and aren't rotated
 _LONGEST = 128  # group of four-bit weights that the kernels take
 _FLOATS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
 _LARGEST_DEPTH = 1 << 17  # sums of products of bytes fit into 32 bits
@@ -48,7 +48,7 @@ class QuantizedLinear(Packed):
             raise ValueError("weights of several layouts can't be packed together")
         first = weights[0]
         self._for_few, self._for_more, self._few = host.choose_integers(first.bits, product)
-        self._bits, self._depth, self._columns, self._gated = first.bits, first.codes.shape[1], COLUMNS, gated
+        self._bits, self._depth, self._columns, self._gated = first.bits, first.depth, COLUMNS, gated
         self.num_columns = len(first.codes) if gated else sum(len(w.codes) for w in weights)
         self._group = kernel_group(first)
         self._units = -(-self._depth // self._group)
@@ -56,7 +56,8 @@ class QuantizedLinear(Packed):
         self._has_bias = any(bias is not None for bias in biases)
         self._has_minima = first.minima is not None
         self._scales_dtype = first.scales.dtype if HAS_F16 or first.scales.dtype is not torch.float16 else torch.float32
-        per_group = first.group < self._depth
+        self._is_rotated = first.rotated_from is not None
+        per_group = first.group < first.codes.shape[1]
         self._scale_step = COLUMNS * self._scales_dtype.itemsize if per_group else 0
         parts = sides(len(weights), gated)
         self._weight = torch.stack([_tiles([self._laid(weights[i]) for i in part]) for part in parts], 1).contiguous()
@@ -64,10 +65,11 @@ class QuantizedLinear(Packed):
         # of each row: scales and sums of its groups, in whole lines, then its codes
         self._codes_at = -(-8 * self._units // LINE) * LINE
         self._row_bytes = self._codes_at + -(-self._filled // LINE) * LINE
+        self._scratch_bytes = SCRATCH_BYTES + 4 * self._filled if self._is_rotated else 0  # a row in float32
 
     def _laid(self, weight: Integers) -> list[Tensor]:
         """Scales, minima and codes, ``[N, bytes]`` each, in the order in which a tile has them."""
-        codes = torch.nn.functional.pad(weight.codes, (0, self._filled - self._depth))
+        codes = torch.nn.functional.pad(weight.codes, (0, self._filled - weight.codes.shape[1]))
         if self._bits == 4:
             low, high = codes.view(len(codes), -1, 2, 4).unbind(2)
             codes = (low | high << 4).reshape(len(codes), -1)
@@ -85,13 +87,14 @@ class QuantizedLinear(Packed):
         if rows.data_ptr() != x.data_ptr():
             spoil_recording()
         num_threads = torch.get_num_threads()
-        space = workspace(num_threads, product.scratch_bytes)
+        space = workspace(num_threads, max(product.scratch_bytes, self._scratch_bytes))
         space.fill(
             _room(num_rows * self._row_bytes), self._row_bytes, self._weight.data_ptr(), start or self._bias.data_ptr(),
             self.num_columns if start else 0, out.data_ptr(), self.num_columns, num_rows, self.num_columns, self._units,
             self._weight.stride(1), self._gated, out.dtype is torch.bfloat16, addend,
             rows.data_ptr(), rows.stride(0) * rows.element_size(), _FLOATS[rows.dtype], self._depth, self._group,
             self._codes_at, _FLOATS[self._scales_dtype], self._scale_step, self._has_minima,
+            self._is_rotated,
         )  # fmt: skip
         product.kernels[self._bits](space.address, num_threads, space.num_bytes)
 
@@ -116,6 +119,8 @@ def kernel_group(weight: Integers) -> int:
     depth = weight.codes.shape[1]
     if depth >= _LARGEST_DEPTH:
         raise ValueError(f"rows of {depth} weights are too long for sums in 32 bits; use less than {_LARGEST_DEPTH}")
+    if weight.rotated_from is not None:
+        return depth
     if weight.group >= depth:
         return X_GROUP
     for group in (_LONGEST, 64, 32):
