@@ -96,3 +96,14 @@ def make_case(
         torch.randn(num_heads, longest, generator=g) - torch.arange(longest) / 9 if bias else None,
         *scales,
     )
+
+
+def with_common_beginnings(case: Case, families: list[tuple[int, list[int], int]]) -> Case:
+    """The same with other block tables: (a request, others, how many tokens they have from it)."""
+    tables = case.block_tables.clone()
+    for of, others, num_tokens in families:
+        theirs = tables[of, : num_tokens // case.keys.shape[2]]
+        for r in others:
+            own = tables[r, : len(theirs)]
+            own.copy_(torch.where(theirs != 0, theirs, own))  # 0: given back, behind a window
+    return replace(case, block_tables=tables)

@@ -61,7 +61,7 @@ class TritonBackend(PlannedBackend):
         shape = (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.value_head_dim, layer.sliding_window)
         key = (layer.device, *shape)
         if key not in self._plans:
-            self._plans[key] = self._ops.AttentionPlan(*shape, self._dtype, self._cache_dtype)
+            self._plans[key] = self._ops.AttentionPlan(*shape, self._dtype, self._cache_dtype, self._block_size)
         return self._plans[key]
 
     @property
@@ -93,13 +93,14 @@ class TritonBackend(PlannedBackend):
         scales = [torch.ones(shape, device=device) for _ in range(2)] if quantised else [None, None]
         sinks = torch.zeros(layer.num_heads, dtype=self._dtype, device=device) if layer.has_sinks else None
         bias = torch.zeros(layer.num_heads, 2 * size, device=device) if layer.has_key_bias else None
+        longest = self._ops.tiles.SPLITS["SPLIT"] + 1  # as steps are that look for blocks in common
         tables = torch.tensor([[1, 0], [2, 3]], dtype=torch.int32, device=device)  # blocks may hold a single token
         for queries in ([1], [1, 2]):
             num_rows, num_tokens = len(queries), sum(queries)
             starts = torch.tensor([0, 1, 3][: num_rows + 1], dtype=torch.int32, device=device)
             lens = torch.tensor(queries, dtype=torch.int32, device=device)
             slots = torch.tensor([size, 2 * size, 2 * size + 1][:num_tokens], device=device)
-            plan.plan(starts, lens, tables[:num_rows], slots, max(queries), max(queries))
+            plan.plan(starts, lens, tables[:num_rows], slots, max(queries), longest)
             q = torch.zeros(num_tokens, layer.num_heads, dims[0], dtype=self._dtype, device=device)
             k, v = (q.new_zeros(num_tokens, layer.num_kv_heads, dim) for dim in dims)
             plan.run(q, k, v, LayerCache(keys, values, *scales), layer_extras(layer, sinks, bias))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attention_cases import Case, make_case
+from attention_cases import Case, make_case, with_common_beginnings
 from paged_kernels import reference
 from paged_kernels.cpu import amx, dot_bf16, host, launch
 from paged_kernels.layers import LayerCache
@@ -56,17 +56,6 @@ def num_shared(case: Case) -> int:
     )  # fmt: skip
     plan.plan(case.query_starts, case.seq_lens, case.block_tables, torch.empty(0, dtype=torch.int64))
     return int(plan._given["num_shared_tokens"])
-
-
-def with_common_beginnings(case: Case, families: list[tuple[int, list[int], int]]) -> Case:
-    """The same with other block tables: (a request, others, how many tokens they have from it)."""
-    tables = case.block_tables.clone()
-    for of, others, num_tokens in families:
-        theirs = tables[of, : num_tokens // case.keys.shape[2]]
-        for r in others:
-            own = tables[r, : len(theirs)]
-            own.copy_(torch.where(theirs != 0, theirs, own))  # 0: given back, behind a window
-    return replace(case, block_tables=tables)
 
 
 def assert_sharing_changes_nothing(case: Case) -> None:

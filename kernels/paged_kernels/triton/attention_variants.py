@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from paged_kernels.triton import attention, decode, prefill, store, tiles
+from paged_kernels.triton import decode, prefill, store, tiles, work
 from paged_kernels.triton.variants import NAMES, Variant, Variants
 
 _FACTS = ("window", "softcap", "key_bias", "sinks")
@@ -94,12 +94,15 @@ def _writes(dtype: torch.dtype, cache_dtype: torch.dtype, dims: tuple[int, int] 
 
 
 def _lists(card: str) -> Iterator[Variant]:
-    sizes = {"GROUP": 4, "BLOCK_M": tiles.prefill(4, 128, 128, _BF16, _BF16, card)["BLOCK_M"]}
-    decodes = dict.fromkeys(("query_starts", "seq_lens", "decode_rows", "decode_starts"), "*i32")
+    shape = (4, 128, 128, _BF16, _BF16, card)
+    room = {"ROOM": tiles.decode(*shape)["ROOM"], **tiles.SPLITS}
+    listed = room | {"GROUP": 4, "BLOCK_M": tiles.prefill(*shape)["BLOCK_M"], **tiles.LIST_TILE}
+    names = ("query_starts", "seq_lens", "block_tables", "decode_rows", "decode_starts")
+    decodes = dict.fromkeys(names, "*i32") | dict.fromkeys(("num_requests", "table_stride"), "i32")
     both = decodes | dict.fromkeys(("prefill_rows", "prefill_starts"), "*i32")
     for signature in (decodes, both | {"window": "i32"}):
-        tile = sizes | tiles.SPLITS | tiles.LIST_TILE
-        yield _variant(attention.list_items_kernel, signature | {"num_requests": "i32"}, tile)
+        yield _variant(work.list_items_kernel, signature, listed)
+        yield _variant(work.share_kernel, signature, {"BLOCK_SIZE": 16, **room, **tiles.SHARE_TILE})
 
 
 def _variant(kernel: Any, signature: dict[str, str], tile: dict[str, Any]) -> Variant:

@@ -1,7 +1,7 @@
 """Attention of one query over the blocks of its request: the keys in stretches, side by side, then put together.
 
-The query heads of a kv head share the tile of keys that they all read. It knows nothing of the query's chunk: rows
-with more queries are prefill's.
+The query heads of a kv head share the tile of keys that they all read, and so do those of requests whose blocks are the
+same (``work.py``). It knows nothing of the query's chunk: rows with more queries are prefill's.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from paged_kernels.triton.attention import CHANGING, HIDDEN, LISTS, LOG2E, attend, split_size
+from paged_kernels.triton.attention import CHANGING, HIDDEN, LISTS, LOG2E, attend, load_queries
+from paged_kernels.triton.work import split_size
 
 
 @triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=LISTS)
@@ -20,9 +21,9 @@ def split_kernel(
     key_scales,  # f32 [blocks, K, BLOCK_SIZE], or None
     value_scales,
     key_bias,  # f32 [H, P], or None
-    partials,  # f32 [items, H, VALUE_DIM]  out: the attention over an item's keys alone
+    partials,  # f32 [items, H, VALUE_DIM]  out: a request's attention over an item's keys alone
     partial_logs,  # f32 [items, H]  out: log2 of its softmax's denominator
-    item_rows,  # i32 [items]
+    item_rows,  # i32 [items, 1+ROOM]  how many requests an item is for, and which; the first one's keys are read
     item_starts,  # i32 [R+1]
     query_starts,  # i32 [R+1]
     seq_lens,  # i32 [R]
@@ -44,6 +45,7 @@ def split_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ROOM: tl.constexpr,
     SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     DTYPE: tl.constexpr,  # of queries, keys and their product's factors
@@ -52,43 +54,51 @@ def split_kernel(
 ):
     TILES: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
     kv_head = tl.program_id(1) // TILES
-    in_group = tl.program_id(1) % TILES * BLOCK_H + tl.arange(0, BLOCK_H)
-    is_head = in_group < GROUP
-    heads = kv_head * GROUP + in_group
-    d = tl.arange(0, DIM_PAD)
-    dv = tl.arange(0, VALUE_PAD)
-
+    lanes = tl.program_id(1) % TILES * BLOCK_H + tl.arange(0, BLOCK_H)
+    heads = kv_head * GROUP + lanes % GROUP
+    cache = (key_cache, value_cache, key_scales, value_scales)
+    facts = (key_bias, bias_stride, scale, softcap)
     for item in range(tl.program_id(0), tl.load(item_starts + num_requests), tl.num_programs(0)):
-        row = tl.load(item_rows + item)
-        token = tl.load(query_starts + row).to(tl.int64)
-        end = tl.load(seq_lens + row)
-        num_keys = end
-        if window is not None:
-            num_keys = tl.minimum(end, window)
-        size = split_size(num_keys, SPLIT, MAX_SPLITS)
-        start = end - num_keys + (item - tl.load(item_starts + row)) * size
-        stop = tl.minimum(start + size, end)
+        requests = item_rows + item * (1 + ROOM)
+        is_row = lanes // GROUP < tl.load(requests)  # of none, if another item is for its request
+        rows = tl.load(requests + 1 + lanes // GROUP, mask=is_row, other=0)  # [BLOCK_H]
+        row = tl.load(requests + 1)
+        split = item - tl.load(item_starts + row)
+        start, stop = _stretch(split, tl.load(seq_lens + row), window, SPLIT, MAX_SPLITS)
+        stop = tl.where(tl.load(requests) > 0, stop, start)
         table = block_tables + row.to(tl.int64) * table_stride
-
-        q_at = q + token * q_token_stride + heads[:, None] * q_head_stride + d[None, :]
-        queries = tl.load(q_at, mask=is_head[:, None] & (d < DIM)[None, :], other=0.0).to(DTYPE)  # [BLOCK_H, DIM_PAD]
+        tokens = tl.load(query_starts + rows, mask=is_row, other=0).to(tl.int64)
+        queries = load_queries(q, tokens, heads, is_row, q_token_stride, q_head_stride, DIM, DIM_PAD, DTYPE)
         top = tl.full([BLOCK_H], HIDDEN, tl.float32)
         total = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)  # summed up last: warps would have to meet for it
         sums = tl.zeros([BLOCK_H, VALUE_PAD], tl.float32)
         for first in range(start, stop, BLOCK_N):
             positions = first + tl.arange(0, BLOCK_N)
             top, total, sums = attend(
-                queries, top, total, sums, heads, is_head, tl.minimum(positions, stop - 1), (positions < stop)[None, :],
-                table, key_cache, value_cache, key_scales, value_scales, key_bias, kv_head, num_heads // GROUP,
-                bias_stride, scale, softcap, DIM, VALUE_DIM, BLOCK_SIZE, PRECISION, VALUE_DTYPE,
+                queries, heads, is_row, top, total, sums, tl.minimum(positions, stop - 1), (positions < stop)[None, :],
+                table, cache, kv_head, num_heads // GROUP, facts, DIM, VALUE_DIM, BLOCK_SIZE, PRECISION, VALUE_DTYPE,
             )  # fmt: skip
+        items = tl.load(item_starts + rows, mask=is_row, other=0) + split
+        at = (items * num_heads + heads).to(tl.int64)  # [BLOCK_H]
+        _store_partials(partials, partial_logs, at, is_row, top, tl.sum(total, 1), sums, VALUE_DIM)
 
-        at = (item * num_heads + heads).to(tl.int64)  # [BLOCK_H]
-        inside = is_head[:, None] & (dv < VALUE_DIM)[None, :]
-        total = tl.sum(total, 1)
-        total = tl.where(total == 0.0, 1.0, total)  # a bias hides all of the item's keys: zeros, and a log of HIDDEN
-        tl.store(partials + at[:, None] * VALUE_DIM + dv[None, :], sums * (1.0 / total)[:, None], mask=inside)
-        tl.store(partial_logs + at, top + tl.log2(total), mask=is_head)
+
+@triton.jit
+def _stretch(split, seq_len, window, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
+    """From which key to which."""
+    num_keys = seq_len if window is None else tl.minimum(seq_len, window)
+    size = split_size(num_keys, SPLIT, MAX_SPLITS)
+    start = seq_len - num_keys + split * size
+    return start, tl.minimum(start + size, seq_len)
+
+
+@triton.jit
+def _store_partials(partials, partial_logs, at, is_row, top, total, sums, VALUE_DIM: tl.constexpr):
+    dv = tl.arange(0, sums.shape[1])
+    inside = is_row[:, None] & (dv < VALUE_DIM)[None, :]
+    total = tl.where(total == 0.0, 1.0, total)  # a bias hides all of the item's keys: zeros, and a log of HIDDEN
+    tl.store(partials + at[:, None] * VALUE_DIM + dv[None, :], sums * (1.0 / total)[:, None], mask=inside)
+    tl.store(partial_logs + at, top + tl.log2(total), mask=is_row)
 
 
 @triton.jit(do_not_specialize_on_alignment=LISTS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from paged_kernels.triton.attention import CHANGING, HIDDEN, LISTS, LOG2E, attend
+from paged_kernels.triton.attention import CHANGING, HIDDEN, LISTS, LOG2E, attend, load_queries
 
 
 @triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=LISTS)
@@ -57,6 +57,8 @@ def prefill_kernel(
     num_queries = tl.load(query_starts + row + 1) - first_token
     seq_len = tl.load(seq_lens + row)
     table = block_tables + row.to(tl.int64) * table_stride
+    cache = (key_cache, value_cache, key_scales, value_scales)
+    facts = (key_bias, bias_stride, scale, softcap)
 
     # The tiles with the last queries see the most keys. They come first, so that none of them ends long after all.
     first_row = (tl.load(item_starts + row + 1) - 1 - item) * BLOCK_M
@@ -68,11 +70,8 @@ def prefill_kernel(
     first_position = seq_len - num_queries + first_row // GROUP
     last_position = tl.minimum(seq_len - num_queries + (first_row + BLOCK_M - 1) // GROUP, seq_len - 1)
 
-    d = tl.arange(0, DIM_PAD)
-    dv = tl.arange(0, VALUE_PAD)
     tokens = (first_token + query).to(tl.int64)
-    q_at = q + tokens[:, None] * q_token_stride + heads[:, None] * q_head_stride + d[None, :]
-    queries = tl.load(q_at, mask=is_row[:, None] & (d < DIM)[None, :], other=0.0).to(DTYPE)  # [BLOCK_M, DIM_PAD]
+    queries = load_queries(q, tokens, heads, is_row, q_token_stride, q_head_stride, DIM, DIM_PAD, DTYPE)
     if sinks is None:
         top = tl.full([BLOCK_M], HIDDEN, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
@@ -102,11 +101,11 @@ def prefill_kernel(
                     visible &= positions[None, :] > (query_positions - window)[:, None]
                 positions = tl.minimum(positions, last_position)
             top, total, sums = attend(
-                queries, top, total, sums, heads, is_row, positions, visible, table, key_cache, value_cache, key_scales,
-                value_scales, key_bias, kv_head, num_heads // GROUP, bias_stride, scale, softcap, DIM, VALUE_DIM,
-                BLOCK_SIZE, PRECISION, VALUE_DTYPE,
+                queries, heads, is_row, top, total, sums, positions, visible, table, cache, kv_head,
+                num_heads // GROUP, facts, DIM, VALUE_DIM, BLOCK_SIZE, PRECISION, VALUE_DTYPE,
             )  # fmt: skip
 
+    dv = tl.arange(0, VALUE_PAD)
     sums *= (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]  # a request without keys gets zeros
     out_at = out + (tokens * num_heads + heads)[:, None] * VALUE_DIM + dv[None, :]
     tl.store(out_at, sums.to(out.dtype.element_ty), mask=is_row[:, None] & (dv < VALUE_DIM)[None, :])

@@ -19,6 +19,7 @@ Tile = dict[str, Any]
 
 MAX_PROGRAMS = 8192  # of a decode launch; they share the items where there are more
 LIST_TILE: Tile = {"BLOCK": 256, "num_warps": 4, **FUSION}
+SHARE_TILE: Tile = {"ROWS": 64, "COLUMNS": 32, "num_warps": 4, **FUSION}
 COPY_TILE: Tile = {"NUM_WORDS": 1024, "num_warps": 4, **FUSION}
 # The shortest split fills a card's memory pipes, and 32 of them fill the card with any number of kv heads.
 SPLITS: Tile = {"SPLIT": 512, "MAX_SPLITS": 32}
@@ -72,7 +73,8 @@ def decode(group: int, head_dim: int, value_head_dim: int, dtype: torch.dtype, c
         keys = min(keys, 16)
     rows = min(max(16, triton.next_power_of_2(group)), 64 if sizes["VALUE_PAD"] <= 128 else 16)
     options = {"num_warps": 4, "num_stages": 2 if card == "hip" else _TWO_AHEAD}
-    return {"BLOCK_H": rows, "BLOCK_N": keys, "GROUP": group, **sizes, **types, **SPLITS, **options, **FUSION}
+    sizes |= {"BLOCK_H": rows, "BLOCK_N": keys, "GROUP": group, "ROOM": max(rows // group, 1)}
+    return {**sizes, **types, **SPLITS, **options, **FUSION}
 
 
 def combine(head_dim: int, value_head_dim: int) -> Tile:

@@ -14,7 +14,7 @@ from interpreter import DEVICE
 from paged_core import Engine, EngineConfig, SamplingParams, UnsupportedModel
 from paged_core.builtin.triton_attention import TritonBackend, create_attention_backend
 from paged_core.engine.sizes import step_sizes
-from paged_kernels.triton import launch
+from paged_kernels.triton import launch, tiles, work
 from tiny_model import TinyModel
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 20, 21, 22, 23, 24]]
@@ -60,6 +60,62 @@ def test_greedy_tokens_are_the_references(window):
 def test_greedy_tokens_from_quantised_caches_are_the_references(dtype):
     expected = answers(tiny(), attention_backend="reference", kv_cache_dtype=dtype)
     assert answers(tiny(), attention_backend="triton", kv_cache_dtype=dtype) == expected
+
+
+@pytest.fixture
+def short_stretches(monkeypatch):
+    """What is read together is read in stretches of eight keys; yields how many requests each item was for."""
+    monkeypatch.setattr(tiles, "SPLITS", {"SPLIT": 8, "MAX_SPLITS": 8})
+    counts: list[int] = []
+    plan = launch.AttentionPlan.plan
+
+    def watch(planned, *args):
+        plan(planned, *args)
+        rows, starts = planned._decode_items
+        counts.extend(rows.view(-1, 1 + planned._decode_tile["ROOM"])[: int(starts[-1]), 0].tolist())
+
+    monkeypatch.setattr(launch.AttentionPlan, "plan", watch)
+    return counts
+
+
+def test_samples_and_beams_that_read_their_prompt_together_are_the_references(short_stretches, monkeypatch):
+    """And the same without that."""
+    asked = {
+        "samples": SamplingParams(n=2, temperature=1.0, seed=4, max_tokens=2, ignore_eos=True),
+        "beams": SamplingParams(n=2, use_beam_search=True, max_tokens=2, ignore_eos=True),
+    }
+    prompt = [7 * i % 90 for i in range(17)]
+
+    def answered(backend: str) -> dict[str, list[list[int]]]:
+        engine = Engine(tiny(), replace(CONFIG, attention_backend=backend, num_blocks=64, max_num_batched_tokens=24))
+        for name, params in asked.items():
+            engine.add_request(name, prompt, params)
+        found: dict[str, list[list[int]]] = {}
+        while engine.has_work:
+            for output in engine.step():
+                if output.finish_reason is not None:
+                    found.setdefault(output.request.id, []).append(output.request.output_token_ids)
+        return found
+
+    shared = answered("triton")
+    assert max(short_stretches) > 2  # samples and beams together
+    assert shared == answered("reference")
+    monkeypatch.setattr(launch.AttentionPlan, "_can_share", lambda *_: False)
+    short_stretches.clear()
+    assert answered("triton") == shared and max(short_stretches) == 1
+
+
+def test_warming_up_compiles_what_looks_for_blocks_in_common(monkeypatch):
+    started = []
+
+    class Watched:
+        def __getitem__(self, grid):
+            return lambda *args, **sizes: started.append(sizes)
+
+    monkeypatch.setattr(work, "share_kernel", Watched())
+    spec = tiny().spec
+    TritonBackend(spec, spec.dtype, 4).warm_up()
+    assert [sizes["BLOCK_SIZE"] for sizes in started] == [4]
 
 
 def test_a_models_facts_reach_the_kernels(monkeypatch):
