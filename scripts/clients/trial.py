@@ -1,4 +1,7 @@
-"""What every client of ``make clients`` is asked for: runs in the client's own environment, beside nothing of ours."""
+"""What every client of ``make clients`` is asked for: runs in the client's own environment, beside nothing of ours.
+
+Arguments: the server's URL and, if it isn't smollm2, the model's name.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 
 WEATHER_QUESTION = "What is the weather in Paris in two days?"
-MODEL = "smollm2"
+MODEL = sys.argv[2] if len(sys.argv) > 2 else "smollm2"
+MOST = 200  # tokens of an answer that follows a grammar: it ends by itself
 
 
 class City(str, Enum):
@@ -19,7 +23,10 @@ class City(str, Enum):
 
 WEATHER_SCHEMA = {
     "type": "object",
-    "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}, "days": {"type": "integer", "maximum": 14}},
+    "properties": {
+        "city": {"type": "string", "enum": ["Paris", "Rome"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 14},
+    },
     "required": ["city", "days"],
     "additionalProperties": False,
 }
@@ -33,7 +40,7 @@ def check_weather(arguments: Mapping[str, object]) -> None:
 
 
 def run(trials: Mapping[str, Callable[[str], object]]) -> None:
-    """One line of JSON for each: what was tried, and null or what went wrong. The server's URL is the argument."""
+    """One line of JSON for each: what was tried, and null or what went wrong."""
     for tried, trial in trials.items():
         wrong = None
         try:

@@ -7,7 +7,7 @@ from typing import Literal
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
-from trial import MODEL, WEATHER, WEATHER_QUESTION, check_weather, run
+from trial import MODEL, MOST, WEATHER, WEATHER_QUESTION, check_weather, run
 
 
 class Weather(BaseModel):
@@ -18,7 +18,7 @@ class Weather(BaseModel):
 
 
 def model(url: str, **options: object) -> ChatOpenAI:
-    return ChatOpenAI(model=MODEL, base_url=f"{url}/v1", api_key="none", max_tokens=64, max_retries=0, **options)
+    return ChatOpenAI(model=MODEL, base_url=f"{url}/v1", api_key="none", max_tokens=MOST, max_retries=0, **options)
 
 
 def chat(url: str) -> None:

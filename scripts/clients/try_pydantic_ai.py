@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic_ai import Agent
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
-from trial import MODEL, WEATHER_QUESTION, run
+from trial import MODEL, MOST, WEATHER_QUESTION, run
 
 
 class Weather(BaseModel):
@@ -18,7 +18,7 @@ class Weather(BaseModel):
 
 def agent(url: str, kind: type, wanted: type) -> Agent:
     provider = OpenAIProvider(base_url=f"{url}/v1", api_key="none")
-    return Agent(kind(MODEL, provider=provider), output_type=wanted, model_settings={"max_tokens": 64}, retries=0)
+    return Agent(kind(MODEL, provider=provider), output_type=wanted, model_settings={"max_tokens": MOST}, retries=0)
 
 
 def text(url: str) -> None:
