@@ -7,7 +7,7 @@ layers a backend can honour; what a kernel does is paged_kernels' business.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -149,6 +149,9 @@ class CpuBackend(PlannedBackend):
         linear.warm_up(self._dtype, progress)
         if self._weights is not None:
             quantized.warm_up(progress)
+
+    def replay_key(self, cache: KVCache) -> Hashable:
+        return self, *(tensor.data_ptr() for tensor in cache.tensors)
 
     def plan(self, metadata: AttentionMetadata) -> None:
         for plan in self._plans.values():

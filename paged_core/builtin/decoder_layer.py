@@ -9,8 +9,7 @@ it rounds where the modules do, but for what lies between gate, up and down, whi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +17,10 @@ from torch import Tensor, nn
 from paged_core.builtin.elementwise import norm_forward
 from paged_core.builtin.modules import head_dim, hooks_of, is_decoder_layer
 from paged_core.builtin.packed import Layers, added_up
-from paged_core.builtin.replayed import Replayed, Rooms
 from paged_core.builtin.trials import layer_agrees, random_rows, seen_with, tolerances
 from paged_core.execution.model import ModuleForward
 
-_HONOURED = frozenset({"attend", "position_embeddings", "position_ids"})  # the last are in the angles already
+HONOURED = frozenset({"attend", "position_embeddings", "position_ids"})  # the last are in the angles already
 
 
 def is_plain_decoder_layer(module: nn.Module) -> bool:
@@ -41,17 +39,54 @@ def decoder_layer_forward(module: nn.Module, weights: str | None = None) -> Modu
     if None in norms:
         return None
     assert isinstance(weight, Tensor), "the caller knows its parts"
-    ours = _DecoderLayer(module, norms[0], norms[1], weights)
+    ours = DecoderLayer(module, norms[0], norms[1], weights)
     seen = seen_with(module, ours.take_stood_for())
     return ours if layer_agrees(ours, seen, random_rows(weight, weight.shape[1]), tolerances(weights)) else None
 
 
-def _matters(value: Any) -> bool:
+def matters(value: Any) -> bool:
     """Whether an argument asks for something: a cache, a mask, whatever it may be called."""
     return value is not None and value is not False
 
 
-class _DecoderLayer(ModuleForward):
+class LayerParts(NamedTuple):
+    """Products, norms and sizes of one layer, as they are now. Between two launches everything lies in rooms."""
+
+    qkv: Any
+    out: Any
+    inner: Any  # gate and up
+    outer: Any
+    norm_weight: Tensor
+    norm_eps: float
+    second_weight: Tensor
+    second_eps: float
+    heads: list[int]  # of queries, keys and values
+    head_dim: int
+
+    def compute(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Any, y: Tensor) -> Tensor:
+        """The whole layer in eight launches: ``x [T,N], cos [T,D], sin [T,D] -> y [T,N]``"""
+        from paged_kernels.cpu.elementwise import rms_norm
+        from paged_kernels.cpu.recording import room
+
+        attended = self.attended(x, cos, sin, attend)
+        middle = self.out(attended, residual=x, out=room("middle", x.shape, x.dtype))
+        normed = rms_norm(middle, self.second_weight, self.second_eps, room("normed", x.shape, x.dtype))
+        gated = self.inner(normed, out=room("gated", (len(x), self.inner.num_columns), self.outer.x_dtype))
+        return self.outer(gated, residual=middle, out=y)  # type: ignore[no-any-return]
+
+    def attended(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> Tensor:
+        """Norm, q/k/v, rotary, attention: ``-> [T,H*D]``"""
+        from paged_kernels.cpu.elementwise import rms_norm, rotary
+        from paged_kernels.cpu.recording import room
+
+        normed = rms_norm(x, self.norm_weight, self.norm_eps, room("normed", x.shape, x.dtype))
+        heads = self.qkv(normed, out=room("heads", (len(x), self.qkv.num_columns), x.dtype))
+        q, k, v = torch.split(heads.view(len(x), -1, self.head_dim), self.heads, dim=1)
+        rotary(q, k, cos, sin)
+        return attend(q, k, v, None).reshape(len(x), -1)  # type: ignore[no-any-return]
+
+
+class DecoderLayer(ModuleForward):
     """Stands for one layer's forward. Calls that are not the engine's own go to the module."""
 
     follows_module = True
@@ -70,43 +105,54 @@ class _DecoderLayer(ModuleForward):
         self._outer = Layers([mlp.get_submodule("down_proj")], weights=weights)
         sums = added_up(attention.get_submodule("o_proj")), added_up(mlp.get_submodule("down_proj"))
         self._add_up = None if sums == (None, None) else [each or _as_it_is for each in sums]
-        self._until_attention, self._from_attention_on = Replayed(_until_attention, 3), Replayed(_from_attention_on, 4)
         self.quantized = weights is not None
         self._heads = [len(layer._parameters["weight"]) // dim for layer in (q, k, v)]  # type: ignore[arg-type]
-        self._hooks = [hooks for part in module.modules() if part is not module for hooks in hooks_of(part)]
+        self.hooks = [hooks for part in module.modules() if part is not module for hooks in hooks_of(part)]
 
     def __call__(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:
         """``hidden_states [1,T,N] -> [1,T,N]``"""
         attend, rotation = named.get("attend"), named.get("position_embeddings")
-        products = [layers.packed(hidden_states) for layers in self._layers()]
+        parts = self.parts(hidden_states)
         if (
             rest
             or attend is None
             or rotation is None
-            or any(_matters(value) for name, value in named.items() if name not in _HONOURED)
+            or any(matters(value) for name, value in named.items() if name not in HONOURED)
             or hidden_states.shape[0] != 1
-            or None in products
-            or any(self._hooks)
+            or parts is None
+            or any(self.hooks)
         ):
             module = self._module()
             return type(module).forward(module, hidden_states, *rest, **named)  # type: ignore[union-attr, no-any-return]
-        qkv, out, inner, outer = products
         x, (cos, sin) = hidden_states[0], rotation  # [T,N], [1,T,D] each
-        heads = x.new_empty(len(x), sum(self._heads) * self._head_dim)
-        basis: tuple[Any, ...] = (qkv, self._norm.weight(), self._norm.eps, self._heads, self._head_dim)
-        self._until_attention(basis, heads, x, cos[0], sin[0])
-        attended = attend(*_parted(heads, self._heads, self._head_dim), None).reshape(len(x), -1)
         if self._add_up is not None:
-            return self._of_one_rank(attended, x, out, inner, outer)
-        basis = (out, self._second_norm.weight(), self._second_norm.eps, inner, outer)
-        return self._from_attention_on(basis, torch.empty_like(x), attended, x)[None]
+            return self._of_one_rank(parts, x, cos[0], sin[0], attend)
+        return parts.compute(x, cos[0], sin[0], attend, torch.empty_like(x))[None]
 
-    def _of_one_rank(self, attended: Tensor, x: Tensor, out: Any, inner: Any, outer: Any) -> Tensor:
-        """The rest of the layer, where ranks add up what either product gives."""
+    def parts(self, x: Tensor) -> LayerParts | None:
+        """What it computes with by now; None if it can't take such an x."""
+        qkv, out, inner, outer = products = [layers.packed(x) for layers in self._layers()]
+        if None in products:
+            return None
+        first, second = self._norm, self._second_norm
+        norms = first.weight(), first.eps, second.weight(), second.eps
+        return LayerParts(qkv, out, inner, outer, *norms, self._heads, self._head_dim)
+
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        """Where its weights are: in which dictionary, under which name."""
+        return [place for each in (*self._layers(), self._norm, self._second_norm) for place in each.places()]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no rank has a part of it only."""
+        return self._add_up is None
+
+    def _of_one_rank(self, parts: LayerParts, x: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> Tensor:
+        """Where ranks add up what either product gives."""
         assert self._add_up is not None
         after_out, after_outer = self._add_up
-        x = after_out(out(attended)) + x
-        return (after_outer(outer(inner(self._second_norm(x), outer.x_dtype), x.dtype)) + x)[None]
+        x = after_out(parts.out(parts.attended(x, cos, sin, attend))) + x
+        return (after_outer(parts.outer(parts.inner(self._second_norm(x), parts.outer.x_dtype), x.dtype)) + x)[None]
 
     def stale(self) -> bool:
         return (
@@ -126,31 +172,5 @@ class _DecoderLayer(ModuleForward):
         return self._qkv, self._out, self._inner, self._outer
 
 
-def _until_attention(basis: Any, heads: Tensor, tensors: Sequence[Tensor], rooms: Rooms) -> None:
-    """Norm, q/k/v, rotary: ``x [T,N], cos [T,D], sin [T,D] -> heads [T,(H+2K)*D]``"""
-    from paged_kernels.cpu.elementwise import rms_norm, rotary
-
-    (x, cos, sin), (qkv, weight, eps, counts, dim) = tensors, basis
-    qkv(rms_norm(x, weight, eps, rooms.room("normed", x.shape, x.dtype)), out=heads)
-    q, k, _ = _parted(heads, counts, dim)
-    rotary(q, k, cos, sin)
-
-
-def _from_attention_on(basis: Any, y: Tensor, tensors: Sequence[Tensor], rooms: Rooms) -> None:
-    """Output, norm, gate and up, down, with the residual around each half: ``attended [T,H*D], x [T,N] -> y [T,N]``"""
-    from paged_kernels.cpu.elementwise import rms_norm
-
-    (attended, x), (out, weight, eps, inner, outer) = tensors, basis
-    middle = out(attended, residual=x, out=rooms.room("middle", x.shape, x.dtype))
-    normed = rms_norm(middle, weight, eps, rooms.room("normed", x.shape, x.dtype))
-    gated = inner(normed, out=rooms.room("gated", (len(x), inner.num_columns), outer.x_dtype))
-    outer(gated, residual=middle, out=y)
-
-
 def _as_it_is(x: Tensor) -> Tensor:
     return x
-
-
-def _parted(heads: Tensor, counts: list[int], dim: int) -> Sequence[Tensor]:
-    """``[T,(H+2K)*D] -> [T,H,D], [T,K,D], [T,K,D]``"""
-    return torch.split(heads.view(len(heads), -1, dim), counts, dim=1)

@@ -69,6 +69,10 @@ class _RMSNorm(ModuleForward):
             self._take()
         return self._weight
 
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        """As Layers has it."""
+        return [(self._owner, "weight")]
+
     def stale(self) -> bool:
         module = self._module()
         return module is None or eps_of(module) != self.eps or self._watched.stale([self._owner.get("weight")])

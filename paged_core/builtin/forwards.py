@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from paged_core.builtin.came_quantized import came_quantized_forward
 from paged_core.builtin.decoder_layer import decoder_layer_forward, is_plain_decoder_layer
+from paged_core.builtin.decoder_stack import decoder_stack_forward
 from paged_core.builtin.elementwise import norm_forward, rotary_forward, rotated_on_cpu
 from paged_core.builtin.modules import hooks_of, is_gated_mlp, is_listened_to
 from paged_core.builtin.packed import (
@@ -60,6 +61,8 @@ def create_module_forward(
     layer = _decoder_layer(module, weights)
     if layer is not None:
         return layer
+    if (stack := decoder_stack_forward(module)) is not None:
+        return stack
     for names in _SIBLINGS:
         children = [module._modules.get(name) for name in names]
         if all(is_packable(child) for child in children):

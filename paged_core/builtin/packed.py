@@ -77,6 +77,10 @@ class Layers:
         self._watched = WatchedTensors(self._tensors())
         return True
 
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        """Where its tensors are: in which dictionary, under which name."""
+        return [(owner, name) for owner in self._owners for name in ("weight", "bias")]
+
     def _tensors(self) -> list[Tensor | None]:
         return [owner.get(name) for owner in self._owners for name in ("weight", "bias")]
 

@@ -1,4 +1,4 @@
-"""Computations that are launches of a CPU's kernels and nothing else: from the third time on, one call from Python.
+"""Computations that are launches of a CPU's kernels and nothing else: from the second time on, one call from Python.
 
 This file knows tensors and when a recording holds. How launches are noted is paged_kernels' business (replay.py).
 """
@@ -6,7 +6,7 @@ This file knows tensors and when a recording holds. How launches are noted is pa
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,73 +16,76 @@ from torch import Tensor
 if TYPE_CHECKING:
     from paged_kernels.cpu.replay import Replay
 
-MOST_ROWS = 64  # of more, a step takes long enough for Python's part not to be seen
+_FEWEST_ROWS = 16  # that there is room for
+MOST_ROWS = 1024  # of more, a step takes long enough for Python's part not to be seen
+
+Compute = Callable[[], None]
+"""Fills a tensor that its maker has given it, by launches, whatever the number of rows."""
 
 
-class Rooms(threading.local):
-    """Memory for what lies between two launches: the same for all layers that compute as many rows in this thread."""
+class Basis(NamedTuple):
+    """All that launches depend on, besides the tensors that are others each time."""
 
-    def __init__(self) -> None:
-        self._tensors: dict[tuple[object, ...], Tensor] = {}
-
-    def room(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor that holds anything."""
-        key = (name, *shape, dtype)
-        if key not in self._tensors:
-            self._tensors[key] = torch.empty(*shape, dtype=dtype, device="cpu")
-        return self._tensors[key]
-
-
-Compute = Callable[[Any, Tensor, Sequence[Tensor], Rooms], None]
-"""``compute(basis, out, tensors, rooms)`` fills ``out``. All that it computes with is in ``basis`` or ``tensors``."""
+    objects: Sequence[Any]  # compared by identity
+    key: Hashable  # compared by value
 
 
 class _Known(NamedTuple):
+    least_rows: int
+    most_rows: int
     num_threads: int
     dtypes: list[torch.dtype]
     replay: Replay | None  # None: it is no such computation
 
 
 class Replayed(threading.local):
-    """``compute``, replayed where it can be. Each thread makes recordings of its own.
+    """Computations replayed where they can be. Each thread makes recordings of its own.
 
     Args:
         num_launches: of kernels, of which it consists.
     """
 
-    def __init__(self, compute: Compute, num_launches: int) -> None:
-        self._compute, self._num_launches = compute, num_launches
-        self._basis: tuple[Any, ...] = ()
-        self._known: dict[int, _Known | None] = {}  # by rows; None: they have been seen once
+    def __init__(self, num_launches: int) -> None:
+        self._num_launches = num_launches
+        self._basis = Basis((), None)
+        self._known: list[_Known] = []
 
-    def __call__(self, basis: tuple[Any, ...], out: Tensor, *tensors: Tensor) -> Tensor:
-        """Fill ``out [T, ...]`` from ``tensors``; what is in ``basis`` is compared by identity."""
-        if len(basis) != len(self._basis) or not all(map(is_, basis, self._basis)):
-            self._basis, self._known = basis, {}
-        num_rows, known = len(out), None
-        if 0 < num_rows <= MOST_ROWS:
-            if num_rows not in self._known:
-                self._known[num_rows] = None
-            else:
-                known = self._known[num_rows]
-                if known is None or not _holds(known, tensors):
-                    return self._record(basis, out, tensors)
-        if known is None or known.replay is None:
-            self._compute(basis, out, tensors, _ROOMS)
+    def run(self, compute: Compute, basis: Basis, *tensors: Tensor) -> bool:
+        """What ``compute()`` does with ``tensors``, of as many rows each. Returns whether it was done without asking
+        it."""
+        if not _same(basis, self._basis):
+            self._basis, self._known = basis, []
+        num_rows = len(tensors[0])
+        if not 0 < num_rows <= MOST_ROWS:
+            compute()
+            return False
+        known = next((each for each in self._known if each.least_rows <= num_rows <= each.most_rows), None)
+        if known is None or not _holds(known, tensors):
+            self._record(compute, tensors, known)
+        elif known.replay is None:
+            compute()
         else:
-            known.replay(out, *tensors)
-        return out
+            known.replay(num_rows, *tensors)
+            return True
+        return False
 
-    def _record(self, basis: tuple[Any, ...], out: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    def _record(self, compute: Compute, tensors: Sequence[Tensor], known: _Known | None) -> None:
         from paged_kernels.cpu.recording import Recorder
         from paged_kernels.cpu.replay import replay_of
 
-        with Recorder() as recorder:
-            self._compute(basis, out, tensors, _ROOMS)
-        replay = replay_of(recorder, [out, *tensors], self._num_launches)
+        if known is not None:
+            self._known.remove(known)
+        num_rows = len(tensors[0])
+        with Recorder(_rooms(), max(_FEWEST_ROWS, 1 << (num_rows - 1).bit_length())) as recorder:
+            compute()
+        replay = replay_of(recorder, tensors, self._num_launches)
         dtypes = [tensor.dtype for tensor in tensors]
-        self._known[len(out)] = _Known(torch.get_num_threads(), dtypes, replay)
-        return out
+        num_threads = torch.get_num_threads()
+        self._known.append(_Known(recorder.least_rows, recorder.most_rows, num_threads, dtypes, replay))
+
+
+def _same(one: Basis, other: Basis) -> bool:
+    return one.key == other.key and len(one.objects) == len(other.objects) and all(map(is_, one.objects, other.objects))
 
 
 def _holds(known: _Known, tensors: Sequence[Tensor]) -> bool:
@@ -91,4 +94,13 @@ def _holds(known: _Known, tensors: Sequence[Tensor]) -> bool:
     )
 
 
-_ROOMS = Rooms()
+_LOCAL = threading.local()
+
+
+def _rooms() -> Any:
+    """This thread's."""
+    from paged_kernels.cpu.recording import Rooms
+
+    if not hasattr(_LOCAL, "rooms"):
+        _LOCAL.rooms = Rooms()
+    return _LOCAL.rooms

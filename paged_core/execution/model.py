@@ -7,7 +7,7 @@ H query heads, K kv heads, D head dim.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -153,6 +153,11 @@ class AttentionBackend(Role):
 
         ``key_bias f32 [H,P]`` is passed for layers with ``has_key_bias`` only.
         """
+
+    def replay_key(self, cache: KVCache) -> Hashable | None:
+        """Equal as long as ``run`` launches the same for tensors that lie at the same addresses, whatever ``plan`` was
+        given: such launches may be made again without asking ``run``. None: they may not."""
+        return None
 
     @abstractmethod
     def copy_blocks(self, cache: KVCache, pairs: Sequence[tuple[int, int]]) -> None:

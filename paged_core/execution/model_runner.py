@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ class ModelRunner:
         self._backend = backend
         self._cache = cache
         self._graphs = graphs
-        attend: Attend = partial(_run_layer, backend, cache)  # a method of ours would keep the cache alive
+        attend: Attend = _LayerAttend(backend, cache)  # a method of ours would keep the cache alive
         self._attend = AttendOp(attend) if model.compiled else attend
 
     @property
@@ -118,16 +117,18 @@ class ModelRunner:
         return self._model.forward(batch.token_ids, batch.positions, self._attend, batch.sample_indices)
 
 
-def _run_layer(
-    backend: AttentionBackend,
-    cache: KVCache,
-    layer: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None = None,
-    key_bias: Tensor | None = None,
-) -> Tensor:
-    if key_bias is None:
-        return backend.run(layer, q, k, v, cache, sinks)
-    return backend.run(layer, q, k, v, cache, sinks, key_bias)
+class _LayerAttend:
+    """Attend, by a backend over a cache."""
+
+    def __init__(self, backend: AttentionBackend, cache: KVCache) -> None:
+        self._backend, self._cache = backend, cache
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, key_bias: Tensor | None = None
+    ) -> Tensor:
+        if key_bias is None:
+            return self._backend.run(layer, q, k, v, self._cache, sinks)
+        return self._backend.run(layer, q, k, v, self._cache, sinks, key_bias)
+
+    def replay_key(self) -> Hashable | None:
+        return self._backend.replay_key(self._cache)

@@ -21,15 +21,18 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from paged_kernels.cpu.bf16_words import OF_BF16
 from paged_kernels.cpu.parallel import kernel
 from paged_kernels.cpu.passes import emit_prefetch
 from paged_kernels.cpu.product import LINE, NUM_ROWS, Product, make_compute, scratch_bytes
 from paged_kernels.cpu.vectors import inline, load_i64, store_i64
 
 TILE = 32  # output columns
+MOST_ROWS = 256  # of a block
 GROUP = 32  # rows of x that meet in registers
 PAIRS = 16  # pairs of k in one step
 STEP_BYTES = PAIRS * TILE * 4  # of weights
+PART = 9  # steps that all groups take before the next: so long do weights, and a group's x, stay in the nearest cache
 AHEAD = 16384  # bytes between the weights that are met and those that are fetched meanwhile
 
 # Registers: sums of both halves of a group with both halves of the columns; rows of x; weights.
@@ -99,7 +102,8 @@ def _word(emit: Callable[..., None], *kinds: Any) -> Any:
 load_config = _word(lambda b, address: call(b, "ldtilecfg", b.inttoptr(address, _byte)), types.int64)
 release = _word(lambda b: call(b, "tilerelease"))
 _LINES = STEP_BYTES // LINE
-_one, _two, _two_of_two = _make_group(1, _LINES), _make_group(2, _LINES), _make_group(2, _LINES // 2)
+_one, _two = _make_group(1, _LINES), _make_group(2, _LINES)
+_two_of_two, _two_of_more = _make_group(2, _LINES // 2), _make_group(2, 0)
 
 
 @inline
@@ -131,21 +135,30 @@ def _end():
 @inline
 def _tile(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, args, scratch):
     count, half = depth // PAIRS, half_of(load_i64(args, NUM_ROWS))
-    num_groups, ahead = -(-num_rows // GROUP), w + AHEAD
-    for group in range(num_groups):
-        row = num_rows * group // num_groups
-        rows = num_rows * (group + 1) // num_groups - row
-        xr, yr, br = x + row * x_stride, y + 4 * row * y_stride, bias + 4 * row * bias_stride
-        if rows == half:
-            _one(xr, x_stride, w, count, yr, 4 * y_stride, br, 4 * bias_stride, 0, ahead)
-        elif num_groups == 1:
-            _two(xr, x_stride, w, count, yr, 4 * y_stride, br, 4 * bias_stride, rows - half, ahead)
-        else:  # the other group of the block fetches the other half
-            _two_of_two(xr, x_stride, w, count, yr, 4 * y_stride, br, 4 * bias_stride, rows - half, ahead)
-        ahead += STEP_BYTES // 2
+    num_groups = -(-num_rows // GROUP)
+    num_parts = 1 if num_groups == 1 else -(-count // PART)
+    for part in range(num_parts):
+        first = count * part // num_parts
+        steps = count * (part + 1) // num_parts - first
+        xp, wp = x + first * LINE, w + first * STEP_BYTES
+        for group in range(num_groups):
+            row = num_rows * group // num_groups
+            rows = num_rows * (group + 1) // num_groups - row
+            xr, yr, br = xp + row * x_stride, y + 4 * row * y_stride, bias + 4 * row * bias_stride
+            stride = 4 * y_stride
+            start, start_stride = (br, 4 * bias_stride) if part == 0 else (yr, stride)
+            ahead = wp + AHEAD + group * STEP_BYTES // 2
+            if rows == half:
+                _one(xr, x_stride, wp, steps, yr, stride, start, start_stride, 0, ahead)
+            elif num_groups == 1:
+                _two(xr, x_stride, wp, steps, yr, stride, start, start_stride, rows - half, ahead)
+            elif group < 2:  # the first two groups fetch a half each
+                _two_of_two(xr, x_stride, wp, steps, yr, stride, start, start_stride, rows - half, ahead)
+            else:
+                _two_of_more(xr, x_stride, wp, steps, yr, stride, start, start_stride, rows - half, ahead)
 
 
-_compute = make_compute(_tile, TILE, GROUP, True, _begin, _end)
+_compute = make_compute(_tile, TILE, GROUP, True, _begin, _end, MOST_ROWS, OF_BF16)
 
 
 @kernel
@@ -154,5 +167,12 @@ def product_amx_bf16(args):
 
 
 AMX = Product(
-    "amx_bf16", product_amx_bf16, TILE, torch.bfloat16, torch.bfloat16, 32, torch.int32, scratch_bytes(TILE) + LINE
+    "amx_bf16",
+    product_amx_bf16,
+    TILE,
+    torch.bfloat16,
+    torch.bfloat16,
+    32,
+    torch.int32,
+    scratch_bytes(TILE, MOST_ROWS) + LINE,
 )

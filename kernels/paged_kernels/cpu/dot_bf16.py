@@ -14,6 +14,7 @@ import torch
 from llvmlite import ir
 from numba.core import cgutils
 
+from paged_kernels.cpu.bf16_words import OF_BF16, BFloat
 from paged_kernels.cpu.parallel import kernel
 from paged_kernels.cpu.passes import KStep, emit_splat, make_passes
 from paged_kernels.cpu.product import Product, make_compute, scratch_bytes
@@ -24,16 +25,9 @@ ROWS = 8
 STRETCH = 96  # pairs
 
 
-class _BFloat:
-    """LLVM's bfloat, which llvmlite doesn't name: what a vector asks of its elements' type."""
-
-    def __str__(self) -> str:
-        return "bfloat"
-
-
 _i32 = ir.IntType(32)
 _sums, _ints = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_i32, LANES)
-_pairs = ir.VectorType(_BFloat(), 2 * LANES) if llvm.llvm_version_info >= (16,) else _ints  # what the intrinsic takes
+_pairs = ir.VectorType(BFloat(), 2 * LANES) if llvm.llvm_version_info >= (16,) else _ints  # what the intrinsic takes
 
 
 def _load(b: Any, pointer: Any) -> list[Any]:
@@ -67,7 +61,7 @@ def _tile(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, args,
         start, start_stride, w = y, y_stride, ahead
 
 
-_compute = make_compute(_tile, TILE, ROWS, False)
+_compute = make_compute(_tile, TILE, ROWS, False, words=OF_BF16)
 
 
 @kernel

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from paged_kernels import reference
 from paged_kernels.cpu.parallel import kernel
-from paged_kernels.cpu.recording import spoil_recording
+from paged_kernels.cpu.recording import Form, spoil_recording
 from paged_kernels.cpu.vectors import (
     BF16,
     F32,
@@ -55,7 +55,7 @@ _SPAN = 1024  # logits between two looks at the running maximum
 
 # Arguments: the first is the rows' counter, alone in its cache line.
 NEXT = 0
-NUM_ROWS, GRAB, WIDTH, DTYPE = range(8, 12)
+NUM_ROWS, NUM_THREADS, WIDTH, DTYPE = range(8, 12)
 A, A_ROW, B, B_ROW, C, D, E, E_ROW = range(12, 20)  # addresses, and elements from row to row
 EPS = 20  # float32
 NUM_HEADS, A_HEAD, NUM_KV_HEADS, B_HEAD = range(20, 24)
@@ -94,6 +94,12 @@ def _rounded(x, dtype):  # type: ignore[no-untyped-def]
 
 
 @inline
+def _rows_at_once(args):  # type: ignore[no-untyped-def]
+    """How many rows a thread takes at once."""
+    return -(-load_i64(args, NUM_ROWS) // (4 * load_i64(args, NUM_THREADS)))
+
+
+@inline
 def _last(i, width):  # type: ignore[no-untyped-def]
     """The last vector of a row ends with the row: some numbers are computed twice instead of one by one."""
     return min(i, width - LANES)
@@ -121,12 +127,8 @@ def _norm(x, y, weight, width, eps, dtype):  # type: ignore[no-untyped-def]
 @kernel
 def _rms_norm(args):  # type: ignore[no-untyped-def]
     """A -> B, weight C."""
-    width, dtype, grab, num_rows = (
-        load_i64(args, WIDTH),
-        load_i64(args, DTYPE),
-        load_i64(args, GRAB),
-        load_i64(args, NUM_ROWS),
-    )
+    width, dtype, num_rows = load_i64(args, WIDTH), load_i64(args, DTYPE), load_i64(args, NUM_ROWS)
+    grab = _rows_at_once(args)
     size = 4 if dtype == F32 else 2
     while True:
         first = fetch_add(args, 1) * grab
@@ -162,12 +164,8 @@ def _turn(x, cos, sin, half, dtype):  # type: ignore[no-untyped-def]
 @kernel
 def _rotary(args):  # type: ignore[no-untyped-def]
     """A (q) and B (k) in place, by cos D and sin E; WIDTH is the rotary dim."""
-    half, dtype, grab, num_rows = (
-        load_i64(args, WIDTH) // 2,
-        load_i64(args, DTYPE),
-        load_i64(args, GRAB),
-        load_i64(args, NUM_ROWS),
-    )
+    half, dtype, num_rows = load_i64(args, WIDTH) // 2, load_i64(args, DTYPE), load_i64(args, NUM_ROWS)
+    grab = _rows_at_once(args)
     size = 4 if dtype == F32 else 2
     while True:
         first = fetch_add(args, 1) * grab
@@ -295,16 +293,16 @@ def _run(
     num_rows, width = rows.shape
     if num_rows == 0:
         return
-    threads = 1 if a.numel() * a.element_size() < _ALONE_BYTES else torch.get_num_threads()
-    grab = -(-num_rows // (4 * threads))
+    num_threads, alone_rows = torch.get_num_threads(), _ALONE_BYTES // (a.numel() // num_rows * a.element_size())
     tail = heads or (struct.unpack("i", struct.pack("f", eps))[0], 0, 0, 0)
     _LAYOUT.pack_into(
-        _arguments.view, 0, 0, 0, 0, 0, 0, 0, 0, 0, num_rows, grab, width, _CODES[a.dtype],
+        _arguments.view, 0, 0, 0, 0, 0, 0, 0, 0, 0, num_rows, num_threads, width, _CODES[a.dtype],
         a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0),
         0 if c is None else c.data_ptr(), 0 if d is None else d.data_ptr(),
         0 if e is None else e.data_ptr(), 0 if e is None else e.stride(0), *tail,
     )  # fmt: skip
-    kernel(_arguments.address, threads, _LAYOUT.size)
+    form = Form(_LAYOUT.size, NUM_ROWS, alone_rows)
+    kernel(_arguments.address, num_threads, form, num_rows <= alone_rows)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ two layers only addresses change. The functions below have the signatures of ``p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import is_not
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from paged_kernels.cpu import arguments, codes, host, items, sharing
 from paged_kernels.cpu import attention as kernels
 from paged_kernels.cpu.pair_tiles import STEP
 from paged_kernels.cpu.parallel import Kernel
+from paged_kernels.cpu.recording import Form, keep_for_recording, room, spoil_recording
 from paged_kernels.cpu.sharing import TILE
 from paged_kernels.cpu.sums import NUM_VECTORS, ROWS
 from paged_kernels.cpu.vectors import BF16, F16, F32, HAS_F16, LANES
@@ -30,6 +32,7 @@ _KERNELS: dict[str, tuple[Kernel, Kernel]] = {  # for caches of floats, and of c
     "amx": (kernels.store_and_attend_amx, kernels.store_and_attend_amx_codes),
 }
 _COUNTED = ("num_shared_rows", "num_items", "num_partials", "num_counters")
+_FORM = Form(arguments.EACH_LAYER.size, arguments.OFFSET["num_tokens"] // 8, in_place=True)  # behind it, all of a step
 _FEW_ROWS = 32  # of a request: its keys are cut into pieces if threads would be idle
 
 
@@ -146,14 +149,16 @@ class AttentionPlan:
         dtype, (key_cache, value_cache, key_scales, value_scales) = q.dtype, cache
         scale, _, softcap, sinks, key_bias = extras
         cache_code = _cache_code(key_cache, key_scales)
-        out = torch.empty((q.shape[0], *self._out_shape), dtype=dtype)
-        num_stores = self._num_stores
+        out = room("attended", (q.shape[0], *self._out_shape), dtype)
+        num_stores, given = self._num_stores, (q, k, v)
         if k is None or v is None:
             k = v = q
             num_stores = 0
         elif k.dtype is not dtype or v.dtype is not dtype:
             k, v = k.to(dtype), v.to(dtype)
         (q, *q_strides), (k, *k_strides), (v, *v_strides) = _side_by_side(q), _side_by_side(k), _side_by_side(v)
+        if sinks is not None or key_bias is not None or any(map(is_not, given, (q, k, v))):
+            spoil_recording()
         if sinks is not None:
             sinks = sinks.detach().to(torch.float32).contiguous()
         if key_bias is not None:
@@ -164,7 +169,8 @@ class AttentionPlan:
             _address(sinks), _address(key_bias), 0 if key_bias is None else key_bias.stride(0),
             _FLOATS[dtype], cache_code, key_cache.shape[2], num_stores, scale, softcap or 0.0,
         )  # fmt: skip
-        _kernel_for(dtype, key_cache.dtype)(self._address, self._num_threads)
+        keep_for_recording(self._args)
+        _kernel_for(dtype, key_cache.dtype)(self._address, self._num_threads, _FORM)
         return out
 
     def _with_room(self, key_bias: Tensor) -> Tensor:

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
 from paged_kernels.cpu.amx import call, load_config, move
 from paged_kernels.cpu.codes import _MANY, _from_fp8, _from_int8
-from paged_kernels.cpu.dot_bf16 import _add, _BFloat, _load, _spread
-from paged_kernels.cpu.vectors import _at, _const, _define, inline, store_i64, vector
+from paged_kernels.cpu.dot_bf16 import _add, _load, _spread
+from paged_kernels.cpu.vectors import _at, _define, inline, store_i64
 
 STEP = 32  # of the depth, and of columns
 ROWS = 16  # of x in a tile of AMX's
@@ -27,7 +26,6 @@ _i8, _i16, _i32, _i64, _f32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.
 _words, _floats, _halves = ir.VectorType(_i32, 16), ir.VectorType(_f32, 16), ir.VectorType(_i16, 16)
 
 _shorts, _indices = ir.VectorType(_i16, 32), ir.VectorType(_i32, 32)
-_bfloats = ir.VectorType(_BFloat(), 16) if llvm.llvm_version_info >= (16,) else _halves
 
 # Registers of AMX's: sums of two halves of rows with two halves of columns; rows of x; columns of w.
 _SUMS, _X, _W = ((0, 1), (2, 3)), (4, 5), (6, 7)
@@ -200,35 +198,3 @@ def copy_padded(b: Any, source: Any, target: Any, num_bytes: Any, whole_bytes: A
     with cgutils.for_range(b, b.lshr(whole_bytes, _i64(5))) as loop:
         b.store(ir.Constant(_halves, [0] * 16), _at(b, target, b.shl(loop.index, _i64(4)), _i16, _halves), align=1)
     cgutils.raw_memcpy(b, _at(b, target, _i64(0), _i8), _at(b, source, _i64(0), _i8), num_bytes, 1)
-
-
-def _intrinsic(b: Any, name: str, result: Any, *args: Any) -> Any:
-    kind = ir.FunctionType(result, [arg.type for arg in args])
-    return b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
-
-
-@_define(types.void, types.int64, types.int64, vector)
-def vstore_as_bf16(b: Any, address: Any, index: Any, value: Any) -> None:
-    """Rounded by the processor's own instruction, which takes denormal numbers for zero."""
-    rounded = _intrinsic(b, "llvm.x86.avx512bf16.cvtneps2bf16.512", _bfloats, value)
-    b.store(b.bitcast(rounded, _halves), _at(b, address, index, _i16, _halves), align=2)
-
-
-# 2**f on [-0.5, 0.5], fitted for the least greatest relative error, 2.6e-6; bfloat16 rounds off up to 4e-3.
-_EXP2 = (0.99999926, 0.69312181, 0.24024745, 0.05591786, 0.0095701)
-
-
-@_define(vector, vector)
-def vexp2_for_bf16(b: Any, x: Any) -> Any:
-    """2**x to about 3e-6, for x <= 0; 0 below -126 (so for -inf), lest there be denormal numbers; NaN for NaN."""
-    least = _const(-126.0)
-    too_small = b.fcmp_ordered("olt", x, least)
-    x = b.select(too_small, least, x)
-    whole = _intrinsic(b, "llvm.nearbyint.v16f32", _floats, x)
-    f = b.fsub(x, whole)
-    total = _const(_EXP2[-1])
-    for c in reversed(_EXP2[:-1]):
-        total = _intrinsic(b, "llvm.fma.v16f32", _floats, total, f, _const(c))
-    power = b.shl(b.fptosi(whole, _words), ir.Constant(_words, [23] * 16))
-    y = b.bitcast(b.add(b.bitcast(total, _words), power), _floats)
-    return b.select(too_small, _const(0.0), b.select(b.fcmp_unordered("uno", x, x), x, y))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from numba import float32, int64
 
+from paged_kernels.cpu.bf16_words import vexp2_for_bf16, vstore_as_bf16
 from paged_kernels.cpu.codes import INT8
 from paged_kernels.cpu.pair_tiles import (
     STEP,
@@ -20,11 +21,9 @@ from paged_kernels.cpu.pair_tiles import (
     transpose_fp8,
     transpose_int8,
     transpose_pairs,
-    vexp2_for_bf16,
-    vstore_as_bf16,
 )
 from paged_kernels.cpu.rows import call_for, padded
-from paged_kernels.cpu.scores import as_seen, bias_of
+from paged_kernels.cpu.scores import as_seen, bias_of, capped_and_biased
 from paged_kernels.cpu.sharing import TILE
 from paged_kernels.cpu.sums import (
     HIGH,
@@ -51,13 +50,13 @@ from paged_kernels.cpu.vectors import (
     store_f32,
     store_i64,
     vadd,
+    vfma,
     vload,
     vmax,
     vmul,
     vsplat,
     vstore,
     vstore_bf16,
-    vsub,
 )
 
 AT_ONCE = 32  # rows
@@ -224,22 +223,30 @@ def _softmax(args, item, head, row, r, tile, lead, count, first, stop, scratch, 
     """A row's scores to weights in bfloat16; the tile's maximum and sum. ``r``: where the row's scores lie."""
     line, weights = scratch + args.at_scores + 4 * r * TILE, scratch + args.at_weights + 2 * r * TILE
     state, key_scales = scratch + args.at_rows, scratch + args.at_tables + 8 * TILE
-    bias = bias_of(args, head_of(args, item, head, row)) if args.key_bias != 0 else 0
-    scale = vsplat(args.scale * float32(LOG2E))
     high = min(count, int64(load_f32(state, at(HIGH, row))) - tile)
     low = max(lead, int64(load_f32(state, at(LOW, row))) - tile)
+    if codes is not None:
+        for i in range(first, stop, LANES):
+            vstore(line, i, vmul(vload(line, i), vload(key_scales, i)))
+    scale = args.scale * float32(LOG2E)
+    if args.softcap != 0.0 or args.key_bias != 0 or args.scale < float32(0.0):
+        bias = bias_of(args, head_of(args, item, head, row)) if args.key_bias != 0 else 0
+        for i in range(first, stop, LANES):
+            vstore(line, i, capped_and_biased(args, vmul(vload(line, i), vsplat(scale)), bias, tile, i))
+        scale = float32(1.0)
     top = vsplat(LOWEST)
-    for i in range(first, stop, LANES):
-        s = vmul(vload(line, i), scale)
-        if codes is not None:
-            s = vmul(s, vload(key_scales, i))
-        s = as_seen(args, s, bias, tile, i, low, high)
-        vstore(line, i, s)
-        top = vmax(top, s)
-    m = hmax(top)
+    if low <= first and stop <= high:
+        for i in range(first, stop, LANES):
+            top = vmax(top, vload(line, i))
+    else:
+        for i in range(first, stop, LANES):
+            s = as_seen(vload(line, i), i, low, high)
+            vstore(line, i, s)
+            top = vmax(top, s)
+    m = hmax(top) * scale
     total = vsplat(float32(0.0))
     for i in range(first, stop, LANES):
-        p = vexp2_for_bf16(vsub(vload(line, i), vsplat(m)))
+        p = vexp2_for_bf16(vfma(vload(line, i), vsplat(scale), vsplat(-m)))
         total = vadd(total, p)
         if codes is not None:
             p = vmul(p, vload(key_scales, TILE + i))

@@ -1,7 +1,7 @@
 """Products with packed weights for the host's cores: y = x @ weight.T + bias, and silu(gate) * up of two at once.
 
-This file has what all products share: how a launch is cut into items, what becomes of the sums. How the sums are
-computed is the business of fma.py, dot_bf16.py and amx.py, and which of them a host takes that of host.py.
+This file has what all products share: how a launch is cut into items. How sums are computed is the business of fma.py,
+dot_bf16.py and amx.py, what becomes of them that of finish.py, and which product a host takes that of host.py.
 
 A packed weight is cut into tiles of some output columns; a tile lies in the order in which it is read. Every sum is in
 float32 and runs over k in one order, whatever else there is to compute. So a row's result does not depend, to the last
@@ -16,30 +16,13 @@ from typing import Any
 
 import torch
 
-from paged_kernels.cpu.exponents import vexp2
+from paged_kernels.cpu.finish import ANY_HOST, Words, make_add_rounded, make_gate, make_write_out
 from paged_kernels.cpu.parallel import Kernel
-from paged_kernels.cpu.vectors import (
-    LANES,
-    fetch_add,
-    inline,
-    load_bf16,
-    load_f32,
-    load_i64,
-    store_bf16,
-    store_f32,
-    vadd,
-    vdiv,
-    vload,
-    vload_bf16,
-    vmul,
-    vround_bf16,
-    vselect_less,
-    vsplat,
-    vstore,
-    vstore_bf16,
-)
+from paged_kernels.cpu.vectors import fetch_add, inline, load_i64
 
-BLOCK = 64  # rows of x for which one thread computes one tile
+BLOCK = 64  # rows of x for which one thread computes one tile; some products have larger blocks
+X_BYTES = 1 << 19  # of x in a larger block: the second nearest cache holds them beside a tile's weights
+ITEMS_A_THREAD = 4  # before blocks become larger
 LINE = 64  # bytes
 
 # The kernels' array of int64. Strides of x count bytes, others elements. RESIDUAL: 0, or what is added to the rounded
@@ -66,9 +49,9 @@ class Product:
     scratch_bytes: int  # for each thread
 
 
-def scratch_bytes(columns: int) -> int:
+def scratch_bytes(columns: int, most_rows: int = BLOCK) -> int:
     """The sums of a block, gate beside up."""
-    return 4 * BLOCK * 2 * columns
+    return 4 * most_rows * 2 * columns
 
 
 @inline
@@ -81,7 +64,16 @@ def no_end():
     """For make_compute: nor after its last."""
 
 
-def make_compute(tile: Any, columns: int, group: int, even: bool, begin: Any = no_begin, end: Any = no_end) -> Any:
+def make_compute(
+    tile: Any,
+    columns: int,
+    group: int,
+    even: bool,
+    begin: Any = no_begin,
+    end: Any = no_end,
+    most_rows: int = BLOCK,
+    words: Words = ANY_HOST,
+) -> Any:
     """One thread's part of a launch. Items: tile by tile, each for all blocks of rows; a thread starts with a stretch
     of its own and helps the others when that is done.
 
@@ -91,14 +83,28 @@ def make_compute(tile: Any, columns: int, group: int, even: bool, begin: Any = n
         group: rows that meet in registers; a block holds whole groups.
         even: whether all groups are about as large, rather than all but the last of them full.
         begin, end: what each thread does before and after its items: ``begin(args, scratch)``, ``end()``.
+        most_rows: of a block: BLOCK, or twice that and so on.
+        words: how sums become results.
     """
-    compute_item = _make_item(tile, columns, _make_rows_of(group, even))
-    sums_bytes = scratch_bytes(columns)
+    compute_item = _make_item(tile, columns, _make_rows_of(group, even), words)
+    sums_bytes = scratch_bytes(columns, most_rows)
+
+    @inline
+    def block_rows(num_rows, num_tiles, num_threads, x_stride):
+        """Rows of a block, at most: as many as x has room for, and threads have blocks for."""
+        block = most_rows
+        while block > BLOCK and (
+            block * x_stride > X_BYTES or num_tiles * -(-num_rows // block) < ITEMS_A_THREAD * num_threads
+        ):
+            block //= 2
+        return block
 
     @inline
     def compute(args):
         num_rows, num_threads = load_i64(args, NUM_ROWS), load_i64(args, NUM_THREADS)
-        num_items = -(-load_i64(args, NUM_COLUMNS) // columns) * -(-num_rows // BLOCK)
+        num_tiles = -(-load_i64(args, NUM_COLUMNS) // columns)
+        num_blocks = -(-num_rows // block_rows(num_rows, num_tiles, num_threads, load_i64(args, X_STRIDE)))
+        num_items = num_tiles * num_blocks
         me = fetch_add(args + 8 * TICKET, 1)
         sums = load_i64(args, SCRATCH) + me * load_i64(args, SCRATCH_STRIDE)
         scratch = sums + sums_bytes
@@ -111,7 +117,7 @@ def make_compute(tile: Any, columns: int, group: int, even: bool, begin: Any = n
                 item = first + fetch_add(counter, 1)
                 if item >= last:
                     break
-                compute_item(args, item, sums, scratch)
+                compute_item(args, item, num_blocks, sums, scratch)
         end()
 
     return compute
@@ -134,15 +140,17 @@ def _make_rows_of(group: int, even: bool) -> Any:
     return rows_of
 
 
-def _make_item(tile: Any, columns: int, rows_of: Any) -> Any:
-    write_out, gate_in_place, add_rounded = _make_write_out(columns), _make_gate(columns), _make_add_rounded(columns)
+def _make_item(tile: Any, columns: int, rows_of: Any, words: Words) -> Any:
+    write_out, gate_in_place, add_rounded = (
+        make(columns, words) for make in (make_write_out, make_gate, make_add_rounded)
+    )
 
     @inline
-    def compute_item(args, item, sums, scratch):
+    def compute_item(args, item, num_blocks, sums, scratch):
         """A tile of columns for a block of rows; of a gated product, gate's and up's, which follow each other."""
         num_rows, num_columns, depth = load_i64(args, NUM_ROWS), load_i64(args, NUM_COLUMNS), load_i64(args, DEPTH)
         x_stride, y_stride, out_bf16 = load_i64(args, X_STRIDE), load_i64(args, Y_STRIDE), load_i64(args, OUT_BF16)
-        num_blocks, num_parts = -(-num_rows // BLOCK), 2 if load_i64(args, GATED) else 1
+        num_parts = 2 if load_i64(args, GATED) else 1
         column, (row, rows) = item // num_blocks * columns, rows_of(num_rows, item % num_blocks, num_blocks)
         width = min(columns, num_columns - column)
         x = load_i64(args, X) + row * x_stride
@@ -165,61 +173,3 @@ def _make_item(tile: Any, columns: int, rows_of: Any) -> Any:
             write_out(sums, rows, width, y, y_stride, out_bf16)
 
     return compute_item
-
-
-def _make_write_out(columns: int) -> Any:
-    @inline
-    def write_out(sums, num_rows, num_columns, y, y_stride, out_bf16):
-        """Sums [num_rows, columns of 2 * columns] to y, in its dtype, as many columns as there are."""
-        for row in range(num_rows):
-            column = 0
-            while column + LANES <= num_columns:
-                value = vload(sums, row * 2 * columns + column)
-                if out_bf16:
-                    vstore_bf16(y, row * y_stride + column, value)
-                else:
-                    vstore(y, row * y_stride + column, value)
-                column += LANES
-            while column < num_columns:
-                one = load_f32(sums, row * 2 * columns + column)
-                if out_bf16:
-                    store_bf16(y, row * y_stride + column, one)
-                else:
-                    store_f32(y, row * y_stride + column, one)
-                column += 1
-
-    return write_out
-
-
-def _make_add_rounded(columns: int) -> Any:
-    @inline
-    def add_rounded(sums, num_rows, num_columns, residual, y, y_stride):
-        """Sums, rounded to bfloat16, and the residual, which lies as y does; to y. As two modules would round."""
-        for row in range(num_rows):
-            at, column = row * y_stride, 0
-            while column + LANES <= num_columns:
-                value = vround_bf16(vload(sums, row * 2 * columns + column))
-                vstore_bf16(y, at + column, vadd(vload_bf16(residual, at + column), value))
-                column += LANES
-            while column < num_columns:
-                store_bf16(y, at + column, load_f32(sums, row * 2 * columns + column))
-                store_bf16(y, at + column, load_bf16(residual, at + column) + load_bf16(y, at + column))
-                column += 1
-
-    return add_rounded
-
-
-def _make_gate(columns: int) -> Any:
-    @inline
-    def gate_in_place(sums, num_rows):
-        """Each row of sums holds ``columns`` of gate, then of up: silu(gate) * up goes where gate was."""
-        one, top = vsplat(1.0), vsplat(126.0)
-        for row in range(num_rows):
-            for column in range(0, columns, LANES):
-                at = row * 2 * columns + column
-                gate = vload(sums, at)
-                power = vmul(gate, vsplat(-1.4426950408889634))
-                power = vselect_less(power, top, power, top)
-                vstore(sums, at, vmul(vdiv(gate, vadd(one, vexp2(power))), vload(sums, at + columns)))
-
-    return gate_in_place

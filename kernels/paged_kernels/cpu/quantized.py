@@ -13,7 +13,7 @@ from paged_kernels.cpu.integer_product import COLUMNS, SCRATCH_BYTES, IntegerPro
 from paged_kernels.cpu.integers import ZERO, Integers
 from paged_kernels.cpu.linear import Packed, bias_or_zeros, sides, workspace
 from paged_kernels.cpu.product import LINE
-from paged_kernels.cpu.recording import keep_for_recording, spoil_recording
+from paged_kernels.cpu.recording import hold_for, keep_for_recording, most_rows, spoil_recording
 from paged_kernels.cpu.vectors import BF16, F16, F32, HAS_F16
 
 X_GROUP = 64  # numbers of x that share a scale, where the weights of a whole row do, and aren't rotated
@@ -81,6 +81,7 @@ class QuantizedLinear(Packed):
 
     def _launch(self, out: Tensor, x: Tensor, num_rows: int, start: int, addend: int) -> None:
         product = self._for_few if num_rows <= self._few else self._for_more
+        hold_for(*((1, self._few) if num_rows <= self._few else (self._few + 1, None)))
         rows = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
         rows = rows.reshape(num_rows, self._depth)
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
@@ -89,14 +90,14 @@ class QuantizedLinear(Packed):
         num_threads = torch.get_num_threads()
         space = workspace(num_threads, max(product.scratch_bytes, self._scratch_bytes))
         space.fill(
-            _room(num_rows * self._row_bytes), self._row_bytes, self._weight.data_ptr(), start or self._bias.data_ptr(),
-            self.num_columns if start else 0, out.data_ptr(), self.num_columns, num_rows, self.num_columns, self._units,
-            self._weight.stride(1), self._gated, out.dtype is torch.bfloat16, addend,
-            rows.data_ptr(), rows.stride(0) * rows.element_size(), _FLOATS[rows.dtype], self._depth, self._group,
-            self._codes_at, _FLOATS[self._scales_dtype], self._scale_step, self._has_minima,
-            self._is_rotated,
+            _room(most_rows(num_rows) * self._row_bytes), self._row_bytes, self._weight.data_ptr(),
+            start or self._bias.data_ptr(), self.num_columns if start else 0, out.data_ptr(), self.num_columns,
+            num_rows, self.num_columns, self._units, self._weight.stride(1), self._gated,
+            out.dtype is torch.bfloat16, addend, rows.data_ptr(), rows.stride(0) * rows.element_size(),
+            _FLOATS[rows.dtype], self._depth, self._group, self._codes_at, _FLOATS[self._scales_dtype],
+            self._scale_step, self._has_minima, self._is_rotated,
         )  # fmt: skip
-        product.kernels[self._bits](space.address, num_threads, space.num_bytes)
+        product.kernels[self._bits](space.address, num_threads, space.form)
 
 
 def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:

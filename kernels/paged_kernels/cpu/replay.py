@@ -1,8 +1,8 @@
-"""Kernels that were launched once, launched again by one call from Python, on other tensors of the same shapes.
+"""Kernels that were launched once, launched again by one call from Python, on other tensors and numbers of rows.
 
-From one launch to the next Python takes 10 to 15 microseconds; a decoder layer launches seven kernels besides
-attention, and a decode step of one row has hundreds. What a Recorder has noted (recording.py) a ``Replay`` runs again:
-tensors that are to be others each time are known by their addresses among the arguments.
+From one launch to the next Python takes 10 to 15 microseconds, and twice that where weights have swept its own code and
+data from the caches; a step of a model of 30 layers has 240 launches. What a Recorder has noted (recording.py) a
+``Replay`` runs again: tensors that are to be others each time are known by their addresses among the arguments.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from paged_kernels.cpu import parallel
-from paged_kernels.cpu.recording import Recorder
+from paged_kernels.cpu.recording import Launch, Recorder
 from paged_kernels.cpu.vectors import load_i64, store_i64
 
 _LINE = 64  # bytes: where arguments begin
-_LAUNCHER, _WORK, _COUNT, _FIRST = range(4)  # of the table; then, for each launch:
-_KERNEL, _IMAGE, _WORDS, _THREADS, _ENTRY = range(5)
+_LAUNCHER, _COUNT, _NUM_ROWS, _FIRST = range(4)  # of the table; then, for each launch:
+_KERNEL, _IMAGE, _WORDS, _PLACE, _THREADS, _ROWS_AT, _ALONE_ROWS, _ENTRY = range(8)
 
 _i32, _byte = ir.IntType(32), ir.IntType(8).as_pointer()
 
@@ -40,9 +40,9 @@ def replay_of(recorder: Recorder, tensors: Sequence[Tensor], num_launches: int) 
 class Replay:
     """Launches, one after another. One thread at a time may call it."""
 
-    def __init__(self, launches: Sequence[tuple[int, bytes, int]], tensors: Sequence[Tensor], kept: Any) -> None:
-        sizes = [len(image) // 8 for _, image, _ in launches]
-        self._images = torch.frombuffer(bytearray(b"".join(image for _, image, _ in launches)), dtype=torch.int64)
+    def __init__(self, launches: Sequence[Launch], tensors: Sequence[Tensor], kept: Any) -> None:
+        sizes = [len(each.arguments) // 8 for each in launches]
+        self._images = torch.frombuffer(bytearray(b"".join(each.arguments for each in launches)), dtype=torch.int64)
         self._work = torch.empty(8 * max(sizes) + _LINE, dtype=torch.uint8)
         self._kept = kept
         places = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
@@ -54,18 +54,20 @@ class Replay:
         ]
         self._words = self._images.numpy().data
         work = -(-self._work.data_ptr() // _LINE) * _LINE
-        table, image = [parallel.launcher_address(), work, len(launches)], self._images.data_ptr()
-        for (kernel, _, num_threads), size in zip(launches, sizes, strict=True):
-            table += [kernel, image, size, num_threads]
+        table, image = [parallel.launcher_address(), len(launches), 0], self._images.data_ptr()
+        for (kernel, _, address, num_threads, form), size in zip(launches, sizes, strict=True):
+            place = address if form.in_place else work
+            table += [kernel, image, size, place, num_threads, form.rows_at, form.alone_rows]
             image += 8 * size
         self._table = torch.tensor(table, dtype=torch.int64)
-        self._address = self._table.data_ptr()
+        self._address, self._entries = self._table.data_ptr(), self._table.numpy().data
 
-    def __call__(self, *tensors: Tensor) -> None:
-        """On tensors of the shapes, dtypes and strides of those that it was made for."""
+    def __call__(self, num_rows: int, *tensors: Tensor) -> None:
+        """On tensors of ``num_rows`` rows, of the dtypes and widths of those that it was made for."""
         addresses, words = [t.data_ptr() for t in tensors], self._words
         for at, which, offset in self._moves:
             words[at] = addresses[which] + offset
+        self._entries[_NUM_ROWS] = num_rows
         _launch_all.here(self._address)
 
 
@@ -92,10 +94,14 @@ def _launch(typingctx: Any, launcher: Any, function: Any, data: Any, num_threads
 @parallel.kernel
 def _launch_all(table):  # type: ignore[no-untyped-def]
     """Each launch gets a copy of its arguments: kernels count in them."""
-    launcher, work = load_i64(table, _LAUNCHER), load_i64(table, _WORK)
+    launcher, num_rows = load_i64(table, _LAUNCHER), load_i64(table, _NUM_ROWS)
     for number in range(load_i64(table, _COUNT)):
         entry = table + 8 * (_FIRST + _ENTRY * number)
-        image = load_i64(entry, _IMAGE)
+        image, place = load_i64(entry, _IMAGE), load_i64(entry, _PLACE)
         for word in range(load_i64(entry, _WORDS)):
-            store_i64(work, word, load_i64(image, word))
-        _launch(launcher, load_i64(entry, _KERNEL), work, load_i64(entry, _THREADS))
+            store_i64(place, word, load_i64(image, word))
+        store_i64(place, load_i64(entry, _ROWS_AT), num_rows)
+        num_threads = load_i64(entry, _THREADS)
+        if num_rows <= load_i64(entry, _ALONE_ROWS):
+            num_threads = 1
+        _launch(launcher, load_i64(entry, _KERNEL), place, num_threads)

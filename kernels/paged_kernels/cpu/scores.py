@@ -29,13 +29,18 @@ def bias_of(args, query_head):
 
 
 @inline
-def as_seen(args, scores, bias, tile, i, low, high):
-    """A vector of one row's scores, from key number ``i`` of the tile on: capped and biased (``bias``: an address, or
-    0), and NOTHING for keys before ``low`` and from ``high`` on."""
+def capped_and_biased(args, scores, bias, tile, i):
+    """A vector of one row's scores in base 2, from key number ``i`` of the tile on. ``bias``: an address, or 0."""
     if args.softcap != 0.0:
         scores = cap(scores, args.softcap)
     if bias != 0:
         scores = biased(scores, vload(bias, tile + i))
+    return scores
+
+
+@inline
+def as_seen(scores, i, low, high):
+    """The same, with NOTHING for keys before ``low`` and from ``high`` on."""
     if i + LANES > high:
         scores = vselect_less(lane_numbers(), vsplat(float32(high - i)), scores, vsplat(NOTHING))
     if i < low:

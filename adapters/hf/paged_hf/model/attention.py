@@ -7,6 +7,7 @@ that two engines in two threads never meet.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -35,6 +36,16 @@ class CountedAttend:
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, facts: dict[str, Any]
     ) -> None:
         """Told of each attention call, with all that it brings, while a model is taken in."""
+
+    def replay_key(self) -> Hashable | None:
+        """As AttentionBackend has it, for the layers from here on."""
+        ask = getattr(self.attend, "replay_key", None)
+        key = None if ask is None else ask()
+        return None if key is None else (self.layer, key)
+
+    def skip(self, num_layers: int) -> None:
+        """Their launches have been made without a call."""
+        self.layer += num_layers
 
     def rewind(self) -> None:
         """The pass begins anew."""
