@@ -70,9 +70,7 @@ def model_with(forward: Any, tiny: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize(
-    "forward", [sums_up, leaves_one_out, turns_less_and_less, scales, tells_more, asks_for_a_mask]
-)
+@pytest.mark.parametrize("forward", [sums_up, leaves_one_out, turns_less_and_less, scales, tells_more, asks_for_a_mask])
 def test_a_model_that_does_something_else_is_left_alone(forward: Any, tiny: Any) -> None:
     assert decoder_stack_forward(model_with(forward, tiny)) is None
 
