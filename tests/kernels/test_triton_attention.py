@@ -16,7 +16,7 @@ from attention_cases import CODED, Case
 from interpreter import DEVICE, ON_GPU, round_as_gpus_do
 from paged_kernels import reference
 from paged_kernels.layers import LayerCache
-from paged_kernels.triton import elementwise, launch, prefill, sampling, tiles
+from paged_kernels.triton import elementwise, launch, prefill, sampling, tiles, writes
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # Sequence lengths and queries: a padded row, decode rows, chunks, a whole prompt, a row without queries.
@@ -273,7 +273,7 @@ def test_blocks_are_copied_in_order():
 def test_pairs_of_one_launch_touch_no_block_that_another_of_them_writes(monkeypatch):
     """A launch copies in any order, which the interpreter, in its one order, does not show."""
     launches = []
-    monkeypatch.setattr(launch, "move_blocks", lambda sources, targets, pairs: launches.append(pairs))
+    monkeypatch.setattr(writes, "move_blocks", lambda sources, targets, pairs: launches.append(pairs))
     launch.copy_blocks([], [(1, 2), (1, 3), (2, 4), (5, 1), (6, 1), (7, 8), (9, 7)])
     assert launches == [[(1, 2), (1, 3)], [(2, 4), (5, 1)], [(6, 1), (7, 8)], [(9, 7)]]
 

@@ -72,40 +72,65 @@ def prefill_kernel(
 
     tokens = (first_token + query).to(tl.int64)
     queries = load_queries(q, tokens, heads, is_row, q_token_stride, q_head_stride, DIM, DIM_PAD, DTYPE)
-    if sinks is None:
-        top = tl.full([BLOCK_M], HIDDEN, tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-    else:
-        top = tl.load(sinks + heads, mask=is_row, other=0.0).to(tl.float32) * LOG2E
-        total = tl.full([BLOCK_M], 1.0, tl.float32)
+    top, total = _begin(sinks, heads, is_row)
     sums = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
 
     # keys   start ....... all_see ....... stop
     #         every row sees    which row sees
     #         all of them       which is asked
-    stop = last_position + 1
-    if window is None:
-        start = 0
-        all_see = tl.maximum(first_position + 1, 0) // BLOCK_N * BLOCK_N
-    else:
-        start = tl.maximum(first_position + 1 - window, 0)
-        all_see = start
+    start, all_see, stop = _keys_in_sight(first_position, last_position, window, BLOCK_N)
     FIRST_PART: tl.constexpr = 0 if window is None else 1
     for part in tl.static_range(FIRST_PART, 2):
         for first in range(start if part == 0 else all_see, all_see if part == 0 else stop, BLOCK_N):
             positions = first + tl.arange(0, BLOCK_N)
             visible = None
             if part == 1:
-                visible = positions[None, :] <= tl.minimum(query_positions, last_position)[:, None]
-                if window is not None:
-                    visible &= positions[None, :] > (query_positions - window)[:, None]
+                visible = _visible(positions, tl.minimum(query_positions, last_position), query_positions, window)
                 positions = tl.minimum(positions, last_position)
             top, total, sums = attend(
                 queries, heads, is_row, top, total, sums, positions, visible, table, cache, kv_head,
                 num_heads // GROUP, facts, DIM, VALUE_DIM, BLOCK_SIZE, PRECISION, VALUE_DTYPE,
             )  # fmt: skip
 
-    dv = tl.arange(0, VALUE_PAD)
-    sums *= (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]  # a request without keys gets zeros
-    out_at = out + (tokens * num_heads + heads)[:, None] * VALUE_DIM + dv[None, :]
-    tl.store(out_at, sums.to(out.dtype.element_ty), mask=is_row[:, None] & (dv < VALUE_DIM)[None, :])
+    _store(out, (tokens * num_heads + heads) * VALUE_DIM, is_row, total, sums, VALUE_DIM)
+
+
+@triton.jit
+def _begin(sinks, heads, is_row):
+    """The running softmax before any key: the largest score and the sum, f32 ``[M]``."""
+    top = tl.full(heads.shape, HIDDEN, tl.float32)
+    total = tl.zeros(heads.shape, tl.float32)
+    if sinks is not None:
+        top = tl.load(sinks + heads, mask=is_row, other=0.0).to(tl.float32) * LOG2E
+        total += 1.0
+    return top, total
+
+
+@triton.jit
+def _keys_in_sight(first_position, last_position, window, BLOCK_N: tl.constexpr):
+    """Of rows at these positions: from which key on, from which on some rows see less than others, up to which."""
+    if window is None:
+        start = 0
+        all_see = tl.maximum(first_position + 1, 0) // BLOCK_N * BLOCK_N
+    else:
+        start = tl.maximum(first_position + 1 - window, 0)
+        all_see = start
+    return start, all_see, last_position + 1
+
+
+@triton.jit
+def _visible(positions, lasts, query_positions, window):
+    """Which keys ``[N]`` rows ``[M]`` see: up to their last, and none that a window is past."""
+    visible = positions[None, :] <= lasts[:, None]
+    if window is not None:
+        visible &= positions[None, :] > (query_positions - window)[:, None]
+    return visible
+
+
+@triton.jit
+def _store(out, at, is_row, total, sums, VALUE_DIM: tl.constexpr):
+    """A request without keys gets zeros."""
+    dv = tl.arange(0, sums.shape[1])
+    sums *= (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
+    inside = is_row[:, None] & (dv < VALUE_DIM)[None, :]
+    tl.store(out + at[:, None] + dv[None, :], sums.to(out.dtype.element_ty), mask=inside)
