@@ -49,7 +49,7 @@ workers=()
 "$python" -c 'import xdist' 2> /dev/null && workers=(-n 8 --dist loadgroup)
 # Warnings of other versions are no failures; elsewhere they are errors.
 part checks 130 "$python" -m pytest "${workers[@]}" -q -W ignore -p no:cacheprovider --continue-on-collection-errors tests/kernels/test_triton_attention.py \
-    tests/kernels/test_triton_elementwise.py tests/kernels/test_triton_forwards.py tests/core/builtin/test_triton_backend.py \
+    tests/kernels/test_triton_sharing.py tests/kernels/test_triton_elementwise.py tests/kernels/test_triton_forwards.py tests/core/builtin/test_triton_backend.py \
     tests/core/execution/test_batch.py tests/core/execution/test_graphs.py tests/core/engine/test_lookahead.py tests/core/execution/test_memory_profile.py \
     tests/adapters/hf/test_hf_gpu.py tests/adapters/hf/test_hf_graphs.py tests/adapters/hf/test_hf_device_map.py
 part kernels 90 "$python" benchmarks/bench_gpu_kernels.py --only decode,prefill,store,helpers \

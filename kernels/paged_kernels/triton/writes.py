@@ -1,4 +1,4 @@
-"""Launchers of what writes K/V: a step's new tokens into their slots, and whole blocks from place to place. None of them
+"""Launchers of what writes K/V: a step's new tokens into their slots, whole blocks from place to place. None of them
 waits for the device."""
 
 from __future__ import annotations
