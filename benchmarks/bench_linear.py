@@ -1,10 +1,10 @@
 """Linear layers of a decode step: torch's own and oneDNN prepacked against packed products, and whole steps without
-attention; weights of int8 and int4, and torch's own dynamic int8, beside them.
+attention; weights of int8 and int4, by each path, and oneDNN's int8, prepacked, beside them.
 
 Weights are read from memory as in a real step: each shape has as many copies as fill --megabytes, used in turn. All
 are interleaved, and the least of --repeats counts, because whatever else runs can only add. With one thread its CPU
-time is taken, so that a busy machine disturbs less. The peak is the most that any of them reaches in a product of
-1024 x 1024 x 1024.
+time is taken, so that a busy machine disturbs less. Shares are of the most that a path's instruction gives in
+registers alone (peaks.py); oneDNN's, of the best that the host has for the dtype.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from functools import partial
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+import peaks
 from paged_bench.report import cpu_name
 from paged_kernels.cpu import fma, host
 from paged_kernels.cpu.integer_product import IntegerProduct
@@ -46,7 +48,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PRODUCTS = {torch.float32: (fma.FLOAT32,), torch.bfloat16: host.BF16}
 FEATURES = ("avx2", "fma", "avx512f", "avx512bf16", "avx512vnni", "amx-tile", "amx-bf16", "amx-int8")
 LAYERS = 30
+LARGE = "large", (1024,), 1024, False  # by 1,024 rows
 
+Shape = tuple[str, tuple[int, ...], int, bool]
+
+ONEDNN = "oneDNN int8"
+PEAKS: dict[str, float] = {}  # GFLOP/s of all threads, by the path
 Calls = dict[str, Callable[[Tensor], Any]]
 
 
@@ -58,23 +65,26 @@ def main() -> None:
     rows = [int(n) for n in args.rows.split(",")]
     results: list[dict[str, Any]] = []
     with torch.inference_mode():
-        for name in args.dtypes.split(","):
+        for name in filter(None, args.dtypes.split(",")):
             dtype = DTYPES[name]
             ways = [product for product in PRODUCTS[dtype] if wanted(product, dtype, args.paths)]
-            peak = measure_peak(dtype, ways, args)
-            print(f"{name}: ours by {', '.join(w.name for w in ways)}; peak {peak:.0f} GFLOP/s", flush=True)
+            most = {way.name: peak_of(way) for way in ways}
+            most |= dict.fromkeys(("stock", "prepacked"), best_peak(PRODUCTS[dtype]))
+            print(f"{name}: GFLOP/s at most: {peaks_line(most)}", flush=True)
             for result in chain(products(dtype, ways, rows, args), steps(dtype, rows, args)):
-                results.append({"dtype": name, "peak_gflops": peak, **result})
-                print_line(results[-1])
+                results.append({"dtype": name, **result})
+                print_line(results[-1], most)
         for kind in filter(None, args.weights.split(",")):
-            by = [None, *(product for product in host.INTEGERS if wanted_by_name(product, args.paths))]
-            peak = measure_integer_peak(kind, by, args)
-            print(f"{kind}: peak {peak:.0f} GFLOP/s", flush=True)
+            by = [p for p in host.INTEGERS if wanted_by_name(p, args.paths)] or [None]
+            most = {p.name: peak_of(p) for p in by if p is not None}
+            most |= dict.fromkeys(("chosen", ONEDNN), best_peak(host.INTEGERS))
+            print(f"{kind}: GFLOP/s at most: {peaks_line(most)}", flush=True)
             for result in integer_products(kind, by, rows, args):
-                results.append({"dtype": kind, "peak_gflops": peak, **result})
-                print_line(results[-1])
+                results.append({"dtype": kind, **result})
+                print_line(results[-1], most)
     if args.json:
-        args.json.write_text(json.dumps({**about(), "results": results}, indent=1) + "\n", encoding="utf-8")
+        found = {**about(), "peak_gflops": PEAKS, "results": results}
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def parse_args() -> argparse.Namespace:
@@ -115,6 +125,26 @@ def about() -> dict[str, Any]:
     }
 
 
+def peak_of(product: Product | IntegerProduct) -> float:
+    if product.name not in PEAKS:
+        PEAKS[product.name] = peaks.measure(product) * torch.get_num_threads()
+    return PEAKS[product.name]
+
+
+def best_peak(ways: Sequence[Product | IntegerProduct]) -> float:
+    return max(peak_of(way) for way in ways if host.can_run(way))
+
+
+def peaks_line(most: dict[str, float]) -> str:
+    return ", ".join(f"{name} {gflops:.0f}" for name, gflops in most.items())
+
+
+def shapes(rows: list[int]) -> Iterator[tuple[Shape, list[int]]]:
+    """Each with the numbers of rows that it is run for."""
+    yield from ((shape, rows) for shape in SHAPES)
+    yield LARGE, [1024]
+
+
 def wanted(product: Product, dtype: torch.dtype, paths: str) -> bool:
     if paths == "chosen":
         return product is host.choose(dtype)
@@ -124,12 +154,12 @@ def wanted(product: Product, dtype: torch.dtype, paths: str) -> bool:
 def products(
     dtype: torch.dtype, ways: list[Product], rows: list[int], args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    for name, sizes, depth, gated in SHAPES:
+    for (name, sizes, depth, gated), numbers in shapes(rows):
         size = sum(sizes) * depth * dtype.itemsize
         copies = max(1, args.megabytes * 2**20 // size)
         weights = [[torch.randn(n, depth).mul_(0.02).to(dtype) for n in sizes] for _ in range(copies)]
         ours = {way.name: [PackedLinear(ws, [None] * len(ws), gated, way) for ws in weights] for way in ways}
-        for num_rows in rows:
+        for num_rows in numbers:
             calls = {"stock": torch_calls(weights, gated, linear), **prepacked(weights, gated, num_rows)}
             calls |= {name: partial(call_all, packed) for name, packed in ours.items()}
             us = timed(calls, torch.randn(num_rows, depth).to(dtype), args)
@@ -146,8 +176,8 @@ def wanted_by_name(product: IntegerProduct, paths: str) -> bool:
 def integer_products(
     kind: str, by: list[IntegerProduct | None], rows: list[int], args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """Rows of bfloat16 by weights of integers; torch's own for int8 takes float32 and quantises rows as a whole."""
-    for name, sizes, depth, gated in SHAPES:
+    """Rows of bfloat16 by weights of integers; oneDNN's takes float32."""
+    for (name, sizes, depth, gated), numbers in shapes(rows):
         copies = max(1, args.megabytes * 2**20 // (sum(sizes) * depth))
         weights = [[torch.randn(n, depth).mul_(0.02) for n in sizes] for _ in range(copies)]
         integers = [[quantize(weight, kind) for weight in ws] for ws in weights]
@@ -155,48 +185,34 @@ def integer_products(
         for product in by:
             packed = [QuantizedLinear(ws, [None] * len(ws), gated, product) for ws in integers]
             ours[product.name if product else "chosen"] = packed
-        for num_rows in rows:
+        onednn = onednn_int8(weights, gated) if kind == "int8" else {}
+        for num_rows in numbers:
             x = torch.randn(num_rows, depth)
             calls: Calls = {who: partial(call_all, packed) for who, packed in ours.items()}
-            us = timed(calls, x.bfloat16(), args) | timed(torch_int8(weights, gated) if kind == "int8" else {}, x, args)
+            us = timed(calls, x.bfloat16(), args) | timed(onednn, x, args)
             us = {who: each / copies for who, each in us.items()}
             flop = 2 * num_rows * sum(sizes) * depth
             gflops = {who: flop / each / 1e3 for who, each in us.items()}
             yield {"what": name, "rows": num_rows, "us": us, "gflops": gflops}
 
 
-def torch_int8(copies: list[list[Tensor]], gated: bool) -> Calls:
-    """torch's own product of int8 weights, a scale a row, and rows that are quantised on the way; where it has one."""
-    try:
-        packed = []
-        for weights in copies:
-            scales = [weight.abs().amax(1) / 127 for weight in weights]
+def onednn_int8(copies: list[list[Tensor]], gated: bool) -> Calls:
+    """oneDNN's product of int8 weights, prepacked, a scale a row, by rows that are quantised on the way, all by one
+    scale; where this torch has it."""
+    if "onednn" not in torch.backends.quantized.supported_engines:
+        return {}
+    torch.backends.quantized.engine = "onednn"
+    packed = []
+    for weights in copies:
+        scales = [weight.abs().amax(1) / 127 for weight in weights]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such tensors are to go some day
             codes = [
                 torch.quantize_per_channel(weight, scale, torch.zeros(len(scale), dtype=torch.int64), 0, torch.qint8)
                 for weight, scale in zip(weights, scales, strict=True)
             ]
-            packed.append([torch.ops.quantized.linear_prepack(each, None) for each in codes])
-    except (AttributeError, RuntimeError):
-        return {}
-    return {"torch int8": torch_calls(packed, gated, torch.ops.quantized.linear_dynamic)}
-
-
-def measure_integer_peak(kind: str, by: list[IntegerProduct | None], args: argparse.Namespace) -> float:
-    """GFLOP/s"""
-    x, weight = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    integers = [quantize(weight, kind)]
-    calls: Calls = {str(product): QuantizedLinear(integers, [None], product=product) for product in by}
-    best = list(timed(calls, x.bfloat16(), args).values())
-    best += timed(torch_int8([[weight]], False) if kind == "int8" else {}, x, args).values()
-    return 2 * 1024**3 / min(best) / 1e3
-
-
-def measure_peak(dtype: torch.dtype, ways: list[Product], args: argparse.Namespace) -> float:
-    """GFLOP/s"""
-    x, weight = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
-    calls: Calls = {"stock": torch_calls([[weight]], False, linear), **prepacked([[weight]], False, 1024)}
-    calls |= {way.name: PackedLinear([weight], [None], product=way) for way in ways}
-    return 2 * 1024**3 / min(timed(calls, x, args).values()) / 1e3
+        packed.append([torch.ops.quantized.linear_prepack(each, None) for each in codes])
+    return {ONEDNN: torch_calls(packed, gated, torch.ops.quantized.linear_dynamic)}
 
 
 def torch_calls(copies: list[list[Any]], gated: bool, product: Callable[[Tensor, Any], Tensor]) -> Any:
@@ -264,11 +280,11 @@ def timed(calls: Calls, x: Tensor, args: argparse.Namespace) -> dict[str, float]
     return {name: seconds * 1e6 for name, seconds in best.items()}
 
 
-def print_line(r: dict[str, Any]) -> None:
+def print_line(r: dict[str, Any], most: dict[str, float]) -> None:
     columns = []
     for name, us in r["us"].items():
         gflops = r.get("gflops", {}).get(name)
-        rate = "" if gflops is None else f" {gflops:5.0f} GFLOP/s {gflops / r['peak_gflops']:4.0%}"
+        rate = "" if gflops is None else f" {gflops:5.0f} GFLOP/s {gflops / most[name]:4.0%}"
         columns.append(f"{name} {us:8.0f} us{rate}")
     print(f"{r['dtype']:>8} {r['what']:>8} {r['rows']:4d} rows  " + "  ".join(columns), flush=True)
 

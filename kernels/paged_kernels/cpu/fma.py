@@ -41,10 +41,10 @@ def _add(b: Any, x: Any, weights: Any, sums: Any) -> Any:
     return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.fma.v{LANES}f32"), [x, weights, sums])
 
 
-_STEP_F32 = KStep(LANES, ROWS, 4, _load_f32, _spread, _add)
+STEP = KStep(LANES, ROWS, 4, _load_f32, _spread, _add)
 _STEP_BF16 = KStep(LANES, ROWS, 2, _load_bf16, _spread, _add)
-TILE = _STEP_F32.columns
-_passes_f32, _passes_bf16 = make_passes(_STEP_F32), make_passes(_STEP_BF16)
+TILE = STEP.columns
+_passes_f32, _passes_bf16 = make_passes(STEP), make_passes(_STEP_BF16)
 
 
 @inline
