@@ -253,7 +253,7 @@ _OPERATIONS = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 8), st.integers(1, 3), st.lists(_OPERATIONS, min_size=4, max_size=16))
 @example(4, 2, [("reorder", 0), ("update", 1)])
 def test_whatever_happens_a_layer_is_stocks_and_no_block_is_lost(

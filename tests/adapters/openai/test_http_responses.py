@@ -169,7 +169,7 @@ def test_calls_and_thoughts_are_items_too() -> None:
     assert (page["has_more"], rest["has_more"]) == (True, False)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.one_of(st.none(), st.text(max_size=20), st.sampled_from(["", ".", "..", "/", "%", "x" * 2000])),
     path=st.sampled_from(["", "/", "/input_items", "/cancel"]),

@@ -121,7 +121,7 @@ TOKENS = st.lists(st.integers(0, ByteTokenizer().size - 2), min_size=1, max_size
 STOPS = st.lists(st.sampled_from(["END", "é", "ND", "\n", "a", " the", "日é", "ENDEND"]), max_size=3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(script=TOKENS, stop=STOPS, echo=st.booleans(), include=st.booleans())
 def test_text_between_two_places_is_what_a_token_completed(
     bytewise: Scripted, script: list[int], stop: list[str], echo: bool, include: bool

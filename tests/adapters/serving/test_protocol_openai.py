@@ -471,7 +471,7 @@ NAMES = st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(body=st.dictionaries(NAMES, JSON, max_size=5) | JSON, kind=st.sampled_from([ChatCall, CompletionCall]))
 def test_any_body_is_either_a_call_or_refused(alphabet: Alphabet, body: Any, kind: Any) -> None:
     try:
@@ -484,7 +484,7 @@ def test_any_body_is_either_a_call_or_refused(alphabet: Alphabet, body: Any, kin
 # ---- streams come to what is told at once ------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     prompts=st.lists(st.text("ABCXYZ", min_size=1, max_size=9), min_size=1, max_size=3),
     fields=st.fixed_dictionaries(

@@ -322,7 +322,7 @@ def feed(text: str, sizes: list[int], asked: SamplingParams) -> tuple[Generation
     return generation, join_deltas(deltas).text if deltas else ""
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     text=st.text("ab é😀", min_size=1, max_size=30),
     stops=st.lists(st.text("ab é😀", min_size=1, max_size=3), max_size=3),

@@ -166,7 +166,7 @@ def test_a_history_that_grows_token_by_token_agrees_with_the_reference_at_every_
             r.tokens.append(token % 12)  # few tokens, so that repeats and bad words come up
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     temperature=st.sampled_from([0.0, 0.3, 1.0, 5.0]),
     top_k=st.integers(0, 70),
@@ -224,7 +224,7 @@ def test_an_injected_argmax_is_the_one_used():
     assert chosen == logits.argmin(1).tolist()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(vocab=st.integers(1, 3000), k=st.integers(1, 40), levels=st.integers(1, 50), seed=st.integers(0, 999))
 def test_the_k_largest_come_by_value_then_by_id(vocab, k, levels, seed):
     scores = torch.randint(-levels, levels, (3, vocab), generator=torch.Generator().manual_seed(seed)).float()

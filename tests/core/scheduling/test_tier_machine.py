@@ -14,7 +14,7 @@ from paged_core.scheduling.request import FinishReason, RequestStatus
 from tier_machine import SIZE, Machine
 
 
-@settings(max_examples=60, stateful_step_count=60, deadline=None)
+@settings(max_examples=60, stateful_step_count=60)
 class PoolAndTier(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()

@@ -45,13 +45,13 @@ def stream(codec: TextCodec, ids: list[int], skip: bool, chunk: int = 1) -> list
     return [*deltas, detokenizer.flush()]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(ids=st.one_of(byte_ids, awkward_bytes), skip=st.booleans(), chunk=st.integers(1, 5))
 def test_streamed_bytes_make_the_text_of_all_ids(ids: list[int], skip: bool, chunk: int) -> None:
     assert "".join(stream(BYTE_CODEC, ids, skip, chunk)) == BYTES.decode(ids, skip_special_tokens=skip)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(ids=st.one_of(byte_ids, awkward_bytes))
 def test_at_most_one_unfinished_character_is_held_back_and_none_is_shown(ids: list[int]) -> None:
     detokenizer = BYTE_CODEC.detokenizer(True)
@@ -66,13 +66,13 @@ def test_at_most_one_unfinished_character_is_held_back_and_none_is_shown(ids: li
         assert len(held) <= 3 or held in BYTES.decode(ids[max(0, end - 3) : end])  # three tokens of garbage, or less
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(ids=sentence_ids, skip=st.booleans(), chunk=st.integers(1, 5))
 def test_streamed_sentence_pieces_make_the_text_of_all_ids(ids: list[int], skip: bool, chunk: int) -> None:
     assert "".join(stream(SENTENCE_CODEC, ids, skip, chunk)) == SENTENCES.decode(ids, skip_special_tokens=skip)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(ids=st.lists(st.integers(0, len(SENTENCES.pieces)), max_size=120))
 def test_where_bytes_are_malformed_no_character_is_lost(ids: list[int]) -> None:
     streamed = iter("".join(stream(SENTENCE_CODEC, ids, True)))
@@ -139,7 +139,7 @@ def first_match(text: str, stops: list[str]) -> tuple[int, str] | None:
     return None
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(text=few_letters, stops=stop_sets, cuts=st.lists(st.integers(0, 30)), include=st.booleans())
 def test_streamed_text_with_stop_strings_is_the_text_cut_at_once(
     text: str, stops: list[str], cuts: list[int], include: bool
@@ -156,7 +156,7 @@ def test_streamed_text_with_stop_strings_is_the_text_cut_at_once(
         assert shown == text[: end if include else end - len(stop)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=few_letters, stops=stop_sets)
 def test_no_beginning_of_a_stop_string_is_shown_and_nothing_else_is_held(text: str, stops: list[str]) -> None:
     checker = StopStringChecker(StopStrings(stops))

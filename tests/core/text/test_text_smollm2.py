@@ -62,7 +62,7 @@ def test_every_token_id_streams_through_the_window_too(codec: TextCodec, tokeniz
         assert streamed(window(codec, True), part) == tokenizer.decode(part, skip_special_tokens=True)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_tokens_that_are_parts_of_characters_stream_to_the_text_of_decode(
     codec: TextCodec, tokenizer: Any, data: st.DataObject
@@ -167,7 +167,7 @@ PARTS = [
 ]  # two are left out
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=st.lists(st.sampled_from(PARTS)).map("".join) | st.text(max_size=12))
 def test_each_token_of_a_prompt_stands_where_its_text_is(codec: TextCodec, text: str) -> None:
     tokens = TokenTexts(codec)
