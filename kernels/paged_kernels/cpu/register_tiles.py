@@ -6,6 +6,8 @@ and so on, then lanes are added pair by pair, neighbours first. A mix of rows is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
@@ -44,57 +46,82 @@ def make_outer(rows: int, columns: int, together: int) -> Any:
     what they come to waits in registers for its neighbour.
     """
     i = types.int64
-    cells = [(m, n) for m in range(rows) for n in range(columns)]
 
     @_define(types.void, i, i, i, i, i, i)
     def outer(builder: Any, a_rows: Any, b: Any, b_stride: Any, c: Any, c_stride: Any, count: Any) -> None:
         a = [builder.load(_at(builder, a_rows, _i64(m), _i64)) for m in range(rows)]
-
-        def add_products(acc: Any, k: Any) -> None:
-            at = builder.mul(k, b_stride)
-            right = [
-                builder.load(_at(builder, b, builder.add(at, _i64(n * LANES)), _f32, _vec), align=4)
-                for n in range(columns)
-            ]
-            for m in range(rows):
-                left = _splat(builder, builder.load(_at(builder, a[m], k, _f32)))
-                for n in range(columns):
-                    builder.store(_fma(builder, left, right[n], builder.load(acc[m, n])), acc[m, n])
-
-        def one_pass(first: int) -> list[Any]:
-            lanes = [{cell: cgutils.alloca_once(builder, _vec) for cell in cells} for _ in range(together)]
-            for acc in lanes:
-                for cell in cells:
-                    builder.store(_const(0.0), acc[cell])
-            whole = builder.sdiv(builder.add(count, _i64(LANES - first - together)), _i64(LANES))
-            with cgutils.for_range(builder, whole) as loop:
-                k = builder.add(builder.mul(loop.index, _i64(LANES)), _i64(first))
-                for n, acc in enumerate(lanes):
-                    add_products(acc, builder.add(k, _i64(n)))
-            rest = builder.add(builder.mul(whole, _i64(LANES)), _i64(first))
-            for n, acc in enumerate(lanes[:-1]):
-                k = builder.add(rest, _i64(n))
-                with builder.if_then(builder.icmp_signed("<", k, count)):
-                    add_products(acc, k)
-            return [{cell: builder.load(acc[cell]) for cell in cells} for acc in lanes]
-
-        def fold(sums: list[Any]) -> Any:
-            while len(sums) > 1:
-                pairs = zip(sums[::2], sums[1::2], strict=True)
-                sums = [{cell: builder.fadd(one[cell], other[cell]) for cell in cells} for one, other in pairs]
-            return sums[0]
-
-        def lanes(first: int, num: int) -> Any:
-            if num == together:
-                return fold(one_pass(first))
-            return fold([lanes(first, num // 2), lanes(first + num // 2, num // 2)])
-
-        sums = lanes(0, LANES)
-        for m, n in cells:
+        product = _Outer(builder, a, b, b_stride, columns, count)
+        sums = product.sum_lanes(0, LANES, together)
+        for m, n in product.cells:
             index = builder.add(builder.mul(_i64(m), c_stride), _i64(n * LANES))
             builder.store(sums[m, n], _at(builder, c, index, _f32, _vec), align=4)
 
     return outer
+
+
+_Sums = dict[tuple[int, int], Any]
+"""Of each row of A and column of B, one vector."""
+
+
+@dataclass(frozen=True)
+class _Outer:
+    """The products of A and B, while their code is written."""
+
+    builder: Any
+    a: Sequence[Any]  # addresses of A's rows
+    b: Any
+    b_stride: Any
+    columns: int
+    count: Any
+
+    @property
+    def cells(self) -> list[tuple[int, int]]:
+        return [(m, n) for m in range(len(self.a)) for n in range(self.columns)]
+
+    def sum_lanes(self, first: int, num: int, together: int) -> _Sums:
+        """The sum of so many of the lanes that ``dots`` sums in."""
+        if num == together:
+            return self._fold(self._one_pass(first, together))
+        half = num // 2
+        return self._fold([self.sum_lanes(first, half, together), self.sum_lanes(first + half, half, together)])
+
+    def _one_pass(self, first: int, together: int) -> list[_Sums]:
+        builder = self.builder
+        lanes = [{cell: cgutils.alloca_once(builder, _vec) for cell in self.cells} for _ in range(together)]
+        for acc in lanes:
+            for cell in self.cells:
+                builder.store(_const(0.0), acc[cell])
+        whole = builder.sdiv(builder.add(self.count, _i64(LANES - first - together)), _i64(LANES))
+        with cgutils.for_range(builder, whole) as loop:
+            k = builder.add(builder.mul(loop.index, _i64(LANES)), _i64(first))
+            for n, acc in enumerate(lanes):
+                self._add_products(acc, builder.add(k, _i64(n)))
+        rest = builder.add(builder.mul(whole, _i64(LANES)), _i64(first))
+        for n, acc in enumerate(lanes[:-1]):
+            k = builder.add(rest, _i64(n))
+            with builder.if_then(builder.icmp_signed("<", k, self.count)):
+                self._add_products(acc, k)
+        return [{cell: builder.load(acc[cell]) for cell in self.cells} for acc in lanes]
+
+    def _add_products(self, acc: _Sums, k: Any) -> None:
+        """``acc``: where the sums are."""
+        builder = self.builder
+        at = builder.mul(k, self.b_stride)
+        right = [
+            builder.load(_at(builder, self.b, builder.add(at, _i64(n * LANES)), _f32, _vec), align=4)
+            for n in range(self.columns)
+        ]
+        for m, row in enumerate(self.a):
+            left = _splat(builder, builder.load(_at(builder, row, k, _f32)))
+            for n in range(self.columns):
+                builder.store(_fma(builder, left, right[n], builder.load(acc[m, n])), acc[m, n])
+
+    def _fold(self, sums: Sequence[_Sums]) -> _Sums:
+        """Neighbours first, pair by pair."""
+        while len(sums) > 1:
+            pairs = zip(sums[::2], sums[1::2], strict=True)
+            sums = [{cell: self.builder.fadd(one[cell], other[cell]) for cell in self.cells} for one, other in pairs]
+        return sums[0]
 
 
 def make_mix(rows: int, columns: int) -> Any:
