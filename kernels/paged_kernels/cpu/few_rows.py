@@ -6,7 +6,7 @@ from numba import float32, int64
 
 from paged_kernels.cpu.exponents import vexp2
 from paged_kernels.cpu.register_tiles import dots, make_mix
-from paged_kernels.cpu.rows import call_for, padded, widen
+from paged_kernels.cpu.rows import padded, prefetch_rows, widen
 from paged_kernels.cpu.scores import as_seen, bias_of, capped_and_biased
 from paged_kernels.cpu.sharing import TILE
 from paged_kernels.cpu.sums import (
@@ -91,7 +91,7 @@ def tile_of_few(args, item, head, tile, lead, count, key_rows, value_rows, queri
         top = vsplat(LOWEST)
         for i in range(begun, count, LANES):
             if row == 0:
-                call_for(args, ahead, ahead_head, ahead_start + i, min(ahead_stop, ahead_start + i + LANES), codes)
+                prefetch_rows(args, ahead, ahead_head, ahead_start + i, min(ahead_stop, ahead_start + i + LANES), codes)
             s = dots(key_rows + 8 * i, query, width // LANES)
             s = as_seen(capped_and_biased(args, s, bias, tile, i), i, low, high)
             vstore(line, i, s)

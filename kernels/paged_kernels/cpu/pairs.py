@@ -22,7 +22,7 @@ from paged_kernels.cpu.pair_tiles import (
     transpose_int8,
     transpose_pairs,
 )
-from paged_kernels.cpu.rows import call_for, padded
+from paged_kernels.cpu.rows import padded, prefetch_rows
 from paged_kernels.cpu.scores import as_seen, bias_of, capped_and_biased
 from paged_kernels.cpu.sharing import TILE
 from paged_kernels.cpu.sums import (
@@ -147,7 +147,7 @@ def _lay_out(args, item, head, tile, lead, count, first, stop, scratch, ahead, a
 def _call_part(args, item, head, start, stop, codes):
     """Ask memory for 16 more of the keys that come next. It answers so many calls at once, and more would hold up what
     is computed meanwhile."""
-    call_for(args, item, head, start, min(stop, start + 16), codes)
+    prefetch_rows(args, item, head, start, min(stop, start + 16), codes)
 
 
 @inline

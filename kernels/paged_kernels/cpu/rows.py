@@ -215,7 +215,7 @@ def _from_codes(source, dtype, scale, target, count, width):
 
 
 @inline
-def call_for(args, item, head, start, stop, codes):
+def prefetch_rows(args, item, head, start, stop, codes):
     """Ask memory for keys and values start..stop, which are needed soon: blocks lie apart, so the hardware's own
     prefetching starts anew with each."""
     num_kv_heads, block_size = args.num_kv_heads, args.block_size
@@ -226,15 +226,15 @@ def call_for(args, item, head, start, stop, codes):
         block = start // block_size
         count = min(stop, (block + 1) * block_size) - start
         row = (load_i32(table, block) * num_kv_heads + head) * block_size + start - block * block_size
-        _call_run(args.keys + row * key_bytes, count * key_bytes)
-        _call_run(args.values + row * value_bytes, count * value_bytes)
+        _prefetch_run(args.keys + row * key_bytes, count * key_bytes)
+        _prefetch_run(args.values + row * value_bytes, count * value_bytes)
         if codes is not None:
-            _call_run(args.key_scales + row * 4, count * 4)
-            _call_run(args.value_scales + row * 4, count * 4)
+            _prefetch_run(args.key_scales + row * 4, count * 4)
+            _prefetch_run(args.value_scales + row * 4, count * 4)
         start += count
 
 
 @inline
-def _call_run(address, num_bytes):
+def _prefetch_run(address, num_bytes):
     for i in range(0, num_bytes, 64):
         prefetch(address, i)
