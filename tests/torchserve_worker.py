@@ -114,6 +114,13 @@ class Worker:
             assert time.monotonic() < deadline
             self.step()
 
+    def run_until_told(self, name: str) -> None:
+        """Until something came for this one; on a busy machine that takes more than a step."""
+        deadline = time.monotonic() + 30
+        while not self.replies[name].messages:
+            assert time.monotonic() < deadline
+            self.step()
+
     def ask(self, parts: dict[str, Any], url_path: str = "") -> Reply:
         self.post("r", parts, url_path)
         self.run()

@@ -131,7 +131,7 @@ def test_a_request_that_asks_the_impossible_is_told_so_and_others_go_on(worker, 
     serving.post("good", {"body": {"prompt": "!", "max_new_tokens": 40}})
     serving.step()
     serving.post("bad", parts, route)
-    serving.step()
+    serving.run_until_told("bad")
     bad = serving.replies["bad"]
     assert bad.status == status
     assert told in str(bad.json["error"])
