@@ -14,10 +14,11 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check -c constraint
 BENCH_MODEL ?= smollm2
 BENCH_ARGS  ?=
 FUZZ_ARGS   ?=
-WORKERS     ?= 2
+WORKERS     ?= 3
 # Tests start many interpreters: what one of them compiles, the next finds, whatever this shell says of that.
 export PYTHONDONTWRITEBYTECODE :=
-# Several workers compute with a thread each: more would only wait for one another's cores.
+# Several workers compute with a thread each: more would only wait for one another's cores. Tests wait for servers and
+# other processes a third of their time: three workers keep two cores busy.
 PYTEST      := $(if $(filter-out 0 1,$(WORKERS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
 .PHONY: help demo test lint types unit bench coverage docs fuzz pieces clients matrix clean
