@@ -20,7 +20,13 @@ from places import ROOT
 
 # The seam and its self-check, calls in each tier, 16-bit weights, the paged cache, models with rules of their own.
 # Mistakes of ours are told from rounding by our own comparison, whatever the release.
-SAMPLE = ("test_hf_upstream.py", "test_generate_halves.py", "test_hf_cache.py", "test_hf_rules.py")
+SAMPLE = (
+    "test_hf_upstream.py",
+    "test_generate_halves.py",
+    "test_hf_cache.py",
+    "test_hf_cache_layers.py",
+    "test_hf_rules.py",
+)
 CHOSEN_WITH_IT = ("transformers", "huggingface-hub", "tokenizers")  # pip finds those that go with it
 LIMIT_S = 1200
 
