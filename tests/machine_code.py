@@ -4,7 +4,7 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 
-def machine_code(features, emit, num_args, cpu="x86-64-v4"):
+def machine_code(features, emit, num_args, cpu="x86-64-v4", triple="x86_64-unknown-linux-gnu"):
     """What ``emit(builder, args)`` of ``num_args`` numbers becomes on a processor with these features, as text."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
@@ -13,8 +13,7 @@ def machine_code(features, emit, num_args, cpu="x86-64-v4"):
     builder = ir.IRBuilder(function.append_basic_block())
     emit(builder, list(function.args))
     builder.ret_void()
-    triple = llvm.Target.from_triple("x86_64-unknown-linux-gnu")
-    target = triple.create_target_machine(cpu=cpu, features=features, opt=3)
+    target = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features, opt=3)
     parsed = llvm.parse_assembly(str(module))
     parsed.verify()
     return target.emit_assembly(parsed)
