@@ -1,96 +1,56 @@
-"""Linear layers that come quantised, from the integers that they have: nothing is rounded anew, and none is widened.
+"""Linear layers that come quantised: the integers that they have. Nothing is rounded anew.
 
-A weight is known by what it is made of: torchao's int8 and int4 tensors (codes, scales, zero points) and bitsandbytes'
-int8 (codes, a scale a row). What isn't plainly one of these is left alone, and runs as it always did.
+A layer is known by what it is made of, never by importing the library that made it: torchao's int8 and int4 tensors
+(codes, scales, zero points), bitsandbytes' int8 (codes, a scale a row), what compressed-tensors leaves when it has
+widened a weight (the weight, and the scales that it was made with), and GPTQ's and AWQ's words of 32 bits
+(packed_words.py). What isn't plainly one of these is left alone, and runs as it always did.
 """
 
 from __future__ import annotations
 
-import weakref
-from contextlib import suppress
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from paged_core.builtin.trials import INTEGERS, alike, random_rows
-from paged_core.execution.model import ModuleForward
-from paged_core.execution.watched import WatchedTensors
+from paged_core.builtin.packed_words import has_packed_words, of_packed_words
 
 if TYPE_CHECKING:
     from paged_kernels.cpu.integers import Integers
-    from paged_kernels.cpu.quantized import QuantizedLinear
 
-_FLOATS = (torch.float32, torch.bfloat16)  # of rows that the kernels read
-
-
-def came_quantized_forward(module: nn.Module) -> ModuleForward | None:
-    """None if the module isn't such a layer."""
-    integers = _integers_of(module)
-    if integers is None:
-        return None
-    forward = _CameQuantized(module, integers)
-    if not forward.packed:
-        return None
-    widened, bias = integers.widened(), module._parameters.get("bias")
-    x = random_rows(widened, widened.shape[1])
-    theirs = nn.functional.linear(x, widened, None if bias is None else bias.float())
-    return forward if alike(forward(x), theirs, INTEGERS) else None
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class _CameQuantized(ModuleForward):
-    follows_module = True
-    quantized = True
-
-    def __init__(self, module: nn.Module, integers: Integers) -> None:
-        self._module, self._owner = weakref.ref(module), module._parameters
-        self._product: QuantizedLinear | None = None
-        self._pack(integers)
-
-    def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
-        (x,) = (*args, *named.values())
-        module = self._module()
-        assert module is not None, "it is the one that is called"
-        if not self._watched.same(self._tensors()):
-            self._pack(_integers_of(module))
-        if self._product is None or x.dtype not in _FLOATS:
-            return type(module).forward(module, x)  # type: ignore[no-any-return]
-        out: Tensor = self._product(x)
-        return out
-
-    @property
-    def packed(self) -> bool:
-        """Whether there is a way to compute with its integers."""
-        return self._product is not None
-
-    def stale(self) -> bool:
-        return self._module() is None or self._watched.stale(self._tensors())
-
-    def _tensors(self) -> list[Tensor | None]:
-        return [self._owner.get("weight"), self._owner.get("bias")]
-
-    def _pack(self, integers: Integers | None) -> None:
-        from paged_kernels.cpu.quantized import QuantizedLinear
-
-        self._watched, self._product = WatchedTensors(self._tensors()), None
-        if integers is not None:
-            with suppress(ValueError):  # groups that the kernels have no way for
-                self._product = QuantizedLinear([integers], [self._owner.get("bias")])
+def looks_quantized(module: nn.Module) -> bool:
+    """Whether it is such a layer, to judge by its parts, on the CPU."""
+    return _format_of(module) is not None
 
 
-def _integers_of(module: nn.Module) -> Integers | None:
+def integers_in(module: nn.Module) -> Integers | None:
+    """Those of a layer that looks so; None if it isn't what it looks like."""
+    integers_of = _format_of(module)
+    return None if integers_of is None else integers_of(module)
+
+
+def _format_of(module: nn.Module) -> Callable[[nn.Module], Integers | None] | None:
     weight = module._parameters.get("weight")
-    if weight is None or weight.device.type != "cpu" or weight.ndim != 2:
+    if weight is None:
+        return of_packed_words if has_packed_words(module) else None
+    if weight.device.type != "cpu" or weight.ndim != 2:
         return None
-    if type(module) is nn.Linear and type(weight) is not nn.Parameter:
-        return _of_torchao(weight)
-    return _of_bitsandbytes(module, weight) if type(module).__name__ == "Linear8bitLt" else None
+    if isinstance(module, nn.Linear) and "weight_scale" in module._parameters:
+        return _of_compressed_tensors
+    if type(module) is nn.Linear:
+        return _of_torchao if type(weight) is not nn.Parameter else None
+    return _of_bitsandbytes if type(module).__name__ == "Linear8bitLt" else None
 
 
-def _of_torchao(weight: Any) -> Integers | None:
+def _of_torchao(module: nn.Module) -> Integers | None:
     """Codes int8 ``[N, K]`` and scales ``[N, S]``; of four bits, the codes are -8 to 7."""
     from paged_kernels.cpu.integers import ZERO, Integers
 
+    weight: Any = module._parameters["weight"]
     codes, scale, zero = (getattr(weight, name, None) for name in ("qdata", "scale", "zero_point"))
     block = list(getattr(weight, "block_size", ()))
     plain = type(codes) is Tensor and codes.dtype is torch.int8 and type(scale) is Tensor and scale.dtype in _FLOATS
@@ -117,10 +77,12 @@ def _of_torchao(weight: Any) -> Integers | None:
     return Integers((codes.short() + ZERO[bits]).to(torch.uint8), scales.contiguous(), minima, bits, block[1])
 
 
-def _of_bitsandbytes(module: nn.Module, weight: Any) -> Integers | None:
+def _of_bitsandbytes(module: nn.Module) -> Integers | None:
     """Codes int8 ``[N, K]``; the largest number of each row, which 127 stands for, is kept here or there."""
     from paged_kernels.cpu.integers import ZERO, Integers
 
+    weight = module._parameters["weight"]
+    assert weight is not None
     largest = getattr(weight, "SCB", None)
     if largest is None:
         largest = getattr(getattr(module, "state", None), "SCB", None)
@@ -128,3 +90,16 @@ def _of_bitsandbytes(module: nn.Module, weight: Any) -> Integers | None:
         return None
     codes = (weight.data.view(torch.int8).short() + ZERO[8]).to(torch.uint8).as_subclass(Tensor)
     return Integers(codes, (largest.float() / 127)[:, None], None, 8, weight.shape[1])
+
+
+def _of_compressed_tensors(module: nn.Module) -> Integers | None:
+    """A float weight ``[N, K]`` that was widened, and its scales ``[N, S]``, ``[N, 1]`` or ``[1]``."""
+    from paged_kernels.cpu.grids import of_known_scales
+
+    weight, scale = module._parameters["weight"], module._parameters["weight_scale"]
+    if weight is None or scale is None or weight.dtype not in _FLOATS or scale.dtype not in _FLOATS:
+        return None
+    (rows, depth), parts = weight.shape, scale.shape[-1] if scale.ndim > 1 else 1
+    if parts == 0 or depth % parts or scale.numel() not in (parts, rows * parts):
+        return None
+    return of_known_scales(weight.detach(), scale.detach().reshape(-1, parts).expand(rows, -1), depth // parts)

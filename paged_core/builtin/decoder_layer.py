@@ -34,14 +34,18 @@ def is_plain_decoder_layer(module: nn.Module) -> bool:
 
 def decoder_layer_forward(module: nn.Module, weights: str | None = None) -> ModuleForward | None:
     """None if the layer computes something else than its parts tell. ``weights``: as Layers takes it."""
-    norms = [norm_forward(module.get_submodule(name)) for name in ("input_layernorm", "post_attention_layernorm")]
-    weight = module.get_submodule("self_attn.q_proj").weight
+    norms: list[Any] = [
+        norm_forward(module.get_submodule(name)) for name in ("input_layernorm", "post_attention_layernorm")
+    ]
     if None in norms:
         return None
-    assert isinstance(weight, Tensor), "the caller knows its parts"
     ours = DecoderLayer(module, norms[0], norms[1], weights)
+    scale = norms[0].weight()
+    x = random_rows(scale, len(scale))
+    if ours.parts(x) is None:
+        return None
     seen = seen_with(module, ours.take_stood_for())
-    return ours if layer_agrees(ours, seen, random_rows(weight, weight.shape[1]), tolerances(weights)) else None
+    return ours if layer_agrees(ours, seen, x, tolerances(weights)) else None
 
 
 def matters(value: Any) -> bool:
@@ -106,7 +110,7 @@ class DecoderLayer(ModuleForward):
         sums = added_up(attention.get_submodule("o_proj")), added_up(mlp.get_submodule("down_proj"))
         self._add_up = None if sums == (None, None) else [each or _as_it_is for each in sums]
         self.quantized = weights is not None
-        self._heads = [len(layer._parameters["weight"]) // dim for layer in (q, k, v)]  # type: ignore[arg-type]
+        self._heads = [size // dim for size in self._qkv.sizes]
         self.hooks = [hooks for part in module.modules() if part is not module for hooks in hooks_of(part)]
 
     def __call__(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 This plugin answers create_module_forward. A module is known by what it is made of, never by a model's name, and every
 forward is held against the module it stands for before it is handed out. What is not plainly understood (a subclass, a
-quantised weight, a hook, a wrapped child) is left alone. This file knows torch modules; it never writes to one.
+hook, a wrapped child, a quantised weight that isn't asked for) is left alone. This file knows torch modules.
 """
 
 from __future__ import annotations
@@ -16,21 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paged_core.builtin.came_quantized import came_quantized_forward
 from paged_core.builtin.decoder_layer import decoder_layer_forward, is_plain_decoder_layer
 from paged_core.builtin.decoder_stack import decoder_stack_forward
 from paged_core.builtin.elementwise import norm_forward, rotary_forward, rotated_on_cpu
+from paged_core.builtin.linears import Linear
 from paged_core.builtin.modules import hooks_of, is_gated_mlp, is_listened_to
-from paged_core.builtin.packed import (
-    Layers,
-    added_up,
-    has_plain_weight,
-    is_packable,
-    is_packable_end,
-    is_packable_shard,
-    shape_of,
-)
-from paged_core.builtin.trials import alike, random_rows, seen_with, stock, tolerances
+from paged_core.builtin.packed import Layers, added_up, is_packable, is_packable_end, is_packable_shard
+from paged_core.builtin.trials import alike, seen_with, stock, tolerances
 from paged_core.config import EngineConfig
 from paged_core.execution.model import ModuleForward
 from paged_core.execution.split_linear import SplitLinear
@@ -48,16 +40,16 @@ def create_module_forward(
     if device.type != "cpu" or "forward" in module.__dict__ or not _have_kernels():
         return None
     weights = None if config is None else config.weights
-    if is_packable(module):
+    if is_packable(module, weights):
         group = _GROUPS.get(module)
         sibling = None if group is None else group.forward_of(module)
-        return sibling or _checked(_Linear(module, weights), module, module)
+        return sibling or _checked(_Linear(module, weights), module)
     if isinstance(module, SplitLinear):
         return _shard_forward(module)
-    if weights is not None and (theirs := came_quantized_forward(module)) is not None:
-        return theirs
-    if _is_packable_mlp(module):
-        return _checked(_GatedMLP(module, weights), module, module.get_submodule("gate_proj"))
+    if _is_packable_mlp(module, weights):
+        mlp = _checked(_GatedMLP(module, weights), module)
+        if mlp is not None:
+            return mlp
     layer = _decoder_layer(module, weights)
     if layer is not None:
         return layer
@@ -65,18 +57,19 @@ def create_module_forward(
         return stack
     for names in _SIBLINGS:
         children = [module._modules.get(name) for name in names]
-        if all(is_packable(child) for child in children):
+        if all(is_packable(child, weights) for child in children):
             _remember([child for child in children if child is not None], weights)
     return norm_forward(module) or rotary_forward(module, rotated_on_cpu, device)
 
 
 def _decoder_layer(module: nn.Module, weights: str | None) -> ModuleForward | None:
-    """A whole decoder layer, where all its parts are plain."""
+    """A whole decoder layer, where all its parts are understood."""
     if not is_plain_decoder_layer(module):
         return None
     attention, mlp = module.get_submodule("self_attn"), module.get_submodule("mlp")
     *others, o_proj = (attention.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
-    plain = all(map(is_packable, others)) and is_packable_end(o_proj) and _is_packable_mlp(mlp)
+    plain = all(is_packable(each, weights) for each in others) and is_packable_end(o_proj, weights)
+    plain = plain and _is_packable_mlp(mlp, weights)
     listened = any(is_listened_to(part) for part in module.modules() if part is not module)
     return decoder_layer_forward(module, weights) if plain and not listened else None
 
@@ -91,17 +84,17 @@ class _Packing(ModuleForward):
     follows_module = True
 
     def __init__(self, weights: str | None, *layers: Layers) -> None:
-        self._all, self.quantized, self.tolerances = layers, weights is not None, tolerances(weights)
+        self.layers, self.quantized, self.tolerances = layers, weights is not None, tolerances(weights)
 
     def stale(self) -> bool:
-        return any(layers.stale() for layers in self._all)
+        return any(layers.stale() for layers in self.layers)
 
     def release(self) -> bool:
-        return sum(layers.release() for layers in self._all) > 0
+        return sum(layers.release() for layers in self.layers) > 0
 
     def take_stood_for(self) -> dict[int, Tensor]:
         """See Layers."""
-        return {owner: weight for layers in self._all for owner, weight in layers.take_stood_for().items()}
+        return {owner: weight for layers in self.layers for owner, weight in layers.take_stood_for().items()}
 
 
 class _Linear(_Packing):
@@ -140,8 +133,9 @@ def _shard_forward(module: SplitLinear) -> ModuleForward | None:
     """Its product is held against torch's: what ranks do together is the same either way."""
     if not is_packable_shard(module):
         return None
-    x = _rows_for(module)
-    return _SplitLinear(module) if alike(_Linear(module, None)(x), nn.Linear.forward(module, x)) else None
+    product = _Linear(module, None)
+    x = product.layers[0].trial_rows()
+    return _SplitLinear(module) if alike(product(x), nn.Linear.forward(module, x)) else None
 
 
 class _Left(threading.local):
@@ -162,9 +156,9 @@ class _Sibling(_Packing):
     Another input, one that was written to, another order or a second call finds nothing and is computed alone.
     """
 
-    def __init__(self, layers: Layers, sizes: Sequence[int], index: int, weights: str | None) -> None:
+    def __init__(self, layers: Layers, index: int, weights: str | None) -> None:
         super().__init__(weights, layers)
-        self._layers, self._sizes, self._index = layers, list(sizes), index
+        self._layers, self._sizes, self._index = layers, layers.sizes, index
 
     def __call__(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())
@@ -209,13 +203,13 @@ class _GatedMLP(_Packing):
 # ---- which module is what --------------------------------------------------------------------------------------
 
 
-def _is_packable_mlp(module: nn.Module) -> bool:
-    """A gated MLP of three plain linear layers that nobody listens to."""
+def _is_packable_mlp(module: nn.Module, weights: str | None) -> bool:
+    """A gated MLP of three linear layers that nobody listens to."""
     if not is_gated_mlp(module):
         return False
     gate, up, down = parts = [module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj")]
-    plain = is_packable(gate) and is_packable(up) and is_packable_end(down)
-    return plain and all(isinstance(part, nn.Linear) and not is_listened_to(part) for part in parts)
+    plain = is_packable(gate, weights) and is_packable(up, weights) and is_packable_end(down, weights)
+    return plain and not any(type(part).__name__ == "Conv1D" or is_listened_to(part) for part in parts)
 
 
 # ---- siblings --------------------------------------------------------------------------------------------------
@@ -230,22 +224,29 @@ class _Siblings:
         self._weights = weights
 
     def forward_of(self, module: nn.Module) -> _Sibling | None:
-        modules = [m for m in (ref() for ref in self._modules) if m is not None and has_plain_weight(m)]
-        if len(modules) < len(self._modules) or len({shape_of(m)[1:] for m in modules}) > 1:
+        modules = [m for m in (ref() for ref in self._modules) if m is not None and Linear.knows(m, self._weights)]
+        if len(modules) < len(self._modules):
             return None
-        sizes = [shape_of(m)[0] for m in modules]
         if self._layers is None or self._layers.stale():
-            layers = Layers(modules, weights=self._weights)
-            x = _rows_for(module)
-            product, stood_for = layers.packed(x), layers.take_stood_for()
-            if product is None or not all(
-                alike(part, stock(seen_with(m, stood_for), x), tolerances(self._weights))
-                for m, part in zip(modules, product(x).split(sizes, -1), strict=True)
-            ):
-                return None
-            self._layers = layers
+            self._layers = self._agreeing(modules)
+        if self._layers is None:
+            return None
         number = next(i for i, m in enumerate(modules) if m is module)
-        return _Sibling(self._layers, sizes, number, self._weights)
+        return _Sibling(self._layers, number, self._weights)
+
+    def _agreeing(self, modules: Sequence[nn.Module]) -> Layers | None:
+        """Their product, if it gives what each of them gives."""
+        layers = Layers(modules, weights=self._weights)
+        if not layers.alike:
+            return None
+        x = layers.trial_rows()
+        product, stood_for = layers.packed(x), layers.take_stood_for()
+        if product is None:
+            return None
+        for module, part in zip(modules, product(x).split(layers.sizes, -1), strict=True):
+            if not alike(part, stock(seen_with(module, stood_for), x), tolerances(self._weights)):
+                return None
+        return layers
 
 
 _GROUPS: weakref.WeakKeyDictionary[nn.Module, _Siblings] = weakref.WeakKeyDictionary()
@@ -260,15 +261,10 @@ def _remember(children: Sequence[nn.Module], weights: str | None) -> None:
 # ---- held against the module itself ----------------------------------------------------------------------------
 
 
-def _checked(forward: _Packing, module: nn.Module, first: nn.Module) -> ModuleForward | None:
-    """``forward``, if it computes what ``module`` computes; ``first`` is the linear layer that takes its input."""
-    x = _rows_for(first)
+def _checked(forward: _Packing, module: nn.Module) -> ModuleForward | None:
+    """``forward``, if all of it is packed, and it computes what ``module`` computes."""
+    x = forward.layers[0].trial_rows()
+    if any(layers.packed(x) is None for layers in forward.layers):
+        return None
     theirs = stock(seen_with(module, forward.take_stood_for()), x)
     return forward if alike(forward(x), theirs, forward.tolerances) else None
-
-
-def _rows_for(linear: nn.Module) -> Tensor:
-    """Random rows for a linear layer."""
-    weight = linear._parameters["weight"]
-    assert weight is not None
-    return random_rows(weight, shape_of(linear)[1])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from paged_core.builtin.modules import head_dim, is_rms_norm
+from paged_core.execution.split_linear import SplitLinear
 
 ROWS = 5
 ROUGHLY = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest value, for other orders
@@ -27,16 +28,32 @@ def tolerances(weights: str | None) -> dict[torch.dtype, float]:
 
 
 def seen_with(module: nn.Module, weights: dict[int, Tensor]) -> nn.Module:
-    """The module with other weights, by the identity of each part's parameters; itself if there are none."""
+    """The module with other weights ``[N, K]``, by the identity of each part's parameters; itself if there are none.
+    What has one is a plain linear layer then, whatever it was made of."""
     if not weights:
         return module
+    if (weight := weights.get(id(module._parameters))) is not None and not isinstance(module, SplitLinear):
+        bias = module._parameters.get("bias", module._buffers.get("bias"))
+        return _Widened(weight, bias)
     twin = copy.copy(module)
     twin.__dict__["_modules"] = {
         name: None if child is None else seen_with(child, weights) for name, child in module._modules.items()
     }
-    if (weight := weights.get(id(module._parameters))) is not None:
+    if weight is not None:
         twin.__dict__["_parameters"] = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
     return twin
+
+
+class _Widened(nn.Module):
+    """Weights of float32, met by rows of any dtype: as exactly as may be."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(x.float(), self.weight, bias).to(x.dtype)
 
 
 @torch.no_grad()

@@ -163,7 +163,7 @@ def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig, owned:
         nonlocal num_quantized, num_left
         forward = ask(module=module, device=device, config=config)
         num_quantized += bool(getattr(forward, "quantized", False))
-        num_left += forward is None and isinstance(module, torch.nn.Linear)
+        num_left += forward is None and _is_linear(module)
         return forward
 
     if owned:
@@ -178,8 +178,14 @@ def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig, owned:
             "CPU can, with paged-core[cpu]; leave weights out, or load the model so"
         )
     if config.weights is not None and num_left:
-        layers = "1 linear layer runs" if num_left == 1 else f"{num_left} linear layers run"
-        _log.warning("weights=%r: %s as it is, from weights of a kind that is not packed", config.weights, layers)
+        layers = "1 linear layer runs as it is" if num_left == 1 else f"{num_left} linear layers run as they are"
+        _log.warning("weights=%r: %s, from weights of a kind that is not packed", config.weights, layers)
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    """As torch has it, or as libraries do that quantise."""
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return not module._modules and all(isinstance(size, int) for size in sizes)
 
 
 def _strangers_bring_tiers(manager: Plugins) -> bool:

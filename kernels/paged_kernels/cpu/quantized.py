@@ -67,6 +67,20 @@ class QuantizedLinear(Packed):
         self._row_bytes = self._codes_at + -(-self._filled // LINE) * LINE
         self._scratch_bytes = SCRATCH_BYTES + 4 * self._filled if self._is_rotated else 0  # a row in float32
 
+    def __call__(
+        self,
+        x: Tensor,
+        out_dtype: torch.dtype | None = None,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """As Packed, and of float16 too, by way of float32."""
+        wanted = out_dtype or x.dtype
+        if wanted is not torch.float16 or out is not None:
+            return super().__call__(x, out_dtype, residual, out)
+        wide = None if residual is None else residual.float()
+        return super().__call__(x, torch.float32, wide).to(wanted)
+
     def _laid(self, weight: Integers) -> list[Tensor]:
         """Scales, minima and codes, ``[N, bytes]`` each, in the order in which a tile has them."""
         codes = torch.nn.functional.pad(weight.codes, (0, self._filled - weight.codes.shape[1]))

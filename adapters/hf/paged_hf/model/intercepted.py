@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules import module as every_module
 
 from paged_hf import upstream
+from paged_hf.model import compressed
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _FOR_TRAINING = ("make_inputs_require_grads", "make_inputs_require_grad")  # transformers' and PEFT's: no matter here
@@ -139,7 +140,7 @@ def _computes_the_same(module: nn.Module, name: str, method: Any) -> bool:
         )
     function = getattr(method, "__func__", None)
     bound = isinstance(method, types.MethodType) and method.__self__ is module
-    return bound and (function is original or _is_a_classes_forward(function))
+    return bound and (function is original or _is_a_classes_forward(function) or compressed.is_librarys(function))
 
 
 def _only_places(hook: Any) -> bool:

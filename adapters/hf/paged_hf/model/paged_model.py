@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from paged_core import Attend, EngineDeadError, ModelSpec, ModuleForward, PagedModel, UnsupportedModel
+from paged_hf.model import compressed
 from paged_hf.model.attention import PAGED, UNDER_WAY, CountedAttend
 from paged_hf.model.compiled import CompiledRoot
 from paged_hf.model.config_facts import (
@@ -190,6 +191,7 @@ class HFPagedModel(PagedModel):
             self._compiled = CompiledRoot(self.shadow.root)
 
     def _take_in(self) -> None:
+        compressed.widen(self._base)
         self.shadow = Shadow(self._base)
         self._under_way: list[CountedAttend | None] = [None]
         self.shadow.give_all(UNDER_WAY, self._under_way)
@@ -325,7 +327,8 @@ class HFPagedModel(PagedModel):
 
 
 def _listened_to(module: nn.Module) -> bool:
-    return listened_to(module) or "forward" in module.__dict__
+    forward = module.__dict__.get("forward")
+    return listened_to(module) or not (forward is None or compressed.is_librarys(forward))
 
 
 def _aligned(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from paged_hf import upstream
+from paged_hf.model import compressed
 from paged_hf.model.intercepted import uncompiled, uncompiled_method
 
 _SHARED = frozenset(vars(nn.Module())) - {"training", "_modules"}  # parameters, buffers, hooks: the same objects
@@ -87,6 +88,7 @@ class Shadow:
                 mended = twin.__dict__[name] = self._mended(value, depth=3)
                 if uncompiled_method(value) is not value and _is_own(mended, twin, name):
                     del twin.__dict__[name]
+        compressed.leave_to_class(twin)
 
     def _mended(self, value: Any, depth: int) -> Any:
         if isinstance(value, nn.Module):

@@ -1,0 +1,130 @@
+"""One linear layer: where its tensors stand, and the weights that they make, as floats or as integers.
+
+This file knows torch modules. The layer is looked into, never held.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from paged_core.builtin.came_quantized import integers_in, looks_quantized
+from paged_core.execution.watched import plain_tensors
+
+if TYPE_CHECKING:
+    from paged_kernels.cpu.integers import Integers
+
+_ROWS = frozenset({torch.float32, torch.bfloat16, torch.float16})  # that products of integers read
+
+
+class Linear:
+    """nn.Linear itself, a Conv1D as GPT-2 has it (weight ``[K, N]``), or, where integers are asked for, a layer that
+    came quantised."""
+
+    def __init__(self, module: nn.Module, weights: str | None) -> None:
+        self._module = weakref.ref(module)
+        self._came = weights is not None and looks_quantized(module)
+        self.turned = not (self._came or isinstance(module, nn.Linear))
+        self._parameters = module._parameters
+        self.places: list[tuple[dict[str, Any], str]] = [(module._parameters, name) for name in ("weight", "bias")]
+        if self._came:
+            self.places = [(owner, name) for owner in _owners(module) for name in owner]
+        self.shape = _shape_of(module, self._came, self.turned)
+
+    @staticmethod
+    def knows(module: nn.Module, weights: str | None) -> bool:
+        """Whether it is such a layer, to judge by its tensors."""
+        if weights is not None and looks_quantized(module):
+            return True
+        weight = module._parameters.get("weight")
+        if type(module) is nn.Linear:
+            return packable(weight) is not None
+        is_conv1d = type(module).__name__ == "Conv1D" and set(module._parameters) == {"weight", "bias"}
+        return is_conv1d and module._parameters["bias"] is not None and packable(weight) is not None
+
+    @property
+    def identity(self) -> int:
+        """Of the module's parameters: the same for all its twins."""
+        return id(self._parameters)
+
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """Of rows that a product with it takes."""
+        if self._came:
+            return _ROWS
+        weight = self.weight
+        return frozenset() if weight is None else frozenset({weight.dtype})
+
+    @property
+    def weight(self) -> Tensor | None:
+        """Float ``[N, K]``, as it is now; None if it isn't plain."""
+        weight = packable(self._parameters.get("weight"))
+        return weight.t() if weight is not None and self.turned else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return next((owner.get(name) for owner, name in self.places if name == "bias"), None)
+
+    def integers(self, kind: str) -> Integers | None:
+        """Those that it is made of, if they can be told; else its plain weight as ``kind`` has it. None: neither."""
+        from paged_kernels.cpu.integers import integers_of
+
+        module = self._module()
+        found = integers_in(module) if self._came and module is not None else None
+        if found is not None:
+            return found
+        return None if (weight := self.weight) is None else integers_of(weight, kind)
+
+    def stock(self, x: Tensor) -> Tensor:
+        """What the layer computes."""
+        if self._came:
+            module = self._module()
+            assert module is not None, "it is the one that is called"
+            return type(module).forward(module, x)  # type: ignore[no-any-return]
+        weight, bias = self._parameters["weight"], self.bias
+        assert weight is not None
+        return nn.functional.linear(x, weight.t() if self.turned else weight, bias)
+
+    @property
+    def is_released(self) -> bool:
+        return any(tensor is not None and not tensor.numel() for tensor in self._matrices())
+
+    def release(self) -> None:
+        """Leave it matrices of no numbers."""
+        from paged_kernels.cpu.pages import forget
+
+        for owner, name in self.places:
+            tensor = owner.get(name)
+            if tensor is None or tensor.ndim < 2:  # a sibling may have been packed twice
+                continue
+            for plain in plain_tensors(tensor):
+                forget(plain)
+            nothing = torch.empty(0, dtype=tensor.dtype, device="cpu")
+            owner[name] = nn.Parameter(nothing, requires_grad=False) if owner is self._parameters else nothing
+
+    def _matrices(self) -> list[Tensor | None]:
+        return [owner.get(name) for owner, name in self.places if name != "bias"]
+
+
+def _owners(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    return module._parameters, module._buffers
+
+
+def packable(weight: Tensor | None) -> Tensor | None:
+    """The weight, if it can be packed as it is."""
+    from paged_kernels.cpu.linear import can_pack
+
+    return weight if weight is not None and type(weight) in (Tensor, nn.Parameter) and can_pack(weight) else None
+
+
+def _shape_of(module: nn.Module, came: bool, turned: bool) -> tuple[int, int]:
+    """(outputs, inputs)"""
+    if came:
+        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    weight = module._parameters["weight"]
+    assert weight is not None
+    rows, columns = weight.shape
+    return (columns, rows) if turned else (rows, columns)
