@@ -45,11 +45,11 @@ def _of_four_bits(multiples: Tensor, low: Tensor, high: Tensor, scales: Tensor, 
 
 
 def in_one_layout(weights: Sequence[Integers]) -> list[Integers] | None:
-    """The same weights, such that they can be packed together. None: some have eight bits and some four, or their rows
-    are not of one length."""
+    """The same weights, such that they can be packed together. None: some have eight bits and some four, some are
+    rotated and some not, or their rows are not of one length."""
     if len({weight.layout for weight in weights}) == 1:
         return list(weights)
-    if len({(weight.codes.shape[1], weight.bits) for weight in weights}) > 1:
+    if len({(weight.depth, weight.bits, weight.rotated_from) for weight in weights}) > 1:
         return None
     group = math.gcd(*(weight.group for weight in weights))
     minima = any(weight.minima is not None for weight in weights)

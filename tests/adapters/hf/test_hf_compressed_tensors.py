@@ -56,7 +56,8 @@ def test_they_give_stocks_tokens_and_the_users_model_still_works(
 def test_layers_that_round_no_rows_run_as_plain_ones(scheme: str, folders: dict[str, Path]) -> None:
     taken = HFPagedModel(loaded(folders[scheme]))
     taken.accelerate(lambda module: create_module_forward(module, torch.device("cpu")))
-    assert [type(twin).__name__ for twin in taken._fast] == [*WHOLE[:2], "LlamaRMSNorm", "Linear"]
+    names = [type(twin).__name__ for twin in taken._fast]
+    assert names.count("LlamaDecoderLayer") == 2 and names.count("Linear") == 1
 
 
 @pytest.mark.parametrize("scheme, dtype", [*((each, torch.float32) for each in SCHEMES), ("W4A16", torch.bfloat16)])
