@@ -33,7 +33,7 @@ GROUP = 32  # rows of x that meet in registers
 PAIRS = 16  # pairs of k in one step
 STEP_BYTES = PAIRS * TILE * 4  # of weights
 PART = 9  # steps that all groups take before the next: so long do weights, and a group's x, stay in the nearest cache
-AHEAD = 16384  # bytes between the weights that are met and those that are fetched meanwhile
+AHEAD = 4096  # bytes between the weights that are met and those that are fetched meanwhile
 
 # Registers: sums of both halves of a group with both halves of the columns; rows of x; weights.
 SUMS, X, W = ((0, 1), (2, 3)), (4, 5), (6, 7)
