@@ -10,7 +10,7 @@ from paged_core import AsyncEngine, EngineBusyError, GenerationOutput, InvalidRe
 from paged_serving.outcomes import as_outcome
 from paged_serving.protocol.call import Call
 from paged_serving.protocol.failures import CallError, Failure
-from paged_serving.protocol.parsing import in_words_of
+from paged_serving.protocol.parsing import ProtocolError, in_words_of
 
 _News = tuple[int, StreamDelta | Exception | None]  # None: that stream has ended
 
@@ -73,14 +73,17 @@ class Exchange:
             CallError: it was cut, or the engine could not finish it.
             InvalidRequestError: the engine refused it.
         """
-        try:
-            self.results = list(await asyncio.gather(*[stream.aresult() for stream in self._streams]))
-        except InvalidRequestError as error:
-            raise in_words_of(self.call.named, error) from error
-        for result in self.results:
+        self.results = list(await asyncio.gather(*[self._result(number) for number in range(len(self._streams))]))
+        for number, result in enumerate(self.results):
             for output in result.outputs:
-                self._check(output.finish_reason, result.error)
+                self._check(number, output.finish_reason, result.error)
         return self.results
+
+    async def _result(self, number: int) -> GenerationOutput:
+        try:
+            return await self._streams[number].aresult()
+        except InvalidRequestError as error:
+            raise self._refused(number, error) from error
 
     async def answer(self) -> Any:
         """The body of a call that isn't streamed, when all has ended. Raises as ``finish``."""
@@ -91,7 +94,7 @@ class Exchange:
         what it refuses is told before anything was sent. Raises as ``finish``."""
         chunks, begun = list(self.call.first_chunks()), set[tuple[int, int]]()
         async for number, delta in self._news():
-            self._check(delta.finish_reason, delta.error)
+            self._check(number, delta.finish_reason, delta.error)
             first = (number, delta.index) not in begun
             begun.add((number, delta.index))
             retells = self.call.retells and (first or delta.finish_reason is not None)
@@ -102,28 +105,45 @@ class Exchange:
             yield Chunks(last, self.call.retells)
 
     async def _news(self) -> AsyncIterator[tuple[int, StreamDelta]]:
-        try:
-            async for number, delta in _merge(self._streams):
-                yield number, delta
-        except InvalidRequestError as error:
-            raise in_words_of(self.call.named, error) from error
+        async for number, news in _merge(self._streams):
+            if isinstance(news, InvalidRequestError):
+                raise self._refused(number, news) from news
+            if isinstance(news, Exception):
+                raise news
+            yield number, news
+
+    def _refused(self, number: int, error: InvalidRequestError) -> ProtocolError:
+        """``error`` in the protocol's words. Of several prompts it says which one is refused."""
+        own = self._name_of(number)
+        told = in_words_of({**self.call.named, "prompt": own}, error)
+        if len(self._streams) == 1 or own in str(told):
+            return told
+        return ProtocolError(f"{own}: {told}", told.param)
+
+    def _name_of(self, number: int) -> str:
+        name = self.call.named.get("prompt", "prompt")
+        return name if len(self._streams) == 1 else f"{name}[{number}]"
 
     async def _made(self, large: bool, make: Callable[..., list[Any]], *args: Any) -> list[Any]:
         made: list[Any] = await self._in_thread(as_outcome, make, *args) if large else as_outcome(make, *args)
         return made
 
-    def _check(self, finish_reason: str | None, error: str | None) -> None:
+    def _check(self, number: int, finish_reason: str | None, error: str | None) -> None:
         if finish_reason == "abort":
             raise self.aborted
         if finish_reason == "error":
-            raise CallError(Failure.GENERATION, error or "the generation failed")
+            which = None if len(self._streams) == 1 else self._name_of(number)
+            raise CallError(Failure.GENERATION, error or "the generation failed", which)
 
 
-async def _merge(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, StreamDelta]]:
-    """(number of the stream, its delta), as they come."""
+async def _merge(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, StreamDelta | Exception]]:
+    """(number of the stream, its delta), as they come. What a stream raises comes in a delta's place."""
     if len(streams) == 1:
-        async for delta in streams[0]:
-            yield 0, delta
+        try:
+            async for delta in streams[0]:
+                yield 0, delta
+        except Exception as error:
+            yield 0, error
         return
     news: asyncio.Queue[_News] = asyncio.Queue(maxsize=len(streams))
     tasks = [asyncio.ensure_future(_pump(number, stream, news)) for number, stream in enumerate(streams)]
@@ -133,8 +153,6 @@ async def _merge(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, StreamDe
             number, piece = await news.get()
             if piece is None:
                 num_open -= 1
-            elif isinstance(piece, Exception):
-                raise piece
             else:
                 yield number, piece
     finally:

@@ -26,6 +26,7 @@ class Whole(Body, frozen=True):
     large: Annotated[int, wide(0, 2**64 - 1)] | None = None
     flag: bool = False
     words: Annotated[str | list[str], must("a word, or words")] | None = None
+    places: list[int | list[int]] | None = None
     part: Part | None = None
     parts: list[Part] = msgspec.field(default_factory=list)
     tools: Annotated[Any, only([], False, why="can't be had; leave it out")] = None
@@ -59,7 +60,13 @@ def served() -> Iterator[ServedModel]:
         ({"large": -1}, "large", f"large is -1; it must be an integer from 0 to {2**64 - 1}"),
         ({"flag": "yes"}, "flag", 'flag is "yes"; it must be true or false'),
         ({"words": 7}, "words", "words is 7; it must be a word, or words"),
-        ({"words": ["a", 7]}, "words", 'words is ["a", 7]; it must be a word, or words'),
+        ({"words": ["a", 7]}, "words[1]", "words[1] is 7; it must be a string"),
+        ({"places": [[1], 2, "3", 4.5]}, "places[2]", 'places[2] is "3"; it must be an integer or a list of integers'),
+        (
+            {"places": [1, [2, None]]},
+            "places[1]",
+            "places[1] is [2, null]; it must be an integer or a list of integers",
+        ),
         ({"words": "x" * 99, "flag": 1}, "flag", "flag is 1; it must be true or false"),
         ({"words": {"x" * 99: 1}}, "words", 'words is {"' + "x" * 58 + "...; it must be a word, or words"),
         ({"part": "a"}, "part", 'part is "a"; it must be a JSON object'),

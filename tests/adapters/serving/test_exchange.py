@@ -10,7 +10,7 @@ import pytest
 from alphabet_model import AlphabetModel, Gate
 from calls import Alphabet
 from http_server import LIMIT_S, until
-from paged_core import AsyncEngine, Engine, EngineConfig
+from paged_core import AsyncEngine, Engine, EngineConfig, InvalidRequestError, hookimpl
 from paged_serving import CallError, CompletionCall, Exchange, Failure, trouble
 from toy_tokenizers import CharacterTokenizer
 
@@ -36,6 +36,44 @@ def test_streams_of_all_prompts_come_as_one(alphabet: Alphabet) -> None:
         texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
     assert texts == ["BCD", "CDE"]
     assert last["usage"]["completion_tokens"] == 6
+
+
+def chunks_of(exchange: Exchange) -> Any:
+    async def main() -> list[Any]:
+        return [chunk async for chunks in exchange.chunks() for chunk in chunks.told]
+
+    return asyncio.run(main())
+
+
+def test_of_several_prompts_the_one_at_fault_is_told_by_its_place(alphabet: Alphabet) -> None:
+    class Picky:
+        @hookimpl
+        def create_logits_processor(self, request: Any) -> None:
+            if 36 in request.tokens:
+                raise InvalidRequestError("D is too much", "prompt")
+            if 37 in request.tokens:
+                raise InvalidRequestError("E is too long", "max_tokens")
+
+    def fail(token_ids: list[int]) -> None:
+        if 34 in token_ids:
+            raise RuntimeError("B is too hard")
+
+    def told(which: type[Exception], prompts: list[str]) -> str:
+        said = []
+        for of in (lambda exchange: asyncio.run(exchange.finish()), chunks_of):
+            with pytest.raises(which) as raised:
+                of(Exchange(engine, call(alphabet, prompt=prompts, max_tokens=1, stream=of is chunks_of)))
+            said.append(str(raised.value))
+        assert said[0] == said[1]
+        return said[0]
+
+    engine = AsyncEngine(Engine(AlphabetModel(fail), CONFIG, plugins=[Picky()]), tokenizer=CharacterTokenizer())
+    with engine:
+        assert told(InvalidRequestError, ["A", "C", "D"]) == "prompt[2]: D is too much"
+        assert told(InvalidRequestError, ["D"]) == "prompt: D is too much"
+        assert told(InvalidRequestError, ["A", "E"]) == "prompt[1]: max_tokens: E is too long"
+        assert told(CallError, ["A", "B"]).startswith("prompt[1]: ")
+        assert not told(CallError, ["B"]).startswith("prompt")
 
 
 def test_an_answer_is_made_in_a_thread(alphabet: Alphabet) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -139,16 +140,16 @@ def test_ids_that_are_told_again_and_again_count_once(alphabet: Alphabet) -> Non
         ({"allowed_token_ids": [1, 97]}, "allowed_token_ids"),
         ({"allowed_token_ids": [-1]}, "allowed_token_ids"),
         ({"stop_token_ids": [10**30]}, "stop_token_ids"),
-        ({"stop_token_ids": [True]}, "stop_token_ids"),
-        ({"stop_token_ids": [1.5]}, "stop_token_ids"),
+        ({"stop_token_ids": [True]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": [1, 1.5]}, "stop_token_ids[1]"),
         ({"logit_bias": {"97": 1}}, "logit_bias"),
         ({"logit_bias": {"1": 1, "01": 2}}, "logit_bias"),
         ({"prompt": [1, 97]}, "prompt"),
-        ({"prompt": [[1], [-1]]}, "prompt"),
+        ({"prompt": [[1], [-1]]}, "prompt[1]"),
         ({"prompt": []}, "prompt"),
-        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [[]]}, "prompt[0]"),
         ({"prompt": ""}, "prompt"),
-        ({"prompt": ["A", 5]}, "prompt"),
+        ({"prompt": ["A", 5]}, "prompt[1]"),
         ({"cache_salt": "s" * 1025}, "cache_salt"),
     ],
 )
@@ -177,6 +178,24 @@ def test_a_prompt_cut_to_what_can_be_served_fits(alphabet: Alphabet) -> None:
     call = complete(alphabet, prompt="B" * 50 + "A" * 100, truncate_prompt_tokens=-1, max_tokens=1)
     assert call.prompts[0].text == "A" * 100
     assert alphabet.answer(call)["usage"]["prompt_tokens"] == 100
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param", "why"),
+    [
+        (["A", "B" * 300, "C"], "prompt[1]", "has 300 tokens"),
+        (["A", ""], "prompt[1]", "empty"),
+        ([[33], [34, 500]], "prompt[1]", "holds token id 500"),
+        ([[33], 34], "prompt[1]", "is a token id among texts or lists"),
+        (["A", 1.5], "prompt[1]", "is 1.5; it must be a string, an integer or a list of integers"),
+        ("B" * 300, "prompt", "has 300 tokens"),
+    ],
+)
+def test_of_several_prompts_the_bad_one_is_told(alphabet: Alphabet, prompt: Any, param: str, why: str) -> None:
+    with pytest.raises(ProtocolError, match=re.escape(why)) as refused:
+        complete(alphabet, prompt=prompt)
+    assert refused.value.param == param
+    assert param in str(refused.value)
 
 
 def test_what_the_engine_refuses_names_the_field() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
+from paged_core import InvalidRequestError
 from paged_serving.conversation.events import Answer
 from paged_serving.conversation.turns import Tool, ToolChoice
 from paged_serving.grammars.compiling import Vocabulary, compile_grammar, make_tokenizer, why
@@ -143,3 +144,9 @@ def test_what_tags_cannot_hold_is_refused_by_its_name() -> None:
     tool = Tool("f", "", {"properties": {"x": {"type": "string", "pattern": "^a$"}}})
     with pytest.raises(TemplateError, match="x of the tool f has pattern, which can't be forced on texts in tags"):
         CallGrammar(known()["glm4"], "", IDS).text([tool], ToolChoice("required"), None)
+
+
+def test_of_several_tools_the_one_with_a_bad_schema_is_told() -> None:
+    tools = [Tool("good", "", {}), Tool("bad", "", {"properties": {"x": {"minimum": 2**60}}})]
+    with pytest.raises(InvalidRequestError, match="the parameters of bad: "):
+        CallGrammar(known()["hermes"], "", IDS).text(tools, ToolChoice("required"), None)

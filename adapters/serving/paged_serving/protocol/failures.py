@@ -44,10 +44,11 @@ _OF_ANTHROPIC = {  # failure -> status and type for Anthropic's clients, where t
 
 
 class CallError(Exception):
-    """A call that can't be answered, for a reason that could not be seen in its body."""
+    """A call that can't be answered, for a reason that could not be seen in its body. ``which``: of several prompts,
+    the one that it is about."""
 
-    def __init__(self, failure: Failure, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, failure: Failure, message: str, which: str | None = None) -> None:
+        super().__init__(message if which is None else f"{which}: {message}")
         if failure is Failure.GENERATION and message.startswith(_OWN_FAULT):
             failure = Failure.INVALID
         self.failure = failure

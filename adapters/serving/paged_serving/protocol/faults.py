@@ -14,6 +14,7 @@ from paged_serving.protocol.bodies import HUGE, Body, Field, body_of, fields_of,
 from paged_serving.protocol.parsing import ProtocolError, shortened, shown
 
 Fault = tuple[str | None, str]  # the field as the whole body knows it, None for the body itself; what is wrong with it
+_MANY = {inspect.IntType: "integers", inspect.StrType: "strings", inspect.StructType: "objects"}
 
 
 def refusal(fault: Fault) -> ProtocolError:
@@ -76,8 +77,25 @@ def _faults_of_field(value: Any, field: Field, path: str) -> Iterator[Fault]:
         elif isinstance(fitting, inspect.ListType) and value and (item := body_of(fitting.item_type)) is not None:
             for place, each in enumerate(value):
                 yield from faults(each, item, f"{path}[{place}]")
+        elif (wrong := _wrong_item(value, field)) is not None:
+            place, wanted = wrong
+            yield f"{path}[{place}]", f"is {shown(value[place])}; it must be {wanted}"
         else:
             yield path, _told(value, field)
+
+
+def _wrong_item(value: Any, field: Field) -> tuple[int, str] | None:
+    """Of a list of plain values: (place of the first that can't stay, what it must be). None: it isn't one."""
+    kinds = field.kind.types if isinstance(field.kind, inspect.UnionType) else (field.kind,)
+    item = next((kind.item_type for kind in kinds if isinstance(kind, inspect.ListType)), None)
+    if item is None or not isinstance(value, list):
+        return None
+    for place, each in enumerate(value):
+        try:
+            msgspec.convert([each], field.annotation)
+        except msgspec.ValidationError:
+            return place, _described(item)
+    return None
 
 
 def _joined(path: str | None, name: str) -> str:
@@ -93,10 +111,12 @@ def _wanted(field: Field) -> str:
 
 
 def _described(kind: inspect.Type) -> str:
+    if isinstance(kind, inspect.Metadata):
+        return str((kind.extra or {}).get("must") or _described(kind.type))
     if isinstance(kind, inspect.BoolType):
         return "true or false"
     if isinstance(kind, inspect.IntType):
-        return f"an integer from {kind.ge} to {kind.le}"
+        return "an integer" if kind.ge is None else f"an integer from {kind.ge} to {kind.le}"
     if isinstance(kind, inspect.FloatType):
         return "a number" + _between(kind.ge, kind.le)
     if isinstance(kind, inspect.StrType):
@@ -104,7 +124,7 @@ def _described(kind: inspect.Type) -> str:
     if isinstance(kind, inspect.LiteralType):
         return _joined_by_or([json.dumps(each) for each in kind.values])
     if isinstance(kind, inspect.ListType):
-        return "a list"
+        return f"a list of {_MANY.get(type(kind.item_type), 'values')}"
     if isinstance(kind, inspect.UnionType):
         return _joined_by_or([_described(each) for each in kind.types if not isinstance(each, inspect.NoneType)])
     return "a JSON object"

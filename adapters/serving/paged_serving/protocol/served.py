@@ -115,7 +115,7 @@ class ServedModel:
         try:
             return encode_prompt(self.codec, prompt)
         except InvalidRequestError as error:
-            raise ProtocolError(str(error), name) from error
+            raise ProtocolError(str(error) if name in str(error) else f"{name}: {error}", name) from error
 
     def check_length(self, name: str, num_tokens: int) -> None:
         """Raises ProtocolError for a prompt that is too long."""
@@ -129,20 +129,23 @@ class ServedModel:
         self, name: str, value: str | Sequence[str | int | list[int]], add_special_tokens: bool, truncate: int | None
     ) -> list[Prompt]:
         """OpenAI's four forms: a string, strings, token ids, lists of token ids."""
-        several: Sequence[Any] = [value] if isinstance(value, str) or _are_integers(value) else value
+        one = isinstance(value, str) or _are_integers(value)
+        several: Sequence[Any] = [value] if one else value
         if len(several) > self.limits.max_prompts:
             raise ProtocolError(f"{name} holds {len(several)} prompts; the limit is {self.limits.max_prompts}", name)
         found = []
-        for each in several:
-            if isinstance(each, str):
-                prompt = self.encode(each, add_special_tokens=add_special_tokens)
-            elif isinstance(each, list):
-                self.check_ids(name, each)
-                prompt = Prompt(None, each)
-            else:
-                raise ProtocolError(f"{name} must be a string, token ids, or a list of these", name)
-            found.append(self.finish_prompt(name, prompt, truncate))
+        for place, each in enumerate(several):
+            own = name if one else f"{name}[{place}]"
+            found.append(self.finish_prompt(own, self._prompt(own, each, add_special_tokens), truncate))
         return found
+
+    def _prompt(self, name: str, value: str | list[int] | int, add_special_tokens: bool) -> Prompt:
+        if isinstance(value, str):
+            return self.encode(value, add_special_tokens=add_special_tokens)
+        if isinstance(value, int):
+            raise ProtocolError(f"{name} is a token id among texts or lists; give all prompts in one form", name)
+        self.check_ids(name, value)
+        return Prompt(None, value)
 
     def token_ids(self, name: str, ids: Sequence[int] | None) -> list[int] | None:
         """A field of token ids, each told once.

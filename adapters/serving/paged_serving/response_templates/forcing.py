@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from paged_core import InvalidRequestError
 from paged_serving.conversation.turns import Tool, ToolChoice
 from paged_serving.grammars.form import JsonForm
 from paged_serving.grammars.spelling import json_rule
@@ -176,8 +177,13 @@ class _Calls:
         return f'"[" SPACE {items} SPACE "]" SPACE {close}'
 
     def _body(self, tool: Tool) -> str:
-        """A call without its markers."""
-        schema = self._schema(tool)
+        """A call without its markers. Raises InvalidRequestError, which names the tool, if its schema can't be used."""
+        try:
+            return self._call(tool, self._schema(tool))
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"the parameters of {tool.name}: {error}") from error
+
+    def _call(self, tool: Tool, schema: Mapping[str, Any]) -> str:
         literal = self._grammar.literal
         if self._field.content == "python-call-list":
             arguments = self._one_by_one(schema, tool, "{key}={value}", ", ")
