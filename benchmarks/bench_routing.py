@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from paged_core import Engine, EngineConfig
-from paged_ray import Placement, Report
+from paged_ray import CacheChanges, Placement
 from paged_ray.messages import Facts
 from paged_ray.prompts import Prompts
 from paged_ray.settings import settings
@@ -70,7 +70,7 @@ def _choose(prompts: Prompts, num_replicas: int) -> dict[str, float]:
     told = [prompts.digests(_PATH, body) for body in bodies]
     for digests, _ in told:
         for replica in rng.sample(range(num_replicas), 3):
-            known.take_in(replica, Report(1, digests[: rng.randrange(len(digests))], []))
+            known.take_in(replica, CacheChanges(1, digests[: rng.randrange(len(digests))], []))
 
     def choose(number: int) -> None:
         digests, num_tokens = told[number]

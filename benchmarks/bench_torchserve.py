@@ -39,7 +39,7 @@ from paged_torchserve import archive
 from paged_torchserve.inquiries import Addresses
 from paged_torchserve.java import find_java, java_version
 from paged_torchserve.reading import MANIFEST
-from paged_torchserve.server import Options, TorchServe
+from paged_torchserve.server import ServerOptions, TorchServe
 
 SYSTEMS = ("stock1", "stock8", "paged")
 STOCK_HANDLER = Path(__file__).with_name("torchserve_stock_handler.py")
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> tuple[list[_Round], Any]:
     tokenizer = AutoTokenizer.from_pretrained(model)
     with tempfile.TemporaryDirectory(prefix="bench-torchserve-") as folder:
         archives = make_archives(model, Path(folder))
-        with TorchServe(archives, Path(folder) / "work", Options(_free_ports())) as server:
+        with TorchServe(archives, Path(folder) / "work", ServerOptions(_free_ports())) as server:
             server.wait_until_ready(600)
             return run_rounds(server, args), tokenizer
 

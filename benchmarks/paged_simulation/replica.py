@@ -11,7 +11,7 @@ from paged_core.scheduling.policies import Fcfs
 from paged_core.scheduling.schedule import Limits, Schedule
 from paged_core.scheduling.scheduler import Scheduler
 from paged_core.scheduling.stretches import Stretch
-from paged_ray.placement import Report
+from paged_ray.placement import CacheChanges
 from paged_simulation.costs import Costs, StepSize
 from paged_simulation.histogram import Histogram
 
@@ -125,7 +125,7 @@ class Replica:
             self._look()
         return [self._ended(output.request, now) for output in outputs if output.finish_reason is not None]
 
-    def report(self, now: float) -> Report | None:
+    def report(self, now: float) -> CacheChanges | None:
         """What has changed in the prefix cache since this was asked, if it is time to tell."""
         if not self._is_to_tell(now):
             return None
@@ -139,7 +139,7 @@ class Replica:
         self._num_changes += len(changes)
         stored = [digest for digest, came in changes.items() if came]
         removed = [digest for digest, came in changes.items() if not came]
-        return Report(self._num_changes, stored, removed)
+        return CacheChanges(self._num_changes, stored, removed)
 
     # ---- a step that was scheduled -----------------------------------------------------------------------------------
 

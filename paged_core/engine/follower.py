@@ -16,7 +16,7 @@ from paged_core.engine import assembly
 from paged_core.engine.team import RankArgs
 from paged_core.execution.model_runner import ModelRunner
 from paged_core.plugins import load_plugins
-from paged_core.ranks.processes import Failure
+from paged_core.ranks.processes import LastWords
 from paged_core.ranks.ranks import Ranks
 
 _LOOK_S = 1.0
@@ -41,7 +41,7 @@ def follow(connection: Connection) -> None:
         except EOFError:
             pass
         except Exception as error:
-            connection.send(Failure(type(error).__name__, str(error) or repr(error)))
+            connection.send(LastWords(type(error).__name__, str(error) or repr(error)))
         finally:
             ranks.leave()
 

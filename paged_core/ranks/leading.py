@@ -12,7 +12,7 @@ from paged_core.execution.batch import Batch
 from paged_core.execution.kv_cache import KVCache
 from paged_core.execution.model import AttentionBackend, PagedModel
 from paged_core.execution.model_runner import ModelRunner
-from paged_core.ranks.orders import Grow, Move, Release, Run
+from paged_core.ranks.orders import Grow, Move, Release, RunBatch
 from paged_core.ranks.processes import RankProcesses
 from paged_core.scheduling.block_table import BlockMove
 
@@ -57,7 +57,7 @@ class LeadingRunner(ModelRunner):
             EngineDeadError: a rank has died or failed, this one too: they can't be brought in step again.
         """
         try:
-            self._others.send(Run.of(batch))
+            self._others.send(RunBatch.of(batch))
             with self._others.at_work():
                 logits = super().run(batch, eager=eager)
                 if logits.is_cuda:  # a rank that dies meanwhile is looked out for in here

@@ -19,7 +19,7 @@ class Order(Protocol):
     def carry_out(self, runner: ModelRunner, device: torch.device) -> None: ...
 
 
-class Run(NamedTuple):
+class RunBatch(NamedTuple):
     """Compute a batch: rank 0's own, but for whose rows they are."""
 
     integers: tuple[Any, ...]  # numpy arrays: token_ids, positions, query_starts, seq_lens, block_tables, slot_mapping,
@@ -29,11 +29,11 @@ class Run(NamedTuple):
     decode: bool
 
     @staticmethod
-    def of(batch: Batch) -> Run:
+    def of(batch: Batch) -> RunBatch:
         at = batch.attention
         tensors = (batch.token_ids, batch.positions, at.query_starts, at.seq_lens, at.block_tables, at.slot_mapping)
         integers = tuple(tensor.cpu().numpy() for tensor in (*tensors, batch.sample_indices))
-        return Run(integers, at.max_query_len, at.max_seq_len, batch.decode)
+        return RunBatch(integers, at.max_query_len, at.max_seq_len, batch.decode)
 
     def carry_out(self, runner: ModelRunner, device: torch.device) -> None:
         ids, positions, starts, lens, tables, slots, wanted = (_tensor(array, device) for array in self.integers)

@@ -29,7 +29,7 @@ PROGRAM = "import sys; sys.path[:] = {path!r}; from paged_core.engine.follower i
 _TELLABLE = {kind.__name__: kind for kind in (ConfigError, UnsupportedModel)}
 
 
-class Failure(NamedTuple):
+class LastWords(NamedTuple):
     """A rank's last words."""
 
     kind: str  # the name of the exception's class
@@ -82,7 +82,7 @@ class RankProcesses:
                 told = process.connection.recv()
             except (EOFError, OSError) as error:
                 raise self.failed(error) from error
-            if isinstance(told, Failure):
+            if isinstance(told, LastWords):
                 failure = _as_error(process.rank, told)
                 self.end(str(failure), patience_s=0.0)
                 raise failure
@@ -215,15 +215,15 @@ def _watch(processes: weakref.ref[RankProcesses], max_step_s: float, on_death: C
             return
 
 
-def _said(connection: Connection) -> Failure | None:
+def _said(connection: Connection) -> LastWords | None:
     try:
         told = connection.recv() if connection.poll() else None
     except (EOFError, OSError):
         return None
-    return told if isinstance(told, Failure) else None
+    return told if isinstance(told, LastWords) else None
 
 
-def _as_error(rank: int, failure: Failure) -> PagedCoreError:
+def _as_error(rank: int, failure: LastWords) -> PagedCoreError:
     if failure.kind in _TELLABLE:
         return _TELLABLE[failure.kind](failure.message)
     return EngineDeadError(f"rank {rank} has failed, and the engine with it: {failure.message}; build a new one")

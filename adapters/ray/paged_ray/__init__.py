@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paged_ray.app import build, build_app
-    from paged_ray.placement import Placement, Report
+    from paged_ray.placement import CacheChanges, Placement
     from paged_ray.router import PrefixRouter
     from paged_ray.settings import Settings
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 _LAZY = {
     "Placement": "placement",
     "PrefixRouter": "router",
-    "Report": "placement",
+    "CacheChanges": "placement",
     "Settings": "settings",
     "build": "app",
     "build_app": "app",
 }
 
-__all__ = ["Placement", "PrefixRouter", "Report", "Settings", "build", "build_app"]
+__all__ = ["CacheChanges", "Placement", "PrefixRouter", "Settings", "build", "build_app"]
 
 
 def __getattr__(name: str) -> Any:

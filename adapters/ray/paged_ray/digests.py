@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 from paged_core import BlockRemoved, BlockStored, CacheEvent, hookimpl
-from paged_ray.placement import Report
+from paged_ray.placement import CacheChanges
 
 _BYTES = 8
 _KEPT = 20_000  # changes that a replica can tell one by one; who asks from further back gets all that it has
@@ -54,18 +54,18 @@ class DigestLog:
             for event in events:
                 self._take_in(event)
 
-    def since(self, last: int) -> Report:
+    def since(self, last: int) -> CacheChanges:
         """What has changed after change ``last``; or all, if that is too long ago or another process's."""
         with self._lock:
             num_new = self._last - last
             if not 0 <= num_new <= len(self._changes) or last == 0:
-                return Report(self._last, [_number(digest) for digest in self._names.values()], (), whole=True)
+                return CacheChanges(self._last, [_number(digest) for digest in self._names.values()], (), whole=True)
             state: dict[bytes, bool] = {}  # only what became of each counts
             for came, digest in list(self._changes)[len(self._changes) - num_new :]:
                 state[digest] = came
             stored = [_number(digest) for digest, came in state.items() if came]
             removed = [_number(digest) for digest, came in state.items() if not came]
-            return Report(self._last, stored, removed)
+            return CacheChanges(self._last, stored, removed)
 
     def _take_in(self, event: CacheEvent) -> None:
         if isinstance(event, BlockStored):

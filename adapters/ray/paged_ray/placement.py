@@ -20,7 +20,7 @@ Digest: TypeAlias = Hashable
 OPEN_COST = 64  # prompt tokens that an open request weighs: it decodes beside those that come
 
 
-class Report(NamedTuple):
+class CacheChanges(NamedTuple):
     """What has changed among the blocks that a replica has, since it was asked the last time."""
 
     last: int  # number of the last change: to be asked from next time
@@ -83,7 +83,7 @@ class Placement:
         """The last change that each replica has reported."""
         return {name: replica.last for name, replica in self._replicas.items()}
 
-    def take_in(self, name: Hashable, report: Report) -> None:
+    def take_in(self, name: Hashable, report: CacheChanges) -> None:
         """What a replica has and had. What was assumed of it before its last report, and isn't reported, is dropped."""
         replica = self._replicas.get(name)
         if replica is None:

@@ -16,7 +16,7 @@ from paged_core import AsyncEngine, Engine
 from paged_openai import AppOptions, Service, create_app
 from paged_ray.digests import DigestLog
 from paged_ray.messages import Facts, RoutedCall
-from paged_ray.placement import Report
+from paged_ray.placement import CacheChanges
 from paged_ray.settings import Settings
 from paged_serving import PrometheusMetrics, ServedModel, quiet_imports
 
@@ -78,7 +78,7 @@ class Replica:
         engine = self._engine
         return Facts(engine.engine.spec, engine.sizes, engine.config, engine.tokenizer)
 
-    def changes(self, cursors: dict[str, int]) -> tuple[str, Report]:
+    def changes(self, cursors: dict[str, int]) -> tuple[str, CacheChanges]:
         """(its name, what has changed in its prefix cache since the change that ``cursors`` has for it)."""
         return self.name, self._digests.since(cursors.get(self.name, 0))
 

@@ -16,7 +16,7 @@ from paged_serving import PrometheusMetrics, RequestLimits, ServedModel, quiet_i
 from paged_torchserve.desk import Desk
 from paged_torchserve.devices import choose_devices
 from paged_torchserve.envelopes import have_bodies_decoded, pass_envelopes_by
-from paged_torchserve.lanes import Admissions, Lane, Observers
+from paged_torchserve.lanes import Admissions, Lane, LaneObservers
 from paged_torchserve.metrics import TorchServeMetrics
 from paged_torchserve.opening import open_engines
 from paged_torchserve.replies import ReplyMessage
@@ -47,7 +47,7 @@ class PagedHandler:
         pass_envelopes_by()
         have_bodies_decoded()
         devices = choose_devices(place.get("gpu_id"), _gpu_ids(config), settings)
-        observers = [Observers(Admissions(), PrometheusMetrics(context.model_name)) for _ in devices]
+        observers = [LaneObservers(Admissions(), PrometheusMetrics(context.model_name)) for _ in devices]
         plugins = [each.plugins for each in observers]
         self._engines = open_engines(Path(place["model_dir"]), devices, settings, plugins)
         targets = [_target(engine, context, settings) for engine in self._engines]

@@ -24,7 +24,7 @@ class Admissions:
 
 
 @dataclass(frozen=True)
-class Observers:
+class LaneObservers:
     """What looks on at one engine."""
 
     admissions: Admissions
@@ -39,7 +39,7 @@ class Observers:
 class Lane:
     engine: AsyncEngine
     target: Target
-    observers: Observers
+    observers: LaneObservers
 
 
 def emptiest(lanes: Sequence[Lane], taken: Iterable[Lane]) -> Lane:

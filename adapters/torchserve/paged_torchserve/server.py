@@ -39,7 +39,7 @@ class ServerError(PagedCoreError):
 
 
 @dataclass(frozen=True)
-class Options:
+class ServerOptions:
     addresses: Addresses = field(default_factory=Addresses)
     token_auth: bool = False
     model_api: bool = False
@@ -56,10 +56,10 @@ class TorchServe:
         ConfigError: an archive can't be used, or TorchServe or Java isn't installed.
     """
 
-    def __init__(self, archives: Sequence[Path], workdir: Path, options: Options | None = None) -> None:
+    def __init__(self, archives: Sequence[Path], workdir: Path, options: ServerOptions | None = None) -> None:
         if find_spec("ts") is None:
             raise ConfigError("TorchServe isn't installed: pip install 'paged-core[torchserve]'")
-        self.options = options or Options()
+        self.options = options or ServerOptions()
         self.workdir = workdir.resolve()
         key_file = self.workdir / "key_file.json" if self.options.token_auth else None
         self.inquiries = Inquiries(self.options.addresses, key_file)
@@ -150,7 +150,7 @@ class TorchServe:
 def serve(args: argparse.Namespace, properties: Mapping[str, str]) -> int:
     """``paged torchserve serve``: until a signal comes, or TorchServe ends."""
     addresses = Addresses(args.host, args.port, args.management_port, args.metrics_port, args.grpc_port)
-    options = Options(addresses, args.token_auth, args.model_api, properties, args.java)
+    options = ServerOptions(addresses, args.token_auth, args.model_api, properties, args.java)
     workdir = args.workdir or Path(tempfile.mkdtemp(prefix="paged-torchserve-"))
     signal.signal(signal.SIGTERM, _interrupt)
     with TorchServe(args.archives, workdir, options) as server:
@@ -209,7 +209,7 @@ def _link(link: Path, target: Path) -> None:
     link.symlink_to(target, target_is_directory=target.is_dir())
 
 
-def _properties(options: Options) -> str:
+def _properties(options: ServerOptions) -> str:
     at = options.addresses
     lines = {
         "inference_address": f"http://{at.host}:{at.inference}",

@@ -14,7 +14,7 @@ from paged_core import (
 )
 from paged_ray.digests import DigestLog, chain
 from paged_ray.exposition import merged
-from paged_ray.placement import Placement, Report
+from paged_ray.placement import CacheChanges, Placement
 from paged_ray.settings import from_mapping, settings
 from tiny_model import TinyModel
 
@@ -29,8 +29,8 @@ def placement(*names: str, **options) -> Placement:
 
 def test_a_request_goes_where_its_beginning_is():
     known = placement("a", "b", "c")
-    known.take_in("b", Report(2, [11, 12], []))
-    known.take_in("c", Report(1, [11], []))
+    known.take_in("b", CacheChanges(2, [11, 12], []))
+    known.take_in("c", CacheChanges(1, [11], []))
     assert known.rank([11, 12, 13], 60) == ["b", "c", "a"]
     assert known.best([11, 12, 13], 60) == "b"
     assert known.num_cached("b", [11, 12, 13]) == 2
@@ -42,15 +42,15 @@ def test_what_was_sent_is_known_at_once_and_forgotten_if_reports_dont_bear_it_ou
     known.sent("r", "a", [1, 2], 40)
     known.ended("r")
     assert known.best([1, 2], 40) == "a"
-    known.take_in("a", Report(1, [], []))  # it was computing them when it told
+    known.take_in("a", CacheChanges(1, [], []))  # it was computing them when it told
     assert known.num_cached("a", [1, 2]) == 2
-    known.take_in("a", Report(1, [], []))
+    known.take_in("a", CacheChanges(1, [], []))
     assert known.num_cached("a", [1, 2]) == 0
 
 
 def test_a_long_queue_outweighs_a_short_beginning():
     known = placement("a", "b", open_cost=10)
-    known.take_in("a", Report(1, [1], []))
+    known.take_in("a", CacheChanges(1, [1], []))
     known.sent("busy", "a", [7, 8, 9], 100)
     assert known.best([1], 20) == "b", "16 tokens saved, 100 to wait for"
     known.begun("busy")
@@ -68,10 +68,10 @@ def test_equals_take_turns():
 
 def test_evicted_blocks_replaced_wholes_and_gone_replicas_are_forgotten():
     known = placement("a", "b")
-    known.take_in("a", Report(3, [1, 2], []))
-    known.take_in("a", Report(4, [], [2]))
+    known.take_in("a", CacheChanges(3, [1, 2], []))
+    known.take_in("a", CacheChanges(4, [], [2]))
     assert known.num_cached("a", [1, 2]) == 1
-    known.take_in("a", Report(9, [5], [], whole=True))
+    known.take_in("a", CacheChanges(9, [5], [], whole=True))
     assert (known.num_cached("a", [1]), known.num_cached("a", [5])) == (0, 1)
     known.sent("r", "a", [6], 20)
     known.update(["b", "c"])
@@ -85,7 +85,7 @@ def test_ranking_agrees_with_costs_worked_out_one_by_one():
     held = {name: set() for name in "abcd"}
     for number in range(200):
         name, digests = rng.choice("abcd"), [rng.randrange(4) * 100 + i for i in range(rng.randrange(5))]
-        known.take_in(name, Report(number, digests, []))
+        known.take_in(name, CacheChanges(number, digests, []))
         held[name] |= set(digests)
         asked = [rng.randrange(4) * 100 + i for i in range(4)]
         depth = {n: next((i for i, d in enumerate(asked) if d not in held[n]), 4) for n in held}
@@ -127,7 +127,7 @@ def test_changes_are_told_once_and_evictions_among_them(engine_and_log):
     engine, log = engine_and_log
     answer(engine, "first", [1] * 9)
     last = log.since(0).last
-    assert log.since(last) == Report(last, [], [])
+    assert log.since(last) == CacheChanges(last, [], [])
     for number in range(8):
         answer(engine, str(number), [10 + number] * 9)
     told = log.since(last)

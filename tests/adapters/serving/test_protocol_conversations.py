@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from paged_core import InvalidRequestError, TextCodec
-from paged_serving.conversation.blocks import Blocks
+from paged_serving.conversation.blocks import ContentBlocks
 from paged_serving.conversation.events import (
     ArgumentsDelta,
     Finish,
@@ -185,7 +185,7 @@ def test_a_template_that_tells_of_tools_and_not_of_calls_is_refused(shows_calls:
 
 
 def test_events_become_blocks_that_open_grow_and_close() -> None:
-    blocks = Blocks()
+    blocks = ContentBlocks()
     news = [
         (each.what, each.block.kind, each.block.index, each.text)
         for each in blocks.feed(
@@ -217,7 +217,7 @@ def test_events_become_blocks_that_open_grow_and_close() -> None:
 
 
 def test_an_empty_answer_has_one_empty_text() -> None:
-    blocks = Blocks()
+    blocks = ContentBlocks()
     assert [news.what for news in blocks.feed([Finish("stop", None, 1)])] == ["opened", "closed"]
     assert [(each.kind, each.text) for each in blocks.all] == [("text", "")]
 

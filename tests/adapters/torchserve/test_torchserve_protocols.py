@@ -17,7 +17,7 @@ import pytest
 
 import tiny_folder
 from paged_core.cli import main
-from paged_torchserve.server import Options, TorchServe
+from paged_torchserve.server import ServerOptions, TorchServe
 from torchserve_grpc import Grpc
 from torchserve_server import ENGINE, READY_S, Running, free_addresses, stock_generate, until
 
@@ -59,7 +59,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         server = TorchServe(
-            [archive, going], tmp / "work", Options(free_addresses(), model_api=True, properties=properties)
+            [archive, going], tmp / "work", ServerOptions(free_addresses(), model_api=True, properties=properties)
         )
     with server:
         server.wait_until_ready(READY_S)

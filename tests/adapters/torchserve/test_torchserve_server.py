@@ -26,7 +26,7 @@ import paged_torchserve.handler
 import tiny_folder
 from paged_core import ConfigError
 from paged_core.cli import main
-from paged_torchserve.server import Options, ServerError, TorchServe
+from paged_torchserve.server import ServerError, ServerOptions, TorchServe
 from torchserve_server import (
     ENGINE,
     LONG,
@@ -53,7 +53,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     assert main(["torchserve", "swap", str(old), str(archives[0]), *ENGINE, *on_disk]) == 0
     narrow = ["--set", "max_num_requests=2", "--set", "jobQueueSize=2"]
     assert main(["torchserve", "archive", str(model), str(archives[1]), "--version", "2.0", *ENGINE, *narrow]) == 0
-    options = Options(free_addresses(), model_api=True,
+    options = ServerOptions(free_addresses(), model_api=True,
         properties={"max_response_size": str(MAX_MESSAGE), "max_request_size": "1000000"})  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -371,7 +371,7 @@ def test_a_model_that_does_not_load_is_told_with_the_log(tmp_path):
     archive = tmp_path / "none.mar"
     missing = tmp_path / "nothing-here"
     assert main(["torchserve", "archive", "no/model", str(archive), "--set", f"model={missing}"]) == 0
-    server = TorchServe([archive], tmp_path / "work", Options(free_addresses()))
+    server = TorchServe([archive], tmp_path / "work", ServerOptions(free_addresses()))
     with server, pytest.raises(ServerError, match=r"torchserve\.log:\n.*ConfigError: .*nothing-here") as raised:
         server.wait_until_ready(READY_S)  # it is told as soon as it is known
     assert "nvidia" not in str(raised.value)

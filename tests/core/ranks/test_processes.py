@@ -15,7 +15,7 @@ from paged_core.ranks.processes import RankProcesses
 
 ECHO = """
 from multiprocessing.connection import Connection
-from paged_core.ranks.processes import Failure
+from paged_core.ranks.processes import LastWords
 connection = Connection({fd})
 {act}
 """
@@ -58,7 +58,7 @@ def test_each_rank_gets_its_job_and_every_order(start, tmp_path):
 def test_a_rank_that_fails_before_it_is_ready_says_why(start):
     with pytest.raises(ConfigError, match="no such folder"):
         start(
-            "connection.send(Failure('ConfigError', 'no such folder')); connection.recv(); input()"
+            "connection.send(LastWords('ConfigError', 'no such folder')); connection.recv(); input()"
         ).wait_until_ready()
 
 
@@ -82,7 +82,7 @@ def test_a_killed_rank_is_seen_at_once_and_takes_no_orders(start):
 
 def test_what_fails_at_work_ends_all_ranks_and_is_told_by_whoever_began(start):
     others = start(
-        "connection.recv(); connection.send(None); connection.send(Failure('RuntimeError', 'no memory'))\ninput()"
+        "connection.recv(); connection.send(None); connection.send(LastWords('RuntimeError', 'no memory'))\ninput()"
     )
     others.wait_until_ready()
     with pytest.raises(EngineDeadError, match=r"rank 1 has failed.*no memory") as told, others.at_work():

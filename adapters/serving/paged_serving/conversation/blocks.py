@@ -18,7 +18,7 @@ from paged_serving.conversation.events import (
 
 
 @dataclass
-class Block:
+class ContentBlock:
     """A part of an answer. It grows until it is closed."""
 
     kind: Literal["text", "reasoning", "call"]
@@ -39,23 +39,23 @@ class Block:
 
 
 @dataclass(frozen=True)
-class BlockNews:
+class ContentNews:
     """``block`` was opened, has grown by ``text``, or is whole."""
 
     what: Literal["opened", "grown", "closed"]
-    block: Block
+    block: ContentBlock
     text: str = ""
 
 
-class Blocks:
+class ContentBlocks:
     """The blocks of one answer, of its events."""
 
     def __init__(self) -> None:
-        self.all: list[Block] = []
+        self.all: list[ContentBlock] = []
         self.finish: Finish | None = None  # None: it goes on
-        self._open: Block | None = None
+        self._open: ContentBlock | None = None
 
-    def feed(self, events: Iterable[Event]) -> Iterator[BlockNews]:
+    def feed(self, events: Iterable[Event]) -> Iterator[ContentNews]:
         """An answer that has ended has one block at least: an empty text, where nothing was said."""
         for event in events:
             match event:
@@ -65,31 +65,31 @@ class Blocks:
                     yield from self._grow("reasoning", text)
                 case ToolCallStart(_, call_id, name):
                     yield from self._close()
-                    yield self._opened(Block("call", len(self.all), call_id=call_id, name=name))
+                    yield self._opened(ContentBlock("call", len(self.all), call_id=call_id, name=name))
                 case ArgumentsDelta(_, text):
                     yield from self._grow("call", text)
                 case ToolCallEnd():
                     yield from self._close()
                 case Finish():
                     if not self.all:
-                        yield self._opened(Block("text", 0))
+                        yield self._opened(ContentBlock("text", 0))
                     yield from self._close()
                     self.finish = event
 
-    def _grow(self, kind: Literal["text", "reasoning", "call"], text: str) -> Iterator[BlockNews]:
+    def _grow(self, kind: Literal["text", "reasoning", "call"], text: str) -> Iterator[ContentNews]:
         if self._open is None or self._open.kind != kind:
             yield from self._close()
-            yield self._opened(Block(kind, len(self.all)))
+            yield self._opened(ContentBlock(kind, len(self.all)))
         assert self._open is not None, "it was opened"
         self._open.add(text)
-        yield BlockNews("grown", self._open, text)
+        yield ContentNews("grown", self._open, text)
 
-    def _opened(self, block: Block) -> BlockNews:
+    def _opened(self, block: ContentBlock) -> ContentNews:
         self.all.append(block)
         self._open = block
-        return BlockNews("opened", block)
+        return ContentNews("opened", block)
 
-    def _close(self) -> Iterator[BlockNews]:
+    def _close(self) -> Iterator[ContentNews]:
         if self._open is not None:
             closed, self._open = self._open, None
-            yield BlockNews("closed", closed)
+            yield ContentNews("closed", closed)

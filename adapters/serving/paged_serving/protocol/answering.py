@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from paged_core import CompletionOutput, GenerationOutput, SamplingParams, StreamDelta
-from paged_serving.conversation.blocks import BlockNews, Blocks
+from paged_serving.conversation.blocks import ContentBlocks, ContentNews
 from paged_serving.conversation.turns import Conversation
 from paged_serving.protocol.served import Names, ServedModel
 from paged_serving.protocol.structured import Structure
@@ -44,11 +44,11 @@ class Answering:
         prompt = served.finish_prompt(fields.turns, talk.prompt, None)
         self.params = served.finish_params(talk.adapted(params), [prompt], self.grammar, copies=0, named=named)
         self.prompts: list[Prompt] = [prompt]
-        self.blocks = Blocks()
+        self.blocks = ContentBlocks()
         self._reader = talk.reader()
         self._served = served
 
-    def feed(self, news: StreamDelta | CompletionOutput) -> Iterator[BlockNews]:
+    def feed(self, news: StreamDelta | CompletionOutput) -> Iterator[ContentNews]:
         """What ``news`` means for the blocks."""
         return self.blocks.feed(self._reader.feed(news))
 

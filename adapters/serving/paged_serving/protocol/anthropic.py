@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from paged_core import GenerationOutput, StreamDelta
-from paged_serving.conversation.blocks import Block, BlockNews
+from paged_serving.conversation.blocks import ContentBlock, ContentNews
 from paged_serving.protocol.answering import Answering, num_cached
 from paged_serving.protocol.anthropic_body import CountBody, MessagesBody, to_conversation
 from paged_serving.protocol.bodies import listed
@@ -103,7 +103,7 @@ def count_tokens(body: Any, served: ServedModel) -> dict[str, int]:
     return {"input_tokens": len(to_talk(to_conversation(asked), served, _FIELDS).prompt.token_ids)}
 
 
-def _events(news: BlockNews) -> Iterator[dict[str, Any]]:
+def _events(news: ContentNews) -> Iterator[dict[str, Any]]:
     block = news.block
     at = {"index": block.index}
     if news.what == "opened":
@@ -115,7 +115,7 @@ def _events(news: BlockNews) -> Iterator[dict[str, Any]]:
         yield {"type": "content_block_stop", **at}
 
 
-def _begun(block: Block) -> dict[str, Any]:
+def _begun(block: ContentBlock) -> dict[str, Any]:
     if block.kind == "call":
         return {"type": "tool_use", "id": block.call_id, "name": block.name, "input": {}}
     if block.kind == "reasoning":
@@ -123,7 +123,7 @@ def _begun(block: Block) -> dict[str, Any]:
     return {"type": "text", "text": ""}
 
 
-def _whole(block: Block) -> dict[str, Any]:
+def _whole(block: ContentBlock) -> dict[str, Any]:
     begun = _begun(block)
     if block.kind == "call":
         return {**begun, "input": json.loads(block.text or "{}")}

@@ -89,7 +89,7 @@ def listed(texts: str | list[str]) -> list[str]:
 # ---- what a class declares ---------------------------------------------------------------------------------------
 
 
-class Field(NamedTuple):
+class BodyField(NamedTuple):
     """One field of a Body."""
 
     annotation: Any  # as msgspec converts to it
@@ -102,7 +102,7 @@ class Field(NamedTuple):
 
 
 @cache
-def fields_of(body: type[Body]) -> Mapping[str, Field]:
+def fields_of(body: type[Body]) -> Mapping[str, BodyField]:
     """By name, in the order in which they are declared."""
     return {each.name: _field(each) for each in msgspec.structs.fields(body)}
 
@@ -121,12 +121,12 @@ def fitting_kind(value: Any, kind: inspect.Type) -> inspect.Type:
     return inspect.AnyType()
 
 
-def _field(info: msgspec.structs.FieldInfo) -> Field:
+def _field(info: msgspec.structs.FieldInfo) -> BodyField:
     kind, extra = _bare(inspect.type_info(info.type))
     body = body_of(kind)
     item = body_of(kind.item_type) if isinstance(kind, inspect.ListType) else None
     filled = body is not None and not info.required and info.default is not None
-    return Field(info.type, kind, extra, info.required, body, item, filled)
+    return BodyField(info.type, kind, extra, info.required, body, item, filled)
 
 
 def _bare(kind: inspect.Type) -> tuple[inspect.Type, dict[str, Any]]:

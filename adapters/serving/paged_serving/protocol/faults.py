@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
-from paged_serving.protocol.bodies import HUGE, Body, Field, body_of, fields_of, fitting_kind
+from paged_serving.protocol.bodies import HUGE, Body, BodyField, body_of, fields_of, fitting_kind
 from paged_serving.protocol.parsing import ProtocolError, shortened, shown
 
 Fault = tuple[str | None, str]  # the field as the whole body knows it, None for the body itself; what is wrong with it
@@ -52,7 +52,7 @@ def unheeded(body: Body, path: str | None = None) -> Iterator[Fault]:
 
 
 @cache
-def _watched(body: type[Body]) -> list[tuple[str, Field]]:
+def _watched(body: type[Body]) -> list[tuple[str, BodyField]]:
     return [
         (name, field)
         for name, field in fields_of(body).items()
@@ -60,14 +60,14 @@ def _watched(body: type[Body]) -> list[tuple[str, Field]]:
     ]
 
 
-def _is_heeded(value: Any, field: Field) -> bool:
+def _is_heeded(value: Any, field: BodyField) -> bool:
     if "range" in field.extra:
         low, high = field.extra["range"]
         return bool(low <= value <= high)
     return any(value == each and type(value) is type(each) for each in field.extra["neutral"])
 
 
-def _faults_of_field(value: Any, field: Field, path: str) -> Iterator[Fault]:
+def _faults_of_field(value: Any, field: BodyField, path: str) -> Iterator[Fault]:
     try:
         msgspec.convert(value, field.annotation)
     except msgspec.ValidationError:
@@ -102,11 +102,11 @@ def _joined(path: str | None, name: str) -> str:
     return name if path is None else f"{path}.{name}"
 
 
-def _told(value: Any, field: Field) -> str:
+def _told(value: Any, field: BodyField) -> str:
     return f"is {shown(value)}; it must be {_wanted(field)}"
 
 
-def _wanted(field: Field) -> str:
+def _wanted(field: BodyField) -> str:
     return str(field.extra.get("must") or _described(field.kind))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from paged_core import GenerationOutput, StreamDelta
-from paged_serving.conversation.blocks import Block, BlockNews
+from paged_serving.conversation.blocks import ContentBlock, ContentNews
 from paged_serving.conversation.turns import ToolCall, Turn
 from paged_serving.protocol.answering import Answering, num_cached
 from paged_serving.protocol.bodies import listed
@@ -80,7 +80,7 @@ class ResponsesCall:
         self._num_events += 1
         return {"type": kind, "sequence_number": self._num_events - 1, **fields}
 
-    def _events(self, news: BlockNews) -> Iterator[dict[str, Any]]:
+    def _events(self, news: ContentNews) -> Iterator[dict[str, Any]]:
         block = news.block
         at = {"item_id": self._item_id(block), "output_index": block.index}
         if news.what == "grown":
@@ -96,7 +96,7 @@ class ResponsesCall:
         else:
             yield from self._closing(block, at)
 
-    def _closing(self, block: Block, at: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _closing(self, block: ContentBlock, at: dict[str, Any]) -> Iterator[dict[str, Any]]:
         kind, place = _GROWN[block.kind]
         if block.kind == "call":
             yield self._event(f"{kind}.done", **at, arguments=block.text, name=block.name)
@@ -110,12 +110,12 @@ class ResponsesCall:
 
     # ---- objects -------------------------------------------------------------------------------------------------
 
-    def _item_id(self, block: Block) -> str:
+    def _item_id(self, block: ContentBlock) -> str:
         while len(self._item_ids) <= block.index:
             self._item_ids.append(f"{_PREFIXES[block.kind]}_{uuid.uuid4().hex}")
         return self._item_ids[block.index]
 
-    def _item(self, block: Block, status: str) -> dict[str, Any]:
+    def _item(self, block: ContentBlock, status: str) -> dict[str, Any]:
         begun = status == "in_progress"
         item: dict[str, Any] = {"id": self._item_id(block), "status": status}
         if block.kind == "call":
@@ -192,13 +192,13 @@ _GROWN: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def _part(block: Block, text: str) -> dict[str, Any]:
+def _part(block: ContentBlock, text: str) -> dict[str, Any]:
     if block.kind == "reasoning":
         return {"type": "reasoning_text", "text": text}
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _turn(blocks: Sequence[Block]) -> Turn:
+def _turn(blocks: Sequence[ContentBlock]) -> Turn:
     """The answer, for those that go on from it."""
     texts = {kind: "".join(each.text for each in blocks if each.kind == kind) for kind in ("text", "reasoning")}
     calls = [ToolCall(each.call_id, each.name, each.text) for each in blocks if each.kind == "call"]
