@@ -84,7 +84,7 @@ def _faults_of_field(value: Any, field: BodyField, path: str) -> Iterator[Fault]
             yield path, _told(value, field)
 
 
-def _wrong_item(value: Any, field: Field) -> tuple[int, str] | None:
+def _wrong_item(value: Any, field: BodyField) -> tuple[int, str] | None:
     """Of a list of plain values: (place of the first that can't stay, what it must be). None: it isn't one."""
     kinds = field.kind.types if isinstance(field.kind, inspect.UnionType) else (field.kind,)
     item = next((kind.item_type for kind in kinds if isinstance(kind, inspect.ListType)), None)
