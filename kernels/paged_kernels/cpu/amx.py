@@ -32,8 +32,8 @@ MOST_ROWS = 256  # of a block
 GROUP = 32  # rows of x that meet in registers
 PAIRS = 16  # pairs of k in one step
 STEP_BYTES = PAIRS * TILE * 4  # of weights
-PART = 9  # steps that all groups take before the next: so long do weights, and a group's x, stay in the nearest cache
-AHEAD = 4096  # bytes between the weights that are met and those that are fetched meanwhile
+PART = 6  # steps that all groups take before the next: so long do weights, and a group's x, stay in the nearest cache
+AHEAD = 4096  # bytes between the weights that are met and those that are fetched meanwhile, where one group is all
 
 # Registers: sums of both halves of a group with both halves of the columns; rows of x; weights.
 SUMS, X, W = ((0, 1), (2, 3)), (4, 5), (6, 7)
@@ -147,12 +147,12 @@ def _tile(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, args,
             xr, yr, br = xp + row * x_stride, y + 4 * row * y_stride, bias + 4 * row * bias_stride
             stride = 4 * y_stride
             start, start_stride = (br, 4 * bias_stride) if part == 0 else (yr, stride)
-            ahead = wp + AHEAD + group * STEP_BYTES // 2
+            ahead = wp + AHEAD if num_groups == 1 else wp + steps * STEP_BYTES + group * STEP_BYTES // 2
             if rows == half:
                 _one(xr, x_stride, wp, steps, yr, stride, start, start_stride, 0, ahead)
             elif num_groups == 1:
                 _two(xr, x_stride, wp, steps, yr, stride, start, start_stride, rows - half, ahead)
-            elif group < 2:  # the first two groups fetch a half each
+            elif group < 2:  # the first two groups fetch a half each of the next part
                 _two_of_two(xr, x_stride, wp, steps, yr, stride, start, start_stride, rows - half, ahead)
             else:
                 _two_of_more(xr, x_stride, wp, steps, yr, stride, start, start_stride, rows - half, ahead)
