@@ -3,12 +3,14 @@ the instruction looked for in the machine code. The first test tells what ran.""
 
 import gguf
 import llvmlite.binding as llvm
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import linear, silu
 
 from machine_code import machine_code
 from paged_kernels.cpu import amx_int8, dot_int8, host, rotation
+from paged_kernels.cpu.grids import in_one_layout
 from paged_kernels.cpu.integers import Integers, integers_of, quantize
 from paged_kernels.cpu.passes import emit_pass
 from paged_kernels.cpu.quantized import QuantizedLinear, kernel_group
@@ -227,6 +229,43 @@ def test_weights_that_gguf_made_of_integers_are_packed_as_these_to_the_last_bit(
     assert torch.equal(found.widened(), weight)
     weight[7, 40] *= 1.01
     assert integers_of(weight, "int4").minima is not None and integers_of(weight, "int8").bits == 8
+
+
+def q4_k(rows, depth, seed=0, levels=16):
+    """Weights as gguf widens blocks of Q4_K: it makes none itself. ``levels`` of codes are used."""
+    random = np.random.default_rng(seed)
+    blocks = random.integers(0, 256, (rows * depth // 256, 144), dtype=np.uint8)
+    halves = random.uniform(1e-4, 3e-3, (len(blocks), 2)).astype(np.float16)
+    blocks[:, :4] = halves.view(np.uint8)
+    low, high = (random.integers(0, levels, (len(blocks), 128), dtype=np.uint8) for _ in range(2))
+    blocks[:, 16:] = low | high << 4
+    return torch.from_numpy(gguf.dequantize(blocks, gguf.GGMLQuantizationType.Q4_K)).view(rows, depth)
+
+
+@pytest.mark.parametrize("levels", [16, 9, 3])
+def test_weights_of_ggufs_q4_k_are_packed_as_these_to_the_last_bit(levels):
+    weight = q4_k(48, 512, levels=levels)
+    weight[5] = 0.25
+    found = integers_of(weight, "int4")
+    assert (found.bits, found.group) == (4, 32) and torch.equal(found.widened(), weight)
+    weight[7, 40] *= 1.01
+    assert integers_of(weight, "int4").scales.dtype is torch.bfloat16, "rounded anew"
+
+
+def test_weights_of_several_layouts_are_brought_into_one_or_refused():
+    exact, anew, whole = (
+        integers_of(q4_k(20, 256), "int4"),
+        quantize(draw(30, 256), "int4"),
+        integers(7, 256, 4, 256, False),
+    )
+    laid = in_one_layout([exact, anew, whole])
+    assert len({each.layout for each in laid}) == 1
+    for before, after in zip((exact, anew, whole), laid, strict=True):
+        assert torch.allclose(
+            after.widened(), before.widened(), rtol=1e-6, atol=1e-6 * float(before.widened().abs().max())
+        )
+    assert in_one_layout([exact, integers(7, 256, 8, 32, False)]) is None
+    assert in_one_layout([quantize(draw(3, 256), "int8"), integers(7, 256, 8, 32, False)]) is None, "one is rotated"
 
 
 def test_a_head_keeps_eight_bits():

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from paged_kernels.cpu.integers import ZERO, Integers
 
+_GROUP = 32  # of GGUF's
+
 
 def of_known_scales(weight: Tensor, scales: Tensor, group: int) -> Integers | None:
     """``weight [N, K]`` of any float dtype as ``scales [N, S]`` times integers, of four bits where these suffice.
@@ -42,6 +44,51 @@ def _of_four_bits(multiples: Tensor, low: Tensor, high: Tensor, scales: Tensor, 
     codes = (multiples - low).to(torch.uint8).flatten(1)
     scales = scales.float().contiguous()
     return Integers(codes, scales, low.squeeze(-1) * scales, 4, group)
+
+
+def of_products(weight: Tensor) -> Integers | None:
+    """Float32 ``weight [N, K]`` whose groups of 32 are ``scale * code - minimum`` with codes of four bits, as GGUF's
+    Q4_K makes them: scale and minimum are a number of float16 times one of six bits, so that either has 17 bits.
+
+    None: one group isn't so.
+    """
+    if weight.dtype is not torch.float32 or weight.shape[1] % _GROUP:
+        return None
+    for rows in (weight[:2], weight):  # two rows tell it for most
+        groups = rows.detach().reshape(-1, _GROUP)
+        found = _of_spans(groups)
+        if found is None:
+            return None
+    codes, scales, minima = found
+    parts = weight.shape[1] // _GROUP
+    return Integers(codes.view(weight.shape), scales.view(-1, parts), minima.view(-1, parts), 4, _GROUP)
+
+
+def _of_spans(groups: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``[G, 32]`` -> codes uint8 ``[G, 32]``, scales and minima ``[G, 1]``: the least and the largest number of a group
+    are taken for 15 steps apart, those that it doesn't fit for 14, and so on."""
+    codes = torch.zeros(groups.shape, dtype=torch.uint8, device="cpu")
+    scales, minima = torch.ones(len(groups), 1, device="cpu"), groups[:, :1].clone()
+    left = (groups != minima).any(1).nonzero()[:, 0]
+    for span in range(15, 0, -1):
+        for shift in range(16 - span):
+            if not len(left):
+                return codes, scales, minima
+            rest = groups[left]
+            low, high = rest.amin(1, keepdim=True), rest.amax(1, keepdim=True)
+            step = _of_17_bits((high - low) / span)
+            least = low if shift == 0 else _of_17_bits(low - shift * step)
+            steps = ((rest - low) / step).round_().add_(shift)
+            fits = (steps * step + least == rest).all(1)
+            done = left[fits]
+            codes[done], scales[done], minima[done] = steps[fits].to(torch.uint8), step[fits], least[fits]
+            left = left[~fits]
+    return None if len(left) else (codes, scales, minima)
+
+
+def _of_17_bits(x: Tensor) -> Tensor:
+    """The nearest float32 whose last seven bits are nought."""
+    return (x.view(torch.int32) + 0x40 & ~0x7F).view(torch.float32)
 
 
 def in_one_layout(weights: Sequence[Integers]) -> list[Integers] | None:

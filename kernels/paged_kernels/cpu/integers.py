@@ -127,6 +127,8 @@ def integers_of(weight: Tensor, kind: str) -> Integers:
     """``weight [N, K]`` as integers: those that it was made of, if they can be told, else as ``quantize`` makes them.
 
     A head (a weight with _HEAD times as many rows as columns) keeps eight bits: of all, its errors cost tokens most."""
+    from paged_kernels.cpu.grids import of_products
+
     if kind == "int4" and len(weight) > _HEAD * weight.shape[1]:
         kind = "int8"
     for bits, minima in ((8, False), (4, False), (4, True)):
@@ -134,7 +136,7 @@ def integers_of(weight: Tensor, kind: str) -> Integers:
             found = _found(weight.detach(), bits, minima)
             if found is not None:
                 return found
-    return quantize(weight, kind)
+    return (of_products(weight) if kind == "int4" else None) or quantize(weight, kind)
 
 
 def _found(weight: Tensor, bits: int, minima: bool) -> Integers | None:
