@@ -70,7 +70,7 @@ class Linear:
 
     def integers(self, kind: str) -> Integers | None:
         """Those that it is made of, if they can be told; else its plain weight as ``kind`` has it. None: neither."""
-        from paged_kernels.cpu.integers import integers_of
+        from paged_kernels.cpu.grids import integers_of
 
         module = self._module()
         found = integers_in(module) if self._came and module is not None else None

@@ -10,8 +10,8 @@ from torch.nn.functional import linear, silu
 
 from machine_code import machine_code
 from paged_kernels.cpu import amx_int8, dot_int8, host, rotation
-from paged_kernels.cpu.grids import in_one_layout
-from paged_kernels.cpu.integers import Integers, integers_of, quantize
+from paged_kernels.cpu.grids import in_one_layout, integers_of
+from paged_kernels.cpu.integers import Integers, quantize
 from paged_kernels.cpu.passes import emit_pass
 from paged_kernels.cpu.quantized import QuantizedLinear, kernel_group
 

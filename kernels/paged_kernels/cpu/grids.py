@@ -12,9 +12,57 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from paged_kernels.cpu.integers import ZERO, Integers
+from paged_kernels.cpu.integers import ZERO, Integers, or_one, quantize
 
 _GROUP = 32  # of GGUF's
+_HEAD = 8
+
+
+def integers_of(weight: Tensor, kind: str) -> Integers:
+    """``weight [N, K]`` as integers: those that it was made of, if they can be told, else as ``quantize`` makes them.
+
+    A head (a weight with _HEAD times as many rows as columns) keeps eight bits: of all, its errors cost tokens most."""
+    if kind == "int4" and len(weight) > _HEAD * weight.shape[1]:
+        kind = "int8"
+    for bits, minima in ((8, False), (4, False), (4, True)):
+        if bits == 8 or kind == "int4":
+            found = _found(weight.detach(), bits, minima)
+            if found is not None:
+                return found
+    return (of_products(weight) if kind == "int4" else None) or quantize(weight, kind)
+
+
+def _found(weight: Tensor, bits: int, minima: bool) -> Integers | None:
+    """The integers of a weight whose groups of 32 lie on grids, as GGUF's Q8_0, Q4_0 and Q4_1 make them: the largest
+    number of a group is the grid's last. None if one number isn't on it, to the last bit."""
+    if weight.shape[1] % _GROUP:
+        return None
+    for rows in (weight[:2], weight):  # two rows tell it for most
+        found = _on_grid(rows.float(), bits, minima)
+        if found is None:
+            return None
+    return found
+
+
+def _on_grid(weight: Tensor, bits: int, minima: bool) -> Integers | None:
+    groups = weight.reshape(len(weight), -1, _GROUP)
+    if minima:
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        scales, zero = (high - low) / 15, low
+    else:
+        far = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+        scales, zero = (far / -8 if bits == 4 else far.abs() / 127), torch.zeros(())
+    scales, lowest = or_one(scales).half(), zero.half()
+    steps = scales.float()
+    codes = ((groups - lowest.float()) / or_one(steps)).round_()
+    if not torch.equal(codes * steps + lowest.float(), groups):
+        return None
+    if not minima:
+        codes += ZERO[bits]
+    if codes.amin() < 0 or codes.amax() >= 2**bits:
+        return None
+    least = lowest.squeeze(-1) if minima else None
+    return Integers(codes.flatten(1).to(torch.uint8), scales.squeeze(-1), least, bits, _GROUP)
 
 
 def of_known_scales(weight: Tensor, scales: Tensor, group: int) -> Integers | None:
@@ -54,11 +102,11 @@ def of_products(weight: Tensor) -> Integers | None:
     """
     if weight.dtype is not torch.float32 or weight.shape[1] % _GROUP:
         return None
-    for rows in (weight[:2], weight):  # two rows tell it for most
-        groups = rows.detach().reshape(-1, _GROUP)
-        found = _of_spans(groups)
-        if found is None:
-            return None
+    groups = weight.detach().reshape(-1, _GROUP)
+    few = 2 * weight.shape[1] // _GROUP  # two rows tell it for most
+    found = None if _of_spans(groups[:few]) is None else _of_spans(groups)
+    if found is None:
+        return None
     codes, scales, minima = found
     parts = weight.shape[1] // _GROUP
     return Integers(codes.view(weight.shape), scales.view(-1, parts), minima.view(-1, parts), 4, _GROUP)

@@ -14,8 +14,6 @@ from paged_kernels.cpu import rotation
 
 ZERO = {8: 128, 4: 8}  # the code that stands for nought where there are no minima
 INT4_GROUP = 32  # weights that share a scale when this file makes four bits of them
-_GGUF_GROUP = 32
-_HEAD = 8
 _ROWS = 4096  # of weights that are widened to float32 at a time
 _SHRINKS = (1.0, 0.94, 0.88, 0.82, 0.76)  # ranges that are tried: what is cut off at the ends makes steps smaller
 
@@ -81,7 +79,7 @@ def quantize(weight: Tensor, kind: str) -> Integers:
 def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of rotated rows."""
     rows = rotation.rotate(weight).div_(rotation.factor(weight.shape[1]))
-    scales = _or_one(rows.abs().amax(-1, keepdim=True) / 127)
+    scales = or_one(rows.abs().amax(-1, keepdim=True) / 127)
     return rows.div_(scales).round_().clamp_(-127, 127).add_(ZERO[8]).to(torch.uint8), scales
 
 
@@ -91,7 +89,7 @@ def _int4(weight: Tensor) -> Integers:
     middle, half, least = (low + high) / 2, (high - low) / 2, None
     for shrink in _SHRINKS:
         minima = (middle - half * shrink).bfloat16()
-        scales = _or_one((half * (2 * shrink / 15)).bfloat16())
+        scales = or_one((half * (2 * shrink / 15)).bfloat16())
         codes = ((groups - minima.float()) / scales.float()).round_().clamp_(0, 15)
         error = (codes * scales.float() + minima.float()).sub_(groups).square_().sum(-1, keepdim=True)
         if least is None:
@@ -115,58 +113,6 @@ def _whole(codes: Tensor, weight: Tensor) -> Tensor:
     return codes.flatten(1)[:, : weight.shape[1]].to(torch.uint8)
 
 
-def _or_one(scales: Tensor) -> Tensor:
+def or_one(scales: Tensor) -> Tensor:
     """Rows and groups of zeros have a scale all the same."""
     return torch.where(scales == 0, torch.ones_like(scales), scales)
-
-
-# ---- weights that were integers before -----------------------------------------------------------------------------
-
-
-def integers_of(weight: Tensor, kind: str) -> Integers:
-    """``weight [N, K]`` as integers: those that it was made of, if they can be told, else as ``quantize`` makes them.
-
-    A head (a weight with _HEAD times as many rows as columns) keeps eight bits: of all, its errors cost tokens most."""
-    from paged_kernels.cpu.grids import of_products
-
-    if kind == "int4" and len(weight) > _HEAD * weight.shape[1]:
-        kind = "int8"
-    for bits, minima in ((8, False), (4, False), (4, True)):
-        if bits == 8 or kind == "int4":
-            found = _found(weight.detach(), bits, minima)
-            if found is not None:
-                return found
-    return (of_products(weight) if kind == "int4" else None) or quantize(weight, kind)
-
-
-def _found(weight: Tensor, bits: int, minima: bool) -> Integers | None:
-    """The integers of a weight whose groups of 32 lie on grids, as GGUF's Q8_0, Q4_0 and Q4_1 make them: the largest
-    number of a group is the grid's last. None if one number isn't on it, to the last bit."""
-    if weight.shape[1] % _GGUF_GROUP:
-        return None
-    for rows in (weight[:2], weight):  # two rows tell it for most
-        found = _on_grid(rows.float(), bits, minima)
-        if found is None:
-            return None
-    return found
-
-
-def _on_grid(weight: Tensor, bits: int, minima: bool) -> Integers | None:
-    groups = weight.reshape(len(weight), -1, _GGUF_GROUP)
-    if minima:
-        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        scales, zero = (high - low) / 15, low
-    else:
-        far = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-        scales, zero = (far / -8 if bits == 4 else far.abs() / 127), torch.zeros(())
-    scales, lowest = _or_one(scales).half(), zero.half()
-    steps = scales.float()
-    codes = ((groups - lowest.float()) / _or_one(steps)).round_()
-    if not torch.equal(codes * steps + lowest.float(), groups):
-        return None
-    if not minima:
-        codes += ZERO[bits]
-    if codes.amin() < 0 or codes.amax() >= 2**bits:
-        return None
-    least = lowest.squeeze(-1) if minima else None
-    return Integers(_whole(codes, weight), scales.squeeze(-1), least, bits, _GGUF_GROUP)
