@@ -128,7 +128,7 @@ def _body_schema(routes: Any) -> Any:
 
 def _draw(strategy: Any, num: int, draw_seed: int, send: Callable[[Any], None]) -> None:
     @seed(draw_seed)
-    @settings(max_examples=num, database=None, phases=[Phase.generate],
+    @settings(max_examples=num, database=None, deadline=None, phases=[Phase.generate],
               suppress_health_check=list(HealthCheck))  # fmt: skip
     @given(strategy)
     def each(case: Any) -> None:

@@ -77,7 +77,7 @@ def alphabet_server(
     service_options: dict[str, Any] | None = None,
     max_requests: int = 10_000,
     strict_fields: bool = False,
-    reasoning: bool = True,
+    reasoning: bool | None = None,
     **server_options: Any,
 ) -> Iterator[Running]:
     metrics = PrometheusMetrics("alphabet")

@@ -50,7 +50,7 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
         served = ServedModel(
             served_engine, names, limits,
             model_defaults=args.generation_config == "auto", strict_fields=args.strict_fields,
-            response_template=args.response_template, reasoning=args.reasoning == "auto",
+            response_template=args.response_template, reasoning=_reasoning(args),
         )  # fmt: skip
         check_reasoning(args.reasoning_parser, served.response_template)
         service = Service(
@@ -76,6 +76,11 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
         for each in events:
             each.close()
     return 0
+
+
+def _reasoning(args: argparse.Namespace) -> bool | None:
+    """As ServedModel takes it. Whoever names a parser of reasoning says that the model reasons."""
+    return False if args.reasoning == "off" else args.reasoning_parser is not None or None
 
 
 def _kv_events(args: argparse.Namespace) -> list[KVEvents]:

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from alphabet_model import AlphabetModel
 from many_pieces import split_differently
-from paged_core import ConfigError
+from paged_core import AsyncEngine, ConfigError, EngineConfig
+from paged_serving import ServedModel
 from paged_serving.conversation.events import Answer, ToolCallEnd, ToolCallStart
 from paged_serving.conversation.turns import Tool
 from paged_serving.response_templates.contents import read
@@ -20,6 +22,7 @@ from paged_serving.response_templates.scanner import LONGEST
 from paged_serving.response_templates.selection import given, known, of_model
 from paged_serving.response_templates.template import TemplateError, load
 from response_texts import BOTH, DEEPSEEK, HERMES, TOOLS, WRITTEN, Written, parser_of, read_in, told
+from tiny_folder import byte_tokenizer
 
 IM = "<|im_start|>assistant\n"
 
@@ -217,3 +220,20 @@ def test_a_chat_template_without_reasoning_has_none() -> None:
     plain, thinking = of_model(None, "<|im_start|> <tool_call>"), of_model(None, "<|im_start|> <tool_call> <think>")
     assert plain is not None and plain.reasoning is None
     assert thinking is not None and thinking.reasoning is not None
+
+
+@pytest.mark.parametrize(("reasoning", "reasons"), [(None, False), (True, True), (False, False)])
+def test_a_template_of_ours_that_is_named_reads_reasoning_where_the_chat_template_knows_it(
+    tmp_path: Path, reasoning: bool | None, reasons: bool
+) -> None:
+    """Else --tool-call-parser hermes would refuse expressions, and let what follows a schema think to the end."""
+    tokenizer = byte_tokenizer()  # its chat template has no marks at all
+    own = tmp_path / "own.json"
+    thought = {"reasoning_content": {"open": "<think>", "close": "</think>"}}
+    own.write_text(json.dumps({**GOOD, "fields": {**GOOD["fields"], **thought}}))
+    with AsyncEngine(AlphabetModel(vocab_size=257), tokenizer=tokenizer, config=EngineConfig(num_blocks=8)) as engine:
+        served = ServedModel(engine, ["model"], response_template="hermes", reasoning=reasoning)
+        assert served.response_template is not None and served.response_template.calls is not None
+        assert (served.response_template.reasoning is not None) is reasons
+        trusted = ServedModel(engine, ["model"], response_template=str(own), reasoning=reasoning).response_template
+        assert trusted is not None and (trusted.reasoning is None) is (reasoning is False)

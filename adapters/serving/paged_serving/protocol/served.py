@@ -20,7 +20,7 @@ from paged_serving.protocol.parsing import ProtocolError, in_words_of, shortened
 from paged_serving.protocol.sizes import check_sizes
 from paged_serving.protocol.structured import Structure
 from paged_serving.protocol.tokens import TokenNumbers, TokenTexts
-from paged_serving.response_templates.selection import given, of_model
+from paged_serving.response_templates.selection import given, of_model, that_reasons_as
 from paged_serving.response_templates.template import ResponseTemplate
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class ServedModel:
         model_defaults: sampling fields that a request leaves out are as the model's makers advise.
         response_template: by which its answers are read: a file, or one of ours by its name; "none": by none; None: the
             tokenizer's own, or one of ours that fits its chat template.
-        reasoning: whether reasoning is told apart from what is said.
+        reasoning: whether reasoning is told apart from what is said; None: where the chat template knows of it.
 
     Raises:
         ConfigError: the response template can't be used.
@@ -68,7 +68,7 @@ class ServedModel:
         *,
         model_defaults: bool = True,
         response_template: str | None = None,
-        reasoning: bool = True,
+        reasoning: bool | None = None,
         strict_fields: bool = True,
     ) -> None:
         spec = engine.engine.spec
@@ -239,11 +239,15 @@ class ServedModel:
                 raise ProtocolError(f"{own} asks for {value}; this server's limit is {most}", own)
 
 
-def _response_template(codec: TextCodec, wanted: str | None, reasoning: bool) -> ResponseTemplate | None:
+def _response_template(codec: TextCodec, wanted: str | None, reasoning: bool | None) -> ResponseTemplate | None:
     if wanted == "none":
         return None
     found = of_model(codec.response_template, codec.chat_template) if wanted is None else given(wanted)
-    return found if reasoning or found is None else found.only(lambda field: field is not found.reasoning)
+    if found is None or reasoning:
+        return found
+    if reasoning is None:
+        return that_reasons_as(found, codec.chat_template)
+    return found.only(lambda field: field is not found.reasoning)
 
 
 def _are_integers(values: Sequence[Any]) -> bool:

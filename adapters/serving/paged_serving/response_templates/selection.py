@@ -54,11 +54,14 @@ def of_model(own: Any, chat_template: str) -> ResponseTemplate | None:
             raise ConfigError(f"the tokenizer's response template can't be used: {error}; give another") from error
     fitting = [each for each in known().values() if all(marker in chat_template for marker in each.chat_template_has)]
     found = max(fitting, key=lambda each: len(each.chat_template_has), default=None)
-    return None if found is None else _that_reasons_as(found, chat_template)
+    return None if found is None else that_reasons_as(found, chat_template)
 
 
-def _that_reasons_as(template: ResponseTemplate, chat_template: str) -> ResponseTemplate:
-    """Without reasoning, if the chat template doesn't know it: plain models' answers are left as they are."""
+def that_reasons_as(template: ResponseTemplate, chat_template: str) -> ResponseTemplate:
+    """One of ours without reasoning, if the chat template doesn't know it: plain models' answers are left as they are,
+    and a grammar lets them think nothing. Others say themselves what their models do."""
+    if known().get(template.name) is not template:
+        return template
     field = template.reasoning
     if field is None or field.open is None or field.open.pattern.search(chat_template.replace("\\n", "\n")):
         return template
