@@ -5,11 +5,13 @@ beside others that mean harm.
     python benchmarks/bench_reliability.py kill MODEL --clients 16
     python benchmarks/bench_reliability.py flood MODEL --clients 16
     python benchmarks/bench_reliability.py bombs MODEL --rate 4
+    python benchmarks/bench_reliability.py probes MODEL --rate 4 --json FILE
 
 MODEL is whatever ``paged serve`` takes. The requests of ``memory`` are of all kinds: whole answers, streams, several
 samples, clients that leave in the middle, bodies that are refused. ``flood`` is clients that submit and leave in a
 loop; ``bombs`` are schemas that take seconds to compile, no two the same. Beside both a neighbour reads streams, and it
-reads as many alone, in turns: told are the times between two of its events.
+reads as many alone, in turns: told are the times between two of its events. ``probes`` asks for /health and for a
+completion of one token, alone and beside bombs in turns, and tells how long each took and what bombs add at the most.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,17 +28,21 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import psutil
 
+from paged_bench.report import cpu_name
 from paged_bench.results import percentile
-from reliability_clients import LONG, Seen, Trouble, ask, beside, bombs, flood, read_stream, serving
+from reliability_clients import LONG, Seen, Trouble, ask, beside, bombs, flood, probe, read_stream, serving
 
 
 def main() -> int:
-    measure = {"memory": measure_memory, "kill": measure_kill, "flood": measure_flood, "bombs": measure_bombs}
+    measure = {"memory": measure_memory, "kill": measure_kill, "flood": measure_flood, "bombs": measure_bombs,
+               "probes": measure_probes}  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(measure))
     parser.add_argument("model")
@@ -43,12 +50,22 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=8, help="at once")
     parser.add_argument("--max-queue", type=int, default=8, help="of the server, for flood")
     parser.add_argument("--rate", type=float, default=4.0, help="bombs a second")
-    parser.add_argument("--rounds", type=int, default=5, help="of a stream alone and one beside, for flood and bombs")
+    parser.add_argument("--rounds", type=int, default=5, help="alone and beside, for flood, bombs and probes")
+    parser.add_argument("--probes", type=int, default=50, help="of each round, alone and beside")
     parser.add_argument("--tokens", type=int, default=100, help="of each stream")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="the result goes there too")
     args = parser.parse_args()
-    print(json.dumps(measure[args.what](args), indent=2))
+    told = json.dumps({**_about(), **measure[args.what](args)}, indent=2)
+    print(told)
+    if args.json is not None:
+        args.json.write_text(told + "\n")
     return 0
+
+
+def _about() -> dict[str, Any]:
+    command = shlex.join(["python", "benchmarks/bench_reliability.py", *sys.argv[1:]])
+    return {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command, "cpu": cpu_name()}
 
 
 def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
@@ -99,6 +116,32 @@ def measure_bombs(args: argparse.Namespace) -> dict[str, Any]:
     """A neighbour's streams, alone and beside schemas that take seconds to compile."""
     with serving(args.model) as (_, port):
         return neighbour(args, port, bombs, args.rate)
+
+
+def measure_probes(args: argparse.Namespace) -> dict[str, Any]:
+    """Looks at /health and small completions, alone and beside schemas that take seconds to compile."""
+    alone: list[dict[str, float]] = []
+    troubled: list[dict[str, float]] = []
+    outcomes: Counter[str] = Counter()
+    load = os.getloadavg()[0]
+    with serving(args.model) as (_, port):
+        probe(port)  # what is done once
+        for _ in range(args.rounds):
+            alone += [probe(port) for _ in range(args.probes)]
+            with beside(bombs, port, args.rate) as told:
+                troubled += [probe(port) for _ in range(args.probes)]
+            outcomes += told
+    about = {"cores": os.cpu_count(), "load_before": load, "probes": args.probes, "rounds": args.rounds}
+    return {**about, **{name: _waits(name, alone, troubled) for name in alone[0]}, "of_the_others": dict(outcomes)}
+
+
+def _waits(name: str, alone: Sequence[dict[str, float]], troubled: Sequence[dict[str, float]]) -> dict[str, Any]:
+    waits = {"alone": [each[name] for each in alone], "beside": [each[name] for each in troubled]}
+    found: dict[str, Any] = {
+        where: {"p50": round(median(ms), 1), "p99": round(percentile(ms, 99), 1), "worst": round(max(ms), 1)}
+        for where, ms in waits.items()
+    }
+    return {**found, "added_at_most_ms": round(found["beside"]["worst"] - found["alone"]["p50"], 1)}
 
 
 def neighbour(args: argparse.Namespace, port: int, trouble: Trouble, how_much: float) -> dict[str, Any]:

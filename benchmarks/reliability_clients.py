@@ -101,6 +101,33 @@ def read_stream(port: int, max_tokens: int) -> Seen:
     )
 
 
+def probe(port: int) -> dict[str, float]:
+    """Milliseconds that a look at /health and a completion of one token take, each over a connection of its own."""
+    waits = {}
+    for name, ask_for in {"health": _get_health, "completion": _post_small}.items():
+        began = time.monotonic()
+        connection = ask_for(port)
+        try:
+            response = connection.getresponse()
+            response.read()
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise RuntimeError(f"{name}: status {response.status}")
+        waits[name] = 1000 * (time.monotonic() - began)
+    return waits
+
+
+def _get_health(port: int) -> http.client.HTTPConnection:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/health")
+    return connection
+
+
+def _post_small(port: int) -> http.client.HTTPConnection:
+    return _post(port, {"model": "it", "prompt": "Once", "max_tokens": 1, "temperature": 0})
+
+
 def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
     """As they come. (``readline`` takes the end of a connection for that of the answer.)"""
     rest = b""

@@ -36,6 +36,7 @@ from toy_tokenizers import ByteTokenizer
 
 _CHECKS = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance",
            "allow_header_conformance")  # fmt: skip
+_PATIENCE_S = 120  # with an answer: the machine may be busy
 _KEPT = 4  # fields beside the least in a thinned body
 _LEAST = {"prompt": "A", "messages": [{"role": "user", "content": "A"}], "inputs": "A", "tokens": [33], "input": "A"}
 
@@ -85,7 +86,7 @@ def schema_driven(server: Running, num_requests: int, draw_seed: int, progress: 
             def send(case: Any, mode: GenerationMode = mode, rng: random.Random = rng) -> None:
                 if mode is GenerationMode.POSITIVE and rng.random() < 0.7:
                     case.body = _thinned(case.body, rng)
-                response = case.call(base_url=server.url, session=session)
+                response = case.call(base_url=server.url, session=session, timeout=_PATIENCE_S)
                 case.validate_response(response, checks=checks)
                 told = response.status_code == 200 and not isinstance(case.body, NotSet)
                 fits = fitting[case.operation.path].is_valid(case.body) if told else True
