@@ -1,5 +1,5 @@
 """Logits of a model on the CPU, bit for bit the same whatever the engine does: who shares a prefix, what comes in one
-step, how large blocks are, who was preempted."""
+step, how large blocks are, who was preempted. With its weights as they are, and packed as integers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from paged_core import Engine, EngineConfig, SamplingParams
+from paged_kernels.cpu import launch
 
 NUM = 64
 PREFIX = [(11 * i + i * i // 3) % 199 for i in range(150)]
@@ -22,26 +23,43 @@ def model(request):
     return LlamaForCausalLM(config).eval().to(request.param)
 
 
-def answers(model, prompts, num=0, **config):
-    """For each prompt, its tokens and the logprobs of the best five at each; how often requests were preempted."""
+@pytest.fixture(scope="module", params=[None, "int8", "int4"], ids=lambda kind: f"weights {kind}")
+def weights(request):
+    """What the engine makes of the model's."""
+    return request.param
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=5)
+
+
+SAMPLES = SamplingParams(n=3, seed=5, max_tokens=24, ignore_eos=True, logprobs=5)
+BEAMS = SamplingParams(n=3, use_beam_search=True, max_tokens=24, ignore_eos=True)
+
+
+def answers(model, prompts, params=GREEDY, **config):
+    """For each prompt, and each of its sequences: its tokens and the logprobs of the best five at each, or of beams the
+    sums; and how often requests were preempted."""
     engine = Engine(model, EngineConfig(**{"block_size": 8, "num_blocks": 2000, "max_num_seqs": NUM, **config}))
-    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=5)
-    requests = [engine.add_request(str(i), prompt, params)[0] for i, prompt in enumerate(prompts)]
-    logprobs = {str(i): [] for i in range(len(prompts))}
+    asked = [engine.add_request(str(i), prompt, params) for i, prompt in enumerate(prompts)]
+    logprobs = {(request.id, request.index): [] for requests in asked for request in requests}
     while engine.has_work:
         for output in engine.step():
-            logprobs[output.request.id] += [
+            logprobs[output.request.id, output.request.index] += [
                 sorted((token, each.logprob) for token, each in at.items()) for at in output.logprobs or ()
             ]
     engine.close()
-    tokens = [request.output_token_ids for request in requests]
-    return list(zip(tokens, logprobs.values(), strict=True)), engine.last_stats.total_preemptions
+    if params.use_beam_search:
+        searches = [requests[0].selector for requests in asked]
+        found = [[(beam.token_ids, beam.cumulative_logprob) for beam in search.best] for search in searches]
+    else:
+        found = [[(each.output_token_ids, logprobs[each.id, each.index]) for each in requests] for requests in asked]
+    return found, engine.last_stats.total_preemptions
 
 
 @pytest.fixture(scope="module")
-def one_by_one(model):
+def one_by_one(model, weights):
     """What each prompt gets by itself, nothing shared."""
-    return [answers(model, [prompt])[0][0] for prompt in PROMPTS[::8]]
+    return [answers(model, [prompt], weights=weights)[0][0] for prompt in PROMPTS[::8]]
 
 
 WAYS = {
@@ -54,7 +72,27 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_logits_are_those_of_each_request_by_itself(model, one_by_one, way):
-    got, preemptions = answers(model, PROMPTS, **way)
+def test_logits_are_those_of_each_request_by_itself(model, weights, one_by_one, way):
+    got, preemptions = answers(model, PROMPTS, weights=weights, **way)
     assert got[::8] == one_by_one
     assert (preemptions > 0) == ("num_blocks" in way)
+
+
+@pytest.fixture(scope="module", params=[SAMPLES, BEAMS], ids=["samples", "beams"])
+def several(request, model, weights):
+    """(what is asked for, what prompts get by themselves, each of their sequences reading all of its keys)."""
+    with pytest.MonkeyPatch.context() as patched:
+        init = launch.AttentionPlan.__init__
+        patched.setattr(launch.AttentionPlan, "__init__", lambda self, *shape: init(self, *shape[:5]))
+        return request.param, [answers(model, [prompt], request.param, weights=weights)[0][0] for prompt in PROMPTS[:2]]
+
+
+@pytest.mark.parametrize("way", ["together, a prefix in common", "blocks of 32", "preempted"])
+def test_samples_and_beams_are_those_of_each_prompt_by_itself(model, weights, several, way):
+    """Whether their sequences share blocks or not, and in the middle of a search that was preempted and recomputed."""
+    params, expected = several
+    room = {"num_blocks": 90} if way == "preempted" else {}
+    got, preemptions = answers(model, PROMPTS[:12], params, weights=weights, **WAYS[way] | room)
+    assert got[:2] == expected
+    assert (preemptions > 0) == (way == "preempted")
+    assert all(tokens for sequences in expected for tokens, _ in sequences)
