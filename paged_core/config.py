@@ -62,8 +62,9 @@ class EngineConfig:
         None, "sequences that run at once", "half the tokens of a step, 256 at most", "--max-num-seqs", "N"
     )
     max_num_batched_tokens: int | None = _option(
-        None, "tokens of a step", "64 a thread (128 to 2048) on a CPU, 8192 on a GPU", "--max-num-batched-tokens", "N"
-    )
+        None, "tokens of a step", "64 a thread on a CPU, 256 with AMX for its weights (128 to 2048); 8192 on a GPU",
+        "--max-num-batched-tokens", "N",
+    )  # fmt: skip
     max_model_len: int | None = _option(
         None, "tokens of a sequence, prompt and output", "the model's limit", "--max-model-len", "N"
     )

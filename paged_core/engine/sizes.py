@@ -19,7 +19,7 @@ def step_sizes(config: EngineConfig, spec: ModelSpec) -> StepSizes:
     """The wishes, and for what was left open what suits model and device."""
     on_cpu = spec.device.type == "cpu"
     # On a CPU a step's time grows with its tokens: few a step, so that a long prompt holds nobody up for long.
-    usual = min(max(64 * torch.get_num_threads(), 128), 2048) if on_cpu else 8192
+    usual = min(max(_tokens_a_thread(config, spec) * torch.get_num_threads(), 128), 2048) if on_cpu else 8192
     budget = config.max_num_batched_tokens or max(usual, config.max_num_seqs or 0)
     return StepSizes(
         block_size=config.block_size or (8 if on_cpu else 16),
@@ -28,6 +28,13 @@ def step_sizes(config: EngineConfig, spec: ModelSpec) -> StepSizes:
         max_model_len=min(config.max_model_len or spec.max_model_len, spec.max_model_len),
         kv_dtype=getattr(torch, config.kv_cache_dtype) if config.kv_cache_dtype else spec.dtype,
     )
+
+
+def _tokens_a_thread(config: EngineConfig, spec: ModelSpec) -> int:
+    """As many as take about a tenth of a second of a model of 135 million weights (docs/cpu.md)."""
+    tiles = "amx_int8" if config.weights else "amx_bf16" if spec.dtype is torch.bfloat16 else None
+    can = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.10 on
+    return 256 if can.get(tiles) else 64
 
 
 def engine_sizes(
