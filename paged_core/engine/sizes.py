@@ -33,8 +33,8 @@ def step_sizes(config: EngineConfig, spec: ModelSpec) -> StepSizes:
 def _tokens_a_thread(config: EngineConfig, spec: ModelSpec) -> int:
     """As many as take about a tenth of a second of a model of 135 million weights (docs/cpu.md)."""
     tiles = "amx_int8" if config.weights else "amx_bf16" if spec.dtype is torch.bfloat16 else None
-    can = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.10 on
-    return 256 if can.get(tiles) else 64
+    can: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer torch has it
+    return 256 if tiles is not None and can.get(tiles) else 64
 
 
 def engine_sizes(
