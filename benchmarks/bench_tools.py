@@ -139,13 +139,13 @@ def _client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
 
 
-def ask(client: openai.OpenAI, question: Question, mode: str) -> Any:
+def ask(client: openai.OpenAI, question: Question, mode: str, *, model: str = "smollm2", most: int = 128) -> Any:
     tools = [{**tool, "function": {**tool["function"], "strict": mode == "strict"}} for tool in question.tools]
     named = {"type": "function", "function": {"name": question.right or tools[0]["function"]["name"]}}
     choice: Any = {"required": "required", "named": named}.get(mode, "auto")
     answer = client.chat.completions.create(
-        model="smollm2", messages=[*examples(), {"role": "user", "content": question.text}], tools=tools,
-        tool_choice=choice, temperature=0, max_tokens=128,
+        model=model, messages=[*examples(), {"role": "user", "content": question.text}], tools=tools,
+        tool_choice=choice, temperature=0, max_tokens=most,
     )  # fmt: skip
     return answer.choices[0]
 
