@@ -92,18 +92,20 @@ class Linear:
     def is_released(self) -> bool:
         return any(tensor is not None and not tensor.numel() for tensor in self._matrices())
 
-    def release(self) -> None:
-        """Leave it matrices of no numbers."""
+    def release(self) -> int:
+        """Leave it matrices of no numbers. Returns how many bytes were malloc's, not a file's."""
         from paged_kernels.cpu.pages import forget
 
+        num_bytes = 0
         for owner, name in self.places:
             tensor = owner.get(name)
             if tensor is None or tensor.ndim < 2:  # a sibling may have been packed twice
                 continue
             for plain in plain_tensors(tensor):
-                forget(plain)
+                num_bytes += 0 if forget(plain) else plain.numel() * plain.element_size()
             nothing = torch.empty(0, dtype=tensor.dtype, device="cpu")
             owner[name] = nn.Parameter(nothing, requires_grad=False) if owner is self._parameters else nothing
+        return num_bytes
 
     def _matrices(self) -> list[Tensor | None]:
         return [owner.get(name) for owner, name in self.places if name != "bias"]

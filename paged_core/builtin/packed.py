@@ -83,9 +83,11 @@ class Layers:
         the meta device it does, and gives anything). Returns whether there were any."""
         if self._product is None:
             return False
-        for linear in self._linears:
-            linear.release()
+        from paged_kernels.cpu.pages import let_go
+
+        num_bytes = sum(linear.release() for linear in self._linears)
         self._watched = WatchedTensors(self._tensors())
+        let_go(num_bytes)
         return True
 
     def places(self) -> list[tuple[dict[str, Any], str]]:

@@ -1,7 +1,10 @@
 """Memory for packed weights: tensors are apart from each other, and their memory goes back."""
 
+import mmap
+import platform
 import sys
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
@@ -82,3 +85,17 @@ def test_pages_that_were_written_to_and_memory_of_no_file_stay(tmp_path):
     assert pages.forget(own) == 0
     assert torch.equal(own, numbers)
     assert pages.forget(mapped[3:4]) == 0, "less than a page"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_memory_that_lies_between_blocks_that_stay_goes_back_to_the_system():
+    def in_memory():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    blocks = [torch.ones(25_000) for _ in range(1000)]  # 100 MB, in blocks too small for mappings of their own
+    stays = blocks[::100]
+    del blocks
+    before = in_memory()
+    pages.let_go(100_000_000)
+    assert in_memory() < before - 50_000_000
+    assert all(bool((each == 1).all()) for each in stays)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,20 @@ def test_an_engine_that_loads_the_model_lets_go_what_it_has_packed(
         model(torch.tensor([[5]]))
     with pytest.raises(EngineDeadError, match=r"packed this model's weights and let them go; load it anew"):
         Engine(loader.loaded, EngineConfig(**SIZES))
+
+
+def test_weights_go_while_other_layers_are_still_to_be_packed(folder: Path) -> None:
+    model = load_model(folder)
+    assert model is not None
+    first, gone = weakref.ref(model.model.model.layers[0].mlp.down_proj.weight), []
+
+    def create(module: torch.nn.Module) -> Any:
+        gone.append(first() is None)
+        return create_module_forward(module, torch.device("cpu"), EngineConfig())
+
+    model.hand_over()
+    model.accelerate(create)
+    assert not gone[0] and gone[-1], "all at once would double the memory"
 
 
 def test_a_fingerprint_that_was_told_before_is_told_ever_after(folder: Path) -> None:

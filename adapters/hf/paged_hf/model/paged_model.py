@@ -134,9 +134,11 @@ class HFPagedModel(PagedModel):
             raise EngineDeadError("an engine has packed this model's weights and let them go; load it anew")
         self._create = create
         self._let_go()
+        if self._owned:
+            self._watch = WatchedModules(())  # through it, weights that are packed would stay to the end
         self._ask(self.shadow.root)
         if self._owned:
-            self._look()  # the weights that are gone are watched no longer
+            self._look()
         return len(self._fast)
 
     def hand_over(self) -> None:

@@ -31,6 +31,7 @@ AsStock = Callable[[Tensor, Tensor], Tensor]
 _LENGTHS, _SPLITS = (13, 21), (6, 12)  # of the two prompts, and where their second chunk begins
 _SHORT_LENGTHS, _SHORT_SPLITS = (5, 9), (2, 5)  # the same where a token takes long
 _LARGE = 1 << 25  # parameters. Below it models have windows that short prompts would not outgrow: tests' models
+_KEPT_BYTES = 1 << 27  # of weights as float32: it is read twice, and this would be the peak of the process's memory
 _NOISIEST = 0.2  # mean error / deviation of the logits, for models that are noisy by themselves: at most
 _KNOWN = frozenset(  # facts of an attention call that are honoured, or mean nothing here
     {"dropout", "scaling", "sliding_window", "softcap", "s_aux", "key_bias", "is_causal", "position_ids", "use_cache"}
@@ -76,7 +77,7 @@ def _by_itself(
     shadow.use_attention(None)
     ways: list[contextlib.AbstractContextManager[Any]] = [contextlib.nullcontext()]
     if narrow_dtype(shadow.root) is not None:
-        ways.insert(0, Widened())
+        ways.insert(0, Widened(_KEPT_BYTES))
     for way in ways:
         try:
             with way:

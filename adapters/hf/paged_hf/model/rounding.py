@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _NARROW = (torch.float16, torch.bfloat16)
-_KEPT_BYTES = 1 << 30  # of weights as float32, that need not be made anew for each call
+_KEPT_BYTES = 1 << 30
 _TIMES = 3.0  # how much further from the reading than stock ours may be: routers of experts flip now and then
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02}  # mean error / deviation
 _PEAK = 50.0  # the largest of many rounding errors is a few times their mean: this is out of proportion
@@ -24,13 +24,14 @@ _COARSE = 0.06  # the same for bfloat16 and anything smaller
 class Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, in this thread, every operation takes float16 and bfloat16 as float32, and gives float32.
 
-    Nothing is written: what an operation changes in place keeps its dtype.
+    Nothing is written: what an operation changes in place keeps its dtype. ``kept_bytes`` of weights, as float32,
+    aren't made anew for each call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kept_bytes: int = _KEPT_BYTES) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # by id of a weight: it, and what it is as float32
-        self._room = _KEPT_BYTES
+        self._room = kept_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
