@@ -17,7 +17,9 @@ import secrets
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,13 @@ from numba.core import bytecode, ccallback
 from platformdirs import user_cache_path
 
 from paged_kernels.cpu.recording import Form, recording
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+_PATIENCE = 180.0  # seconds for another process that compiles the same
 
 
 class Kernel:
@@ -116,8 +125,27 @@ def _compile_with(function: Callable[[int], None], cache: Any) -> int:
     compiled: Any = ccallback.CFunc(function, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
     if cache is not None:
         compiled._cache = cache
-    compiled.compile()
+    with _alone(None if cache is None else Path(cache.cache_path) / f"{function.__module__}.{function.__name__}.lock"):
+        compiled.compile()
     return int(compiled.address)
+
+
+@contextmanager
+def _alone(file: Path | None) -> Iterator[None]:
+    """No other process is in here with this file, unless it stays for long: of several that start together, one
+    compiles and the others load."""
+    if file is None or fcntl is None:
+        yield
+        return
+    with file.open("a") as held:  # closing it lets go, by whatever end the process comes to
+        give_up = time.monotonic() + _PATIENCE
+        while time.monotonic() < give_up:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+        yield
 
 
 def _disk_cache(function: Callable[[int], None]) -> Any:
