@@ -34,6 +34,7 @@ OF_TORCH = {*dir(nn.Module), *dir(torch.Tensor), *vars(nn.Module()), *dir(torch_
 OF_OTHERS = {
     *("_orig_mod", "_schema", "_torchdynamo_orig_callable", "_dynamo_"),  # torch's: compiled modules, operators
     *("_hf_hook", "_old_forward"),  # accelerate's
+    "_original_forward_func",  # compressed-tensors'
     *("_slotnames", "_lru_cache_wrapper", "_abc_impl"),  # Python's
 }
 

@@ -43,7 +43,7 @@ LEAST: dict[str, dict[str, Any]] = {
 FAULTS: dict[str, list[tuple[dict[str, Any], str]]] = {
     "/v1/completions": [
         ({"prompt": {"a": 1}}, "prompt"),
-        ({"prompt": ["a", LONG]}, "prompt"),
+        ({"prompt": ["a", LONG]}, "prompt[1]"),
         ({"max_tokens": 3, "min_tokens": 7}, "min_tokens"),
         ({"max_tokens": 9999}, "max_tokens"),
         ({"max_tokens": 3000}, "max_tokens"),  # the cache is smaller: the engine's own word
@@ -107,7 +107,7 @@ FAULTS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"max_tokens": 3000}, "max_tokens"),
         ({"stop_sequences": MANY}, "stop_sequences"),
         ({"stop": MANY}, "stop"),
-        ({"stop_sequences": [""]}, "stop_sequences"),
+        ({"stop_sequences": [""]}, "stop_sequences[0]"),
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
         ({"tools": [CLAUDE_TOOL], "tool_choice": {"type": "tool", "name": "g"}}, "tool_choice.name"),
         ({"tools": [CLAUDE_TOOL], "tool_choice": "auto"}, "tool_choice"),

@@ -307,7 +307,7 @@ def test_chats_and_tgis_route_follow_it_too(alphabet: Alphabet) -> None:
         ({"structured_outputs": {"regex": "["}}, "structured_outputs.regex"),
         ({"structured_outputs": {"regex": 3}}, "structured_outputs.regex"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
-        ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice[0]"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"guided_choice": []}, "guided_choice"),
         ({"response_format": {}}, "response_format.type"),
