@@ -15,7 +15,7 @@ from pathlib import Path
 
 _GROUPS = Path("/sys/fs/cgroup")
 _OF_THIS_PROCESS = Path("/proc/self/cgroup")
-_SPINS = "20000"  # about 0.1 ms: longer than Python takes between two launches, and much less than a turn of another
+_SPINS = "300"  # a few microseconds: most waits between two launches of a step, and next to nothing of another's turn
 
 
 def settle_threads() -> None:
