@@ -170,6 +170,7 @@ def main() -> None:
         attacks = hostile_bytes(server, args.requests - statuses.total(), args.seed, progress)
         print(f"\nby hand: {attacks.total()} connections, {dict(attacks)}")
         see_that_nothing_is_left(server)
+    del server  # through it, what only_these waits for would stay
     until(lambda: only_these(num_threads))
     print(f"no server error, all blocks free, nothing left; {time.monotonic() - began:.0f} s")
 
