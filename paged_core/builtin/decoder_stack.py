@@ -89,7 +89,7 @@ class _DecoderStack(ModuleForward):
                 x = layer(x, attend=attend, position_embeddings=rotation)
             return x
         first, cos, sin, out = x[0], rotation[0][0], rotation[1][0], torch.empty_like(x[0])
-        basis = Basis([each for layer in parts for each in layer], key)
+        basis = Basis((parts,), key)  # another list as soon as one of them has changed
         if self._replayed.run(lambda: _compute(parts, first, cos, sin, attend, out), basis, out, first, cos, sin):
             attend.skip(len(parts))
         return out[None]
