@@ -49,8 +49,8 @@ class Engine:
         model: a PagedModel, or whatever a ``load_model`` hook takes: a path, a hub id, a transformers model.
         config: sizes and choices, as wished; ``sizes`` has what became of them.
         plugins: more plugin modules or objects; they are asked before installed and built-in ones.
-        device, dtype: where and in what the model is to compute: "cuda:1", "bfloat16"; torch's own objects are taken
-            too. None (or "auto" as dtype): as it is, or as it is stored.
+        device: where the model computes, such as "cuda:1" or a torch.device. None: where the model is.
+        dtype: what it computes in, such as "bfloat16" or a torch.dtype. None or "auto": as it is, or as it is stored.
         progress: told of long work (compiling kernels) while the engine is built; None: a line on a terminal.
 
     Raises:

@@ -38,7 +38,7 @@ class LLM(Frontend):
 
     Raises:
         TypeError: an option is unknown, or ``model`` is an Engine, which has its options already.
-        Else what Engine raises.
+        PluginError, UnsupportedModel, ConfigError: as Engine raises them.
     """
 
     def __init__(

@@ -50,32 +50,32 @@ class SamplingParams:
 
     n: int = 1  # sequences returned for one prompt
     temperature: float = 1.0  # 0 means greedy
-    top_k: int = 0  # 0 (or -1) keeps all tokens
-    top_p: float = 1.0  # above 0; where nothing is drawn, 0 too
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0  # >1 discourages tokens of prompt and output (Keskar et al., CTRL, 2019)
-    presence_penalty: float = 0.0  # OpenAI's, over output tokens
-    frequency_penalty: float = 0.0  # OpenAI's, over output tokens
+    top_k: int = 0  # draw from that many most likely tokens; 0 (or -1) keeps all
+    top_p: float = 1.0  # draw from the most likely tokens that sum to this; above 0 (0 is taken for greedy requests)
+    min_p: float = 0.0  # drop tokens less likely than this share of the most likely one
+    repetition_penalty: float = 1.0  # above 1 discourages tokens of prompt and output (Keskar et al., CTRL, 2019)
+    presence_penalty: float = 0.0  # OpenAI's: once for each token that the output has
+    frequency_penalty: float = 0.0  # OpenAI's: for each time that the output has the token
     seed: int | None = None  # None: the engine draws one
-    logit_bias: Mapping[int, float] | None = None
-    bad_words: Sequence[str] = ()
+    logit_bias: Mapping[int, float] | None = None  # token id -> what is added to its logit
+    bad_words: Sequence[str] = ()  # texts that may not come
     bad_words_token_ids: Sequence[Sequence[int]] = ()  # sequences whose last token may not complete them
-    allowed_token_ids: Sequence[int] | None = None
+    allowed_token_ids: Sequence[int] | None = None  # the only ids that may be chosen; None: all
     min_tokens: int = 0  # no stop token is sampled before that many output tokens
     max_tokens: int | None = 16  # None: as many as the model's length allows
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    include_stop_str_in_output: bool = False
+    stop: str | Sequence[str] = ()  # texts that end the answer
+    stop_token_ids: Sequence[int] = ()  # ids that end the answer, beside the model's own
+    include_stop_str_in_output: bool = False  # keep the stop string in the text
     ignore_eos: bool = False  # an end-of-sequence token may be chosen, and ends nothing; min_tokens forbids it instead
-    logprobs: int | None = None  # that many most likely tokens beside the chosen one; 0: the chosen one only
-    prompt_logprobs: int | None = None
-    skip_special_tokens: bool = True
+    logprobs: int | None = None  # of that many most likely tokens and the chosen one; 0: the chosen one only
+    prompt_logprobs: int | None = None  # the same for each token of the prompt
+    skip_special_tokens: bool = True  # leave them out of the text
     priority: int = 0  # lower runs first, under the "priority" policy
     cache_salt: str | None = None  # prefix-cache blocks are shared only between equal salts
     use_beam_search: bool = False  # n beams instead of n samples; the n best sequences come back, best first
     length_penalty: float = 1.0  # a beam's score: sum of log-probabilities / length ** length_penalty
     early_stopping: bool = False  # end the search once n sequences have ended, whatever might still come
-    logits_processors: Sequence[LogitsProcessor | RowsProcessor] = field(default=(), compare=False)
+    logits_processors: Sequence[LogitsProcessor | RowsProcessor] = field(default=(), compare=False)  # called in order
 
     def __post_init__(self) -> None:
         for name, items in _LISTS.items():

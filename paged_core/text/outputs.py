@@ -16,8 +16,8 @@ TokenLogprobs = Mapping[int, Logprob]
 class CompletionOutput:
     """One of the ``n`` sequences generated for a prompt."""
 
-    index: int
-    text: str
+    index: int  # which of the n
+    text: str  # without the stop string, unless it was asked for
     token_ids: Sequence[int]  # all that were sampled, the stop token or those of the stop string included
     logprobs: Sequence[TokenLogprobs] | None = None  # one a token, if asked for
     cumulative_logprob: float | None = None  # sum over token_ids, if logprobs were asked for
@@ -43,29 +43,29 @@ class RequestMetrics:
 class GenerationOutput:
     """All that came of one prompt."""
 
-    request_id: str
+    request_id: str  # unique in its engine
     prompt: str | None  # None when the prompt was given as token ids
-    prompt_token_ids: Sequence[int]
+    prompt_token_ids: Sequence[int]  # as the model saw them
     outputs: Sequence[CompletionOutput]  # n of them, by index
     prompt_logprobs: Sequence[TokenLogprobs | None] | None = None  # [len(prompt_token_ids)], first None
-    finished: bool = True
+    finished: bool = True  # all of outputs have ended
     error: str | None = None  # why an output's finish_reason is "error"
-    metrics: RequestMetrics | None = None
+    metrics: RequestMetrics | None = None  # when it arrived, began and ended
 
 
 @dataclass(frozen=True, slots=True)
 class StreamDelta:
     """What was added to one of the sequences since its last delta; several steps' news may come as one."""
 
-    request_id: str
-    index: int
+    request_id: str  # of the Stream that it came from
+    index: int  # which of the n sequences
     text: str  # joined over all deltas: CompletionOutput.text
-    token_ids: Sequence[int] = ()
-    logprobs: Sequence[TokenLogprobs] | None = None
+    token_ids: Sequence[int] = ()  # the new ones; their text may come with a later delta
+    logprobs: Sequence[TokenLogprobs] | None = None  # one for each of token_ids, if asked for
     finish_reason: str | None = None  # set on the last delta of this index
-    stop_reason: str | int | None = None
-    error: str | None = None
-    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None  # with the first
+    stop_reason: str | int | None = None  # as CompletionOutput's
+    error: str | None = None  # why finish_reason is "error"
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None  # with the first delta
 
     def parts(self) -> list[StreamDelta]:
         """The delta itself; if it ends in "abort" or "error" and has text, that text and the bare end apart: who turns
