@@ -72,18 +72,18 @@ def wants_to_be_compiled(call: Prepared) -> str | None:
 
 
 def assists_another_model(call: Prepared) -> str | None:
-    """The model is the assistant in another one's call."""
+    """The model is the assistant model of another model's call."""
     return "the model is another one's assistant" if getattr(call.config, "is_assistant", False) else None
 
 
 def brings_media(call: Prepared) -> str | None:
-    """The call is multimodal: it brings pixels, sound and the like."""
+    """The call is multimodal: it has inputs such as pixels or sound."""
     media = sorted(name for name in call.inputs.keys() - _INPUTS if any(kind in name for kind in _MEDIA))
     return f"it is multimodal: {', '.join(media)}" if media else None
 
 
 def positions_are_for_other_rows(call: Prepared) -> str | None:
-    """`position_ids` have another number of rows than the prompts."""
+    """`position_ids` and the prompts differ in their number of rows."""
     positions = call.positions
     if positions is not None and positions.ndim == 2 and positions.shape[0] not in (1, call.num_rows):
         return f"position_ids have {positions.shape[0]} rows, the prompts {call.num_rows}"
@@ -91,7 +91,7 @@ def positions_are_for_other_rows(call: Prepared) -> str | None:
 
 
 def cache_is_the_callers(call: Prepared) -> str | None:
-    """The cache is the caller's own, or holds something already."""
+    """The cache is the caller's own, or is not empty."""
     if call.cache is not None and not upstream.is_fresh(call.cache):
         return "a cache of the caller's own was passed"
     return None
@@ -108,14 +108,14 @@ def trains_with_noise(call: Prepared) -> str | None:
 
 
 def loop_is_unknown(call: Prepared) -> str | None:
-    """The decoding loop is another one: assisted or prompt-lookup decoding, a `custom_generate` function."""
+    """The engine does not have the decoding loop: assisted or prompt-lookup decoding, a `custom_generate` function."""
     if call.name not in (upstream.SAMPLE, upstream.BEAM_SEARCH):
         return "the engine has no such decoding loop: " + call.name.strip("_")
     return None
 
 
 def passes_more_to_the_model(call: Prepared) -> str | None:
-    """Other inputs than token ids or embeddings, their mask and positions go to the model."""
+    """The model is given more inputs than token ids or embeddings, their mask and positions."""
     more = sorted(call.inputs.keys() - _INPUTS)
     return f"{', '.join(more)} is passed to the model" if more else None
 
@@ -147,7 +147,7 @@ def prompts_are_no_rows_of_ids(call: Prepared) -> str | None:
 
 
 def mask_has_another_shape(call: Prepared) -> str | None:
-    """The attention mask has another shape than the prompts."""
+    """The attention mask and the prompts differ in shape."""
     shape = call.prompts.shape[:2]
     if call.mask is not None and call.mask.shape != shape:
         return f"the attention mask is {list(call.mask.shape)}, not {list(shape)} as the prompts"
@@ -155,7 +155,7 @@ def mask_has_another_shape(call: Prepared) -> str | None:
 
 
 def mask_has_other_values(call: Prepared) -> str | None:
-    """The attention mask has other values than 0 and 1."""
+    """The attention mask holds values other than 0 and 1."""
     if call.hidden is not None and call.mask is not None and bool(call.mask[call.hidden].any()):
         return "the attention mask has other values than 0 and 1"
     return None
@@ -170,7 +170,7 @@ def padding_is_not_on_the_left(call: Prepared) -> str | None:
 
 
 def padding_is_no_token(call: Prepared) -> str | None:
-    """The padding holds a token that the model doesn't have: stock fails on it."""
+    """The padding holds a token id outside the vocabulary: stock fails on it."""
     hidden, ids = call.hidden, call.input_ids
     if hidden is None or ids.shape != hidden.shape:
         return None
@@ -184,7 +184,7 @@ def padding_is_no_token(call: Prepared) -> str | None:
 
 
 def positions_have_another_shape(call: Prepared) -> str | None:
-    """`position_ids` have another shape than the prompts."""
+    """`position_ids` and the prompts differ in shape."""
     positions = call.positions
     if positions is not None and (positions.ndim != 2 or positions.shape[-1] != call.prompts.shape[1]):
         return f"position_ids are {list(positions.shape)}"
@@ -211,7 +211,7 @@ def class_prepares_inputs_otherwise(call: Prepared) -> str | None:
 
 
 def someone_sees_batches(call: Prepared) -> str | None:
-    """The model has a forward hook, or a method replaced on one of its modules: both may look at whole batches."""
+    """The model has a forward hook, or a method replaced on one of its modules: both may expect whole batches."""
     return interception(call.model, call.modules)
 
 
@@ -219,7 +219,7 @@ def someone_sees_batches(call: Prepared) -> str | None:
 
 
 def cache_is_not_the_usual(call: Prepared) -> str | None:
-    """Stock has prepared another cache than its `DynamicCache`, or none."""
+    """Stock has prepared a cache other than its `DynamicCache`, or none."""
     cache = call.cache
     if type(cache) is DynamicCache and not cache.offloading and upstream.is_fresh(cache):
         return None
@@ -227,7 +227,7 @@ def cache_is_not_the_usual(call: Prepared) -> str | None:
 
 
 def model_is_compiled(call: Prepared) -> str | None:
-    """`torch.compile` is at the model or a part of it: what was compiled knows stock's own caches."""
+    """`torch.compile` was applied to the model or a part of it: compiled code works with stock's own caches only."""
     if (compiled := compiled_part(call.model)) is not None:
         return f"{compiled} is compiled, which works with stock's own caches only"
     return None

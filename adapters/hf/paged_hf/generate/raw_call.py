@@ -53,7 +53,7 @@ def arguments_fit_no_call(call: RawCall) -> str | None:
 
 
 def stock_is_in_force(call: RawCall) -> str | None:
-    """The call stands inside `model.generate.as_stock()`."""
+    """The call is inside `model.generate.as_stock()`."""
     return "as_stock() is in force" if call.as_stock else None
 
 
