@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 from places import ROOT
@@ -20,23 +22,58 @@ sys.modules["matrix_script"] = matrix  # dataclasses look for the module of a cl
 spec.loader.exec_module(matrix)
 
 
-def test_the_oldest_cell_has_the_lowest_release_of_all_that_users_install() -> None:
+def cell(name: str) -> Any:
+    (found,) = (cell for cell in matrix.plan() if cell.name == name)
+    return found
+
+
+@pytest.mark.parametrize("python", matrix.supported(matrix.pyproject()))
+def test_the_oldest_cells_have_the_lowest_release_of_all_that_users_install(python: str) -> None:
     declared = matrix.pyproject()["project"]
-    oldest = {Requirement(line).name: line for line in matrix.plan()[0].constraints}
+    oldest = {Requirement(line).name: line for line in cell(f"oldest-{python}").constraints}
     lines = [*declared["dependencies"], *declared["optional-dependencies"]["hf"]]
-    for requirement in map(Requirement, [*lines, *declared["optional-dependencies"]["server"]]):
-        (version,) = Requirement(oldest[requirement.name]).specifier
-        assert requirement.specifier.contains(version.version)
+    requirements = [Requirement(line) for line in [*lines, *declared["optional-dependencies"]["server"]]]
+    for requirement in requirements:
+        if requirement.marker is None or requirement.marker.evaluate({"python_version": python}):
+            (version,) = Requirement(oldest[requirement.name]).specifier
+            (lowest,) = (bound for bound in requirement.specifier if bound.operator == ">=")
+            assert version.version == lowest.version
     assert oldest.keys() >= {*matrix.TOLD, "torchao", "peft"}
     assert "pytest" not in oldest and "mypy" not in oldest
 
 
-def test_the_cells_have_the_oldest_and_the_newest_python_that_we_take() -> None:
-    oldest, newest, ordinary = matrix.plan()
-    versions = matrix.supported(matrix.pyproject())
-    assert (oldest.python, newest.python, ordinary.python) == (versions[0], versions[-1], versions[-1])
-    assert newest.constraints == () and any(line.startswith("torch==") for line in ordinary.constraints)
-    assert ordinary.isolated and not oldest.isolated
+def test_every_python_that_we_take_has_the_oldest_and_the_newest_releases() -> None:
+    pythons = {"3.10", "3.11", "3.12", "3.13"}
+    assert set(matrix.supported(matrix.pyproject())) == pythons
+    eight = {(f"{kind}-{python}", python) for kind in ("oldest", "newest") for python in pythons}
+    assert {(cell.name, cell.python) for cell in matrix.plan()} == {*eight, ("ordinary-torch", "3.13")}
+    assert all(cell(f"newest-{python}").constraints == () for python in pythons)
+    ordinary = cell("ordinary-torch")
+    assert ordinary.isolated and any(line.startswith("torch==") for line in ordinary.constraints)
+
+
+def test_the_workflows_run_each_of_the_eight_cells_once_in_a_job_of_its_own() -> None:
+    runs = [run for name in ("ci", "newest") for run in runs_of(ROOT / ".github" / "workflows" / f"{name}.yml")]
+    named = [(re.search(r"--only (\S+?)\"", run), python) for run, python in runs if "make matrix" in run]
+    cells = sorted((match[1], python) for match, python in named if match)
+    assert cells == sorted((cell.name, cell.python) for cell in matrix.plan() if cell.name != "ordinary-torch")
+
+
+def runs_of(workflow: Path) -> list[tuple[str, str]]:
+    """Each command of a workflow with the Python that it gets."""
+    found = []
+    for job in yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"].values():
+        for python in job.get("strategy", {}).get("matrix", {}).get("python", [""]):
+            steps = yaml.safe_load(json.dumps(job["steps"]).replace("${{ matrix.python }}", python))
+            (given,) = (step["with"]["python-version"] for step in steps if "setup-python" in step.get("uses", ""))
+            found += [(step["run"], given) for step in steps if "run" in step]
+    return found
+
+
+def test_a_kind_stands_for_all_its_cells() -> None:
+    names = [cell.name for cell in matrix.chosen(matrix.plan(), ["newest", "oldest-3.10"])]
+    assert names == ["oldest-3.10", "newest-3.10", "newest-3.11", "newest-3.12", "newest-3.13"]
+    assert matrix.chosen(matrix.plan(), []) == matrix.plan()
 
 
 def test_an_interpreter_is_found_on_the_path_or_with_pyenv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,14 +111,14 @@ def test_a_cell_whose_tests_fail_or_that_has_no_python_is_told_and_fails_the_run
     monkeypatch.setattr(matrix, "find_python", lambda version, given: None if version == "3.10" else Path("python"))
 
     def run(cell: Any, python: Path, workdir: Path, say: Any) -> Any:
-        failures = ("tests.core::test_x",) if cell.name == "newest" else ()
+        failures = ("tests.core::test_x",) if cell.name == "newest-3.13" else ()
         return matrix.Result(cell.name, "3.13.0", {"torch": "2.13.0"}, 7, len(failures), 0, 66.0, failures)
 
     monkeypatch.setattr(matrix, "run_cell", run)
     there = tmp_path / "out" / "matrix.json"
     assert matrix.main(["--json", str(there)]) == 1
     told = capsys.readouterr().out
-    assert "oldest: there is no Python 3.10: --python PATH" in told
-    assert "newest: failed: tests.core::test_x" in told
-    assert [cell["passed"] for cell in json.loads(there.read_text())["cells"]] == [0, 7, 7]
+    assert "oldest-3.10: there is no Python 3.10: --python PATH" in told
+    assert "newest-3.13: failed: tests.core::test_x" in told
+    assert [cell["passed"] for cell in json.loads(there.read_text())["cells"]] == [0, 7, 7, 7, 0, 7, 7, 7, 7]
     assert matrix.main(["--json", str(there), "--only", "ordinary-torch"]) == 0
