@@ -84,7 +84,7 @@ def measure(name: str, options: argparse.Namespace, bandwidth: float) -> Iterato
     model = random_model(SHAPES[name], options.longest, torch.device(options.device))
     print(f"{name}: made in {time.perf_counter() - began:.1f} s", flush=True)
     requests = sharegpt_like(options.requests, options.longest, model.config.vocab_size)
-    steps = Steps()
+    steps = StepTimes()
     config = EngineConfig(
         kv_cache_bytes=options.kv_bytes or _room(model),
         kv_cache_dtype=options.kv_cache_dtype,
@@ -158,7 +158,7 @@ def show(name: str, result: dict[str, Any]) -> None:
         print(f"  {result['times']:.1f}x stock's best batch", flush=True)
 
 
-class Steps:
+class StepTimes:
     """How long decode steps take: a plugin that hears of each."""
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from paged_core import Engine, EngineConfig
 from paged_ray import CacheChanges, Placement
-from paged_ray.messages import Facts
+from paged_ray.messages import EngineFacts
 from paged_ray.prompts import Prompts
 from paged_ray.settings import settings
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     engine = Engine(args.model, EngineConfig(num_blocks=600))
-    prompts = Prompts(Facts(engine.spec, engine.sizes, engine.config, engine.tokenizer), settings(args.model))
+    prompts = Prompts(EngineFacts(engine.spec, engine.sizes, engine.config, engine.tokenizer), settings(args.model))
     found: dict[str, Any] = {}
     for num_words in (500, 3950):
         found |= _read(prompts, num_words)

@@ -44,7 +44,7 @@ from paged_bench.report import cpu_name
 from paged_bench.results import percentile
 from paged_bench.workloads import Workload, from_trace, synthetic, with_poisson_arrivals
 from paged_hf import embedded_folder
-from serving_clients import PATHS, Answer, Ask, EngineTarget, HTTPTarget, Target, drive, ignores_eos
+from serving_clients import PATHS, Ask, EngineTarget, HTTPTarget, TestedServer, TimedAnswer, drive, ignores_eos
 
 Row = dict[str, Any]
 
@@ -55,7 +55,7 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     asks, workload = make_asks(args)
     rows: dict[str, list[Row]] = {}
-    answers: dict[str, list[Answer]] = {}
+    answers: dict[str, list[TimedAnswer]] = {}
     with _targets(args) as targets, Progress("req") as progress:
         for round_number in range(args.repeats):
             for name, target in targets.items():
@@ -89,7 +89,7 @@ def make_asks(args: argparse.Namespace) -> tuple[list[Ask], Workload]:
     return asks, work
 
 
-def summarise(answers: Sequence[Answer], duration_s: float, slo_ttft: float, slo_itl: float) -> Row:
+def summarise(answers: Sequence[TimedAnswer], duration_s: float, slo_ttft: float, slo_itl: float) -> Row:
     """One run in numbers. Waits are seconds; of requests that failed only the number is told."""
     good = [answer for answer in answers if answer.error is None and answer.times_s]
     waits = [answer.times_s[0] - answer.arrival_s for answer in good]
@@ -113,14 +113,14 @@ def summarise(answers: Sequence[Answer], duration_s: float, slo_ttft: float, slo
     }
 
 
-def agreement(some: Sequence[Answer], others: Sequence[Answer]) -> Row:
+def agreement(some: Sequence[TimedAnswer], others: Sequence[TimedAnswer]) -> Row:
     """Requests whose whole text both wrote."""
     pairs = [(a, b) for a, b in zip(some, others, strict=True) if a.error is None and b.error is None]
     differing = [a.index for a, b in pairs if a.text != b.text]
     return {"num_compared": len(pairs), "num_identical": len(pairs) - len(differing), "differing": differing}
 
 
-def _max_open(answers: Sequence[Answer]) -> int:
+def _max_open(answers: Sequence[TimedAnswer]) -> int:
     """The most streams that were open at one moment."""
     changes = sorted([(a.arrival_s, 1) for a in answers] + [(a.times_s[-1], -1) for a in answers])
     now = most = 0
@@ -131,7 +131,7 @@ def _max_open(answers: Sequence[Answer]) -> int:
 
 
 @contextmanager
-def _targets(args: argparse.Namespace) -> Iterator[dict[str, Target]]:
+def _targets(args: argparse.Namespace) -> Iterator[dict[str, TestedServer]]:
     if args.url:
         targets = {args.url: _endpoint(args, args.url, args.model)}
         if args.compare_url:
@@ -188,7 +188,7 @@ def _told(progress: Progress, what: str, total: int) -> Any:
     return lambda num_done: progress(what, num_done, total)
 
 
-def _compared(rows: dict[str, list[Row]], answers: dict[str, list[Answer]]) -> Row:
+def _compared(rows: dict[str, list[Row]], answers: dict[str, list[TimedAnswer]]) -> Row:
     if len(rows) < 2:
         return {}
     first, second = rows

@@ -45,13 +45,13 @@ SYSTEMS = ("stock1", "stock8", "paged")
 STOCK_HANDLER = Path(__file__).with_name("torchserve_stock_handler.py")
 
 
-class Answer(NamedTuple):
+class HandlerAnswer(NamedTuple):
     text: str
     latency_s: float
     first_s: float | None  # streamed answers only
 
 
-_Round = dict[str, tuple[float, list[Answer]]]  # system -> (seconds, answers)
+_Round = dict[str, tuple[float, list[HandlerAnswer]]]  # system -> (seconds, answers)
 
 
 def main() -> int:
@@ -131,13 +131,13 @@ def run_rounds(server: TorchServe, args: argparse.Namespace) -> list[_Round]:
 
 def drive(
     server: TorchServe, name: str, prompts: list[str], args: argparse.Namespace, streamed: int
-) -> tuple[float, list[Answer]]:
+) -> tuple[float, list[HandlerAnswer]]:
     """All prompts by ``clients`` clients. Stock handlers don't stream: their first token comes with the last."""
     at = server.options.addresses
     url = f"{at.url(at.inference)}/predictions/{name}"
     with httpx2.Client(timeout=600, trust_env=False, limits=httpx2.Limits(max_connections=args.clients)) as client:
 
-        def ask(prompt: str) -> Answer:
+        def ask(prompt: str) -> HandlerAnswer:
             if name == "paged":
                 return ask_paged(client, f"{url}/1.0/v1/completions", prompt, args, stream=bool(streamed))
             return ask_stock(client, url, prompt, args)
@@ -153,15 +153,15 @@ def drive(
     return took, answers
 
 
-def ask_stock(client: httpx2.Client, url: str, prompt: str, args: argparse.Namespace) -> Answer:
+def ask_stock(client: httpx2.Client, url: str, prompt: str, args: argparse.Namespace) -> HandlerAnswer:
     began = time.perf_counter()
     body = {"prompt": prompt, "max_new_tokens": args.tokens, "min_new_tokens": args.min_tokens}
     response = client.post(url, json=body)
     assert response.status_code == 200, response.text
-    return Answer(response.text, time.perf_counter() - began, None)
+    return HandlerAnswer(response.text, time.perf_counter() - began, None)
 
 
-def ask_paged(client: httpx2.Client, url: str, prompt: str, args: argparse.Namespace, *, stream: bool) -> Answer:
+def ask_paged(client: httpx2.Client, url: str, prompt: str, args: argparse.Namespace, *, stream: bool) -> HandlerAnswer:
     body = {"prompt": prompt, "max_tokens": args.tokens, "min_tokens": args.min_tokens, "temperature": 0,
             "stream": stream}  # fmt: skip
     began, first, texts = time.perf_counter(), None, []
@@ -173,16 +173,16 @@ def ask_paged(client: httpx2.Client, url: str, prompt: str, args: argparse.Names
                 texts.append(json.loads(told)["choices"][0]["text"])
                 if first is None and texts[-1]:
                     first = time.perf_counter() - began
-    return Answer("".join(texts), time.perf_counter() - began, first)
+    return HandlerAnswer("".join(texts), time.perf_counter() - began, first)
 
 
-def summary(rounds: list[tuple[float, list[Answer]]], tokenizer: Any) -> dict[str, float]:
+def summary(rounds: list[tuple[float, list[HandlerAnswer]]], tokenizer: Any) -> dict[str, float]:
     """The median round of each figure."""
     each = [of_round(seconds, answers, tokenizer) for seconds, answers in rounds]
     return {name: statistics.median(found[name] for found in each) for name in each[0]}
 
 
-def of_round(seconds: float, answers: list[Answer], tokenizer: Any) -> dict[str, float]:
+def of_round(seconds: float, answers: list[HandlerAnswer], tokenizer: Any) -> dict[str, float]:
     num_tokens = sum(len(tokenizer.encode(answer.text, add_special_tokens=False)) for answer in answers)
     latencies = statistics.quantiles([answer.latency_s for answer in answers], n=20)
     return {

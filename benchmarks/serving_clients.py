@@ -32,7 +32,7 @@ class Ask:
 
 
 @dataclass
-class Answer:
+class TimedAnswer:
     """What came. Times are seconds since the start of the run."""
 
     index: int
@@ -43,26 +43,26 @@ class Answer:
     error: str | None = None
 
 
-class Target(Protocol):
-    async def ask(self, ask: Ask, answer: Answer, began: float) -> None:
+class TestedServer(Protocol):
+    async def ask(self, ask: Ask, answer: TimedAnswer, began: float) -> None:
         """Fill in ``answer``. May raise: then the answer is an error."""
         ...
 
 
 async def drive(
-    target: Target, asks: Sequence[Ask], concurrency: int | None, told: Callable[[int], object]
-) -> tuple[list[Answer], float]:
+    target: TestedServer, asks: Sequence[Ask], concurrency: int | None, told: Callable[[int], object]
+) -> tuple[list[TimedAnswer], float]:
     """Each request at its arrival, at most ``concurrency`` at once. Returns the answers and the run's seconds."""
     room = asyncio.Semaphore(concurrency or len(asks))
     began, num_done = time.perf_counter(), 0
 
-    async def one(ask: Ask) -> Answer:
+    async def one(ask: Ask) -> TimedAnswer:
         nonlocal num_done
         await asyncio.sleep(max(0.0, began + ask.arrival_s - time.perf_counter()))
         async with room:
             # A request that waited for room arrives when it is sent: its wait is the load's, and not the server's.
             arrival = time.perf_counter() - began if concurrency else ask.arrival_s
-            answer = Answer(ask.index, arrival)
+            answer = TimedAnswer(ask.index, arrival)
             try:
                 await target.ask(ask, answer, began)
             except Exception as error:
@@ -87,7 +87,7 @@ class EngineTarget:
     def __init__(self, engine: AsyncEngine, ignore_eos: bool = True) -> None:
         self._engine, self._ignore_eos = engine, ignore_eos
 
-    async def ask(self, ask: Ask, answer: Answer, began: float) -> None:
+    async def ask(self, ask: Ask, answer: TimedAnswer, began: float) -> None:
         params = SamplingParams(temperature=0, max_tokens=ask.num_output, ignore_eos=self._ignore_eos)
         async for delta in self._engine.submit(ask.token_ids, params):
             answer.times_s.append(time.perf_counter() - began)
@@ -113,7 +113,7 @@ class HTTPTarget:
         if api_key:
             self._head += f"Authorization: Bearer {api_key}\r\n"
 
-    async def ask(self, ask: Ask, answer: Answer, began: float) -> None:
+    async def ask(self, ask: Ask, answer: TimedAnswer, began: float) -> None:
         body = json.dumps(self._body(ask)).encode()
         reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._tls, limit=2**22)
         pieces: list[tuple[float, bytes]] = []
@@ -137,7 +137,7 @@ class HTTPTarget:
             body["messages"] = [{"role": "user", "content": ask.prompt}]
         return _without_nulls({**body, **self._extra})
 
-    def _read(self, pieces: Sequence[tuple[float, bytes]], answer: Answer) -> None:
+    def _read(self, pieces: Sequence[tuple[float, bytes]], answer: TimedAnswer) -> None:
         """Raises RuntimeError for a stream that tells of an error."""
         rest, num_events = b"", 0
         for now, data in pieces:

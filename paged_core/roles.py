@@ -21,7 +21,7 @@ class Role(ABC):  # noqa: B024  roles have the abstract methods
     @classmethod
     def of(cls: type[_R], given: Any) -> _R:
         """``given``, if it inherits from this role; else what stands for it in this role."""
-        return cast(_R, given if isinstance(given, (cls, _StandIn)) else _StandIn(given, cls))
+        return cast(_R, given if isinstance(given, (cls, _WithDefaults)) else _WithDefaults(given, cls))
 
     @classmethod
     def is_met_by(cls, given: Any) -> bool:
@@ -34,7 +34,7 @@ class Role(ABC):  # noqa: B024  roles have the abstract methods
         return sorted(name for name in cls.__abstractmethods__ if not hasattr(given, name))
 
 
-class _StandIn:
+class _WithDefaults:
     """All attributes of an object, and of a role what the object lacks. It can't be called in the object's place."""
 
     def __init__(self, given: Any, role: type[Role]) -> None:

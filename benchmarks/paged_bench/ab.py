@@ -15,7 +15,7 @@ from paged_bench.outcome import Outcome
 from paged_bench.progress import Progress
 from paged_bench.quality import Quality
 from paged_bench.results import Run, summarise
-from paged_bench.worker import Facts, Job, SystemFailed, Worker
+from paged_bench.worker import ModelFacts, SystemFailed, SystemProcess, SystemSpec
 from paged_bench.workloads import Workload
 from paged_core import ConfigError, EngineConfig
 
@@ -92,7 +92,7 @@ class _Comparison:
         self._args = args
         self._config = config
         self._order = run_order(baselines, args.repeats, args.quick)
-        self._workers: dict[str, Worker] = {}
+        self._workers: dict[str, SystemProcess] = {}
         self._runs: dict[str, list[Run]] = {name: [] for name in (PAGED, *baselines)}
         self._failures: dict[str, str] = {}
 
@@ -112,7 +112,7 @@ class _Comparison:
         summaries = tuple(summarise(name, done, workload.requests) for name, done in runs.items())
         return Outcome(facts, workload, tuple(self._order), summaries, self._failures, agreements, quality, reference)
 
-    def _paged_facts(self) -> Facts:
+    def _paged_facts(self) -> ModelFacts:
         """If paged can't even take the model, there is nothing to compare."""
         try:
             with Progress() as progress:
@@ -121,11 +121,11 @@ class _Comparison:
         except SystemFailed as failure:
             raise ConfigError(f"can't run {self._args.model}: {failure}") from None
 
-    def _worker(self, name: str) -> Worker:
+    def _worker(self, name: str) -> SystemProcess:
         if name not in self._workers:
             limit_s = self._args.sequential_limit or (15.0 if self._args.quick else 120.0)
-            job = Job(name, self._args.model, self._args.dtype, self._config, limit_s)
-            self._workers[name] = Worker(job)
+            job = SystemSpec(name, self._args.model, self._args.dtype, self._config, limit_s)
+            self._workers[name] = SystemProcess(job)
         return self._workers[name]
 
     def _run_one(self, name: str, number: int, workload: Workload) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from paged_bench.agreement import Agreement
 from paged_bench.quality import Quality
 from paged_bench.results import Summary
-from paged_bench.worker import Facts
+from paged_bench.worker import ModelFacts
 from paged_bench.workloads import Workload
 
 
@@ -15,7 +15,7 @@ from paged_bench.workloads import Workload
 class Outcome:
     """All that a report needs."""
 
-    facts: Facts
+    facts: ModelFacts
     workload: Workload
     order: tuple[str, ...]  # of the runs
     summaries: tuple[Summary, ...]  # paged first

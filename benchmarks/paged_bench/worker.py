@@ -1,4 +1,5 @@
-"""One system in a process of its own, so that its memory is its own. Worker is the parent's handle, _serve the child.
+"""One system in a process of its own, so that its memory is its own. SystemProcess is the parent's handle, _serve is
+the child.
 
 The child loads the model, says what it is, then runs what it is sent. It answers each command with ("done", result) or
 ("failed", message), and says ("told", tokens) or ("progress", ...) meanwhile.
@@ -36,7 +37,7 @@ class System(Protocol):
 
 
 @dataclass(frozen=True)
-class Job:
+class SystemSpec:
     """What a child needs to become one of the systems."""
 
     system: str  # paged, paged-unshared, paged-generate, hf-sequential, hf-static:SIZE, hf-continuous
@@ -47,7 +48,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelFacts:
     """What the child found in the model."""
 
     name: str
@@ -57,22 +58,22 @@ class Facts:
     num_threads: int
 
 
-class Worker:
+class SystemProcess:
     """A running child.
 
     Raises (each method):
         SystemFailed: the child said so, or died.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: SystemSpec) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, job), daemon=True)
         self._process.start()
         theirs.close()
-        self._facts: Facts | None = None
+        self._facts: ModelFacts | None = None
 
-    def facts(self) -> Facts:
+    def facts(self) -> ModelFacts:
         if self._facts is None:
             self._facts = self._wait(_ignore, _ignore)
         return self._facts
@@ -137,7 +138,7 @@ def _ignore(*args: Any) -> None:
 # ---- the child ---------------------------------------------------------------------------------------------------
 
 
-def _serve(connection: Connection, job: Job) -> None:
+def _serve(connection: Connection, job: SystemSpec) -> None:
     warnings.simplefilter("ignore")  # stock code's remarks would break up the progress bars
     quiet_imports()
     try:
@@ -171,7 +172,7 @@ def _serve(connection: Connection, job: Job) -> None:
         connection.send(("done", answer))
 
 
-def _load(job: Job) -> tuple[Any, Facts]:
+def _load(job: SystemSpec) -> tuple[Any, ModelFacts]:
     import torch
     from transformers.utils import logging
 
@@ -185,7 +186,7 @@ def _load(job: Job) -> tuple[Any, Facts]:
     model = paged.model
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64))  # touches the weights: they count as the model's memory
-    facts = Facts(
+    facts = ModelFacts(
         name=job.source,
         dtype=str(paged.spec.dtype).removeprefix("torch."),
         max_model_len=paged.spec.max_model_len,
@@ -195,7 +196,7 @@ def _load(job: Job) -> tuple[Any, Facts]:
     return model, facts
 
 
-def _build(job: Job, model: Any, report: Report) -> System:
+def _build(job: SystemSpec, model: Any, report: Report) -> System:
     from paged_bench import stock
     from paged_bench.callers import PagedCallers
     from paged_bench.paged import Paged
@@ -221,7 +222,7 @@ def _measured(system: System, requests: Sequence[BenchRequest], resting: int | N
     return replace(run, peak_bytes=max(0, peak.num_bytes - resting))
 
 
-def _quality(model: Any, job: Job) -> Quality | None:
+def _quality(model: Any, job: SystemSpec) -> Quality | None:
     from paged_bench.quality import measure
 
     return measure(model, job.source, job.config)

@@ -31,7 +31,7 @@ class DifferentAnswer(Exception):
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedAnswer:
     """What a generate() says to some prompts."""
 
     tokens: Tensor  # i64 [rows, NUM_TOKENS]
@@ -84,19 +84,19 @@ def prompts() -> list[list[int]]:
     return [torch.randint(3, 100, (n,), generator=generator).tolist() for n in _LENGTHS]
 
 
-def answer(generate: Any, rows: list[list[int]], logits: bool = True, **more: Any) -> Answer:
+def answer(generate: Any, rows: list[list[int]], logits: bool = True, **more: Any) -> GeneratedAnswer:
     """All ``rows`` in one greedy batch, padded on the left."""
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])  # [rows, longest]
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": NUM_TOKENS, **more}
     if not logits:
-        return Answer(generate(ids, **options)[:, longest:])
+        return GeneratedAnswer(generate(ids, **options)[:, longest:])
     out = generate(ids, return_dict_in_generate=True, output_logits=True, **options)
-    return Answer(out.sequences[:, longest:], torch.stack(out.logits).float())
+    return GeneratedAnswer(out.sequences[:, longest:], torch.stack(out.logits).float())
 
 
-def stocks_answer(model: Any, rows: list[list[int]]) -> Answer:
+def stocks_answer(model: Any, rows: list[list[int]]) -> GeneratedAnswer:
     """What the model's own generate() says. Its logits are those of a float32 reading where weights have 16 bits."""
     said = answer(model.generate, rows)
     narrow = narrow_dtype(model)
@@ -105,12 +105,12 @@ def stocks_answer(model: Any, rows: list[list[int]]) -> Answer:
     assert said.logits is not None
     exact = reading(lambda: answer(model.generate, rows, logits_processor=[_Led(said.tokens)]).logits)
     if exact is None:
-        return Answer(said.tokens, said.logits, _TIMES * tolerance(narrow) * said.logits.std(-1))
+        return GeneratedAnswer(said.tokens, said.logits, _TIMES * tolerance(narrow) * said.logits.std(-1))
     off = (said.logits - exact).abs().amax(-1)  # [NUM_TOKENS, rows]
-    return Answer(said.tokens, exact, _TIMES * off.maximum(off.median(dim=0).values))
+    return GeneratedAnswer(said.tokens, exact, _TIMES * off.maximum(off.median(dim=0).values))
 
 
-def alone(ask: Callable[[list[list[int]]], Answer]) -> Answer:
+def alone(ask: Callable[[list[list[int]]], GeneratedAnswer]) -> GeneratedAnswer:
     """One prompt at a time."""
     answers = [ask([prompt]) for prompt in prompts()]
 
@@ -118,7 +118,7 @@ def alone(ask: Callable[[list[list[int]]], Answer]) -> Answer:
         known = [part for part in parts if part is not None]
         return torch.cat(known, dim=1) if known else None
 
-    return Answer(
+    return GeneratedAnswer(
         torch.cat([each.tokens for each in answers]),
         side_by_side([each.logits for each in answers]),
         side_by_side([each.doubt for each in answers]),

@@ -14,7 +14,16 @@ import torch
 import transformers
 
 from paged_core import Engine, EngineConfig, LayerSpec, ModelSpec, SamplingParams, UnsupportedModel
-from paged_coverage.answers import NUM_TOKENS, Answer, DifferentAnswer, Tokens, alone, answer, prompts, stocks_answer
+from paged_coverage.answers import (
+    NUM_TOKENS,
+    DifferentAnswer,
+    GeneratedAnswer,
+    Tokens,
+    alone,
+    answer,
+    prompts,
+    stocks_answer,
+)
 from paged_coverage.tiny import CHUNK, class_name, narrowed, tiny_model
 from paged_hf.cache.paged_cache import PagedCache
 from paged_hf.generate.patched import paged_generate
@@ -83,7 +92,7 @@ def _check(model_type: str, dtype: torch.dtype | None, at: Callable[[str], None]
     return (NATIVE, nature + reason) if tier == NATIVE else (tier, reason)
 
 
-def _engines(model: Any, stock: Answer, at: Callable[[str], None]) -> tuple[str | None, str]:
+def _engines(model: Any, stock: GeneratedAnswer, at: Callable[[str], None]) -> tuple[str | None, str]:
     """Why the engine refuses the model, or None; what its attention is like.
 
     Raises:
@@ -103,7 +112,7 @@ def _engines(model: Any, stock: Answer, at: Callable[[str], None]) -> tuple[str 
     return None, nature
 
 
-def _generate(model: Any, stock: Answer, refusal: str | None, at: Callable[[str], None]) -> tuple[str, str]:
+def _generate(model: Any, stock: GeneratedAnswer, refusal: str | None, at: Callable[[str], None]) -> tuple[str, str]:
     """The tier of ``paged_generate``, and what is to be said of that.
 
     Raises:

@@ -21,7 +21,7 @@ class StepSize(NamedTuple):
     num_context: int  # tokens whose K/V are read, those of the step included
 
 
-class Costs(Protocol):
+class CostModel(Protocol):
     """A cost model."""
 
     def step_s(self, step: StepSize) -> float:
@@ -92,8 +92,8 @@ def fit(steps: Sequence[tuple[StepSize, float]], source: str = "", knee: int = 6
     return LinearCosts(fixed, token, row, context, early, knee, source)
 
 
-def read(path: Path) -> Costs:
-    """Costs from a JSON file that ``write`` has written, or that has the same fields.
+def read(path: Path) -> CostModel:
+    """A cost model from a JSON file that ``write`` has written, or that has the same fields.
 
     Raises:
         ConfigError: it holds no such costs.

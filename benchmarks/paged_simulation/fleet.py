@@ -11,8 +11,8 @@ from typing import cast
 
 from paged_core import ConfigError, InvalidRequestError, Request
 from paged_ray.placement import OPEN_COST, Placement
-from paged_simulation.costs import Costs
-from paged_simulation.replica import Record, Replica, Sizes, new_request
+from paged_simulation.costs import CostModel
+from paged_simulation.replica import Record, SimulatedReplica, Sizes, new_request
 from paged_simulation.traffic import Arrival, Beginning
 
 ROUTINGS = ("prefix", "load", "round-robin", "random")
@@ -34,7 +34,7 @@ class Fleet:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SimulationOutcome:
     """What came of a simulation."""
 
     record: Record
@@ -47,13 +47,15 @@ class Outcome:
     busy: tuple[float, ...]  # of each replica: share of the span in steps
 
 
-def simulate(arrivals: Iterator[Arrival], fleet: Fleet, costs: Costs, progress: Progress | None = None) -> Outcome:
+def simulate(
+    arrivals: Iterator[Arrival], fleet: Fleet, costs: CostModel, progress: Progress | None = None
+) -> SimulationOutcome:
     """Let the requests come, and run until all have ended."""
     return _Simulation(fleet, costs, progress).run(arrivals)
 
 
 class _Simulation:
-    def __init__(self, fleet: Fleet, costs: Costs, progress: Progress | None) -> None:
+    def __init__(self, fleet: Fleet, costs: CostModel, progress: Progress | None) -> None:
         if fleet.routing not in ROUTINGS:
             raise ConfigError(f"routing is {fleet.routing!r}; use one of {', '.join(ROUTINGS)}")
         self._fleet, self._progress = fleet, progress
@@ -61,7 +63,7 @@ class _Simulation:
         self._record = Record()
         key, tells_s = secrets.token_bytes(32), fleet.report_s if fleet.routing == "prefix" else None
         self._replicas = [
-            Replica(fleet.sizes, costs, key, self._record, tells_s=tells_s, leaps=fleet.leaps)
+            SimulatedReplica(fleet.sizes, costs, key, self._record, tells_s=tells_s, leaps=fleet.leaps)
             for _ in range(fleet.num_replicas)
         ]
         self._placement = Placement(fleet.sizes.block_size, fleet.open_cost)
@@ -72,7 +74,7 @@ class _Simulation:
         self._turn = 0
         self._num_refused = 0
 
-    def run(self, arrivals: Iterator[Arrival]) -> Outcome:
+    def run(self, arrivals: Iterator[Arrival]) -> SimulationOutcome:
         now = began = -1.0
         for number, arrival in enumerate(arrivals):
             began = arrival.at_s if began < 0 else began
@@ -154,9 +156,9 @@ class _Simulation:
         fewer = self._replicas[second].num_open < self._replicas[first].num_open
         return second if fleet.routing == "load" and fewer else first
 
-    def _outcome(self, span_s: float) -> Outcome:
+    def _outcome(self, span_s: float) -> SimulationOutcome:
         replicas = self._replicas
-        return Outcome(
+        return SimulationOutcome(
             self._record, span_s, self._num_refused,
             sum(each.scheduler.num_prefix_queries for each in replicas),
             sum(each.scheduler.num_prefix_hits for each in replicas),

@@ -15,8 +15,8 @@ from typing import Any
 from paged_bench import workloads
 from paged_bench.workloads import BenchRequest, Workload
 from paged_core import Engine, EngineConfig, SamplingParams, StepStats, hookimpl
-from paged_simulation.costs import Costs, LinearCosts, StepSize, fit
-from paged_simulation.fleet import Fleet, Outcome, simulate
+from paged_simulation.costs import CostModel, LinearCosts, StepSize, fit
+from paged_simulation.fleet import Fleet, SimulationOutcome, simulate
 from paged_simulation.replica import Record, Sizes
 from paged_simulation.report import figures
 from paged_simulation.traffic import Arrival
@@ -25,7 +25,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor"
 _LONG = 400  # tokens of the long prompts that costs are fitted to
 
 
-class Steps:
+class LastStep:
     """A plugin that keeps what each step computed."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ def fitted(model: str, seed: int, clock: str, num_requests: int) -> LinearCosts:
     return fit(seen, f"{model}: {len(seen)} steps, {clock} clock")
 
 
-def compared(model: str, costs: Costs, seed: int, clock: str, num_requests: int) -> dict[str, dict[str, Any]]:
+def compared(model: str, costs: CostModel, seed: int, clock: str, num_requests: int) -> dict[str, dict[str, Any]]:
     """Figures of three workloads, each run and simulated: ``NAME, run`` and ``NAME, simulated``."""
     found: dict[str, dict[str, Any]] = {}
     for name, make in _WORKLOADS.items():
@@ -72,8 +72,8 @@ def compared(model: str, costs: Costs, seed: int, clock: str, num_requests: int)
     return found
 
 
-def _engine(model: str) -> tuple[Engine, Steps]:
-    steps = Steps()
+def _engine(model: str) -> tuple[Engine, LastStep]:
+    steps = LastStep()
     engine = Engine(model, EngineConfig(), plugins=[steps])
     engine.add_request("warm-up", [5] * 40, SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True))
     while engine.has_work:
@@ -90,11 +90,11 @@ def _sizes(engine: Engine) -> Sizes:
 
 def _run(
     engine: Engine,
-    steps: Steps,
+    steps: LastStep,
     requests: Sequence[BenchRequest],
     clock: Callable[[], float],
     saw: Callable[[StepSize, float], object],
-) -> Outcome:
+) -> SimulationOutcome:
     """As Fleet's replicas are driven, with a model behind it."""
     record, now, busy_s, num_steps = Record(), 0.0, 0.0, 0
     coming = iter(sorted(requests, key=lambda each: each.arrival_s))
@@ -122,7 +122,7 @@ def _run(
     queries, hits = (stats.total_prefix_queries - first_stats.total_prefix_queries,
                      stats.total_prefix_hits - first_stats.total_prefix_hits)  # fmt: skip
     span = now - min(arrived.values())
-    return Outcome(record, span, 0, queries, hits, stats.total_preemptions, num_steps, (busy_s / span,))
+    return SimulationOutcome(record, span, 0, queries, hits, stats.total_preemptions, num_steps, (busy_s / span,))
 
 
 def _note(record: Record, output: Any, now: float, arrived: dict[str, float], last: dict[str, float]) -> None:

@@ -12,7 +12,7 @@ from paged_core.scheduling.schedule import Limits, Schedule
 from paged_core.scheduling.scheduler import Scheduler
 from paged_core.scheduling.stretches import Stretch
 from paged_ray.placement import CacheChanges
-from paged_simulation.costs import Costs, StepSize
+from paged_simulation.costs import CostModel, StepSize
 from paged_simulation.histogram import Histogram
 
 _TOKEN = 7  # that every row is given: nothing depends on it
@@ -49,7 +49,7 @@ class Record:
         self.usage = self.waste = 0.0
 
 
-class Replica:
+class SimulatedReplica:
     """Answers requests in steps: ``begin`` says when the next ones are over, and ``end`` is called then. They are
     several where the scheduler can foretell them, and fewer if somebody comes meanwhile.
 
@@ -61,7 +61,7 @@ class Replica:
     def __init__(
         self,
         sizes: Sizes,
-        costs: Costs,
+        costs: CostModel,
         key: bytes,
         record: Record,
         *,

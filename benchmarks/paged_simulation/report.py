@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from paged_simulation.fleet import Outcome
+from paged_simulation.fleet import SimulationOutcome
 from paged_simulation.histogram import Histogram
 
 _SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
-def figures(outcome: Outcome) -> dict[str, Any]:
+def figures(outcome: SimulationOutcome) -> dict[str, Any]:
     """All numbers of an outcome. Times in seconds, shares from 0 to 1."""
     record = outcome.record
     looks = max(1, record.num_looks)

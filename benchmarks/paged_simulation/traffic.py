@@ -55,7 +55,7 @@ class Traffic:
     def arrivals(self) -> Iterator[Arrival]:
         """In order of time."""
         rng = random.Random(self.seed)
-        prefixes = Prefixes(self.num_prefixes, self.prefix_tokens)
+        prefixes = PopularPrefixes(self.num_prefixes, self.prefix_tokens)
         now = 0.0
         for number in range(self.num_requests):
             now += rng.expovariate(self.rate) if math.isfinite(self.rate) else 0.0
@@ -87,7 +87,7 @@ class Trace:
         first, span = rows[0][0], rows[-1][0] - rows[0][0]
         span = span * (1 + 1 / max(1, len(rows) - 1))  # until the next round begins
         scale = 1.0 if self.rate is None or not span else len(rows) / self.rate / span
-        rng, prefixes = random.Random(self.seed), Prefixes(self.num_prefixes, self.prefix_tokens)
+        rng, prefixes = random.Random(self.seed), PopularPrefixes(self.num_prefixes, self.prefix_tokens)
         for number in range(self.num_requests if self.num_requests is not None else len(rows)):
             rounds, i = divmod(number, len(rows))
             stamp, context, generated = rows[i]
@@ -98,7 +98,7 @@ class Trace:
             yield Arrival(at_s, prompt, max(1, generated), beginning)
 
 
-class Prefixes:
+class PopularPrefixes:
     """Shared beginnings of prompts, drawn by popularity."""
 
     def __init__(self, num: int, num_tokens: int) -> None:

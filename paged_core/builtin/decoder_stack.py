@@ -115,7 +115,7 @@ def _compute(layers: Sequence[LayerParts], x: Tensor, cos: Tensor, sin: Tensor, 
 # ---- held against the module itself ----------------------------------------------------------------------------
 
 
-class _StandIn(nn.Module):
+class _StandInLayer(nn.Module):
     """In the place of a decoder layer: a little of its input, and what it was called with."""
 
     def __init__(self, number: int) -> None:
@@ -149,7 +149,7 @@ def _result_of(module: nn.Module) -> type | None:
     """The type of what the module's forward gives, if that is embeddings through all layers and the norm."""
     layers = module._modules["layers"]
     assert isinstance(layers, nn.ModuleList)
-    twin, stand_ins = copy.copy(module), [_StandIn(number) for number in range(len(layers))]
+    twin, stand_ins = copy.copy(module), [_StandInLayer(number) for number in range(len(layers))]
     twin.__dict__["_modules"] = {**module._modules, "layers": nn.ModuleList(stand_ins)}
     embed, norm, rotate = (module.get_submodule(name) for name in ("embed_tokens", "norm", "rotary_emb"))
     positions = torch.arange(3, 3 + ROWS)[None]

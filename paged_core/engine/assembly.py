@@ -26,7 +26,7 @@ from paged_core.plugins import BUILTIN, Plugins, check_whole, describe
 from paged_core.ranks.ranks import ALONE, Ranks
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.scheduler import Scheduler
-from paged_core.tiers.costs import Costs
+from paged_core.tiers.costs import TierCosts
 from paged_core.tiers.tier import BlockLayout, OffloadTier
 
 _log = logging.getLogger("paged_core")
@@ -53,7 +53,7 @@ class Parts(NamedTuple):
     computing: Computing
     scheduler: Scheduler
     tiers: Sequence[OffloadTier]
-    costs: Costs  # of loading from these
+    costs: TierCosts  # of loading from these
 
 
 def assemble(
@@ -79,7 +79,7 @@ def assemble(
             computing = build(manager, asked, progress, team.ranks, team.runner)
     loaded, sizes, cache = computing.model, computing.sizes, computing.runner.cache
     tiers = create_tiers(manager, loaded, config, sizes, cache)
-    costs = Costs(tiers, cache.block_bytes, sizes.block_size)
+    costs = TierCosts(tiers, cache.block_bytes, sizes.block_size)
     scheduler = create_scheduler(manager, loaded.spec, config, sizes, tiers, costs)
     return Parts(computing, scheduler, tiers, costs)
 
@@ -239,7 +239,7 @@ def create_scheduler(
     config: EngineConfig,
     sizes: EngineSizes,
     tiers: Sequence[OffloadTier],
-    costs: Costs,
+    costs: TierCosts,
 ) -> Scheduler:
     """The scheduler on its block pool, with the policy that the config names."""
     name = config.scheduling_policy

@@ -18,7 +18,7 @@ from paged_core.execution.model_runner import ModelRunner
 from paged_core.scheduling.block_pool import BlockContent
 from paged_core.scheduling.schedule import Load, Schedule
 from paged_core.scheduling.scheduler import Scheduler
-from paged_core.tiers.costs import Costs
+from paged_core.tiers.costs import TierCosts
 from paged_core.tiers.stats import OffloadingStats
 from paged_core.tiers.tier import Fetch, OffloadTier, Piece
 
@@ -60,7 +60,9 @@ class Offloading:
         tiers: asked in this order; what the cache gives up goes to all of them.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, tiers: Sequence[OffloadTier], costs: Costs) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: ModelRunner, tiers: Sequence[OffloadTier], costs: TierCosts
+    ) -> None:
         self._scheduler, self._runner = scheduler, runner
         self._tiers = tiers
         self._costs = costs

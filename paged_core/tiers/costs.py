@@ -1,4 +1,4 @@
-"""Costs: whether to load blocks or to compute them, or both, by what either has taken lately; and whether to write
+"""TierCosts: whether to load blocks or to compute them, or both, by what either has taken lately; and whether to write
 what may never be asked for again.
 
 This file knows tiers by what they hold, and seconds, bytes and tokens. It starts nothing.
@@ -22,7 +22,7 @@ _AT_FIRST_S = 0.02  # that it may take before there were any steps to speak of
 _WORTH_BESIDE = 0.8  # of the time of loading all of it: computing takes processors, and a step may end too late
 
 
-class Costs:
+class TierCosts:
     """What the scheduler asks of ``tiers``.
 
     Args:

@@ -20,7 +20,7 @@ from paged_core.tiers.folder import SlabFolder
 from paged_core.tiers.slab import Shape, Slab, digest_of_salt
 from paged_core.tiers.stats import TierStats, empty_counts
 from paged_core.tiers.tier import Fetch, Piece
-from paged_core.tiers.worker import Worker
+from paged_core.tiers.worker import JobThread
 
 _log = logging.getLogger("paged_core")
 _PIECE_BYTES = 4 << 20  # read at a time: it stays in a processor's cache until it is copied on
@@ -65,7 +65,7 @@ class DiskTier:
         self._num_pieces = 0
         self._num_read_queued = 0  # blocks that came of memory: they tell nothing of the disk
         self._looked = self._touched = 0.0
-        self._reader, self._writer = Worker("paged-kv-reader"), Worker("paged-kv-writer")
+        self._reader, self._writer = JobThread("paged-kv-reader"), JobThread("paged-kv-writer")
 
     @property
     def key(self) -> bytes:

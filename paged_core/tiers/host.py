@@ -20,7 +20,7 @@ from paged_core.tiers.stats import TierStats, empty_counts
 from paged_core.tiers.tier import Fetch, Piece
 
 
-class _Kept(NamedTuple):
+class _KeptBlock(NamedTuple):
     slot: int
     content: BlockContent
 
@@ -47,7 +47,7 @@ class HostTier:
         except RuntimeError as error:
             raise ConfigError(f"kv_host_bytes ({max_bytes}) can't be had, lower it: {error}") from error
         self._free = list(range(num_slots))
-        self._kept: OrderedDict[bytes, _Kept] = OrderedDict()  # of use longest ago first
+        self._kept: OrderedDict[bytes, _KeptBlock] = OrderedDict()  # of use longest ago first
         self._counts = empty_counts()
 
     @property
@@ -63,7 +63,7 @@ class HostTier:
                 continue
             slot = self._free.pop() if self._free else self._kept.popitem(last=False)[1].slot
             self._memory[slot].copy_(row)
-            self._kept[content.digest] = _Kept(slot, content)
+            self._kept[content.digest] = _KeptBlock(slot, content)
             self._counts["blocks_out"] += 1
             self._counts["bytes_out"] += row.numel()
 

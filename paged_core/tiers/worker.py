@@ -1,4 +1,4 @@
-"""Worker: a thread that does jobs one after another, while there are any."""
+"""JobThread: a thread that does jobs one after another, while there are any."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _log = logging.getLogger("paged_core")
 _IDLE_S = 2.0  # without a job: then the thread ends, so that nobody need stop it
 
 
-class Worker:
+class JobThread:
     """``name``: the thread's."""
 
     def __init__(self, name: str) -> None:

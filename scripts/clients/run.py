@@ -43,7 +43,7 @@ class Client:
 
 
 @dataclass
-class Outcome:
+class ClientOutcome:
     """What came of one client."""
 
     version: str = "not installed"
@@ -86,8 +86,8 @@ def main() -> int:
     return 1 if any(outcome.wrong or any(outcome.trials.values()) for outcome in outcomes) else 0
 
 
-def _outcome(client: Client, url: str, args: argparse.Namespace) -> Outcome:
-    outcome = Outcome()
+def _outcome(client: Client, url: str, args: argparse.Namespace) -> ClientOutcome:
+    outcome = ClientOutcome()
     folder = args.folder.resolve() / ("pypi" if client.is_python else "npm") / client.name
     try:
         _install(client, folder, args.install_limit)
@@ -136,7 +136,7 @@ def _version(client: Client, folder: Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
 
 
-def _try(client: Client, folder: Path, url: str, limit_s: float, outcome: Outcome) -> None:
+def _try(client: Client, folder: Path, url: str, limit_s: float, outcome: ClientOutcome) -> None:
     if client.is_python:
         command = [str(folder / "bin/python"), str(_HERE / client.script), url]
     else:  # node looks for packages beside the script
@@ -164,7 +164,7 @@ def _last_line(text: str) -> str:
 # ---- the table ---------------------------------------------------------------------------------------------------
 
 
-def _row(client: Client, outcome: Outcome) -> str:
+def _row(client: Client, outcome: ClientOutcome) -> str:
     works = [tried for tried, wrong in outcome.trials.items() if wrong is None]
     fails = [f"{tried}: {_short(wrong)}" for tried, wrong in outcome.trials.items() if wrong is not None]
     fails += [_short(outcome.wrong)] if outcome.wrong is not None else []

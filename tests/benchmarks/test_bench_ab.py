@@ -8,7 +8,7 @@ import torch
 
 from paged_bench.paged import Paged
 from paged_bench.stock import HFContinuous, HFSequential, HFStatic
-from paged_bench.worker import Job, SystemFailed, Worker
+from paged_bench.worker import SystemFailed, SystemProcess, SystemSpec
 from paged_bench.workloads import BenchRequest
 from paged_core import EngineConfig, cli
 
@@ -129,7 +129,7 @@ def test_paged_wastes_less_than_a_block_a_request(model):
 
 
 def test_a_child_that_can_not_load_its_model_says_why_in_a_line(tmp_path):
-    worker = Worker(Job("paged", str(tmp_path / "nowhere"), None, CONFIG, 1.0))
+    worker = SystemProcess(SystemSpec("paged", str(tmp_path / "nowhere"), None, CONFIG, 1.0))
     try:
         with pytest.raises(SystemFailed, match="nowhere") as failure:
             worker.facts()

@@ -8,7 +8,7 @@ from paged_bench import ab, chart, report
 from paged_bench.agreement import compare, first_difference, reference_of
 from paged_bench.quality import Quality
 from paged_bench.results import Run, Sample, percentile, summarise
-from paged_bench.worker import Facts
+from paged_bench.worker import ModelFacts
 from paged_bench.workloads import BenchRequest, Workload
 from paged_core import ConfigError, EngineConfig
 
@@ -106,7 +106,7 @@ def outcome():
         for name, done in runs.items()
     ]
     return ab.Outcome(
-        facts=Facts("a-model", "float32", 512, 1_000_000, 2),
+        facts=ModelFacts("a-model", "float32", 512, 1_000_000, 2),
         workload=Workload("made up", REQUESTS, ("a note",)),
         order=("paged", "hf-static:16", "hf-sequential"),
         summaries=tuple(summarise(name, done, REQUESTS) for name, done in runs.items()),

@@ -8,7 +8,7 @@ import torch
 from paged_coverage import __main__ as command
 from paged_coverage import check as checks
 from paged_coverage import isolated, table, tiny
-from paged_coverage.check import NATIVE, NOT_BUILT, STOCK, TIERS, WRONG, Answer, Row, check
+from paged_coverage.check import NATIVE, NOT_BUILT, STOCK, TIERS, WRONG, GeneratedAnswer, Row, check
 from paged_hf.generate.patched import PagedGenerate
 from places import ROOT
 
@@ -20,7 +20,7 @@ def ignore(step):
 
 
 def answer(tokens, logits):
-    return Answer(torch.tensor(tokens), torch.tensor(logits))
+    return GeneratedAnswer(torch.tensor(tokens), torch.tensor(logits))
 
 
 # ---- the script ------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_other_tokens_are_a_difference_unless_stock_itself_was_undecided():
 
 def test_where_rounding_may_decide_the_nearest_token_may_be_another_and_no_other_one():
     logits = [[[0.0, 3.0, 2.9]]]
-    narrow = Answer(torch.tensor([[1]]), torch.tensor(logits), doubt=torch.tensor([[0.2]]))
+    narrow = GeneratedAnswer(torch.tensor([[1]]), torch.tensor(logits), doubt=torch.tensor([[0.2]]))
     assert narrow.difference([[(2, None)]]) is None
     assert "new token 0 is 0, not 1" in narrow.difference([[(0, None)]])
     assert "new token 0 is 2, not 1" in answer([[1]], logits).difference([[(2, None)]])
@@ -102,11 +102,11 @@ def test_where_rounding_may_decide_the_nearest_token_may_be_another_and_no_other
 
 def test_one_prompt_of_three_may_have_met_other_experts_where_weights_have_16_bits():
     logits = torch.tensor([[[0.0, 3.0, 2.9]] * 3])
-    narrow = Answer(torch.tensor([[1]] * 3), logits, doubt=torch.full((1, 3), 0.2))
+    narrow = GeneratedAnswer(torch.tensor([[1]] * 3), logits, doubt=torch.full((1, 3), 0.2))
     right, wrong = [(1, None)], [(0, None)]
     assert narrow.difference([right, wrong, right]) is None
     assert "prompt 1, new token 0 is 0" in narrow.difference([right, wrong, wrong])
-    assert "prompt 1" in Answer(narrow.tokens, logits).difference([right, wrong, right])
+    assert "prompt 1" in GeneratedAnswer(narrow.tokens, logits).difference([right, wrong, right])
 
 
 def test_the_same_tokens_with_other_probabilities_are_a_difference():

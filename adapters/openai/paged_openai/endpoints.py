@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from paged_openai.ignored import IgnoredFields
-from paged_openai.responses import CallResponse, Form, error_note, error_response, large_json_bytes
+from paged_openai.responses import CallResponse, WireFormat, error_note, error_response, large_json_bytes
 from paged_openai.service import Service
 from paged_openai.tracing import Traces
 from paged_serving import Body, Call, CallError, Failure, ServedModel, parse_json, unknown_fields
@@ -37,7 +37,7 @@ class Endpoints:
         self._log_prompts = log_prompts
         self._ignored = IgnoredFields()
 
-    def call(self, make: MakeCall, declared: type[Body], form: Form) -> Endpoint:
+    def call(self, make: MakeCall, declared: type[Body], form: WireFormat) -> Endpoint:
         """Of a generating route, whose bodies are ``declared``."""
 
         async def endpoint(request: Request) -> Response:
@@ -60,7 +60,7 @@ class Endpoints:
 
         return endpoint
 
-    def answer(self, make: Callable[[Any, ServedModel], Any], declared: type[Body], form: Form) -> Endpoint:
+    def answer(self, make: Callable[[Any, ServedModel], Any], declared: type[Body], form: WireFormat) -> Endpoint:
         """Of a route that needs the model's text side only: ``make`` is its answer to a body."""
 
         async def endpoint(request: Request) -> Response:

@@ -37,7 +37,7 @@ _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-cont
 _PIECE = 256  # entries of a list that are encoded at once
 
 
-class Form(NamedTuple):
+class WireFormat(NamedTuple):
     """How one protocol words its errors and its events, and how it ends its streams."""
 
     error: Callable[[Exception], tuple[int, dict[str, Any]]]
@@ -59,14 +59,14 @@ def _named_error(body: dict[str, Any], num_sent: int) -> dict[str, Any]:
     }
 
 
-OPENAI = Form(openai_error, LAST_EVENT)
-OPENAI_WITHOUT_DONE = Form(openai_error, b"")  # for clients that read every event as JSON
-RESPONSES = Form(openai_error, b"", named=True, late_error=_named_error)
-ANTHROPIC = Form(anthropic_error, b"", named=True)
-TGI = Form(tgi_error, b"")
+OPENAI = WireFormat(openai_error, LAST_EVENT)
+OPENAI_WITHOUT_DONE = WireFormat(openai_error, b"")  # for clients that read every event as JSON
+RESPONSES = WireFormat(openai_error, b"", named=True, late_error=_named_error)
+ANTHROPIC = WireFormat(anthropic_error, b"", named=True)
+TGI = WireFormat(tgi_error, b"")
 
 
-def form_of(path: str) -> Form:
+def form_of(path: str) -> WireFormat:
     """The one that clients of this path expect."""
     if path.startswith("/v1/messages"):
         return ANTHROPIC
@@ -82,7 +82,7 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
     return _json(json_bytes(value), status, headers)
 
 
-def error_response(form: Form, error: Exception) -> Response:
+def error_response(form: WireFormat, error: Exception) -> Response:
     """``error`` as the client knows it. What isn't the client's doing is logged."""
     status, body = _told(form, error)
     return json_response(body, status, _headers_for(error))
@@ -99,7 +99,7 @@ class CallResponse(Response):
     """Carries ``call`` out while it is being sent."""
 
     def __init__(
-        self, service: Service, call: Call, form: Form, notes: dict[str, Any], traces: Traces | None = None
+        self, service: Service, call: Call, form: WireFormat, notes: dict[str, Any], traces: Traces | None = None
     ) -> None:
         super().__init__()
         self._service = service
@@ -205,7 +205,7 @@ async def _send_body(send: Send, body: bytes, *, more: bool) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
-def _told(form: Form, error: Exception) -> tuple[int, dict[str, Any]]:
+def _told(form: WireFormat, error: Exception) -> tuple[int, dict[str, Any]]:
     if not isinstance(error, CallError | InvalidRequestError):
         _log.error("a call failed", exc_info=error)
     return form.error(error)

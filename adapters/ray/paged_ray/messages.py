@@ -18,7 +18,7 @@ class RoutedCall:
     body: bytes
 
 
-class Facts(NamedTuple):
+class EngineFacts(NamedTuple):
     """What must be known of a replica's engine to read a request as it will: the same for all replicas."""
 
     spec: Any  # paged_core.ModelSpec

@@ -40,7 +40,7 @@ class _Replica:
 
 
 @dataclass
-class _Open:
+class _OpenRequest:
     replica: Hashable
     num_new: int  # prompt tokens to compute; 0 once it has begun to answer
 
@@ -60,7 +60,7 @@ class Placement:
         self._free_bits: list[int] = []
         self._holders: dict[Digest, int] = {}  # digest -> mask of replicas that have reported it
         self._assumed: dict[Digest, int] = {}  # digest -> mask of replicas that were sent a prompt with it
-        self._open: dict[Hashable, _Open] = {}
+        self._open: dict[Hashable, _OpenRequest] = {}
         self.num_sent = 0  # requests, so far
         self._turn = 0
 
@@ -144,7 +144,7 @@ class Placement:
             return
         self.ended(request)
         num_new = max(0, num_tokens - self.block_size * self._hits(digests).get(replica.bit, 0))
-        self._open[request] = _Open(name, num_new)
+        self._open[request] = _OpenRequest(name, num_new)
         replica.pending_tokens += num_new
         replica.num_open += 1
         self.num_sent += 1

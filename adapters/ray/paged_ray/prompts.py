@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from paged_core import AsyncEngine
 from paged_ray.digests import chain
-from paged_ray.messages import Facts
+from paged_ray.messages import EngineFacts
 from paged_ray.pieces import PieceCodec
 from paged_ray.settings import Settings
 from paged_serving import Call, ChatCall, CompletionCall, ServedModel, TGICall, parse_json
@@ -25,7 +25,7 @@ _MAKES: dict[str, Callable[[Any, ServedModel, str], Call]] = {
 class Prompts:
     """The text side of an engine that is elsewhere. For several threads."""
 
-    def __init__(self, facts: Facts, settings: Settings) -> None:
+    def __init__(self, facts: EngineFacts, settings: Settings) -> None:
         self._codec = PieceCodec(facts.tokenizer)
         engine = SimpleNamespace(
             engine=SimpleNamespace(spec=facts.spec), codec=self._codec, sizes=facts.sizes, config=facts.config

@@ -15,7 +15,7 @@ from starlette.types import Message
 from paged_core import AsyncEngine, Engine
 from paged_openai import AppOptions, Service, create_app
 from paged_ray.digests import DigestLog
-from paged_ray.messages import Facts, RoutedCall
+from paged_ray.messages import EngineFacts, RoutedCall
 from paged_ray.placement import CacheChanges
 from paged_ray.settings import Settings
 from paged_serving import PrometheusMetrics, ServedModel, quiet_imports
@@ -73,10 +73,10 @@ class Replica:
         async with sender:
             await self._app(dict(call.scope), receive, sender.send)
 
-    def facts(self) -> Facts:
+    def facts(self) -> EngineFacts:
         """What the ingress must know to read requests."""
         engine = self._engine
-        return Facts(engine.engine.spec, engine.sizes, engine.config, engine.tokenizer)
+        return EngineFacts(engine.engine.spec, engine.sizes, engine.config, engine.tokenizer)
 
     def changes(self, cursors: dict[str, int]) -> tuple[str, CacheChanges]:
         """(its name, what has changed in its prefix cache since the change that ``cursors`` has for it)."""

@@ -1,4 +1,4 @@
-"""From what TorchServe hands over (the parts of a body, its headers) to a Call and the Form of its answer."""
+"""From what TorchServe hands over (the parts of a body, its headers) to a Call and the ReplyFormat of its answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from paged_serving import (
     json_bytes,
     parse_json,
 )
-from paged_torchserve.forms import OPENAI, TEXT, TEXTS, TGI, Form
+from paged_torchserve.forms import OPENAI, TEXT, TEXTS, TGI, ReplyFormat
 from paged_torchserve.kserve import infer_call, infer_form, kserve_call
 from paged_torchserve.models_list import ModelList
 from paged_torchserve.plain import plain_call, read_fields
@@ -27,7 +27,7 @@ from paged_torchserve.target import Target
 
 _MakeCall = Callable[[Any, ServedModel, str], Call]
 
-_ROUTES: Mapping[str, tuple[_MakeCall, Form]] = {
+_ROUTES: Mapping[str, tuple[_MakeCall, ReplyFormat]] = {
     "v1/completions": (CompletionCall, OPENAI),
     "v1/chat/completions": (ChatCall, OPENAI),
     "generate": (lambda body, served, request_id: TGICall(body, served, False), TGI),
@@ -40,8 +40,8 @@ _NO_FIELD = (
 )
 
 
-def error_form(request: FrontendRequest, target: Target) -> Form:
-    """The Form for what is wrong with ``request`` before it has been read."""
+def error_form(request: FrontendRequest, target: Target) -> ReplyFormat:
+    """The ReplyFormat for what is wrong with ``request`` before it has been read."""
     if request.carrier is Carrier.TENSORS:
         return infer_form(request.body, target)
     if request.route.startswith("v1"):
@@ -49,7 +49,7 @@ def error_form(request: FrontendRequest, target: Target) -> Form:
     return TGI if request.route else TEXT
 
 
-def read_call(request: FrontendRequest, target: Target) -> tuple[Call, Form]:
+def read_call(request: FrontendRequest, target: Target) -> tuple[Call, ReplyFormat]:
     """
     Raises:
         CallError, ProtocolError: it can't be served.
@@ -71,7 +71,7 @@ def read_call(request: FrontendRequest, target: Target) -> tuple[Call, Form]:
     return make(body if isinstance(body, dict) else parse_json(_bytes(body)), target.served, request.id), form
 
 
-def _read_routeless(request: FrontendRequest, target: Target) -> tuple[Call, Form]:
+def _read_routeless(request: FrontendRequest, target: Target) -> tuple[Call, ReplyFormat]:
     fields = read_fields(request.parts)
     if "messages" in fields:
         return ChatCall(fields, target.served, request.id), OPENAI

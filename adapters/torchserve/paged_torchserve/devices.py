@@ -6,12 +6,12 @@ import logging
 from collections.abc import Sequence
 
 from paged_core import ConfigError
-from paged_torchserve.settings import Settings
+from paged_torchserve.settings import SectionSettings
 
 _log = logging.getLogger("paged_torchserve")
 
 
-def choose_devices(gpu_id: int | None, gpu_ids: Sequence[int], settings: Settings) -> list[str]:
+def choose_devices(gpu_id: int | None, gpu_ids: Sequence[int], settings: SectionSettings) -> list[str]:
     """One for each engine. ``gpu_id``: the GPU that TorchServe has given to this worker; ``gpu_ids``: all it could.
 
     Raises:

@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 
 from paged_core import InvalidRequestError
 from paged_serving import Call, CallError, Exchange, Failure, as_outcome, json_bytes
-from paged_torchserve.forms import JSON, Form
+from paged_torchserve.forms import JSON, ReplyFormat
 from paged_torchserve.lanes import Lane
 from paged_torchserve.replies import Reply
 
@@ -28,8 +28,8 @@ class Errand:
 
     def __init__(
         self,
-        read: Callable[[], tuple[Call, Form]],
-        form: Form,
+        read: Callable[[], tuple[Call, ReplyFormat]],
+        form: ReplyFormat,
         lane: Lane,
         reply: Reply,
         on_news: Callable[[], None],
@@ -71,7 +71,7 @@ class Errand:
         self.cancel()
         self._task.cancel()
 
-    async def _run(self, read: Callable[[], tuple[Call, Form]]) -> None:
+    async def _run(self, read: Callable[[], tuple[Call, ReplyFormat]]) -> None:
         try:
             call, self._form = await asyncio.to_thread(as_outcome, read)
             self._streamed = call.stream

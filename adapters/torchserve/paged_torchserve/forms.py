@@ -1,4 +1,4 @@
-"""Form: how a protocol's answers, events and errors are written."""
+"""ReplyFormat: how a protocol's answers, events and errors are written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ JSON, PLAIN, EVENTS = "application/json", "text/plain; charset=utf-8", "text/eve
 LINES = "application/x-ndjson"
 
 
-class Form(NamedTuple):
+class ReplyFormat(NamedTuple):
     error: Callable[[Exception], tuple[int, dict[str, Any]]]
     content_type: str
     stream_type: str
@@ -29,8 +29,8 @@ def _json_line(value: Any) -> bytes:
     return json_bytes(value) + b"\n"
 
 
-OPENAI = Form(openai_error, JSON, EVENTS, json_bytes, event_bytes, as_event, LAST_EVENT)
-TGI = Form(tgi_error, JSON, EVENTS, json_bytes, event_bytes, as_event, b"")
-TEXT = Form(tgi_error, PLAIN, PLAIN, str.encode, str.encode, _as_line, b"")
-TEXTS = Form(tgi_error, JSON, PLAIN, json_bytes, str.encode, _as_line, b"")  # a list, or another JSON value
-JSON_LINES = Form(tgi_error, JSON, LINES, json_bytes, _json_line, _as_line, b"")
+OPENAI = ReplyFormat(openai_error, JSON, EVENTS, json_bytes, event_bytes, as_event, LAST_EVENT)
+TGI = ReplyFormat(tgi_error, JSON, EVENTS, json_bytes, event_bytes, as_event, b"")
+TEXT = ReplyFormat(tgi_error, PLAIN, PLAIN, str.encode, str.encode, _as_line, b"")
+TEXTS = ReplyFormat(tgi_error, JSON, PLAIN, json_bytes, str.encode, _as_line, b"")  # a list, or another JSON value
+JSON_LINES = ReplyFormat(tgi_error, JSON, LINES, json_bytes, _json_line, _as_line, b"")

@@ -21,7 +21,7 @@ from paged_torchserve.metrics import TorchServeMetrics
 from paged_torchserve.opening import open_engines
 from paged_torchserve.replies import ReplyMessage
 from paged_torchserve.requests import FrontendRequest
-from paged_torchserve.settings import Settings, read_settings
+from paged_torchserve.settings import SectionSettings, read_settings
 from paged_torchserve.target import Target
 from paged_torchserve.watch import Watch
 from paged_torchserve.worker_log import announce_compiling
@@ -83,7 +83,7 @@ class PagedHandler:
         self._worker.close()
 
 
-def _target(engine: AsyncEngine, context: Any, settings: Settings) -> Target:
+def _target(engine: AsyncEngine, context: Any, settings: SectionSettings) -> Target:
     names = [*settings.served_model_names, context.model_name]
     version = ((context.manifest or {}).get("model") or {}).get("modelVersion", "")
     limits = RequestLimits(max_grammar_ms=settings.max_grammar_ms)

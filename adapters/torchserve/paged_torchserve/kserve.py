@@ -16,7 +16,7 @@ from typing import Any
 
 from paged_core import GenerationOutput
 from paged_serving import ProtocolError, tgi_error
-from paged_torchserve.forms import TEXTS, Form
+from paged_torchserve.forms import TEXTS, ReplyFormat
 from paged_torchserve.plain import PROMPTS, PlainCall, as_text, take_parameters
 from paged_torchserve.target import Target
 
@@ -65,7 +65,7 @@ def infer_call(fields: Mapping[str, Any], target: Target) -> PlainCall:
     return _v2({**fields, "inputs": inputs}, _about(fields["id"], target), target)
 
 
-def infer_form(fields: Mapping[str, Any], target: Target) -> Form:
+def infer_form(fields: Mapping[str, Any], target: Target) -> ReplyFormat:
     """How a ModelInferRequest is answered. TorchServe has no status for a single one: what is wrong with it is the text
     of a tensor named ``error``."""
 

@@ -13,11 +13,11 @@ from paged_core import AsyncEngine, ConfigError, Engine
 from paged_torchserve.contents import check_contents, check_room
 from paged_torchserve.models import check_weights, find_model
 from paged_torchserve.reading import files_in
-from paged_torchserve.settings import Settings
+from paged_torchserve.settings import SectionSettings
 
 
 def open_engines(
-    model_dir: Path, devices: Sequence[str], settings: Settings, plugins: Sequence[Sequence[Any]]
+    model_dir: Path, devices: Sequence[str], settings: SectionSettings, plugins: Sequence[Sequence[Any]]
 ) -> list[AsyncEngine]:
     """One on each of ``devices``, with its ``plugins``.
 
@@ -41,13 +41,13 @@ def open_engines(
     return engines
 
 
-def _engine(source: str, device: str, settings: Settings, plugins: Sequence[Any]) -> Engine:
+def _engine(source: str, device: str, settings: SectionSettings, plugins: Sequence[Any]) -> Engine:
     if (settings.allow_pickle or settings.trust_remote_code) and not source.endswith(".gguf"):
         return Engine(_load(source, device, settings), settings.engine, plugins=plugins)
     return Engine(source, settings.engine, plugins=plugins, device=device, dtype=settings.dtype)
 
 
-def _tokenizer(model_dir: Path, settings: Settings) -> Any:
+def _tokenizer(model_dir: Path, settings: SectionSettings) -> Any:
     """The one that the settings name; None: the model's own."""
     named = settings.tokenizer
     if named is None:
@@ -62,7 +62,7 @@ def _tokenizer(model_dir: Path, settings: Settings) -> Any:
         raise ConfigError(f"tokenizer {named} can't be loaded: {error}") from error
 
 
-def _source(model_dir: Path, settings: Settings) -> str:
+def _source(model_dir: Path, settings: SectionSettings) -> str:
     """The model's folder, or a hub id."""
     named = settings.model
     folder = model_dir / (named or ".")
@@ -96,7 +96,7 @@ def _unzip(archive: Path) -> Path:
     return folder
 
 
-def _load(source: str, device: str, settings: Settings) -> Any:
+def _load(source: str, device: str, settings: SectionSettings) -> Any:
     """By transformers directly: what the core's hook refuses, and the owner of the archive has allowed."""
     import torch
     from transformers import AutoModelForCausalLM

@@ -10,7 +10,7 @@ from typing import Any
 
 from paged_core import GenerationOutput, StreamDelta
 from paged_serving import ProtocolError, ServedModel, TGICall, parse_json
-from paged_torchserve.forms import JSON_LINES, TEXT, TEXTS, Form
+from paged_torchserve.forms import JSON_LINES, TEXT, TEXTS, ReplyFormat
 from paged_torchserve.requests import Parts
 from paged_torchserve.settings import SAMPLING
 from paged_torchserve.target import Target
@@ -74,7 +74,7 @@ class _OneObject(PlainCall):
         return {"text": self.texts(results)[0]}
 
 
-_SHAPES: Mapping[str, tuple[type[PlainCall], Form]] = {  # settings.reply -> how one prompt is answered
+_SHAPES: Mapping[str, tuple[type[PlainCall], ReplyFormat]] = {  # settings.reply -> how one prompt is answered
     "text": (_OneText, TEXT),
     "json": (_OneObject, JSON_LINES),
     "list": (PlainCall, TEXTS),
@@ -94,7 +94,7 @@ def read_fields(parts: Parts) -> dict[str, Any]:
     return fields
 
 
-def plain_call(fields: dict[str, Any], target: Target) -> tuple[PlainCall, Form]:
+def plain_call(fields: dict[str, Any], target: Target) -> tuple[PlainCall, ReplyFormat]:
     """The call that ``fields`` ask for. They are used up.
 
     Raises:

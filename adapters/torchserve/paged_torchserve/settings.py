@@ -46,7 +46,7 @@ _LEAST: Mapping[str, float] = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class SectionSettings:
     """Section ``paged``: which model, how it is loaded and run, and how plain requests are answered."""
 
     tokenizer: str | None = None  # where it isn't the model's own: a folder inside, another folder, or a hub id
@@ -73,7 +73,7 @@ class Settings:
         return [named] if isinstance(named, str) else list(named or ())
 
 
-def read_settings(config: Mapping[str, Any] | None) -> Settings:
+def read_settings(config: Mapping[str, Any] | None) -> SectionSettings:
     """The settings in a model-config.yaml that has been read.
 
     Raises:
@@ -92,7 +92,7 @@ def read_settings(config: Mapping[str, Any] | None) -> Settings:
             own[name] = _typed(name, value, _OWN_TYPES[name])
         else:
             raise ConfigError(f"{SECTION}.{name} is no setting; there are {', '.join(known_keys())}")
-    settings = Settings(**own, engine=EngineConfig(**engine))
+    settings = SectionSettings(**own, engine=EngineConfig(**engine))
     _check_plain(settings)
     _check_adapters(settings, (config or {}).get("handler"))
     for name, least in _LEAST.items():
@@ -102,7 +102,7 @@ def read_settings(config: Mapping[str, Any] | None) -> Settings:
     return settings
 
 
-def _check_plain(settings: Settings) -> None:
+def _check_plain(settings: SectionSettings) -> None:
     """Raises ConfigError for what plain requests can't be answered by."""
     if settings.reply not in REPLIES:
         raise ConfigError(f"{SECTION}.reply is {settings.reply!r}; there are {', '.join(REPLIES)}")
@@ -112,7 +112,7 @@ def _check_plain(settings: Settings) -> None:
         _typed(f"{SECTION}.defaults.{name}", value, DEFAULTS[name].__name__)
 
 
-def _check_adapters(settings: Settings, handler: Any) -> None:
+def _check_adapters(settings: SectionSettings, handler: Any) -> None:
     """Raises ConfigError for adapters in ``handler``, the section that vLLM's handler reads."""
     if settings.adapters not in (None, _WITHOUT):
         raise ConfigError(
@@ -160,7 +160,7 @@ def put(config: dict[str, Any], key: str, text: str) -> None:
         raise ConfigError(f"{key} is no setting; there are {', '.join(sorted(known))}")
 
 
-_OWN_TYPES: Mapping[str, str] = {each.name: str(each.type) for each in fields(Settings) if each.name != "engine"}
+_OWN_TYPES: Mapping[str, str] = {each.name: str(each.type) for each in fields(SectionSettings) if each.name != "engine"}
 
 
 def _typed(name: str, value: Any, wanted: str) -> Any:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from paged_serving import ServedModel
-from paged_torchserve.settings import Settings
+from paged_torchserve.settings import SectionSettings
 
 
 class Target(NamedTuple):
     served: ServedModel
-    settings: Settings
+    settings: SectionSettings
     version: str = ""  # of the archive

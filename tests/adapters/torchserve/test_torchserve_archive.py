@@ -12,7 +12,7 @@ import pytest
 from paged_core.cli import main
 from paged_torchserve.opening import _source
 from paged_torchserve.server import _model_name
-from paged_torchserve.settings import Settings, read_settings
+from paged_torchserve.settings import SectionSettings, read_settings
 from torchserve_archives import STOCK_CONFIG, WEIGHTS, contents, refused, swap
 
 
@@ -110,11 +110,11 @@ def test_an_archive_of_a_folder_leaves_out_hidden_files_and_other_formats_of_the
 def test_an_archive_may_name_a_hub_id_or_hold_a_gguf_file(tmp_path):
     assert main(["torchserve", "archive", "some/model", str(tmp_path / "hub.mar")]) == 0
     assert contents(tmp_path / "hub.mar")[2]["paged"] == {"model": "some/model"}
-    assert _source(tmp_path, Settings(model="some/model")) == "some/model"
+    assert _source(tmp_path, SectionSettings(model="some/model")) == "some/model"
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     assert main(["torchserve", "archive", str(tmp_path / "m.gguf"), str(tmp_path / "gguf.mar")]) == 0
     assert contents(tmp_path / "gguf.mar")[2]["paged"] == {"model": "m.gguf"}
-    assert _source(tmp_path, Settings(model="m.gguf")) == str(tmp_path / "m.gguf")
+    assert _source(tmp_path, SectionSettings(model="m.gguf")) == str(tmp_path / "m.gguf")
 
 
 def test_rights_of_the_old_archive_are_not_kept_unless_they_are_given_anew_and_either_is_told(

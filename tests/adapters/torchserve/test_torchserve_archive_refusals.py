@@ -15,7 +15,7 @@ from paged_core.cli import main
 from paged_torchserve.devices import choose_devices
 from paged_torchserve.models import find_model
 from paged_torchserve.opening import _source, open_engines
-from paged_torchserve.settings import Settings
+from paged_torchserve.settings import SectionSettings
 from torchserve_archives import contents, refused, swap
 
 
@@ -60,10 +60,10 @@ def test_files_that_are_no_archives_are_refused(stock, model, tmp_path, capsys):
 
 
 def test_a_model_may_be_a_folder_of_the_machine_that_serves(model, tmp_path):
-    assert _source(tmp_path / "unpacked", Settings(model=str(model))) == str(model)
+    assert _source(tmp_path / "unpacked", SectionSettings(model=str(model))) == str(model)
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="pickles"):
-        _source(tmp_path / "unpacked", Settings(model=str(model)))
+        _source(tmp_path / "unpacked", SectionSettings(model=str(model)))
 
 
 @pytest.mark.parametrize(("allow_pickle", "safe"), [(False, True), (True, None)])
@@ -75,13 +75,13 @@ def test_pickles_of_a_hub_id_are_read_only_if_allowed(monkeypatch, tmp_path, all
         raise OSError("no such model")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    settings = Settings(model="some/model", trust_remote_code=True, allow_pickle=allow_pickle)
+    settings = SectionSettings(model="some/model", trust_remote_code=True, allow_pickle=allow_pickle)
     with pytest.raises(OSError, match="no such model"):
         open_engines(tmp_path, ["cpu"], settings, [[]])
     assert (asked["source"], asked["use_safetensors"]) == ("some/model", safe)
     asked.clear()
     with pytest.raises(ConfigError, match="no such model"):
-        open_engines(tmp_path, ["cpu"], Settings(model="some/model"), [[]])
+        open_engines(tmp_path, ["cpu"], SectionSettings(model="some/model"), [[]])
     assert asked["use_safetensors"] is True
 
 
@@ -98,13 +98,13 @@ def test_the_worker_runs_on_the_gpu_that_torchserve_gave_it_unless_the_settings_
     )  # a machine without GPUs can tell too
     for gpu_id, device in [(None, None), (0, None), (3, None), (3, "cpu"), (None, "cuda:1"), (0, "auto")]:
         with pytest.raises(ConfigError):
-            settings = Settings(model="some/model", device=device, dtype="bfloat16")
+            settings = SectionSettings(model="some/model", device=device, dtype="bfloat16")
             open_engines(tmp_path, choose_devices(gpu_id, [gpu_id or 0], settings), settings, [[]])
     assert [place for place, _ in asked] == [None, "cuda:0", "cuda:3", None, "cuda:1", "auto"]
     assert {dtype for _, dtype in asked} == {torch.bfloat16}
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"parallelType: custom .*tensor_parallel_size"):
-        open_engines(tmp_path, ["cuda:0"], Settings(model="some/model"), [[]])
+        open_engines(tmp_path, ["cuda:0"], SectionSettings(model="some/model"), [[]])
 
 
 @pytest.mark.parametrize(

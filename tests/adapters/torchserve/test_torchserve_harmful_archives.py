@@ -13,7 +13,7 @@ import pytest
 from paged_core import ConfigError
 from paged_torchserve.opening import _source
 from paged_torchserve.server import _model_name
-from paged_torchserve.settings import Settings
+from paged_torchserve.settings import SectionSettings
 from torchserve_archives import add_entry, refused, swap
 
 
@@ -41,12 +41,12 @@ def test_a_zip_inside_that_is_encrypted_or_broken_is_refused_by_swap_and_by_the_
     encrypt(inner)
     assert "model.zip inside is encrypted" in refused(capsys, "swap", stock(packed), tmp_path / "new.mar")
     with pytest.raises(ConfigError, match=r"model\.zip.*encrypted"):
-        _source(packed, Settings(model="model.zip"))
+        _source(packed, SectionSettings(model="model.zip"))
     inner.write_bytes(b"PK no more")
     (tmp_path / "old.mar").unlink()
     assert "can't be read" in refused(capsys, "swap", stock(packed), tmp_path / "new.mar")
     with pytest.raises(ConfigError, match="can't be unpacked"):
-        _source(packed, Settings(model="model.zip"))
+        _source(packed, SectionSettings(model="model.zip"))
     assert [path.name for path in packed.iterdir()] == ["model.zip"]
 
 
@@ -132,7 +132,7 @@ def test_an_archive_that_would_do_harm_when_unpacked_is_refused_by_swap_by_serve
     old, new = stock(packed), tmp_path / "new.mar"
     assert told in refused(capsys, "swap", old, new)
     with pytest.raises(ConfigError, match=told):
-        _source(packed, Settings(model="model.zip"))
+        _source(packed, SectionSettings(model="model.zip"))
     assert [path.name for path in packed.iterdir()] == ["model.zip"]
     old.unlink()
     old = stock(model)
@@ -154,7 +154,7 @@ def test_an_archive_that_unpacks_to_more_than_the_disk_has_is_refused_by_the_wor
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     with pytest.raises(ConfigError, match="has room for 1000; make room"):
-        _source(tmp_path, Settings(model="model.zip"))
+        _source(tmp_path, SectionSettings(model="model.zip"))
 
 
 def test_a_folder_with_a_link_that_leads_out_of_it_is_refused(stock, model, tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 import tiny_folder
 from paged_core import ConfigError, EngineConfig
 from paged_torchserve.opening import open_engines
-from paged_torchserve.settings import Settings, read_settings
+from paged_torchserve.settings import SectionSettings, read_settings
 from torchserve_archives import contents, refused, section, swap
 
 
@@ -184,13 +184,15 @@ def test_a_model_is_opened_with_the_tokenizer_named_and_not_without_any(tmp_path
         file.rename(tmp_path / "inside" / "words" / file.name)
     small = EngineConfig(num_blocks=8, attention_backend="reference")
     with pytest.raises(ConfigError, match="has no tokenizer"):
-        open_engines(tmp_path / "inside", ["cpu"], Settings(model="model", engine=small), [[]])
-    named = Settings(model="model", tokenizer="words", engine=small)
+        open_engines(tmp_path / "inside", ["cpu"], SectionSettings(model="model", engine=small), [[]])
+    named = SectionSettings(model="model", tokenizer="words", engine=small)
     (engine,) = open_engines(tmp_path / "inside", ["cpu"], named, [[]])
     with engine:
         assert engine.codec.encode("Hello") == tiny_folder.byte_tokenizer().encode("Hello")
     with pytest.raises(ConfigError, match=r"tokenizer .*nowhere can't be loaded"):
-        open_engines(tmp_path / "inside", ["cpu"], Settings(model="model", tokenizer=str(tmp_path / "nowhere")), [[]])
+        open_engines(
+            tmp_path / "inside", ["cpu"], SectionSettings(model="model", tokenizer=str(tmp_path / "nowhere")), [[]]
+        )
 
 
 def test_encoder_decoder_models_are_refused_by_the_swap(stock, model, tmp_path, capsys):

@@ -15,7 +15,7 @@ from paged_core import Engine, EngineConfig, FinishReason, RequestStatus, Sampli
 from paged_core.errors import ConfigError
 from paged_core.execution.packed_blocks import pack, unpack
 from paged_core.tiers import host
-from paged_core.tiers.costs import Costs
+from paged_core.tiers.costs import TierCosts
 from tier_engines import SMALL, TINY_BLOCK, Slow, answers, filled_and_evicted, on_disk, prompts_like, stats
 from tiny_model import ChangingModel, TinyModel
 
@@ -224,8 +224,8 @@ def _interrupt(load):
 
 def test_what_is_swapped_comes_back_bit_for_bit(tmp_path, monkeypatch):
     """Recomputing it would do it in other batches; in bfloat16 that shows."""
-    monkeypatch.setattr(Costs, "wants_more", True)
-    monkeypatch.setattr(Costs, "wants_back", True)
+    monkeypatch.setattr(TierCosts, "wants_more", True)
+    monkeypatch.setattr(TierCosts, "wants_back", True)
     config = replace(SMALL, num_blocks=14, kv_cache_dtype="bfloat16", kv_disk_path=str(tmp_path))
     engine = Engine(TinyModel(), config)
     for number in range(3):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from paged_core.tiers import costs
-from paged_core.tiers.costs import Costs
+from paged_core.tiers.costs import TierCosts
 from paged_core.tiers.stats import TierStats
 
 BLOCK_BYTES = 1000
@@ -15,13 +15,13 @@ def loaded(measured, num_blocks, num_tokens, busy_s, seconds):
 
 
 def test_what_nobody_has_measured_is_tried():
-    assert Costs([], BLOCK_BYTES, 8).pays(1, 8, False)
+    assert TierCosts([], BLOCK_BYTES, 8).pays(1, 8, False)
 
 
 def test_a_quick_disk_is_read_and_a_slow_one_is_not(monkeypatch):
     monkeypatch.setattr(costs.time, "monotonic", lambda: 100.0)
     for busy_s, pays in ((0.001, True), (1.0, False)):
-        measured = Costs([], BLOCK_BYTES, 8)
+        measured = TierCosts([], BLOCK_BYTES, 8)
         measured.computed(100, 0.1)  # 1 ms a token
         loaded(measured, 10, 80, busy_s, busy_s)
         assert measured.pays(10, 80, False) is pays
@@ -29,7 +29,7 @@ def test_a_quick_disk_is_read_and_a_slow_one_is_not(monkeypatch):
 
 def test_a_short_prefix_is_computed_where_loading_means_to_wait_for_a_step(monkeypatch):
     monkeypatch.setattr(costs.time, "monotonic", lambda: 100.0)
-    measured = Costs([], BLOCK_BYTES, 8)
+    measured = TierCosts([], BLOCK_BYTES, 8)
     measured.computed(100, 0.1)
     loaded(measured, 10, 80, 0.001, 0.05)  # read in a moment, and landed 50 ms later
     measured._retry_at = 200.0
@@ -40,7 +40,7 @@ def test_a_short_prefix_is_computed_where_loading_means_to_wait_for_a_step(monke
 def test_a_tier_that_was_too_slow_is_tried_again_ever_more_rarely(monkeypatch):
     now = 100.0
     monkeypatch.setattr(costs.time, "monotonic", lambda: now)
-    measured = Costs([], BLOCK_BYTES, 8)
+    measured = TierCosts([], BLOCK_BYTES, 8)
     measured.computed(100, 0.1)
     gaps, last = [], now
     loaded(measured, 10, 80, 1.0, 1.0)
@@ -61,7 +61,7 @@ def test_a_tier_that_was_too_slow_is_tried_again_ever_more_rarely(monkeypatch):
 
 
 def test_a_load_may_take_as_long_as_computing():
-    measured = Costs([], BLOCK_BYTES, 8)
+    measured = TierCosts([], BLOCK_BYTES, 8)
     assert measured.patience_s(1000) > 5
     measured.computed(100, 0.1)
     assert 1.0 <= measured.patience_s(1000) < 1.2
@@ -69,7 +69,7 @@ def test_a_load_may_take_as_long_as_computing():
 
 def known(tokens_per_s=1000.0, bytes_per_s=125_000.0):
     """As quick as computing, if nothing else is said: a block of eight tokens takes 8 ms either way."""
-    measured = Costs([], BLOCK_BYTES, 8)
+    measured = TierCosts([], BLOCK_BYTES, 8)
     measured.tokens_per_s, measured.bytes_per_s = tokens_per_s, bytes_per_s
     measured._retry_at = float("inf")
     return measured
@@ -152,7 +152,7 @@ class Willing:
 
 
 def test_what_the_cache_evicts_is_not_written_to_a_tier_that_is_slower_than_computing():
-    measured = Costs([Willing()], BLOCK_BYTES, 8)
+    measured = TierCosts([Willing()], BLOCK_BYTES, 8)
     measured.stepped(1000)
     assert measured.wants_more and measured.wants_back
     measured.computed(1000, 1.0)
@@ -170,7 +170,7 @@ def test_what_the_cache_evicts_is_not_written_to_a_tier_that_is_slower_than_comp
 
 def test_writing_takes_a_hundredth_of_the_time_of_steps_until_loads_have_paid_for_more():
     tier = Willing()
-    measured = Costs([tier], BLOCK_BYTES, 8)
+    measured = TierCosts([tier], BLOCK_BYTES, 8)
     assert measured.wants_more, "a little may be written before there were steps"
     tier.wrote(1, 0.02)
     assert not measured.wants_more
@@ -191,7 +191,7 @@ def test_writing_takes_a_hundredth_of_the_time_of_steps_until_loads_have_paid_fo
 
 def test_what_is_sure_to_be_asked_for_again_is_written_where_writing_and_loading_are_quicker_than_computing():
     tier = Willing()
-    measured = Costs([tier], BLOCK_BYTES, 8)
+    measured = TierCosts([tier], BLOCK_BYTES, 8)
     assert measured.wants_back, "nobody has measured it"
     measured.computed(1000, 1.0)  # a block in 8 ms
     measured.copied(2, 0.004)

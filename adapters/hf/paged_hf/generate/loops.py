@@ -17,7 +17,7 @@ from paged_hf.generate import twins
 from paged_hf.generate.prepared import Prepared
 
 
-class Answering(Protocol):
+class LoopHandler(Protocol):
     """Who answers the calls of stock's decoding loops."""
 
     model: Any  # whose calls they are
@@ -26,15 +26,15 @@ class Answering(Protocol):
         """What the loop is to return."""
 
 
-def twin(model: Any, answering: Answering) -> Any:
+def twin(model: Any, handler: LoopHandler) -> Any:
     """The model with decoding loops of ours."""
     kind: type = type(model)
-    return twins.twin(model, _loops_of(kind), answering)
+    return twins.twin(model, _loops_of(kind), handler)
 
 
-def custom_loop(custom: Callable[..., Any], answering: Answering) -> Callable[..., Any]:
+def custom_loop(custom: Callable[..., Any], handler: LoopHandler) -> Callable[..., Any]:
     """The caller's own decoding loop, given K/V in blocks."""
-    return _instead_of("custom_generate", custom, answering)
+    return _instead_of("custom_generate", custom, handler)
 
 
 @functools.cache
@@ -45,7 +45,7 @@ def _loops_of(kind: type) -> type:
     return twins.subclass(kind, own | {"forward": twins.ToldForward(kind)})
 
 
-def _instead_of(name: str, stock: Callable[..., Any], always: Answering | None = None) -> Callable[..., Any]:
+def _instead_of(name: str, stock: Callable[..., Any], always: LoopHandler | None = None) -> Callable[..., Any]:
     @functools.wraps(stock)  # generate() looks at a loop's signature
     def loop(
         self: Any,
@@ -56,10 +56,10 @@ def _instead_of(name: str, stock: Callable[..., Any], always: Answering | None =
         generation_config: Any,
         **rest: Any,
     ) -> Any:
-        answering: Answering = always or self._paged_part
-        return answering.answer(
+        handler: LoopHandler = always or self._paged_part
+        return handler.answer(
             Prepared(
-                model=answering.model,
+                model=handler.model,
                 name=name,
                 loop=stock,
                 input_ids=input_ids,

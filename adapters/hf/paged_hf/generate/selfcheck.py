@@ -50,8 +50,8 @@ def run(tiers: Tiers) -> str | None:
         beside = _Beside(model)
 
         @functools.cache
-        def ask(seed: int) -> _Trial:
-            return _Trial.of(model, seed, beside)
+        def ask(seed: int) -> _StockAnswer:
+            return _StockAnswer.of(model, seed, beside)
 
         try:
             ask(0)
@@ -107,7 +107,7 @@ class _Beside:
         return None
 
 
-def _try(tiers: Tiers, model: Any, tier: Tier, ask: Callable[[int], _Trial]) -> None:
+def _try(tiers: Tiers, model: Any, tier: Tier, ask: Callable[[int], _StockAnswer]) -> None:
     alone = Tiers(model, tiers.host, strict_memory=False)
     other: Tier = "cache" if tier == "native" else "native"
     alone.dropped = {other: "not this time"}
@@ -132,7 +132,7 @@ def _try(tiers: Tiers, model: Any, tier: Tier, ask: Callable[[int], _Trial]) -> 
 
 
 @dataclass(frozen=True)
-class _Trial:
+class _StockAnswer:
     """A question, and what stock answers."""
 
     question: _Question
@@ -141,7 +141,7 @@ class _Trial:
     dtype: torch.dtype  # of the weights, or the coarsest of them
 
     @classmethod
-    def of(cls, model: nn.Module, seed: int, stock: _Beside) -> _Trial:
+    def of(cls, model: nn.Module, seed: int, stock: _Beside) -> _StockAnswer:
         question, narrow = _Question.about(model, seed), narrow_dtype(model)
         expected = stock.put(question)
         exact = None if narrow is None else reading(lambda: question.put_to(model))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from paged_core import InvalidRequestError, PluginError, Request, TextCodec
 from paged_serving.grammars.bounded import BoundedThread
 from paged_serving.grammars.form import JsonForm
-from paged_serving.grammars.processor import Compiled, GrammarProcessor
+from paged_serving.grammars.processor import CompiledGrammar, GrammarProcessor
 from paged_serving.grammars.spelling import spell
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Grammars:
         self._max_ms = max_ms
         self._lock = threading.Lock()  # guards what follows
         self._parts: tuple[Any, Trials] | None = None
-        self._kept: OrderedDict[str, Future[Compiled]] = OrderedDict()  # last used, last
+        self._kept: OrderedDict[str, Future[CompiledGrammar]] = OrderedDict()  # last used, last
         self._steps = BoundedThread(_STEP_S)
         self._compilers = ThreadPoolExecutor(_NUM_COMPILERS, "paged-compiler", _step_back)
 
@@ -59,7 +59,7 @@ class Grammars:
             raise InvalidRequestError("structured output needs a model with an end-of-sequence token")
         return Grammar(field, spell(kind, value, form), self)
 
-    def compiled(self, text: str) -> Compiled:
+    def compiled(self, text: str) -> CompiledGrammar:
         """May take long; those who ask for the same wait together.
 
         Raises:
@@ -77,23 +77,23 @@ class Grammars:
             self._settle(found, lambda: self._compile(text))
         return found.result()
 
-    def processor(self, compiled: Compiled, num_prompt: int) -> GrammarProcessor:
+    def processor(self, compiled: CompiledGrammar, num_prompt: int) -> GrammarProcessor:
         return GrammarProcessor(compiled, num_prompt, self._steps)
 
-    def _settle(self, found: Future[Compiled], make: Callable[[], Compiled]) -> None:
+    def _settle(self, found: Future[CompiledGrammar], make: Callable[[], CompiledGrammar]) -> None:
         try:
             found.set_result(make())
         except BaseException as error:
             found.set_exception(error)
 
-    def _compile(self, text: str) -> Compiled:
+    def _compile(self, text: str) -> CompiledGrammar:
         from paged_serving.grammars.compiling import compile_grammar
 
         tokenizer, trials = self._ready()
         verdict = trials.verdict(text)
         if verdict is not None:
             raise InvalidRequestError(f"the grammar can't be used: {verdict}")
-        return self._compilers.submit(Compiled, lambda: compile_grammar(tokenizer, text)).result()
+        return self._compilers.submit(CompiledGrammar, lambda: compile_grammar(tokenizer, text)).result()
 
     def _ready(self) -> tuple[Any, Trials]:
         from paged_serving.grammars.compiling import Vocabulary, make_tokenizer
@@ -117,7 +117,7 @@ class Grammar:
 
     def __init__(self, field: str, text: str, grammars: Grammars) -> None:
         self._field, self._text, self._grammars = field, text, grammars
-        self._compiled: Compiled | None = None
+        self._compiled: CompiledGrammar | None = None
 
     def compile(self) -> None:
         """To be called before a request goes to the engine, in a thread that may be kept: it may take long.
@@ -135,7 +135,7 @@ class Grammar:
         return self._grammars.processor(self._compiled, request.num_prompt)
 
 
-def _is_good(kept: Future[Compiled]) -> bool:
+def _is_good(kept: Future[CompiledGrammar]) -> bool:
     """Whether those who come now should use it. Refusals are kept too; what could not be tried isn't refused."""
     error = kept.exception()
     if error is not None:

@@ -15,7 +15,7 @@ from paged_serving.grammars.compiling import why
 _NINF = float("-inf")
 
 
-class Compiled:
+class CompiledGrammar:
     """A compiled grammar, shared by all that follow it.
 
     Copies of a matcher share its lexer: the limits of its states count for all of them together, and a slow step of
@@ -43,7 +43,7 @@ class GrammarProcessor:
     ``num_prompt``: tokens that stand before the row's own.
     """
 
-    def __init__(self, grammar: Compiled, num_prompt: int, thread: BoundedThread) -> None:
+    def __init__(self, grammar: CompiledGrammar, num_prompt: int, thread: BoundedThread) -> None:
         self._grammar, self._num_prompt, self._thread = grammar, num_prompt, thread
         self._matcher: Any = None
         self._seen: list[int] = []  # the tokens that it has taken in

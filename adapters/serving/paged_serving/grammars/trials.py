@@ -30,7 +30,7 @@ class Trials:
         self._vocabulary, self._max_ms = vocabulary, max_ms
         self._lock = threading.Lock()  # guards the connection that is in use
         self._numbers = itertools.count()
-        self._open: _Open | None = None
+        self._open: _TrialProcess | None = None
 
     def verdict(self, grammar: str) -> str | None:
         """What is wrong with ``grammar``, if anything is. Waits for it.
@@ -47,12 +47,12 @@ class Trials:
     def _ask(self, grammar: str) -> Future[str | None]:
         with self._lock:
             if self._open is None or self._open.gone:
-                self._open = _Open(self._vocabulary, self._max_ms)
+                self._open = _TrialProcess(self._vocabulary, self._max_ms)
                 weakref.finalize(self, self._open.close)
             return self._open.ask(next(self._numbers), grammar)
 
 
-class _Open:
+class _TrialProcess:
     """One process, as long as it lives."""
 
     def __init__(self, vocabulary: Vocabulary, max_ms: int) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from paged_serving.grammars.grammars import Grammar
 
 
-class Answering:
+class ConversationAnswer:
     """One prompt, and the answer to it as it comes.
 
     ``named``: what the protocol calls fields of SamplingParams, and the prompt, where that differs.

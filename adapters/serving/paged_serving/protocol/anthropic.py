@@ -9,7 +9,7 @@ from typing import Any
 
 from paged_core import GenerationOutput, StreamDelta
 from paged_serving.conversation.blocks import ContentBlock, ContentNews
-from paged_serving.protocol.answering import Answering, num_cached
+from paged_serving.protocol.answering import ConversationAnswer, num_cached
 from paged_serving.protocol.anthropic_body import CountBody, MessagesBody, to_conversation
 from paged_serving.protocol.bodies import listed
 from paged_serving.protocol.reading import read_body
@@ -40,7 +40,7 @@ class MessagesCall:
         stop = [*asked.stop_sequences, *listed(asked.stop)]
         self.named = {"prompt": "messages"} | ({"stop": "stop_sequences"} if asked.stop_sequences else {})
         params = sampling_params(self.named, max_tokens=asked.max_tokens, stop=stop, **sampled)
-        self._answering = Answering(to_conversation(asked), served, params, None, _FIELDS, self.named)
+        self._answering = ConversationAnswer(to_conversation(asked), served, params, None, _FIELDS, self.named)
         self.prompts, self.params, self.grammar = (
             self._answering.prompts, self._answering.params, self._answering.grammar,
         )  # fmt: skip

@@ -43,7 +43,7 @@ class Block(Body, frozen=True):
     caller: Ignored = None
 
 
-class Message(Body, frozen=True):
+class AnthropicMessage(Body, frozen=True):
     role: Literal["user", "assistant", "system"]
     content: Annotated[str | list[Block], must("a string or a list of blocks")]
 
@@ -72,7 +72,7 @@ class Thinking(Body, frozen=True):
 class TalkBody(SamplingBody, frozen=True, kw_only=True):
     """What asking and counting have in common."""
 
-    messages: Annotated[list[Message], Meta(min_length=1), must("a list of at least one object")]
+    messages: Annotated[list[AnthropicMessage], Meta(min_length=1), must("a list of at least one object")]
     system: Annotated[str | list[TextBlock], must(_TEXT_ONLY)] | None = None
     tools: list[ToolBody] = field(default_factory=list)
     tool_choice: ToolChoiceBody | None = None
@@ -125,7 +125,7 @@ def to_conversation(body: TalkBody) -> Conversation:
     )
 
 
-def _turns(message: Message, path: str) -> Iterator[Turn]:
+def _turns(message: AnthropicMessage, path: str) -> Iterator[Turn]:
     if isinstance(message.content, str):
         yield Turn(message.role, message.content)
         return

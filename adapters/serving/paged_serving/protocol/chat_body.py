@@ -45,7 +45,7 @@ class CalledTool(Body, frozen=True):
     index: Ignored = None
 
 
-class Message(Body, frozen=True):
+class ChatMessage(Body, frozen=True):
     role: str
     content: (
         Annotated[str | list[TextPart], must("a string or a list of text parts; this server reads text only")] | None
@@ -68,7 +68,7 @@ class Function(Body, frozen=True):
     strict: bool = False
 
 
-class FunctionTool(Body, frozen=True):
+class ChatTool(Body, frozen=True):
     type: Literal["function"]
     function: Function
 
@@ -87,7 +87,7 @@ class AllowedTools(Body, frozen=True):
     tools: Annotated[list[NamedTool], Meta(min_length=1)]
 
 
-class ChosenTool(Body, frozen=True):
+class ChatToolChoice(Body, frozen=True):
     type: Literal["function", "allowed_tools"]
     function: NamedFunction | None = None
     allowed_tools: AllowedTools | None = None
@@ -99,7 +99,7 @@ class ChatBody(OpenAIBody, frozen=True, kw_only=True):
         "suffix": "is for completions; use messages",
         "inputs": "is TGI's; use messages, or POST /generate",
     }
-    messages: Annotated[list[Message], Meta(min_length=1), must("a list of at least one object")]
+    messages: Annotated[list[ChatMessage], Meta(min_length=1), must("a list of at least one object")]
     add_special_tokens: bool = False
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -108,8 +108,8 @@ class ChatBody(OpenAIBody, frozen=True, kw_only=True):
     top_logprobs: Whole | None = None
     max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = None
-    tools: list[FunctionTool] = field(default_factory=list)
-    tool_choice: Annotated[Literal["none", "auto", "required"] | ChosenTool, must(_CHOICE)] | None = None
+    tools: list[ChatTool] = field(default_factory=list)
+    tool_choice: Annotated[Literal["none", "auto", "required"] | ChatToolChoice, must(_CHOICE)] | None = None
     parallel_tool_calls: bool = True
     reasoning_effort: Annotated[str, Meta(pattern="^[a-z]{1,16}$"), must('a word such as "low"')] | None = None
     include_reasoning: bool = True
@@ -155,7 +155,7 @@ def to_conversation(body: ChatBody) -> Conversation:
     )
 
 
-def _turn(message: Message, path: str) -> Turn:
+def _turn(message: ChatMessage, path: str) -> Turn:
     if message.role == "function":
         refuse(f"{path}.role", _OLD)
     if message.tool_calls and message.role != "assistant":

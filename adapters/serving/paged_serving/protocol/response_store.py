@@ -14,7 +14,7 @@ from paged_serving.protocol.parsing import ProtocolError, shortened
 _MAX_CHARACTERS = 64 * 2**20
 
 
-class _Kept(NamedTuple):
+class _KeptResponse(NamedTuple):
     turns: Sequence[Turn]
     response: Mapping[str, Any]  # as it was answered
     size: int  # characters
@@ -26,13 +26,13 @@ class ResponseStore:
     def __init__(self, max_responses: int) -> None:
         self._max = max_responses
         self._lock = threading.Lock()  # guards what follows
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()  # used last, last
+        self._kept: OrderedDict[str, _KeptResponse] = OrderedDict()  # used last, last
         self._size = 0
 
     def put(self, response_id: str, turns: Sequence[Turn], response: Mapping[str, Any]) -> None:
         """A response, and the conversation up to it, its own answer included and instructions left out. The ids are not
         to be guessed: who has one may read on."""
-        kept = _Kept(turns, response, sum(map(_size, turns)) + len(json_text(response)))
+        kept = _KeptResponse(turns, response, sum(map(_size, turns)) + len(json_text(response)))
         with self._lock:
             self._kept[response_id] = kept
             self._size += kept.size
@@ -72,13 +72,13 @@ class ResponseStore:
                 raise self._not_found(response_id)
             self._size -= gone.size
 
-    def _found(self, response_id: str) -> _Kept:
+    def _found(self, response_id: str) -> _KeptResponse:
         kept = self._used(response_id)
         if kept is None:
             raise self._not_found(response_id)
         return kept
 
-    def _used(self, response_id: str) -> _Kept | None:
+    def _used(self, response_id: str) -> _KeptResponse | None:
         with self._lock:
             kept = self._kept.get(response_id)
             if kept is not None:

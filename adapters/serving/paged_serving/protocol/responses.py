@@ -10,7 +10,7 @@ from typing import Any
 from paged_core import GenerationOutput, StreamDelta
 from paged_serving.conversation.blocks import ContentBlock, ContentNews
 from paged_serving.conversation.turns import ToolCall, Turn
-from paged_serving.protocol.answering import Answering, num_cached
+from paged_serving.protocol.answering import ConversationAnswer, num_cached
 from paged_serving.protocol.bodies import listed
 from paged_serving.protocol.reading import read_body
 from paged_serving.protocol.response_store import ResponseStore
@@ -49,7 +49,7 @@ class ResponsesCall:
         sampled = {name: getattr(asked, name) for name in SAMPLED}
         params = sampling_params(_NAMES, max_tokens=most, stop=listed(asked.stop), **sampled)
         conversation = to_conversation(asked, earlier)
-        self._answering = Answering(conversation, served, params, structure_of(asked), _FIELDS, _NAMES)
+        self._answering = ConversationAnswer(conversation, served, params, structure_of(asked), _FIELDS, _NAMES)
         self.prompts, self.params, self.grammar = (
             self._answering.prompts, self._answering.params, self._answering.grammar,
         )  # fmt: skip

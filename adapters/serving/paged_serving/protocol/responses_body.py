@@ -52,7 +52,7 @@ class Item(Body, frozen=True):
     encrypted_content: Ignored = None
 
 
-class FunctionTool(Body, frozen=True):
+class ResponsesTool(Body, frozen=True):
     type: Annotated[Literal["function"], must('"function": this server runs no tools of its own')]
     name: ToolName
     description: str = ""
@@ -60,7 +60,7 @@ class FunctionTool(Body, frozen=True):
     strict: bool = False
 
 
-class ChosenTool(Body, frozen=True):
+class ResponsesToolChoice(Body, frozen=True):
     type: Literal["function", "allowed_tools"]
     name: str | None = None
     mode: Literal["auto", "required"] | None = None
@@ -101,9 +101,9 @@ class ResponsesBody(SamplingBody, frozen=True, kw_only=True):
     previous_response_id: str | None = None
     store: bool = True
     metadata: dict[str, Any] | None = None
-    tools: list[FunctionTool] = field(default_factory=list)
+    tools: list[ResponsesTool] = field(default_factory=list)
     tool_choice: Annotated[
-        Literal["none", "auto", "required"] | ChosenTool,
+        Literal["none", "auto", "required"] | ResponsesToolChoice,
         must('"none", "auto", "required", or an object that names tools'),
     ] = "auto"
     parallel_tool_calls: bool = True

@@ -7,7 +7,7 @@ from typing import Any
 from msgspec import field
 
 from paged_serving.protocol.bodies import Body
-from paged_serving.protocol.chat_body import ChatBody, FunctionTool, Message, check_number, to_conversation
+from paged_serving.protocol.chat_body import ChatBody, ChatMessage, ChatTool, check_number, to_conversation
 from paged_serving.protocol.parsing import refuse
 from paged_serving.protocol.reading import read_body
 from paged_serving.protocol.served import ServedModel
@@ -17,8 +17,8 @@ from paged_serving.protocol.talk import Fields, to_talk
 class TokenizeBody(Body, frozen=True):
     inputs: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
-    tools: list[FunctionTool] = field(default_factory=list)  # this and what follows: of messages
+    messages: list[ChatMessage] | None = None
+    tools: list[ChatTool] = field(default_factory=list)  # this and what follows: of messages
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
