@@ -11,7 +11,7 @@ from paged_core import Fetch, Piece, hookimpl
 from paged_core.builtin.attention import layer_cache
 from paged_core.execution import kv_cache
 from paged_core.sampling.sampler import Sampler
-from paged_core.tiers.costs import Costs
+from paged_core.tiers.costs import TierCosts
 from paged_core.tiers.host import HostTier
 from paged_kernels import reference
 
@@ -143,7 +143,7 @@ class FickleTier:
         self._memory.close(timeout_s)
 
 
-def count_on_luck(costs: Costs, rnd: random.Random) -> None:
+def count_on_luck(costs: TierCosts, rnd: random.Random) -> None:
     """What is quicker is whatever it is: nothing that was measured says."""
     costs._to_spend_s = float("inf")
     costs.pays_beside = lambda num_blocks, num_tokens: rnd.random() < 0.5

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from paged_core import Engine, EngineConfig, SamplingParams
-from paged_core.tiers.costs import Costs
+from paged_core.tiers.costs import TierCosts
 
 NUM = 20
 
@@ -37,11 +37,11 @@ def answers(model, num_blocks, path=None):
 
 
 def test_twenty_of_twenty_requests_get_the_tokens_of_undisturbed_ones(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(Costs, "wants_more", True)
-    monkeypatch.setattr(Costs, "wants_back", True)
-    monkeypatch.setattr(Costs, "pays", lambda self, num_blocks, num_tokens, beside: True)
-    monkeypatch.setattr(Costs, "pays_beside", lambda self, num_blocks, num_tokens: False)
-    monkeypatch.setattr(Costs, "patience_s", lambda self, num_tokens: 60.0)
+    monkeypatch.setattr(TierCosts, "wants_more", True)
+    monkeypatch.setattr(TierCosts, "wants_back", True)
+    monkeypatch.setattr(TierCosts, "pays", lambda self, num_blocks, num_tokens, beside: True)
+    monkeypatch.setattr(TierCosts, "pays_beside", lambda self, num_blocks, num_tokens: False)
+    monkeypatch.setattr(TierCosts, "patience_s", lambda self, num_tokens: 60.0)
     undisturbed, none, _ = answers(model, 400)
     assert not any(none)
     swapped, preempted, stats = answers(model, 70, str(tmp_path))

@@ -8,7 +8,7 @@ import pytest
 
 from paged_core import ConfigError, Engine, RequestStatus, SamplingParams
 from paged_core.engine import assembly
-from paged_core.tiers.costs import Costs
+from paged_core.tiers.costs import TierCosts
 from tier_engines import SMALL, Slow, answers, filled_and_evicted, prompts_like, stats
 from tiny_model import ChangingModel, TinyModel
 
@@ -19,8 +19,8 @@ PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 @pytest.fixture
 def beside(monkeypatch):
     """Loading takes as long as computing, whatever is measured."""
-    monkeypatch.setattr(Costs, "pays_beside", lambda self, num_blocks, num_tokens: True)
-    monkeypatch.setattr(Costs, "num_to_compute", lambda self, num_blocks, num_tokens: num_tokens // 2)
+    monkeypatch.setattr(TierCosts, "pays_beside", lambda self, num_blocks, num_tokens: True)
+    monkeypatch.setattr(TierCosts, "num_to_compute", lambda self, num_blocks, num_tokens: num_tokens // 2)
 
 
 @pytest.fixture
