@@ -80,6 +80,38 @@ def test_a_responses_events_are_openais_and_join_to_the_plain_answer(gpt: openai
     assert joined.usage.output_tokens == plain.usage.output_tokens
 
 
+def test_what_was_cut_is_told_as_such_in_events_too(gpt: openai.OpenAI) -> None:
+    with gpt.responses.stream(model="alphabet", input=HI, temperature=0, max_output_tokens=3) as stream:
+        events = list(stream)
+    done: Any = next(event for event in events if event.type == "response.output_item.done")
+    last: Any = events[-1]
+    assert (last.type, done.item.status) == ("response.incomplete", "incomplete")
+    assert last.response.output[0].model_dump(exclude={"content"}) == done.item.model_dump(exclude={"content"})
+
+
+def test_items_that_were_told_can_be_referred_to(gpt: openai.OpenAI, raw: httpx2.Client) -> None:
+    def prompt_of(said: list[Any]) -> int:
+        asked = [{"role": "user", "content": "AB"}, *said, {"role": "user", "content": "CD"}]
+        answer = gpt.responses.create(model="alphabet", input=asked, max_output_tokens=2, store=False)
+        assert answer.usage is not None
+        return answer.usage.input_tokens
+
+    first = gpt.responses.create(model="alphabet", input="AB", max_output_tokens=2, temperature=0)
+    told = first.output[0].id
+    spelt = prompt_of([{"role": "assistant", "content": ";<"}])
+    assert prompt_of([{"type": "item_reference", "id": told}]) == prompt_of([{"id": told}]) == spelt
+    for wrong, field in (
+        ({"id": "msg_0"}, "id: 'msg_0' is not kept"),
+        ({}, "id is missing"),
+        ({"id": 1}, "id is miss"),
+    ):
+        with pytest.raises(openai.APIStatusError, match=rf"input\[1\].{field}"):
+            prompt_of([{"type": "item_reference", **wrong}])
+    gpt.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError, match="Send the item itself"):
+        prompt_of([{"type": "item_reference", "id": told}])
+
+
 def test_a_response_goes_on_from_another_and_its_instructions_dont(gpt: openai.OpenAI, raw: httpx2.Client) -> None:
     def prompt_of(**body: Any) -> int:
         answer = gpt.responses.create(model="alphabet", max_output_tokens=2, temperature=0, **body)
@@ -200,7 +232,7 @@ def test_a_responses_text_follows_a_schema(gpt: openai.OpenAI) -> None:
     [
         ({"input": ""}, "input"),
         ({"input": []}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"type": "computer_call", "id": "x"}]}, "input[0].type"),
         ({"input": [{"role": "user"}]}, "input[0].content"),
         ({"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "["}]}, "input[0].arguments"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),

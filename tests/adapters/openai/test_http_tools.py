@@ -178,7 +178,6 @@ def bytes_of(token_ids: Any) -> str:
         ),
         ({"tools": [], "tool_choice": "required"}, "tool_choice", "there are no tools"),
         ({"tools": [tool(name="a b")]}, "tools[0].function.name", "1 to 128 letters"),
-        ({"tools": [tool(parameters={"type": "object", "properties": 3}, strict=True)]}, "tools", "can't be used"),
         (
             {"messages": [{**ASKED[0], "tool_call_id": "1"}]},
             "messages[0].tool_call_id",
@@ -190,6 +189,42 @@ def test_what_cannot_be_is_refused_by_its_name(client: openai.OpenAI, fields: An
     with pytest.raises(openai.BadRequestError, match=why) as refused:
         chat(client, **fields)
     assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [
+        ({"type": "frob"}, "can't be used: Invalid type: frob$"),
+        ({"$ref": "#/nowhere"}, "Pointer '/nowhere' does not exist$"),
+        ({"properties": 3}, "can't be used: .*roperties"),
+        ({"properties": {"x": {"type": "string", "pattern": "(?=x)y"}}}, "look-behind, is not supported$"),
+        ({"properties": {"x": {"minimum": 2**60}}}, "can't be followed: "),
+    ],
+)
+def test_of_several_tools_the_schema_at_fault_is_named_by_its_place(
+    client: openai.OpenAI, server: Running, schema: Any, why: str
+) -> None:
+    tools = [tool(name="good"), tool(name="bad", parameters={"type": "object", **schema})]
+    flat: Any = [{"type": "function", **each["function"]} for each in tools]
+    theirs = [{"name": each["name"], "input_schema": each["parameters"]} for each in flat]
+    with pytest.raises(openai.BadRequestError, match=why) as refused:
+        chat(client, tools=tools, tool_choice="required")
+    assert refused.value.param == "tools[1].function.parameters"
+    assert "rule_" not in str(refused.value), "nobody has written that"
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(model="alphabet", input="x", tools=flat, tool_choice="required")
+    assert refused.value.param == "tools[1].parameters"
+    asked = {"model": "alphabet", "max_tokens": 9, "messages": ASKED, "tools": theirs, "tool_choice": {"type": "any"}}
+    with server.client() as raw:
+        told = raw.post("/v1/messages", json=asked).json()
+    assert told["error"]["message"].startswith("tools[1].input_schema: ")
+
+
+def test_a_schema_that_takes_too_long_is_named_by_its_place_too(client: openai.OpenAI) -> None:
+    bomb = {"type": "object", "properties": {"x": {"type": "integer", "multipleOf": 99999989}}}
+    with pytest.raises(openai.BadRequestError, match=r"--max-grammar-ms|MiB") as refused:
+        chat(client, tools=[tool(name="good"), tool(name="bad", parameters=bomb)], tool_choice="required")
+    assert refused.value.param == "tools[1].function.parameters"
 
 
 def test_a_real_server_of_a_real_model_calls_tools(tmp_path: Path) -> None:

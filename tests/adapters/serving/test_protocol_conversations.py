@@ -89,7 +89,6 @@ def test_a_talk_with_tools_is_the_same_in_all_three() -> None:
         ],
         tools=[{"type": "function", **function}],
         tool_choice={"type": "function", "name": "weather"},
-        parallel_tool_calls=False,
     )  # fmt: skip
     of_messages = messages(
         system=[{"type": "text", "text": "Be kind."}],
@@ -214,6 +213,20 @@ def test_events_become_blocks_that_open_grow_and_close() -> None:
         ("text", "d", "", ""),
     ]  # fmt: skip
     assert [each.index for each in blocks.all] == list(range(5))
+
+
+@pytest.mark.parametrize(
+    ("events", "cut"),
+    [
+        ([TextDelta("a"), Finish("length", None, 1)], [True]),
+        ([TextDelta("a"), Finish("stop", None, 1)], [False]),
+        ([Finish("length", None, 1)], [True]),
+        ([TextDelta("a"), ToolCallStart(0, "i", "f"), ToolCallEnd(0), Finish("length", None, 1)], [False, False]),
+    ],
+)
+def test_a_block_knows_that_it_was_cut_when_it_is_closed(events: Any, cut: list[bool]) -> None:
+    blocks = ContentBlocks()
+    assert [news.block.cut for news in blocks.feed(events) if news.what == "closed"] == cut
 
 
 def test_an_empty_answer_has_one_empty_text() -> None:

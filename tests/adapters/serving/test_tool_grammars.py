@@ -10,13 +10,12 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
-from paged_core import InvalidRequestError
 from paged_serving.conversation.events import Answer
 from paged_serving.conversation.turns import Tool, ToolChoice
 from paged_serving.grammars.compiling import Vocabulary, compile_grammar, make_tokenizer, why
 from paged_serving.grammars.form import JsonForm
 from paged_serving.grammars.spelling import spell
-from paged_serving.response_templates.forcing import CallGrammar
+from paged_serving.response_templates.forcing import CallGrammar, SchemaError
 from paged_serving.response_templates.parser import TemplateParser
 from paged_serving.response_templates.selection import known
 from paged_serving.response_templates.template import ResponseTemplate, TemplateError, load
@@ -142,11 +141,26 @@ def test_a_strangers_template_is_forced_by_its_markers() -> None:
 
 def test_what_tags_cannot_hold_is_refused_by_its_name() -> None:
     tool = Tool("f", "", {"properties": {"x": {"type": "string", "pattern": "^a$"}}})
-    with pytest.raises(TemplateError, match="x of the tool f has pattern, which can't be forced on texts in tags"):
+    with pytest.raises(
+        SchemaError, match="of f can't be followed: x has pattern, which can't be forced on texts in tags"
+    ):
         CallGrammar(known()["glm4"], "", IDS).text([tool], ToolChoice("required"), None)
 
 
 def test_of_several_tools_the_one_with_a_bad_schema_is_told() -> None:
     tools = [Tool("good", "", {}), Tool("bad", "", {"properties": {"x": {"minimum": 2**60}}})]
-    with pytest.raises(InvalidRequestError, match="the parameters of bad: "):
+    with pytest.raises(SchemaError, match="the parameters of bad can't be followed: ") as refused:
         CallGrammar(known()["hermes"], "", IDS).text(tools, ToolChoice("required"), None)
+    assert refused.value.tool is tools[1]
+
+
+@pytest.mark.parametrize("name", ["hermes", "glm4", "llama4-pythonic"])
+def test_every_line_of_a_schema_is_known_as_its_tools(name: str) -> None:
+    tools = [Tool(each, "", {"properties": {each: {"type": "integer"}}}) for each in ("first", "second")]
+    grammar = CallGrammar(known()[name], "", IDS)
+    lines = grammar.text(tools, ToolChoice("required"), None).split("\n")
+    of = {name: [lines[line - 1] for line, tool in grammar.tools_by_line.items() if tool.name == name]
+          for name in ("first", "second")}  # fmt: skip
+    assert of["first"] and of["second"], "both have rules"
+    assert any("%json" in line for line in of["first"])
+    assert not any("second" in line for line in of["first"]) and not any("first" in line for line in of["second"])

@@ -25,6 +25,7 @@ class ContentBlock:
     index: int  # among the blocks of the answer
     call_id: str = ""
     name: str = ""  # of the tool that is called
+    cut: bool = False  # it would have grown on; never a call, which is told when it is whole
     _pieces: list[str] = field(default_factory=list, init=False)  # joined when asked for
 
     def add(self, text: str) -> None:
@@ -73,6 +74,8 @@ class ContentBlocks:
                 case Finish():
                     if not self.all:
                         yield self._opened(ContentBlock("text", 0))
+                    if self._open is not None:
+                        self._open.cut = event.reason == "length"
                     yield from self._close()
                     self.finish = event
 

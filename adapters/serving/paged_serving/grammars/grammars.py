@@ -14,6 +14,7 @@ from paged_core import InvalidRequestError, PluginError, Request, TextCodec
 from paged_serving.grammars.bounded import BoundedThread
 from paged_serving.grammars.form import JsonForm
 from paged_serving.grammars.processor import CompiledGrammar, GrammarProcessor
+from paged_serving.grammars.sources import Sources
 from paged_serving.grammars.spelling import spell
 
 if TYPE_CHECKING:
@@ -43,9 +44,9 @@ class Grammars:
         self._steps = BoundedThread(_STEP_S)
         self._compilers = ThreadPoolExecutor(_NUM_COMPILERS, "paged-compiler", _step_back)
 
-    def grammar(self, field: str, kind: str, value: Any, form: JsonForm) -> Grammar:
+    def grammar(self, field: str, kind: str, value: Any, form: JsonForm, sources: Sources | None = None) -> Grammar:
         """``field``: of the request, that asks for it; ``kind`` is "json" (a schema), "regex", "choice" (strings) or
-        "grammar" (Lark or GBNF).
+        "grammar" (Lark or GBNF). ``sources``: of a grammar that is made of other fields than ``field``.
 
         Raises:
             InvalidRequestError: it isn't such a grammar.
@@ -57,7 +58,7 @@ class Grammars:
             raise PluginError("structured output needs llguidance: pip install 'paged-core[server]'") from error
         if not self._eos_token_ids:
             raise InvalidRequestError("structured output needs a model with an end-of-sequence token")
-        return Grammar(field, spell(kind, value, form), self)
+        return Grammar(field, spell(kind, value, form), self, sources)
 
     def compiled(self, text: str) -> CompiledGrammar:
         """May take long; those who ask for the same wait together.
@@ -77,6 +78,11 @@ class Grammars:
             self._settle(found, lambda: self._compile(text))
         return found.result()
 
+    def refusal(self, text: str) -> str | None:
+        """Why a grammar can't be used, if it can't. It is compiled for nobody."""
+        _, trials = self._ready()
+        return trials.verdict(text)
+
     def processor(self, compiled: CompiledGrammar, num_prompt: int) -> GrammarProcessor:
         return GrammarProcessor(compiled, num_prompt, self._steps)
 
@@ -89,8 +95,8 @@ class Grammars:
     def _compile(self, text: str) -> CompiledGrammar:
         from paged_serving.grammars.compiling import compile_grammar
 
-        tokenizer, trials = self._ready()
-        verdict = trials.verdict(text)
+        tokenizer, _ = self._ready()
+        verdict = self.refusal(text)
         if verdict is not None:
             raise InvalidRequestError(f"the grammar can't be used: {verdict}")
         return self._compilers.submit(CompiledGrammar, lambda: compile_grammar(tokenizer, text)).result()
@@ -115,20 +121,32 @@ class Grammars:
 class Grammar:
     """What an answer must look like, as a logits processor of each row's own (see ``SamplingParams``)."""
 
-    def __init__(self, field: str, text: str, grammars: Grammars) -> None:
-        self._field, self._text, self._grammars = field, text, grammars
+    def __init__(self, field: str, text: str, grammars: Grammars, sources: Sources | None) -> None:
+        self._field, self._text, self._grammars, self._sources = field, text, grammars, sources
         self._compiled: CompiledGrammar | None = None
 
     def compile(self) -> None:
         """To be called before a request goes to the engine, in a thread that may be kept: it may take long.
 
         Raises:
-            InvalidRequestError: it can't be used, or not within the limits; ``param`` is the field that asked for it.
+            InvalidRequestError: it can't be used, or not within the limits; ``param`` is the field at fault.
         """
         try:
             self._compiled = self._grammars.compiled(self._text)
         except (InvalidRequestError, PluginError) as error:
-            raise InvalidRequestError(f"{self._field}: {error}", self._field) from error
+            field, told = self._blamed(str(error))
+            raise InvalidRequestError(f"{field}: {told}", field) from error
+
+    def _blamed(self, told: str) -> tuple[str, str]:
+        """(the field at fault, what is wrong with it). A limit that was hit says nothing of where: each schema of the
+        first ones is then tried alone."""
+        if self._sources is None:
+            return self._field, told
+        field, told = self._sources.blamed(told)
+        if field is None:
+            alone = ((each, spell("grammar", text, JsonForm())) for each, text in self._sources.schemas())
+            field = next((each for each, text in alone if self._grammars.refusal(text) is not None), self._field)
+        return field, told
 
     def for_request(self, request: Request) -> GrammarProcessor:
         assert self._compiled is not None, "compile() comes before the engine"

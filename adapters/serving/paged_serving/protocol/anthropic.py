@@ -17,7 +17,7 @@ from paged_serving.protocol.sampling_body import SAMPLED
 from paged_serving.protocol.served import ServedModel, sampling_params
 from paged_serving.protocol.talk import Fields, to_talk
 
-_FIELDS = Fields()
+_FIELDS = Fields(schema="tools[{}].input_schema")
 _DELTAS = {
     "text": ("text_delta", "text"),
     "reasoning": ("thinking_delta", "thinking"),

@@ -27,6 +27,7 @@ class ResponseStore:
         self._max = max_responses
         self._lock = threading.Lock()  # guards what follows
         self._kept: OrderedDict[str, _KeptResponse] = OrderedDict()  # used last, last
+        self._owners: dict[str, str] = {}  # id of an item that a response has told -> the response's
         self._size = 0
 
     def put(self, response_id: str, turns: Sequence[Turn], response: Mapping[str, Any]) -> None:
@@ -35,10 +36,11 @@ class ResponseStore:
         kept = _KeptResponse(turns, response, sum(map(_size, turns)) + len(json_text(response)))
         with self._lock:
             self._kept[response_id] = kept
+            self._owners |= dict.fromkeys(_item_ids(kept), response_id)
             self._size += kept.size
             while self._kept and (len(self._kept) > self._max or self._size > _MAX_CHARACTERS):
                 _, gone = self._kept.popitem(last=False)
-                self._size -= gone.size
+                self._forget(gone)
 
     def turns(self, response_id: str) -> Sequence[Turn]:
         """
@@ -60,6 +62,22 @@ class ResponseStore:
         """
         return self._found(response_id).response
 
+    def item(self, item_id: str, field: str) -> Mapping[str, Any]:
+        """An item that a response has told. ``field``: of the body, that asks for it.
+
+        Raises:
+            ProtocolError: its response isn't kept, or not any more.
+        """
+        with self._lock:
+            owner = self._owners.get(item_id)
+        kept = None if owner is None else self._used(owner)
+        for item in () if kept is None else kept.response["output"]:
+            if item["id"] == item_id:
+                found: Mapping[str, Any] = item
+                return found
+        told = f"{field}: {self._missing(item_id)}. Send the item itself instead"
+        raise ProtocolError(told, field, status=404, code="item_not_found")
+
     def asked(self, response_id: str) -> Sequence[Turn]:
         """The conversation that the response answers, without instructions. Raises ProtocolError as ``response``."""
         return self._found(response_id).turns[:-1]
@@ -70,7 +88,13 @@ class ResponseStore:
             gone = self._kept.pop(response_id, None)
             if gone is None:
                 raise self._not_found(response_id)
-            self._size -= gone.size
+            self._forget(gone)
+
+    def _forget(self, gone: _KeptResponse) -> None:
+        """What is known of a response that is kept no more. The lock is held."""
+        self._size -= gone.size
+        for item_id in _item_ids(gone):
+            del self._owners[item_id]
 
     def _found(self, response_id: str) -> _KeptResponse:
         kept = self._used(response_id)
@@ -91,9 +115,13 @@ class ResponseStore:
 
     def _missing(self, response_id: str) -> str:
         return (
-            f"{shortened(response_id)!r} is not kept here; the {self._max} newest are, in memory "
+            f"{shortened(response_id)!r} is not kept here; the {self._max} newest responses are, in memory "
             "(--max-stored-responses), and none that said store: false"
         )
+
+
+def _item_ids(kept: _KeptResponse) -> list[str]:
+    return [item["id"] for item in kept.response.get("output", ())]
 
 
 def _size(turn: Turn) -> int:

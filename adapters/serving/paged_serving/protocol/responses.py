@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import msgspec
+
 from paged_core import GenerationOutput, StreamDelta
 from paged_serving.conversation.blocks import ContentBlock, ContentNews
 from paged_serving.conversation.turns import ToolCall, Turn
@@ -21,11 +23,12 @@ from paged_serving.protocol.responses_body import (
     structure_of,
     to_conversation,
 )
+from paged_serving.protocol.responses_input import without_references
 from paged_serving.protocol.sampling_body import SAMPLED
 from paged_serving.protocol.served import ServedModel, sampling_params
 from paged_serving.protocol.talk import Fields
 
-_FIELDS = Fields(turns="input", effort="reasoning.effort")
+_FIELDS = Fields(turns="input", schema="tools[{}].parameters", effort="reasoning.effort")
 _PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}
 _NAMES = {"max_tokens": "max_output_tokens", "prompt": "input"}
 
@@ -38,7 +41,7 @@ class ResponsesCall:
     """
 
     def __init__(self, body: Any, served: ServedModel, request_id: str, *, store: ResponseStore) -> None:
-        asked = read_body(ResponsesBody, body, served)
+        asked = _with_items(read_body(ResponsesBody, body, served), store)
         check_include(asked)
         self.id = f"resp_{uuid.uuid4().hex}"  # no client's word: whoever knows it may go on from it
         self._asked, self._model = asked, served.check_name(asked.model)
@@ -105,7 +108,7 @@ class ResponsesCall:
             yield self._event(f"{kind}.done", **at, **place, text=block.text, **more)
             part = _part(block, block.text)
             yield self._event("response.content_part.done", **at, content_index=0, part=part)
-        item = self._item(block, "completed")
+        item = self._item(block, _ended_as(block))
         yield self._event("response.output_item.done", output_index=block.index, item=item)
 
     # ---- objects -------------------------------------------------------------------------------------------------
@@ -136,9 +139,7 @@ class ResponsesCall:
         blocks, finish = self._answering.blocks.all, self._answering.blocks.finish
         assert finish is not None, "it has ended"
         cut = finish.reason == "length"
-        items = [self._item(block, "completed") for block in blocks]
-        if cut and blocks[-1].kind != "call":
-            items[-1]["status"] = "incomplete"
+        items = [self._item(block, _ended_as(block)) for block in blocks]
         response = self._response("incomplete" if cut else "completed", items)
         num_prompt = len(self.prompts[0].token_ids)
         response["usage"] = {
@@ -190,6 +191,17 @@ _GROWN: dict[str, tuple[str, dict[str, Any]]] = {
     "reasoning": ("response.reasoning_text", {"content_index": 0}),
     "call": ("response.function_call_arguments", {}),
 }
+
+
+def _with_items(asked: ResponsesBody, store: ResponseStore) -> ResponsesBody:
+    """With the items themselves in place of references to them."""
+    if isinstance(asked.input, str):
+        return asked
+    return msgspec.structs.replace(asked, input=without_references(asked.input, store.item))
+
+
+def _ended_as(block: ContentBlock) -> str:
+    return "incomplete" if block.cut else "completed"
 
 
 def _part(block: ContentBlock, text: str) -> dict[str, Any]:

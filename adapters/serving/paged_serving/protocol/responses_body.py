@@ -2,54 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import field
 
-from paged_serving.conversation.turns import Conversation, Tool, ToolCall, ToolChoice, Turn
+from paged_serving.conversation.turns import Conversation, Tool, ToolChoice, Turn
 from paged_serving.protocol.bodies import Body, Ignored, Positive, Text, ToolName, must, only
-from paged_serving.protocol.parsing import refuse, refuse_unless_object
+from paged_serving.protocol.parsing import refuse
+from paged_serving.protocol.responses_input import Item, turns_of
 from paged_serving.protocol.sampling_body import SamplingBody
 from paged_serving.protocol.structured import Structure
 
-_TEXT_ONLY = "a string or a list of text parts; this server reads text only"
 _LOGPROBS = "message.output_text.logprobs"
 _NOT_STORED = "can't be honoured: this server keeps responses, and no conversations or prompts"
-
-
-class Part(Body, frozen=True):
-    type: Annotated[
-        Literal["input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text"],
-        must('"input_text" or "output_text": this server reads text only'),
-    ]
-    text: str = ""
-    refusal: str = ""
-    annotations: Ignored = None
-    logprobs: Ignored = None
-
-
-_Content = Annotated[str | list[Part], must(_TEXT_ONLY)]
-
-
-class Item(Body, frozen=True):
-    """A message, a call of the assistant's, a tool's answer to one, or what the assistant thought before."""
-
-    type: Annotated[
-        Literal["message", "function_call", "function_call_output", "reasoning"],
-        must('"message", "function_call", "function_call_output" or "reasoning"'),
-    ] = "message"
-    role: str | None = None
-    content: _Content | None = None
-    call_id: str | None = None
-    name: str | None = None
-    arguments: str = "{}"
-    output: _Content | None = None
-    id: Ignored = None
-    status: Ignored = None
-    phase: Ignored = None
-    summary: Ignored = None
-    encrypted_content: Ignored = None
 
 
 class ResponsesTool(Body, frozen=True):
@@ -156,7 +122,7 @@ def input_turns(body: ResponsesBody) -> list[Turn]:
         return [Turn("user", body.input)]
     if not body.input:
         refuse("input", "is empty; it must hold one item at least")
-    return list(_joined(body.input))
+    return list(turns_of(body.input))
 
 
 def structure_of(body: ResponsesBody) -> Structure | None:
@@ -166,66 +132,6 @@ def structure_of(body: ResponsesBody) -> Structure | None:
     if asked.type == "text":
         return None
     return Structure("text.format", "json", asked.schema or {"type": "object"})
-
-
-def _joined(items: Sequence[Item]) -> Iterator[Turn]:
-    """Calls, and what was thought and said before them, are one turn of the assistant's."""
-    said: list[Item] = []
-    for place, item in enumerate(items):
-        path = f"input[{place}]"
-        if item.type == "function_call":
-            _check_call(item, path)
-            said.append(item)
-        elif item.type == "reasoning" or (item.type == "message" and item.role == "assistant"):
-            if item.type == "message" and any(each.type != "reasoning" for each in said):
-                yield _assistant(said)
-                said = []
-            said.append(item)
-        else:
-            if said:
-                yield _assistant(said)
-                said = []
-            yield _told(item, path)
-    if said:
-        yield _assistant(said)
-
-
-def _assistant(items: Sequence[Item]) -> Turn:
-    texts = {
-        kind: "".join(_text(each.content) for each in items if each.type == kind) for kind in ("message", "reasoning")
-    }
-    calls = [
-        ToolCall(each.call_id or "", each.name or "", each.arguments) for each in items if each.type == "function_call"
-    ]
-    content = texts["message"] if texts["message"] or not calls else None
-    return Turn("assistant", content, reasoning=texts["reasoning"] or None, tool_calls=calls)
-
-
-def _told(item: Item, path: str) -> Turn:
-    if item.type == "function_call_output":
-        if item.call_id is None:
-            refuse(f"{path}.call_id", "is missing; it must be a call's")
-        if item.output is None:
-            refuse(f"{path}.output", f"is missing; it must be {_TEXT_ONLY}")
-        return Turn("tool", _text(item.output), tool_call_id=item.call_id)
-    if item.role is None:
-        refuse(f"{path}.role", "is missing; it must be a string")
-    if item.content is None:
-        refuse(f"{path}.content", f"is missing; it must be {_TEXT_ONLY}")
-    content = item.content
-    return Turn(item.role, content if isinstance(content, str) else [part.text or part.refusal for part in content])
-
-
-def _check_call(item: Item, path: str) -> None:
-    if item.name is None:
-        refuse(f"{path}.name", "is missing; it must be a string")
-    refuse_unless_object(f"{path}.arguments", item.arguments)
-
-
-def _text(content: str | Sequence[Part] | None) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(part.text or part.refusal for part in content)
 
 
 def _choice(body: ResponsesBody) -> ToolChoice:
@@ -240,4 +146,6 @@ def _choice(body: ResponsesBody) -> ToolChoice:
             field = "tool_choice.name" if asked.type == "function" else "tool_choice.tools"
             refuse(field, f"names {name!r}, which is not among the tools")
     told = [str(name) for name in names]
-    return ToolChoice("required" if asked.type == "function" else asked.mode or "auto", told, parallel)
+    if asked.type == "function":  # it is called once, as in chats
+        return ToolChoice("required", told, parallel=False)
+    return ToolChoice(asked.mode or "auto", told, parallel)

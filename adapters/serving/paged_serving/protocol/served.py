@@ -197,7 +197,7 @@ class ServedModel:
         if ignore_eos:
             raise ProtocolError(f"{name} can't go with ignore_eos: a fulfilled structure ends with that token", name)
         try:
-            return self._grammars.grammar(name, structure.kind, structure.value, structure.form)
+            return self._grammars.grammar(name, structure.kind, structure.value, structure.form, structure.sources)
         except (InvalidRequestError, PluginError) as error:
             raise ProtocolError(f"{name}: {error}", name) from error
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from msgspec import Meta, field
 
 from paged_serving.grammars.form import JsonForm
+from paged_serving.grammars.sources import Sources
 from paged_serving.protocol.bodies import Body, Text, listed, must
 from paged_serving.protocol.parsing import refuse
 from paged_serving.protocol.sampling_body import SamplingBody
@@ -28,6 +29,7 @@ class Structure(NamedTuple):
     kind: str  # "json", "regex", "choice", "grammar"
     value: Any
     form: JsonForm = JsonForm()  # of JSON
+    sources: Sources | None = None  # of a grammar that is made of other fields
 
 
 class NamedSchema(Body, frozen=True):

@@ -10,11 +10,12 @@ from paged_core import InvalidRequestError, Prompt, SamplingParams, TextCodec
 from paged_serving.conversation.reader import ChoiceReader, PlainText
 from paged_serving.conversation.rendering import render
 from paged_serving.conversation.turns import Conversation, Tool
+from paged_serving.grammars.sources import Sources
 from paged_serving.grammars.spelling import choice_rule, json_rule
 from paged_serving.protocol.parsing import ProtocolError
 from paged_serving.protocol.served import ServedModel
 from paged_serving.protocol.structured import Structure
-from paged_serving.response_templates.forcing import CallGrammar
+from paged_serving.response_templates.forcing import CallGrammar, SchemaError
 from paged_serving.response_templates.parser import TemplateParser
 from paged_serving.response_templates.template import ResponseTemplate, TemplateError
 
@@ -33,6 +34,7 @@ class Fields:
 
     turns: str = "messages"
     tools: str = "tools"
+    schema: str = "tools[{}].function.parameters"  # of the tool at that place
     choice: str = "tool_choice"
     effort: str = "reasoning_effort"
 
@@ -89,10 +91,8 @@ def to_talk(
         raise ProtocolError(why, named.get(error.param or "", fields.turns)) from error
     prompt = served.encode(text, add_special_tokens=add_special_tokens)
     template = _needed(template, with_calls=bool(tools))
-    grammar = None
-    if template is not None and (asked := _asked(conversation, fields, structure)) is not None:
-        told = _grammar_text(template, text, conversation, served, structure, asked)
-        grammar = served.grammar(told, ignore_eos=ignore_eos)
+    whole = None if template is None else _whole_structure(template, text, conversation, served, structure, fields)
+    grammar = served.grammar(whole, ignore_eos=ignore_eos)
     return Talk(prompt, grammar, template, tools, served.codec)
 
 
@@ -107,24 +107,33 @@ def _asked(conversation: Conversation, fields: Fields, structure: Structure | No
     return fields.tools if one_by_one or any(tool.strict for tool in tools) else None
 
 
-def _grammar_text(
+def _whole_structure(
     template: ResponseTemplate,
     prompt: str,
     conversation: Conversation,
     served: ServedModel,
     structure: Structure | None,
-    asked: str,
+    fields: Fields,
 ) -> Structure | None:
-    """The structure of the whole answer, reasoning and calls included; None: the structure's own will do."""
-    tools, choice = conversation.callable_tools, conversation.choice
-    if not tools and template.reasoning is None:
+    """The structure of the whole answer, reasoning and calls included; None: there is none, or its own will do."""
+    tools, choice, asked = conversation.callable_tools, conversation.choice, _asked(conversation, fields, structure)
+    if asked is None or (not tools and template.reasoning is None):
         return None
+
+    def schema_of(tool: Tool) -> str:
+        return fields.schema.format(conversation.tools.index(tool))
+
     try:
         otherwise = _rule_of(structure) if structure is not None and choice.mode != "required" else None
-        text = CallGrammar(template, prompt, served.special_texts).text(tools, choice, otherwise)
+        grammar = CallGrammar(template, prompt, served.special_texts)
+        text = grammar.text(tools, choice, otherwise)
+    except SchemaError as error:
+        field = schema_of(error.tool)
+        raise ProtocolError(f"{field}: {error}", field) from error
     except (TemplateError, InvalidRequestError) as error:
         raise ProtocolError(f"{asked} can't be followed: {error}", asked) from error
-    return Structure(asked, "grammar", text)
+    whose = {line: schema_of(tool) for line, tool in grammar.tools_by_line.items()}
+    return Structure(asked, "grammar", text, sources=Sources(text, whose))
 
 
 def _rule_of(structure: Structure) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from paged_core import InvalidRequestError
@@ -23,6 +24,7 @@ from paged_serving.response_templates.writing import Writing, writing
 _NOTHING: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 _ANYTHING: Mapping[str, Any] = {"type": "object"}
 _PLAIN_STRING = frozenset({"type", "enum", "const", "title", "description", "default", "examples", "nullable", "anyOf"})
+_FIRST_RULE = 6  # the line that it stands on: behind the terminals and the start
 _TERMINALS = r"""%llguidance {}
 TEXT: /(\n|.)*/
 SPACE: /[ \n]{0,2}/
@@ -30,8 +32,16 @@ INSIDE: /[^<\x00-\x08]*/
 """
 
 
+class SchemaError(InvalidRequestError):
+    """The parameters of ``tool`` can't be followed."""
+
+    def __init__(self, tool: Tool, why: str) -> None:
+        super().__init__(f"the parameters of {tool.name} can't be followed: {why}")
+        self.tool = tool
+
+
 class CallGrammar:
-    """One answer's.
+    """One answer's. ``tools_by_line`` tells whose schema a line of its text holds, once there is one.
 
     Args:
         prompt: whose end may be the beginning of the answer.
@@ -42,6 +52,7 @@ class CallGrammar:
         self._template, self._prompt, self._special = template, prompt, special
         self._pieces = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
         self._rules: list[str] = []
+        self.tools_by_line: dict[int, Tool] = {}
 
     def text(self, tools: Sequence[Tool], choice: ToolChoice, otherwise: str | None) -> str:
         """The grammar.
@@ -52,7 +63,7 @@ class CallGrammar:
 
         Raises:
             TemplateError: the template doesn't say how calls are written, or can't hold a tool's arguments.
-            InvalidRequestError: a tool's schema can't be followed.
+            SchemaError: a tool's schema can't be followed.
         """
         start = self._start(tools, choice, otherwise)
         return "\n".join([_TERMINALS + f"start: {start}", *self._rules, ""])
@@ -97,6 +108,13 @@ class CallGrammar:
         name = f"rule_{len(self._rules)}"
         self._rules.append(f"{name}: {right}")
         return name
+
+    @contextmanager
+    def of(self, tool: Tool) -> Iterator[None]:
+        """Rules that are added meanwhile hold what ``tool`` declares."""
+        begun = len(self._rules)
+        yield
+        self.tools_by_line |= dict.fromkeys(range(_FIRST_RULE + begun, _FIRST_RULE + len(self._rules)), tool)
 
     def literal(self, text: str) -> str:
         """``text``, with special tokens as such."""
@@ -177,11 +195,14 @@ class _Calls:
         return f'"[" SPACE {items} SPACE "]" SPACE {close}'
 
     def _body(self, tool: Tool) -> str:
-        """A call without its markers. Raises InvalidRequestError, which names the tool, if its schema can't be used."""
+        """A call without its markers. Raises SchemaError."""
         try:
-            return self._call(tool, self._schema(tool))
+            with self._grammar.of(tool):
+                return self._call(tool, self._schema(tool))
+        except SchemaError:
+            raise
         except InvalidRequestError as error:
-            raise InvalidRequestError(f"the parameters of {tool.name}: {error}") from error
+            raise SchemaError(tool, str(error)) from error
 
     def _call(self, tool: Tool, schema: Mapping[str, Any]) -> str:
         literal = self._grammar.literal
@@ -213,7 +234,7 @@ class _Calls:
         properties = list((schema.get("properties") or {}).items())
         required = set(schema.get("required") or ())
         if missing := required - {name for name, _ in properties}:
-            raise TemplateError(f"the tool {tool.name} requires {', '.join(sorted(missing))}, and doesn't declare it")
+            raise SchemaError(tool, f"{', '.join(sorted(missing))} is required, and not declared")
         shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         rest = {False: self._grammar.rule('""'), True: self._grammar.rule('""')}  # by whether one stands before
         for name, declared in reversed(properties):
@@ -236,8 +257,8 @@ class _Calls:
             values = declared.get("enum", [declared.get("const")])
             return "(" + " | ".join(self._grammar.literal(str(each)) or '""' for each in values) + ")"
         if beyond := sorted(declared.keys() - _PLAIN_STRING):
-            told = f"{name} of the tool {tool.name} has {', '.join(beyond)}"
-            raise TemplateError(f"{told}, which can't be forced on texts in tags, as this model writes them")
+            told = "which can't be forced on texts in tags, as this model writes them"
+            raise SchemaError(tool, f"{name} has {', '.join(beyond)}, {told}")
         return "INSIDE"
 
 
