@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,25 +10,24 @@ from typing import Any, NamedTuple
 import torch
 
 from paged_core.config import EngineConfig, EngineSizes, StepSizes
-from paged_core.engine.loading import dtype_name, load_model, named
+from paged_core.engine.accelerating import accelerate, compile_model
+from paged_core.engine.loading import dtype_name, load_model
 from paged_core.engine.sizes import engine_sizes, filled, limits, step_sizes
 from paged_core.engine.team import EngineArgs, MakeRunner, Team
 from paged_core.errors import ConfigError, PluginError, UnsupportedModel
-from paged_core.execution import compiling, kv_cache
+from paged_core.execution import kv_cache
 from paged_core.execution.fingerprint import fingerprint
 from paged_core.execution.graphs import CudaRecorder, DecodeGraphs, Record
 from paged_core.execution.kv_cache import KVCache
 from paged_core.execution.model import AttentionBackend, PagedModel, RequestSampler
 from paged_core.execution.model_runner import ModelRunner
 from paged_core.execution.spec import ModelSpec
-from paged_core.plugins import BUILTIN, Plugins, check_whole, describe
+from paged_core.plugins import Plugins, check_whole, describe
 from paged_core.ranks.ranks import ALONE, Ranks
 from paged_core.scheduling.block_pool import BlockPool
 from paged_core.scheduling.scheduler import Scheduler
 from paged_core.tiers.costs import TierCosts
 from paged_core.tiers.tier import BlockLayout, OffloadTier
-
-_log = logging.getLogger("paged_core")
 
 Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``, called while an engine is being built."""
@@ -143,71 +141,6 @@ def create_backend(
         )
     backend.warm_up(progress)
     return backend
-
-
-def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig, owned: bool) -> None:
-    """Let plugins stand in for submodules, if the model lets them and the config wants it.
-
-    Args:
-        owned: whether nobody else has the model: weights of which there is a packed copy are then let go.
-
-    Raises:
-        ConfigError: weights are to be quantised, and no plugin can.
-    """
-    if not config.fast_forwards or config.compile_model:
-        return
-    ask, device = manager.hook.create_module_forward, model.spec.device
-    num_quantized = num_left = 0
-
-    def create(module: torch.nn.Module) -> Any:
-        nonlocal num_quantized, num_left
-        forward = ask(module=module, device=device, config=config)
-        num_quantized += bool(getattr(forward, "quantized", False))
-        num_left += forward is None and _is_linear(module)
-        return forward
-
-    if owned:
-        if config.kv_disk_path is not None or _strangers_bring_tiers(manager):
-            model.fingerprint()  # while there is something to tell it from
-        model.hand_over()
-    model.accelerate(create)
-    if config.weights is not None and not num_quantized:
-        raise ConfigError(
-            f"weights is {config.weights!r}, but no layer of this model can be so here (it computes in "
-            f"{str(model.spec.dtype).removeprefix('torch.')} on {device}); linear layers of float32 and bfloat16 on a "
-            "CPU can, with paged-core[cpu]; leave weights out, or load the model so"
-        )
-    if config.weights is not None and num_left:
-        layers = "1 linear layer runs as it is" if num_left == 1 else f"{num_left} linear layers run as they are"
-        _log.warning("weights=%r: %s, from weights of a kind that is not packed", config.weights, layers)
-
-
-def _is_linear(module: torch.nn.Module) -> bool:
-    """As torch has it, or as libraries do that quantise."""
-    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
-    return not module._modules and all(isinstance(size, int) for size in sizes)
-
-
-def _strangers_bring_tiers(manager: Plugins) -> bool:
-    return any(found.plugin_name not in BUILTIN for found in manager.hook.create_offload_tier.get_hookimpls())
-
-
-def compile_model(
-    model: PagedModel, backend: AttentionBackend, config: EngineConfig, sizes: StepSizes, progress: Progress
-) -> None:
-    """Let torch compile the model if the config wants it, warmed up. What another engine had compiled is let go."""
-    if model.compilable and (config.compile_model or model.compiled):
-        model.compile_forward(False)
-    if not config.compile_model:
-        return
-    if not model.compilable:
-        raise ConfigError(f"compile_model is True, but {named(model)} can't be compiled; leave it out")
-    moved = compiling.compile_and_compare(model, backend, sizes.block_size, sizes.kv_dtype, progress)
-    if not moved <= compiling.tolerance(model.spec.dtype):
-        model.compile_forward(False)
-        raise ConfigError(
-            f"compiled, the model gives other logits (off by {moved:.2g} of their deviation); leave compile_model out"
-        )
 
 
 def create_tiers(

@@ -73,57 +73,87 @@ class BatchBuilder:
             raise
 
     def _build(self, schedule: Schedule, known: Tensor | None) -> Batch:
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        query_starts, seq_lens, rows = [0], [], []
-        sample_indices: list[int] = []
-        sample_requests: list[Request] = []
-        size = self._block_size
-        decode = True
-        for request, start, num_tokens, samples in schedule.chunks:
-            end = start + num_tokens
-            table = request.block_table
-            if num_tokens == 1:
-                token_ids.append(request.tokens[start] if known is None else 0)
-                positions.append(start)
-                slots.append(table[start // size] * size + start % size)
-            else:
-                token_ids += request.tokens[start:end]
-                positions += range(start, end)
-                slots += [table[p // size] * size + p % size for p in range(start, end)]
-            rows.append(self._tables.row(request))
-            seq_lens.append(end)
-            query_starts.append(len(token_ids))
-            decode = decode and start >= request.num_prompt and num_tokens == len(samples) == 1
-            if samples:
-                sample_indices += [len(token_ids) - 1] * len(samples)
-                sample_requests += samples
-        prompt_rows = _prompt_rows(schedule.chunks)
-        for index, chunk_rows in prompt_rows:
-            first = query_starts[index] + chunk_rows.start - schedule.chunks[index].start
-            sample_indices += range(first, first + chunk_rows.num)
-        unsampled = [index for index, chunk in enumerate(schedule.chunks) if not chunk.samples]
-        sample_indices += [query_starts[index + 1] - 1 for index in unsampled]
-        places, blocks = self._tables.news()
-        longs = [(values, torch.int64) for values in (token_ids, positions, slots, sample_indices, places)]
-        ints = [(values, torch.int32) for values in (query_starts, seq_lens, rows, blocks)]
-        ids, at, slot_mapping, wanted, table_places, starts, lens, table_rows, table_blocks = upload_fields(
-            [*longs, *ints], self._device
+        chunks, size = schedule.chunks, self._block_size
+        packed = _pack(chunks, size, on_device=known is not None)
+        prompt_rows = _prompt_rows(chunks)
+        unsampled = [index for index, chunk in enumerate(chunks) if not chunk.samples]
+        wanted = packed.sample_indices + _more_wanted(chunks, packed.query_starts, prompt_rows, unsampled)
+        table_rows = [self._tables.row(chunk.request) for chunk in chunks]
+        table_places, table_blocks = self._tables.news()
+        longs = [packed.token_ids, packed.positions, packed.slots, wanted, table_places]
+        ints = [packed.query_starts, packed.seq_lens, table_rows, table_blocks]
+        ids, positions, slots, indices, places, starts, lens, rows, blocks = upload_fields(
+            [(each, torch.int64) for each in longs] + [(each, torch.int32) for each in ints], self._device
         )
-        max_seq_len = max(seq_lens)
-        tables = self._tables.gather(table_places, table_blocks, table_rows, -(-max_seq_len // size))  # int32 [R,B]
-        max_query_len = max(chunk.num_tokens for chunk in schedule.chunks)
+        max_seq_len = max(packed.seq_lens)
+        tables = self._tables.gather(places, blocks, rows, -(-max_seq_len // size))  # int32 [R,B]
+        max_query_len = max(chunk.num_tokens for chunk in chunks)
         return Batch(
             ids if known is None else known,
-            at,
-            AttentionMetadata(starts, lens, tables, slot_mapping, max_query_len, max_seq_len),
-            wanted,
-            tuple(sample_requests),
+            positions,
+            AttentionMetadata(starts, lens, tables, slots, max_query_len, max_seq_len),
+            indices,
+            tuple(packed.sample_requests),
             tuple(chunk_rows for _, chunk_rows in prompt_rows),
-            tuple(schedule.chunks[index].request for index in unsampled),
-            decode,
+            tuple(chunks[index].request for index in unsampled),
+            packed.decode,
         )
+
+
+class _Packed(NamedTuple):
+    """Tokens of all chunks, one after another."""
+
+    token_ids: list[int]  # [T]
+    positions: list[int]  # [T]
+    slots: list[int]  # [T]
+    query_starts: list[int]  # [R+1]
+    seq_lens: list[int]  # [R]
+    sample_indices: list[int]  # [S]
+    sample_requests: list[Request]  # [S]
+    decode: bool
+
+
+def _pack(chunks: Sequence[ScheduledChunk], size: int, *, on_device: bool) -> _Packed:
+    """``size``: slots in a block. ``on_device``: whether token ids are known there only, and are left out here."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    query_starts, seq_lens = [0], []
+    sample_indices: list[int] = []
+    sample_requests: list[Request] = []
+    decode = True
+    for request, start, num_tokens, samples in chunks:
+        end = start + num_tokens
+        table = request.block_table
+        if num_tokens == 1:
+            token_ids.append(0 if on_device else request.tokens[start])
+            positions.append(start)
+            slots.append(table[start // size] * size + start % size)
+        else:
+            token_ids += request.tokens[start:end]
+            positions += range(start, end)
+            slots += [table[p // size] * size + p % size for p in range(start, end)]
+        seq_lens.append(end)
+        query_starts.append(len(token_ids))
+        decode = decode and start >= request.num_prompt and num_tokens == len(samples) == 1
+        if samples:
+            sample_indices += [len(token_ids) - 1] * len(samples)
+            sample_requests += samples
+    return _Packed(token_ids, positions, slots, query_starts, seq_lens, sample_indices, sample_requests, decode)
+
+
+def _more_wanted(
+    chunks: Sequence[ScheduledChunk],
+    query_starts: Sequence[int],
+    prompt_rows: Sequence[tuple[int, PromptRows]],
+    unsampled: Sequence[int],
+) -> list[int]:
+    """Tokens whose logits are wanted beside those that are sampled from: of prompt rows, then ends."""
+    found: list[int] = []
+    for index, rows in prompt_rows:
+        first = query_starts[index] + rows.start - chunks[index].start
+        found += range(first, first + rows.num)
+    return found + [query_starts[index + 1] - 1 for index in unsampled]
 
 
 def _prompt_rows(chunks: Sequence[ScheduledChunk]) -> list[tuple[int, PromptRows]]:

@@ -128,4 +128,4 @@ def test_the_next_engine_of_the_same_model_compiles_only_if_it_is_told_to(
     for wanted in (False, True, False, True):
         assert paged(engine(shared, compile_model=wanted, attention_backend="cpu"), prompts, 8) == expected
         assert shared.compiled == wanted
-        assert not (wanted and shared._fast)
+        assert not (wanted and shared.fast_forwards)

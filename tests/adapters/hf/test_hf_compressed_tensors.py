@@ -56,7 +56,7 @@ def test_they_give_stocks_tokens_and_the_users_model_still_works(
 def test_layers_that_round_no_rows_run_as_plain_ones(scheme: str, folders: dict[str, Path]) -> None:
     taken = HFPagedModel(loaded(folders[scheme]))
     taken.accelerate(lambda module: create_module_forward(module, torch.device("cpu")))
-    names = [type(twin).__name__ for twin in taken._fast]
+    names = [type(twin).__name__ for twin in taken.fast_forwards]
     assert names.count("LlamaDecoderLayer") == 2 and names.count("Linear") == 1
 
 
@@ -70,7 +70,7 @@ def test_their_integers_are_taken_to_the_last_bit(scheme: str, dtype: torch.dtyp
     assert torch.equal(found.widened().to(dtype), twin.weight)
     config = EngineConfig(weights="int8")
     taken.accelerate(lambda module: create_module_forward(module, torch.device("cpu"), config))
-    assert [type(twin).__name__ for twin, forward in taken._fast.items() if forward.quantized] == WHOLE
+    assert [type(twin).__name__ for twin, forward in taken.fast_forwards.items() if forward.quantized] == WHOLE
     assert 1e-4 < float((logits(taken) - plain).norm() / plain.norm()) < 0.04, "rows are rounded in groups"
 
 

@@ -17,7 +17,7 @@ def fast_engine(model: Any) -> Engine:
 
 
 def layers_stood_for(paged_model: HFPagedModel) -> int:
-    return sum(type(forward).__name__ == "DecoderLayer" for forward in paged_model._fast.values())
+    return sum(type(forward).__name__ == "DecoderLayer" for forward in paged_model.fast_forwards.values())
 
 
 @pytest.mark.parametrize(

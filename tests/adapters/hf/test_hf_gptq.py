@@ -47,7 +47,7 @@ def test_a_model_of_them_runs_on_the_products_of_integers(form: str, dtype: torc
     plain = logits(taken)
     config = EngineConfig(weights="int8")  # for the head, which is plain
     taken.accelerate(lambda module: create_module_forward(module, torch.device("cpu"), config))
-    names = [type(twin).__name__ for twin, forward in taken._fast.items() if forward.quantized]
+    names = [type(twin).__name__ for twin, forward in taken.fast_forwards.items() if forward.quantized]
     assert names.count("LlamaDecoderLayer") == 2 or (dtype is torch.float16 and names.count("PackedLayer") == 8)
     assert 1e-4 < float((logits(taken) - plain).norm() / plain.norm()) < 0.04
 

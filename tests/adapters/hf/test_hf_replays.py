@@ -143,7 +143,7 @@ def test_a_weight_that_changes_is_seen_and_the_old_one_is_let_go(dtype: Any, tin
     stock = tiny("llama", **SIZES).to(dtype)
     computing = Computing(stock)
     computing.in_turn(3)
-    layer = next(each for each in computing.model._fast.values() if isinstance(each, DecoderLayer))
+    layer = next(each for each in computing.model.fast_forwards.values() if isinstance(each, DecoderLayer))
     old = [weakref.ref(layers.packed(torch.empty(1, dtype=dtype))) for layers in layer._layers()]
     for part in ("self_attn.k_proj", "input_layernorm", "mlp.down_proj", "post_attention_layernorm"):
         module = stock.model.layers[0].get_submodule(part)

@@ -43,7 +43,7 @@ WHOLE = ["LlamaDecoderLayer", "LlamaDecoderLayer", "Linear"]  # of a model of tw
 
 def quantised(model: HFPagedModel) -> list[str]:
     """What runs from integers."""
-    return [type(twin).__name__ for twin, forward in model._fast.items() if forward.quantized]
+    return [type(twin).__name__ for twin, forward in model.fast_forwards.items() if forward.quantized]
 
 
 class Loader:
@@ -179,7 +179,7 @@ def test_integers_that_are_replaced_are_taken_anew(tiny: Any) -> None:
     model = torchao_model(tiny, lambda ao: ao.Int8WeightOnlyConfig())
     taken = accelerated(HFPagedModel(model), "int8")
     head, other = model.lm_head, model.model.layers[1].mlp.gate_proj
-    forward = next(fast for twin, fast in taken._fast.items() if twin._parameters is head._parameters)
+    forward = next(fast for twin, fast in taken.fast_forwards.items() if twin._parameters is head._parameters)
     head.weight = torch.nn.Parameter(other.weight.detach(), requires_grad=False)
     x = torch.randn(3, 64)
     exact = torch.nn.functional.linear(x, other.weight.dequantize())

@@ -151,7 +151,7 @@ def test_two_ranks_give_the_tokens_of_one_through_preemption_beams_and_the_prefi
 
 def test_a_shard_runs_whole_decoder_layers_and_packed_products(folders, ranks):
     with closing(LLM(folders("llama"), tensor_parallel_size=2, num_blocks=8)) as llm:
-        kinds = [type(forward).__name__ for forward in llm.engine._model._fast.values()]
+        kinds = [type(forward).__name__ for forward in llm.engine._model.fast_forwards.values()]
     assert kinds.count("DecoderLayer") == 2
     assert kinds.count("_SplitLinear") == 1  # the head
 

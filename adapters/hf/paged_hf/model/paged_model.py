@@ -5,16 +5,15 @@ This file knows transformers models. It knows nothing of blocks, requests or sch
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from paged_core import Attend, EngineDeadError, ModelSpec, ModuleForward, PagedModel, UnsupportedModel
+from paged_core import Attend, EngineDeadError, ModelSpec, PagedModel, UnsupportedModel
 from paged_hf.model import compressed
-from paged_hf.model.attention import PAGED, UNDER_WAY, CountedAttend
+from paged_hf.model.attention import PAGED, CountedAttend
 from paged_hf.model.compiled import CompiledRoot
 from paged_hf.model.config_facts import (
     eos_token_ids,
@@ -25,17 +24,16 @@ from paged_hf.model.config_facts import (
     unwrapped,
 )
 from paged_hf.model.embeds import Embeds, takes_embeds
+from paged_hf.model.fast_forwards import CreateForward, FastForwards, is_users_own
 from paged_hf.model.identity import identity
 from paged_hf.model.intercepted import listened_to
 from paged_hf.model.probe import probe
 from paged_hf.model.reach import Reach
 from paged_hf.model.rules import apply_rules
 from paged_hf.model.shadow import Shadow
-from paged_hf.model.state import state_outside_attention
+from paged_hf.model.twin_call import TwinCall
 from paged_hf.model.watch import WatchedModules
-from paged_hf.upstream import cache_in_result, is_marked_stateful
-
-CreateForward = Callable[[nn.Module], Any]  # a ModuleForward, or what does as one; None: the module stays
+from paged_hf.upstream import is_marked_stateful
 
 
 class HFPagedModel(PagedModel):
@@ -49,14 +47,12 @@ class HFPagedModel(PagedModel):
         self.model = model
         self._name = name
         self._base: Any = unwrapped(model)
-        self._fast: dict[nn.Module, ModuleForward] = {}  # by twin
+        self.fast_forwards = FastForwards()
         self._compiled: CompiledRoot | None = None
         self._spec: ModelSpec
-        self._create: CreateForward | None = None
         self._embeds = Embeds()
         self._takes_embeds: bool | None  # None: not known yet
         self._behind = False  # whether a change was noticed and isn't caught up with
-        self._owned = self._released = False
         self._told: str | None = None  # the last fingerprint
         self._take_in()
 
@@ -68,7 +64,7 @@ class HFPagedModel(PagedModel):
     def counts_padding(self) -> bool:
         """Whether stock numbers the tokens of a left-padded row with its padding: such a row then gets another answer
         from stock than it gets alone, and than it gets here."""
-        return not self._takes_positions and not any(layer.has_key_bias for layer in self._spec.layers)
+        return not self._call.takes_positions and not any(layer.has_key_bias for layer in self._spec.layers)
 
     @property
     def embedding_dtype(self) -> torch.dtype:
@@ -120,8 +116,8 @@ class HFPagedModel(PagedModel):
     def compile_forward(self, wanted: bool) -> None:
         """Run the twin through torch.compile from the next call on, or no longer. Prompts that bring embeddings run
         without."""
-        self._let_go()
-        self._create = None
+        self.fast_forwards.let_go()
+        self.fast_forwards.create = None
         self._compiled = CompiledRoot(self.shadow.root) if wanted else None
 
     def accelerate(self, create: CreateForward) -> int:
@@ -130,24 +126,21 @@ class HFPagedModel(PagedModel):
         Raises:
             EngineDeadError: the engine before this one has let weights go.
         """
-        if self._released:
-            raise EngineDeadError("an engine has packed this model's weights and let them go; load it anew")
-        self._create = create
-        self._let_go()
-        if self._owned:
+        self.fast_forwards.ask_anew(create)
+        if self.fast_forwards.owned:
             self._watch = WatchedModules(())  # through it, weights that are packed would stay to the end
-        self._ask(self.shadow.root)
-        if self._owned:
+        self.fast_forwards.place(self.shadow.root)
+        if self.fast_forwards.owned:
             self._look()
-        return len(self._fast)
+        return len(self.fast_forwards)
 
     def hand_over(self) -> None:
-        self._owned = True
+        self.fast_forwards.owned = True
 
     def fingerprint(self) -> str | None:
         """None: users' hooks and forwards may compute anything, and so may a model that changes by itself."""
         known = self._unheard and self._reach.whole and not self._restless
-        if not self._released:
+        if not self.fast_forwards.released:
             self._told = identity(self._base, self._reach) if known else None
         return self._told
 
@@ -163,19 +156,13 @@ class HFPagedModel(PagedModel):
             self._take_in_again()
             return True
         self._behind |= news is not None
-        for twin, forward in list(self._fast.items()):
+        for twin, forward in list(self.fast_forwards.items()):
             asked = self._behind or not forward.follows_module
             if asked and forward.stale():
                 self._behind = True
-                self._replace(twin)
+                self.fast_forwards.replace(twin)
         changed, self._behind = self._behind, False
         return changed or self._restless
-
-    def _let_go(self) -> None:
-        """Forwards of another engine, over the same model."""
-        for twin in self._fast:
-            twin.__dict__.pop("forward", None)
-        self._fast = {}
 
     def _take_in_again(self) -> None:
         before = self._spec
@@ -187,36 +174,32 @@ class HFPagedModel(PagedModel):
             self._spec = before
             self._watch.distrust()
             raise
-        if self._create is not None:
-            self.accelerate(self._create)
+        if self.fast_forwards.create is not None:
+            self.accelerate(self.fast_forwards.create)
         if self._compiled is not None:
             self._compiled = CompiledRoot(self.shadow.root)
 
     def _take_in(self) -> None:
         compressed.widen(self._base)
         self.shadow = Shadow(self._base)
-        self._under_way: list[CountedAttend | None] = [None]
-        self.shadow.give_all(UNDER_WAY, self._under_way)
+        self._call = TwinCall(self._base, self.shadow, self._embeds)
         self._look()
-        self._unheard = not any(_listened_to(module) and not _aligned(module) for module in self._base.modules())
-        self._fast = {}
+        self._unheard = not any(is_users_own(module) and not _aligned(module) for module in self._base.modules())
+        self.fast_forwards.forget()
         self._takes_embeds = None
         config = self._base.config.get_text_config()
         refuse_by_config(self._base)
         max_length = max_length_of(self._base, config)
-        parameters = inspect.signature(type(self._base).forward).parameters
-        self._takes_positions = "position_ids" in parameters
-        placed = apply_rules(self.shadow, self._under_way, max_length, self._takes_positions)
-        if not (self._takes_positions or placed):
+        takes_positions = self._call.takes_positions
+        placed = apply_rules(self.shadow, self._call.under_way, max_length, takes_positions)
+        if not (takes_positions or placed):
             raise UnsupportedModel(f"{type(self._base).__name__}.forward takes no position_ids")
         if is_marked_stateful(self._base):
             raise UnsupportedModel(f"{type(self._base).__name__} keeps state outside attention")
-        self._keeps_logits = "logits_to_keep" in parameters
-        self._takes_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         device = self._base.get_input_embeddings().weight.device
         if device.type == "meta":
             raise UnsupportedModel("its embeddings are offloaded, and the engine wants them on a device")
-        found = probe(self.shadow, self._call, self._as_stock, config.vocab_size, device)
+        found = probe(self.shadow, self._call, self._call.as_stock, config.vocab_size, device)
         self._restless = self._settle(device) or not self._reach.whole
         self._spec = ModelSpec(
             layers=found.layers,
@@ -245,92 +228,6 @@ class HFPagedModel(PagedModel):
         self._call(ids, torch.arange(3, device=device), None)
         self.shadow.use_attention(PAGED)
         return self._reach.settle()
-
-    @torch.no_grad()
-    def _as_stock(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """``token_ids i64 [B,T], positions i64 [T] -> logits [B,T,vocab]``, over a cache that the model makes itself.
-
-        Raises:
-            UnsupportedModel: it keeps state outside attention.
-        """
-        options: dict[str, Any] = {"input_ids": token_ids, "attention_mask": None}
-        if self._takes_positions:
-            options["position_ids"] = positions.expand_as(token_ids)
-        try:
-            output = self.shadow.root(**options, use_cache=True)
-        except Exception:  # if that is no fault of the cache, the next call says so
-            output = self.shadow.root(**options, use_cache=False)
-        place = state_outside_attention(cache_in_result(output))
-        if place is not None:
-            raise UnsupportedModel(f"{type(self._base).__name__} keeps state outside attention, in {place}")
-        logits: Tensor = output.logits
-        return logits
-
-    @torch.no_grad()
-    def _call(
-        self,
-        token_ids: Tensor,
-        positions: Tensor,
-        step: CountedAttend | None,
-        rows: Tensor | None = None,
-        compiled: CompiledRoot | None = None,
-    ) -> Tensor:
-        """One forward pass of the twin over ``token_ids i64 [T]``: logits of ``rows``, or of all."""
-        ids = token_ids[None]
-        self._under_way[0] = step
-        options: dict[str, Any] = {"attend": step} if step is not None and self._takes_kwargs else {}
-        if self._takes_positions:
-            options["position_ids"] = positions[None]
-        if rows is not None and self._keeps_logits:
-            options["logits_to_keep"] = rows
-        if self._embeds.among(token_ids):
-            embedding = self.shadow.twin_of(self._base.get_input_embeddings())
-            compiled = None
-            options["inputs_embeds"] = self._embeds.of(token_ids, embedding)[None]
-        else:
-            options["input_ids"] = ids
-        options |= {"attention_mask": None, "use_cache": False}
-        try:
-            if compiled is not None and step is not None:
-                output = compiled(step.rewind, **options)
-            else:
-                output = self.shadow.root(**options)
-        finally:
-            self._under_way[0] = None  # through it, the cache of an engine that is gone would live on
-        logits: Tensor = output.logits[0]
-        return logits if rows is None or self._keeps_logits else logits[rows]
-
-    def _ask(self, twin: nn.Module) -> None:
-        if not self._replace(twin) or self._fast[twin].calls_children:
-            children = list(twin.children())
-            for child in children:
-                self._ask(child)
-            self._release(child for child in children if not child._modules)  # siblings are packed together
-        else:
-            self._release([twin] if twin._modules else [])
-
-    def _release(self, twins: Iterable[nn.Module]) -> None:
-        if self._owned:
-            for twin in twins:
-                if twin in self._fast:
-                    self._released |= self._fast[twin].release()
-
-    def _replace(self, twin: nn.Module) -> bool:
-        """Ask for a faster forward of one module. What the user changed himself, or listens to, stays as it is."""
-        if twin in self._fast:
-            del self._fast[twin], twin.__dict__["forward"]
-        assert self._create is not None
-        if "forward" in twin.__dict__ or any(_listened_to(part) for part in twin.modules() if part is not twin):
-            return False
-        forward = self._create(twin)
-        if forward is not None:
-            self._fast[twin], twin.__dict__["forward"] = ModuleForward.of(forward), forward
-        return forward is not None
-
-
-def _listened_to(module: nn.Module) -> bool:
-    forward = module.__dict__.get("forward")
-    return listened_to(module) or not (forward is None or compressed.is_librarys(forward))
 
 
 def _aligned(module: nn.Module) -> bool:
