@@ -38,67 +38,75 @@ class EngineConfig:
         ConfigError: a value is out of its range.
     """
 
-    block_size: int | None = _option(None, "tokens of a block", "8 on a CPU, 16 on a GPU", "--block-size", "N")
+    block_size: int | None = _option(None, "tokens per block", "8 on a CPU, 16 on a GPU", "--block-size", "N")
     num_blocks: int | None = _option(None, "blocks in the cache", "as many as kv_cache_bytes holds")
     kv_cache_bytes: int | None = _option(
-        None, "bytes of keys and values", "a quarter of the device's free memory, 4 GiB at most", "--kv-bytes", "N"
+        None,
+        "memory for keys and values, in bytes",
+        "a quarter of the device's free memory, 4 GiB at most",
+        "--kv-bytes",
+        "N",
     )
     gpu_memory_utilization: float | None = _option(
         None,
-        "instead of kv_cache_bytes, on a GPU: share of its memory for model, largest step and K/V",
-        "kv_cache_bytes decides; for paged serve 0.9",
+        "on a GPU, instead of kv_cache_bytes: share of its memory for model, largest step and K/V",
+        "kv_cache_bytes decides; paged serve: 0.9",
         "--gpu-memory-utilization",
         "SHARE",
     )
-    kv_cache_slab_bytes: int | None = _option(None, "memory that the cache takes at a time", "all of it at once")
+    kv_cache_slab_bytes: int | None = _option(None, "bytes by which the cache grows", "the whole cache at once")
     kv_cache_dtype: str | None = _option(
-        None, "what K/V are kept in: " + ", ".join(KV_CACHE_DTYPES), "the model's", "--kv-cache-dtype", "DTYPE"
+        None, "dtype of K/V: " + ", ".join(KV_CACHE_DTYPES), "the model's", "--kv-cache-dtype", "DTYPE"
     )
     weights: str | None = _option(
-        None, "on a CPU, weights of linear layers: int8 or int4 (other tokens; docs/cpu.md)", "as the model has them",
-        "--weights", "KIND",
-    )  # fmt: skip
+        None,
+        "on a CPU, pack linear layers as int8 or int4, which changes tokens (docs/cpu.md)",
+        "as the model has them",
+        "--weights",
+        "KIND",
+    )
     max_num_seqs: int | None = _option(
-        None, "sequences that run at once", "half the tokens of a step, 256 at most", "--max-num-seqs", "N"
+        None, "most sequences that run at once", "half of max_num_batched_tokens, at most 256", "--max-num-seqs", "N"
     )
     max_num_batched_tokens: int | None = _option(
-        None, "tokens of a step", "64 a thread on a CPU, 256 with AMX for its weights (128 to 2048); 8192 on a GPU",
-        "--max-num-batched-tokens", "N",
-    )  # fmt: skip
+        None,
+        "most tokens per step",
+        "64 per thread on a CPU, 256 if AMX multiplies its weights (128 to 2048); 8192 on a GPU",
+        "--max-num-batched-tokens",
+        "N",
+    )
     max_model_len: int | None = _option(
-        None, "tokens of a sequence, prompt and output", "the model's limit", "--max-model-len", "N"
+        None, "most tokens of a sequence, prompt and output", "the model's limit", "--max-model-len", "N"
     )
     tensor_parallel_size: int = _option(
         1, "ranks (processes) that the model is split over", "1", "--tensor-parallel-size", "N"
     )
     enable_prefix_caching: bool = _option(
-        True, "keep the K/V of prompts for others that begin alike", "yes", "--no-prefix-caching"
+        True, "reuse the K/V of prompts for later prompts with the same beginning", "yes", "--no-prefix-caching"
     )
     kv_disk_path: str | None = _option(
-        None, "folder for K/V that outlive memory and restarts; processes may share it", "none", "--kv-disk", "DIR"
+        None, "folder for K/V that survive eviction and restarts; processes may share it", "none", "--kv-disk", "DIR"
     )
-    kv_disk_bytes: int | None = _option(
-        None, "bytes that the folder's files may take", "10 GiB", "--kv-disk-bytes", "N"
-    )
+    kv_disk_bytes: int | None = _option(None, "most bytes of that folder's files", "10 GiB", "--kv-disk-bytes", "N")
     kv_host_bytes: int | None = _option(
-        None, "bytes of host memory for K/V that a GPU's memory has no room for", "none", "--kv-host-bytes", "N"
+        None, "host memory for K/V that are evicted from a GPU, in bytes", "none", "--kv-host-bytes", "N"
     )
     scheduling_policy: str = _option(
-        "fcfs", "who runs first: fcfs, priority, or a plugin's own", "fcfs", "--scheduling-policy", "NAME"
+        "fcfs", "order of requests: fcfs, priority, or a plugin's policy", "fcfs", "--scheduling-policy", "NAME"
     )
     attention_backend: str = _option(
-        "auto", "cpu, triton, reference, or a plugin's own", "the fastest that can run the model",
+        "auto", "cpu, triton, reference, or a plugin's backend", "the fastest that can run the model",
         "--attention-backend", "NAME",
     )  # fmt: skip
-    watermark: float = _option(0.01, "share of the blocks that is kept free at admission", "0.01")
+    watermark: float = _option(0.01, "share of blocks that stays free when a request starts", "0.01")
     cuda_graphs: bool | None = _option(
-        None, "replay decode steps as CUDA graphs", "where device and backend can", "--no-cuda-graphs"
+        None, "replay decode steps as CUDA graphs", "if device and backend can", "--no-cuda-graphs"
     )
-    lookahead: bool | None = _option(None, "begin a step before the host knows the last one's tokens", "on a GPU")
-    fast_forwards: bool = _option(True, "let plugins stand in for submodules: packed linears, fused norms", "yes")
-    compile_model: bool = _option(False, "by torch.compile, in place of fast_forwards; not yet measured", "no")
-    seed: int | None = _option(None, "of requests that bring none", "another each time", "--seed", "N")
-    max_prompt_logprob_rows: int = _option(256, "prompt positions whose logits are computed in one step", "256")
+    lookahead: bool | None = _option(None, "begin a step before the host knows the previous step's tokens", "on a GPU")
+    fast_forwards: bool = _option(True, "replace submodules by faster forwards: packed linears, fused norms", "yes")
+    compile_model: bool = _option(False, "use torch.compile instead of fast_forwards; not measured yet", "no")
+    seed: int | None = _option(None, "base seed for requests without a seed", "random", "--seed", "N")
+    max_prompt_logprob_rows: int = _option(256, "most prompt positions with logprobs per step", "256")
 
     def __post_init__(self) -> None:
         _at_least(

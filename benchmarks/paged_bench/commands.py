@@ -12,49 +12,61 @@ from paged_serving import engine_config, quiet_imports, whole_number
 
 def register(commands: Commands) -> None:
     """Add the command to ``commands``."""
-    parser = commands.add_parser(
-        "bench", help="compare with stock Hugging Face: speed, memory, and whether the tokens are the same"
-    )
+    parser = commands.add_parser("bench", help="compare speed, memory and tokens with stock Hugging Face")
     add_model(parser)
     work = parser.add_argument_group("workload (default: 64 seeded requests, all at once)")
     source = work.add_mutually_exclusive_group()
-    source.add_argument("--trace", type=Path, metavar="FILE", help="CSV of TIMESTAMP, ContextTokens, GeneratedTokens")
+    source.add_argument("--trace", type=Path, metavar="FILE", help="CSV with TIMESTAMP, ContextTokens, GeneratedTokens")
     source.add_argument(
-        "--prompts", type=Path, metavar="FILE", help='one a line, or .jsonl of {"prompt", "max_tokens"}'
+        "--prompts", type=Path, metavar="FILE", help='one prompt per line, or .jsonl of {"prompt", "max_tokens"}'
     )
-    work.add_argument("--requests", type=whole_number, metavar="N", help="default: 64; of a file, all it holds")
-    work.add_argument("--rate", type=_positive, metavar="R", help="requests that arrive a second (default: at once)")
-    work.add_argument("--time-scale", type=_positive, metavar="X", help="stretch a trace's arrivals X times")
-    work.add_argument("--shared-prefix", type=whole_number, metavar="N", help="begin all prompts with the same N")
     work.add_argument(
-        "--n", type=whole_number, default=1, metavar="N", help="samples a request (default: 1); above 1 they are drawn"
+        "--requests", type=whole_number, metavar="N", help="number of requests (default: 64; of a file, all)"
     )
-    work.add_argument("--seed", type=int, default=0, help="of prompts, arrivals and draws (default: 0)")
+    work.add_argument(
+        "--rate", type=_positive, metavar="R", help="requests that arrive per second (default: all at once)"
+    )
+    work.add_argument("--time-scale", type=_positive, metavar="X", help="multiply the arrival times of a trace by X")
+    work.add_argument(
+        "--shared-prefix", type=whole_number, metavar="N", help="begin all prompts with the same N tokens"
+    )
+    work.add_argument(
+        "--n",
+        type=whole_number,
+        default=1,
+        metavar="N",
+        help="samples per request (default: 1); more than one are drawn at temperature 1",
+    )
+    work.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of prompts, arrivals and draws (default: 0)"
+    )
     runs = parser.add_argument_group("runs")
     runs.add_argument(
         "--baseline",
         default="hf-static:16,hf-sequential",
         metavar="LIST",
-        help="of hf-sequential, hf-static:SIZE, hf-continuous, paged-generate (the patched model.generate, a thread "
-        "for each request), paged-unshared (no prefix cache); default: %(default)s",
+        help="systems to compare with: hf-sequential, hf-static:SIZE, hf-continuous, paged-generate (the patched "
+        "model.generate, one thread per request), paged-unshared (no prefix cache) (default: %(default)s)",
     )
     runs.add_argument(
         "--repeats",
         type=whole_number,
         default=3,
         metavar="N",
-        help="runs of each system, of which medians are shown",
+        help="runs of each system; medians are shown (default: %(default)s)",
     )
-    runs.add_argument("--quick", action="store_true", help="each baseline once, with a run of paged before and after")
+    runs.add_argument(
+        "--quick", action="store_true", help="run each baseline once, with a run of paged before and after"
+    )
     runs.add_argument(
         "--sequential-limit",
         type=_positive,
         metavar="SECONDS",
-        help="run every k-th request only where hf-sequential would take longer (default: 120; with --quick 15)",
+        help="if hf-sequential would take longer, run only every k-th request (default: 120; with --quick 15)",
     )
     add_engine(parser)
     out = parser.add_argument_group("results")
-    out.add_argument("--json", type=Path, metavar="PATH", help="write all figures")
+    out.add_argument("--json", type=Path, metavar="PATH", help="write all numbers as JSON")
     out.add_argument("--plot", type=Path, metavar="PATH", help="write a chart (needs matplotlib)")
     parser.set_defaults(run=bench)
 

@@ -14,27 +14,32 @@ _NOT_HERE = ("seed", "scheduling_policy", "enable_prefix_caching", "cuda_graphs"
 
 def register(commands: Commands) -> None:
     """Add the command to ``commands``."""
-    parser = commands.add_parser("generate", help="complete one prompt, shown as it is written")
+    parser = commands.add_parser("generate", help="complete one prompt, and print the text as it is generated")
     add_model(parser)
     parser.add_argument(
-        "prompt", nargs="?", metavar="PROMPT", help="the text; read from standard input if '-' or left out"
+        "prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help="the prompt's text; read from standard input if it is '-' or left out",
     )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--chat", action="store_true", default=None, help="put the prompt into the model's chat format")
+    form.add_argument("--chat", action="store_true", default=None, help="use the model's chat template")
     form.add_argument(
         "--raw",
         action="store_false",
         dest="chat",
-        help="continue the prompt as it stands (default: chat if the model can)",
+        help="continue the prompt without a template (default: --chat if the model has a template)",
     )
-    parser.add_argument("--max-tokens", type=whole_number, default=256, metavar="N", help="default: 256")
-    parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token each time")
-    parser.add_argument("--top-p", type=float, default=1.0, help="default: 1, all tokens; needs a temperature")
-    parser.add_argument("--top-k", type=int, default=0, help="default: 0, all tokens; needs a temperature")
-    parser.add_argument("--seed", type=int, help="of what is drawn (default: another each time)")
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+        "--max-tokens", type=whole_number, default=256, metavar="N", help="most tokens to generate (default: 256)"
     )
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, the most likely token")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="default: 1, all tokens; needs a temperature"
+    )
+    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="default: 0, all tokens; needs a temperature")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of sampling (default: random)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     add_engine(parser)
     parser.set_defaults(run=generate)
 
@@ -45,7 +50,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: as the model is stored)")
+    engine.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: auto, as the model is stored)")
     add_engine_options(engine, leave_out=_NOT_HERE)
 
 

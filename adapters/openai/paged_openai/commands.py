@@ -19,7 +19,7 @@ _LIMITS = ("max_prompt_tokens", "max_tokens", "max_n", "max_prompts", "max_stop"
 
 def register(commands: Commands) -> None:
     """Add the command to ``commands``."""
-    parser = commands.add_parser("serve", help="serve a model over HTTP, to OpenAI's and TGI's clients")
+    parser = commands.add_parser("serve", help="serve a model over HTTP: OpenAI's, Anthropic's and TGI's protocols")
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, a GGUF file, or smollm2")
     add_options(parser)
     parser.set_defaults(run=serve)
@@ -39,9 +39,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--host", default="127.0.0.1", help="default: %(default)s, this machine only; 0.0.0.0: everybody")
-    add("--port", type=_port, default=8000, metavar="N", help="default: %(default)s; 0: any free one")
-    add("--served-model-name", nargs="+", metavar="NAME", help="what clients call it (default: MODEL)")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: %(default)s, this machine only; 0.0.0.0: all)",
+    )
+    add(
+        "--port",
+        type=_port,
+        default=8000,
+        metavar="N",
+        help="port to listen on (default: %(default)s; 0: any free port)",
+    )
+    add(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="names that clients may use for the model (default: MODEL)",
+    )
     _add_engine(parser.add_argument_group("engine"))
     _add_limits(parser.add_argument_group("limits"))
     _add_access(parser.add_argument_group("access"))
@@ -51,15 +66,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_engine(group: Any) -> None:
     add = group.add_argument
-    add("--dtype", help="float32, bfloat16, float16 or auto (default: as the model is stored)")
-    add("--device", help="default: a GPU if there is one")
-    add("--tokenizer", metavar="X", help="another model's: a folder or a hub id (default: the model's own)")
-    add("--chat-template", metavar="X", help="a file with one, or its text (default: the tokenizer's own)")
+    add("--dtype", help="float32, bfloat16, float16 or auto (default: auto, as the model is stored)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add("--tokenizer", metavar="X", help="folder or hub id of another tokenizer (default: the model's own)")
+    add("--chat-template", metavar="X", help="chat template: a file or its text (default: the tokenizer's own)")
     add_engine_options(group, defaults={"gpu_memory_utilization": 0.9})
     add("--kv-events", metavar="ADDRESS",
-        help="tell routers what the prefix cache holds, as vLLM does: tcp://*:5557 (default: nowhere)")  # fmt: skip
-    add("--kv-events-replay", metavar="ADDRESS", help="repeat there what they missed: tcp://*:5558 (default: nowhere)")
-    add("--kv-events-format", choices=("array", "map"), default="array", help="default: %(default)s")
+        help="publish the prefix cache's contents here, in vLLM's format: tcp://*:5557 (default: off)")  # fmt: skip
+    add(
+        "--kv-events-replay",
+        metavar="ADDRESS",
+        help="repeat missed events at this address: tcp://*:5558 (default: off)",
+    )
+    add("--kv-events-format", choices=("array", "map"), default="array",
+        help="form of an event (default: %(default)s)")  # fmt: skip
 
 
 def _add_limits(group: Any) -> None:
@@ -69,65 +89,92 @@ def _add_limits(group: Any) -> None:
         type=_from_0,
         default=1000,
         metavar="N",
-        help="sequences that wait (default: %(default)s)",
+        help="most sequences that wait; further requests get 503 (default: %(default)s)",
     )
-    add("--max-prompt-tokens", type=whole_number, metavar="N", help="of one prompt (default: what the model takes)")
-    add("--max-tokens", type=whole_number, metavar="N", help="of one answer (default: what the model gives)")
-    for name, of_what in (("max_n", "sequences of one prompt"), ("max_prompts", "of one request"),
-                          ("max_stop", "stop strings of one request"), ("max_logprobs", "of one token"),
-                          ("max_values", "log-probabilities, or token ids, of one request"),
-                          ("max_grammar_ms", "of processor time, to compile the grammar of one request"),
+    add(
+        "--max-prompt-tokens",
+        type=whole_number,
+        metavar="N",
+        help="most tokens of one prompt (default: the model's limit)",
+    )
+    add("--max-tokens", type=whole_number, metavar="N", help="most tokens of one answer (default: the model's limit)")
+    for name, of_what in (("max_n", "most sequences of one prompt"), ("max_prompts", "most prompts of one request"),
+                          ("max_stop", "most stop strings of one request"),
+                          ("max_logprobs", "most log-probabilities of one token"),
+                          ("max_values", "most log-probabilities, or token ids, of one request"),
+                          ("max_grammar_ms", "processor time to compile the grammar of one request, in ms"),
                           ):  # fmt: skip
         told, default = f"{of_what} (default: %(default)s)", getattr(limits, name)
         add(f"--{name.replace('_', '-')}", type=whole_number, metavar="N", default=default, help=told)
     add("--max-stored-responses", type=_from_0, default=1000, metavar="N",
-        help="of /v1/responses, that later ones may go on from (default: %(default)s)")  # fmt: skip
+        help="stored answers of /v1/responses, which later ones can continue (default: %(default)s)")  # fmt: skip
     add(
         "--max-body-bytes",
         type=whole_number,
         metavar="N",
         default=2 << 20,
-        help="of one request (default: %(default)s)",
+        help="most bytes of one request's body (default: %(default)s)",
     )
-    add("--max-connections", type=whole_number, metavar="N", default=4096, help="open at once (default: %(default)s)")
-    add("--body-timeout", type=_seconds, default=30.0, metavar="S", help="for a body to come (default: %(default)s)")
-    add("--request-timeout", type=_seconds, metavar="S", help="for a whole request (default: none)")
+    add(
+        "--max-connections",
+        type=whole_number,
+        metavar="N",
+        default=4096,
+        help="most open connections (default: %(default)s)",
+    )
+    add(
+        "--body-timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="S",
+        help="time to receive a body, in s (default: %(default)s)",
+    )
+    add("--request-timeout", type=_seconds, metavar="S", help="time for a whole request, in s (default: no limit)")
     add("--step-timeout", type=_seconds, default=300.0, metavar="S",
-        help="for a step of the engine, after which /health says that it is stuck (default: %(default)s)")  # fmt: skip
+        help="time for an engine step, in s; beyond it /health says stuck (default: %(default)s)")  # fmt: skip
     add("--timeout-keep-alive", type=whole_number, default=75, metavar="S",
-        help="for which an idle connection stays open (default: %(default)s)")  # fmt: skip
+        help="time that an idle connection stays open, in s (default: %(default)s)")  # fmt: skip
     add("--shutdown-timeout", type=_seconds, default=30.0, metavar="S",
-        help="for running requests to end after SIGTERM (default: %(default)s)")  # fmt: skip
+        help="time for running requests to finish after SIGTERM, in s (default: %(default)s)")  # fmt: skip
 
 
 def _add_access(group: Any) -> None:
     add = group.add_argument
-    add("--api-key", action="append", default=[], metavar="KEY", help="let in who gives it; may be repeated")
-    add("--api-key-file", type=Path, metavar="FILE", help="keys that other users can't see in the process list")
-    add("--cors-origin", action="append", default=[], metavar="URL", help="let pages of this origin call; repeatable")
+    add("--api-key", action="append", default=[], metavar="KEY", help="require this key from clients; repeatable")
+    add(
+        "--api-key-file", type=Path, metavar="FILE", help="file of keys, one per line; hides them from the process list"
+    )
+    add(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="allow web pages of this origin to call; repeatable",
+    )
     add("--root-path", type=checked_prefix, default="", metavar="PATH",
-        help="that a proxy serves us under, as /llm (default: what X-Forwarded-Prefix says)")  # fmt: skip
-    add("--ssl-certfile", type=Path, metavar="FILE", help="speak TLS, with this certificate")
-    add("--ssl-keyfile", type=Path, metavar="FILE", help="its key, if it isn't in the same file")
-    add("--ssl-ca-certs", type=Path, metavar="FILE", help="ask clients for a certificate signed by these")
+        help="path under which a proxy serves us, such as /llm (default: from X-Forwarded-Prefix)")  # fmt: skip
+    add("--ssl-certfile", type=Path, metavar="FILE", help="serve TLS with this certificate")
+    add("--ssl-keyfile", type=Path, metavar="FILE", help="the certificate's key, if it is in another file")
+    add("--ssl-ca-certs", type=Path, metavar="FILE", help="require a client certificate signed by one of these")
 
 
 def _add_behaviour(group: Any) -> None:
     add = group.add_argument
     add("--tgi-chat-stream", action="store_true",
-        help="stream chats as the text-generation client reads them (OpenAI's don't)")  # fmt: skip
+        help="stream chats in the form of the text-generation client, which OpenAI's clients misread")  # fmt: skip
     add("--strict-fields", action="store_true",
-        help="refuse requests with fields that nobody knows (else the header x-ignored-fields names them)")  # fmt: skip
+        help="refuse unknown fields of requests (default: ignore them; x-ignored-fields names them)")  # fmt: skip
     add("--response-template", metavar="FILE",
-        help="how the model writes reasoning and calls of tools: a file, the name of one known here (docs/serving.md), "
-        "or none (default: as the tokenizer or its chat template says)")  # fmt: skip
+        help="how the model writes reasoning and tool calls: a file, a name from docs/serving.md, or none "
+        "(default: found by the tokenizer or its chat template)")  # fmt: skip
     add("--reasoning", default="auto", choices=("auto", "off"),
-        help="tell reasoning apart from what is said, where the model marks it (default: %(default)s)")  # fmt: skip
-    add("--no-page", action="store_false", dest="page", help="no page for browsers at /")
-    add("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="default: %(default)s")
-    add("--log-prompts", action="store_true", help="write requests' bodies to the log")
+        help="separate reasoning from the answer's text, if the model marks it (default: %(default)s)")  # fmt: skip
+    add("--no-page", action="store_false", dest="page", help="serve no page for browsers at /")
+    add("--log-level", default="info", choices=("debug", "info", "warning", "error"),
+        help="least level that is logged (default: %(default)s)")  # fmt: skip
+    add("--log-prompts", action="store_true", help="log the bodies of requests")
     add("--generation-config", default="auto", choices=("auto", "vllm"),
-        help="what requests leave unsaid: as the model's generation_config.json says, or neutral")  # fmt: skip
+        help="sampling defaults: the model's generation_config.json, or neutral (default: %(default)s)")  # fmt: skip
 
 
 def serve(args: argparse.Namespace) -> int:

