@@ -193,7 +193,10 @@ class Prefixes:
             num_tokens = num_good * size
             table.shorten(self._pool, num_good)
         self.num_hits += num_tokens - request.num_computed
-        self.num_loaded += max(0, num_tokens - request.num_computed)
+        num_loaded = max(0, num_tokens - request.num_computed)
+        self.num_loaded += num_loaded
+        if not request.num_recomputed_to:
+            request.num_loaded = num_loaded
         self._begin(request, min(request.num_published, num_good), num_tokens)
         self._publish(request, num_tokens // size)
 
@@ -205,6 +208,7 @@ class Prefixes:
         self.num_loaded += num_skipped
         if not request.num_recomputed_to:
             request.num_cached += num_skipped
+            request.num_loaded += num_skipped
         if num_tokens // self._pool.block_size > request.num_published:
             self.publish(request, num_tokens)
 

@@ -69,6 +69,7 @@ class Request:
         "max_total",
         "num_cached",
         "num_computed",
+        "num_loaded",
         "num_prompt",
         "num_published",
         "num_recomputed_to",
@@ -113,6 +114,7 @@ class Request:
         self.max_total = self.num_prompt + 1  # len(tokens) at which it ends; the scheduler knows it once it is added
         self.num_computed = 0  # tokens whose K/V are in the cache
         self.num_cached = 0  # of those, found in the prefix cache
+        self.num_loaded = 0  # of these, brought by a tier
         self.block_table = BlockTable()
         self.digests: list[bytes] = []  # prefix digests of the leading full blocks
         self.num_published = 0  # leading blocks known to the prefix index

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from paged_openai.about import About
+from paged_openai.counts import RouteCounts
 from paged_openai.endpoints import BodyLimits, Endpoints, MakeCall
 from paged_openai.keys import KeyCheck
 from paged_openai.logs import RequestLog
@@ -77,14 +78,15 @@ def create_app(service: Service, metrics: PrometheusMetrics | None, options: App
     endpoints = Endpoints(service, limits, options.traces, log_prompts=options.log_prompts)
     store = ResponseStore(options.max_stored_responses)
     about = About(service, metrics, with_keys=bool(options.api_keys))
+    routes = [
+        *_calls(endpoints, options, store),
+        *StoredResponses(store).routes,
+        *_facts(about),
+        *(_page_routes(service, metrics) if options.page else ()),
+    ]
     app = Starlette(
-        routes=[
-            *_calls(endpoints, options, store),
-            *StoredResponses(store).routes,
-            *_facts(about),
-            *(_page_routes(service, metrics) if options.page else ()),
-        ],
-        middleware=_middleware(options),
+        routes=routes,
+        middleware=_middleware(options, None if metrics is None else RouteCounts(metrics, routes)),
         exception_handlers={HTTPException: _no_such_route},
     )
     app.router.redirect_slashes = False  # it would send the client to whatever its Host header says
@@ -128,12 +130,12 @@ def _facts(about: About) -> list[Route]:
     ]
 
 
-def _middleware(options: AppOptions) -> list[Middleware]:
+def _middleware(options: AppOptions, counts: RouteCounts | None) -> list[Middleware]:
     middleware = [
         Middleware(CloseUnread),
         Middleware(PathPrefix, prefix=options.root_path),
         Middleware(OptionalSlash),
-        Middleware(RequestLog),
+        Middleware(RequestLog, counts=counts),
     ]
     if options.cors_origins:
         middleware.append(

@@ -12,6 +12,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from paged_openai.counts import RouteCounts
 from paged_openai.ignored import ignored_header
 from paged_serving import no_progress_bars, quiet_imports
 
@@ -24,8 +25,8 @@ class RequestLog:
     """ASGI middleware: gives each request its id (the client's ``X-Request-Id`` if it is a sane one), sends it back,
     and logs how the request ended. Others put what they know into ``scope["notes"]``."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, counts: RouteCounts | None = None) -> None:
+        self._app, self._counts = app, counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,8 +47,10 @@ class RequestLog:
         try:
             return await self._app(scope, receive, send_with_id)
         finally:
-            level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
-            duration_ms = round((time.perf_counter() - began) * 1000, 1)
+            quiet, seconds = scope["path"] in _QUIET, time.perf_counter() - began
+            if self._counts is not None and status and not quiet:
+                self._counts.count(scope, status, seconds)
+            level, duration_ms = logging.DEBUG if quiet else logging.INFO, round(seconds * 1000, 1)
             told = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
             _log.log(level, "request", extra={"fields": {**told, "duration_ms": duration_ms, **notes}})
 

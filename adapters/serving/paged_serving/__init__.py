@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from paged_serving.exchange import Exchange
     from paged_serving.health import trouble
+    from paged_serving.http_metrics import HTTPMetrics
     from paged_serving.kv_events import KVEvents
     from paged_serving.messages import LAST_EVENT, as_event, event_bytes, json_bytes, json_text
     from paged_serving.metrics import PrometheusMetrics
@@ -47,6 +48,7 @@ _LAZY = {
     "DetokenizeBody": "protocol.detokenize",
     "Exchange": "exchange",
     "Failure": "protocol.failures",
+    "HTTPMetrics": "http_metrics",
     "KVEvents": "kv_events",
     "LAST_EVENT": "messages",
     "MessagesBody": "protocol.anthropic_body",
@@ -98,6 +100,7 @@ __all__ = [
     "DetokenizeBody",
     "Exchange",
     "Failure",
+    "HTTPMetrics",
     "KVEvents",
     "MessagesBody",
     "MessagesCall",

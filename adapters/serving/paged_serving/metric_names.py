@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
+# Every threshold that vLLM's dashboards offer for first and next tokens is one of these.
+_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 0.75, 1, 2.5, 5, 10, 25, 50, 100,
+            250, 500)  # fmt: skip
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _FEW = (1, 2, 5, 10, 20, 50, 100)
 
@@ -87,6 +89,15 @@ TGI_GAUGES = {
     "tgi_request_count": "Requests taken in",
     "tgi_request_success": "Requests that ended in a stop or at their length",
 }
+WAITING_BY_REASON = ("vllm:num_requests_waiting_by_reason", "Requests that wait for blocks or a seat, or for a tier")
+REASONS = ("capacity", "deferred")
+PROMPT_BY_SOURCE = (
+    "vllm:prompt_tokens_by_source",
+    "Prompt tokens computed, found in the prefix cache, brought by tiers",
+)
+SOURCES = ("local_compute", "local_cache_hit", "external_kv_transfer")
+HTTP_REQUESTS = ("http_requests", "Requests by route and class of status; probes and scrapes are left out")
+HTTP_DURATION = ("http_request_duration_seconds", "From a request to the end of its answer")
 ENGINE = "0"  # the label: vLLM's replicas in one process; there is one here
 CACHE_CONFIG = (  # labels of vllm:cache_config_info
     "engine", "block_size", "num_gpu_blocks", "num_cpu_blocks", "cache_dtype", "enable_prefix_caching",

@@ -27,11 +27,15 @@ from paged_serving.metric_names import (
     ENGINE,
     GAUGES,
     HISTOGRAMS,
+    PROMPT_BY_SOURCE,
+    REASONS,
+    SOURCES,
     TGI_GAUGES,
     TGI_HISTOGRAMS,
     TIER_COUNTERS,
     TIERS,
     TOTALS,
+    WAITING_BY_REASON,
 )
 
 if TYPE_CHECKING:
@@ -102,6 +106,10 @@ class PrometheusMetrics:
                 for name, (told, buckets) in TGI_HISTOGRAMS.items()
             },
         }
+        by_reason = client.Gauge(*WAITING_BY_REASON, (*label, "reason"), **known)
+        self._waiting = {reason: by_reason.labels(*values, reason) for reason in REASONS}
+        by_source = client.Counter(*PROMPT_BY_SOURCE, (*label, "source"), **known)
+        self._prompt_tokens = {source: by_source.labels(*values, source) for source in SOURCES}
         self._tier_metrics = {
             name: client.Counter(name, told, (*label, "tier"), **known) for name, (_, told) in TIER_COUNTERS.items()
         }
@@ -153,11 +161,11 @@ class PrometheusMetrics:
         now = time.perf_counter()
         for request, times in self._open.items():
             self._advance(request, times, now - stats.duration_s, now)
-        self._gauge(stats.num_running, stats.num_waiting, stats.kv_cache_usage, stats.kv_waste, stats.num_blocks_shared)
+        self._gauge(stats.num_running, stats.kv_cache_usage, stats.kv_waste, stats.num_blocks_shared)
+        self._gauge_waiting(stats.num_waiting, stats.offloading.num_loading)
         metrics = self._metrics
         metrics["paged:kv_blocks_cached"].set(stats.num_blocks_cached)
         metrics["vllm:iteration_tokens_total"].observe(stats.num_tokens)
-        metrics["paged:num_requests_loading"].set(stats.offloading.num_loading)
         for name, field in TOTALS.items():
             total = attrgetter(field)(stats)
             metrics[name].inc(total - self._totals[name])
@@ -189,8 +197,8 @@ class PrometheusMetrics:
         if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) and request.index == 0:
             self._metrics["tgi_request_success"].inc()
         if not self._open:  # after an abort no step follows
-            self._gauge(0, 0, 0.0, 0.0, 0)
-            self._metrics["paged:num_requests_loading"].set(0)
+            self._gauge(0, 0.0, 0.0, 0)
+            self._gauge_waiting(0, 0)
 
     # ---- from what was seen --------------------------------------------------------------------------------------
 
@@ -213,11 +221,20 @@ class PrometheusMetrics:
             self._observe(("vllm:time_to_first_token_seconds",), now - times.arrival)
             self._observe(("vllm:request_prefill_time_seconds",), now - times.started)
             if request.index == 0:
-                self._metrics["vllm:prompt_tokens"].inc(request.num_prompt)
+                self._count_prompt(request)
         else:
             each = (now - times.last_token) / new
             self._observe(("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"), each)
         times.last_token = now
+
+    def _count_prompt(self, request: Request) -> None:
+        num_cached = min(request.num_cached, request.num_prompt)
+        num_loaded = min(request.num_loaded, num_cached)
+        self._metrics["vllm:prompt_tokens"].inc(request.num_prompt)
+        for source, number in zip(
+            SOURCES, (request.num_prompt - num_cached, num_cached - num_loaded, num_loaded), strict=True
+        ):
+            self._prompt_tokens[source].inc(number)
 
     def _count_tier(self, tier: TierStats) -> None:
         for name, (field, _) in TIER_COUNTERS.items():
@@ -229,12 +246,18 @@ class PrometheusMetrics:
         for name in names:
             self._metrics[name].observe(value)
 
-    def _gauge(self, running: int, waiting: int, usage: float, waste: float, shared: int) -> None:
+    def _gauge_waiting(self, waiting: int, loading: int) -> None:
+        """``loading``: of those that wait, for a tier."""
+        self._metrics["vllm:num_requests_waiting"].set(waiting)
+        self._metrics["tgi_queue_size"].set(waiting)
+        self._metrics["paged:num_requests_loading"].set(loading)
+        for reason, number in zip(REASONS, (waiting - loading, loading), strict=True):
+            self._waiting[reason].set(number)
+
+    def _gauge(self, running: int, usage: float, waste: float, shared: int) -> None:
         metrics = self._metrics
         metrics["vllm:num_requests_running"].set(running)
-        metrics["vllm:num_requests_waiting"].set(waiting)
         metrics["tgi_batch_current_size"].set(running)
-        metrics["tgi_queue_size"].set(waiting)
         for name in ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"):
             metrics[name].set(usage)
         metrics["paged:kv_cache_waste_perc"].set(waste)

@@ -87,6 +87,43 @@ def test_the_dashboard_shows_every_metric_of_ours_and_of_vllms(scraped: str) -> 
     assert [name for name in ours if not any(each.startswith(name) for each in shown)] == []
 
 
+# What vLLM's published overview dashboard selects by, beside model_name, and the thresholds that it offers.
+VLLMS_OVERVIEW = [
+    *(("vllm:request_success_total", {"finished_reason": reason}) for reason in ("stop", "length", "abort", "error")),
+    *(("vllm:num_requests_waiting_by_reason", {"reason": reason}) for reason in ("capacity", "deferred")),
+    *(("vllm:prompt_tokens_by_source_total", {"source": source})
+      for source in ("local_compute", "local_cache_hit", "external_kv_transfer")),
+    *(("vllm:time_to_first_token_seconds_bucket", {"le": bound})
+      for bound in ("0.1", "0.25", "0.5", "0.75", "1.0", "2.5", "5.0", "10.0")),
+    *(("vllm:request_time_per_output_token_seconds_bucket", {"le": bound})
+      for bound in ("0.025", "0.05", "0.075", "0.1", "0.15", "0.2", "0.3", "0.5")),
+    ("vllm:external_prefix_cache_hits_total", {}), ("vllm:iteration_tokens_total_bucket", {"le": "+Inf"}),
+    ("http_requests_total", {"handler": "/v1/completions", "method": "POST", "status": "2xx"}),
+    ("http_request_duration_seconds_count", {"handler": "/v1/completions"}),
+]  # fmt: skip
+
+
+def test_what_vllms_own_dashboard_selects_is_there(scraped: str) -> None:
+    samples = [each for family in text_string_to_metric_families(scraped) for each in family.samples]
+    for name, labels in VLLMS_OVERVIEW:
+        found = [each for each in samples if each.name == name and labels.items() <= each.labels.items()]
+        assert len(found) == 1, (name, labels)
+        assert name.startswith("http_") or found[0].labels["model_name"] == "alphabet"
+
+
+def test_paths_and_methods_that_clients_make_up_are_no_series_of_their_own() -> None:
+    with alphabet_server() as server, server.client() as client:
+        for path in ("/v1/responses/resp_1", "/v1/responses/resp_2", "/a", "/b"):
+            client.get(path)
+        client.request("PROPFIND", "/c")
+        client.get("/health")
+        families = text_string_to_metric_families(client.get("/metrics").text)
+        (requests,) = [family for family in families if family.name == "http_requests"]
+    found = {(each.labels["handler"], each.labels["method"]): each.value
+             for each in requests.samples if each.name == "http_requests_total"}  # fmt: skip
+    assert found == {("/v1/responses/{response_id}", "GET"): 2, ("none", "GET"): 2, ("none", "other"): 1}
+
+
 def test_every_query_can_be_narrowed_to_a_model_and_a_replica() -> None:
     names = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
     assert {"model", "replica"} <= names

@@ -126,6 +126,7 @@ def test_gauges_follow_the_engine_and_fall_to_nothing(engine: Engine, metrics: P
     found = scrape(metrics)
     assert (found["vllm:num_requests_running"], found["vllm:num_requests_waiting"]) == (4, 2)
     assert (found["tgi_batch_current_size"], found["tgi_queue_size"]) == (4, 2)
+    assert 'reason="capacity"} 2.0' in metrics.render()[0].decode()
     assert 0 < found["vllm:kv_cache_usage_perc"] < 1
     assert 0 < found["paged:kv_cache_waste_perc"] < 1
     for number in range(6):
@@ -200,6 +201,8 @@ def test_what_tiers_have_done_is_counted_under_vllms_names_and_by_tier(
     block_bytes = engine._runner.cache.block_bytes
     assert found["vllm:kv_offload_store_bytes_total"] == found["vllm:kv_offload_load_bytes_total"] == 3 * block_bytes
     by_tier = metrics.render()[0].decode()
+    for source, number in (("local_compute", 13 + 1 + 1), ("local_cache_hit", 0), ("external_kv_transfer", 12)):
+        assert f'model_name="alphabet",source="{source}"}} {number}.0' in by_tier
     for name in ("written_blocks", "read_blocks"):
         assert f'paged:kv_tier_{name}_total{{engine="0",model_name="alphabet",tier="host"}} 3.0' in by_tier
     engine.close()
