@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PagedGenerate", "Report", "embedded_folder", "paged_generate"]
 
-# Imported when first used: plugins are looked through without loading transformers.
+# Imported when first used, so that finding plugins does not load transformers.
 _LAZY = {
     "PagedGenerate": "generate.patched",
     "Report": "generate.report",

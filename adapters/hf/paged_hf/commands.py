@@ -87,7 +87,7 @@ def _prompt(said: str | None) -> str:
         print("paged: write the prompt, then press Ctrl-D", file=sys.stderr)
     try:
         text = sys.stdin.read() if said is None or said == "-" else said
-        text.encode()  # bytes that Python has let pass as lone surrogates
+        text.encode()  # bytes that Python decoded as lone surrogates
     except UnicodeError as error:
         raise ConfigError(f"the prompt isn't text: {error}") from error
     if not text:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from paged_core import Ranks
 
 
-@hookimpl(trylast=True)  # it takes nearly any string: whoever knows better goes first
+@hookimpl(trylast=True)  # it takes nearly any string, so more specific plugins go first
 def load_model(source: Any, device: str | None, dtype: str | None, ranks: Ranks | None) -> Any:
     """A transformers model: live, from a folder, a hub id or a GGUF file, or "smollm2"; or one rank's shard of it."""
     if not _may_be_ours(source):
@@ -41,6 +41,6 @@ def register_commands(commands: Commands) -> None:
 
 
 def _may_be_ours(source: Any) -> bool:
-    """Said without importing anything: transformers takes seconds to load only to say no."""
+    """Decided without an import, because loading transformers takes seconds."""
     kind = isinstance(source, str | os.PathLike) or hasattr(source, "named_modules") or hasattr(source, "model")
     return kind and find_spec("transformers") is not None

@@ -1,7 +1,8 @@
-"""What depends on how a release of transformers names and calls things.
+"""Everything that depends on how a release of transformers names and calls things.
 
-A release may rename an argument, an output or a method that is its own. What holds today is found here by looking at
-signatures, types and attributes, never at a version number, and nothing else in this package spells such a name. (What
+A release may rename an argument, an output or a method that is its own. This file finds the present name from
+signatures, types and attributes, never from a version number, and no other file of this package contains such a name.
+(What
 modules of single models are made of stands in model/stand_ins.py.) This file decides nothing.
 """
 
@@ -21,11 +22,11 @@ from torch import Tensor
 from transformers import Cache, DynamicLayer, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-_KNOWN_TO_WORK = {"5.24.0": "", "5.20.2": " on Python 3.10"}  # those that constraints.txt pins
+_KNOWN_TO_WORK = {"5.24.0": "", "5.20.2": " on Python 3.10"}  # the releases that constraints.txt pins
 
 
 def way_out() -> str:
-    """What a user can do where calls don't run as they should: half a sentence."""
+    """What a user can do if calls don't run as they should, as the end of a sentence."""
     if transformers.__version__ in _KNOWN_TO_WORK:
         return "docs/coverage.md tells which model types do"
     known = ", ".join(f"{version}{where}" for version, where in _KNOWN_TO_WORK.items())
@@ -51,12 +52,12 @@ CACHE = _typed_as_cache(GenerationMixin.prepare_inputs_for_generation) or "cache
 
 
 def cache_in(arguments: Mapping[str, Any]) -> Any:
-    """The K/V cache among the arguments of a call, whatever its name; None if there is none."""
+    """The K/V cache among the arguments of a call, under any of its names; None if there is none."""
     return arguments.get(_name_in(arguments))
 
 
 def without_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call but for its K/V cache."""
+    """The arguments of a call without its K/V cache."""
     name = _name_in(arguments)
     return {other: value for other, value in arguments.items() if other != name}
 
@@ -77,7 +78,7 @@ def set_cache_in_result(result: Any, cache: Any) -> None:
 
 
 def is_fresh(cache: Any) -> bool:
-    """Whether generate() has made the cache itself for this call: it is nobody else's, and empty."""
+    """Whether generate() made the cache for this call: it is empty, and not the caller's."""
     if getattr(cache, "_is_user_defined", False):
         return False
     try:
@@ -109,19 +110,19 @@ LOOPS = (SAMPLE, BEAM_SEARCH, ASSISTED)
 
 
 def has_the_usual_sampling(kind: type) -> bool:
-    """Whether a class of models samples, and searches greedily, with the loop that all share."""
+    """Whether a class of models uses the common loop for sampling and greedy search."""
     return getattr(kind, SAMPLE) is getattr(GenerationMixin, SAMPLE)
 
 
 def pad_token(config: Any) -> int | None:
-    """What rows that have ended are padded with. ``config``: a call's GenerationConfig, as loops get it."""
+    """The padding token of ended rows. ``config``: a call's GenerationConfig, as loops get it."""
     token = config._pad_token_tensor
     return None if token is None else int(token)
 
 
 def answering(call: Callable[..., Any], reorder: Callable[..., Any]) -> dict[str, Any]:
-    """Methods of a model that a loop runs on though ``call`` computes its outputs and ``reorder`` knows its beams. The
-    model's settings are not such a call's to change, as others may be running."""
+    """Methods for a twin that a loop runs on, while ``call`` computes its outputs and ``reorder`` takes its beams. They
+    don't change the model's settings, because other calls may be running."""
     return {
         "__call__": call,
         "_reorder_cache": reorder,
@@ -146,12 +147,12 @@ QUIET = {
 
 
 def is_recorder(hook: Any) -> bool:
-    """Whether a forward hook is one that stays on once anyone has asked for hidden states."""
+    """Whether a forward hook is the one that remains after a call has asked for hidden states."""
     return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 
 
 def is_marked_stateful(model: Any) -> bool:
-    """Whether a model's class says that it keeps state outside attention. Not all that do say so."""
+    """Whether a model's class says that it keeps state outside attention. Not all such classes say so."""
     return bool(getattr(model, "_is_stateful", False))
 
 
@@ -159,7 +160,7 @@ def is_marked_stateful(model: Any) -> bool:
 
 
 class Style(enum.Enum):
-    """What a plan says of a module, as far as we know it."""
+    """A plan's entry for a module, as far as we know it."""
 
     SPLIT_OUTPUTS = "each rank has some of the outputs, and keeps them"
     GATHERED_OUTPUTS = "each rank has some of the outputs, and all get all"
@@ -183,8 +184,8 @@ _STYLES = {
     "local_params": Style.RUNS_LOCALLY,
     "ep_dispatch_experts": Style.RUNS_LOCALLY,
 }
-_OF_EXPERTS = "grouped_gemm"  # how a plan by experts calls weights [experts, ...]
-_SPLITS_HEADS = {  # projections whose outputs are heads, and what configs call the number of these
+_OF_EXPERTS = "grouped_gemm"  # a plan's name for weights [experts, ...]
+_SPLITS_HEADS = {  # projections whose outputs are heads, and the name of their number in configs
     "q_proj": "num_attention_heads",
     "q_b_proj": "num_attention_heads",
     "kv_b_proj": "num_attention_heads",
@@ -196,14 +197,13 @@ _SPLITS_HEADS = {  # projections whose outputs are heads, and what configs call 
 
 
 def can_split() -> bool:
-    """Whether this release splits models as we read it."""
+    """Whether we can read how this release splits models."""
     return _distributed_config() is not None and hasattr(transformers.PreTrainedModel, "tp_plan")
 
 
 def split_over(model: Any, size: int) -> dict[str, Any]:
-    """What from_pretrained is told, so that each rank loads its shard. ``model``: the same without weights.
-
-    Where the plan says nothing of a mixture's experts, each rank has some of them, if they can be shared out evenly."""
+    """Arguments of from_pretrained with which each rank loads its shard. ``model``: the model without weights. If the
+    plan says nothing about a mixture's experts, each rank gets some of them, if they can be divided evenly."""
     config = _distributed_config()
     assert config is not None, "see can_split"
     by_expert = {"ep_size": size} if _can_share_out_experts(model, size) else {}
@@ -217,12 +217,12 @@ def _can_share_out_experts(model: Any, size: int) -> bool:
 
 
 def tp_plan(model: Any) -> dict[str, str]:
-    """Modules and parameters (layers' numbers are ``*``), and how each is split; empty: nobody knows."""
+    """Modules and parameters (layers' numbers are ``*``), and how each is split; empty if it is unknown."""
     return dict(model.tp_plan or {})
 
 
 def styles(model: Any) -> dict[str, Style]:
-    """What the plans say of each module, by the module's name, where we know it."""
+    """The plans' entries for each module, by its name, as far as we know them."""
     plan = {**_ep_plan(model), **tp_plan(model)}
     said = {name: plan.get(_generic(name)) for name, _ in model.named_modules()}
     return {name: _STYLES[style] for name, style in said.items() if style in _STYLES}
@@ -237,18 +237,18 @@ def _generic(name: str) -> str:
 
 
 def split_heads(plan: Mapping[str, str]) -> set[str]:
-    """What configs call the numbers of heads that a plan splits."""
+    """The names in configs of the numbers of heads that a plan splits."""
     split = {name.rpartition(".")[2] for name, style in plan.items() if style == "colwise"}
     return {told for projection, told in _SPLITS_HEADS.items() if projection in split}
 
 
 def is_sharded(parameter: Any) -> bool:
-    """Whether it is one rank's part of a tensor, and says so."""
+    """Whether it is a tensor type that holds one rank's part."""
     return hasattr(parameter, "to_local")
 
 
 def be_quiet() -> None:
-    """No progress bars and no advice from transformers in this process."""
+    """Turn off progress bars and advice of transformers in this process."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

@@ -1,7 +1,7 @@
 """BlockTables: which blocks hold the tokens of which row, for rows that advance together.
 
-Integers only. Who keeps one tells it what happens to the rows, and copies and writes tensors as it answers. It does
-not know K/V, heads or devices.
+Integers only: its owner reports what happens to the rows, and copies and writes tensors as told. It does not know K/V,
+heads or devices.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ class BlockTables:
     """Rows of one length over a pool of their own, which grows when it is empty.
 
     Rows that come from one parent share its blocks. A shared block that is only partly filled is copied when one of
-    its rows goes on (copy-on-write).
+    its rows continues (copy-on-write).
     """
 
     def __init__(self, block_size: int) -> None:
         self.pool = BlockPool(0, block_size)
         self.rows: list[BlockTable] = []  # each has just the blocks that num_tokens need
         self.num_tokens = 0  # of every row
-        self.version = 0  # another number whenever the block ids in rows have changed
+        self.version = 0  # changes whenever block ids in rows change
 
     def start(self, num_rows: int) -> None:
         """Empty rows, in place of those that are there."""

@@ -1,7 +1,7 @@
-"""ComparedCache: stock's cache, with blocks beside it that are told the same. It says whether they answer the same.
+"""ComparedCache: stock's cache with a paged cache beside it, given the same K/V. It tells whether both return the same.
 
-What a model is given is stock's own, so one run shows both what stock answers, and that the paged cache would have had
-the model answer the same: to the bit, which no comparison of logits could tell. It does not know models, nor loops.
+The model gets stock's own K/V, so one run shows stock's answer, and whether the paged cache would have given the same
+bits, which a comparison of logits could not tell. This file knows neither models nor loops.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ComparedCache(DynamicCache):  # type: ignore[misc]
 
     @property
     def same(self) -> bool:
-        """Whether something was kept, and all that was read until now would be the same from blocks."""
+        """Whether K/V were stored, and everything read so far is the same in the blocks."""
         compared = [layer for layer in self.layers if isinstance(layer, _ComparedLayer) and layer.is_initialized]
         return bool(compared) and all(layer.holds_the_same() for layer in compared)
 
@@ -50,7 +50,7 @@ class _ComparedLayer(DynamicLayer):  # type: ignore[misc]
         try:
             paged = self._blocks.update(key_states, value_states, *args, **kwargs)
             self._same &= all(map(_equal, own, paged))
-        except Exception:  # whatever it is, the paged cache can't do what was asked
+        except Exception:  # the paged cache can't do what was asked, for any reason
             self._same = False
         return own
 

@@ -1,8 +1,8 @@
 """PagedCache: a transformers cache that keeps K/V in blocks, for models and decoding loops that the engine can't run.
 
 Stock's own loops run over it. They see dense K/V for the attention call and nothing of blocks. Rows that share a past
-(beams, samples) share its blocks. Layers that keep something else than all K/V (windows, recurrent states) stay
-stock's own. A cache owns its memory and gives it back when it is dropped. It does not know models, nor loops.
+(beams, samples) share its blocks. Layers that keep something else than all K/V (windows, recurrent states) stay stock's
+own. A cache owns its memory and frees it when it is dropped. This file knows neither models nor loops.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _NO_BLOCKS = torch.empty(0, 0, dtype=torch.int64, device="cpu")
 class PagedCache(DynamicCache):  # type: ignore[misc]
     """In place of ``DynamicCache(config=config)``: the same answers from K/V in blocks.
 
-    ``layer.keys`` and ``layer.values`` are copies, made when they are read. Writing to them is an error, told at the
-    next update.
+    ``layer.keys`` and ``layer.values`` are copies, made when they are read. Writing to them raises an error at the next
+    update.
 
     Args:
         config: of the model that will use it.
@@ -56,7 +56,7 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         return sum(layer.tables.pool.num_shared for layer in self._paged_layers)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx.cpu())  # waits for the device once, not once a layer
+        super().reorder_cache(beam_idx.cpu())  # waits for the device once, not per layer
 
     def to_dynamic(self) -> DynamicCache:
         """A stock cache of its own with the same content."""
@@ -84,7 +84,7 @@ class PagedLayer(DynamicLayer):  # type: ignore[misc]
         self.tables = BlockTables(block_size)
         self._located = -1  # the version of the tables that _table and _run are of
         self._table = _NO_BLOCKS  # int64 [B, blocks]
-        self._run: int | None = None  # the first block of an only row whose blocks stand in order
+        self._run: int | None = None  # the first block of a single row whose blocks are consecutive
         self._blocks: tuple[_Blocks, ...] = ()  # of K, and of V
         self._shown: list[tuple[Tensor, int]] = []  # copies that were read since the last update, and their versions
 
@@ -153,7 +153,7 @@ class PagedLayer(DynamicLayer):  # type: ignore[misc]
         return self.tables.num_tokens
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take tokens off the end: as many as a negative number says; a positive one is the length that is left."""
+        """Remove tokens at the end: a negative number says how many; a positive one is the length that remains."""
         tokens_to_remove = int(tokens_to_remove)  # some versions bring a tensor, which += would change in place
         if tokens_to_remove > 0 or (tokens_to_remove == 0 and CROPS_TO_LENGTH):
             self.tables.crop(tokens_to_remove)
@@ -222,7 +222,7 @@ class _Blocks:
         self._index = _NO_BLOCKS  # int64 [B * K * blocks]: heads' blocks, counted through data
 
     def fit(self, num_blocks: int, dtype: torch.dtype) -> None:
-        """Memory for so many blocks, in a dtype that holds the new states too, as torch.cat would have it."""
+        """Memory for so many blocks, in a dtype that holds the new states too (torch.cat's promotion)."""
         dtype = torch.promote_types(self.data.dtype, dtype)
         num_heads, before, block_size, head_dim = self.data.shape
         if num_blocks > before or dtype != self.data.dtype:
@@ -242,7 +242,7 @@ class _Blocks:
         self.data.view(num_heads, num_blocks * block_size, head_dim).index_copy_(1, slots, states)
 
     def span(self, first: int, start: int, end: int) -> Tensor:
-        """Tokens start..end of a row whose blocks stand in order from ``first``: a view [1, K, end - start, D]."""
+        """Tokens start..end of a row whose blocks are consecutive from ``first``: a view [1, K, end - start, D]."""
         num_heads, num_blocks, block_size, head_dim = self.data.shape
         slots = self.data.view(1, num_heads, num_blocks * block_size, head_dim)
         return slots[:, :, first * block_size + start : first * block_size + end]

@@ -1,4 +1,4 @@
-"""EngineCall: what a caller's thread and the engine's thread have in common for one generate() call."""
+"""EngineCall: what a caller's thread and the engine's thread share for one generate() call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from paged_core import Engine, Request, RequestOutput
 
 
 class NotStarted(Exception):
-    """The engine can't take a call, of which nothing has happened yet. ``__cause__`` says why, or else the message."""
+    """The engine can't run a call, and nothing has been done for it yet. ``__cause__`` or the message says why."""
 
 
 class EngineCall:
@@ -18,8 +18,8 @@ class EngineCall:
 
     def __init__(self, padded: bool) -> None:
         self.padded = padded  # stock would compute padding too
-        self.caller: object | None = None  # whose it is; None: nobody's who could be gone
-        self.engine: Engine | None = None  # where it has rows; the engine's thread's own, like the rows
+        self.caller: object | None = None  # the open call that owns it; None: no owner that could disappear
+        self.engine: Engine | None = None  # the engine that has its rows; for the engine's thread only
         self.rows: list[Request] = []
         self._news: SimpleQueue[Any] = SimpleQueue()
 
@@ -28,7 +28,7 @@ class EngineCall:
         raise NotImplementedError
 
     def take(self, output: RequestOutput) -> None:
-        """News of one row."""
+        """The output of one row."""
         raise NotImplementedError
 
     def leave(self) -> None:
@@ -48,12 +48,12 @@ class EngineCall:
 def check_length(engine: Engine, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
     """
     Raises:
-        NotStarted: the engine would answer otherwise than stock, which knows neither limits nor errors of ours.
+        NotStarted: the engine would answer differently from stock, which has none of our limits and errors.
         EngineDeadError: the model has changed.
     """
     longest = max(map(len, prompts)) + max_tokens
     if longest > engine.spec.max_model_len:
-        engine.refresh()  # before a request is added: its limits may be old ones
+        engine.refresh()  # before a request is added, because the limits may be outdated
         raise NotStarted(
             f"prompt and output may have {longest} tokens, but the model knows {engine.spec.max_model_len} positions"
         )
@@ -62,7 +62,7 @@ def check_length(engine: Engine, prompts: Sequence[Sequence[int]], max_tokens: i
 def check_tokens(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
     """
     Raises:
-        NotStarted: a token isn't in the vocabulary: stock has its own way to fail.
+        NotStarted: a token isn't in the vocabulary; stock raises its own error.
         EngineDeadError: the model has changed.
     """
     if any(not 0 <= token < engine.spec.vocab_size for prompt in prompts for token in prompt):

@@ -1,6 +1,6 @@
-"""What was decided, done: a prepared call is answered natively, over blocks, or by stock; and reported.
+"""Carries a decision out: a prepared call runs natively, over blocks, or on stock, and is reported.
 
-Nothing here chooses between tiers. What can't be done is raised, before anything has happened.
+Nothing here chooses between tiers. A tier that can't run the call raises before anything has happened.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def carry_out(decision: Decision, call: Prepared, host: EngineHost) -> Any:
     """What ``generate`` returns.
 
     Raises:
-        NotStarted: the engine can't take the rows, or no cache in blocks the model; nothing has happened yet.
+        NotStarted: the engine can't run the rows, or a paged cache can't serve the model; nothing has happened yet.
     """
     if isinstance(decision, Native):
         return _free(call, host) if decision.free else _in_lockstep(call, host, decision.drops_ended)
@@ -36,7 +36,7 @@ def carry_out(decision: Decision, call: Prepared, host: EngineHost) -> Any:
 def as_stock(call: Prepared, reason: str) -> Any:
     try:
         return call.run(call.model)
-    finally:  # an assistant's calls have reports too: the last is the call's own
+    finally:  # the calls of an assistant model have reports too; the last one belongs to the call
         note(Report("stock", call.name, call.num_rows, reason))
 
 
@@ -72,7 +72,7 @@ def _free(call: Prepared, host: EngineHost) -> Any:
 
 
 def _in_lockstep(call: Prepared, host: EngineHost, drops_ended: bool) -> Any:
-    longest = max(*_lengths(call), call.config.max_length)  # which of them ends the call is the loop's business
+    longest = max(*_lengths(call), call.config.max_length)  # the loop decides which of them ends the call
     max_tokens = max(1, longest - call.input_ids.shape[1])
     rows = lockstep.EngineRows(host, unpadded(call), call.prompts.shape[1], max_tokens)
     try:

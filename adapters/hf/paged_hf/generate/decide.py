@@ -1,8 +1,8 @@
 """Which tier answers a call: decided here, and nowhere else, before anything is done.
 
-A call is looked at twice. As its caller has written it, for what stock mustn't see us in; then as stock has prepared it
-for a decoding loop. The tables below are asked from top to bottom, and the first rule with a reason decides: it is what
-the call's report says. docs/generate.md lists the rules in the same order.
+Rules look at a call twice: as its caller has written it, for cases in which stock must not see our class; then as stock
+has prepared it for a decoding loop. The tables below are tried from top to bottom. The first rule with a reason
+decides, and the report gives that reason. docs/generate.md lists the rules in the same order.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TO_STOCK_AS_ASKED: tuple[Rule[RawCall], ...] = (
     raw_call.passes_a_cache,
     raw_call.model_prepares_inputs_otherwise,
 )
-TO_STOCK_AROUND_PEFT: tuple[Rule[RawCall], ...] = (  # of a PEFT model's call, which calls the model inside
+TO_STOCK_AROUND_PEFT: tuple[Rule[RawCall], ...] = (  # for a call of a PEFT model, which calls the model inside it
     raw_call.stock_is_in_force,
     raw_call.names_an_adapter_for_each_row,
 )
@@ -75,7 +75,7 @@ NOT_OVER_BLOCKS: tuple[Rule[Prepared], ...] = (
 class Native:
     """The engine runs the rows."""
 
-    free: bool  # each by itself; else as stock's loop asks for them
+    free: bool  # each row by itself; else when stock's loop asks for it
     drops_ended: bool  # the loop's rows that have ended are computed no further
 
 
@@ -115,7 +115,7 @@ def decide(call: Prepared, known: Mapping[Tier, str]) -> Decision:
 
 
 def _runs_free(call: Prepared) -> bool:
-    """Whether each row may run on its own: plain greedy search, of which nobody sees more than the tokens."""
+    """Whether each row may run on its own: plain greedy search, of which only the tokens are visible."""
     return (
         call.embeds is None
         and _is_plain_greedy_search(call)
@@ -136,7 +136,7 @@ def _is_plain_greedy_search(call: Prepared) -> bool:
 
 
 def _may_drop_ended(call: Prepared) -> bool:
-    """Whether nobody can tell that rows which have ended are computed no further."""
+    """Whether it is invisible that ended rows are computed no further."""
     return (
         call.name == upstream.SAMPLE
         and _ends_at_tokens(call)
@@ -147,7 +147,7 @@ def _may_drop_ended(call: Prepared) -> bool:
 
 
 def _ends_at_tokens(call: Prepared) -> bool:
-    """Stock's own question: then it pads rows that have ended."""
+    """Stock's own condition for padding rows that have ended."""
     return any(hasattr(criterion, "eos_token_id") for criterion in call.criteria)
 
 

@@ -1,4 +1,4 @@
-"""Plain greedy calls: each row runs on its own in the engine's batch, and ends when it ends.
+"""Plain greedy calls: each row runs on its own in the engine's batch, and ends independently of the others.
 
 This file knows greedy search and nothing else: what needs processors, criteria or scores is lockstep.py's.
 """
@@ -15,8 +15,8 @@ from paged_core import Engine, FinishReason, Greedy, Request, RequestError, Requ
 from paged_hf.generate.calls import EngineCall, NotStarted, check_length, check_tokens
 from paged_hf.generate.host import EngineHost
 
-# Stock's choice. The engine's own sampler would let plugins have a say, which stock's users haven't asked for. One for
-# all calls, so that their rows are looked at together.
+# Stock's choice of tokens. The engine's own sampler would apply plugins, which stock's users haven't asked for. One for
+# all calls, so that their rows are selected together.
 _GREEDY = Greedy()
 
 
@@ -97,7 +97,7 @@ def generate(
 
 
 def _tokens(call: FreeCall) -> Iterator[int]:
-    """The tokens of a call that streams, as they come; ends with the call."""
+    """The tokens of a streaming call as they are generated; ends with the call."""
     streamed = False
     while True:
         try:

@@ -1,8 +1,8 @@
 """EngineHost: the engine of one patched model, and what its thread does for the generate() calls that are open.
 
-Callers wait in their own threads. What is theirs (processors, criteria, streamers) runs there too, so that what it
-raises reaches nobody else. The engine's thread is nobody's own, and lives while calls are open only: Ctrl-C in a caller
-never interrupts a step.
+Callers wait in their own threads. Their processors, criteria and streamers run there too, so that an exception reaches
+only that caller. The engine's thread belongs to no caller and lives only while calls are open: Ctrl-C in a caller never
+interrupts a step.
 
 This file knows engines and calls. It knows nothing of generate().
 """
@@ -30,8 +30,8 @@ from paged_hf.generate.calls import EngineCall, NotStarted
 from paged_hf.model.paged_model import HFPagedModel
 
 _PATIENCE = 0.25  # of a step's time: how long the next step waits for callers that are choosing their tokens
-_LOOK_S = 5.0  # how often the thread looks for calls that were left behind, while it has nothing else to do
-_STUCK_S = 0.25  # how long those may keep all blocks from others before they have to give way
+_LOOK_S = 5.0  # how often the idle thread looks for abandoned calls
+_STUCK_S = 0.25  # how long choosing callers may hold all blocks before they are preempted
 
 
 class EngineHost(ThreadPolicy):
@@ -41,18 +41,18 @@ class EngineHost(ThreadPolicy):
         self._model = model
         self.config = config
         self._numbers = itertools.count()
-        self._here = threading.local()  # .caller: who calls in this thread
+        self._here = threading.local()  # .caller: the open call of this thread
         self._start_afresh()
-        self.thread = EngineThread("paged-generate", self)  # its holders are the open calls
+        self.thread = EngineThread("paged-generate", self)  # its holders: the open calls
 
     def _start_afresh(self) -> None:
-        # Between the beginning and the end of a generate() call; a forked child is inside the one that has forked.
+        # Callers between the beginning and the end of a generate() call; in a forked child, the call that forked.
         self._callers: set[object] = {caller for caller in [getattr(self._here, "caller", None)] if caller is not None}
         self._exiting = False
         # The thread's own while it runs:
         self.engine: Engine | None = None
         self._owners: dict[Request, EngineCall] = {}
-        self._choosing: set[EngineCall] = set()  # have logits, and are about to bring tokens
+        self._choosing: set[EngineCall] = set()  # have logits, and are choosing tokens
 
     # ---- callers -------------------------------------------------------------------------------------------------
 
@@ -63,7 +63,7 @@ class EngineHost(ThreadPolicy):
 
     @contextmanager
     def caller(self) -> Iterator[None]:
-        """Around whatever a caller's thread does for one generate() call."""
+        """Encloses everything that a caller's thread does for one generate() call."""
         if self._exiting and threading.current_thread().daemon:
             raise SystemExit("the interpreter is shutting down")
         caller, before = object(), getattr(self._here, "caller", None)
@@ -76,29 +76,29 @@ class EngineHost(ThreadPolicy):
             self._here.caller = before
 
     def open(self, call: EngineCall) -> None:
-        """Add the call's rows to the running batch. ``call.wait`` raises what stands in the way.
+        """Add the call's rows to the running batch. If that fails, ``call.wait`` raises.
 
         Raises:
-            NotStarted: no thread can be started; or the engine's own would wait for itself.
+            NotStarted: no thread can be started; or the engine's thread would wait for itself.
         """
         if self.thread.is_current:
             raise NotStarted("generate() was called by the model, inside a step of its own engine")
-        release_helper_threads()  # this thread waits from now on; the engine's computes
+        release_helper_threads()  # from now on this thread waits, and the engine's thread computes
         call.caller = getattr(self._here, "caller", None)
         try:
             with self.thread.lock():
                 self.thread.hold(call)
                 self.thread.post(partial(self._admit, call))
-        except (RuntimeError, EngineDeadError) as error:  # too many threads; or nobody gives the lock back
+        except (RuntimeError, EngineDeadError) as error:  # too many threads; or a lock is never released
             raise NotStarted(f"the engine has no thread: {error}") from error
 
     def post(self, call: EngineCall, command: Callable[[Engine], None]) -> None:
-        """Have ``command`` run between two steps. ``call.wait`` raises what it raises."""
+        """Run ``command`` between two steps. ``call.wait`` raises its exceptions."""
 
         def run() -> None:
             self._choosing.discard(call)
             try:
-                if call.engine is not None and call.engine is self.engine:  # else it has failed, and the call was told
+                if call.engine is not None and call.engine is self.engine:  # else the engine has failed
                     command(self.engine)
             except BaseException as error:  # whatever it is, the call waits for an answer
                 call.tell(error)
@@ -109,7 +109,7 @@ class EngineHost(ThreadPolicy):
         """Cancel what still runs of a call. If no other one is open, the thread has ended on return."""
         try:
             self._close(call)
-        except BaseException:  # an interrupt: whatever it has kept from being done is done now
+        except BaseException:  # an interrupt: do now what it has prevented
             self._close(call)
             raise
 
@@ -123,7 +123,7 @@ class EngineHost(ThreadPolicy):
             return not self.thread.running and (self.engine is None or self.engine.release_memory())
 
     def drop(self) -> None:
-        """Forget the engine, and all that was made for the model, unless calls are under way."""
+        """Drop the engine, and everything made for the model, unless calls are open."""
         with self.thread.lock():
             if not self.thread.running:
                 self.engine = None
@@ -131,11 +131,11 @@ class EngineHost(ThreadPolicy):
     # ---- in the engine's thread ----------------------------------------------------------------------------------
 
     def handed(self, call: EngineCall) -> None:
-        """The call has its logits: its tokens will come soon."""
+        """The call has its logits, and will soon bring its tokens."""
         self._choosing.add(call)
 
     def step(self) -> bool:
-        """One step, then a moment's patience for those who were handed logits. False: there was nothing to compute."""
+        """One step, then a short wait for the callers that got logits. False: there was nothing to compute."""
         engine = self.engine
         if engine is None or not engine.has_work:
             return False
@@ -144,11 +144,11 @@ class EngineHost(ThreadPolicy):
             self._owners[output.request].take(output)
         stats = engine.last_stats
         if stats is None or stats is before:
-            return False  # whoever could run lacks blocks, and those who have them are choosing
+            return False  # rows that could run lack blocks, and the rows that hold them are waiting for tokens
         until = time.monotonic() + _PATIENCE * stats.duration_s
         while self._choosing and (left := until - time.monotonic()) > 0:
             self.thread.carry_out_next(left)
-        self._choosing.clear()  # who is slower than that joins a later step
+        self._choosing.clear()  # slower callers join a later step
         return True
 
     @property
@@ -158,12 +158,12 @@ class EngineHost(ThreadPolicy):
     def idle(self) -> None:
         if self.engine is not None and self.engine.has_work:  # some calls keep all blocks from the others
             self.engine.preempt_held()
-        for call in list(self.thread.holders):  # is its caller gone? An exception struck it as it was about to close
+        for call in list(self.thread.holders):  # its caller may be gone, by an exception just before it closed the call
             if call.caller is not None and call.caller not in self._callers:
                 self.thread.leave(call, partial(self._end, call))
 
     def failed(self, error: BaseException) -> None:
-        """The engine is lost, and with it the calls that have rows there."""
+        """The engine has failed, and with it the calls that have rows there."""
         self.engine = None
         for call in set(self._owners.values()):
             call.tell(error)
@@ -201,7 +201,7 @@ class EngineHost(ThreadPolicy):
     def _end(self, call: EngineCall) -> None:
         self._choosing.discard(call)
         if call.engine is None or call.engine is not self.engine:
-            return  # it never entered, or went down with an engine that is no more
+            return  # it never entered, or its engine has failed
         for row in call.rows:
             self._owners.pop(row, None)
             self.engine.stop(row)
@@ -218,7 +218,7 @@ class EngineHost(ThreadPolicy):
             )
 
     def shut_down(self) -> None:
-        """Only daemon threads are left. SystemExit ends them without a word, as the interpreter itself will soon."""
+        """Only daemon threads are left. SystemExit ends them silently, as the interpreter itself will soon."""
         self._exiting = True
         deadline = time.monotonic() + 1
         while True:

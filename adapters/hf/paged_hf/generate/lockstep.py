@@ -1,10 +1,9 @@
-"""Stock's own decoding loop, with the model's calls answered by the engine.
+"""Stock's own decoding loop, with the engine in place of the model. The loop runs in the caller's thread and chooses
+the tokens, so processors, criteria, draws and scores are exactly stock's. Its rows are a lockstep group of the engine's
+batch: after each step they are held until the loop brings
+their next tokens. A beam step names the rows that they continue: a fork.
 
-The loop runs in the caller's thread and chooses the tokens, so processors, criteria, draws and scores are stock's to
-the letter. Its rows are a lockstep group of the engine's batch: after each step they are held until the loop brings
-their next tokens. A beam step tells which rows they continue from: a fork.
-
-This file knows stock's loops by what they call: the model, and ``reorder_cache`` of its cache.
+Of stock's loops, this file knows only what they call: the model, and ``reorder_cache`` of its cache.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class LockstepCall(EngineCall, TokenSelector):
         self._prompts = prompts
         self._max_tokens = max_tokens
         self._ids: list[int] = []
-        self.num_blocks = self.num_blocks_shared = 0  # as of the latest step: used, and saved by sharing them
+        self.num_blocks = self.num_blocks_shared = 0  # in the latest step: used, and saved by sharing
 
     def enter(self, engine: Engine, name: str) -> list[Request]:
         check_length(engine, self._prompts, self._max_tokens)
@@ -63,7 +62,7 @@ class LockstepCall(EngineCall, TokenSelector):
         return engine.add_group(name, prompts, params, selector=self)
 
     def _borrow(self, prompts: Sequence[Tensor]) -> Sequence[Sequence[int]]:
-        """Ids for embeddings; rows that follow one another and are equal (beams, samples) get the same."""
+        """Ids for embeddings; equal consecutive rows (beams, samples) get the same ids."""
         made: list[list[int]] = []
         own = self._host.paged_model.embedding_dtype
         if prompts[0].dtype != own:
@@ -75,7 +74,7 @@ class LockstepCall(EngineCall, TokenSelector):
                     self._ids += ids
                 made.append(ids)
         except UnsupportedModel as error:
-            raise NotStarted(str(error)) from None  # of this call, not of the model
+            raise NotStarted(str(error)) from None  # because of this call, not of the model
         return made
 
     def leave(self) -> None:
@@ -100,7 +99,7 @@ class LockstepCall(EngineCall, TokenSelector):
 
 
 class EngineRows(DynamicCache):  # type: ignore[misc]
-    """What stock's loop takes for the K/V cache of its call: rows of the engine's batch, not tensors."""
+    """Takes the place of the K/V cache in stock's loop: rows of the engine's batch instead of tensors."""
 
     def __init__(self, host: EngineHost, prompts: Sequence[Any], width: int, max_tokens: int) -> None:
         super().__init__()
@@ -111,7 +110,7 @@ class EngineRows(DynamicCache):  # type: ignore[misc]
         self._num_steps = 0
         self._logits: Tensor  # of the latest step
         self._parents: list[int] | None = None
-        self.ended: Tensor | None = None  # bool [B]: rows whose logits nobody will look at any more
+        self.ended: Tensor | None = None  # bool [B]: rows whose logits are no longer needed
 
     def forward(self, next_ids: Tensor | None) -> Tensor:
         """``next_ids i64 [B]``, ignored the first time: the prompts are known. ``-> logits [B, 1, vocab]``"""
@@ -121,7 +120,7 @@ class EngineRows(DynamicCache):  # type: ignore[misc]
             assert next_ids is not None
             tokens, parents = next_ids.tolist(), self._parents
             ended = self.ended.tolist() if self.ended is not None else [False] * self._num_rows
-            if all(ended):  # a loop that looks at its criteria a step late: nobody will see these logits
+            if all(ended):  # a loop that checks its criteria one step late: these logits are never used
                 return self._logits.new_zeros(self._num_rows, 1, self._logits.shape[-1])
             self._host.post(self._call, lambda engine: self._resume(engine, tokens, parents, ended))
         self._parents = None
@@ -156,7 +155,7 @@ class EngineRows(DynamicCache):  # type: ignore[misc]
 
     @property
     def num_blocks(self) -> tuple[int, int]:
-        """K/V blocks that the rows had in their latest step, and those that sharing has saved."""
+        """K/V blocks that the rows used in their latest step, and blocks saved by sharing."""
         return self._call.num_blocks, self._call.num_blocks_shared
 
     def read(self, rows: Sequence[int]) -> list[list[tuple[Tensor, Tensor]]]:
@@ -166,7 +165,7 @@ class EngineRows(DynamicCache):  # type: ignore[misc]
             requests = [self._call.rows[i] for i in rows]
             if all(request.num_computed == len(request.tokens) for request in requests):
                 self._call.tell([engine.read_kv(request) for request in requests])
-            else:  # they were preempted: once they are computed again, logits are told as after every step
+            else:  # they were preempted: after they are computed again, their logits come as after every step
                 engine.recompute(self._call.rows)
 
         while True:
@@ -206,7 +205,7 @@ class EngineRows(DynamicCache):  # type: ignore[misc]
 
 
 class Ended(StoppingCriteriaList):  # type: ignore[misc]
-    """The call's criteria, telling ``rows`` which of them have ended."""
+    """The call's criteria; also tells ``rows`` which of them have ended."""
 
     def __init__(self, criteria: StoppingCriteriaList, rows: EngineRows) -> None:
         super().__init__(criteria)
@@ -219,7 +218,7 @@ class Ended(StoppingCriteriaList):  # type: ignore[misc]
 
 
 def twin(model: Any, rows: EngineRows) -> Any:
-    """The model, its calls answered by the engine."""
+    """The model, with the engine answering its calls."""
     kind: type = type(model)
     return twins.twin(model, _answered(kind), rows)
 
@@ -239,8 +238,8 @@ def _answered(kind: type) -> type:
 
 
 def keeps_stocks_kv(model: Any, host: EngineHost) -> bool:
-    """Whether our blocks hold what the model puts into stock's cache. Attention may see something else: latents are
-    kept small, layers share K/V or attend twice.
+    """Whether our blocks hold what the model puts into stock's cache. Attention may see something else: compressed
+    latents, layers that share K/V or attend twice.
 
     Raises:
         NotStarted: the engine can't run the model.

@@ -1,7 +1,7 @@
 """Stock's generate() with our decoding loops in it.
 
 Stock merges, validates and prepares everything, then calls ``type(self)._sample`` (or ``_beam_search``, ...). Here
-``self`` is the user's model under a class of ours, whose loops hand the prepared call to whoever is to answer it.
+``self`` is the user's model under a class of ours, whose loops pass the prepared call to a LoopHandler.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from paged_hf.generate.prepared import Prepared
 
 
 class LoopHandler(Protocol):
-    """Who answers the calls of stock's decoding loops."""
+    """Answers the calls of stock's decoding loops."""
 
     model: Any  # whose calls they are
 
     def answer(self, call: Prepared) -> Any:
-        """What the loop is to return."""
+        """What the loop returns."""
 
 
 def twin(model: Any, handler: LoopHandler) -> Any:

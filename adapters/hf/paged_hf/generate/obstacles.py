@@ -1,8 +1,9 @@
-"""What stands in the way of a prepared call: rules, each of which looks at one thing.
+"""Rules for prepared calls: each looks for one obstacle.
 
 A rule returns the reason why a tier can't answer the call exactly as stock does, or None. The first line of its
-docstring says when that is, for docs/generate.md. decide.py has the rules in their order, which some rely on: what an
-earlier one has refused never reaches them. Stock has prepared everything by then: nothing here repeats its rules.
+docstring says when that is, for docs/generate.md. decide.py has the rules in their order. Some rely on it: they never
+see a call that an earlier rule refuses. Stock has prepared and validated the call by then, so nothing here repeats its
+rules.
 """
 
 from __future__ import annotations

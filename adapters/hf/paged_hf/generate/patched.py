@@ -1,7 +1,7 @@
 """``model.generate = paged_generate(model)``: stock's generate() on paged memory, concurrent callers batched together.
 
-This file is the object that stands in for the method: patching, giving the original back, copying, pickling. What a
-call means is stock's business, and which way it takes is decided in decide.py.
+This file has the object that replaces the method: patching, restoring the original, copying, pickling. Stock interprets
+the call, and decide.py chooses its tier.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ from paged_hf.generate.tiers import Tiers
 
 _log = logging.getLogger("paged_hf")
 _MAX_NUM_SEQS = 256  # rows of all calls that run at once
-_SLAB_BYTES = 64 << 20  # K/V memory that is taken at a time
-_GPU_SLAB_BYTES = 1 << 30  # there each growth also costs the CUDA graphs, which are captured anew
+_SLAB_BYTES = 64 << 20  # bytes by which the K/V cache grows
+_GPU_SLAB_BYTES = 1 << 30  # there each growth also drops the CUDA graphs, which are captured again
 _MISSING = object()
 
 
 class PagedGenerate:
-    """Stands in for one model's ``generate``; made by ``paged_generate``.
-
-    As a context manager it patches the model on entry, and gives it back what it had at the end.
+    """Replaces one model's ``generate``; made by ``paged_generate``. As a context manager it patches the model on
+    entry, and restores it on exit.
     """
 
     def __init__(self, model: Any, kv_cache_memory: int | None = None, over_budget: str = "stock") -> None:
@@ -48,7 +47,7 @@ class PagedGenerate:
         self.config = EngineConfig(kv_cache_bytes=kv_cache_memory, kv_cache_slab_bytes=slab, max_num_seqs=_MAX_NUM_SEQS)
         self.tiers = Tiers(model, EngineHost(model, self.config), strict_memory=over_budget == "raise")
         self._here = threading.local()  # .paused: calls of this thread go to stock
-        self._before: list[Any] = []  # what the model had at each entry
+        self._before: list[Any] = []  # what the model had at each entry, to restore it
         for name in functools.WRAPPER_ASSIGNMENTS:
             setattr(self, name, getattr(self.stock, name))
         self.__signature__ = inspect.signature(self.stock)
@@ -60,10 +59,10 @@ class PagedGenerate:
 
     @property
     def inner(self) -> PagedGenerate:
-        """Which stand-in has the tiers: that of the transformers model itself."""
+        """The replacement that has the tiers: that of the transformers model itself."""
         return self
 
-    # What a bound method has: people call ``model.generate.__wrapped__(model, ...)`` for the gradients.
+    # Attributes of a bound method: users call ``model.generate.__wrapped__(model, ...)`` for the gradients.
 
     @property
     def __self__(self) -> Any:
@@ -115,12 +114,12 @@ class PagedGenerate:
 
     @property
     def sizes(self) -> EngineSizes | None:
-        """What became of ``config``; None until a call has needed the engine."""
+        """The sizes that result from ``config``; None until a call has needed the engine."""
         engine = self.tiers.host.engine
         return engine.sizes if engine is not None else None
 
     def release(self) -> bool:
-        """Give back the K/V memory; the next call takes it anew. False: calls are under way, and nothing was done."""
+        """Free the K/V memory; the next call allocates it again. False: calls are open, and nothing was done."""
         return self.tiers.host.release()
 
     def __enter__(self) -> PagedGenerate:
@@ -140,7 +139,7 @@ class PagedGenerate:
         self.tiers.host.drop()
 
     def __reduce__(self) -> Any:
-        """A copied or loaded model gets a stand-in of its own, with an engine of its own."""
+        """A copied or loaded model gets its own replacement, with its own engine."""
         return (
             type(self),
             (self.model, self.kv_cache_memory, self.over_budget),
@@ -155,11 +154,11 @@ class PagedGenerate:
 
 
 class PagedPart(PagedGenerate):
-    """For the transformers model inside a PEFT model: paged when the PEFT model's stand-in calls it, else stock."""
+    """For the transformers model inside a PEFT model: paged if the patched PEFT model calls it, else stock."""
 
     @contextmanager
     def called(self) -> Iterator[None]:
-        """Calls of this thread come from the stand-in, inside the ``with`` block."""
+        """Inside the ``with`` block, calls of this thread come from the patched PEFT model."""
         self._here.called = True
         try:
             yield
@@ -171,7 +170,8 @@ class PagedPart(PagedGenerate):
 
 
 class PagedWrapper(PagedGenerate):
-    """For a PEFT model: its own ``generate`` runs, and calls the paged one of the transformers model inside."""
+    """For a PEFT model: its own ``generate`` runs, and calls the paged ``generate`` of the transformers model
+    inside."""
 
     @property
     def inner(self) -> PagedPart:
@@ -214,22 +214,22 @@ def paged_generate(
     check: bool = True,
     strict: bool = False,
 ) -> PagedGenerate:
-    """A stand-in for ``model.generate``: the same arguments, the same answers, from paged K/V memory.
+    """A replacement for ``model.generate``: the same arguments and answers, from paged K/V memory.
 
     ``model.generate = paged_generate(model)`` is the whole integration. Any number of threads may call it at once.
 
     Args:
         model: a transformers model for causal language modelling, or a PEFT model of one.
-        kv_cache_memory: bytes that K/V may take at most; None: a quarter of the device's free memory, at most 4 GiB.
-        over_budget: what becomes of a call that needs more: "stock" (with a warning) or "raise".
-        check: compare every way of answering with stock first, on a few tokens, and drop those that differ. A warning
-            tells if not even plain greedy calls will run on the engine.
-        strict: raise in place of that warning.
+        kv_cache_memory: most bytes of K/V; None: a quarter of the device's free memory, at most 4 GiB.
+        over_budget: what to do with a call that needs more: "stock" (with a warning) or "raise".
+        check: compare each tier with stock on a few tokens first, and drop a tier that differs. Warn if not even plain
+        greedy calls will run on the engine.
+        strict: raise instead of that warning.
 
     Raises:
         TypeError: the model has no ``generate``.
-        ValueError: ``over_budget`` is neither, or ``strict`` is asked for without ``check``.
-        UnsupportedModel: plain greedy calls won't run on the engine, and ``strict`` is asked for.
+        ValueError: ``over_budget`` is neither of these, or ``strict`` is set without ``check``.
+        UnsupportedModel: plain greedy calls won't run on the engine, and ``strict`` is set.
     """
     if over_budget not in ("stock", "raise"):
         raise ValueError(f"over_budget is {over_budget!r}; use 'stock' or 'raise'")
@@ -254,7 +254,8 @@ def paged_generate(
 
 
 def _standing_in_already(model: Any, kv_cache_memory: int | None, over_budget: str) -> PagedGenerate | None:
-    """What stands in for this model's generate with these settings; one with other settings gives its memory back."""
+    """The existing replacement of this model's generate with these settings; one with other settings frees its
+    memory."""
     before = vars(model).get("generate")
     if not isinstance(before, PagedGenerate) or isinstance(before, PagedPart) or before.model is not model:
         return None

@@ -1,7 +1,7 @@
 """Prepared: a generate() call as stock has prepared it for one of its decoding loops.
 
-Stock has merged the configuration, validated, built processors and criteria, and expanded rows to beams. Nothing here
-decides anything.
+Stock has merged the configuration, validated it, built processors and criteria, and expanded rows to beams. Nothing
+here decides.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Prepared:
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
-        """What goes to the model, where a value is given, but for token ids and the cache."""
+        """What is passed to the model, except token ids, the cache, and values that are None."""
         rest = upstream.without_cache(self.rest)
         return {name: value for name, value in rest.items() if name not in _LOOP_ARGUMENTS and _given(value)}
 
@@ -79,7 +79,7 @@ class Prepared:
 
     @property
     def mask(self) -> Tensor | None:
-        """``[B,L]``, as are the prompts, unless the caller's is odd."""
+        """``[B,L]`` as the prompts, unless the caller passed another shape."""
         return self.rest.get("attention_mask")
 
     @property
@@ -96,14 +96,14 @@ class Prepared:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's first parameter is: what ``model.device`` says, in a fraction of the time."""
+        """Where the model's first parameter is: the same as ``model.device``, but faster."""
         first = (weight for module in self.modules for weight in module._parameters.values() if weight is not None)
         found = next(first, None)
         return self.input_ids.device if found is None else found.device
 
     @cached_property
     def modules(self) -> list[nn.Module]:
-        """All modules of the model. One in two places may come twice."""
+        """All modules of the model. A module in two places may come twice."""
         return modules_of(self.model)
 
 

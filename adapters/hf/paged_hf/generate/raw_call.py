@@ -1,8 +1,7 @@
-"""RawCall: a generate() call as its caller has written it, and what sends it to stock before stock has looked at it.
-
-Each rule looks at one thing. It returns a reason, or None: nothing is in the way. The first line of its docstring says
-when that is, for docs/generate.md. Here is what stock would refuse or do otherwise if it saw us; what can wait until
-stock has prepared the call stands in obstacles.py.
+"""RawCall: a generate() call as its caller has written it, and the rules that send it to stock at once. Each rule looks
+for one obstacle and returns a reason, or None. The first line of its docstring says
+when that is, for docs/generate.md. The rules here concern cases that stock would refuse or handle differently if it saw
+our class; all others can wait until stock has prepared the call, and are in obstacles.py.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ class RawCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     as_stock: bool  # whether as_stock() is in force
-    by_wrapper: bool = True  # whether the one who is patched calls, and not a part of it by itself
+    by_wrapper: bool = True  # whether the patched model makes the call, and not a model inside it
 
     @functools.cached_property
     def given(self) -> Mapping[str, Any] | None:
-        """By their names; None: they fit into no call."""
+        """The arguments by name; None: they don't fit ``generate``."""
         kind: type = type(self.model)
         try:
             found = _signature(kind).bind_partial(self.model, *self.args, **self.kwargs).arguments

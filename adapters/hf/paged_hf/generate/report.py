@@ -1,4 +1,4 @@
-"""Which way a generate() call took, and why it could not take a better one."""
+"""Report: which tier ran a generate() call, and why not a better one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Report:
     """How one call was answered.
 
     ``native``: rows ran in the engine's batch, on its paged K/V. ``cache``: stock's loop ran the user's model over a
-    Cache that keeps K/V in blocks. ``stock``: nothing of ours had a part in it.
+    Cache that keeps K/V in blocks. ``stock``: nothing of ours was involved.
     """
 
     tier: Tier
@@ -48,7 +48,7 @@ def note(report: Report) -> None:
 
 
 def warn_once(message: str) -> None:
-    """Log a warning, unless the same was said before: with other numbers, perhaps."""
+    """Log a warning, unless the same was logged before, even with other numbers."""
     kind = re.sub(r"\d+", "N", message)
     if kind not in _warned and not getattr(_latest, "trying", False):
         _warned.add(kind)
@@ -62,7 +62,7 @@ def forget() -> None:
 
 @contextmanager
 def trying() -> Iterator[None]:
-    """Calls inside are nobody's: no warning, and no report afterwards."""
+    """Calls inside are our own trials: they warn about nothing and leave no report."""
     before = last_report()
     _latest.trying = True
     try:

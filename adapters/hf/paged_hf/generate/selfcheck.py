@@ -1,9 +1,9 @@
-"""Before a model is patched: each tier answers a few tokens beside stock. A tier that differs is not used.
+"""The self-check before a model is patched: each tier and stock answer a few tokens. A tier that differs is not used.
 
-All are led through the same tokens, so that every step can be compared. Stock's own answer shows on its way whether
-its cache and the paged one hold the same to the bit: only if they don't, the cache tier is asked by itself. Where
-weights have 16 bits, both stock and ours are held against a float32 reading of the same weights: rounding can't be told
-from a mistake by their distance alone.
+All are forced through the same tokens, so that every step can be compared. Stock's own run also shows whether its cache
+and the paged cache hold the same bits; only if they don't, the cache tier is run separately. With 16-bit weights, both
+stock and ours are compared with a float32 reading of the same weights, because their distance alone can't tell rounding
+from a mistake.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from paged_hf.model.rounding import allowed_beside, difference, narrow_dtype, re
 
 _log = logging.getLogger("paged_hf")
 _NUM_NEW = 3
-_NUM_TRIES = 3  # questions that a tier must get wrong: where experts are chosen, rounding may choose others
+_NUM_TRIES = 3  # questions that a tier must get wrong to be dropped: rounding may choose other experts
 _KEPT_SETTINGS = ("pad_token_id", "bos_token_id", "decoder_start_token_id")
-_LONGEST = 64  # windows up to here are outgrown by the longer prompt
+_LONGEST = 64  # the longer prompt exceeds windows up to this size
 
 
 def run(tiers: Tiers) -> str | None:
@@ -65,7 +65,7 @@ def run(tiers: Tiers) -> str | None:
 
 
 def _obstacle(tiers: Tiers, model: nn.Module, question: _Question) -> str | None:
-    """Why a call that asks for nothing but tokens isn't answered natively: what a release passes to its loops, say."""
+    """Why a plain call isn't answered natively: a release may pass something unknown to its loops."""
     forget()
     alone = Tiers(model, tiers.host, strict_memory=False)
     alone.dropped = dict(tiers.dropped)
@@ -88,7 +88,7 @@ class _Beside:
         self.same = False
         try:
             return question.put_to(loops.twin(self.model, self))
-        except Exception:  # stock itself will say whether that is its own failure
+        except Exception:  # stock's own run will show whether the failure is stock's
             self.same = False
             return question.put_to(self.model)
 
@@ -120,24 +120,24 @@ def _try(tiers: Tiers, model: Any, tier: Tier, ask: Callable[[int], _StockAnswer
             why = f"it fails on a plain prompt: {error!r}"
             break
         report = last_report()
-        if tier in alone.dropped:  # it has found out by itself that it can't
+        if tier in alone.dropped:  # the tier itself has refused the model
             tiers.refuse(tier, alone.dropped[tier])
             return
         why = trial.fault(got) if report is not None and report.tier == tier else None
         if why is None:
             return
     tiers.dropped[tier] = f"self-check: {why}"
-    if tier != "native":  # of which the caller will tell
+    if tier != "native":  # for which the caller warns
         _log.warning("paged_generate won't use the %s tier for %s: %s", tier, type(tiers.model).__name__, why)
 
 
 @dataclass(frozen=True)
 class _StockAnswer:
-    """A question, and what stock answers."""
+    """A question, and stock's answer."""
 
     question: _Question
     expected: Tensor  # [steps, rows, vocab]
-    exact: Tensor | None  # the same, computed in float32, where that is another thing
+    exact: Tensor | None  # the same in float32; None if the weights are float32 already
     dtype: torch.dtype  # of the weights, or the coarsest of them
 
     @classmethod
@@ -148,7 +148,7 @@ class _StockAnswer:
         return cls(question, expected, exact, narrow or expected.dtype)
 
     def fault(self, got: Tensor) -> str | None:
-        """What is wrong with logits ``got [steps, rows, vocab]``."""
+        """What is wrong with the logits ``got [steps, rows, vocab]``."""
         if self.exact is None:
             error, allowed = _distances(got, self.expected).max().item(), tolerance(self.dtype)
             return None if error <= allowed else f"its logits differ from stock's by {error:.2g} of their deviation"
@@ -165,7 +165,7 @@ class _StockAnswer:
 
 @dataclass(frozen=True)
 class _Question:
-    """Two prompts, and how their answers go on whatever the logits say."""
+    """Two prompts, and the fixed tokens of their answers, whatever the logits are."""
 
     ids: Tensor  # i64 [2, L]; the second row is half as long
     mask: Tensor  # i64 [2, L]
@@ -185,7 +185,7 @@ class _Question:
 
     def put_to(self, seen: Any, use_cache: bool = True) -> Tensor:
         """Logits ``[steps, rows, vocab]`` of the model, or of a twin of it. The engine always has a cache, and which
-        one comes back is not of interest."""
+        one comes back does not matter."""
         output = type(seen).generate(
             seen,
             self.ids,
@@ -201,14 +201,14 @@ class _Question:
         return torch.stack(output.logits)
 
     def put_plainly_to(self, seen: Any) -> None:
-        """Which way the call takes is of interest, not its answer: a few tokens do."""
+        """Only the tier that runs the call matters, not its answer, so a few tokens are enough."""
         ids, mask = self.ids[:, -2:], torch.ones_like(self.mask[:, -2:])
         mask[1, 0] = 0
         type(seen).generate(seen, ids, attention_mask=mask, max_new_tokens=1, do_sample=False, num_beams=1)
 
 
 class _Leading(LogitsProcessor):  # type: ignore[misc]
-    """Has each row say what it is told to."""
+    """Forces each row to its fixed tokens."""
 
     def __init__(self, answers: Tensor) -> None:
         self._next = iter(answers.T)
@@ -219,7 +219,7 @@ class _Leading(LogitsProcessor):  # type: ignore[misc]
 
 
 def _distances(got: Tensor, want: Tensor) -> Tensor:
-    """``f32 [steps, rows]``: how far apart their logits are."""
+    """``f32 [steps, rows]``: the distance of their logits."""
     return torch.tensor([[difference(*row) for row in zip(*step, strict=True)] for step in zip(got, want, strict=True)])
 
 

@@ -1,5 +1,5 @@
-"""The tiers of one patched model, and what is known of them: a call is decided upon, carried out, and decided upon
-anew if that turns out to be impossible."""
+"""The tiers of one patched model: a call's tier is chosen and runs the call, and another one is chosen if that turns
+out to be impossible."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from paged_hf.model.watch import WatchedModules
 
 
 class Tiers:
-    """How one patched model answers. ``dropped``: tiers that aren't used, and why. ``refused``: those of them that only
-    the model as it was stood in the way of."""
+    """How one patched model answers. ``dropped``: tiers that aren't used, and why. ``refused``: those of them that may
+    work again once the model has changed."""
 
     def __init__(self, model: Any, host: EngineHost, *, strict_memory: bool) -> None:
         self.model = model
@@ -35,7 +35,7 @@ class Tiers:
         """What stock's loop would return for a call of this model.
 
         Raises:
-            InvalidRequestError, ConfigError: it is larger than the K/V budget, and ``strict_memory`` was asked for.
+            InvalidRequestError, ConfigError: it is larger than the K/V budget, and ``strict_memory`` is set.
         """
         self._reconsider()
         decision = decide(call, self.dropped)
@@ -49,7 +49,8 @@ class Tiers:
         return carry_out(decision, call, self.host)
 
     def found_wanting(self) -> dict[Tier, str]:
-        """Tiers that the self-check has dropped, and why: those that refuse the model will do so again."""
+        """Tiers that the self-check has dropped, and why; a tier that refuses the model is not among them, since it
+        will refuse it again."""
         refused = self.refused.tiers if self.refused is not None else set()
         return {tier: why for tier, why in self.dropped.items() if tier not in refused}
 
@@ -60,7 +61,7 @@ class Tiers:
         self.dropped[tier], self.refused = why, refused
 
     def _instead(self, decision: Native | OverBlocks, call: Prepared, failure: NotStarted) -> Decision:
-        """What else may answer a call for which ``decision`` couldn't be carried out."""
+        """The next choice for a call for which ``decision`` couldn't be carried out."""
         cause = failure.__cause__
         reason = str(failure) or str(cause)
         if isinstance(cause, (InvalidRequestError, ConfigError)):
@@ -78,7 +79,7 @@ class Tiers:
         return decide(call, {**self.dropped, **found})
 
     def _reconsider(self) -> None:
-        """Tiers that have refused the model may take it as it is now."""
+        """Let tiers try again that had refused the model before it changed."""
         refused = self.refused
         if refused is not None and refused.outdated():
             self.refused = None
@@ -86,7 +87,8 @@ class Tiers:
                 self.dropped.pop(tier, None)
 
     def _refuse_foreign_kv(self, call: Prepared) -> None:
-        """Only the engine can tell: it runs the model for it, once."""
+        """Raise NotStarted for a call that returns its cache, if stock's cache would hold something else than our
+        blocks. Only the engine can tell: it runs the model once."""
         if not call.returns_cache:
             return
         if self._alike is None:
@@ -96,7 +98,7 @@ class Tiers:
 
 
 class Refused:
-    """Tiers that can't run the model, as it was then."""
+    """Tiers that can't run the model in its state at that time."""
 
     def __init__(self, model: Any) -> None:
         self.tiers: set[Tier] = set()

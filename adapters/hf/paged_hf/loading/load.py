@@ -1,7 +1,7 @@
 """From what a user names to a model and its tokenizer: a live object, a folder, a hub id, a GGUF file, "smollm2".
 
-Nothing is executed that came with the weights unless the caller asks for it: pickled weights and a repository's own
-code are refused by default.
+Code that comes with the weights never runs unless the caller asks for it: pickled weights and a repository's own code
+are refused by default.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from paged_hf.model.split_model import SplitPagedModel
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DTYPES = ("float32", "bfloat16", "float16")
-_UNREADABLE = (OSError, ValueError, SafetensorError, struct.error)  # the last two: a file that is cut or garbage
+_UNREADABLE = (OSError, ValueError, SafetensorError, struct.error)  # the last two: a truncated or invalid file
 _log = logging.getLogger("paged_hf")
 
 
@@ -43,10 +43,10 @@ def load_model(
     allow_pickle: bool = False,
     ranks: Ranks | None = None,
 ) -> HFPagedModel | None:
-    """The model that ``source`` names, or this rank's shard of it; None if it names none of ours.
+    """The model that ``source`` names, or this rank's shard of it; None if ``source`` is not for transformers.
 
     Raises:
-        ConfigError: it can't be loaded as asked.
+        ConfigError: the model can't be loaded as asked.
         UnsupportedModel: it can't run on paged memory.
     """
     if isinstance(source, nn.Module):
@@ -99,9 +99,9 @@ def load_tokenizer(source: Any, *, trust_remote_code: bool = False) -> Any | Non
     _announce(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:  # what a broken tokenizer.json raises has no other class
+    except Exception as error:  # a broken tokenizer.json raises a plain Exception
         if isinstance(folder, Path) and not any(folder.glob("*token*")) and not options:
-            return None  # a folder of weights alone
+            return None  # a folder with weights only
         raise ConfigError(_why_not(f"the tokenizer of {source}", folder, error)) from error
 
 
@@ -140,7 +140,7 @@ def _named_in_errors(source: Any) -> Iterator[None]:
 
 
 def _live(model: nn.Module, device: str | None, dtype: str | None) -> HFPagedModel:
-    """The user's own object: it is never moved or cast behind his back."""
+    """The user's own model object, which is never moved or cast."""
     parameter = next(model.parameters())
     wanted = _dtype(dtype)
     places = (None, "auto", parameter.device.type, str(parameter.device))
@@ -153,7 +153,7 @@ def _live(model: nn.Module, device: str | None, dtype: str | None) -> HFPagedMod
 
 
 def _place(source: Any) -> tuple[Path | str, dict[str, Any]] | None:
-    """Where transformers is to look, and the options it needs for that."""
+    """The place from which transformers loads, and the options for it."""
     if source == embedded.NAME and not Path(source).exists():
         return embedded.embedded_folder(), {}
     if not isinstance(source, (str, Path)):
@@ -169,7 +169,7 @@ def _place(source: Any) -> tuple[Path | str, dict[str, Any]] | None:
 
 
 def _announce(folder: Path | str) -> None:
-    """The hub may take minutes, and without a network to say that it isn't there: its user is told what goes on."""
+    """Log what is going on, because the hub may take minutes, even to find out that there is no network."""
     if isinstance(folder, Path) or HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(folder, "config.json"), str):
         return
     _log.warning("no folder called %s is here: asking the Hugging Face hub for it", folder)
@@ -181,7 +181,7 @@ def _why_not(what: Any, folder: Path | str, error: Exception) -> str:
             f"{what} brings its own code, which isn't run; if you trust it, load it yourself with "
             "trust_remote_code=True, and give the model in place of its name"
         )
-    told = str(error).strip().split("\n", 1)[0]  # the other lines list each class that there is, or retell the manual
+    told = str(error).strip().split("\n", 1)[0]  # the other lines list all classes, or repeat the manual
     taken = "" if isinstance(folder, Path) else " (no such folder is here, so it was taken for a hub id)"
     return f"{what} can't be loaded: {told}{taken}"
 
@@ -199,7 +199,7 @@ def _refuse_pickle(folder: Path | str, options: dict[str, Any]) -> None:
 
 
 def _check_device(device: str) -> None:
-    """Raises ConfigError for one that torch doesn't know or doesn't have, before anything is loaded."""
+    """Raise ConfigError, before anything is loaded, for a device that torch doesn't know or have."""
     if device == "auto":
         return
     try:

@@ -1,8 +1,8 @@
 """One rank's shard of a transformers model, by the model's own tp_plan: each rank reads only what it keeps.
 
-transformers loads the shard and says what ranks do together before and after each module. Linear layers, embeddings and
-norms are then written down more plainly, over ordinary tensors, so that whatever knows linear layers (packed products,
-fused decoder layers) knows a shard's too. What isn't known here stays as transformers has it.
+transformers loads the shard, and tells what ranks do together before and after each module. Linear layers, embeddings
+and norms are then replaced by plain modules over ordinary tensors, so that packed products and fused decoder layers
+recognise them. Other modules stay as transformers made them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def load_shard(
     """This rank's shard of the model in ``folder``; ``what``: as its user calls it.
 
     Raises:
-        ConfigError: it can't be split over so many ranks, or there aren't devices enough.
+        ConfigError: it can't be split over so many ranks, or there are too few devices.
     """
     options = _plan(what, folder, trust_remote_code, ranks.size)
     place = _place(device, ranks)
@@ -46,7 +46,7 @@ def load_shard(
 
 
 def _plan(what: Any, folder: Path | str, trust_remote_code: bool, size: int) -> dict[str, Any]:
-    """How transformers is told to split it."""
+    """The arguments with which transformers splits it."""
     if not upstream.can_split():
         raise ConfigError(
             f"tensor_parallel_size is {size}, and this transformers ({transformers.__version__}) can't split "
@@ -74,7 +74,7 @@ def _plan(what: Any, folder: Path | str, trust_remote_code: bool, size: int) -> 
 
 
 def _place(device: str | None, ranks: Ranks) -> torch.device:
-    """Where this rank computes: transformers spreads ranks over the accelerators, if there are any."""
+    """The device of this rank: transformers spreads ranks over the accelerators, if there are any."""
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     found = "cpu" if kind is None else kind.type
     if device not in (None, "auto", found):
@@ -96,7 +96,7 @@ def _place(device: str | None, ranks: Ranks) -> torch.device:
 
 
 def _write_down(model: nn.Module, ranks: Ranks) -> None:
-    """In place: nobody else has the model yet."""
+    """Replace modules in place, since nobody else has the model yet."""
     styles = upstream.styles(model)
     local = _Local()
     for name, module in list(model.named_modules()):
@@ -144,10 +144,10 @@ def _linear(module: nn.Linear, style: Style, ranks: Ranks, local: _Local) -> nn.
 
 
 def _embedding(module: nn.Embedding, ranks: Ranks, local: _Local) -> None:
-    """Each rank looks up what it has of the vocabulary."""
+    """Each rank looks up its part of the vocabulary."""
     whole = module.num_embeddings
     local.take(module)
-    module.padding_idx = None  # it matters in training only, and may be another rank's
+    module.padding_idx = None  # it matters in training only, and may belong to another rank
     first = ranks.rank * -(-whole // ranks.size)
     module.forward = partial(_looked_up, module, first, ranks.add_up)  # type: ignore[method-assign]
 

@@ -1,8 +1,8 @@
 """Where transformers' attention meets paged_core's: functions in transformers' registry of implementations.
 
-``attend`` travels as a keyword argument of the forward pass. Some models' layers don't hand keyword arguments on: for
-them each module of the twin carries the step under way too. Nothing is global but the names of the implementations, so
-that two engines in two threads never meet.
+``attend`` is passed as a keyword argument of the forward pass. Some models' layers don't pass keyword arguments on; for
+them each module of the twin also holds the current step. Only the names of the implementations are global, so two
+engines in two threads never interfere.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from paged_core import Attend
 PAGED = "paged_core"
 PROBE = "paged_core_probe"
 PROBE_WITH_MASKS = "paged_core_probe_with_masks"
-UNDER_WAY = "_paged_core_step"  # attribute of every twin: a list of one, the CountedAttend of the pass under way
+UNDER_WAY = "_paged_core_step"  # attribute of every twin: a list with the CountedAttend of the current pass
 
 
 class CountedAttend:
@@ -35,20 +35,20 @@ class CountedAttend:
     def record(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, facts: dict[str, Any]
     ) -> None:
-        """Told of each attention call, with all that it brings, while a model is taken in."""
+        """Called for each attention call, with all its arguments, while the probe examines a model."""
 
     def replay_key(self) -> Hashable | None:
-        """As AttentionBackend has it, for the layers from here on."""
+        """As AttentionBackend's, for the next layers."""
         ask = getattr(self.attend, "replay_key", None)
         key = None if ask is None else ask()
         return None if key is None else (self.layer, key)
 
     def skip(self, num_layers: int) -> None:
-        """Their launches have been made without a call."""
+        """Count layers whose launches were repeated without a call."""
         self.layer += num_layers
 
     def rewind(self) -> None:
-        """The pass begins anew."""
+        """The forward pass starts again."""
         self.layer = 0
 
     def __call__(
@@ -71,7 +71,7 @@ def _paged_attention(
     attend: CountedAttend | None = None,
     s_aux: Tensor | None = None,  # [H]
     key_bias: Tensor | None = None,  # f32 [H,P]
-    **facts: Any,  # seen and judged by the probe, when the model was taken in
+    **facts: Any,  # checked by the probe when it examined the model
 ) -> tuple[Tensor, None]:
     if attend is None:
         attend = getattr(module, UNDER_WAY)[0]
@@ -110,13 +110,13 @@ def attend_through(
 
 
 def _mask_with_its_rule(q_length: int, kv_length: int, mask_function: Any, **_: Any) -> Tensor:
-    """An empty mask that carries the rule a real one would have been made from."""
+    """An empty mask that carries the rule from which a real mask would have been made."""
     mask = torch.zeros(1, 1, q_length, kv_length, dtype=torch.bool)
     mask.rule = mask_function  # type: ignore[attr-defined]
     return mask
 
 
-AttentionInterface.register(PAGED, _paged_attention)  # and no mask under this name: none is built
+AttentionInterface.register(PAGED, _paged_attention)  # no mask function has this name, so no mask is built
 AttentionInterface.register(PROBE, _probing_attention)
 AttentionInterface.register(PROBE_WITH_MASKS, _probing_attention)
 AttentionMaskInterface.register(PROBE_WITH_MASKS, _mask_with_its_rule)

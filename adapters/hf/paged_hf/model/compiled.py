@@ -1,4 +1,4 @@
-"""The twin's root through torch.compile, as long as that works. Knows modules; it knows nothing of attention."""
+"""The twin's root through torch.compile, as long as that works. This file knows modules, not attention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _log = logging.getLogger("paged_core")
 
 
 class CompiledRoot:
-    """Calls ``root`` compiled, as one graph; once the compiler has failed, as it is."""
+    """Calls ``root`` compiled, as one graph; uncompiled after the compiler has failed."""
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
@@ -31,8 +31,8 @@ class CompiledRoot:
             raise
         except Exception as error:
             rewind()
-            output = self._root(**given)  # raises what is not the compiler's fault
-            told = str(error).partition("\n")[0]  # the rest is for the compiler's own developers
+            output = self._root(**given)  # raises errors that are not the compiler's
+            told = str(error).partition("\n")[0]  # the rest is for the compiler's developers
             _log.warning("the model runs without torch.compile, which failed: %s: %s", type(error).__name__, told)
             self._compiled = None
             return output

@@ -1,9 +1,9 @@
-"""Models of compressed-tensors, as it leaves them.
+"""Models as compressed-tensors leaves them.
 
 Weights are widened when the model is first called, by a hook on it. From then on, each module keeps its tensors in a
-mapping that may move them between devices, and has a forward on the instance that moves its inputs; a quantised layer's
-one rounds rows, too, if its scheme says so. This file knows what the library puts on torch modules (0.20); it doesn't
-import it.
+mapping that may move them between devices, and has a forward on the instance that moves its inputs; the forward of a
+quantised layer also rounds rows, if its scheme says so. This file knows what the library adds to torch modules (0.20),
+and does not import it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _MOVES = "_original_forward_func"  # what the forward calls that moves inputs
 
 
 def widen(model: nn.Module) -> None:
-    """Do what the model's first call would do. A twin that was called first would take the hook, and leave the user's
-    own model packed and without it."""
+    """Do what the model's first call would do. If a twin were called first, it would remove the hook, and the user's
+    own model would stay packed without it."""
     handle = getattr(model, _WIDENS, None)
     hook = None if handle is None else model._forward_pre_hooks.get(handle.id)
     if hook is not None:
@@ -29,14 +29,14 @@ def widen(model: nn.Module) -> None:
 
 
 def is_librarys(forward: Any) -> bool:
-    """Whether it is a forward that the library puts on modules: what it does, it does to each row by itself."""
+    """Whether it is a forward that the library puts on modules, which treats each row by itself."""
     function = getattr(forward, "__func__", forward)
     return str(getattr(function, "__globals__", {}).get("__name__", "")).startswith(_LIBRARY)
 
 
 def leave_to_class(twin: nn.Module) -> None:
-    """Let a twin of such a module have its tensors in plain dictionaries and its forward from its class, where faster
-    ones look for it, as far as the library's own forward adds nothing on a CPU."""
+    """Give a twin of such a module plain dictionaries of tensors and its class's forward, which faster forwards expect,
+    if the library's own forward adds nothing on a CPU."""
     own = twin.__dict__
     if not is_librarys(own.get("forward")):
         return
@@ -67,7 +67,7 @@ def _rounds_rows(module: nn.Module) -> bool:
 
 
 class RoundingLinear(nn.Linear):
-    """The library's forward calls that of its layer's class, and so it is given a layer of the class that it knows."""
+    """The library's forward calls the forward of its layer's class, so it gets a layer of the class that it knows."""
 
     def forward(self, x: Any) -> Any:
         plain = object.__new__(nn.Linear)

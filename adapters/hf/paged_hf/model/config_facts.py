@@ -1,4 +1,4 @@
-"""What a model's own configurations say of it. Nothing is run to find it out."""
+"""Facts from a model's own configurations, found without running anything."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from transformers import DynamicCache
 
 from paged_core import LayerSpec, UnsupportedModel
 
-_ANY_LENGTH = 1 << 17  # for models that name no limit
+_ANY_LENGTH = 1 << 17  # for models without a stated limit
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-_LENGTHS = (  # what configs call the positions that the model knows
+_LENGTHS = (  # names of the maximum number of positions in configs
     "max_position_embeddings",
     "n_positions",
     "max_sequence_length",
@@ -55,8 +55,8 @@ def refuse_by_config(model: Any) -> None:
 
 
 def until_the_cache_forgets(config: Any, layers: tuple[LayerSpec, ...]) -> int:
-    """Some windows exist only in stock's cache, which forgets keys and tells nobody: the length below which it
-    forgets none."""
+    """The length up to which stock's cache keeps all keys. Some windows exist only in that cache, which drops keys
+    silently."""
     if any(layer.sliding_window is not None for layer in layers):
         return _ANY_LENGTH
     cached = DynamicCache(config=config).layers
@@ -65,8 +65,8 @@ def until_the_cache_forgets(config: Any, layers: tuple[LayerSpec, ...]) -> int:
 
 
 def max_length_of(model: nn.Module, config: Any) -> int:
-    """Positions the model knows. Where rotary frequencies depend on the longest request of a batch, the length up to
-    which they don't."""
+    """The model's maximum number of positions. If rotary frequencies depend on the longest request of a batch: the
+    length up to which they don't."""
     limits = [getattr(config, name, None) for name in _LENGTHS]
     length = next((limit for limit in limits if isinstance(limit, int) and limit > 0), _ANY_LENGTH)
     for module in model.modules():
@@ -82,7 +82,7 @@ def max_length_of(model: nn.Module, config: Any) -> int:
 
 
 def sampling_defaults(model: Any) -> dict[str, float]:
-    """What generation_config.json says of sampling. As vLLM reads it: do_sample is of no account."""
+    """Sampling fields of generation_config.json. As in vLLM, do_sample is ignored."""
     generation = getattr(model, "generation_config", None)
     found = {name: getattr(generation, name, None) for name in _SAMPLING}
     return {name: value for name, value in found.items() if value is not None}

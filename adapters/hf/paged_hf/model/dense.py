@@ -1,4 +1,4 @@
-"""Attention over plain K/V lists, for the probe's few tokens: slow, dense and obviously right."""
+"""Attention over plain K/V lists, for the probe's few tokens: slow, dense and obviously correct."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class DenseAttend:
 def _attention(
     spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_bias: Tensor | None
 ) -> Tensor:
-    """The last T of L tokens ask: ``q [H,T,D], k [K,L,D], v [K,L,Dv] -> [T,H,Dv]``."""
+    """The queries are the last T of L tokens: ``q [H,T,D], k [K,L,D], v [K,L,Dv] -> [T,H,Dv]``."""
     repeats = spec.num_heads // spec.num_kv_heads
     k, v = k.repeat_interleave(repeats, dim=0).float(), v.repeat_interleave(repeats, dim=0).float()
     scores = q.float() @ k.transpose(1, 2) * spec.scale  # [H,T,L]

@@ -1,4 +1,4 @@
-"""Prompts that are embeddings: token ids beyond every vocabulary stand for them, so that the engine sees ids only."""
+"""Prompts that are embeddings: token ids above every vocabulary stand for them, so that the engine sees ids only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-_FIRST = 1 << 40  # no id is used twice: the prefix cache takes equal ids for equal tokens
+_FIRST = 1 << 40  # no id is used twice, because equal ids mean equal tokens to the prefix cache
 
 
 class Embeds:

@@ -1,6 +1,5 @@
-"""Forwards that stand in for those of the twin's modules: faster ones, which compute the same from the same weights.
-
-This file knows modules and what ``create_module_forward`` answers. It knows nothing of steps or attention.
+"""Faster forwards that replace those of the twin's modules, and compute the same from the same weights. This file knows
+modules and the results of ``create_module_forward``. It knows nothing of steps or attention.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ from paged_core import EngineDeadError, ModuleForward
 from paged_hf.model import compressed
 from paged_hf.model.intercepted import listened_to
 
-CreateForward = Callable[[nn.Module], Any]  # a ModuleForward, or what does as one; None: the module stays
+CreateForward = Callable[[nn.Module], Any]  # a ModuleForward, or something that works as one; None: keep the module
 
 
 class FastForwards(Mapping[nn.Module, ModuleForward]):
-    """What stands in for the forward of each module of a twin that something stands in for."""
+    """The replaced forwards of a twin's modules."""
 
     def __init__(self) -> None:
-        self.create: CreateForward | None = None  # who is asked for them
-        self.owned = False  # whether nobody else has the weights: those that are packed are let go
-        self.released = False  # whether some have been
+        self.create: CreateForward | None = None  # makes the forwards
+        self.owned = False  # whether nobody else has the weights, so that packed ones are freed
+        self.released = False  # whether some have been freed
         self._by_twin: dict[nn.Module, ModuleForward] = {}
 
     def __getitem__(self, twin: nn.Module) -> ModuleForward:
@@ -36,10 +35,10 @@ class FastForwards(Mapping[nn.Module, ModuleForward]):
         return len(self._by_twin)
 
     def ask_anew(self, create: CreateForward) -> None:
-        """Let ``create`` be asked from now on, and forget what others made.
+        """Call ``create`` from now on, and forget the forwards of earlier ones.
 
         Raises:
-            EngineDeadError: the engine before this one has let weights go.
+            EngineDeadError: the previous engine has freed weights.
         """
         if self.released:
             raise EngineDeadError("an engine has packed this model's weights and let them go; load it anew")
@@ -53,11 +52,11 @@ class FastForwards(Mapping[nn.Module, ModuleForward]):
         self.forget()
 
     def forget(self) -> None:
-        """The twins are gone, and what stood in for their forwards with them."""
+        """Forget all twins and their replaced forwards."""
         self._by_twin = {}
 
     def place(self, twin: nn.Module) -> None:
-        """Ask for ``twin``, and for what is in it, parents before children."""
+        """Replace the forwards of ``twin`` and of its modules, parents before children."""
         if not self.replace(twin) or self._by_twin[twin].calls_children:
             children = list(twin.children())
             for child in children:
@@ -67,7 +66,7 @@ class FastForwards(Mapping[nn.Module, ModuleForward]):
             self._release([twin] if twin._modules else [])
 
     def replace(self, twin: nn.Module) -> bool:
-        """Ask for a faster forward of one module. What the user changed himself, or listens to, stays as it is."""
+        """Replace the forward of one module, unless the user changed it or has hooks on it."""
         if twin in self._by_twin:
             del self._by_twin[twin], twin.__dict__["forward"]
         assert self.create is not None
@@ -86,6 +85,6 @@ class FastForwards(Mapping[nn.Module, ModuleForward]):
 
 
 def is_users_own(module: nn.Module) -> bool:
-    """Whether its user listens to it, or has given it a forward of his own."""
+    """Whether the user has hooks on the module, or has replaced its forward."""
     forward = module.__dict__.get("forward")
     return listened_to(module) or not (forward is None or compressed.is_librarys(forward))

@@ -1,4 +1,4 @@
-"""Which model it is: equal only where forwards compute the same, in this process or another."""
+"""The identity of a model: equal only if forwards compute the same, in this process or another."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def identity(model: nn.Module, reach: Reach) -> str:
-    """Of all weights, buffers (rotary tables among them) and settings that ``reach`` has found, and of the code's
-    release. Reads all of it."""
+    """A digest of all weights, buffers (rotary tables included) and settings that ``reach`` has found, and of the
+    code's release. Reads all of them."""
     settings = [_settings(module) for module in reach.modules]
     config: Any = model.config
     return fingerprint(_tensors(reach), config.to_json_string(), settings, transformers.__version__, torch.__version__)
@@ -31,7 +31,7 @@ def _tensors(reach: Reach) -> Iterator[Tensor]:
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """Its kind, what its weights are called, and its plain attributes: a scale that somebody has changed, say."""
+    """Its class, the names of its weights, and its plain attributes, such as a changed scale."""
     names = [name for own in (module._parameters, module._buffers) for name in own]
     plain = sorted(
         (name, repr(value)) for name, value in vars(module).items() if type(value) in _PLAIN and name != "training"

@@ -1,9 +1,8 @@
-"""Who stands between the call of a module and its class's forward: hooks, and methods replaced on the instance.
+"""Code between the call of a module and its class's forward: hooks, and methods replaced on the instance. Such code may
+rely on stock's layout of a batch: one row, the last token, a step of one token. The engine packs all rows into one, so
+such models are found here first.
 
-Either may look at a batch as stock lays it out: act on one row, on the last token, in a step of one token only. The
-engine packs rows into one. So whoever must answer as stock does asks here first.
-
-This file knows torch modules, and what libraries put on them that changes no answer.
+This file knows torch modules, and the harmless hooks that libraries put on them.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from paged_hf import upstream
 from paged_hf.model import compressed
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_FOR_TRAINING = ("make_inputs_require_grads", "make_inputs_require_grad")  # transformers' and PEFT's: no matter here
+_FOR_TRAINING = ("make_inputs_require_grads", "make_inputs_require_grad")  # transformers' and PEFT's: harmless here
 _PLACEMENT = "accelerate.hooks"  # move tensors between devices
 _disjoint: Callable[[Any, frozenset[str]], bool] = type({}.keys()).isdisjoint
 _FUNCTIONS = (types.FunctionType, staticmethod, classmethod)
 
 
 def interception(model: nn.Module, modules: Sequence[nn.Module]) -> str | None:
-    """Who looks at batches on their way through ``model`` and its ``modules``; None: nobody."""
+    """The hook or method that sees batches inside ``model`` and its ``modules``; None: there is none."""
     if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
         return "there is a forward hook on all modules"
     for module in modules if _any_stands_between(modules) else ():
@@ -42,8 +41,8 @@ def interception(model: nn.Module, modules: Sequence[nn.Module]) -> str | None:
 
 
 def _any_stands_between(modules: Sequence[nn.Module]) -> bool:
-    """Whether one of them has a hook or a method of its own. Loops run in C, since models have hundreds of modules and
-    nearly all have neither."""
+    """Whether one of them has a hook or a replaced method. The loops run in C, because models have hundreds of modules
+    and nearly all have neither."""
     own = list(map(attrgetter("__dict__"), modules))
     hooks = chain(*(map(itemgetter(kind), own) for kind in _HOOKS))
     return any(hooks) or not all(map(_disjoint, map(dict.keys, own), map(_methods, map(type, modules))))
@@ -64,8 +63,8 @@ def _name_of(module: nn.Module, model: nn.Module) -> str:
 
 
 def listened_to(module: nn.Module) -> bool:
-    """Whether someone has a forward hook on the module. Those that libraries leave there for training, or for
-    whoever asks for hidden states, do nothing in between."""
+    """Whether the module has a forward hook, except those that libraries leave there for training or for hidden states,
+    which do nothing otherwise."""
     own = module.__dict__
     if not (own["_forward_hooks"] or own["_forward_pre_hooks"]):
         return False
@@ -77,10 +76,8 @@ def is_users_hook(hook: Any) -> bool:
 
 
 def replaced_methods(module: nn.Module) -> list[str]:
-    """Methods of the module's class that the instance has others for, unless they compute the same.
-
-    What a class defines as its forward, put on an instance of another one, is a model's code as that of its own class
-    is: libraries of kernels do this.
+    """Methods of the module's class that the instance replaces, unless they compute the same. Libraries of kernels put
+    one class's forward on an instance of another class; such a forward is model code like that of its own class.
     """
     kind: type = type(module)
     own, methods = module.__dict__, _methods(kind)
@@ -90,7 +87,8 @@ def replaced_methods(module: nn.Module) -> list[str]:
 
 
 def compiled_part(model: nn.Module) -> str | None:
-    """A module that torch.compile has been at, with what it knows of stock's own caches; None: there is none."""
+    """The name of a module compiled by torch.compile, whose code works with stock's own caches only; None: there is
+    none."""
     for module in modules_of(model):
         own = module.__dict__
         forward = own.get("forward")
@@ -110,7 +108,7 @@ def uncompiled(module: nn.Module) -> nn.Module:
 
 
 def uncompiled_method(method: Any) -> Any:
-    """What torch.compile was given, where ``method`` is what it made of it."""
+    """The original of a ``method`` that torch.compile has compiled."""
     while (inner := getattr(method, "_torchdynamo_orig_callable", None)) is not None:
         method = inner
     return method
@@ -118,7 +116,7 @@ def uncompiled_method(method: Any) -> Any:
 
 @functools.cache
 def _methods(kind: type) -> frozenset[str]:
-    """Names of what may run in a forward: the class's own functions, not what all modules have."""
+    """Names of methods that may run in a forward: the class's own functions, not those of all modules."""
     general = {name for base in kind.__mro__ if _is_general(base) for name in vars(base)}
     own = {name for base in kind.__mro__ for name, value in vars(base).items() if isinstance(value, _FUNCTIONS)}
     return frozenset({"forward"} | (own - general - {"prepare_inputs_for_generation"}))

@@ -1,7 +1,6 @@
-"""What the rule behind an attention mask amounts to: causality, a sliding window, or chunks.
-
-transformers makes masks from functions of (batch, head, query, key). This file calls such a function at telling
-places. It knows nothing of models.
+"""The meaning of an attention mask's rule: causality, a sliding window, or chunks. transformers makes masks from
+functions of (batch, head, query, key). This file calls such a function at a few decisive positions. It knows nothing of
+models.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ import torch
 from torch import Tensor
 
 FAR = 3 * 5 * 7 << 20  # a position beyond every window, and where chunks of any usual size begin
-WIDEST = 1 << 17  # windows up to here are told from masks; wider ones must come as sliding_window
+WIDEST = 1 << 17  # windows up to here are recognised by masks; wider ones need the argument sliding_window
 
 
 def window_of(rule: Any) -> int | None:
-    """The sliding window that a mask's rule amounts to; None: plain causality.
+    """The sliding window of a mask's rule; None: plain causality.
 
     Raises:
-        ValueError: it is neither; the message says what was seen.
+        ValueError: it is neither; the message shows the values.
     """
 
     def visible(query: int, distances: Tensor) -> Tensor:

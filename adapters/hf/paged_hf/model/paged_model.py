@@ -1,6 +1,6 @@
 """A transformers causal language model as a PagedModel: the user's own modules and weights, run as they are.
 
-This file knows transformers models. It knows nothing of blocks, requests or schedules: attention is handed in.
+This file knows transformers models. It knows nothing of blocks, requests or schedules: attention is passed in.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class HFPagedModel(PagedModel):
         self._spec: ModelSpec
         self._embeds = Embeds()
         self._takes_embeds: bool | None  # None: not known yet
-        self._behind = False  # whether a change was noticed and isn't caught up with
+        self._behind = False  # whether a noticed change has not been taken in yet
         self._told: str | None = None  # the last fingerprint
         self._take_in()
 
@@ -62,13 +62,13 @@ class HFPagedModel(PagedModel):
 
     @property
     def counts_padding(self) -> bool:
-        """Whether stock numbers the tokens of a left-padded row with its padding: such a row then gets another answer
-        from stock than it gets alone, and than it gets here."""
+        """Whether stock counts the padding of a left-padded row as positions. Then stock's answer for such a row
+        differs from its answer for the row alone, and from ours."""
         return not self._call.takes_positions and not any(layer.has_key_bias for layer in self._spec.layers)
 
     @property
     def embedding_dtype(self) -> torch.dtype:
-        """What ``acquire_ids`` takes."""
+        """The dtype that ``acquire_ids`` takes."""
         dtype: torch.dtype = self._base.get_input_embeddings().weight.dtype
         return dtype
 
@@ -94,14 +94,14 @@ class HFPagedModel(PagedModel):
 
     @property
     def replayable(self) -> bool:
-        """Whether forward passes are nothing but work on the device. Users' hooks and forwards are Python; and prompts
-        that bring embeddings have token ids looked at by the host, though no decode step needs it."""
+        """Whether forward passes only work on the device. Users' hooks and forwards are Python; and with prompts of
+        embeddings, the host reads the token ids, though no decode step needs it."""
         return self._unheard and not self._embeds
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend, sample_indices: Tensor) -> Tensor:
         """``token_ids i64 [T], positions i64 [T], sample_indices i64 [S] -> logits [S, vocab]``"""
         step = CountedAttend(attend, positions)
-        rows = sample_indices if sample_indices.numel() else sample_indices.new_zeros(1)  # some heads refuse no rows
+        rows = sample_indices if sample_indices.numel() else sample_indices.new_zeros(1)  # some heads fail on zero rows
         logits = self._call(token_ids, positions, step, rows, self._compiled)
         if step.layer != len(self._spec.layers):
             raise RuntimeError(f"attention was called {step.layer} times, not {len(self._spec.layers)}")
@@ -114,21 +114,22 @@ class HFPagedModel(PagedModel):
         return self._compiled is not None
 
     def compile_forward(self, wanted: bool) -> None:
-        """Run the twin through torch.compile from the next call on, or no longer. Prompts that bring embeddings run
-        without."""
+        """Run the twin through torch.compile from the next call on, or no longer. Prompts of embeddings run
+        uncompiled."""
         self.fast_forwards.let_go()
         self.fast_forwards.create = None
         self._compiled = CompiledRoot(self.shadow.root) if wanted else None
 
     def accelerate(self, create: CreateForward) -> int:
-        """Let ``create`` stand in for modules of the twin, parents before children. Returns how many it took.
+        """Replace forwards of the twin's modules by ``create``, parents before children. Returns how many were
+        replaced.
 
         Raises:
-            EngineDeadError: the engine before this one has let weights go.
+            EngineDeadError: the previous engine has freed weights.
         """
         self.fast_forwards.ask_anew(create)
         if self.fast_forwards.owned:
-            self._watch = WatchedModules(())  # through it, weights that are packed would stay to the end
+            self._watch = WatchedModules(())  # its references would keep packed weights alive
         self.fast_forwards.place(self.shadow.root)
         if self.fast_forwards.owned:
             self._look()
@@ -145,10 +146,10 @@ class HFPagedModel(PagedModel):
         return self._told
 
     def refresh(self) -> bool:
-        """Catch up with what was done to the user's model. True: K/V computed before are worthless.
+        """Take in changes of the user's model. True: K/V computed before are invalid.
 
         Raises:
-            UnsupportedModel: it can't run on paged memory any more.
+            UnsupportedModel: the changed model can't run on paged memory.
             EngineDeadError: it has become another model (dtype, device, vocabulary): this needs a new engine.
         """
         news = "retyped" if self._reach.changed() else self._watch.news()
@@ -213,13 +214,13 @@ class HFPagedModel(PagedModel):
         )
 
     def _look(self) -> None:
-        """Remember all that a forward can read."""
+        """Record all state that a forward can read."""
         self._reach = Reach(self._base)
         self._watch = WatchedModules(self._reach.modules)
 
     def _settle(self, device: torch.device) -> bool:
-        """Whether forward passes change what they can read. What only the first one made, such as a table, is there
-        now; what each of them writes, such as a counter, is compared no longer."""
+        """Whether forward passes change what they can read. State that only the first pass makes, such as a table,
+        exists now; state that each pass writes, such as a counter, is no longer compared."""
         if self._reach.changed() is None:
             return False
         self._look()
@@ -231,5 +232,5 @@ class HFPagedModel(PagedModel):
 
 
 def _aligned(module: nn.Module) -> bool:
-    """Whether all that stands before the module's own forward is accelerate's, with the weights where they are used."""
+    """Whether only accelerate's hooks come before the module's own forward, with the weights where they are used."""
     return getattr(getattr(module, "_hf_hook", None), "offload", None) is False and not listened_to(module)

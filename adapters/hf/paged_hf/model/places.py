@@ -1,7 +1,6 @@
-"""Places: containers that a forward reads, and whether what lies in them is still the same.
-
-What was found is compared by identity, all places of a kind in one loop that runs in C: some ten microseconds for a
-small model. Only where that fails are values looked at, since an equal number set anew changes nothing.
+"""Places: containers that a forward reads, and whether they still hold the same objects. Contents are compared by
+identity, all places of a kind in one loop that runs in C, about ten microseconds for a small model. Only if identities
+differ are values compared, because assigning an equal number changes nothing.
 
 This file knows containers and functions. It knows nothing of models.
 """
@@ -23,7 +22,7 @@ Matters = Callable[[Any, Any], bool]
 
 
 class Places:
-    """Add places, then ask as often as you like which has ``changed``."""
+    """Add places; then ``changed`` names one that has changed, as often as you call it."""
 
     def __init__(self) -> None:
         self._types = _Types(type)
@@ -45,14 +44,14 @@ class Places:
         self._by_names: dict[tuple[str, ...], _Group] = {}
 
     def add_type(self, thing: Any, name: str) -> None:
-        """Its class, which may be assigned."""
+        """Watch the class of an object, because ``__class__`` may be assigned."""
         self._types.add(_Place(thing, name, _class_of))
 
     def add_mapping(self, mapping: Mapping[Any, Any], name: str, matters: Matters | None = None) -> None:
         (self._mappings if mapping else self._empty).add(_Entries(mapping, name, matters))
 
     def add_attributes(self, own: dict[str, Any], name: str, matters: Matters) -> None:
-        """A mapping of which few entries matter, the same few in many."""
+        """Watch a few entries of a mapping, the same few for many mappings."""
         names = tuple(key for key, value in own.items() if matters(key, value))
         if names not in self._by_names:
             self._by_names[names] = _Group(itemgetter(names[0], *names) if names else _nothing, partly=True)
@@ -75,7 +74,7 @@ class Places:
         self._rest.add(_Place(read, name, self._rest.read))
 
     def changed(self) -> str | None:
-        """The name of a place where something else lies now."""
+        """The name of a place whose content has changed."""
         for group in self._groups:
             if not group.same() and (name := group.difference()) is not None:
                 return name
@@ -99,10 +98,10 @@ class _Place:
         return dict(enumerate(self.read(self.thing)))
 
     def differs(self) -> bool:
-        """If not, what lies there now is what is known from now on."""
+        """Whether a content differs. If not, the present contents are remembered."""
         try:
             now = self.facts()
-        except Exception:  # it isn't there any more, or its size is changing just now
+        except Exception:  # it is gone, or its size is changing right now
             return True
         if now.keys() != self.known.keys() or not all(equal(value, self.known[key]) for key, value in now.items()):
             return True
@@ -110,7 +109,7 @@ class _Place:
         return False
 
     def leave_out(self) -> bool:
-        """Compare no longer what differs. Whether anything is left to compare."""
+        """Stop comparing what differs. Whether anything is left to compare."""
         return False
 
 
@@ -144,8 +143,8 @@ class _Entries(_Place):
 
 
 class _Group:
-    """Places whose things are read in the same way: ``read(thing)`` has a length, and can be gone through. ``partly``:
-    not all of a thing is read, so that its own length is asked for too."""
+    """Places that are read in the same way: ``read(thing)`` has a length and can be iterated. ``partly``: only a part
+    of a thing is read, so its length is compared too."""
 
     def __init__(self, read: Callable[[Any], Any], partly: bool = False) -> None:
         self.read = read
@@ -154,7 +153,7 @@ class _Group:
         self._things: list[Any] = []
         self._sizes: list[int] = []
         self._lengths: list[int] = []
-        self._values: list[Any] = []  # of all things, one after another
+        self._values: list[Any] = []  # of all things, concatenated
 
     def add(self, place: _Place) -> None:
         self._places.append(place)
@@ -172,7 +171,7 @@ class _Group:
             return False
 
     def difference(self) -> str | None:
-        """Where a value is another one. If there is none, those that lie there now are compared from now on."""
+        """Where a value differs. If none does, the present values are remembered."""
         for place in self._places:
             if place.differs():
                 return place.name
@@ -189,7 +188,7 @@ class _Group:
         return bool(different)
 
     def _forget(self) -> None:
-        """Take all values anew."""
+        """Read all values again."""
         self._things, self._sizes, self._lengths, self._values = [], [], [], []
         for place in self._places:
             self._remember(place.thing)
@@ -214,13 +213,13 @@ class _Types(_Group):
 
 
 class _Empty(_Group):
-    """Mappings without entries. Most modules have some, so they are looked at in one go."""
+    """Mappings without entries. Most modules have some, so they are compared together."""
 
     def same(self) -> bool:
         return not any(self._things)
 
     def filled(self) -> list[_Place]:
-        """Take out those that have entries now."""
+        """Remove and return those that have entries now."""
         if self.same():
             return []
         filled = [place for place in self._places if place.thing]
@@ -230,7 +229,7 @@ class _Empty(_Group):
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether nobody who reads ``a`` can tell it from ``b``."""
+    """Whether ``a`` and ``b`` are the same for every reader."""
     if a is b:
         return True
     if type(a) is not type(b):
@@ -241,7 +240,7 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether nothing can be reached from it, and nothing of it can change."""
+    """Whether it refers to nothing else and can't change."""
     return type(value) in _PLAIN
 
 

@@ -1,8 +1,7 @@
-"""Taking a model in: what each attention call needs, and whether packing requests together changes the answer.
-
-The probe runs a few tokens three ways: as stock does, once with every fact of every attention call written down, and
-once as the engine will (two prompts in one row, in two chunks, K/V kept outside the model). It refuses with a reason
-whatever it can't vouch for.
+"""The probe examines a model: the facts of each attention call, and whether packing requests together changes the
+answer. It runs a few tokens in three ways: as stock does, once recording every argument of every attention call, and
+once as the engine will (two prompts in one row, in two chunks, K/V kept outside the model). It refuses a model that it
+can't verify, with a reason.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ ForwardPass = Callable[..., Tensor]
 AsStock = Callable[[Tensor, Tensor], Tensor]
 """``as_stock(token_ids [B,T], positions [T]) -> logits [B,T,vocab]``: the same, over a cache of the model's own."""
 
-_LENGTHS, _SPLITS = (13, 21), (6, 12)  # of the two prompts, and where their second chunk begins
-_SHORT_LENGTHS, _SHORT_SPLITS = (5, 9), (2, 5)  # the same where a token takes long
-_LARGE = 1 << 25  # parameters. Below it models have windows that short prompts would not outgrow: tests' models
-_KEPT_BYTES = 1 << 27  # of weights as float32: it is read twice, and this would be the peak of the process's memory
+_LENGTHS, _SPLITS = (13, 21), (6, 12)  # lengths of the two prompts, and where their second chunk begins
+_SHORT_LENGTHS, _SHORT_SPLITS = (5, 9), (2, 5)  # the same for models whose tokens take long
+_LARGE = 1 << 25  # parameters. Smaller models (tests) have windows that short prompts would not exceed
+_KEPT_BYTES = 1 << 27  # of weights kept as float32 for the second reading; more would raise the process's peak
 _NOISIEST = 0.2  # mean error / deviation of the logits, for models that are noisy by themselves: at most
-_KNOWN = frozenset(  # facts of an attention call that are honoured, or mean nothing here
+_KNOWN = frozenset(  # arguments of an attention call that are honoured, or have no effect here
     {"dropout", "scaling", "sliding_window", "softcap", "s_aux", "key_bias", "is_causal", "position_ids", "use_cache"}
     | {"output_attentions", "output_hidden_states", "return_dict", "cache_position", "logits_to_keep"}
 )
@@ -44,11 +43,11 @@ class Findings:
     layers: tuple[LayerSpec, ...]
     vocab_size: int
     dtype: torch.dtype  # of K/V
-    max_length: int  # up to which its masks are what the layers say
+    max_length: int  # up to which its masks agree with the layers' facts
 
 
 def probe(shadow: Shadow, call: ForwardPass, as_stock: AsStock, vocab_size: int, device: torch.device) -> Findings:
-    """Look at the model behind ``call`` and ``as_stock``, and leave it switched to paged attention.
+    """Examine the model behind ``call`` and ``as_stock``, and leave it switched to paged attention.
 
     Raises:
         UnsupportedModel: with the reason.
@@ -72,8 +71,8 @@ def probe(shadow: Shadow, call: ForwardPass, as_stock: AsStock, vocab_size: int,
 def _by_itself(
     shadow: Shadow, as_stock: AsStock, prompts: Sequence[Tensor]
 ) -> tuple[list[Tensor], contextlib.AbstractContextManager[Any]]:
-    """Logits of each prompt by the model's own attention, in float32 if the model can be computed so: there, what
-    differs is wrong. Also the context in which that is done."""
+    """Logits of each prompt by the model's own attention, in float32 if possible, because there any difference is an
+    error. Also returns the context for computing so."""
     shadow.use_attention(None)
     ways: list[contextlib.AbstractContextManager[Any]] = [contextlib.nullcontext()]
     if narrow_dtype(shadow.root) is not None:
@@ -90,8 +89,8 @@ def _by_itself(
 
 
 def _in_a_batch(as_stock: AsStock, prompts: Sequence[Tensor]) -> list[Tensor]:
-    """Logits [T, vocab] of each prompt, as stock's rows, the shorter ones padded behind: who acts on one row, or on the
-    last token of each, does so here in other places than where prompts are packed."""
+    """Logits [T, vocab] of each prompt, as stock's rows, the shorter ones padded on the right. Code that acts on one
+    row, or on the last token of each, acts at other places here than when prompts are packed."""
     longest = max(prompts, key=len)
     batch = torch.stack([torch.cat([ids, longest[len(ids) :]]) for ids in prompts])  # [B,L]
     logits = as_stock(batch, _positions(longest))  # [B,L,vocab]
@@ -101,8 +100,8 @@ def _in_a_batch(as_stock: AsStock, prompts: Sequence[Tensor]) -> list[Tensor]:
 def _explain(
     shadow: Shadow, call: ForwardPass, layers: Sequence[LayerSpec], ids: Tensor, expected: Tensor, error: float
 ) -> None:
-    """Raise for an error above tolerance, unless the model is as inexact when stock runs it: 8-bit activations, say,
-    are rounded by what else is in the batch."""
+    """Raise for an error above tolerance, unless the model is as inexact under stock: 8-bit activations, for example,
+    are rounded depending on the rest of the batch."""
     half = ids.numel() // 2
     shadow.use_attention(None)
     noise = usual_difference(call(ids[:half], _positions(ids[:half]), None), expected[:half])
@@ -126,7 +125,7 @@ def _record(shadow: Shadow, call: ForwardPass, ids: Tensor) -> _Recorder:
         latest = _Recorder(_positions(ids), makes_masks=implementation == PROBE)
         shadow.use_attention(implementation)
         try:
-            call(ids, _positions(ids), latest, ids.new_zeros(1))  # of whose logits one row is computed
+            call(ids, _positions(ids), latest, ids.new_zeros(1))  # one row of logits is computed
         except UnsupportedModel:
             raise
         except Exception as error:
@@ -143,14 +142,14 @@ def _record(shadow: Shadow, call: ForwardPass, ids: Tensor) -> _Recorder:
 
 
 class _Recorder(CountedAttend):
-    """A CountedAttend that writes down what each attention call brings, and refuses what the engine can't honour."""
+    """A CountedAttend that records the arguments of each attention call, and refuses what the engine can't honour."""
 
     __slots__ = ("dtype", "layers", "makes_masks", "max_length", "num_tokens", "strange_masks", "windows")
 
     def __init__(self, positions: Tensor, makes_masks: bool) -> None:
         self.num_tokens = positions.numel()
-        self.makes_masks = makes_masks  # whether a mask that comes is the model's own doing
-        self.strange_masks = False  # whether one came that it had computed with
+        self.makes_masks = makes_masks  # whether masks come from the model itself
+        self.strange_masks = False  # whether a mask came that the model computes with
         self.max_length = FAR
         self.layers: list[LayerSpec] = []
         self.windows: dict[int, tuple[Any, int | None]] = {}  # by id of a mask's rule
@@ -196,7 +195,7 @@ class _Recorder(CountedAttend):
         )
 
     def _window(self, where: str, mask: Tensor | None, told: int | None) -> int | None:
-        """The layer's window, as it is told and as the mask that stock would have used has it."""
+        """The layer's window, from its argument and from the mask that stock would have used."""
         rule = getattr(mask, "rule", None)
         if rule is None:
             return None if told is None else int(told)
@@ -205,7 +204,7 @@ class _Recorder(CountedAttend):
                 self.windows[id(rule)] = rule, self._judge(rule, where)
             except UnsupportedModel:
                 raise
-            except Exception:  # a rule made for this very batch: the comparison of logits must do
+            except Exception:  # a rule made for this batch only: the comparison of logits has to suffice
                 return None if told is None else int(told)
         window = self.windows[id(rule)][1]
         if told is not None and told != window and min(told, window or told) < WIDEST:

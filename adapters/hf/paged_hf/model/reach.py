@@ -1,8 +1,7 @@
-"""Everything besides weights that a model's forward can read: found once, so that a change of it can be noticed.
-
-From each module the way leads to its attributes, what these hold, the closures of functions, the module's class and the
-classes above it, and from the functions of a class to the globals that they name: other functions, registries, modules
-of Python. Of torch's own code and the standard library's only the names are compared that the model's code uses.
+"""Everything besides weights that a model's forward can read, found once, so that changes can be noticed. The search
+goes from each module to its attributes and their contents, to the closures of functions, to the module's class and its
+base classes, and from the functions of a class to the globals that they name: other functions, registries, Python
+modules. Of torch and the standard library, only the names that the model's code uses are compared.
 
 This file knows torch modules and Python's objects. It knows nothing of attention or engines.
 """
@@ -29,10 +28,10 @@ from paged_hf.model.intercepted import is_users_hook
 from paged_hf.model.places import Places, is_plain
 from paged_hf.model.watch import WatchedModules
 
-_MOST = 200_000  # objects that are looked through
-_LONGEST = 4096  # entries of one container that are compared; a longer one holds data, such as a vocabulary
+_MOST = 200_000  # most objects that are searched
+_LONGEST = 4096  # most entries of a container that are compared; a longer one holds data, such as a vocabulary
 
-_TORCHS_OWN = frozenset(vars(nn.Module()))  # parameters, buffers, children and hooks are looked at by themselves
+_TORCHS_OWN = frozenset(vars(nn.Module()))  # parameters, buffers, children and hooks are compared separately
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _NEVER_READ = frozenset({"training", "_compiled_call_impl", "generate", "generation_config"})  # in a twin's forward
 _GIVEN_BY_CALLS = upstream.QUIET.keys()  # attributes of configs
@@ -40,21 +39,21 @@ _READ_BY_PYTHON = frozenset(
     {"__call__", "__getattr__", "__getattribute__", "__getitem__", "__iter__", "__len__", "__contains__"}
     | {"__enter__", "__exit__", "__bool__", "__float__", "__get__", "__add__", "__radd__", "__mul__", "__rmul__"}
     | {"__torch_function__"}
-)  # of names between underscores, those that may matter in a forward
+)  # names between double underscores that may matter in a forward
 _BASE_OF_MODELS = "transformers.modeling_utils"
 _CALLED = ("__call__", "_wrapped_call_impl", "_call_impl", "forward", "__getattr__", "__getattribute__")
 _CLOSED = sys.stdlib_module_names | {"torch", "torchgen", "numpy", "tokenizers", "paged_core", "paged_hf"}
 
 
 class Reach:
-    """What the forward of ``model`` can read, as it is now. ``whole``: unless that is too much to look through."""
+    """What the forward of ``model`` can read now. ``whole``: False if that is too much to search."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules: list[nn.Module] = []  # those outside the tree too: in lists, in closures
+        self.modules: list[nn.Module] = []  # including those outside the tree: in lists, in closures
         self._places = Places()
         self._tensors: dict[int, Tensor] = {}  # that are no parameters or buffers
         self._weights: set[int] = set()
-        self._seen: dict[int, Any] = {}  # kept, so that nobody else gets its id
+        self._seen: dict[int, Any] = {}  # keeps objects alive, so that ids stay unique
         self._named: dict[int, tuple[dict[str, Any], set[str]]] = {}  # namespaces, by their id: names that code uses
         self._open: deque[tuple[Any, str]] = deque([(model, type(model).__name__)])
         while self._open and len(self._seen) < _MOST:
@@ -69,7 +68,7 @@ class Reach:
         del self._tensors, self._weights, self._seen, self._named, self._open
 
     def changed(self) -> str | None:
-        """Where something else lies now."""
+        """The name of a place that has changed."""
         place = self._places.changed()
         if place is None and self._watch is not None and self._watch.news() is not None:
             return "a tensor that is no parameter"
@@ -200,7 +199,7 @@ class Reach:
         self._names(function.__globals__, frozenset(_names_in(function.__code__)), _followed(module))
 
     def _names(self, space: dict[str, Any], names: frozenset[str], followed: bool) -> None:
-        """Names that code uses, in a namespace. ``followed``: whether what they stand for is looked through too."""
+        """Names that code uses, in a namespace. ``followed``: whether their values are searched too."""
         _, known = self._named.setdefault(id(space), (space, set()))
         new = [each for each in names if each in space and each not in known]
         known.update(new)
@@ -261,12 +260,12 @@ _VISITS: tuple[tuple[Any, Callable[[Reach, Any, str], None]], ...] = (
 
 
 def _closed(module: str | None) -> bool:
-    """Whether it is code whose objects hold nothing of the model's."""
+    """Whether it is code whose objects hold no state of the model."""
     return (module or "").partition(".")[0] in _CLOSED
 
 
 def _followed(module: str | None) -> bool:
-    """Whether it is a model's own code, whose functions are looked through: not torch's, nor what all models share."""
+    """Whether it is a model's own code, whose functions are searched: not torch's, nor code that all models share."""
     parts = (module or "").split(".")
     return not _closed(module) and (parts[0] != "transformers" or (parts[1:2] == ["models"] and parts[2:3] != ["auto"]))
 

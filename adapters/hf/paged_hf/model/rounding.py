@@ -1,5 +1,5 @@
-"""Wrong or rounded? A model of 16-bit weights is read once more with every operation in float32: what two ways of
-computing differ by is rounding as long as ours is about as near to that reading as stock's own way is.
+"""Tells rounding from mistakes. A model of 16-bit weights is computed once more with every operation in float32. A
+difference is rounding if ours is about as near to that reading as stock's.
 
 This file knows tensors and torch's dispatcher. It knows nothing of models' classes, attention or requests.
 """
@@ -15,22 +15,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _NARROW = (torch.float16, torch.bfloat16)
 _KEPT_BYTES = 1 << 30
-_TIMES = 3.0  # how much further from the reading than stock ours may be: routers of experts flip now and then
+_TIMES = 3.0  # how much further from the reading ours may be than stock: expert routers flip now and then
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02}  # mean error / deviation
-_PEAK = 50.0  # the largest of many rounding errors is a few times their mean: this is out of proportion
+_PEAK = 50.0  # the largest of many rounding errors is a few times their mean; beyond this it is a mistake
 _COARSE = 0.06  # the same for bfloat16 and anything smaller
 
 
 class Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, in this thread, every operation takes float16 and bfloat16 as float32, and gives float32.
 
-    Nothing is written: what an operation changes in place keeps its dtype. ``kept_bytes`` of weights, as float32,
-    aren't made anew for each call.
+    Nothing is written: what an operation changes in place keeps its dtype. Up to ``kept_bytes`` of float32 weights are
+    kept from call to call.
     """
 
     def __init__(self, kept_bytes: int = _KEPT_BYTES) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # by id of a weight: it, and what it is as float32
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # by id of a weight: the weight, and its float32 copy
         self._room = kept_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -67,17 +67,17 @@ def narrow_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def reading(compute: Callable[[], Any]) -> Any | None:
-    """What ``compute`` gives in float32; None if a part of the model can't be computed so."""
+    """The result of ``compute`` in float32; None if a part of the model can't be computed so."""
     try:
         with Widened():
             return compute()
-    except Exception:  # kernels that insist on 16 bits, and whatever else models call
+    except Exception:  # kernels that require 16 bits, or other calls of models
         return None
 
 
 def difference(got: Tensor, want: Tensor) -> float:
     """Mean absolute difference, or a fiftieth of the largest if that is more: a single logit may be wrong. Both as a
-    share of the standard deviation of what is wanted, its infinities left aside."""
+    share of the standard deviation of the expected values, without infinities."""
     got, want = got.float(), want.float()
     told = want.isfinite()
     if not told.all():
@@ -88,16 +88,15 @@ def difference(got: Tensor, want: Tensor) -> float:
 
 
 def usual_difference(got: Tensor, want: Tensor) -> float:
-    """The same for ``[T, vocab]``, as most tokens have it: a few that are quite wrong don't count."""
+    """The same for ``[T, vocab]``, for most tokens: a few with large errors don't count."""
     return torch.tensor([difference(*pair) for pair in zip(got, want, strict=True)]).median().item()
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """What ``difference`` may come to between two ways of computing with such numbers, where nothing better is
-    known."""
+    """The limit of ``difference`` between two ways of computing in such a dtype, if nothing better is known."""
     return _TOLERANCE.get(dtype, _COARSE)
 
 
 def allowed_beside(stocks: float, dtype: torch.dtype) -> float:
-    """How far from the float32 reading ours may be, where stock is ``stocks`` from it."""
+    """The limit of our distance from the float32 reading, if stock's distance is ``stocks``."""
     return max(_TIMES * stocks, torch.finfo(dtype).eps)

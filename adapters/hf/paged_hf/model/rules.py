@@ -1,8 +1,8 @@
-"""Which modules need a stand-in, because their attention doesn't go through transformers' registry or because nobody
-can pass them their positions.
+"""Which modules need a stand-in, because their attention doesn't go through transformers' registry, or because
+positions can't be passed to them.
 
-A stand-in replaces one method of one module of the twin, and only while a step is under way. Whether it fits the
-installed version is for the probe to say, which compares logits with stock's.
+A stand-in replaces one method of one module of the twin, and only while a step is under way. The probe, which compares
+logits with stock's, finds out whether it fits the installed version.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from paged_hf.model.attention import CountedAttend
 from paged_hf.model.shadow import Shadow
 from paged_hf.model.stand_ins import KeyBias, StandIn
 
-_RULES: dict[str, tuple[str, Callable[[Any, KeyBias], StandIn]]] = {  # class: method, what makes its stand-in
+_RULES: dict[str, tuple[str, Callable[[Any, KeyBias], StandIn]]] = {  # class: method, maker of its stand-in
     "gptj.GPTJAttention": ("_attn", make.attending(lambda module: 1 / float(module.scale_attn))),
     "codegen.CodeGenAttention": ("_attn", make.attending(lambda module: 1 / float(module.scale_attn))),
     "gpt_neo.GPTNeoSelfAttention": ("_attn", make.attending(lambda module: 1.0, make.local_window)),
@@ -39,13 +39,12 @@ _RULES: dict[str, tuple[str, Callable[[Any, KeyBias], StandIn]]] = {  # class: m
     "mpt.MptModel": ("forward", make.mpt_model),
     "llama4.Llama4TextAttention": ("forward", make.llama4),
 }
-_PLACED = frozenset({"bloom.BloomAttention", "mpt.MptAttention"})  # positions are in the bias, and nowhere else
+_PLACED = frozenset({"bloom.BloomAttention", "mpt.MptAttention"})  # positions are only in the bias
 
 
 def apply_rules(shadow: Shadow, under_way: list[CountedAttend | None], max_length: int, takes_positions: bool) -> bool:
-    """Give the twins their rules. True: positions reach a model whose forward doesn't take them.
-
-    A module that the user has given a forward of his own is left alone.
+    """Apply the rules to the twins. True: positions reach a model whose forward doesn't take them. A module whose
+    forward the user has replaced is left alone.
     """
     bias, placed = KeyBias(max_length), False
     for _, twin in shadow.pairs():
@@ -55,7 +54,7 @@ def apply_rules(shadow: Shadow, under_way: list[CountedAttend | None], max_lengt
             continue
         known = f"{name}.{kind.__name__}"
         method, make_stand_in = _RULES.get(known, ("", None))
-        if make_stand_in is not None and hasattr(kind, method):  # else this release's needs no rule any more
+        if make_stand_in is not None and hasattr(kind, method):  # else the class needs no rule in this release
             placed |= _install(twin, method, make_stand_in(twin, bias), under_way) and known in _PLACED
         elif not takes_positions and _is_table_of_positions(kind):
             placed |= _install(twin, "forward", make.embed_positions(twin), under_way)

@@ -1,7 +1,7 @@
 """A twin of a module tree: the same classes over the same tensors, with its own configs and its own children.
 
-The twin lets the engine run a user's model with another attention implementation and other forwards, while the user's
-own object, which other threads may be calling, is never written to. Parameters, buffers and hooks are the very same
+With the twin, the engine runs a user's model with another attention implementation and other forwards, and never writes
+to the user's own object, which other threads may be calling. Parameters, buffers and hooks are the very same
 dictionaries, so an optimiser step, ``load_state_dict`` or a hook registered later is seen by the twin at once.
 
 This file knows torch modules and transformers configs. It knows nothing of attention, engines or requests.
@@ -27,7 +27,7 @@ _NOT_MENDED = _SHARED | {"training", "_modules", "_compiled_call_impl", "generat
 
 
 class Shadow:
-    """The twin of ``model``; ``root`` is to be called in its place."""
+    """The twin of ``model``; call ``root`` instead of it."""
 
     root: nn.Module
 
@@ -37,7 +37,7 @@ class Shadow:
         self._configs: dict[int, tuple[PretrainedConfig, PretrainedConfig]] = {}
         self._model = model
         self.root = self._twin(model)
-        for module, twin in self._originals:  # grows while modules outside the tree are met
+        for module, twin in self._originals:  # grows when modules outside the tree are found
             self._mend(module, twin)
 
     def pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -53,7 +53,7 @@ class Shadow:
             twin.__dict__[name] = value
 
     def use_attention(self, name: str | None) -> None:
-        """Have the twin run attention through the implementation called ``name``; None: the user's own choice."""
+        """Set the attention implementation of the twin to ``name``; None: the user's own choice."""
         for config, copy in self._configs.values():
             own = config.__dict__.get(upstream.ATTENTION)
             copy.__dict__[upstream.ATTENTION] = own if name is None else name
@@ -82,7 +82,8 @@ class Shadow:
         return twin
 
     def _mend(self, module: nn.Module, twin: nn.Module) -> None:
-        """Point what the module's attributes hold at twins: configs, bound methods, modules kept in lists."""
+        """Replace references in the module's attributes by references to twins: configs, bound methods, modules in
+        lists."""
         for name, value in module.__dict__.items():
             if name not in _NOT_MENDED:
                 mended = twin.__dict__[name] = self._mended(value, depth=3)
@@ -119,7 +120,7 @@ class Shadow:
         return value
 
     def _mended_function(self, function: types.FunctionType, depth: int) -> types.FunctionType:
-        """A forward that someone wrapped holds the module it was taken from in its closure."""
+        """A wrapped forward with its closure's reference to the module replaced by one to the twin."""
         try:
             cells = [cell.cell_contents for cell in function.__closure__ or ()]
         except ValueError:  # an empty cell
@@ -154,7 +155,8 @@ def _is_own(method: Any, module: nn.Module, name: str) -> bool:
 
 
 def _rewrites_buffers(module: nn.Module) -> bool:
-    """Whether the module's forward writes its own buffers: rotary embeddings whose frequencies follow the length."""
+    """Whether the module's forward writes its own buffers, as rotary embeddings do whose frequencies depend on the
+    length."""
     rope_type = getattr(module, "rope_type", None)
     kinds = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
     return any(kind in ("dynamic", "longrope") for kind in kinds)

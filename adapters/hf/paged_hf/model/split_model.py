@@ -11,7 +11,7 @@ from paged_hf.model.paged_model import HFPagedModel
 
 
 class SplitPagedModel(HFPagedModel):
-    """Of ``num_ranks`` that run the same steps side by side. Its weights never change.
+    """One of ``num_ranks`` shards that run the same steps. Its weights never change.
 
     Raises:
         UnsupportedModel: as HFPagedModel.
@@ -24,11 +24,11 @@ class SplitPagedModel(HFPagedModel):
         self.num_ranks = num_ranks
 
     def refresh(self) -> bool:
-        """Nobody can have changed it; and what looks at a model anew would do so on one rank alone."""
+        """Never needed: nobody can have changed the shard, and one rank alone could not examine the model again."""
         return False
 
     def fingerprint(self) -> str | None:
-        """None: this rank's weights don't tell the model."""
+        """None: this rank's weights don't identify the model."""
         return None
 
     def acquire_ids(self, embeds: Tensor) -> list[int]:

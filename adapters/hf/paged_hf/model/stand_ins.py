@@ -1,8 +1,7 @@
-"""What stands in for the methods of modules that don't use transformers' attention registry: see rules.py.
-
-Each function here is given a twin's module and makes the stand-in for one of its methods. A stand-in calls the
-module's own projections and the helpers of the module's own file, and hands queries, keys and values to the step. It
-knows nothing else: no cache, no mask, no dropout.
+"""Stand-ins for methods of modules that don't use transformers' attention registry (see rules.py). Each function here
+takes a twin's module and makes the stand-in for one of its methods. A stand-in calls the module's own projections and
+the helpers of the module's own file, and passes queries, keys and values to the step. It knows nothing else: no cache,
+no mask, no dropout.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ StandIn = Callable[..., Any]
 
 
 class KeyBias:
-    """The ALiBi of a model's layers, made when it is first asked for: ``f32 [H, max_length]`` and a little more, so
-    that kernels may read whole vectors."""
+    """The ALiBi bias of a model's layers, made on first use: ``f32 [H, max_length]`` with padding, so that kernels may
+    read whole vectors."""
 
     def __init__(self, max_length: int) -> None:
         self._length = max_length + 64
@@ -42,7 +41,7 @@ class KeyBias:
 
 
 def embed_positions(module: nn.Module) -> StandIn:
-    """A table of positions whose rows the decoder counts itself."""
+    """For a table of positions whose rows the decoder counts itself."""
     forward = type(module).forward
 
     def embed(step: CountedAttend, *args: Any, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
@@ -70,7 +69,7 @@ def attending(
                 q.to(v.dtype),  # codegen rotates in float32
                 k.to(v.dtype),
                 v,
-                mask if own_window is None else None,  # a window that the mask doesn't know
+                mask if own_window is None else None,  # a window that is not in the mask
                 scaling=own_scale,
                 sliding_window=own_window,
             )
@@ -91,7 +90,7 @@ def openai_gpt(module: Any, bias: KeyBias) -> StandIn:
 
 
 def local_window(module: Any) -> int | None:
-    """GPT-Neo's local layers have their window in a buffer: how many keys the last row sees."""
+    """GPT-Neo's local layers have their window in a buffer: the number of keys that the last row sees."""
     seen = int(module.bias[0, 0, -1].sum())
     return None if seen == module.bias.shape[-1] else seen
 
@@ -142,13 +141,13 @@ def falcon(module: Any, bias: KeyBias) -> StandIn:
     def forward(
         step: CountedAttend,
         hidden_states: Tensor,
-        alibi: Tensor | None = None,  # of the packed row: of no use but to tell that there is one
+        alibi: Tensor | None = None,  # of the packed row: used only to see that there is one
         attention_mask: Tensor | None = None,
         position_embeddings: Any = None,
         **rest: Any,
     ) -> Any:
         q, k, v = module._split_heads(module.query_key_value(hidden_states))  # [1,T,H,D]
-        repeats = k.shape[2] // module.num_kv_heads  # the newer architecture repeats its kv heads
+        repeats = k.shape[2] // module.num_kv_heads  # the newer architecture repeats kv heads
         q, k, v = q.transpose(1, 2), k[:, :, ::repeats].transpose(1, 2), v[:, :, ::repeats].transpose(1, 2)
         facts: dict[str, Any] = {"scaling": module.inv_norm_factor}
         if alibi is None:
@@ -199,7 +198,7 @@ def mpt(module: Any, bias: KeyBias) -> StandIn:
 
 
 def mpt_model(module: Any, bias: KeyBias) -> StandIn:
-    """It converts the mask that it makes, and with attention of ours there is none."""
+    """MPT's model converts the mask that it makes; with our attention there is none."""
     forward: Any = inspect.unwrap(type(module).forward)  # decorators know nothing of masks
     scope = {**forward.__globals__, "create_causal_mask": lambda **named: torch.empty(0)}
     run = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
@@ -208,7 +207,7 @@ def mpt_model(module: Any, bias: KeyBias) -> StandIn:
 
 
 class _Past:
-    """What a module that counts its positions from a cache's length needs of it."""
+    """A cache for modules that count positions from its length."""
 
     def __init__(self, positions: Tensor) -> None:
         self._length = positions - torch.arange(positions.numel(), device=positions.device)
@@ -231,5 +230,5 @@ def llama4(module: Any, bias: KeyBias) -> StandIn:
 
 
 def xglm_positions(module: Any, bias: KeyBias) -> StandIn:
-    """The table alone: its own forward would lengthen the user's table for a step of many tokens."""
+    """Reads the table only: the module's own forward would lengthen the user's table for a step of many tokens."""
     return lambda step, position_ids, *args, **rest: module.weights[position_ids + module.offset]

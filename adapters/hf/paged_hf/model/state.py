@@ -1,7 +1,6 @@
-"""Whether a model keeps state outside attention: told by the cache that it makes, whatever it says of itself.
-
-Keys and values of attention are the engine's business. Whatever else of floating point lies in a cache, such as the
-inputs of a convolution or the sums of linear attention, depends on all tokens before, and the engine doesn't keep it.
+"""Whether a model keeps state outside attention, found in the cache that it makes. The engine stores keys and values of
+attention. Other floating-point tensors in a cache, such as the inputs of a convolution or the sums of linear attention,
+depend on all earlier tokens, and the engine doesn't store them.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ _DEEPEST = 8
 
 
 def state_outside_attention(cache: Any) -> str | None:
-    """Where the cache that a forward has made keeps it; None: nowhere, or there is no cache."""
+    """Where a forward's cache keeps such state; None: nowhere, or there is no cache."""
     return next((name for name, tensor in _tensors(cache, "", _DEEPEST) if tensor.is_floating_point()), None)
 
 
 def _tensors(thing: Any, name: str, depth: int) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in a cache that are no keys or values, and their names."""
+    """Tensors in a cache other than keys and values, with their names."""
     if isinstance(thing, Tensor):
         yield name, thing
     elif isinstance(thing, dict):

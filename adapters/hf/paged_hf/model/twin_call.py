@@ -1,6 +1,6 @@
 """One forward pass of a twin: packed tokens in, logits out, with the arguments that its class takes.
 
-This file knows what transformers models are called with. It knows nothing of what becomes of the logits.
+This file knows the arguments of transformers models. It knows nothing of what happens to the logits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from paged_hf.upstream import cache_in_result
 
 
 class TwinCall:
-    """Calls the twin of ``base``; ``embeds`` has what the ids of prompts stand for that are embeddings."""
+    """Calls the twin of ``base``; ``embeds`` has the embeddings that ids above the vocabulary stand for."""
 
     def __init__(self, base: Any, shadow: Shadow, embeds: Embeds) -> None:
         self._base, self._shadow, self._embeds = base, shadow, embeds
@@ -29,7 +29,7 @@ class TwinCall:
         self.takes_positions = "position_ids" in parameters
         self._keeps_logits = "logits_to_keep" in parameters
         self._takes_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        self.under_way: list[CountedAttend | None] = [None]  # where the twin's attention finds the step's
+        self.under_way: list[CountedAttend | None] = [None]  # where the twin's attention finds it
         shadow.give_all(UNDER_WAY, self.under_way)
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ class TwinCall:
         try:
             output = self._run(token_ids, step, compiled, options)
         finally:
-            self.under_way[0] = None  # through it, the cache of an engine that is gone would live on
+            self.under_way[0] = None  # its reference would keep the cache of a dropped engine alive
         logits: Tensor = output.logits[0]
         return logits if rows is None or self._keeps_logits else logits[rows]
 
@@ -78,7 +78,7 @@ class TwinCall:
             options["position_ids"] = positions.expand_as(token_ids)
         try:
             output = self._shadow.root(**options, use_cache=True)
-        except Exception:  # if that is no fault of the cache, the next call says so
+        except Exception:  # if the cache is not the reason, the next call raises too
             output = self._shadow.root(**options, use_cache=False)
         place = state_outside_attention(cache_in_result(output))
         if place is not None:

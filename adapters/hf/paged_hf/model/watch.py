@@ -1,4 +1,4 @@
-"""Has anyone changed the weights? Told in a few milliseconds from identities, versions and some values of each."""
+"""Whether the weights have changed, found in a few milliseconds from identities, versions and some values of each."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from paged_core import WatchedTensors
 
 
 class WatchedModules:
-    """Remembers every parameter and buffer of ``modules``, and the ``loose`` tensors besides: what WatchedTensors tells
-    of tensors, and whether some came or went."""
+    """Remembers every parameter and buffer of ``modules``, and the ``loose`` tensors besides: changes of tensors as
+    WatchedTensors finds them, and added or removed tensors."""
 
     def __init__(self, modules: Iterable[nn.Module], loose: dict[str, Tensor] | None = None) -> None:
         self._owners: list[Mapping[str, Tensor | None]] = []
@@ -26,11 +26,11 @@ class WatchedModules:
         self._remember()
 
     def retyped(self) -> bool:
-        """Whether tensors came, went, or changed shape, dtype or device."""
+        """Whether tensors were added or removed, or changed shape, dtype or device."""
         return self._types is None or (not self._untouched() and self._types_now() != self._types)
 
     def distrust(self) -> None:
-        """Have ``retyped`` say yes from now on."""
+        """Make ``retyped`` true from now on."""
         self._types = None
 
     def changed(self) -> bool:
@@ -41,7 +41,7 @@ class WatchedModules:
         return True
 
     def news(self) -> Literal["retyped", "changed"] | None:
-        """Which of both is so, in one look. What was retyped is told again by the next."""
+        """Both in one pass. ``retyped`` stays true for the next call."""
         if self._types is None:
             return "retyped"
         untouched = self._untouched()
@@ -53,7 +53,7 @@ class WatchedModules:
         return "changed"
 
     def _untouched(self) -> bool:
-        """Whether the same tensors lie where they lay, and nobody has written to one without hiding it."""
+        """Whether the same tensors are at the same places, and no visible write has happened."""
         return (
             not any(self._empty)
             and list(map(len, self._filled)) == self._lengths
