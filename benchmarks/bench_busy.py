@@ -1,12 +1,12 @@
-"""Where processors are shared: tokens a second beside other processes, and under a quota of a control group.
+"""Throughput on shared processors: tokens per second beside other processes, and under the quota of a control group.
 
     python benchmarks/bench_busy.py [MODEL] [--json PATH]
 
-Each way to wait runs in processes of its own: "paged" as paged's commands have it (paged_core/processors.py), "torch"
-as torch starts without them, "passive" with OMP_WAIT_POLICY=passive, "one thread". Beside a figure stands the share of
-what the same way reaches alone, and the share of the processors that it may hope for: a quota's, or what an even
-scheduler leaves beside so many busy processes. The quota needs a control group that may be written to (root); without
-one it is left out, and told. Takes about four minutes.
+Each way of waiting runs in its own processes: "paged" as paged's commands set it (paged_core/processors.py), "torch"
+as torch starts without them, "passive" with OMP_WAIT_POLICY=passive, "one thread". Each result comes with its share of
+the same way's result alone, and with the fair share of the processors: the quota's, or an even scheduler's beside so
+many busy processes. The quota needs a writable control group (root); without one it is left out, with a message. Takes
+about four minutes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
     if args.worker is not None:
         work(args.model, args.worker)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that started processes are ended
     processors = len(os.sched_getaffinity(0))
     results: list[dict[str, Any]] = []
     with quota_group(args.quota) as group:
@@ -74,7 +74,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def measure(way: str, group: Path | str, processors: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Alone, then beside others, then in the group, if it is one."""
+    """Measure alone, then beside others, then in the control group, if there is one."""
     rows = [int(n) for n in args.rows.split(",")]
     alone: dict[int, float] = {}
     with worker(way, None, args) as process:
@@ -155,7 +155,7 @@ def ask(process: subprocess.Popen[str], rows: int, repeats: int) -> float:
 
 @contextmanager
 def others(count: int) -> Iterator[None]:
-    """So many processes that want a processor each, all the time."""
+    """So many processes that each keep a processor busy."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -167,7 +167,7 @@ def others(count: int) -> Iterator[None]:
 
 @contextmanager
 def quota_group(processors: float) -> Iterator[Path | str]:
-    """A control group (version 1 or 2) of so many processors, or why there is none."""
+    """A control group (version 1 or 2) with a quota of so many processors, or the reason why there is none."""
     is_v1 = (V1 / "cpu.cfs_quota_us").exists()
     group = (V1 if is_v1 else V2) / f"paged-bench-{os.getpid()}"
     quota = round(PERIOD * processors)

@@ -1,12 +1,13 @@
-"""Many threads call one model's generate: the patched one at once, stock's behind a lock, as its users must.
+"""Many threads call one model's generate: the patched one concurrently, stock's behind a lock, which it needs.
 
     python benchmarks/bench_callers.py [--callers 16] [--requests 64] [--stock-seconds 60] [--json PATH]
 
-Each caller takes the next request of the built-in workload (``paged bench``'s: prompts of 52 tokens, outputs of 109 in
-the mean), calls ``model.generate``, and takes another, until none is left. All systems generate what was asked for,
-greedy. Behind a lock requests run one after another, whoever calls: stock answers every k-th request, as many as it can
-in the time given. Runs alternate: paged, stock, paged. Before that: what patching costs (the first time, with all that
-is loaded for it, and once more), and what one call of a tiny model for one token takes, patched and as stock.
+Each caller takes the next request of the built-in workload (``paged bench``'s: prompts of 52 tokens, outputs of 109 on
+average), calls ``model.generate``, and takes another, until none is left. All systems generate greedily, with the
+requested lengths. Behind a lock requests run one after another, whoever calls: stock answers every k-th request, as
+many as it can
+in the time given. Runs alternate: paged, stock, paged. Before that: the cost of patching (the first time, including
+what it loads, and once more), and the time of a one-token call of a tiny model, patched and stock.
 """
 
 import argparse
@@ -32,17 +33,17 @@ Answers = dict[int, list[int]]
 
 @dataclass
 class Found:
-    """What was measured, under the names that the JSON has for it."""
+    """The results, under their names in the JSON."""
 
     tokens_per_s: dict[str, list[float]]  # of each system's runs
-    times: float  # paged, in the mean, over stock
+    times: float  # mean of paged, divided by stock
     same: str  # requests with the same tokens, of those that stock answered
-    patch_s: list[float]  # the first, and once more
+    patch_s: list[float]  # the first time, and once more
     tiny_call_ms: dict[str, float]
 
 
 def main() -> None:
-    """Measure, tell and write what the options ask for."""
+    """Measure, print and write what the options ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--callers", type=int, default=16)
     parser.add_argument("--requests", type=int, default=64)
@@ -68,7 +69,8 @@ def main() -> None:
 def compare(
     model: Any, requests: Sequence[BenchRequest], few: Sequence[BenchRequest], num_callers: int
 ) -> tuple[dict[str, list[float]], int]:
-    """Output tokens a second of each run; how many of ``few``, which stock answers, have the same tokens."""
+    """Output tokens per second of each run; and how many of ``few``, the requests that stock runs, have the same
+    tokens."""
     stock = _locked(model.generate.stock)
     speeds: dict[str, list[float]] = {"paged": [], "stock": []}
     answers: dict[str, Answers] = {}
@@ -82,7 +84,7 @@ def compare(
 
 
 def tiny_call_ms(num_calls: int = 500) -> dict[str, float]:
-    """The median of calls for one token, of a model whose own time is next to nothing."""
+    """The median time of one-token calls of a model that takes almost no time itself."""
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, eos_token_id=None, **sizes)).eval()
     patched = paged_generate(model)
@@ -132,7 +134,7 @@ def _patched() -> tuple[Any, float]:
 
 
 def _stock_s(stock: Callable[..., Any], requests: Sequence[BenchRequest], num_tried: int = 16) -> float:
-    """How long stock would take for all requests, one at a time: by a few tokens of the first."""
+    """The estimated time of stock for all requests, one at a time, from a few tokens of the first."""
     prompt = torch.tensor([requests[0].prompt])
     stock(prompt, max_new_tokens=2)
     began = time.perf_counter()

@@ -4,9 +4,10 @@
 
 512 requests with ShareGPT-like lengths (Kwon et al., 2023, figure 11: mean prompt 161 and mean output 338 tokens), all
 at once, greedy, end-of-sequence ignored. Stock gets one batch, as large as its K/V fit at their longest, of every k-th
-request, so that its lengths are those of the whole; or, with --static, one of each size, of which the best counts.
+request, so that its lengths are those of all; or, with --static, one batch of each size, of which the best counts.
 
-The floor of a decode step is the time in which the device copies as many bytes as the step must read: weights and K/V.
+The lower bound of a decode step is the time in which the device copies as many bytes as the step must read: weights and
+K/V.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def main() -> None:
     }
     results: dict[str, dict[str, Any]] = {}
     for name in options.models.split(","):
-        for measured in measure(name, options, bandwidth):  # a run cut short has what it measured
+        for measured in measure(name, options, bandwidth):  # an interrupted run keeps its results
             results[name] = measured
             if options.json:
                 options.json.write_text(json.dumps({**about, "models": results}, indent=1) + "\n")
@@ -79,7 +80,7 @@ def main() -> None:
 
 
 def measure(name: str, options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, Any]]:
-    """Ours over all requests, then each of stock's batches: what is known after each of them."""
+    """Run ours over all requests, then each of stock's batches; yields the results so far after each."""
     began = time.perf_counter()
     model = random_model(SHAPES[name], options.longest, torch.device(options.device))
     print(f"{name}: made in {time.perf_counter() - began:.1f} s", flush=True)
@@ -138,7 +139,7 @@ def _stock(stock: HFStatic, size: int, requests: Sequence[BenchRequest], paged: 
         "duration_s": run.duration_s,
         "identical": sum(share == 1 for share in same),
         "of": len(batch),
-        "same_until": median(same),  # share of an output before the first difference: bf16 tells near ties otherwise
+        "same_until": median(same),  # share of an output before the first difference
     }
 
 
@@ -159,7 +160,7 @@ def show(name: str, result: dict[str, Any]) -> None:
 
 
 class StepTimes:
-    """How long decode steps take: a plugin that hears of each."""
+    """A plugin that records the duration of each decode step."""
 
     def __init__(self) -> None:
         self._ended: float | None = None
@@ -224,7 +225,7 @@ def _lengths(num: int, mean: int, longest: int) -> list[int]:
 
 
 def _room(model: Any) -> int:
-    """Bytes that K/V may take: the rest is for activations."""
+    """Bytes for K/V; the rest is for activations."""
     if model.device.type != "cuda":
         return 64 << 20
     free, _ = torch.cuda.mem_get_info(model.device)
@@ -238,7 +239,7 @@ def _largest_batch(model: Any, options: argparse.Namespace) -> int:
 
 
 def _token_bytes(config: Any) -> int:
-    """Of a token's K and V in all layers, in bf16."""
+    """Bytes of a token's K and V in all layers, in bf16."""
     return int(2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2)
 
 
@@ -260,7 +261,7 @@ def _forget() -> None:
 
 
 def _nobody(num: int) -> None:
-    """Nobody wants to know."""
+    """Ignores progress."""
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The Triton kernels by themselves on a GPU: each against the device's own copy speed and torch's best, in one run.
+"""The Triton kernels alone on a GPU: each compared with the device's copy speed and torch's best, in one run.
 
     python benchmarks/bench_gpu_kernels.py [--only decode,prefill,store,helpers,flex] [--json PATH]
 
-Ours is captured in a CUDA graph, on layers that together are larger than the L2 cache. Torch's rivals are not, since
-one that fails in a capture may spoil the next; the device is kept busy until all has been launched, so that launching
-costs nobody anything. All run in turn, and the median counts. Torch's rivals get contiguous K/V, which nobody who pages
-has. Decode reads ``2 * sum(len) * K * D`` elements; its rate is set against a
-copy of as many bytes read and written together.
+Ours is captured in a CUDA graph, on layers that together are larger than the L2 cache. Torch's are not, because a
+failing capture may spoil the next one; the device is kept busy until everything has been launched, so that launch times
+don't count. All run in turn, and the median counts. Torch's get contiguous K/V, which a paged cache doesn't have.
+Decode reads ``2 * sum(len) * K * D`` elements; its rate is compared with a copy of as many bytes, read and written
+together.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from paged_kernels.triton import elementwise, launch, sampling
 _L2_BYTES = 256 << 20  # well beyond any device's
 Work = Callable[[], Any]
 Heads = tuple[int, int, int]  # query heads, kv heads, head dim
-_HEAD_START = 4_000_000  # cycles: about 2 ms, in which the host launches what is timed
+_HEAD_START = 4_000_000  # cycles: about 2 ms, during which the host launches the timed work
 _RIVALS = ("sdpa", "flex", "torch")  # torch's, which may fail
 LLAMA_8B, LLAMA_7B, TINY = (32, 8, 128), (32, 32, 128), (4, 2, 64)
 
@@ -56,7 +56,7 @@ def main() -> None:
         for row in _PARTS[name](options, bandwidth):
             print("  " + "  ".join(f"{key} {_shown(value)}" for key, value in row.items()), flush=True)
             rows.append({"part": name, **row})
-            if options.json:  # after each row: a run cut short has what it measured
+            if options.json:  # after each row: an interrupted run keeps its results
                 write(options.json, options.device, bandwidth, rows)
 
 
@@ -118,7 +118,7 @@ def prefill(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str,
         if queries == context:
             rivals["sdpa"] = step.sdpa()
         seconds = race(rivals, options.repeats, options.device, step.num_layers)
-        pairs = rows * sum(range(context - queries + 1, context + 1))  # of a query and a key that it sees
+        pairs = rows * sum(range(context - queries + 1, context + 1))  # pairs of a query and a visible key
         flop = 4 * pairs * heads[0] * heads[2]
         yield {
             "requests": rows,
@@ -152,7 +152,7 @@ def store(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, A
 
 
 def helpers(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, Any]]:
-    """The fused ones, each beside the plain torch that it stands for."""
+    """The fused helpers, each beside the plain torch code that it replaces."""
     for rows in (4,) if options.tiny else (64, 4096):
         width, vocab = (64, 512) if options.tiny else (4096, 128256)
         x, gate = (torch.randn(rows, width, device=options.device).bfloat16() for _ in range(2))
@@ -170,7 +170,8 @@ def helpers(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str,
 
 
 def flex(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, Any]]:
-    """Decode and prefill beside torch's flex_attention, which takes long to compile: last, and one case of each."""
+    """Decode and prefill beside torch's flex_attention, which takes long to compile, so it comes last, with one case of
+    each."""
     heads = TINY if options.tiny else LLAMA_8B
     for rows, context, queries in ((2, 40, 1), (2, 40, 40)) if options.tiny else ((64, 4096, 1), (8, 2048, 2048)):
         step = Step(rows, context, queries, heads, torch.bfloat16, options.device)
@@ -221,7 +222,7 @@ class Step:
         self.k, self.v = (torch.randn(rows * queries, num_kv_heads, dim, device=device).bfloat16() for _ in range(2))
 
     def paged(self) -> Work:
-        """All layers. Decode stores its token too; torch's rivals have all K/V already, and so has a prompt here."""
+        """Run all layers. Decode stores its token too; torch's have all K/V already, and so has a prompt here."""
         rows, context, queries, (num_heads, num_kv_heads, dim) = self.shape
         starts = torch.arange(0, rows * queries + 1, queries, dtype=torch.int32, device=self.device)
         lens = torch.full((rows,), context, dtype=torch.int32, device=self.device)
@@ -240,7 +241,7 @@ class Step:
         return run
 
     def sdpa(self) -> Work:
-        """Torch's own, over contiguous K/V."""
+        """Torch's SDPA over contiguous K/V."""
         q, layers = self._contiguous()
         causal = self.shape[2] > 1
 
@@ -251,7 +252,7 @@ class Step:
         return run
 
     def flex(self) -> Work:
-        """Torch's compiled one, over contiguous K/V."""
+        """Torch's compiled flex_attention over contiguous K/V."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         _, context, queries, _ = self.shape
@@ -287,7 +288,7 @@ def device_name(device: torch.device | str) -> str:
 
 
 def race(rivals: dict[str, Work], repeats: int, device: torch.device, per: int = 1) -> dict[str, float]:
-    """Median seconds of each, divided by ``per``. A rival that fails is left out, and said."""
+    """Median seconds of each, divided by ``per``. One of torch's that fails is left out, with a message."""
     ready: dict[str, Work] = {}
     for name, run in rivals.items():
         if name not in _RIVALS:
@@ -341,7 +342,7 @@ def _contiguous(rows: int, num_kv_heads: int, context: int, dim: int, device: to
 
 
 def _filled(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Random, and no NaN in 8 bits either."""
+    """Random values that are not NaN in 8 bits either."""
     if dtype.itemsize == 1:
         return torch.randint(-100, 100, tuple(shape), dtype=torch.int8, device=device).to(dtype)
     return torch.randn(tuple(shape), device=device, dtype=dtype)

@@ -1,9 +1,9 @@
-"""Other tiles for the attention kernels than those that were chosen without a GPU: which is fastest on this one.
+"""Other tile sizes for the attention kernels, which were chosen without a GPU: which is fastest on this one.
 
     python benchmarks/bench_gpu_tiles.py [--json PATH]
 
-What wins belongs into ``paged_kernels/triton/tiles.py``. What doesn't compile or
-fit is told and left out.
+The fastest belongs into ``paged_kernels/triton/tiles.py``. Sizes that don't compile or fit are left out, with a
+message.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PREFILL: Changes = [
     {"BLOCK_N": 128, "num_stages": 3},
     {"BLOCK_M": 64, "num_warps": 4, "num_stages": 3},
 ]
-# Requests, their keys, their queries, what is changed in which tile.
+# Requests, keys per request, queries per request, changes per tile.
 _CASES = [(64, 4096, 1, "decode", _DECODE), (1, 32768, 1, "decode", _DECODE), (8, 2048, 2048, "prefill", _PREFILL)]
 _TINY_CASES = [(2, 40, 1, "decode", _DECODE[:2]), (2, 40, 40, "prefill", _PREFILL[:2])]
 
@@ -58,12 +58,12 @@ def main() -> None:
             print(f"  {change or 'as chosen'}: {result}", flush=True)
             if seconds is not None:
                 rows.append({"case": [requests, context, queries], "kind": kind, "change": change, "us": 1e6 * seconds})
-        if options.json:  # after each case: a run cut short has what it measured
+        if options.json:  # after each case: an interrupted run keeps its results
             write(options.json, options.device, bandwidth, rows)
 
 
 def timed(step: Step, kind: str, change: dict[str, int], options: argparse.Namespace) -> float | None:
-    """Seconds of a layer with these changes to its tile; None if it can't be run."""
+    """Seconds per layer with these changes of its tile; None if it can't run."""
     chosen = getattr(tiles, kind)
     with patch.object(tiles, kind, lambda *shape: {**chosen(*shape), **change}):
         run = step.paged()

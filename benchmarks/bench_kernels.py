@@ -1,11 +1,10 @@
-"""The CPU's kernels by themselves: decode against the machine's own read speed and against SDPA, chunks against SDPA,
-helpers against torch. Seeded; rivals are timed in turn and each keeps its best time, so that noise hits all alike.
+"""The CPU kernels alone: decode compared with the machine's read speed and with SDPA, chunks with SDPA, helpers with
+torch. Seeded; all are timed in turn and the best time of each counts, so that noise affects all alike. Shared: requests
+that begin with the same blocks, with the blocks read once and read by each request.
 
-Shared: requests that begin with the same blocks, read once and each by itself.
-
-Decode goes round more layers than the caches hold, as a model does, so its keys come from memory; once more with as
-many layers of int8 codes and their scales, which are a quarter or half of the bytes. SDPA is given
-contiguous K/V (which nobody who pages has), and with ``gather`` the K/V it must first collect from the blocks.
+Decode uses more layers than fit the caches, as a model does, so its keys come from memory; then as many layers of int8
+codes and scales, which have a quarter or half of the bytes. SDPA gets contiguous K/V (which a paged cache doesn't
+have), and with ``gather`` K/V that it must first collect from the blocks.
 """
 
 from __future__ import annotations
@@ -146,7 +145,7 @@ def launches(options: argparse.Namespace) -> Any:
     step = Step(1, 1, 1, SMOLLM2, 16, torch.float32, stream=False)
     longer = Step(1, 100, 1, SMOLLM2, 16, torch.float32, stream=False)
     many = Step(64, 170, 1, SMOLLM2, 16, torch.float32, stream=False)
-    step.run_all()  # after which its work is all taken: what is left of a launch is the launch
+    step.run_all()  # after which no work is left, so that only the launch itself is timed
     rivals: dict[str, Work] = {
         "one kernel launch": lambda: launch.kernels.store_and_attend(step.plan._address, options.threads),
         "a layer, one row, context 1": step.run_all,

@@ -1,10 +1,10 @@
 """Linear layers of a decode step: torch's own and oneDNN prepacked against packed products, and whole steps without
 attention; weights of int8 and int4, by each path, and oneDNN's int8, prepacked, beside them.
 
-Weights are read from memory as in a real step: each shape has as many copies as fill --megabytes, used in turn. All
-are interleaved, and the least of --repeats counts, because whatever else runs can only add. With one thread its CPU
-time is taken, so that a busy machine disturbs less. Shares are of the most that a path's instruction gives in
-registers alone (peaks.py); oneDNN's, of the best that the host has for the dtype.
+Weights are read from memory as in a real step: each shape has as many copies as fill --megabytes, used in turn. All are
+interleaved, and the least of --repeats counts, because other processes can only add time. With one thread its CPU time
+is taken, so that a busy machine disturbs less. Shares relate to the peak rate of a path's instruction (peaks.py); for
+oneDNN, to the host's best instruction for the dtype.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ LARGE = "large", (1024,), 1024, False  # by 1,024 rows
 Shape = tuple[str, tuple[int, ...], int, bool]
 
 ONEDNN = "oneDNN int8"
-PEAKS: dict[str, float] = {}  # GFLOP/s of all threads, by the path
+PEAKS: dict[str, float] = {}  # GFLOP/s of all threads, by path
 Calls = dict[str, Callable[[Tensor], Any]]
 
 
@@ -108,7 +108,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def about() -> dict[str, Any]:
-    """What the results were made with."""
+    """The hardware and versions of the results."""
     return {
         "date": date.today().isoformat(),
         "cpu": cpu_name(),
@@ -140,7 +140,7 @@ def peaks_line(most: dict[str, float]) -> str:
 
 
 def shapes(rows: list[int]) -> Iterator[tuple[Shape, list[int]]]:
-    """Each with the numbers of rows that it is run for."""
+    """Each shape with its numbers of rows."""
     yield from ((shape, rows) for shape in SHAPES)
     yield LARGE, [1024]
 
@@ -197,8 +197,8 @@ def integer_products(
 
 
 def onednn_int8(copies: list[list[Tensor]], gated: bool) -> Calls:
-    """oneDNN's product of int8 weights, prepacked, a scale a row, by rows that are quantised on the way, all by one
-    scale; where this torch has it."""
+    """oneDNN's product of prepacked int8 weights, with one scale per row, and rows quantised on the fly with a common
+    scale; None if this torch lacks it."""
     if "onednn" not in torch.backends.quantized.supported_engines:
         return {}
     torch.backends.quantized.engine = "onednn"
@@ -206,7 +206,7 @@ def onednn_int8(copies: list[list[Tensor]], gated: bool) -> Calls:
     for weights in copies:
         scales = [weight.abs().amax(1) / 127 for weight in weights]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such tensors are to go some day
+            warnings.simplefilter("ignore")  # torch warns that such tensors will be removed
             codes = [
                 torch.quantize_per_channel(weight, scale, torch.zeros(len(scale), dtype=torch.int64), 0, torch.qint8)
                 for weight, scale in zip(weights, scales, strict=True)
@@ -226,7 +226,7 @@ def torch_calls(copies: list[list[Any]], gated: bool, product: Callable[[Tensor,
 
 
 def prepacked(copies: list[list[Tensor]], gated: bool, num_rows: int) -> Calls:
-    """oneDNN over weights that it has laid out for so many rows, where this torch has that."""
+    """oneDNN over weights laid out for this number of rows; None if this torch lacks it."""
     pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
     run = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if not torch.backends.mkldnn.is_available() or pack is None or run is None:

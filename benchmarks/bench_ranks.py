@@ -1,4 +1,4 @@
-"""What a second rank is worth on the same cores: one rank with all threads, two with half of them each.
+"""The gain of a second rank on the same cores: one rank with all threads, two with half of them each.
 
     OMP_NUM_THREADS=2 python benchmarks/bench_ranks.py [MODEL] [--json PATH]
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--size", type=int, help=argparse.SUPPRESS)  # this process measures so many ranks
+    parser.add_argument("--size", type=int, help=argparse.SUPPRESS)  # internal: this process measures that many ranks
     args = parser.parse_args()
     if args.size is not None:
         print(json.dumps(_measured(args.model, args.size)))

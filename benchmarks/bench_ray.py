@@ -1,9 +1,9 @@
-"""What clients feel while replicas come and go: one replica, four while there is much to do, then one again.
+"""Clients' view while replicas are added and removed: one replica, four under load, then one again.
 
     python benchmarks/bench_ray.py MODEL [--clients 24] [--json PATH]
 
 Starts a Ray of its own with four replicas at most. Clients stream answers one after another: many of them until four
-replicas run, then two of them until one is left. Counted are errors, and streams that end without their last word.
+replicas run, then two of them until one is left. Errors and incomplete streams are counted.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def _measure(url: str, num_clients: int, limit_s: float, serve: Any) -> dict[str
 
 
 def _num_replicas(serve: Any) -> int:
-    """That run; those that are coming or going don't count, but nothing may be going when there is to be one."""
+    """The number of running replicas; starting and stopping ones don't count, but none may be stopping when one is
+    expected."""
     states = serve.status().applications["paged"].deployments["engines"].replica_states
     return int(sum(states.values())) if set(states) <= {"RUNNING"} else -1
 

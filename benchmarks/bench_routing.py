@@ -1,4 +1,4 @@
-"""What prefix routing adds to a request: to read its prompt, and to choose a replica.
+"""The cost of prefix routing per request: reading the prompt, and choosing a replica.
 
     python benchmarks/bench_routing.py [smollm2] [--json PATH]
 
@@ -63,7 +63,7 @@ def _read(prompts: Prompts, num_words: int) -> dict[str, float]:
 
 
 def _choose(prompts: Prompts, num_replicas: int) -> dict[str, float]:
-    """With replicas that have some of the prompts each, as a router has them."""
+    """Choose among replicas that have cached some of the prompts each."""
     rng, known = random.Random(num_replicas), Placement(prompts.block_size)
     known.update(range(num_replicas))
     bodies = [_body(_text(rng, 250), _text(rng, 250)) for _ in range(_REPEATS)]

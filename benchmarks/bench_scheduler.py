@@ -1,4 +1,4 @@
-"""Time of scheduling alone: what schedule() and update() cost a step, with no model behind them.
+"""The time of scheduling alone: schedule() and update() per step, without a model.
 
     python benchmarks/bench_scheduler.py [--requests 256] [--tokens 4096] [--steps 200] [--json PATH]
 

@@ -1,4 +1,4 @@
-"""A server under load: throughput, waits, goodput, errors; and what HTTP costs.
+"""A server under load: throughput, latencies, goodput, errors; and the cost of HTTP.
 
     python benchmarks/bench_serving.py --url http://127.0.0.1:8000 [--backend openai] [--model NAME] [--rate 4]
     python benchmarks/bench_serving.py --url URL --compare-url OTHER      # do both choose the same words?
@@ -7,10 +7,10 @@
 Requests are greedy: those of ``paged bench`` (prompts of 52 tokens, outputs of 109 in the mean), or of a trace. They
 come all at once, ``--rate`` a second (Poisson), or at the trace's times; at most ``--concurrency`` are open at once.
 Without --url, --in-process drives an AsyncEngine in this process and a ``paged serve`` of its own in turn, so that one
-command tells the cost of HTTP; the client computes on the same cores and is part of it.
+command measures the cost of HTTP. The client uses the same cores, and its time is part of that cost.
 
-With the openai backends an answer goes on after the end token, in process too, unless --extra takes ignore_eos away.
-TGI's protocol can't ask for that: with it every system ends there.
+With the openai backends an answer continues after the end token, in process too, unless --extra removes ignore_eos.
+TGI's protocol has no such field, so with it every system ends there.
 
 first token: from arrival to the first piece. next token: from piece to piece of one answer. goodput: requests a second
 that met both --slo-ttft and, in their mean, --slo-itl.
@@ -90,7 +90,7 @@ def make_asks(args: argparse.Namespace) -> tuple[list[Ask], Workload]:
 
 
 def summarise(answers: Sequence[TimedAnswer], duration_s: float, slo_ttft: float, slo_itl: float) -> Row:
-    """One run in numbers. Waits are seconds; of requests that failed only the number is told."""
+    """The numbers of one run, with times in seconds; failed requests are only counted."""
     good = [answer for answer in answers if answer.error is None and answer.times_s]
     waits = [answer.times_s[0] - answer.arrival_s for answer in good]
     gaps = [[late - early for early, late in zip(a.times_s, a.times_s[1:], strict=False)] for a in good]
@@ -114,7 +114,7 @@ def summarise(answers: Sequence[TimedAnswer], duration_s: float, slo_ttft: float
 
 
 def agreement(some: Sequence[TimedAnswer], others: Sequence[TimedAnswer]) -> Row:
-    """Requests whose whole text both wrote."""
+    """Requests for which both gave the same whole text."""
     pairs = [(a, b) for a, b in zip(some, others, strict=True) if a.error is None and b.error is None]
     differing = [a.index for a, b in pairs if a.text != b.text]
     return {"num_compared": len(pairs), "num_identical": len(pairs) - len(differing), "differing": differing}
@@ -146,7 +146,7 @@ def _targets(args: argparse.Namespace) -> Iterator[dict[str, TestedServer]]:
         server = _endpoint(args, url, args.in_process)
         short = [Ask(0, "A", (1, 2, 3), 2)]
         targets = {"in-process": EngineTarget(engine, ignores_eos(args.backend, args.extra)), "http": server}
-        for target in targets.values():  # compiles what is left to compile
+        for target in targets.values():  # compiles the remaining kernels
             asyncio.run(drive(target, short, None, lambda _: None))
         yield targets
 

@@ -1,9 +1,9 @@
-"""What beams and parallel samples share: K/V blocks saved, and time beside stock, through the patched generate.
+"""Sharing of beams and parallel samples through the patched generate: K/V blocks saved, and time compared with stock.
 
     python benchmarks/bench_sharing.py [--requests 8] [--widths 2,4,6] [--json PATH]
 
-Lengths are Alpaca-like (Kwon et al., 2023, figure 11: mean prompt 19, mean output 58 tokens). Saved is what the paper
-calls so: the share of the blocks that would be needed without sharing which sharing made unnecessary, over all steps.
+Lengths are Alpaca-like (Kwon et al., 2023, figure 11: mean prompt 19, mean output 58 tokens). "Saved" is the paper's
+measure: of the blocks that would be needed without sharing, the share that sharing saved, over all steps.
 The paper has 6.1-9.8 % for parallel samples and 37.6-55.2 % for beams, with blocks of 16 tokens.
 """
 
@@ -28,7 +28,7 @@ _MEAN_PROMPT, _MEAN_OUTPUT = 19, 58
 
 
 class Meter(StoppingCriteria):
-    """Looks at the engine's blocks after each step; never stops anything."""
+    """A stopping criterion that counts the engine's blocks after each step and never stops."""
 
     def __init__(self, model: Any) -> None:
         self._host = model.generate.tiers.host
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def measure(model: Any, requests: list[tuple[torch.Tensor, int]], mode: str, width: int) -> dict[str, Any]:
-    """All requests one after another, by both; the same seed for each."""
+    """Run all requests one after another on both, with the same seed for each."""
     how: dict[str, Any] = (
         {"num_beams": width} if mode == "beams" else {"do_sample": True, "num_return_sequences": width}
     )

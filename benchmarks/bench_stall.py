@@ -1,4 +1,4 @@
-"""What running streams feel when a long prompt arrives: the gaps between their tokens before, during and after.
+"""The effect of a long prompt on running streams: the gaps between their tokens before, during and after.
 
     python benchmarks/bench_stall.py [--model smollm2] [--streams 16] [--prompt-tokens 4000] [--budget N] [--json PATH]
 
@@ -74,7 +74,7 @@ def _step(engine: Engine) -> float:
 
 
 def _news(engine: Engine, durations: list[float]) -> list:
-    """Requests that got a token in one more step, whose duration is noted."""
+    """Compute one step, note its duration, and return the requests that got a token."""
     outputs = engine.step()
     assert engine.last_stats is not None
     durations.append(engine.last_stats.duration_s * 1e3)

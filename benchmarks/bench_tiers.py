@@ -1,13 +1,14 @@
-"""K/V on disk against none: after a restart, when blocks run out, on a slow disk, and when nothing is ever loaded.
+"""K/V on disk compared with none: after a restart, when blocks run out, on a slow disk, and when nothing is ever
+loaded.
 
     python benchmarks/bench_tiers.py [--model smollm2] [--folder DIR] [--repeats 5] [--parts restart,...]
                                      [--kills 1000] [--damages 10000] [--json PATH]
 
 Every ratio is of one run, both sides taken in turn; times are medians. The files are in the system's page cache, as
-they are after a restart of the process; a machine that was restarted reads them from the disk itself. Seconds of the
-processor, in which nothing counts that other programs take, say what a step and a crowd cost. "worst" is a crowd of a
-model that computes a block about as quickly as it can be written (two layers of 128, random), with long prompts and a
-disk of 20 MB/s: nothing pays. "robustness" is scripts/tier_robustness.py.
+they are after a restart of the process; a machine that was restarted reads them from the disk itself. The cost of steps
+and of crowded runs is also given in processor time, which excludes other programs. "worst" is a crowded run of a model
+that computes a block about as fast as it is written (two layers of 128, random), with long prompts and a disk of 20
+MB/s, so that writing never pays. "robustness" is scripts/tier_robustness.py.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     source = embedded_folder() if args.model == NAME else args.model
-    model = AutoModelForCausalLM.from_pretrained(source).eval()  # loaded once: engines are built on it
+    model = AutoModelForCausalLM.from_pretrained(source).eval()  # loaded once, for all engines
     result: dict[str, Any] = {
         "model": args.model, "date": str(date.today()), "machine": platform.processor() or platform.machine(),
         "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "repeats": args.repeats,
@@ -73,7 +74,7 @@ def main() -> None:
 
 
 def restart(model: Any, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The first token of a prompt whose prefix an engine that is gone has computed."""
+    """The time to the first token of a prompt whose prefix an earlier engine has computed."""
     found: dict[str, Any] = {}
     for length in _PREFIXES:
         prefix = _tokens(model, length, seed=length)
@@ -96,7 +97,7 @@ def restart(model: Any, folder: Path, args: argparse.Namespace) -> dict[str, Any
 
 
 def beside(model: Any, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The same from a disk that is as slow as computing: the tail is loaded while the head is computed."""
+    """The same with a disk as slow as computing: the last blocks are loaded while the first tokens are computed."""
     prefix = _tokens(model, _BESIDE, seed=1)
     engine = _engine(model, folder)
     _first_token_s(engine, prefix)
@@ -120,8 +121,8 @@ def beside(model: Any, folder: Path, args: argparse.Namespace) -> dict[str, Any]
 
 
 def unused(model: Any, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Steps that decode 16 rows, of an engine with a tier that is never used and one without, in turn; and what is
-    called in each step for a tier's sake, by itself."""
+    """Steps that decode 16 rows, of an engine with an unused tier and of one without, in turn; and the time of the
+    calls that a step makes for tiers."""
     engines = {"without": _engine(model, None), "with": _engine(model, folder)}
     for engine in engines.values():
         for row in range(16):
@@ -148,7 +149,7 @@ def unused(model: Any, folder: Path, args: argparse.Namespace) -> dict[str, Any]
 
 
 def _calls_s(engine: Engine) -> float:
-    """What one step spends on its tiers, whether or not there are any."""
+    """The time that one step spends on tiers, whether or not there are any."""
     offloading, scheduler, nothing = engine._offloading, engine._scheduler, Schedule((), (), ())
     began = time.process_time()
     for _ in range(_CALLS):
@@ -161,12 +162,12 @@ def _calls_s(engine: Engine) -> float:
 
 
 def crowded(model: Any, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """64 requests with blocks for 16 at once: who is preempted is loaded, or computed again."""
+    """64 requests with blocks for 16 at once: preempted requests are loaded, or computed again."""
     return _crowd(model, folder, args.repeats)
 
 
 def slow_disk(model: Any, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The same on a disk of 20 MB/s, at which nothing is worth loading."""
+    """The same on a disk of 20 MB/s, from which loading never pays."""
     with _slowed(_SLOW_BYTES_PER_S):
         return _crowd(model, folder, args.repeats)
 
@@ -190,7 +191,7 @@ def robustness(model: Any, folder: Path, args: argparse.Namespace) -> dict[str, 
 
 
 class _Run:
-    """One crowd, to its end."""
+    """One crowded run, to its end."""
 
     def __init__(self, model: Any, folder: Path | None, prompts: Sequence[Sequence[int]], num_new: int) -> None:
         num_blocks = 16 * (len(prompts[0]) + num_new - 10) // 8
@@ -232,7 +233,7 @@ def _crowd(model: Any, folder: Path, repeats: int, num_prompt: int = 100, num_ne
 
 @contextmanager
 def _slowed(bytes_per_s: float) -> Iterator[None]:
-    """As on a disk that reads and writes no more."""
+    """Throttle the disk to this rate."""
 
     def slow(function: Callable[..., Any]) -> Callable[..., Any]:
         def slower(slab: Slab, *args: Any) -> Any:

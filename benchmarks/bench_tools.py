@@ -2,11 +2,12 @@
 
     python benchmarks/bench_tools.py [--questions 40] [--json FILE]
 
-A ``paged serve`` of SmolLM2-135M-Instruct is asked through openai's client, greedily. Its own chat template knows no
-tools, so it is given one that writes them as Hermes' models do. It was not trained for them, and what it chooses means
-little: each question follows two examples of calls, or it would seldom call by itself. What counts: with ``required``,
-a named function or strict tools every call names a tool that there is, and its arguments follow that tool's JSON schema
-(checked by jsonschema-rs, of the group "test"). "free" has no grammar, and shows what the model does by itself.
+A ``paged serve`` of SmolLM2-135M-Instruct is asked through openai's client, greedily. Its own chat template does not
+support tools, so it gets one that writes them as Hermes' models do. The model was not trained for tools, and its
+choices mean little; each question follows two examples of calls, because it would seldom call otherwise. The result is:
+with ``required``, a named function or strict tools, every call names an existing tool, and its arguments follow that
+tool's JSON schema (checked by jsonschema-rs, of the group "test"). "free" has no grammar, and shows what the model does
+by itself.
 
 The shapes are those of the Berkeley Function Calling Leaderboard (simple, multiple, parallel, nested, irrelevant); the
 questions are our own, made from one seed.
@@ -41,7 +42,7 @@ _AT_ONCE = 16
 
 
 class Question(NamedTuple):
-    """What is asked, with which tools, and which of them would be right."""
+    """A question, its tools, and the correct ones among them."""
 
     shape: str
     text: str
@@ -151,7 +152,7 @@ def ask(client: openai.OpenAI, question: Question, mode: str, *, model: str = "s
 
 
 def examples() -> list[Any]:
-    """Calls that were made before, each with its answer."""
+    """Earlier calls of the conversation, each with its result."""
     messages: list[Any] = []
     for number, (text, name, arguments, answer) in enumerate(_SHOWN):
         call = {"id": f"call_{number}", "type": "function", "function": {"name": name, "arguments": arguments}}

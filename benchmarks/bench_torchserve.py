@@ -1,13 +1,13 @@
-"""The same model behind TorchServe by a stock-style handler and by ours, under the same clients.
+"""The same model behind TorchServe with a stock-style handler and with ours, with the same clients.
 
     python benchmarks/bench_torchserve.py [--model FOLDER] [--clients 16] [--requests 64] [--tokens 64] [--rounds 3]
                                           [--min-tokens 16] [--json PATH]
 
-One archive is made, with the stock-style handler; it is served with batchSize 1 and 8, and swapped to ours. Of the
-three models in one TorchServe only one is asked at a time, in turns, so that a busy machine is unfair to none. All
-decode greedily, and mean the same by --min-tokens: until then no token that ends a text is chosen. So
-"texts_equal_to_paged", the share of answers of all rounds that are ours to the letter, is to be 1. Rates and times are
-medians of rounds, and "ratios" hold ours to theirs: tokens_per_s is to be at least 4 of batches of 8 and 12 of batches
+One archive is made, with the stock-style handler; it is served with batchSize 1 and 8, and swapped to ours. One
+TorchServe has all three models and serves one at a time, in turns, so that a busy machine affects all alike. All decode
+greedily, and none chooses an end token before --min-tokens. So "texts_equal_to_paged", the share of answers of all
+rounds that equal ours, should be 1. Rates and times are medians of rounds, and "ratios" divide ours by theirs:
+tokens_per_s is to be at least 4 of batches of 8 and 12 of batches
 of 1, latency_p95_s below 1, and first_text_p50_s (theirs comes with the last) at most 0.1.
 """
 
@@ -83,7 +83,7 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> tuple[list[_Round], Any]:
-    """(rounds, the model's tokenizer). What it starts has ended when it returns or raises."""
+    """Returns (rounds, the model's tokenizer). Everything that it starts has ended when it returns or raises."""
     model = args.model or _smollm2()
     tokenizer = AutoTokenizer.from_pretrained(model)
     with tempfile.TemporaryDirectory(prefix="bench-torchserve-") as folder:
@@ -132,7 +132,7 @@ def run_rounds(server: TorchServe, args: argparse.Namespace) -> list[_Round]:
 def drive(
     server: TorchServe, name: str, prompts: list[str], args: argparse.Namespace, streamed: int
 ) -> tuple[float, list[HandlerAnswer]]:
-    """All prompts by ``clients`` clients. Stock handlers don't stream: their first token comes with the last."""
+    """Send all prompts with ``clients`` clients. Stock handlers don't stream: their first token comes with the last."""
     at = server.options.addresses
     url = f"{at.url(at.inference)}/predictions/{name}"
     with httpx2.Client(timeout=600, trust_env=False, limits=httpx2.Limits(max_connections=args.clients)) as client:
@@ -147,7 +147,7 @@ def drive(
         try:
             answers = list(pool.map(ask, prompts))
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # who is interrupted waits for no answers
+            pool.shutdown(wait=False, cancel_futures=True)  # after an interrupt, wait for no answers
         took = time.perf_counter() - began
     print(f"{name}: {len(prompts)} requests in {took:.1f} s", file=sys.stderr, flush=True)
     return took, answers
@@ -177,7 +177,7 @@ def ask_paged(client: httpx2.Client, url: str, prompt: str, args: argparse.Names
 
 
 def summary(rounds: list[tuple[float, list[HandlerAnswer]]], tokenizer: Any) -> dict[str, float]:
-    """The median round of each figure."""
+    """The median over rounds of each number."""
     each = [of_round(seconds, answers, tokenizer) for seconds, answers in rounds]
     return {name: statistics.median(found[name] for found in each) for name in each[0]}
 

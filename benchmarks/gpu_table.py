@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.sh measured, as a short table beside the targets: python benchmarks/gpu_table.py FOLDER"""
+"""The results of benchmarks/gpu.sh as a short table beside the targets: python benchmarks/gpu_table.py FOLDER"""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _rivals(row: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Nothing where the part didn't get so far."""
+    """Empty if the part didn't run."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 

@@ -1,4 +1,4 @@
-"""The most that each instruction gives: it alone, on one thread, with all that it reads in registers. GFLOP/s."""
+"""The peak rate of each instruction: alone, on one thread, with all operands in registers. GFLOP/s."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from paged_kernels.cpu.passes import KStep
 from paged_kernels.cpu.product import Product
 from paged_kernels.cpu.vectors import LANES, store_i64
 
-SUMS = 24 if LANES == 16 else 12  # in registers at once, by which an instruction's latency is hidden
-TIMES = 2000  # that all of them are added to in one call
+SUMS = 24 if LANES == 16 else 12  # sums in registers at once, to hide an instruction's latency
+TIMES = 2000  # rounds in one call
 _i8, _i64 = ir.IntType(8), ir.IntType(64)
 
 
 def measure(product: Product | IntegerProduct, repeats: int = 300) -> float:
-    """Of the instruction that this product is written for. Multiplications and additions count one each."""
+    """The rate of a product's instruction. Multiplications and additions count one each."""
     run, flop = _of(product)
     config = np.zeros(16, np.int64)  # room for a whole line: the tiles' configuration, or what is multiplied
     address = -(-config.ctypes.data // 64) * 64
@@ -38,7 +38,7 @@ def measure(product: Product | IntegerProduct, repeats: int = 300) -> float:
 
 
 def _of(product: Product | IntegerProduct) -> tuple[Callable[[int, int], None], int]:
-    """What runs ``times`` rounds of it, and the operations of one round."""
+    """A function that runs ``times`` rounds of it, and the operations of one round."""
     if product is amx.AMX:
         return _tiles("tdpbf16ps"), 4 * 2 * 16 * 16 * 32
     if product is amx_int8.AMX:
@@ -51,7 +51,7 @@ def _of(product: Product | IntegerProduct) -> tuple[Callable[[int, int], None], 
 
 
 def _hidden(b: Any, value: Any) -> Any:
-    """The value, of which the compiler may assume nothing: a loop that adds the same again would be one product."""
+    """The value, hidden from the compiler, which would otherwise turn a loop of equal additions into one product."""
     return b.asm(ir.FunctionType(value.type, [value.type]), "", "=v,0", [value], side_effect=True)
 
 
@@ -64,7 +64,7 @@ def _vectors(step: KStep) -> Callable[[int, int], None]:
         b.branch(loop)
         b.position_at_end(loop)
         number, sums = b.phi(_i64), [b.phi(kind) for _ in range(SUMS)]
-        rows = [_hidden(b, x) for _ in range(SUMS // 2)]  # each meets two vectors of weights
+        rows = [_hidden(b, x) for _ in range(SUMS // 2)]  # each is multiplied by two vectors of weights
         new = [step.add(b, rows[n // 2], weights, each) for n, each in enumerate(sums)]
         following = b.add(number, _i64(1))
         number.add_incoming(_i64(0), start)

@@ -1,7 +1,6 @@
-"""Who is asked under load, and what came back when: HTTP endpoints of three protocols, or an AsyncEngine.
-
-The HTTP client is a few lines over asyncio, and reads events without parsing them until the run is over: a client that
-computes on the server's own cores would be measured with it.
+"""The clients of a load test, and their records: HTTP endpoints of three protocols, or an AsyncEngine. The HTTP client
+is a few lines over asyncio, and parses events only after the run, because it shares the cores with the server and is
+measured with it.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ class Ask:
 
     index: int
     prompt: str
-    token_ids: tuple[int, ...]  # the same; for those who take them
+    token_ids: tuple[int, ...]  # the same, for protocols that take ids
     num_output: int
     arrival_s: float = 0.0  # since the start of the run
 
 
 @dataclass
 class TimedAnswer:
-    """What came. Times are seconds since the start of the run."""
+    """An answer. Times are seconds since the start of the run."""
 
     index: int
     arrival_s: float
@@ -45,7 +44,7 @@ class TimedAnswer:
 
 class TestedServer(Protocol):
     async def ask(self, ask: Ask, answer: TimedAnswer, began: float) -> None:
-        """Fill in ``answer``. May raise: then the answer is an error."""
+        """Fill in ``answer``. If this raises, the answer is an error."""
         ...
 
 
@@ -60,7 +59,8 @@ async def drive(
         nonlocal num_done
         await asyncio.sleep(max(0.0, began + ask.arrival_s - time.perf_counter()))
         async with room:
-            # A request that waited for room arrives when it is sent: its wait is the load's, and not the server's.
+            # A request that waited for --concurrency arrives when it is sent, because the load generator caused its
+            # wait, not the server.
             arrival = time.perf_counter() - began if concurrency else ask.arrival_s
             answer = TimedAnswer(ask.index, arrival)
             try:
@@ -76,13 +76,13 @@ async def drive(
 
 
 def ignores_eos(backend: str, extra: dict[str, Any] | None = None) -> bool:
-    """Whether answers go on after the end token, which may be chosen all the same. TGI has no field that asks for it:
-    its answers end there, and so do those of the others if ``extra`` says so."""
+    """Whether answers continue after the end token, which may still be chosen. TGI has no field for it, so its answers
+    end there; so do the others' if ``extra`` says so."""
     return backend != "tgi" and bool({"ignore_eos": True, **(extra or {})}["ignore_eos"])
 
 
 class EngineTarget:
-    """The engine itself, without HTTP. ``ignore_eos``: as those do that it is compared with."""
+    """The engine itself, without HTTP. ``ignore_eos``: as for the servers that it is compared with."""
 
     def __init__(self, engine: AsyncEngine, ignore_eos: bool = True) -> None:
         self._engine, self._ignore_eos = engine, ignore_eos
@@ -98,7 +98,7 @@ class EngineTarget:
 
 
 class HTTPTarget:
-    """``url`` is the server's root; ``extra`` goes into every body, and a None takes a field out of it."""
+    """``url`` is the server's root; ``extra`` is added to every body; None removes a field."""
 
     def __init__(
         self, url: str, backend: str, model: str | None, api_key: str | None = None, extra: dict[str, Any] | None = None
@@ -138,7 +138,7 @@ class HTTPTarget:
         return _without_nulls({**body, **self._extra})
 
     def _read(self, pieces: Sequence[tuple[float, bytes]], answer: TimedAnswer) -> None:
-        """Raises RuntimeError for a stream that tells of an error."""
+        """Raises RuntimeError if the stream holds an error."""
         rest, num_events = b"", 0
         for now, data in pieces:
             *lines, rest = (rest + data).split(b"\n")
@@ -154,7 +154,7 @@ class HTTPTarget:
             num_events += with_text
             if with_text:
                 answer.times_s.append(now)
-        answer.num_tokens = answer.num_tokens or num_events  # a server that doesn't count: an event is a token
+        answer.num_tokens = answer.num_tokens or num_events  # the server gives no count: an event is a token
 
 
 def _text(event: dict[str, Any]) -> str:

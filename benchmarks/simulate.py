@@ -1,9 +1,9 @@
-"""The engine's own scheduler, block pool and router in simulated time: what would so many requests meet on so many replicas?
+"""The engine's own scheduler, block pool and router in simulated time: latencies of many requests on many replicas.
 
 python benchmarks/simulate.py run --requests 1000000 --replicas 64 --rate 400,600,800 --prefixes 64 --prefix-tokens 512
 python benchmarks/simulate.py fit smollm2 --out costs.json     # what steps cost on this machine
 python benchmarks/simulate.py compare smollm2                  # beside real runs of three workloads
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _run(args: argparse.Namespace) -> None:
     costs = cost_models.H200_8B if args.costs is None else cost_models.read(args.costs)
     if args.rate is None:
         args.rate = [None] if args.trace is not None else [10.0 * args.replicas[0]]
-    gc.disable()  # what a request leaves behind is no circle, and there is much of it
+    gc.disable()  # requests leave no reference cycles, and there are many of them
     found: dict[str, Any] = {}
     for values in product(*(getattr(args, name) for name in _SWEPT)):
         choice = dict(zip(_SWEPT, values, strict=True))
@@ -151,7 +151,7 @@ def _fleet(args: argparse.Namespace, choice: dict[str, Any]) -> Fleet:
 
 
 def _name_of(args: argparse.Namespace, choice: dict[str, Any]) -> str:
-    """``line @ place``: the first option with several values is the place, the others name the line."""
+    """``line @ place``: the first option with several values gives the place, the others the line."""
     several = [name for name in _SWEPT if len(getattr(args, name)) > 1]
     if not several:
         return "simulated"

@@ -1,6 +1,5 @@
-"""A ``paged serve`` of SmolLM2-135M-Instruct whose chat template tells of tools: the model's own knows none.
-
-Calls are written as Hermes' models do it.
+"""A ``paged serve`` of SmolLM2-135M-Instruct with a chat template for tools, which the model's own lacks. Calls are
+written as by Hermes' models.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _START_LIMIT_S = 300
 
 @contextmanager
 def serving(port: int) -> Iterator[str]:
-    """The URL of one, which ends with the block.
+    """The URL of such a server, which runs until the end of the block.
 
     Raises:
         SystemExit: it did not start.

@@ -18,7 +18,7 @@ class StockHandler:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
         named = self.model.generation_config.eos_token_id
         named = named if isinstance(named, list) else [named]
-        # A served answer ends at the tokenizer's end too: all systems are to mean the same by it.
+        # A served answer also ends at the tokenizer's end token, so that all systems end alike.
         self.ends = sorted({*named, self.tokenizer.eos_token_id} - {None})
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:

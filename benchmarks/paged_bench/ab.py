@@ -1,4 +1,4 @@
-"""The A/B: which systems run, in which order, and what becomes of the results. Knows neither models nor engines."""
+"""The A/B: which systems run, in which order, and where the results go. Knows neither models nor engines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAGED = "paged"
 
 
 def main(args: argparse.Namespace, config: EngineConfig) -> int:
-    """Run what ``paged bench`` was asked for. Exit status 1 if paged itself failed."""
+    """Run ``paged bench``. Exit status 1 if paged itself failed."""
     baselines = parse_baselines(args.baseline)
     if args.plot is not None and find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install 'paged-core[bench]'")
@@ -79,14 +79,14 @@ def build_workload(args: argparse.Namespace) -> Workload:
 
 
 def run_order(baselines: Sequence[str], repeats: int, quick: bool) -> list[str]:
-    """Interleaved, so that a machine that slows down or speeds up does so for all."""
+    """The runs interleaved, so that a machine that slows down or speeds up affects all systems alike."""
     if quick:
         return [PAGED, *baselines, PAGED]
     return [*baselines, PAGED] * repeats
 
 
 class _Comparison:
-    """The workers that are up, and what they have done so far."""
+    """The running workers, and their results so far."""
 
     def __init__(self, args: argparse.Namespace, config: EngineConfig, baselines: Sequence[str]) -> None:
         self._args = args
@@ -113,7 +113,7 @@ class _Comparison:
         return Outcome(facts, workload, tuple(self._order), summaries, self._failures, agreements, quality, reference)
 
     def _paged_facts(self) -> ModelFacts:
-        """If paged can't even take the model, there is nothing to compare."""
+        """Raises if paged can't run the model, because then there is nothing to compare."""
         try:
             with Progress() as progress:
                 progress(f"loading {self._args.model}", 0, 1)
@@ -148,11 +148,11 @@ class _Comparison:
         if name in self._failures:
             print(f"{name} failed: {self._failures[name]}", file=sys.stderr)
         if name != PAGED and name not in self._order[number + 1 :] and name in self._workers:
-            self._workers.pop(name).close()  # its memory is wanted by those that still run
+            self._workers.pop(name).close()  # frees its memory for the others
 
     def _agreements(self, runs: dict[str, list[Run]], workload: Workload) -> tuple[tuple[Agreement, ...], str]:
         if any(request.n > 1 for request in workload.requests):
-            return (), ""  # drawn, not chosen: nothing to agree on
+            return (), ""  # sampled tokens can't be compared
         samples = {name: done[0].samples for name, done in runs.items()}
         reference, words = reference_of(samples)
         ask = self._margins
@@ -169,7 +169,7 @@ class _Comparison:
             return None
 
     def _margins(self, questions: list[tuple[tuple[int, ...], int, int]]) -> list[tuple[float, float]]:
-        """The stock model answers, in the worker that is still up: its modules are the stock ones."""
+        """Computed by stock's modules, in the worker that is still running."""
         try:
             return self._worker(PAGED).margins(questions)
         except SystemFailed:

@@ -1,4 +1,4 @@
-"""Whether two systems chose the same tokens, and where they first did not. Knows token ids; knows nothing of models."""
+"""Whether two systems chose the same tokens, and where they first differ. Knows token ids, not models."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ Margins = Callable[[list[tuple[tuple[int, ...], int, int]]], list[tuple[float, f
 
 
 def reference_of(systems: Mapping[str, Samples]) -> tuple[dict[int, tuple[str, Sequence[Sample]]], str]:
-    """For each request who is the reference and what it said, and the whole in words: stock one at a time where it
-    ran the request, else stock in static batches."""
+    """The reference and its tokens for each request, and a description of the references: stock one at a time if it ran
+    the request, else stock in static batches."""
     ranked = [name for name in systems if name == "hf-sequential"]
     ranked += [name for name in systems if name.startswith("hf-static")]
     reference: dict[int, tuple[str, Sequence[Sample]]] = {}
@@ -66,7 +66,7 @@ def compare(
     requests: Sequence[BenchRequest],
     margins: Margins,
 ) -> Agreement:
-    """Requests for which the system is its own reference aren't counted."""
+    """Compares a system with the reference; requests for which it is the reference itself aren't counted."""
     prompts = {request.index: request.prompt for request in requests}
     compared = [index for index in samples if index in reference and reference[index][0] != system]
     found = []

@@ -27,7 +27,7 @@ class PagedCallers:
         model.generate = paged_generate(model, kv_cache_memory=kv_cache_memory)
 
     def run(self, requests: Sequence[BenchRequest], told: Told) -> Run:
-        self.model.generate.release()  # no run finds prefixes that another has cached
+        self.model.generate.release()  # no run uses prefixes cached by another
         self._call(requests[0], 4, lambda num: None)  # builds the engine
         samples: dict[int, tuple[Sample, ...]] = {}
         failures: list[Exception] = []

@@ -1,4 +1,4 @@
-"""What a comparison came to: all that tables, JSON and charts are made of."""
+"""The outcome of a comparison, from which tables, JSON and charts are made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Outcome:
     workload: Workload
     order: tuple[str, ...]  # of the runs
     summaries: tuple[Summary, ...]  # paged first
-    failures: dict[str, str]  # system -> why it has no figures, or not all
+    failures: dict[str, str]  # system -> why its results are missing or incomplete
     agreements: tuple[Agreement, ...]
     quality: Quality | None  # of weights that were quantised
-    reference: str  # who the reference is, in words; empty: nothing to agree with
+    reference: str  # description of the reference; empty: there is none

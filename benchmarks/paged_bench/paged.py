@@ -15,7 +15,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Paged:
-    """A fresh engine for each run, so that no run finds prefixes that another has cached. Building it isn't timed."""
+    """A new engine for each run, so that no run uses prefixes cached by another. Building it isn't timed."""
 
     def __init__(
         self, model: Any, config: EngineConfig, progress: Progress | None = None, plugins: Sequence[Any] = ()
@@ -27,7 +27,7 @@ class Paged:
 
     def run(self, requests: Sequence[BenchRequest], told: Told) -> Run:
         engine = Engine(self.model, self.config, plugins=self._plugins, progress=self._progress)
-        self._progress = None  # kernels are compiled once; later engines have nothing to tell
+        self._progress = None  # kernels are compiled once, so later engines report nothing
         try:
             _warm_up(engine, requests[0])
             return _drive(engine, requests, told)

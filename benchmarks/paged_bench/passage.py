@@ -1,4 +1,4 @@
-"""A fixed text in plain English, on which models are asked how well they predict the next word. Written for this."""
+"""A fixed text in plain English, on which perplexity is measured. Written for this purpose."""
 
 PASSAGE = """\
 The ferry to the island leaves at seven in the morning, before most of the town is awake. In winter it is dark, \

@@ -1,4 +1,5 @@
-"""What quantised weights cost: perplexity on a fixed text, and how often the likeliest next token is another."""
+"""The quality cost of quantised weights: perplexity on a fixed text, and how often the most likely next token
+changes."""
 
 from __future__ import annotations
 
@@ -14,13 +15,13 @@ from paged_hf.loading import load
 
 @dataclass(frozen=True)
 class Quality:
-    """The engine with its weights as they are, and as they are asked for, on the same tokens."""
+    """The engine with unchanged and with quantised weights, on the same tokens."""
 
     weights: str
     num_tokens: int
     perplexity_plain: float
     perplexity: float
-    same_likeliest: float  # share of positions where both find the same token likeliest
+    same_likeliest: float  # share of positions with the same most likely token
 
     @property
     def change(self) -> float:
@@ -29,7 +30,7 @@ class Quality:
 
 
 def measure(model: Any, source: Any, config: EngineConfig) -> Quality | None:
-    """Of a live model; None if it has no tokenizer to read the text with."""
+    """Measures a live model; None if it has no tokenizer."""
     tokenizer = load.load_tokenizer(source)
     if tokenizer is None or config.weights is None:
         return None

@@ -1,4 +1,4 @@
-"""The result of an A/B as tables on the terminal and as JSON. Knows nothing of how it was measured."""
+"""The result of an A/B as tables on the terminal and as JSON. Knows nothing of the measurement."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def rows(outcome: Outcome) -> list[tuple[str, ...]]:
 
 
 def remarks(outcome: Outcome) -> list[str]:
-    """What a reader must know beside the table, and every difference in the tokens."""
+    """Notes for the table, and every difference of tokens."""
     lines = ["tokens/s: median of the runs. memory: peak resident size above the loaded model, own process each."]
     for summary in outcome.summaries:
         if summary.num_requests < len(outcome.workload.requests):
@@ -150,7 +150,7 @@ def as_dict(outcome: Outcome, config: EngineConfig, seed: int) -> dict[str, Any]
 
 
 def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
+    """The processor's name, if the system gives it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""What a system did with a workload, and the few numbers that sum it up. Knows nothing of how it was done."""
+"""The results of a system on a workload, and their summary. Knows nothing of how they were produced."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Run:
 
     samples: dict[int, tuple[Sample, ...]]  # by request index
     duration_s: float
-    kv_waste: float | None = None  # share of the reserved K/V slots that hold no token of use, over the run
+    kv_waste: float | None = None  # share of the reserved K/V slots without a useful token, over the run
     peak_bytes: int | None = None  # resident memory above the loaded model, at its highest
 
     @property

@@ -1,7 +1,6 @@
-"""The baselines: stock Hugging Face, called as its users call it. Knows transformers; knows nothing of paged memory.
-
-Each is one object with ``run(requests, told) -> Run``. ``told(num)`` hears of generated tokens as they come. The
-model's own generation config is set aside by ``without_eos``: greedy, or plain sampling for more than one sample, and
+"""The baselines: stock Hugging Face, called as its users call it. Knows transformers, not paged memory. Each is one
+object with ``run(requests, told) -> Run``. ``told(num)`` is called for generated tokens as they come. ``without_eos``
+replaces the model's own generation config: greedy, or plain sampling for more than one sample, and
 no end of sequence, so that every system generates exactly the tokens that were asked for.
 """
 
@@ -27,7 +26,7 @@ def without_eos(model: Any) -> None:
     """Give this process's copy of the model a generation config that neither stops early nor warps logits."""
     from transformers import GenerationConfig
 
-    # min_new_tokens would not do: it forbids the end-of-sequence token, which changes what greedy chooses
+    # not min_new_tokens, which forbids the end-of-sequence token and so changes greedy's choice
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
 
 
@@ -79,8 +78,8 @@ class HFStatic:
 
 
 class HFSequential:
-    """Stock generate, one request at a time. Where all would take longer than ``limit_s`` (by the speed of a short
-    trial), every k-th request stands for the rest, back to back."""
+    """Stock generate, one request at a time. If all would take longer than ``limit_s`` (by the speed of a short trial),
+    only every k-th request runs, back to back."""
 
     def __init__(self, model: Any, limit_s: float) -> None:
         self._one = HFStatic(model, 1)
@@ -88,7 +87,7 @@ class HFSequential:
         self._stride: int | None = None  # the same for all runs
 
     def run(self, requests: Sequence[BenchRequest], told: Told) -> Run:
-        if len(requests) == 1:  # a warm-up tells nothing of the whole
+        if len(requests) == 1:  # a warm-up says nothing about all requests
             return self._one.run(requests, told)
         if self._stride is None:
             trial = self._one.run([replace(requests[0], num_output=8, n=1, arrival_s=0.0)], _nobody)
@@ -102,11 +101,11 @@ class HFSequential:
 class HFContinuous:
     """transformers' own continuous batching: its manager, which takes a length for each request.
 
-    It is given cache for all requests at once, so that none ever waits for memory; left to itself it takes most of the
-    machine's.
+    It gets cache for all requests at once, so that none waits for memory; its own default takes most of the machine's
+    memory.
 
     Raises:
-        RuntimeError: it did not answer every request; the message says what it did.
+        RuntimeError: it did not answer every request; the message gives details.
     """
 
     def __init__(self, model: Any) -> None:
@@ -118,7 +117,7 @@ class HFContinuous:
 
         if any(request.n > 1 for request in requests):
             raise RuntimeError("hf-continuous takes one sample a request here; leave out --n")
-        # -1 is no token: nothing ends a request before its length
+        # -1 is no token, so nothing ends a request before its length
         config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=256)
         memory = ContinuousBatchingConfig()
         memory.num_blocks = sum(-(-(len(r.prompt) + r.num_output) // _PAGE) + 1 for r in requests)
@@ -159,7 +158,7 @@ class HFContinuous:
 
 
 class Clock:
-    """A streamer that notes when each step's tokens came; ``generate`` first puts the prompt."""
+    """A streamer that records the time of each step's tokens; ``generate`` first puts the prompt."""
 
     def __init__(self, lengths: Sequence[int], n: int, told: Told) -> None:
         self.times: list[float] = []
@@ -178,7 +177,7 @@ class Clock:
 
 
 def _nobody(num: int) -> None:
-    """Nobody wants to know."""
+    """Ignores progress."""
 
 
 def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,7 +191,7 @@ def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.
 def _slots(batch: Sequence[BenchRequest]) -> tuple[int, int]:
     """K/V slots of a static batch summed over its steps: reserved, and holding a token of a request still under way.
 
-    The cache grows by a slot a row and step, so nothing is reserved ahead; what is lost is padding and finished rows.
+    The cache grows by one slot per row and step, so nothing is reserved ahead; padding and finished rows are the waste.
     """
     longest = max(len(request.prompt) for request in batch)
     steps = max(request.num_output for request in batch)

@@ -1,8 +1,8 @@
 """One system in a process of its own, so that its memory is its own. SystemProcess is the parent's handle, _serve is
 the child.
 
-The child loads the model, says what it is, then runs what it is sent. It answers each command with ("done", result) or
-("failed", message), and says ("told", tokens) or ("progress", ...) meanwhile.
+The child loads the model, reports its facts, then runs the commands that it gets. It answers each command with ("done",
+result) or ("failed", message), and sends ("told", tokens) or ("progress", ...) meanwhile.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Report = Callable[[str, int, int], None]
 
 
 class SystemFailed(Exception):
-    """A system couldn't do its run; the message says what happened. The others go on."""
+    """A system's run failed; the message says how. The other systems continue."""
 
 
 class System(Protocol):
@@ -91,7 +91,7 @@ class SystemProcess:
         return result
 
     def quality(self) -> Quality | None:
-        """What the weights that the job's config asks for cost; None if they can't be judged."""
+        """The quality cost of the weights in the job's config; None if it can't be measured."""
         self.facts()
         result: Quality | None = self._ask(("quality", None), _ignore, _ignore)
         return result
@@ -132,14 +132,14 @@ class SystemProcess:
 
 
 def _ignore(*args: Any) -> None:
-    """Nobody wants to know."""
+    """Ignores progress."""
 
 
 # ---- the child ---------------------------------------------------------------------------------------------------
 
 
 def _serve(connection: Connection, job: SystemSpec) -> None:
-    warnings.simplefilter("ignore")  # stock code's remarks would break up the progress bars
+    warnings.simplefilter("ignore")  # warnings of stock code would break up the progress bars
     quiet_imports()
     try:
         model, facts = _load(job)
@@ -238,6 +238,6 @@ def _margin(model: Any, prefix: Sequence[int], reference_id: int, token_id: int)
 
 
 def _in_a_line(error: Exception) -> str:
-    """An error of the project's own speaks for itself; of another, the type helps."""
+    """The message of the project's own errors; of other errors the type too."""
     text = " ".join(str(error).split()) or "no message"
     return text if type(error).__module__.startswith("paged_") else f"{type(error).__name__}: {text}"

@@ -1,8 +1,6 @@
-"""What is asked of the systems under comparison: prompts, lengths and arrivals, all from one seed.
-
-Knows token counts and tokenizers; knows nothing of models or systems. A length is never drawn at random: it is a
-quantile of its distribution, and the seed only shuffles. So every seed asks for the same work, and a run with another
-seed differs by order and text alone.
+"""The workload of a comparison: prompts, lengths and arrivals, all from one seed. Knows token counts and tokenizers,
+not models or systems. A length is a quantile of its distribution and never drawn at random; the seed only shuffles. So
+every seed gives the same amount of work, and runs with different seeds differ only in order and text.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ class BenchRequest:
 
 @dataclass(frozen=True)
 class Workload:
-    """The requests in order of arrival, and in words what they are."""
+    """The requests in order of arrival, and a description."""
 
     description: str
     requests: tuple[BenchRequest, ...]
@@ -69,7 +67,7 @@ def from_prompts(encode: Encode, path: Path, num_requests: int | None = None, se
     file doesn't say are the built-in workload's.
 
     Raises:
-        ConfigError: the file can't be read, holds no prompt, or a line isn't what the name promises.
+        ConfigError: the file can't be read, holds no prompt, or a line does not have the format of the file's name.
     """
     entries = [_parse_prompt(line, path) for line in _read_text(path).splitlines() if line.strip()][:num_requests]
     if not entries:

@@ -10,7 +10,7 @@ from paged_serving import quiet_imports
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table. Returns 1 if a model answers otherwise than stock, else 0."""
+    """Print the table. Returns 1 if a model's answer differs from stock's, else 0."""
     args = _parser().parse_args(argv)
     quiet_imports()
     from paged_coverage import table

@@ -1,4 +1,4 @@
-"""What a generate() says to three prompts, and when two of them say the same.
+"""The answers of a generate() to three prompts, and whether two generate()s give the same answers.
 
 This file knows generate(). It knows nothing of tiers or tables.
 """
@@ -18,7 +18,7 @@ from paged_hf.model.rounding import narrow_dtype, reading, tolerance
 
 _LENGTHS = (5, 3 * WINDOW + 2, 14)  # of the prompts: mixed, one longer than any window
 NUM_TOKENS = 12  # of each answer
-_TIE = 1e-4  # where two logits of stock's are nearer than this, rounding decides
+_TIE = 1e-4  # if two logits of stock's are nearer than this, rounding decides
 _TIMES = 4.0  # how many times stock's own rounding, at its worst logit, may decide between two logits
 _LOGPROB = 1e-3  # that a token's log-probability may be off by
 
@@ -27,16 +27,16 @@ Tokens = list[tuple[int, float | None]]
 
 
 class DifferentAnswer(Exception):
-    """Ours isn't stock's; the message says whose, and where they differ first."""
+    """Our answer isn't stock's; the message says which way of ours, and where they first differ."""
 
 
 @dataclass(frozen=True)
 class GeneratedAnswer:
-    """What a generate() says to some prompts."""
+    """A generate()'s answers to some prompts."""
 
     tokens: Tensor  # i64 [rows, NUM_TOKENS]
     logits: Tensor | None = None  # f32 [NUM_TOKENS, rows, vocab]
-    doubt: Tensor | None = None  # f32 [NUM_TOKENS, rows]: how far apart logits may be that rounding decides between
+    doubt: Tensor | None = None  # f32 [NUM_TOKENS, rows]: largest gap that rounding may decide
 
     def rows(self) -> list[Tokens]:
         if self.logits is None:
@@ -54,14 +54,14 @@ class GeneratedAnswer:
             raise DifferentAnswer(f"{name}: {difference}")
 
     def difference(self, others: list[Tokens]) -> str | None:
-        """Where ``others`` differ first. Where weights have 16 bits, one prompt of three may: rounding may have chosen
-        other experts for a token, and then all that follows is another text."""
+        """Where ``others`` differ first. With 16-bit weights, one prompt of three may differ, because rounding may
+        choose other experts for a token, and then all later tokens differ."""
         faults = [self._fault(row, *both) for row, both in enumerate(zip(self.rows(), others, strict=True))]
         found = [fault for fault in faults if fault is not None]
         return found[0] if len(found) > (0 if self.doubt is None else len(faults) // 3) else None
 
     def _fault(self, row: int, wants: Tokens, gots: Tokens) -> str | None:
-        """What is wrong with one prompt. What follows on another token that rounding chose isn't looked at."""
+        """What is wrong with one prompt. Tokens after a difference by rounding aren't compared."""
         assert self.logits is not None
         if len(gots) != len(wants):
             return f"prompt {row} has {len(gots)} new tokens, not {len(wants)}"
@@ -97,7 +97,7 @@ def answer(generate: Any, rows: list[list[int]], logits: bool = True, **more: An
 
 
 def stocks_answer(model: Any, rows: list[list[int]]) -> GeneratedAnswer:
-    """What the model's own generate() says. Its logits are those of a float32 reading where weights have 16 bits."""
+    """The model's own generate()'s answer. For 16-bit weights its logits are those of a float32 reading."""
     said = answer(model.generate, rows)
     narrow = narrow_dtype(model)
     if narrow is None:
@@ -126,7 +126,7 @@ def alone(ask: Callable[[list[list[int]]], GeneratedAnswer]) -> GeneratedAnswer:
 
 
 class _Led(LogitsProcessor):  # type: ignore[misc]
-    """Has a generate() say given tokens, ``i64 [rows, NUM_TOKENS]``."""
+    """Forces a generate() to given tokens, ``i64 [rows, NUM_TOKENS]``."""
 
     def __init__(self, tokens: Tensor) -> None:
         self._next = iter(tokens.T)

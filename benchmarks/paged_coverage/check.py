@@ -33,7 +33,7 @@ from paged_hf.upstream import cache_argument
 NATIVE, SECOND, STOCK, NOT_BUILT, WRONG = "native", "second tier", "stock", "not built", "WRONG"
 TIERS = (NATIVE, SECOND, STOCK, NOT_BUILT, WRONG)
 HALVES = (torch.bfloat16, torch.float16)
-BUILDING, STOCKS = "building it", "stock's generate"  # steps in which what happens is no fault of ours
+BUILDING, STOCKS = "building it", "stock's generate"  # steps whose failures are not ours
 _TIER_OF = {"native": NATIVE, "cache": SECOND, "stock": STOCK}  # as reports call them
 
 _ENGINES = {
@@ -51,15 +51,15 @@ class Row:
 
     model_type: str
     class_name: str
-    tier: str  # one of TIERS: in float32, and WRONG if it is that in any dtype
+    tier: str  # one of TIERS: in float32, or WRONG if any dtype is wrong
     reason: str  # native: what its attention is like; else: why it isn't native
     halves: tuple[str, ...] = ()  # the tiers with weights of each dtype of HALVES
 
 
 def check(model_type: str, at: Callable[[str], None]) -> Row:
-    """Build a tiny ``model_type`` and try the tiers, the best one first; ``at`` is told of each step beforehand."""
+    """Build a tiny ``model_type`` and try the tiers, the best one first; ``at`` is called before each step."""
     transformers.utils.logging.set_verbosity_error()
-    torch.set_num_threads(1)  # tiny tensors: a second thread only costs
+    torch.set_num_threads(1)  # a second thread only costs time for tiny tensors
     tier, reason = _check(model_type, None, at)
     halves = []
     for dtype in HALVES if tier not in (NOT_BUILT, WRONG) else ():
@@ -96,7 +96,7 @@ def _engines(model: Any, stock: GeneratedAnswer, at: Callable[[str], None]) -> t
     """Why the engine refuses the model, or None; what its attention is like.
 
     Raises:
-        DifferentAnswer: the engine takes it, and answers otherwise than stock.
+        DifferentAnswer: the engine runs it, and its answer differs from stock's.
     """
     nature = ""
     for name, config in _ENGINES.items():
@@ -106,17 +106,17 @@ def _engines(model: Any, stock: GeneratedAnswer, at: Callable[[str], None]) -> t
         except UnsupportedModel as error:
             return said(error), ""
         rows = _paged(engine)
-        if stock.difference(rows):  # stock's own answer may change with the padding, which the engine never sees
+        if stock.difference(rows):  # stock's own answer may depend on padding, which the engine never sees
             alone(functools.partial(stocks_answer, model)).compare(name, rows)
         nature = _nature(engine.spec)
     return None, nature
 
 
 def _generate(model: Any, stock: GeneratedAnswer, refusal: str | None, at: Callable[[str], None]) -> tuple[str, str]:
-    """The tier of ``paged_generate``, and what is to be said of that.
+    """The tier of ``paged_generate``, and the reason.
 
     Raises:
-        DifferentAnswer: it answers otherwise than stock.
+        DifferentAnswer: its answer differs from stock's.
     """
     at("paged_generate")
     generate = paged_generate(model)
@@ -141,7 +141,7 @@ def _generate(model: Any, stock: GeneratedAnswer, refusal: str | None, at: Calla
 
 
 def _in_blocks(model: Any) -> bool:
-    """Whether the model's K/V really go to a PagedCache that it is given."""
+    """Whether the model really stores K/V in a PagedCache that it gets."""
     cache = PagedCache(model.config.get_text_config(decoder=True))
     try:
         argument = cache_argument(type(model).prepare_inputs_for_generation)
@@ -169,7 +169,7 @@ def _paged(engine: Engine) -> list[Tokens]:
 
 
 def _nature(spec: ModelSpec) -> str:
-    """What the attention of its layers is like, in a few words."""
+    """The kind of attention of its layers, in a few words."""
     facts: dict[str, Callable[[LayerSpec], bool]] = {
         "grouped queries": lambda layer: layer.num_kv_heads < layer.num_heads,
         "sliding window": lambda layer: layer.sliding_window is not None,

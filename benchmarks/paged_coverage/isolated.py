@@ -19,7 +19,7 @@ Check = Callable[[str, Callable[[str], None]], Row]
 """``check(model_type, at)``: says by ``at(step)`` what it is about to do."""
 
 _PRELOAD = ["paged_coverage.preload"]
-_START_S = 60.0  # for a process to be forked and to say what it is about to do
+_START_S = 60.0  # for a process to be forked and to report its first step
 
 
 def check_all(model_types: Sequence[str], check: Check, jobs: int, timeout_s: float) -> Iterator[Row]:

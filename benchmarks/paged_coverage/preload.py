@@ -1,4 +1,4 @@
-"""What the server of processes imports before it forks the first: all that every check needs, and takes seconds."""
+"""What the server of processes imports before it forks the first: slow imports that every check needs."""
 
 from paged_serving import quiet_imports
 

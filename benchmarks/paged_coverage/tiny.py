@@ -1,7 +1,7 @@
 """A tiny random model of any model type that transformers knows: its default config, shrunk.
 
-Nothing here knows of paged memory. Names of settings are shrunk wherever they stand; what a model type needs beside
-that is in ``_OWN``.
+Nothing here knows of paged memory. Settings are shrunk by name, wherever they are; what a model type needs besides is
+in ``_OWN``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WINDOW = 8  # of layers with a sliding window
 CHUNK = 64  # of attention in chunks, and of windows that exist only in stock's cache
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
 _NUM_LAYERS = 4
-_MOST_LAYERS = 6  # where layers are of more kinds than four
+_MOST_LAYERS = 6  # if there are more than four kinds of layers
 
 _AT_MOST = {  # the settings that get a value, unless theirs is smaller
     "n_group topk_group n_groups num_expert_group mamba_n_groups mamba_ngroups first_k_dense_replace n_shared_experts "
@@ -81,7 +81,7 @@ _SLIDES = {
 }
 _ZAMBA = {"num_hidden_layers": 4, "attention_hidden_size": 128, "attention_head_dim": 32}
 _DRAFT = {**_SHARING, "num_kv_shared_layers": 4, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
-_OWN: dict[str, dict[str, Any]] = {  # what a model type needs beside; "default" is said before its settings are shrunk
+_OWN: dict[str, dict[str, Any]] = {  # further needs of a model type; "default" applies before its settings are shrunk
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1, 3]},
     "blenderbot": {"decoder_layers": 4, "encoder_layers": 4},
     "blt": {"encoder_hash_byte_group_vocab": 128, "num_hidden_layers": 4},
@@ -150,7 +150,7 @@ def class_name(model_type: str) -> str:
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
-    """The default config of ``model_type``, as small as it still means the same."""
+    """The default config of ``model_type``, shrunk as far as its meaning stays the same."""
     kind = CONFIG_MAPPING[model_type]
     own = _OWN.get(model_type, {})
     return kind.from_dict(_merged(_shrunk(kind(**own.get("default", {})).to_dict()), own))
@@ -172,7 +172,7 @@ def tiny_model(model_type: str, seed: int = 0) -> Any:
                 weight.normal_(0, small)
             elif "sink" in name:
                 weight.normal_()
-            else:  # norms and biases: none is left out unnoticed
+            else:  # norms and biases, so that an omission is noticed
                 weight.add_(0.1 * torch.randn_like(weight))
     return model
 
@@ -194,7 +194,7 @@ def _shrunk(settings: dict[str, Any]) -> dict[str, Any]:
     small = {name: _smaller(str(name), value) for name, value in settings.items()}
     if "is_decoder" in small and not small.get("is_encoder_decoder"):
         small["is_decoder"] = True
-    if "kv_lora_rank" in small and "num_key_value_heads" in small:  # MLA: every head has keys of its own
+    if "kv_lora_rank" in small and "num_key_value_heads" in small:  # MLA: every head has its own keys
         small["num_key_value_heads"] = small["num_attention_heads"]
     return small
 
@@ -219,7 +219,7 @@ def _token(name: str, value: Any) -> Any:
 
 
 def _fewer_layers(settings: dict[str, Any]) -> dict[str, Any]:
-    """Keep a few layers, of each kind there is: lists with an item for each layer stay in step."""
+    """Keep a few layers of each kind, and shorten lists with one item per layer accordingly."""
     count = next((settings[name] for name in _LAYERS if isinstance(settings.get(name), int)), 0)
     if count <= 1:
         return settings

@@ -1,1 +1,1 @@
-"""The scheduler, the block pool and the router at work in simulated time: a cost model stands where the model would."""
+"""The scheduler, the block pool and the router in simulated time, with a cost model in place of the model."""

@@ -1,4 +1,4 @@
-"""What a step costs: seconds from a few integers. Fitted to steps that were run, or made of a card's data."""
+"""The cost of a step: seconds from a few integers. Fitted to real steps, or calculated from a card's data sheet."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class CostModel(Protocol):
 
 @dataclass(frozen=True)
 class LinearCosts:
-    """A step costs so much at all, and for each token, row and token of context; and tokens up to ``knee`` cost more or
-    less than those beyond: few of them leave the weights' reading in front."""
+    """A step has a fixed cost, and a cost per token, per row and per token of context. Tokens up to ``knee`` have
+    another cost than those beyond, because reading the weights dominates small steps."""
 
     fixed_s: float
     token_s: float
@@ -54,10 +54,10 @@ class CardCosts:
 
     weight_bytes: float
     kv_bytes: float  # of a token
-    bytes_s: float  # that memory brings a second, as it is reached
-    flops_s: float  # as they are reached
+    bytes_s: float  # achieved memory bandwidth, per second
+    flops_s: float  # achieved
     parameters: float
-    fixed_s: float = 0.0  # of launches, of the scheduler and of sampling
+    fixed_s: float = 0.0  # for launches, the scheduler and sampling
     source: str = ""
 
     def step_s(self, step: StepSize) -> float:
@@ -66,7 +66,7 @@ class CardCosts:
 
 
 # An 8B model in bfloat16 (K/V of 8 heads of 128 in 32 layers) on an H200: 4.8 TB/s and 989 TFLOPS by its data sheet, of
-# which 80 % and 60 % are taken to be reached. Nothing of it was measured.
+# which 80 % and 60 % are assumed to be achieved. Nothing of this was measured.
 H200_8B = CardCosts(
     weight_bytes=16e9, kv_bytes=131072, bytes_s=0.8 * 4.8e12, flops_s=0.6 * 989e12, parameters=8e9, fixed_s=1.0e-3,
     source="H200, 8B in bfloat16: from data sheets, not measured",
@@ -74,11 +74,12 @@ H200_8B = CardCosts(
 
 
 def fit(steps: Sequence[tuple[StepSize, float]], source: str = "", knee: int = 64) -> LinearCosts:
-    """The LinearCosts that come nearest to steps and their seconds, none of them negative. Relative errors count, so
-    that short steps are met as well as long ones; steps that took more than three times what is told are left out once.
+    """The LinearCosts that come nearest to steps and their seconds, none of them negative. Relative errors are
+    minimised, so that short steps fit as well as long ones; steps that took more than three times the fitted time are
+    left out once.
 
     Raises:
-        ConfigError: there are too few steps to tell.
+        ConfigError: there are too few steps.
     """
     if len(steps) < 20:
         raise ConfigError(f"{len(steps)} steps are too few to fit costs to; run more requests")
@@ -111,7 +112,7 @@ def write(costs: LinearCosts | CardCosts, path: Path) -> None:
 
 
 def _nonnegative(sizes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Least squares without negative factors: those that come out negative are left out, the worst first."""
+    """Least squares without negative factors: negative ones are set to 0, the worst first."""
     factors = np.zeros(sizes.shape[1])
     used = list(range(sizes.shape[1]))
     while used:

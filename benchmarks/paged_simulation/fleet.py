@@ -1,4 +1,4 @@
-"""The fleet: requests come, a router sends each to a replica, replicas step. Time jumps from event to event."""
+"""The fleet: requests arrive, a router sends each to a replica, replicas step. Time jumps from event to event."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Fleet:
     sizes: Sizes
     num_replicas: int = 1
     routing: str = "prefix"  # as paged_ray does it; load: power of two choices; round-robin; random
-    open_cost: int = OPEN_COST  # what a request weighs for prefix routing: tokens of a prompt
+    open_cost: int = OPEN_COST  # weight of an open request in prefix routing, in prompt tokens
     report_s: float = 1.0  # between two reports of what replicas have cached
-    leaps: bool = True  # steps that can be foretold are taken at once; it changes nothing but the time that this takes
+    leaps: bool = True  # take predictable steps at once; changes only the time of the simulation
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class SimulationOutcome:
-    """What came of a simulation."""
+    """The outcome of a simulation."""
 
     record: Record
     span_s: float  # simulated, from the first arrival to the last token
@@ -68,7 +68,7 @@ class _Simulation:
         ]
         self._placement = Placement(fleet.sizes.block_size, fleet.open_cost)
         self._placement.update(range(fleet.num_replicas))
-        self._ends: list[tuple[float, int]] = []  # a heap: (when steps end, whose); some end sooner than it says
+        self._ends: list[tuple[float, int]] = []  # a heap: (end of steps, replica); some end sooner than it says
         self._pool = self._replicas[0].pool  # all of them name blocks alike
         self._beginnings: dict[int, list[bytes]] = {}
         self._turn = 0
@@ -86,13 +86,13 @@ class _Simulation:
         return self._outcome(max(now - began, 1e-9))
 
     def _run_until(self, at_s: float, now: float) -> float:
-        """All that happens before ``at_s``. Returns when the last of it did."""
+        """Process all events before ``at_s``. Returns the time of the last one."""
         ends = self._ends
         while ends and ends[0][0] <= at_s:
             end, index = heappop(ends)
             replica = self._replicas[index]
             if replica.ends_at != end:
-                continue  # somebody came meanwhile, and they ended sooner
+                continue  # a request arrived meanwhile, and they ended sooner
             now = end
             for request in replica.end():
                 self._placement.ended(request.id)
@@ -133,7 +133,7 @@ class _Simulation:
             heappush(self._ends, (replica.ends_at, index))
 
     def _name_blocks(self, request: Request, beginning: Beginning | None) -> None:
-        """As the replicas' schedulers would; but what many begin with is named once."""
+        """Compute the digests as the replicas' schedulers would, but those of shared beginnings only once."""
         if not self._fleet.sizes.enable_prefix_caching:
             return
         if beginning is not None:

@@ -1,8 +1,7 @@
-"""A real engine beside the simulator: what its steps cost, and what three workloads come to in both.
-
-No time passes but the engine's: a request that is to come at second 3 comes when it has computed for 3 seconds. Those
-are seconds of the clock on the wall, or of the processor: then the other processes of a busy machine don't count, as
-far as they leave the caches alone, and each thread counts by itself.
+"""A real engine beside the simulator: the cost of its steps, and the results of three workloads in both. Only the
+engine's time counts: a request due at second 3 arrives when the engine has computed for 3 seconds. These are seconds of
+wall-clock time or of processor time. With processor time, other processes of a busy machine don't count, except for
+their effect on the caches, and each thread counts separately.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _LONG = 400  # tokens of the long prompts that costs are fitted to
 
 
 class LastStep:
-    """A plugin that keeps what each step computed."""
+    """A plugin that records what each step computed."""
 
     def __init__(self) -> None:
         self.last: StepStats | None = None
@@ -37,18 +36,19 @@ class LastStep:
         self.last = stats
 
     def take(self) -> StepSize | None:
-        """The size of the step that was made since this was asked."""
+        """The size of the step since the last call."""
         stats, self.last = self.last, None
         if stats is None:
             return None
         resident = stats.num_blocks_used * stats.block_size - stats.num_slots_wasted
         before, self._resident = self._resident, resident
-        context = max(resident, before + stats.num_tokens)  # rows that have ended in the step are gone by now
+        context = max(resident, before + stats.num_tokens)  # rows that ended in the step are already gone
         return StepSize(stats.num_tokens, stats.num_sampled, context)
 
 
 def fitted(model: str, seed: int, clock: str, num_requests: int) -> LinearCosts:
-    """What steps of a model cost here, by requests that come one by one, and long prompts among them. ``clock``: one of
+    """The cost of a model's steps here, from requests that arrive one by one, long prompts among them. ``clock``: one
+    of
     CLOCKS."""
     engine, steps = _engine(model)
     work = _mixed(engine, seed, num_requests)
@@ -95,7 +95,7 @@ def _run(
     clock: Callable[[], float],
     saw: Callable[[StepSize, float], object],
 ) -> SimulationOutcome:
-    """As Fleet's replicas are driven, with a model behind it."""
+    """Drive an engine as Fleet drives its replicas."""
     record, now, busy_s, num_steps = Record(), 0.0, 0.0, 0
     coming = iter(sorted(requests, key=lambda each: each.arrival_s))
     arrived: dict[str, float] = {}

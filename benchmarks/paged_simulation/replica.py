@@ -1,4 +1,4 @@
-"""One replica in simulated time: a real Scheduler on a real BlockPool, and a cost model for what they schedule."""
+"""One replica in simulated time: a real Scheduler on a real BlockPool, and a cost model for the scheduled steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paged_ray.placement import CacheChanges
 from paged_simulation.costs import CostModel, StepSize
 from paged_simulation.histogram import Histogram
 
-_TOKEN = 7  # that every row is given: nothing depends on it
+_TOKEN = 7  # that every row gets; nothing depends on it
 _LOOK = 64  # steps between two looks at the memory
 
 
@@ -40,7 +40,7 @@ class Sizes:
 
 
 class Record:
-    """What was seen, of all replicas together."""
+    """Measurements over all replicas."""
 
     def __init__(self) -> None:
         self.first_token, self.between_tokens, self.whole = Histogram(), Histogram(), Histogram()
@@ -50,12 +50,12 @@ class Record:
 
 
 class SimulatedReplica:
-    """Answers requests in steps: ``begin`` says when the next ones are over, and ``end`` is called then. They are
-    several where the scheduler can foretell them, and fewer if somebody comes meanwhile.
+    """Answers requests in steps: ``begin`` returns the end of the next steps, and ``end`` is called then. Several steps
+    are taken at once if the scheduler can predict them, and fewer if a request arrives meanwhile.
 
     Args:
-        tells_s: between two reports of what is cached; None: nobody asks.
-        leaps: whether to take steps that can be foretold at once. What comes of them is the same.
+        tells_s: seconds between two reports of what is cached; None: no reports.
+        leaps: whether to take predictable steps at once. The results are the same.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class SimulatedReplica:
     ) -> None:
         self.pool = BlockPool(sizes.num_blocks, sizes.block_size, key=key)
         self.scheduler = Scheduler(self.pool, Fcfs(), sizes.limits())
-        self.ends_at: float | None = None  # when the steps under way are over; None: it is idle
+        self.ends_at: float | None = None  # end of the current steps; None: it is idle
         self.num_open = 0
         self.busy_s = 0.0
         self.num_steps = 0
-        self.begun: Sequence[Request] = ()  # whose first token the last steps have brought
+        self.begun: Sequence[Request] = ()  # requests that got their first token in the last steps
         self._costs, self._record = costs, record
         self._tells_s, self._told_at, self._leaps = tells_s, 0.0, leaps
         self._arrived: dict[Request, float] = {}
@@ -82,7 +82,7 @@ class SimulatedReplica:
         self._under_way: Schedule | Stretch | None = None
         self._ends: list[float] = []  # of each step under way
         self._began = 0.0
-        self._firsts: list[Request] = []  # who hasn't had a token in the step before
+        self._firsts: list[Request] = []  # requests without a token in the previous step
         self._num_samples = 0
         self._changes: dict[bytes, bool] = {}
         self._num_changes = 0
@@ -90,7 +90,7 @@ class SimulatedReplica:
             self.pool.watch()
 
     def submit(self, request: Request, now: float) -> None:
-        """It is looked at when the step under way is over.
+        """The request is scheduled when the current step is over.
 
         Raises:
             InvalidRequestError: it can never fit.
@@ -103,7 +103,7 @@ class SimulatedReplica:
             self.ends_at = self._ends[-1]
 
     def begin(self, now: float) -> None:
-        """The next steps, if there is anything to do."""
+        """Begin the next steps, if there is work."""
         self._began, self._under_way, self.ends_at = now, None, None
         if not self._arrived:
             return
@@ -116,7 +116,7 @@ class SimulatedReplica:
         self.ends_at = self._ends[-1]
 
     def end(self) -> Sequence[Request]:
-        """Takes the tokens of the steps in. Returns who has ended."""
+        """Take in the tokens of the steps. Returns the requests that ended."""
         steps, now = self._under_way, self._ends[-1]
         assert steps is not None
         outputs = self._leap(steps) if isinstance(steps, Stretch) else self._update(steps, now)
@@ -126,7 +126,7 @@ class SimulatedReplica:
         return [self._ended(output.request, now) for output in outputs if output.finish_reason is not None]
 
     def report(self, now: float) -> CacheChanges | None:
-        """What has changed in the prefix cache since this was asked, if it is time to tell."""
+        """Changes of the prefix cache since the last report, if a report is due."""
         if not self._is_to_tell(now):
             return None
         self._told_at = now
@@ -147,7 +147,7 @@ class SimulatedReplica:
         """That it takes."""
         for request in schedule.preempted:
             if request.num_output:
-                self._last_token[request] = self._began  # which is when the step before was over
+                self._last_token[request] = self._began  # the end of the previous step
         num_tokens = num_context = num_samples = 0
         firsts = []
         for request, start, num, samples in schedule.chunks:
@@ -166,7 +166,7 @@ class SimulatedReplica:
         if num_on:
             record.between_tokens.add(now - self._began, num_on)
         for request in self._firsts:
-            if request.num_output:  # it goes on after it was preempted
+            if request.num_output:  # it continues after a preemption
                 record.between_tokens.add(now - self._last_token.pop(request))
             else:
                 record.first_token.add(now - self._arrived[request])
@@ -178,7 +178,7 @@ class SimulatedReplica:
     # ---- steps that were foretold ------------------------------------------------------------------------------------
 
     def _foretold(self, stretch: Stretch, now: float) -> Iterator[float]:
-        """When each of them is over, until there is something to tell."""
+        """The end of each predictable step, until an event."""
         num_rows, num_context = len(stretch.requests), stretch.num_context
         for _ in range(stretch.num_steps):
             now += self._costs.step_s(StepSize(num_rows, num_rows, num_context))
@@ -206,12 +206,12 @@ class SimulatedReplica:
         self._record.whole.add(now - self._arrived.pop(request))
         self._record.num_finished += 1
         self._record.num_prompt_tokens += request.num_prompt
-        request.group.members.clear()  # a circle, which would keep it until Python looks for circles
+        request.group.members.clear()  # breaks a reference cycle, which would keep it until the next garbage collection
         self.num_open -= 1
         return request
 
     def _look(self) -> None:
-        """As StepStats does, seldom: how full the memory is, and how much of what is taken holds no token."""
+        """Record, like StepStats but seldom, the use of the memory, and the share of used slots without a token."""
         pool, size = self.pool, self.pool.block_size
         wasted = sum(len(request.block_table) * size - request.num_computed for request in self.scheduler.running)
         self._record.num_looks += 1

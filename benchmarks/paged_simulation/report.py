@@ -1,4 +1,4 @@
-"""An outcome for people and for programs: figures, a table, a plot."""
+"""An outcome as numbers, a table and a plot."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ _COMPARED: Sequence[tuple[str, Callable[[Mapping[str, Any]], float], str]] = (
 
 
 def differences(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: what was run, what was simulated and how far that is off, of each workload. Columns are named
+    """Markdown: for each workload the real result, the simulated one, and the error. Columns are named
     ``NAME, run`` and ``NAME, simulated``."""
     names = [name.removesuffix(", run") for name in columns if name.endswith(", run")]
     lines = ["| run / simulated | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
@@ -93,8 +93,8 @@ def differences(columns: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def plot(columns: Mapping[str, Mapping[str, Any]], path: Path, across: str = "") -> None:
-    """Throughput, both latencies, hit rates and preemptions where there are any, by the columns' names in their order;
-    several lines where names are ``line @ place``."""
+    """Plot throughput, both latencies, hit rates and preemptions, if there are any, over the columns' names in order;
+    with names of the form ``line @ place`` several lines."""
     from matplotlib import pyplot
 
     lines: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}

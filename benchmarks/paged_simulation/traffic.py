@@ -1,4 +1,4 @@
-"""Traffic: who asks when, with what prompt, for how many tokens. One request after another, never all at once."""
+"""Traffic: the arrival, prompt and output length of each request. Generated one after another, never all at once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 from paged_core import ConfigError
 
-_BASE = 251  # token ids are small: Python keeps those once for all
+_BASE = 251  # small token ids, of which Python keeps one object each
 
 
 class Beginning(NamedTuple):
-    """What several prompts begin with."""
+    """The common beginning of several prompts."""
 
     number: int
     tokens: list[int]
@@ -114,7 +114,7 @@ class PopularPrefixes:
 
 
 def unique(number: int, num_tokens: int) -> list[int]:
-    """Tokens that no other number's begin with, as long as there are four of them."""
+    """Tokens that are unique to this number, if there are at least four of them."""
     return _spelled(number, num_tokens, 2)
 
 
