@@ -14,9 +14,10 @@ from numba.extending import intrinsic
 
 from paged_kernels.cpu import amx, amx_int8, dot_bf16, dot_int8, fma, host
 from paged_kernels.cpu.integer_product import IntegerProduct
+from paged_kernels.cpu.intrinsics import LANES
+from paged_kernels.cpu.memory import store_i64
 from paged_kernels.cpu.passes import KStep
 from paged_kernels.cpu.product import Product
-from paged_kernels.cpu.vectors import LANES, store_i64
 
 SUMS = 24 if LANES == 16 else 12  # sums in registers at once, to hide an instruction's latency
 TIMES = 2000  # rounds in one call

@@ -8,8 +8,9 @@ import torch
 from paged_kernels import reference
 from paged_kernels.cpu import elementwise
 from paged_kernels.cpu.exponents import vexp2, vtanh
+from paged_kernels.cpu.intrinsics import LANES
+from paged_kernels.cpu.memory import load_i64, vload, vstore
 from paged_kernels.cpu.parallel import kernel
-from paged_kernels.cpu.vectors import LANES, load_i64, vload, vstore
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 widths = pytest.mark.parametrize("width", [4, 16, 17, 100, 576, 1536])

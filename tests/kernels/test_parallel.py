@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from paged_kernels.cpu import launch, parallel
-from paged_kernels.cpu.vectors import fetch_add, store_i64
+from paged_kernels.cpu.memory import fetch_add, store_i64
 from places import TESTS
 
 numbers = torch.zeros(64, dtype=torch.int64)

@@ -22,10 +22,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from paged_kernels.cpu.bf16_words import OF_BF16
+from paged_kernels.cpu.intrinsics import inline
+from paged_kernels.cpu.memory import load_i64, store_i64
 from paged_kernels.cpu.parallel import kernel
 from paged_kernels.cpu.passes import emit_prefetch
 from paged_kernels.cpu.product import LINE, NUM_ROWS, Product, make_compute, scratch_bytes
-from paged_kernels.cpu.vectors import inline, load_i64, store_i64
 
 TILE = 32  # output columns
 MOST_ROWS = 256  # of a block

@@ -24,11 +24,12 @@ from paged_kernels.cpu.integer_product import (
     make_tile,
     take_rows,
 )
+from paged_kernels.cpu.intrinsics import inline
+from paged_kernels.cpu.memory import load_i64, store_i64
 from paged_kernels.cpu.parallel import kernel
 from paged_kernels.cpu.passes import emit_prefetch
 from paged_kernels.cpu.product import GROUP as GROUP_ARGUMENT
 from paged_kernels.cpu.product import LINE, NUM_ROWS, make_compute
-from paged_kernels.cpu.vectors import inline, load_i64, store_i64
 
 LANES = 16  # of a tile's row
 LONGEST = 128  # group of four-bit weights

@@ -15,8 +15,10 @@ from numba import int64
 from paged_kernels.cpu.amx import release
 from paged_kernels.cpu.arguments import NEXT_ITEM, TICKET, as_arguments, as_item
 from paged_kernels.cpu.few_rows import FEW, take_few, tile_of_few
+from paged_kernels.cpu.intrinsics import inline
 from paged_kernels.cpu.items import ITEM_BYTES
 from paged_kernels.cpu.many_rows import take_many, tile_of_many
+from paged_kernels.cpu.memory import fetch_add
 from paged_kernels.cpu.pair_tiles import set_up_tiles
 from paged_kernels.cpu.pairs import take_pairs, tile_of_pairs
 from paged_kernels.cpu.parallel import kernel
@@ -31,7 +33,6 @@ from paged_kernels.cpu.sums import (
     note_sight,
     take_in_tiles,
 )
-from paged_kernels.cpu.vectors import fetch_add, inline
 
 
 def _make_store_and_attend(codes, pairs, amx):

@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import types
 
 from paged_kernels.cpu.finish import Words
-from paged_kernels.cpu.vectors import _at, _const, _define, vector
+from paged_kernels.cpu.intrinsics import const, define, element_at, vector
 
 
 class BFloat:
@@ -45,9 +45,9 @@ def _fma(b: Any, x: Any, y: Any, z: Any) -> Any:
 
 def _exp2(b: Any, x: Any) -> Any:
     f = _of_avx512(b, "mask.reduce.ps", x, _NEAREST, _ANYTHING, _EVERY, _DEFAULT)  # nought of infinity
-    total = _const(_EXP2[-1])
+    total = const(_EXP2[-1])
     for c in reversed(_EXP2[:-1]):
-        total = _fma(b, total, f, _const(c))
+        total = _fma(b, total, f, const(c))
     return _of_avx512(b, "mask.scalef.ps", total, b.fsub(x, f), _ANYTHING, _EVERY, _DEFAULT)
 
 
@@ -55,31 +55,31 @@ def _rounded(b: Any, x: Any) -> Any:
     return b.bitcast(_intrinsic(b, "llvm.x86.avx512bf16.cvtneps2bf16.512", _bfloats, x), _halves)
 
 
-@_define(vector, vector)
+@define(vector, vector)
 def vexp2_for_bf16(b: Any, x: Any) -> Any:
     """2**x to about 3e-6, for x <= 0, of which there may come denormal numbers; 0 for -inf, NaN for NaN."""
     return _exp2(b, x)
 
 
-@_define(vector, vector)
+@define(vector, vector)
 def vsilu_for_bf16(b: Any, x: Any) -> Any:
     """x / (1 + exp(-x)) to about 3e-6; NaN for NaN, and NaN for -inf as in torch."""
-    power = b.fmul(x, _const(-_LOG2E))
-    top = _const(126.0)
+    power = b.fmul(x, const(-_LOG2E))
+    top = const(126.0)
     power = b.select(b.fcmp_ordered("ogt", power, top), top, power)
-    below = b.fadd(_const(1.0), _exp2(b, power))
+    below = b.fadd(const(1.0), _exp2(b, power))
     guess = _of_avx512(b, "rcp14.ps", below, _ANYTHING, _EVERY)
-    error = _fma(b, b.fneg(below), guess, _const(1.0))
+    error = _fma(b, b.fneg(below), guess, const(1.0))
     return b.fmul(x, _fma(b, guess, error, guess))
 
 
-@_define(types.void, types.int64, types.int64, vector)
+@define(types.void, types.int64, types.int64, vector)
 def vstore_as_bf16(b: Any, address: Any, index: Any, value: Any) -> None:
     """Rounded by the processor's own instruction, which takes denormal numbers for zero."""
-    b.store(_rounded(b, value), _at(b, address, index, _i16, _halves), align=2)
+    b.store(_rounded(b, value), element_at(b, address, index, _i16, _halves), align=2)
 
 
-@_define(vector, vector)
+@define(vector, vector)
 def vround_as_bf16(b: Any, value: Any) -> Any:
     """The numbers that vstore_as_bf16 keeps."""
     return b.bitcast(b.shl(b.zext(_rounded(b, value), _words), ir.Constant(_words, [16] * 16)), _floats)

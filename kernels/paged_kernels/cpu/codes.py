@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from llvmlite import ir
 from numba import types
 
-from paged_kernels.cpu.vectors import LANES, _at, _const, _define, _f32, _fold, _i32, _iconst, _ivec, _vec, vector
+from paged_kernels.cpu.intrinsics import LANES, const, define, element_at, f32, i32, iconst, ivec, vec, vector
+from paged_kernels.cpu.vectors import _fold
 
 INT8, FP8 = 2, 3  # dtype codes beside vectors' F32 and BF16
 
@@ -30,16 +31,16 @@ class _Width(NamedTuple):
     integer: Any
 
 
-_ONE = _Width(_f32, _i32, _i8, lambda x: ir.Constant(_f32, x), _i32)
-_MANY = _Width(_vec, _ivec, ir.VectorType(_i8, LANES), _const, _iconst)
+_ONE = _Width(f32, i32, _i8, lambda x: ir.Constant(f32, x), i32)
+_MANY = _Width(vec, ivec, ir.VectorType(_i8, LANES), const, iconst)
 
 
 def _load(builder: Any, address: Any, index: Any, width: _Width) -> Any:
-    return builder.load(_at(builder, address, index, _i8, width.bytes), align=1)
+    return builder.load(element_at(builder, address, index, _i8, width.bytes), align=1)
 
 
 def _store(builder: Any, address: Any, index: Any, code: Any, width: _Width) -> None:
-    builder.store(builder.trunc(code, width.bytes), _at(builder, address, index, _i8, width.bytes), align=1)
+    builder.store(builder.trunc(code, width.bytes), element_at(builder, address, index, _i8, width.bytes), align=1)
 
 
 def _bounded(builder: Any, y: Any, largest: float, width: _Width) -> Any:
@@ -85,42 +86,42 @@ def _to_fp8(builder: Any, y: Any, width: _Width) -> Any:
     return builder.or_(code, builder.lshr(builder.and_(bits, n(-0x80000000)), n(24)))
 
 
-@_define(types.float32, types.int64, types.int64)
+@define(types.float32, types.int64, types.int64)
 def load_int8(builder: Any, address: Any, index: Any) -> Any:
     return _from_int8(builder, _load(builder, address, index, _ONE), _ONE)
 
 
-@_define(vector, types.int64, types.int64)
+@define(vector, types.int64, types.int64)
 def vload_int8(builder: Any, address: Any, index: Any) -> Any:
     return _from_int8(builder, _load(builder, address, index, _MANY), _MANY)
 
 
-@_define(types.float32, types.int64, types.int64)
+@define(types.float32, types.int64, types.int64)
 def load_fp8(builder: Any, address: Any, index: Any) -> Any:
     return _from_fp8(builder, _load(builder, address, index, _ONE), _ONE)
 
 
-@_define(vector, types.int64, types.int64)
+@define(vector, types.int64, types.int64)
 def vload_fp8(builder: Any, address: Any, index: Any) -> Any:
     return _from_fp8(builder, _load(builder, address, index, _MANY), _MANY)
 
 
-@_define(types.void, types.int64, types.int64, types.float32)
+@define(types.void, types.int64, types.int64, types.float32)
 def store_int8(builder: Any, address: Any, index: Any, value: Any) -> None:
     _store(builder, address, index, _to_int8(builder, value, _ONE), _ONE)
 
 
-@_define(types.void, types.int64, types.int64, vector)
+@define(types.void, types.int64, types.int64, vector)
 def vstore_int8(builder: Any, address: Any, index: Any, value: Any) -> None:
     _store(builder, address, index, _to_int8(builder, value, _MANY), _MANY)
 
 
-@_define(types.void, types.int64, types.int64, types.float32)
+@define(types.void, types.int64, types.int64, types.float32)
 def store_fp8(builder: Any, address: Any, index: Any, value: Any) -> None:
     _store(builder, address, index, _to_fp8(builder, value, _ONE), _ONE)
 
 
-@_define(types.void, types.int64, types.int64, vector)
+@define(types.void, types.int64, types.int64, vector)
 def vstore_fp8(builder: Any, address: Any, index: Any, value: Any) -> None:
     _store(builder, address, index, _to_fp8(builder, value, _MANY), _MANY)
 
@@ -129,15 +130,15 @@ def _larger(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.icmp_unsigned("<", a, b), b, a)
 
 
-@_define(vector, vector, vector)
+@define(vector, vector, vector)
 def vlarger(builder: Any, a: Any, b: Any) -> Any:
     """Lane by lane the magnitude of b, or ``a`` if that is larger; a NaN is larger than any number."""
-    size = builder.and_(builder.bitcast(b, _ivec), _iconst(0x7FFFFFFF))
-    return builder.bitcast(_larger(builder, builder.bitcast(a, _ivec), size), _vec)
+    size = builder.and_(builder.bitcast(b, ivec), iconst(0x7FFFFFFF))
+    return builder.bitcast(_larger(builder, builder.bitcast(a, ivec), size), vec)
 
 
-@_define(types.float32, vector)
+@define(types.float32, vector)
 def hlargest(builder: Any, a: Any) -> Any:
     """The largest lane of magnitudes; a NaN if there is one."""
-    bits = _fold(builder, builder.bitcast(a, _ivec), lambda x, y: _larger(builder, x, y))
-    return builder.bitcast(bits, _f32)
+    bits = _fold(builder, builder.bitcast(a, ivec), lambda x, y: _larger(builder, x, y))
+    return builder.bitcast(bits, f32)

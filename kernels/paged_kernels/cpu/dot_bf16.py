@@ -15,10 +15,10 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from paged_kernels.cpu.bf16_words import OF_BF16, BFloat
+from paged_kernels.cpu.intrinsics import inline
 from paged_kernels.cpu.parallel import kernel
 from paged_kernels.cpu.passes import KStep, emit_splat, make_passes
 from paged_kernels.cpu.product import Product, make_compute, scratch_bytes
-from paged_kernels.cpu.vectors import inline
 
 LANES = 16  # of the instruction, whatever the width of other kernels' vectors
 ROWS = 8

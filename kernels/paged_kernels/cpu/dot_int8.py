@@ -22,10 +22,10 @@ from paged_kernels.cpu.integer_product import (
     make_tile,
     take_rows,
 )
+from paged_kernels.cpu.intrinsics import LANES, inline
 from paged_kernels.cpu.parallel import kernel
 from paged_kernels.cpu.passes import KStep, emit_splat, make_passes
 from paged_kernels.cpu.product import make_compute
-from paged_kernels.cpu.vectors import LANES, inline
 
 VECTORS = 2
 

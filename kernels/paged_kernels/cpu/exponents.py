@@ -4,24 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from paged_kernels.cpu.vectors import (
-    LANES,
-    _call,
-    _const,
-    _define,
-    _iconst,
-    _ivec,
-    _vec,
-    inline,
-    vadd,
-    vdiv,
-    vector,
-    vmax,
-    vmul,
-    vselect_less,
-    vsplat,
-    vsub,
-)
+from paged_kernels.cpu.intrinsics import LANES, call_llvm, const, define, iconst, inline, ivec, vec, vector
+from paged_kernels.cpu.vectors import vadd, vdiv, vmax, vmul, vselect_less, vsplat, vsub
 
 # 2**f = 1 + f * p(f) on [-0.5, 0.5] and tanh(x) = x + x * z * p(z), z = x * x, on [-0.65, 0.65]: fitted for the least
 # greatest relative error, 2e-9 and 6e-9.
@@ -32,31 +16,31 @@ _ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the 
 
 
 def _polynomial(builder: Any, x: Any, coefficients: tuple[float, ...]) -> Any:
-    total = _const(coefficients[-1])
+    total = const(coefficients[-1])
     for c in reversed(coefficients[:-1]):
-        total = _call(builder, f"llvm.fma.v{LANES}f32", total, x, _const(c))
+        total = call_llvm(builder, f"llvm.fma.v{LANES}f32", total, x, const(c))
     return total
 
 
-@_define(vector, vector)
+@define(vector, vector)
 def vexp2(builder: Any, x: Any) -> Any:
     """2**x to about one unit in the last place, for x <= 127; 0 below -126 (so for -inf); NaN for NaN."""
-    too_small = builder.fcmp_ordered("olt", x, _const(-126.0))
-    x = builder.select(too_small, _const(-126.0), x)
-    shifted = builder.fadd(x, _const(_ROUND))
-    f = builder.fsub(x, builder.fsub(shifted, _const(_ROUND)))
-    power = builder.shl(builder.add(builder.bitcast(shifted, _ivec), _iconst(127)), _iconst(23))
+    too_small = builder.fcmp_ordered("olt", x, const(-126.0))
+    x = builder.select(too_small, const(-126.0), x)
+    shifted = builder.fadd(x, const(_ROUND))
+    f = builder.fsub(x, builder.fsub(shifted, const(_ROUND)))
+    power = builder.shl(builder.add(builder.bitcast(shifted, ivec), iconst(127)), iconst(23))
     p = _polynomial(builder, f, _EXP2)
-    y = _call(builder, f"llvm.fma.v{LANES}f32", p, f, _const(1.0))
-    return builder.select(too_small, _const(0.0), builder.fmul(y, builder.bitcast(power, _vec)))
+    y = call_llvm(builder, f"llvm.fma.v{LANES}f32", p, f, const(1.0))
+    return builder.select(too_small, const(0.0), builder.fmul(y, builder.bitcast(power, vec)))
 
 
-@_define(vector, vector)
+@define(vector, vector)
 def vtanh_near(builder: Any, x: Any) -> Any:
     """tanh(x) for -0.65 <= x <= 0.65."""
     z = builder.fmul(x, x)
     xz = builder.fmul(x, z)
-    return _call(builder, f"llvm.fma.v{LANES}f32", xz, _polynomial(builder, z, _TANH), x)
+    return call_llvm(builder, f"llvm.fma.v{LANES}f32", xz, _polynomial(builder, z, _TANH), x)
 
 
 @inline

@@ -5,6 +5,8 @@ from __future__ import annotations
 from numba import float32, int64
 
 from paged_kernels.cpu.exponents import vexp2
+from paged_kernels.cpu.intrinsics import LANES, REGISTERS, inline
+from paged_kernels.cpu.memory import load_f32, store_f32, vload, vstore
 from paged_kernels.cpu.register_tiles import dots, make_mix
 from paged_kernels.cpu.rows import padded, prefetch_rows, widen
 from paged_kernels.cpu.scores import as_seen, bias_of, capped_and_biased
@@ -23,22 +25,7 @@ from paged_kernels.cpu.sums import (
     query_of,
     take_in,
 )
-from paged_kernels.cpu.vectors import (
-    LANES,
-    REGISTERS,
-    hmax,
-    hsum,
-    inline,
-    load_f32,
-    store_f32,
-    vadd,
-    vload,
-    vmax,
-    vmul,
-    vsplat,
-    vstore,
-    vsub,
-)
+from paged_kernels.cpu.vectors import hmax, hsum, vadd, vmax, vmul, vsplat, vsub
 
 FEW = LANES // 2  # rows; from there on, vectors along the rows are faster
 WIDEST = 4 if REGISTERS == 32 else 2  # vectors side by side in a register tile

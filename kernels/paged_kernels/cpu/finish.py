@@ -6,24 +6,19 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from paged_kernels.cpu.exponents import vexp2
-from paged_kernels.cpu.vectors import (
-    LANES,
-    inline,
+from paged_kernels.cpu.intrinsics import LANES, inline
+from paged_kernels.cpu.memory import (
     load_bf16,
     load_f32,
     store_bf16,
     store_f32,
-    vadd,
-    vdiv,
     vload,
     vload_bf16,
-    vmul,
     vround_bf16,
-    vselect_less,
-    vsplat,
     vstore,
     vstore_bf16,
 )
+from paged_kernels.cpu.vectors import vadd, vdiv, vmul, vselect_less, vsplat
 
 
 @inline

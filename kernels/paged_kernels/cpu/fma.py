@@ -11,10 +11,11 @@ import torch
 from llvmlite import ir
 from numba.core import cgutils
 
+from paged_kernels.cpu.intrinsics import LANES, inline
+from paged_kernels.cpu.memory import vload_bf16, vstore
 from paged_kernels.cpu.parallel import kernel
 from paged_kernels.cpu.passes import KStep, emit_splat, make_passes
 from paged_kernels.cpu.product import Product, make_compute, scratch_bytes
-from paged_kernels.cpu.vectors import LANES, inline, vload_bf16, vstore
 
 ROWS = 8 if LANES == 16 else 4
 STRETCH = 192  # steps of k whose weights are met by all rows before the next are read; they stay in the nearest cache

@@ -12,8 +12,8 @@ import torch
 
 from paged_kernels.cpu import amx, amx_int8, dot_bf16, dot_int8, fma
 from paged_kernels.cpu.integer_product import IntegerProduct
+from paged_kernels.cpu.intrinsics import LANES
 from paged_kernels.cpu.product import Product
-from paged_kernels.cpu.vectors import LANES
 
 BF16 = (amx.AMX, dot_bf16.DOT, fma.WIDENED)
 """Products of bfloat16, in the order in which they are asked for."""

@@ -25,6 +25,19 @@ from numba import float32
 from numba.core import cgutils
 
 from paged_kernels.cpu.codes import hlargest, store_int8, vlarger, vload_int8, vstore_int8
+from paged_kernels.cpu.intrinsics import F32, LANES, inline
+from paged_kernels.cpu.memory import (
+    fetch_add,
+    load_float,
+    load_i64,
+    load_shared,
+    size_of,
+    store_f32,
+    store_i32,
+    store_i64,
+    vload_float,
+    vstore,
+)
 from paged_kernels.cpu.parallel import Kernel
 from paged_kernels.cpu.passes import emit_splat
 from paged_kernels.cpu.product import (
@@ -47,25 +60,7 @@ from paged_kernels.cpu.product import (
     scratch_bytes,
 )
 from paged_kernels.cpu.rotation import rotate_row
-from paged_kernels.cpu.vectors import (
-    F32,
-    LANES,
-    fetch_add,
-    hsum,
-    inline,
-    load_float,
-    load_i64,
-    load_shared,
-    size_of,
-    store_f32,
-    store_i32,
-    store_i64,
-    vadd,
-    vload_float,
-    vmul,
-    vsplat,
-    vstore,
-)
+from paged_kernels.cpu.vectors import hsum, vadd, vmul, vsplat
 
 COLUMNS = 32  # of a tile
 AHEAD = 8192  # bytes between the weights that are met and those that are fetched meanwhile

@@ -7,9 +7,10 @@ into pieces, if there would be too few items.
 from __future__ import annotations
 
 from paged_kernels.cpu.arguments import ITEM, as_arguments, as_item, as_node
+from paged_kernels.cpu.intrinsics import inline
+from paged_kernels.cpu.memory import load_i32, load_i64, store_i32, store_i64
 from paged_kernels.cpu.parallel import kernel
 from paged_kernels.cpu.sharing import NODE_BYTES, TILE, find_groups
-from paged_kernels.cpu.vectors import inline, load_i32, load_i64, store_i32, store_i64
 
 ITEM_BYTES = ITEM.itemsize
 LEAST_PIECE = 4  # tiles of keys

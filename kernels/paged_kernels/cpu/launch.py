@@ -15,12 +15,12 @@ from torch import Tensor
 
 from paged_kernels.cpu import arguments, codes, host, items, sharing
 from paged_kernels.cpu import attention as kernels
+from paged_kernels.cpu.intrinsics import BF16, F16, F32, HAS_F16, LANES
 from paged_kernels.cpu.pair_tiles import STEP
 from paged_kernels.cpu.parallel import Kernel
-from paged_kernels.cpu.recording import Form, keep_for_recording, room, spoil_recording
+from paged_kernels.cpu.recording import ArgumentLayout, keep_for_recording, room, spoil_recording
 from paged_kernels.cpu.sharing import TILE
 from paged_kernels.cpu.sums import NUM_VECTORS, ROWS
-from paged_kernels.cpu.vectors import BF16, F16, F32, HAS_F16, LANES
 from paged_kernels.layers import Extras, LayerCache
 
 _FLOATS = {torch.float32: F32, torch.bfloat16: BF16} | ({torch.float16: F16} if HAS_F16 else {})
@@ -32,7 +32,8 @@ _KERNELS: dict[str, tuple[Kernel, Kernel]] = {  # for caches of floats, and of c
     "amx": (kernels.store_and_attend_amx, kernels.store_and_attend_amx_codes),
 }
 _COUNTED = ("num_shared_rows", "num_items", "num_partials", "num_counters")
-_FORM = Form(arguments.EACH_LAYER.size, arguments.OFFSET["num_tokens"] // 8, in_place=True)  # behind it, all of a step
+# Of a layer; all of a step lies behind it.
+_ARGUMENTS = ArgumentLayout(arguments.EACH_LAYER.size, arguments.OFFSET["num_tokens"] // 8, in_place=True)
 _FEW_ROWS = 32  # of a request: its keys are cut into pieces if threads would be idle
 
 
@@ -170,7 +171,7 @@ class AttentionPlan:
             _FLOATS[dtype], cache_code, key_cache.shape[2], num_stores, scale, softcap or 0.0,
         )  # fmt: skip
         keep_for_recording(self._args)
-        _kernel_for(dtype, key_cache.dtype)(self._address, self._num_threads, _FORM)
+        _kernel_for(dtype, key_cache.dtype)(self._address, self._num_threads, _ARGUMENTS)
         return out
 
     def _with_room(self, key_bias: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from paged_kernels.cpu import host, pages
 from paged_kernels.cpu.product import COUNTERS, LINE, NUM_ROWS, NUM_THREADS, TICKET, Product
-from paged_kernels.cpu.recording import Form, keep_for_recording, spoil_recording
+from paged_kernels.cpu.recording import ArgumentLayout, keep_for_recording, spoil_recording
 
 
 class Packed:
@@ -140,7 +140,7 @@ class PackedLinear(Packed):
             self.num_columns if start else 0, out.data_ptr(), self.num_columns, num_rows, self.num_columns, self._units,
             self._units * self._columns * self._weight.element_size(), self._gated, out.dtype is torch.bfloat16, addend,
         )  # fmt: skip
-        self.product.kernel(space.address, num_threads, space.form)
+        self.product.kernel(space.address, num_threads, space.layout)
 
     def _rows(self, x: Tensor, num_rows: int) -> Tensor:
         """x as the kernel reads it: ``[num_rows, K]``, K filled up, each row's numbers side by side."""
@@ -200,7 +200,7 @@ class _Workspace:
         self._scratch = torch.empty(num_threads * stride + LINE, dtype=torch.uint8)
         scratch = -(-self._scratch.data_ptr() // LINE) * LINE
         size = 8 * COUNTERS + LINE * num_threads
-        self.form = Form(size, NUM_ROWS)
+        self.layout = ArgumentLayout(size, NUM_ROWS)
         self._args = torch.zeros(size + LINE, dtype=torch.uint8)
         self.address = -(-self._args.data_ptr() // LINE) * LINE
         offset = self.address - self._args.data_ptr()

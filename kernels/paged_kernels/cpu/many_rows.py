@@ -6,6 +6,8 @@ from numba import float32
 
 from paged_kernels.cpu.exponents import vexp2
 from paged_kernels.cpu.few_rows import mix
+from paged_kernels.cpu.intrinsics import LANES, REGISTERS, inline
+from paged_kernels.cpu.memory import load_f32, load_float, store_f32, vload, vstore
 from paged_kernels.cpu.register_tiles import make_outer, sum_down
 from paged_kernels.cpu.rows import padded
 from paged_kernels.cpu.scores import bias_of, biased, cap
@@ -25,21 +27,7 @@ from paged_kernels.cpu.sums import (
     query_of,
     take_in,
 )
-from paged_kernels.cpu.vectors import (
-    LANES,
-    REGISTERS,
-    inline,
-    load_f32,
-    load_float,
-    store_f32,
-    vfirst,
-    vload,
-    vmax,
-    vselect_less,
-    vsplat,
-    vstore,
-    vsub,
-)
+from paged_kernels.cpu.vectors import vfirst, vmax, vselect_less, vsplat, vsub
 
 outer_2x2, outer_4x1 = (make_outer(*size, 4 if REGISTERS == 32 else 2) for size in ((2, 2), (4, 1)))
 

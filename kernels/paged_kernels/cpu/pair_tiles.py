@@ -17,7 +17,8 @@ from numba.core import cgutils
 from paged_kernels.cpu.amx import call, load_config, move
 from paged_kernels.cpu.codes import _MANY, _from_fp8, _from_int8
 from paged_kernels.cpu.dot_bf16 import _add, _load, _spread
-from paged_kernels.cpu.vectors import _at, _define, inline, store_i64
+from paged_kernels.cpu.intrinsics import define, element_at, inline
+from paged_kernels.cpu.memory import store_i64
 
 STEP = 32  # of the depth, and of columns
 ROWS = 16  # of x in a tile of AMX's
@@ -63,22 +64,22 @@ def _emit_dot(
             b.store(ir.Constant(_floats, [ir.Constant(_f32, 0.0)] * 16), cell)
     with cgutils.for_range(b, b.mul(steps, _i64(STEP // 2))) as loop:
         pairs = b.add(w, b.mul(loop.index, w_stride))
-        right = [_load(b, _at(b, b.add(pairs, _i64(64 * c)), _i64(0), _i8))[0] for c in range(2)]
+        right = [_load(b, element_at(b, b.add(pairs, _i64(64 * c)), _i64(0), _i8))[0] for c in range(2)]
         for m in range(rows):
             address = b.add(b.add(x, b.mul(x_stride, _i64(m))), b.mul(loop.index, _i64(4)))
-            left = _spread(b, _at(b, address, _i64(0), _i8))
+            left = _spread(b, element_at(b, address, _i64(0), _i8))
             for c in range(2):
                 b.store(_add(b, left, right[c], b.load(sums[m][c])), sums[m][c])
     for m in range(rows):
         for c in range(2):
             address = b.add(b.add(y, b.mul(y_stride, _i64(m))), _i64(64 * c))
-            b.store(b.load(sums[m][c]), _at(b, address, _i64(0), _f32, _floats), align=4)
+            b.store(b.load(sums[m][c]), element_at(b, address, _i64(0), _f32, _floats), align=4)
 
 
 def _make(emit: Any, size: int) -> Any:
     i = types.int64
 
-    @_define(types.void, i, i, i, i, i, i, i)
+    @define(types.void, i, i, i, i, i, i, i)
     def product(b: Any, x: Any, x_stride: Any, w: Any, w_stride: Any, steps: Any, y: Any, y_stride: Any) -> None:
         emit(size, b, x, x_stride, w, w_stride, steps, y, y_stride)
 
@@ -128,11 +129,11 @@ def _codes_of(from_codes: Any) -> Any:
 
 
 def _codes_at(b: Any, address: Any, index: int) -> Any:
-    return b.load(_at(b, address, _i64(index), _i8, _MANY.bytes), align=1)
+    return b.load(element_at(b, address, _i64(index), _i8, _MANY.bytes), align=1)
 
 
 def _pairs_at(b: Any, address: Any) -> Any:
-    return b.load(_at(b, address, _i64(0), _i32, _words), align=2)
+    return b.load(element_at(b, address, _i64(0), _i32, _words), align=2)
 
 
 def _make_transpose(load: Any) -> Any:
@@ -140,9 +141,9 @@ def _make_transpose(load: Any) -> Any:
     becomes pair r of the line at ``target + p * stride``. Rows are found through an address in the table ``rows``."""
     i = types.int64
 
-    @_define(types.void, i, i, i, i)
+    @define(types.void, i, i, i, i)
     def transpose(b: Any, rows: Any, start: Any, target: Any, stride: Any) -> None:
-        lines = [load(b, b.add(b.load(_at(b, rows, _i64(r), _i64)), start)) for r in range(16)]
+        lines = [load(b, b.add(b.load(element_at(b, rows, _i64(r), _i64)), start)) for r in range(16)]
 
         def pick(one: Any, other: Any, order: list[int]) -> Any:
             return b.shuffle_vector(one, other, ir.Constant(_words, order))
@@ -155,7 +156,7 @@ def _make_transpose(load: Any) -> Any:
                     lines[r | bit] = pick(one, other, [i | bit if not i & bit else i + 16 for i in range(16)])
         for p in range(16):
             address = b.add(target, b.mul(stride, _i64(p)))
-            b.store(lines[p], _at(b, address, _i64(0), _i32, _words), align=4)
+            b.store(lines[p], element_at(b, address, _i64(0), _i32, _words), align=4)
 
     return transpose
 
@@ -164,11 +165,13 @@ def _make_interleave(load: Any) -> Any:
     """``interleave(one, other, target)``: 16 numbers of two rows as 16 pairs."""
     i = types.int64
 
-    @_define(types.void, i, i, i)
+    @define(types.void, i, i, i)
     def interleave(b: Any, one: Any, other: Any, target: Any) -> None:
         low, high = load(b, one), load(b, other)
         b.store(
-            b.or_(b.lshr(low, ir.Constant(_words, [16] * 16)), high), _at(b, target, _i64(0), _i32, _words), align=4
+            b.or_(b.lshr(low, ir.Constant(_words, [16] * 16)), high),
+            element_at(b, target, _i64(0), _i32, _words),
+            align=4,
         )
 
     return interleave
@@ -176,7 +179,7 @@ def _make_interleave(load: Any) -> Any:
 
 def _upper_halves(b: Any, address: Any) -> Any:
     """16 numbers of bfloat16 in the upper halves of 16 words."""
-    numbers = b.zext(b.load(_at(b, address, _i64(0), _i16, _halves), align=2), _words)
+    numbers = b.zext(b.load(element_at(b, address, _i64(0), _i16, _halves), align=2), _words)
     return b.shl(numbers, ir.Constant(_words, [16] * 16))
 
 
@@ -192,9 +195,11 @@ interleave_pairs, interleave_int8, interleave_fp8 = (
 )
 
 
-@_define(types.void, types.int64, types.int64, types.int64, types.int64)
+@define(types.void, types.int64, types.int64, types.int64, types.int64)
 def copy_padded(b: Any, source: Any, target: Any, num_bytes: Any, whole_bytes: Any) -> None:
     """``num_bytes``, then zeros up to ``whole_bytes``, a multiple of 32."""
     with cgutils.for_range(b, b.lshr(whole_bytes, _i64(5))) as loop:
-        b.store(ir.Constant(_halves, [0] * 16), _at(b, target, b.shl(loop.index, _i64(4)), _i16, _halves), align=1)
-    cgutils.raw_memcpy(b, _at(b, target, _i64(0), _i8), _at(b, source, _i64(0), _i8), num_bytes, 1)
+        b.store(
+            ir.Constant(_halves, [0] * 16), element_at(b, target, b.shl(loop.index, _i64(4)), _i16, _halves), align=1
+        )
+    cgutils.raw_memcpy(b, element_at(b, target, _i64(0), _i8), element_at(b, source, _i64(0), _i8), num_bytes, 1)

@@ -11,6 +11,18 @@ from numba import float32, int64
 
 from paged_kernels.cpu.bf16_words import vexp2_for_bf16, vstore_as_bf16
 from paged_kernels.cpu.codes import INT8
+from paged_kernels.cpu.intrinsics import LANES, inline
+from paged_kernels.cpu.memory import (
+    load_f32,
+    load_i32,
+    load_i64,
+    size_of,
+    store_f32,
+    store_i64,
+    vload,
+    vstore,
+    vstore_bf16,
+)
 from paged_kernels.cpu.pair_tiles import (
     STEP,
     copy_padded,
@@ -38,26 +50,7 @@ from paged_kernels.cpu.sums import (
     take_in,
     take_in_values,
 )
-from paged_kernels.cpu.vectors import (
-    LANES,
-    hmax,
-    hsum,
-    inline,
-    load_f32,
-    load_i32,
-    load_i64,
-    size_of,
-    store_f32,
-    store_i64,
-    vadd,
-    vfma,
-    vload,
-    vmax,
-    vmul,
-    vsplat,
-    vstore,
-    vstore_bf16,
-)
+from paged_kernels.cpu.vectors import hmax, hsum, vadd, vfma, vmax, vmul, vsplat
 
 AT_ONCE = 32  # rows
 

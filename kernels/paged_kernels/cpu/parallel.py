@@ -30,7 +30,7 @@ from numba import types
 from numba.core import bytecode, ccallback
 from platformdirs import user_cache_path
 
-from paged_kernels.cpu.recording import Form, recording
+from paged_kernels.cpu.recording import ArgumentLayout, recording
 
 try:
     import fcntl
@@ -61,13 +61,13 @@ class Kernel:
     def _pointer(self) -> int:
         return _compile(self._function)
 
-    def __call__(self, args: int, num_threads: int, form: Form | None = None, alone: bool = False) -> None:
+    def __call__(self, args: int, num_threads: int, layout: ArgumentLayout | None = None, alone: bool = False) -> None:
         """Run on up to ``num_threads`` threads, this one among them, or on this one ``alone``; returns when all are
-        done. ``form``: for a Recorder that looks on."""
+        done. ``layout``: for a Recorder that looks on."""
         if not self.is_compiled:
             self.compile()
         if recording.recorder is not None:
-            recording.recorder.add(self._pointer, args, num_threads, form)
+            recording.recorder.add(self._pointer, args, num_threads, layout)
         _launch(self._pointer, args, 1 if alone else num_threads, 0)
 
     def here(self, args: int) -> None:

@@ -17,8 +17,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from paged_kernels.cpu.intrinsics import inline
 from paged_kernels.cpu.product import LINE
-from paged_kernels.cpu.vectors import inline
 
 _f32, _i32, _i64, _byte = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
 

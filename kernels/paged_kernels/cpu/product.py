@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from paged_kernels.cpu.finish import ANY_HOST, Words, make_add_rounded, make_gate, make_write_out
+from paged_kernels.cpu.intrinsics import inline
+from paged_kernels.cpu.memory import fetch_add, load_i64
 from paged_kernels.cpu.parallel import Kernel
-from paged_kernels.cpu.vectors import fetch_add, inline, load_i64
 
 BLOCK = 64  # rows of x for which one thread computes one tile; some products have larger blocks
 X_BYTES = 1 << 19  # of x in a larger block: the second nearest cache holds them beside a tile's weights
@@ -86,18 +87,9 @@ def make_compute(
         most_rows: of a block: BLOCK, or twice that and so on.
         words: how sums become results.
     """
+    block_rows = _make_block_rows(most_rows)
     compute_item = _make_item(tile, columns, _make_rows_of(group, even), words)
     sums_bytes = scratch_bytes(columns, most_rows)
-
-    @inline
-    def block_rows(num_rows, num_tiles, num_threads, x_stride):
-        """Rows of a block, at most: as many as x has room for, and threads have blocks for."""
-        block = most_rows
-        while block > BLOCK and (
-            block * x_stride > X_BYTES or num_tiles * -(-num_rows // block) < ITEMS_A_THREAD * num_threads
-        ):
-            block //= 2
-        return block
 
     @inline
     def compute(args):
@@ -121,6 +113,20 @@ def make_compute(
         end()
 
     return compute
+
+
+def _make_block_rows(most_rows: int) -> Any:
+    @inline
+    def block_rows(num_rows, num_tiles, num_threads, x_stride):
+        """Rows of a block, at most: as many as x has room for, and threads have blocks for."""
+        block = most_rows
+        while block > BLOCK and (
+            block * x_stride > X_BYTES or num_tiles * -(-num_rows // block) < ITEMS_A_THREAD * num_threads
+        ):
+            block //= 2
+        return block
+
+    return block_rows
 
 
 def _make_rows_of(group: int, even: bool) -> Any:

@@ -11,10 +11,10 @@ from torch import Tensor
 from paged_kernels.cpu import host
 from paged_kernels.cpu.integer_product import COLUMNS, SCRATCH_BYTES, IntegerProduct
 from paged_kernels.cpu.integers import ZERO, Integers
+from paged_kernels.cpu.intrinsics import BF16, F16, F32, HAS_F16
 from paged_kernels.cpu.linear import Packed, bias_or_zeros, sides, workspace
 from paged_kernels.cpu.product import LINE
 from paged_kernels.cpu.recording import hold_for, keep_for_recording, most_rows, spoil_recording
-from paged_kernels.cpu.vectors import BF16, F16, F32, HAS_F16
 
 X_GROUP = 64  # numbers of x that share a scale, where the weights of a whole row do, and aren't rotated
 _LONGEST = 128  # group of four-bit weights that the kernels take
@@ -111,7 +111,7 @@ class QuantizedLinear(Packed):
             _FLOATS[rows.dtype], self._depth, self._group, self._codes_at, _FLOATS[self._scales_dtype],
             self._scale_step, self._has_minima, self._is_rotated,
         )  # fmt: skip
-        product.kernels[self._bits](space.address, num_threads, space.form)
+        product.kernels[self._bits](space.address, num_threads, space.layout)
 
 
 def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-class Form(NamedTuple):
+class ArgumentLayout(NamedTuple):
     """What of a launch changes with the number of rows that it is for, and how much of its arguments are noted."""
 
     num_bytes: int
@@ -28,7 +28,7 @@ class Launch(NamedTuple):
     arguments: bytes
     address: int  # where they lay
     num_threads: int
-    form: Form
+    layout: ArgumentLayout
 
 
 class Recorder:
@@ -48,12 +48,12 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         recording.recorder = None
 
-    def add(self, kernel: int, args: int, num_threads: int, form: Form | None) -> None:
-        """A launch that is about to be made; without a form it can't be made again."""
-        if form is None:
+    def add(self, kernel: int, args: int, num_threads: int, layout: ArgumentLayout | None) -> None:
+        """A launch that is about to be made; without a layout it can't be made again."""
+        if layout is None:
             self.spoiled = True
         else:
-            self.launches.append(Launch(kernel, ctypes.string_at(args, form.num_bytes), args, num_threads, form))
+            self.launches.append(Launch(kernel, ctypes.string_at(args, layout.num_bytes), args, num_threads, layout))
 
     def room(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """``shape [rows, ...]``, in memory that is there for the most rows."""

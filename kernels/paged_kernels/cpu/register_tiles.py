@@ -14,27 +14,15 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from paged_kernels.cpu.vectors import (
-    LANES,
-    _at,
-    _call,
-    _const,
-    _define,
-    _f32,
-    _i64,
-    _ivec,
-    _splat,
-    _vec,
-    vector,
-)
+from paged_kernels.cpu.intrinsics import LANES, call_llvm, const, define, element_at, f32, i64, ivec, splat, vec, vector
 
 
 def _accumulators(builder: Any, rows: int, columns: int) -> list[list[Any]]:
-    return [[cgutils.alloca_once(builder, _vec) for _ in range(columns)] for _ in range(rows)]
+    return [[cgutils.alloca_once(builder, vec) for _ in range(columns)] for _ in range(rows)]
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return _call(builder, f"llvm.fma.v{LANES}f32", a, b, c)
+    return call_llvm(builder, f"llvm.fma.v{LANES}f32", a, b, c)
 
 
 def make_outer(rows: int, columns: int, together: int) -> Any:
@@ -47,14 +35,14 @@ def make_outer(rows: int, columns: int, together: int) -> Any:
     """
     i = types.int64
 
-    @_define(types.void, i, i, i, i, i, i)
+    @define(types.void, i, i, i, i, i, i)
     def outer(builder: Any, a_rows: Any, b: Any, b_stride: Any, c: Any, c_stride: Any, count: Any) -> None:
-        a = [builder.load(_at(builder, a_rows, _i64(m), _i64)) for m in range(rows)]
+        a = [builder.load(element_at(builder, a_rows, i64(m), i64)) for m in range(rows)]
         product = _Outer(builder, a, b, b_stride, columns, count)
         sums = product.sum_lanes(0, LANES, together)
         for m, n in product.cells:
-            index = builder.add(builder.mul(_i64(m), c_stride), _i64(n * LANES))
-            builder.store(sums[m, n], _at(builder, c, index, _f32, _vec), align=4)
+            index = builder.add(builder.mul(i64(m), c_stride), i64(n * LANES))
+            builder.store(sums[m, n], element_at(builder, c, index, f32, vec), align=4)
 
     return outer
 
@@ -87,18 +75,18 @@ class _Outer:
 
     def _one_pass(self, first: int, together: int) -> list[_Sums]:
         builder = self.builder
-        lanes = [{cell: cgutils.alloca_once(builder, _vec) for cell in self.cells} for _ in range(together)]
+        lanes = [{cell: cgutils.alloca_once(builder, vec) for cell in self.cells} for _ in range(together)]
         for acc in lanes:
             for cell in self.cells:
-                builder.store(_const(0.0), acc[cell])
-        whole = builder.sdiv(builder.add(self.count, _i64(LANES - first - together)), _i64(LANES))
+                builder.store(const(0.0), acc[cell])
+        whole = builder.sdiv(builder.add(self.count, i64(LANES - first - together)), i64(LANES))
         with cgutils.for_range(builder, whole) as loop:
-            k = builder.add(builder.mul(loop.index, _i64(LANES)), _i64(first))
+            k = builder.add(builder.mul(loop.index, i64(LANES)), i64(first))
             for n, acc in enumerate(lanes):
-                self._add_products(acc, builder.add(k, _i64(n)))
-        rest = builder.add(builder.mul(whole, _i64(LANES)), _i64(first))
+                self._add_products(acc, builder.add(k, i64(n)))
+        rest = builder.add(builder.mul(whole, i64(LANES)), i64(first))
         for n, acc in enumerate(lanes[:-1]):
-            k = builder.add(rest, _i64(n))
+            k = builder.add(rest, i64(n))
             with builder.if_then(builder.icmp_signed("<", k, self.count)):
                 self._add_products(acc, k)
         return [{cell: builder.load(acc[cell]) for cell in self.cells} for acc in lanes]
@@ -108,11 +96,11 @@ class _Outer:
         builder = self.builder
         at = builder.mul(k, self.b_stride)
         right = [
-            builder.load(_at(builder, self.b, builder.add(at, _i64(n * LANES)), _f32, _vec), align=4)
+            builder.load(element_at(builder, self.b, builder.add(at, i64(n * LANES)), f32, vec), align=4)
             for n in range(self.columns)
         ]
         for m, row in enumerate(self.a):
-            left = _splat(builder, builder.load(_at(builder, row, k, _f32)))
+            left = splat(builder, builder.load(element_at(builder, row, k, f32)))
             for n in range(self.columns):
                 builder.store(_fma(builder, left, right[n], builder.load(acc[m, n])), acc[m, n])
 
@@ -132,7 +120,7 @@ def make_mix(rows: int, columns: int) -> Any:
     """
     i = types.int64
 
-    @_define(types.void, i, i, i, i, i, i, i, i, i, i)
+    @define(types.void, i, i, i, i, i, i, i, i, i, i)
     def mix(
         builder: Any, p: Any, p_row: Any, p_key: Any, b_rows: Any, offset: Any, c: Any, c_stride: Any, kept: Any,
         taken: Any, count: Any,
@@ -140,54 +128,54 @@ def make_mix(rows: int, columns: int) -> Any:
         acc = _accumulators(builder, rows, columns)
         for m in range(rows):
             for n in range(columns):
-                builder.store(_const(0.0), acc[m][n])
+                builder.store(const(0.0), acc[m][n])
         with cgutils.for_range(builder, count) as loop:
             k = loop.index
-            row = builder.load(_at(builder, b_rows, k, _i64))
+            row = builder.load(element_at(builder, b_rows, k, i64))
             right = [
-                builder.load(_at(builder, row, builder.add(offset, _i64(n * LANES)), _f32, _vec), align=4)
+                builder.load(element_at(builder, row, builder.add(offset, i64(n * LANES)), f32, vec), align=4)
                 for n in range(columns)
             ]
             at = builder.mul(k, p_key)
             for m in range(rows):
-                index = builder.add(at, builder.mul(_i64(m), p_row))
-                left = _splat(builder, builder.load(_at(builder, p, index, _f32)))
+                index = builder.add(at, builder.mul(i64(m), p_row))
+                left = splat(builder, builder.load(element_at(builder, p, index, f32)))
                 for n in range(columns):
                     builder.store(_fma(builder, left, right[n], builder.load(acc[m][n])), acc[m][n])
         for m in range(rows):
-            keep, take = (_splat(builder, builder.load(_at(builder, x, _i64(m), _f32))) for x in (kept, taken))
+            keep, take = (splat(builder, builder.load(element_at(builder, x, i64(m), f32))) for x in (kept, taken))
             for n in range(columns):
-                index = builder.add(builder.add(builder.mul(_i64(m), c_stride), offset), _i64(n * LANES))
-                target = _at(builder, c, index, _f32, _vec)
+                index = builder.add(builder.add(builder.mul(i64(m), c_stride), offset), i64(n * LANES))
+                target = element_at(builder, c, index, f32, vec)
                 before = builder.fmul(builder.load(target, align=4), keep)
                 builder.store(_fma(builder, builder.load(acc[m][n]), take, before), target, align=4)
 
     return mix
 
 
-@_define(vector, types.int64, types.int64, types.int64)
+@define(vector, types.int64, types.int64, types.int64)
 def dots(builder: Any, rows: Any, x: Any, chunks: Any) -> Any:
     """One dot product a lane: x with each of LANES rows, found through the address table ``rows``; ``chunks`` vectors
     long."""
     acc = _accumulators(builder, LANES, 1)
     for m in range(LANES):
-        builder.store(_const(0.0), acc[m][0])
+        builder.store(const(0.0), acc[m][0])
 
     def add(first: Any, width: int) -> None:
-        at = [builder.mul(builder.add(first, _i64(n)), _i64(LANES)) for n in range(width)]
-        right = [builder.load(_at(builder, x, index, _f32, _vec), align=4) for index in at]
+        at = [builder.mul(builder.add(first, i64(n)), i64(LANES)) for n in range(width)]
+        right = [builder.load(element_at(builder, x, index, f32, vec), align=4) for index in at]
         for m in range(LANES):
-            row = builder.load(_at(builder, rows, _i64(m), _i64))
+            row = builder.load(element_at(builder, rows, i64(m), i64))
             total = builder.load(acc[m][0])
             for n in range(width):
-                left = builder.load(_at(builder, row, at[n], _f32, _vec), align=4)
+                left = builder.load(element_at(builder, row, at[n], f32, vec), align=4)
                 total = _fma(builder, left, right[n], total)
             builder.store(total, acc[m][0])
 
-    fours = builder.lshr(chunks, _i64(2))
+    fours = builder.lshr(chunks, i64(2))
     with cgutils.for_range(builder, fours) as loop:
-        add(builder.shl(loop.index, _i64(2)), 4)
-    done = builder.shl(fours, _i64(2))
+        add(builder.shl(loop.index, i64(2)), 4)
+    done = builder.shl(fours, i64(2))
     with cgutils.for_range(builder, builder.sub(chunks, done)) as loop:
         add(builder.add(done, loop.index), 1)
     return _sum_each(builder, [builder.load(acc[m][0]) for m in range(LANES)])
@@ -202,8 +190,8 @@ def _sum_each(builder: Any, vectors: list[Any]) -> Any:
         cross = [(lane ^ bit) + LANES if lane & bit else lane ^ bit for lane in range(LANES)]
         vectors = [
             builder.fadd(
-                builder.shuffle_vector(one, other, ir.Constant(_ivec, keep)),
-                builder.shuffle_vector(one, other, ir.Constant(_ivec, cross)),
+                builder.shuffle_vector(one, other, ir.Constant(ivec, keep)),
+                builder.shuffle_vector(one, other, ir.Constant(ivec, cross)),
             )
             for one, other in zip(vectors[::2], vectors[1::2], strict=True)
         ]
@@ -211,18 +199,18 @@ def _sum_each(builder: Any, vectors: list[Any]) -> Any:
     return vectors[0]
 
 
-@_define(vector, types.int64, types.int64, types.int64)
+@define(vector, types.int64, types.int64, types.int64)
 def sum_down(builder: Any, lines: Any, stride: Any, blocks: Any) -> Any:
     """The sum of ``blocks`` times LANES vectors that lie ``stride`` floats apart: lane by lane what ``hsum`` makes of
     the sum of as many vectors, if each lane's numbers lay side by side."""
     acc = _accumulators(builder, LANES, 1)
     for m in range(LANES):
-        builder.store(_const(0.0), acc[m][0])
+        builder.store(const(0.0), acc[m][0])
     with cgutils.for_range(builder, blocks) as loop:
-        first = builder.mul(loop.index, _i64(LANES))
+        first = builder.mul(loop.index, i64(LANES))
         for m in range(LANES):
-            index = builder.mul(builder.add(first, _i64(m)), stride)
-            line = builder.load(_at(builder, lines, index, _f32, _vec), align=4)
+            index = builder.mul(builder.add(first, i64(m)), stride)
+            line = builder.load(element_at(builder, lines, index, f32, vec), align=4)
             builder.store(builder.fadd(builder.load(acc[m][0]), line), acc[m][0])
     sums = [builder.load(acc[m][0]) for m in range(LANES)]
     while len(sums) > 1:

@@ -18,8 +18,8 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from paged_kernels.cpu import parallel
+from paged_kernels.cpu.memory import load_i64, store_i64
 from paged_kernels.cpu.recording import Launch, Recorder
-from paged_kernels.cpu.vectors import load_i64, store_i64
 
 _LINE = 64  # bytes: where arguments begin
 _LAUNCHER, _COUNT, _NUM_ROWS, _FIRST = range(4)  # of the table; then, for each launch:
@@ -55,9 +55,9 @@ class Replay:
         self._words = self._images.numpy().data
         work = -(-self._work.data_ptr() // _LINE) * _LINE
         table, image = [parallel.launcher_address(), len(launches), 0], self._images.data_ptr()
-        for (kernel, _, address, num_threads, form), size in zip(launches, sizes, strict=True):
-            place = address if form.in_place else work
-            table += [kernel, image, size, place, num_threads, form.rows_at, form.alone_rows]
+        for (kernel, _, address, num_threads, layout), size in zip(launches, sizes, strict=True):
+            place = address if layout.in_place else work
+            table += [kernel, image, size, place, num_threads, layout.rows_at, layout.alone_rows]
             image += 8 * size
         self._table = torch.tensor(table, dtype=torch.int64)
         self._address, self._entries = self._table.data_ptr(), self._table.numpy().data

@@ -17,25 +17,9 @@ from llvmlite import ir
 from numba import float32
 from torch import Tensor
 
-from paged_kernels.cpu.vectors import (
-    LANES,
-    _call,
-    _const,
-    _define,
-    _f32,
-    _ivec,
-    inline,
-    load_float,
-    store_f32,
-    vadd,
-    vector,
-    vfma,
-    vload,
-    vload_float,
-    vsplat,
-    vstore,
-    vsub,
-)
+from paged_kernels.cpu.intrinsics import LANES, call_llvm, const, define, f32, inline, ivec, vector
+from paged_kernels.cpu.memory import load_float, store_f32, vload, vload_float, vstore
+from paged_kernels.cpu.vectors import vadd, vfma, vsplat, vsub
 
 STEP = 64
 
@@ -88,12 +72,12 @@ def _primes(odd: int) -> list[int]:
 
 def _make_meet(step: int) -> Any:
     """The Hadamard matrix of two numbers, over lanes that are ``step`` apart."""
-    order = ir.Constant(_ivec, [lane ^ step for lane in range(LANES)])
-    signs = ir.Constant(_const(0.0).type, [ir.Constant(_f32, -1.0 if lane & step else 1.0) for lane in range(LANES)])
+    order = ir.Constant(ivec, [lane ^ step for lane in range(LANES)])
+    signs = ir.Constant(const(0.0).type, [ir.Constant(f32, -1.0 if lane & step else 1.0) for lane in range(LANES)])
 
-    @_define(vector, vector)
+    @define(vector, vector)
     def meet(builder: Any, a: Any) -> Any:
-        return _call(builder, f"llvm.fma.v{LANES}f32", a, signs, builder.shuffle_vector(a, a, order))
+        return call_llvm(builder, f"llvm.fma.v{LANES}f32", a, signs, builder.shuffle_vector(a, a, order))
 
     return meet
 

@@ -23,11 +23,9 @@ from paged_kernels.cpu.codes import (
     vstore_fp8,
     vstore_int8,
 )
-from paged_kernels.cpu.vectors import (
-    F32,
-    LANES,
+from paged_kernels.cpu.intrinsics import F32, LANES, inline
+from paged_kernels.cpu.memory import (
     fetch_add,
-    inline,
     load_f32,
     load_float,
     load_i32,
@@ -38,13 +36,11 @@ from paged_kernels.cpu.vectors import (
     store_f32,
     store_float,
     store_i64,
-    vdiv,
     vload_float,
-    vmul,
-    vsplat,
     vstore,
     vstore_float,
 )
+from paged_kernels.cpu.vectors import vdiv, vmul, vsplat
 
 CODES = 1  # in place of None, by whose type numba compiles only the half that is meant
 STORE_TOKENS = 16  # tokens stored by one grab of work
@@ -171,19 +167,25 @@ def find_rows(args, item, head, cache, scales, dim, tile, lead, count, rows, sta
         block += 1
         offset = 0
     if codes is None and (dtype != F32 or dim != width):
-        for i in range(lead, count):
-            source, target = load_i64(rows, i), staging + 4 * i * width
-            if dim == width:
-                for d in range(0, dim, LANES):
-                    vstore(target, d, vload_float(source, d, dtype))
-            else:
-                widen(source, dtype, target, dim, width)
-            store_i64(rows, i, target)
+        _stage_widened(rows, lead, count, staging, dtype, dim, width)
     first, last = load_i64(rows, lead), load_i64(rows, count - 1)
     for i in range(lead // LANES * LANES, lead):
         store_i64(rows, i, first)
     for i in range(count, padded(count)):
         store_i64(rows, i, last)
+
+
+@inline
+def _stage_widened(rows, lead, count, staging, dtype, dim, width):
+    """Put copies of rows number lead..count, as float32 and padded, in their place in the table."""
+    for i in range(lead, count):
+        source, target = load_i64(rows, i), staging + 4 * i * width
+        if dim == width:
+            for d in range(0, dim, LANES):
+                vstore(target, d, vload_float(source, d, dtype))
+        else:
+            widen(source, dtype, target, dim, width)
+        store_i64(rows, i, target)
 
 
 @inline

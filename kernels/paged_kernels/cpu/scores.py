@@ -5,8 +5,10 @@ from __future__ import annotations
 from numba import float32
 
 from paged_kernels.cpu.exponents import vtanh
+from paged_kernels.cpu.intrinsics import LANES, inline
+from paged_kernels.cpu.memory import vload
 from paged_kernels.cpu.sums import LOG2E, NOTHING
-from paged_kernels.cpu.vectors import LANES, inline, lane_numbers, vfma, vload, vmul, vselect_less, vsplat
+from paged_kernels.cpu.vectors import lane_numbers, vfma, vmul, vselect_less, vsplat
 
 
 @inline

@@ -7,7 +7,8 @@ become a node below it, and so on. In the order that comes out, the requests of 
 from __future__ import annotations
 
 from paged_kernels.cpu.arguments import NODE, as_node
-from paged_kernels.cpu.vectors import inline, load_i32, load_i64, store_i64
+from paged_kernels.cpu.intrinsics import inline
+from paged_kernels.cpu.memory import load_i32, load_i64, store_i64
 
 TILE = 64  # keys; a row's sums are taken tile by tile, at fixed positions
 MOST_ROWS = 32  # of a request that shares: with more, its own rows read a tile of keys often enough

@@ -10,13 +10,9 @@ from __future__ import annotations
 from numba import float32
 
 from paged_kernels.cpu.exponents import vexp2
-from paged_kernels.cpu.rows import copy, padded
-from paged_kernels.cpu.sharing import TILE
-from paged_kernels.cpu.vectors import (
-    F32,
-    LANES,
+from paged_kernels.cpu.intrinsics import F32, LANES, inline
+from paged_kernels.cpu.memory import (
     fetch_add,
-    inline,
     load_f32,
     load_i32,
     load_shared,
@@ -24,16 +20,12 @@ from paged_kernels.cpu.vectors import (
     store_f32,
     store_i64,
     store_shared,
-    vadd,
-    vfirst,
-    vfma,
     vload,
-    vmax,
-    vmul,
-    vsplat,
     vstore,
-    vsub,
 )
+from paged_kernels.cpu.rows import copy, padded
+from paged_kernels.cpu.sharing import TILE
+from paged_kernels.cpu.vectors import vadd, vfirst, vfma, vmax, vmul, vsplat, vsub
 
 ROWS = 4 * LANES  # query rows of an item, at most
 
