@@ -31,6 +31,11 @@ const CLIENTS = {
         const answer = await client.chat.completions.create({ ...asked, tools: [TOOL], tool_choice: 'required' });
         checkWeather(JSON.parse(answer.choices[0].message.tool_calls[0].function.arguments));
       },
+      'tools, streamed': async () => {
+        const stream = client.chat.completions.stream({ ...asked, tools: [TOOL], tool_choice: 'required' });
+        const answer = await stream.finalChatCompletion();
+        checkWeather(JSON.parse(answer.choices[0].message.tool_calls[0].function.arguments));
+      },
       'responses, streamed': async () => {
         const stream = client.responses.stream({ model: MODEL, input: 'Hi', max_output_tokens: 32 });
         check((await stream.finalResponse()).output_text);
@@ -75,6 +80,13 @@ const CLIENTS = {
     const weather = tool({ description: 'The weather', inputSchema: jsonSchema(SCHEMA) });
     return {
       'text, by responses (default)': async () => check((await generateText({ model: openai(MODEL), ...given })).text),
+      'a chat that goes on, by responses (default)': async () => {
+        const messages = [{ role: 'user', content: QUESTION }];
+        const { prompt, ...rest } = given;
+        const first = await generateText({ model: openai(MODEL), messages, ...rest });
+        messages.push(...first.response.messages, { role: 'user', content: 'And in Rome?' }); // by reference
+        check((await generateText({ model: openai(MODEL), messages, ...rest })).text);
+      },
       'text, by chat, streamed': async () => {
         let text = '';
         for await (const piece of streamText({ model: openai.chat(MODEL), ...given }).textStream) text += piece;

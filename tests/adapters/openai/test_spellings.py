@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,21 @@ def test_other_words_for_the_same(parser: argparse.ArgumentParser) -> None:
     assert _app_options(args).cors_origins == ("http://a", "http://b")
 
 
+def test_underscores_and_short_names_are_taken_as_vllm_has_them(parser: argparse.ArgumentParser) -> None:
+    args = parser.parse_args(["--max_model_len", "64", "-tp", "2", "--kv_cache_memory_bytes=300M", "-O3", "-pp", "1"])
+    config = engine_config(args)
+    assert (config.max_model_len, config.tensor_parallel_size, config.kv_cache_bytes) == (64, 2, 300 << 20)
+    assert "max_model_len" not in parser.format_help(), "one spelling is enough"
+
+
+def test_every_option_of_vllms_is_taken_or_told_what_to_do(parser: argparse.ArgumentParser) -> None:
+    """Of those that its documentation names (2026-11); `vllm serve --help=listgroup` has them."""
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    names = re.findall(r"[\w-]+", (Path(__file__).parent / "vllm_options.txt").read_text(encoding="utf-8"))
+    assert len(names) > 150
+    assert [name for name in names if f"--{name}" not in known] == []
+
+
 def test_parsers_of_calls_are_response_templates(parser: argparse.ArgumentParser) -> None:
     given = {"openai": "gpt-oss", "llama3_json": "llama3-json", "hermes": "hermes"}
     for theirs, ours in given.items():
@@ -57,7 +73,9 @@ def test_parsers_of_reasoning_must_read_what_the_template_does(parser: argparse.
 def test_what_is_done_anyway_passes(parser: argparse.ArgumentParser) -> None:
     args = parser.parse_args(
         ["--enable-auto-tool-choice", "--disable-log-requests", "--enable-chunked-prefill", "--trust-remote-code",
-         "--pipeline-parallel-size", "1", "--swap-space", "4", "--load-format", "safetensors"]
+         "--pipeline-parallel-size", "1", "--swap-space", "4", "--load-format", "safetensors", "--async-scheduling",
+         "--compilation-config", '{"mode": 3}', "--limit-mm-per-prompt", '{"image": 0}', "--model-impl", "transformers",
+         "--chat-template-content-format", "auto", "--prefix-caching-hash-algo", "sha256"]
     )  # fmt: skip
     assert engine_config(args) == engine_config(parser.parse_args([]))
 
@@ -69,6 +87,11 @@ def test_what_is_done_anyway_passes(parser: argparse.ArgumentParser) -> None:
         (["--revision", "main"], "give its folder as MODEL"),
         (["--quantization", "awq"], "models come as they were quantised"),
         (["--enable-lora"], "merge_and_unload"),
+        (["--max-lora-rank", "8"], "merge_and_unload"),
+        (["--default-chat-template-kwargs", "{}"], "let requests bring chat_template_kwargs"),
+        (["--otlp-traces-endpoint", "http://x"], "set OTEL_EXPORTER_OTLP_ENDPOINT"),
+        (["--data-parallel-rank", "1"], "a balancer before them"),
+        (["-q", "awq"], "models come as they were quantised"),
         (["--tool-call-parser", "jamba"], "'jamba' isn't known here: there are hermes"),
         (["--reasoning-parser", "jamba"], "invalid choice: 'jamba'"),
         (["--allowed-origins", "http://a"], "isn't a JSON list"),
