@@ -1,4 +1,4 @@
-"""What every server needs: protocols, grammars, a call under way, health, metrics."""
+"""What every server needs: protocols, grammars, exchanges with the engine, health, metrics."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from paged_serving.quiet import no_progress_bars, quiet_imports
     from paged_serving.response_templates.template import ResponseTemplate
 
-# Imported when first used: plugins are looked through without loading torch.
+# Imported when first used, so that finding plugins does not load torch.
 _LAZY = {
     "Body": "protocol.bodies",
     "Call": "protocol.call",

@@ -1,4 +1,5 @@
-"""One call under way in the engine: its prompts' streams, joined into what is sent. Knows no HTTP and no TorchServe."""
+"""Exchange: carries one call through the engine, and joins the streams of its prompts. Knows no HTTP and no
+TorchServe."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ class Chunks(NamedTuple):
     """What is sent at once."""
 
     told: list[Any]
-    large: bool  # to make it, and to write it as JSON, is a thread's work, and not the event loop's
+    large: bool  # so large that a thread, not the event loop, should make it and write it as JSON
 
 
 class Exchange:
@@ -30,7 +31,7 @@ class Exchange:
         in_thread: awaits what a function returns in a thread.
 
     Raises:
-        CallError: the engine has its hands full.
+        CallError: the engine is busy.
         EngineDeadError: the engine takes no requests any more.
     """
 
@@ -90,8 +91,8 @@ class Exchange:
         return await self._in_thread(as_outcome, self.call.answer, await self.finish())
 
     async def chunks(self) -> AsyncIterator[Chunks]:
-        """The chunks of a streamed call, several at a time. The first come with the first news of the engine, so that
-        what it refuses is told before anything was sent. Raises as ``finish``."""
+        """The chunks of a streamed call, several at a time. The first come with the engine's first delta, so that a
+        refusal is raised before anything was sent. Raises as ``finish``."""
         chunks, begun = list(self.call.first_chunks()), set[tuple[int, int]]()
         async for number, delta in self._news():
             self._check(number, delta.finish_reason, delta.error)
@@ -113,7 +114,7 @@ class Exchange:
             yield number, news
 
     def _refused(self, number: int, error: InvalidRequestError) -> ProtocolError:
-        """``error`` in the protocol's words. Of several prompts it says which one is refused."""
+        """``error`` with the protocol's names of fields. If there are several prompts, it names the refused one."""
         own = self._name_of(number)
         told = in_words_of({**self.call.named, "prompt": own}, error)
         if len(self._streams) == 1 or own in str(told):
@@ -137,7 +138,7 @@ class Exchange:
 
 
 async def _merge(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, StreamDelta | Exception]]:
-    """(number of the stream, its delta), as they come. What a stream raises comes in a delta's place."""
+    """Yields (number of the stream, its delta) as they come. An exception of a stream comes in place of a delta."""
     if len(streams) == 1:
         try:
             async for delta in streams[0]:

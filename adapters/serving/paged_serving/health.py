@@ -1,4 +1,4 @@
-"""Whether an engine does its work."""
+"""Whether an engine works or is stuck."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from paged_core import AsyncEngine
 
 
 def trouble(engine: AsyncEngine, max_step_s: float, limit: str) -> str | None:
-    """What is wrong with ``engine``, if anything is: it has failed, or one of its steps takes longer than
-    ``max_step_s``, which is what the operator knows as ``limit``."""
+    """The trouble of ``engine``, or None: it has failed, or a step takes longer than ``max_step_s``, an option that the
+    operator knows as ``limit``."""
     if not engine.alive:
         told = engine.engine.trouble
         return "the engine has failed" if told is None else f"the engine has failed: {told}"

@@ -1,4 +1,4 @@
-"""KVEvents: what an engine's prefix cache holds, told to routers of other processes as vLLM tells it.
+"""KVEvents: publishes the contents of an engine's prefix cache to routers in other processes, in vLLM's format.
 
 Batches of events in msgpack over ZeroMQ: each is a message of three frames: topic, sequence number (8 bytes,
 big-endian) and payload. A second socket repeats batches from a number on. vLLM's documentation has a client for them
@@ -31,9 +31,9 @@ from paged_core import (
 _log = logging.getLogger("paged_core")
 FORMS = ("array", "map")
 _KEPT = 10_000  # batches that can be asked for again
-_WAITING = 100_000  # that may wait to be sent; the oldest go, and their numbers are missing
+_WAITING = 100_000  # batches that may wait to be sent; beyond it the oldest are dropped, and their numbers are missing
 _END = (-1).to_bytes(8, "big", signed=True)
-_MEDIUM = "GPU"  # vLLM's word for the cache that attention reads; it has no other for a CPU's
+_MEDIUM = "GPU"  # vLLM's word for the cache that attention reads, on a CPU too
 _CLOSE_S = 2.0
 
 
@@ -171,7 +171,7 @@ _IN_ARRAYS = {"BlockStored": 6, "BlockRemoved": 2, "AllBlocksCleared": 0}  # fie
 
 
 def joined(events: Sequence[CacheEvent]) -> list[tuple[Any, ...]]:
-    """Events as (their names, their fields): neighbours that follow one another in one sequence are told as one."""
+    """Events as (their names, their fields): consecutive blocks of one sequence are joined into one event."""
     found: list[tuple[Any, ...]] = []
     last: bytes | None = None
     for event in events:

@@ -13,7 +13,7 @@ def json_text(value: Any) -> str:
 
 
 def json_bytes(value: Any) -> bytes:
-    """Whatever ``value`` holds: half a surrogate pair, quoted from a request, is written as JSON's escape of it."""
+    """``value`` as JSON. A lone surrogate, quoted from a request, is written as JSON's escape."""
     return json_text(value).encode(errors="backslashreplace")
 
 

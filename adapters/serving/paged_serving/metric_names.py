@@ -1,4 +1,4 @@
-"""What the metrics are called, and what they say: names that vLLM's and TGI's users have dashboards for."""
+"""Names and descriptions of the metrics, as in dashboards for vLLM and TGI."""
 
 from __future__ import annotations
 

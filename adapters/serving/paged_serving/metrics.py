@@ -1,7 +1,6 @@
-"""PrometheusMetrics: what engines do, under the names that vLLM's and TGI's users have dashboards for.
-
-An observer like any other: whoever has a place to be scraped at hands one to the Engine it builds. All but ``render``
-is called by the thread that steps. prometheus_client is imported when the first is made.
+"""PrometheusMetrics: metrics of engines, under the names of vLLM's and TGI's dashboards. It is an observer: a server
+with a metrics endpoint passes one to its Engine. The stepping thread calls all methods but ``render``.
+prometheus_client is imported when the first is made.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class _Times:
-    """When what happened to one request: ``time.perf_counter()`` seconds."""
+    """The times of one request's events: ``time.perf_counter()`` seconds."""
 
     __slots__ = ("arrival", "first_token", "last_token", "num_seen", "started")
 
@@ -56,7 +55,7 @@ class _Times:
 
 
 class _Labelled:
-    """A registry as its renderer sees it: each sample has some labels more."""
+    """A registry whose samples get further labels when rendered."""
 
     def __init__(self, registry: Any, labels: Mapping[str, str]) -> None:
         self._registry, self._labels = registry, labels
@@ -126,7 +125,7 @@ class PrometheusMetrics:
         return self._client.generate_latest(registry), self._client.CONTENT_TYPE_LATEST
 
     def describe(self, engine: Engine) -> None:
-        """Tell how ``engine``'s cache is set up: ``vllm:cache_config_info``, whose value is 1. Once."""
+        """Export the configuration of ``engine``'s cache: ``vllm:cache_config_info``, whose value is 1. Once."""
         sizes, config, device = engine.sizes, engine.config, engine.spec.device.type
         windows = {layer.sliding_window for layer in engine.spec.layers}
         told = {
@@ -203,7 +202,7 @@ class PrometheusMetrics:
     # ---- from what was seen --------------------------------------------------------------------------------------
 
     def _advance(self, request: Request, times: _Times, began: float, now: float) -> None:
-        """What the step from ``began`` to ``now`` meant for one request."""
+        """Count the step from ``began`` to ``now`` for one request."""
         if times.started is None:
             if _waits(request):
                 return
@@ -265,7 +264,8 @@ class PrometheusMetrics:
 
 
 def _waits(request: Request) -> bool:
-    """Whether nothing of it was computed yet. A sample that will fork starts with the one that computes its prompt."""
+    """Whether none of its tokens was computed yet. A sample that will fork starts with the one that computes its
+    prompt."""
     if request.status is RequestStatus.PENDING_FORK:
         return all(row.status is not RequestStatus.RUNNING for row in request.group.members)
     return request.status in (RequestStatus.WAITING, RequestStatus.LOADING)

@@ -22,11 +22,11 @@ BEGIN, END = "<!-- engine options: python -m paged_serving.options -->", "<!-- e
 def add_engine_options(
     group: Any, *, leave_out: Collection[str] = (), defaults: Mapping[str, Any] | None = None
 ) -> None:
-    """Add every option of an engine that a command line can say to ``group``, an argparse parser or group.
+    """Add every engine option with a flag to ``group``, an argparse parser or group.
 
     Args:
         leave_out: names of EngineConfig's fields that this command has no use for.
-        defaults: what this command takes for some fields, in place of EngineConfig's own.
+        defaults: this command's defaults of some fields, instead of EngineConfig's own.
     """
     for field in fields(EngineConfig):
         option = field.metadata["option"]
@@ -44,7 +44,7 @@ def add_engine_options(
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """What ``add_engine_options`` has read, as a configuration; what wasn't said keeps its default.
+    """The options of ``add_engine_options`` as an EngineConfig; absent ones keep their defaults.
 
     Raises:
         ConfigError: a value is out of its range.

@@ -1,4 +1,4 @@
-"""What code that others have brought (a tokenizer, a template) may raise in a server's thread."""
+"""Exceptions of other code (a tokenizer, a template) in a server's thread."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _T = TypeVar("_T")
 
 
 def as_outcome(function: Callable[..., _T], *args: object) -> _T:
-    """``function(*args)``, inside an event loop or in a thread that answers one. Whatever it raises costs one request.
+    """``function(*args)``, inside an event loop or in a thread that answers one. An exception fails only one request.
 
     Raises:
         RuntimeError: in place of what would end the loop (SystemExit, KeyboardInterrupt, one's own BaseException), pass

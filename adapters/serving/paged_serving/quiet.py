@@ -1,4 +1,4 @@
-"""What other libraries tell every process that imports them, and no user of ours wants to read."""
+"""Silences messages that other libraries print on import."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ def quiet_imports() -> None:
 
 
 def no_progress_bars() -> None:
-    """For a process whose log is lines of JSON: other libraries' bars have no place between them. Before tqdm and
+    """Disable other libraries' progress bars in a process whose log is lines of JSON. Before tqdm and
     huggingface_hub, whose switch transformers reads, are imported: they look at this then."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

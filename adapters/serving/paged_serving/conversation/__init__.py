@@ -1,1 +1,1 @@
-"""Conversations as every protocol means them: what bodies are translated into, and events that answers are made of."""
+"""Conversations of any protocol: bodies are translated into them, and answers are made of their events."""

@@ -1,4 +1,4 @@
-"""Events as blocks, one after another: what protocols show whose answers are lists of items. Knows no protocol."""
+"""Events as content blocks, for protocols whose answers are lists of items. Knows no protocol."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ContentBlock:
     index: int  # among the blocks of the answer
     call_id: str = ""
     name: str = ""  # of the tool that is called
-    cut: bool = False  # it would have grown on; never a call, which is told when it is whole
+    cut: bool = False  # it was cut; never a call, which is sent when it is complete
     _pieces: list[str] = field(default_factory=list, init=False)  # joined when asked for
 
     def add(self, text: str) -> None:
@@ -41,7 +41,7 @@ class ContentBlock:
 
 @dataclass(frozen=True)
 class ContentNews:
-    """``block`` was opened, has grown by ``text``, or is whole."""
+    """``block`` was opened, has grown by ``text``, or is complete."""
 
     what: Literal["opened", "grown", "closed"]
     block: ContentBlock
@@ -49,7 +49,7 @@ class ContentNews:
 
 
 class ContentBlocks:
-    """The blocks of one answer, of its events."""
+    """The blocks of one answer, made from its events."""
 
     def __init__(self) -> None:
         self.all: list[ContentBlock] = []
@@ -57,7 +57,7 @@ class ContentBlocks:
         self._open: ContentBlock | None = None
 
     def feed(self, events: Iterable[Event]) -> Iterator[ContentNews]:
-        """An answer that has ended has one block at least: an empty text, where nothing was said."""
+        """Take in events. An ended answer has at least one block, which may be an empty text."""
         for event in events:
             match event:
                 case TextDelta(text):

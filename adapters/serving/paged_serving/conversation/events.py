@@ -1,8 +1,7 @@
-"""What answers are made of: one stream of events, whatever the protocol and whether it is streamed.
-
-Of one choice come, in this order and as often as the model does it: pieces of text and of reasoning, and calls, each
-a ToolCallStart, its ArgumentsDeltas and a ToolCallEnd. The last event is its Finish. A call is told when it is whole:
-what was cut in the midst of one is not told, so that nobody carries out half a call.
+"""The events of an answer: one stream, whatever the protocol, streamed or not. One choice gives, in the order in which
+the model writes them: pieces of text and of reasoning, and calls, each as a ToolCallStart, ArgumentsDeltas and a
+ToolCallEnd. The last event is its Finish. A call gives events only when it is complete, so that nobody carries out an
+incomplete call.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from paged_serving.conversation.turns import ToolCall
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More of what the assistant says."""
+    """More of the assistant's text."""
 
     text: str  # never empty
 
 
 @dataclass(frozen=True)
 class ReasoningDelta:
-    """More of what the assistant thinks before it speaks or calls."""
+    """More of the assistant's reasoning."""
 
     text: str  # never empty
 
@@ -47,7 +46,7 @@ class ArgumentsDelta:
 
 @dataclass(frozen=True)
 class ToolCallEnd:
-    """Call ``index`` is whole."""
+    """Call ``index`` is complete."""
 
     index: int
 
@@ -57,11 +56,11 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 @dataclass(frozen=True)
 class Finish:
-    """The choice has ended. What ends in an error or an abort has no Finish: whoever carries the call raises."""
+    """The choice has ended. A choice that ends in an error or an abort has no Finish; the owner of the call raises."""
 
-    reason: FinishReason  # "tool_calls": it stopped by itself, and has called
+    reason: FinishReason  # "tool_calls": it stopped by itself, with calls
     stop_reason: str | int | None  # the stop string or the stop token id that ended it; None for EOS
-    num_tokens: int  # that the choice was given, all in all
+    num_tokens: int  # all tokens of the choice
 
 
 Event = TextDelta | ReasoningDelta | ToolCallStart | ArgumentsDelta | ToolCallEnd | Finish

@@ -1,4 +1,4 @@
-"""From generated text to events: one reader for each choice of an answer. Knows no protocol."""
+"""From generated text to events, with one reader per choice. Knows no protocol."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from paged_serving.conversation.events import Event, Finish, FinishReason, TextD
 
 
 class Parser(Protocol):
-    """Tells text, reasoning and calls apart. It is fed what the model says, in any pieces: the events, joined, are the
-    same."""
+    """Separates text, reasoning and calls. It takes the model's text in any pieces; the joined events are the same."""
 
     def feed(self, text: str) -> Iterable[Event]: ...
 
     def finish(self, *, cut: bool) -> Iterable[Event]:
-        """What was held back: no more text will come. ``cut``: the model would have gone on."""
+        """The events that were held back, since no more text will come. ``cut``: the answer was cut."""
         ...
 
 
 class PlainText:
-    """The parser of an answer that holds nothing but text."""
+    """The parser of answers that are only text."""
 
     def feed(self, text: str) -> Iterable[Event]:
         return (TextDelta(text),) if text else ()
@@ -31,7 +30,7 @@ class PlainText:
 
 
 class ChoiceReader:
-    """One choice's news as events."""
+    """Turns the deltas of one choice into events."""
 
     def __init__(self, parser: Parser) -> None:
         self._parser = parser

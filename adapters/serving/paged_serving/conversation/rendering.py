@@ -1,7 +1,7 @@
 """A conversation as the model's chat template writes it.
 
 Templates differ in what they read: arguments as an object or as its JSON text, a message without content as None or as
-an empty text. Each form is tried, until one is taken that shows every call.
+an empty text. Each form is tried until the template accepts one and shows every call.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def render(codec: TextCodec, conversation: Conversation) -> str:
     """The prompt's text.
 
     Raises:
-        InvalidRequestError: there is no chat template, it refuses the conversation, or it leaves out what the user
-            says, a call, or a tool; ``param`` is "tools" for the last. It can't be told how much to think; ``param`` is
-            "reasoning_effort", and the error's text goes on from the field's name.
+        InvalidRequestError: there is no chat template, it refuses the conversation, or it leaves out the user's text, a
+        call, or a tool (``param`` is then "tools"). Or it has no setting for reasoning (``param`` is
+        "reasoning_effort", and the error's text continues the field's name).
     """
     options = _options(codec, conversation)
     called = [call for turn in conversation.turns for call in turn.tool_calls]
@@ -61,7 +61,7 @@ def render(codec: TextCodec, conversation: Conversation) -> str:
 
 
 def _renamed(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Calls by names that stand nowhere else, as the real ones do among the tools: so it can be seen who shows them."""
+    """Calls under unique names (the real names also occur among the tools), to see whether the template shows them."""
     renamed, numbers = copy.deepcopy(list(messages)), itertools.count()
     for call in (call for message in renamed for call in message.get("tool_calls", ())):
         call["function"]["name"] = f"{_MARK}{next(numbers)}_"
@@ -69,7 +69,7 @@ def _renamed(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _is_shown(call: ToolCall, number: int, text: str, renamed: str) -> bool:
-    """Its name, and not its arguments as Python writes them."""
+    """Whether a call's name is shown, and its arguments are not in Python's notation."""
     arguments = json.loads(call.arguments)
     spelt = repr(arguments)
     as_json = not arguments or spelt == json.dumps(arguments) or spelt not in text
@@ -84,7 +84,7 @@ def _check_tools(conversation: Conversation, text: str) -> None:
 
 
 def _options(codec: TextCodec, conversation: Conversation) -> dict[str, Any]:
-    """All that the template is given beside the messages."""
+    """All variables of the template besides the messages."""
     options: dict[str, Any] = dict(conversation.template_options)
     source, effort, thinks = codec.chat_template, conversation.reasoning_effort, conversation.thinks
     options = {**_effort(source, effort), **({} if thinks is None else _switched(source, thinks)), **options}
@@ -98,7 +98,7 @@ def _options(codec: TextCodec, conversation: Conversation) -> dict[str, Any]:
 
 
 def _effort(source: str, effort: str | None) -> dict[str, Any]:
-    """What a template is told of how much to think, by the name that it reads."""
+    """The variable by which a template reads the reasoning effort."""
     if effort is None:
         return {}
     if _reads(source, "reasoning_effort") and effort != "none":
@@ -120,7 +120,7 @@ def _reads(source: str, name: str) -> bool:
 
 
 def _message(codec: TextCodec, turn: Turn, form: _Form) -> dict[str, Any]:
-    """As templates read it. Of a content in parts the template gets the form that it reads."""
+    """A message as templates read it. Content parts are given in the form that the template reads."""
     content = turn.content
     if turn.tool_calls and not content:
         content = None

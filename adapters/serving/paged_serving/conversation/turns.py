@@ -1,4 +1,4 @@
-"""What was said, and which tools there are: the form that the bodies of all protocols are translated into.
+"""Conversations: messages and tools, into which the bodies of all protocols are translated.
 
 Knows no protocol and no model. The model's chat template renders it (see ``rendering``).
 """
@@ -21,7 +21,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Turn:
-    """One message. Who calls tools says so in ``tool_calls``; a tool's answer has the role "tool"."""
+    """One message. Calls of tools are in ``tool_calls``; a tool's result has the role "tool"."""
 
     role: str  # "system", "developer", "user", "assistant", "tool": as far as the chat template knows it
     content: str | Sequence[str] | None = None  # a text; or text parts; None: nothing is said, tools are called
@@ -43,7 +43,7 @@ class Tool:
 
 @dataclass(frozen=True)
 class ToolChoice:
-    """Which tools are called, and how many."""
+    """Which tools may or must be called, and how many."""
 
     mode: Literal["auto", "none", "required"] = "auto"
     names: Sequence[str] | None = None  # the tools among which to choose; None: all

@@ -1,1 +1,2 @@
-"""Answers that must follow a grammar: spelt for llguidance, tried where trying can be ended, compiled, followed."""
+"""Answers that must follow a grammar: written for llguidance, compiled first in a process that can be killed, compiled
+here, enforced."""

@@ -1,4 +1,4 @@
-"""Calls that may not keep their caller for long: made by a helper thread, and left behind when they take too long."""
+"""Calls with a time limit: a helper thread makes them, and is abandoned when they take too long."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 _LOOK_S = 0.01  # between two looks at how long it takes
-_LEFT_NICE = 19  # of a thread that was left behind: it has the time that nobody else wants
+_LEFT_NICE = 19  # of an abandoned thread: it runs only when nothing else does
 
 
 class TooSlow(Exception):
@@ -22,8 +22,8 @@ class TooSlow(Exception):
 class BoundedThread:
     """Makes calls one after another. Belongs to one thread.
 
-    ``limit_s``: of processor time that a call may take (a busy machine makes no call worse); where the system doesn't
-    tell it, of time. What is called should let other threads run.
+    ``limit_s``: most processor time of a call (independent of the machine's load), or wall time if the system does not
+    report processor time. The called function should let other threads run.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -34,7 +34,7 @@ class BoundedThread:
         """``function()``, or what it raises.
 
         Raises:
-            TooSlow: it is still at it; a new thread takes what is called next.
+            TooSlow: the call still runs; a new thread makes the next calls.
         """
         if self._helper is None:
             self._helper = _Helper()
@@ -85,7 +85,7 @@ class _Helper:
         return time.monotonic() if clock is None else time.clock_gettime(clock(self._thread.ident))
 
     def leave(self) -> None:
-        """It goes on behind everybody else, and ends."""
+        """Abandon the thread: it continues at the lowest priority, and ends."""
         self.jobs.put(None)
         if hasattr(os, "setpriority") and self._thread.native_id is not None:
             with suppress(OSError):  # Linux has priorities of threads
@@ -95,4 +95,4 @@ class _Helper:
 def _work(jobs: SimpleQueue[_Job | None]) -> None:
     while (job := jobs.get()) is not None:
         job.run()
-        del job  # it may hold, through what it called, what this thread ends with
+        del job  # it may refer to objects that must not live as long as this thread

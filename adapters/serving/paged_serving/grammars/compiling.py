@@ -1,4 +1,4 @@
-"""llguidance, wrapped: a vocabulary as it wants it, a grammar compiled within its limits. Knows no torch."""
+"""A wrapper of llguidance: the vocabulary in its form, and grammars compiled within limits. Knows no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Vocabulary(NamedTuple):
 
 
 def make_tokenizer(vocabulary: Vocabulary, encode: _Encode | None = None) -> llguidance.LLTokenizer:
-    """``encode``: text to token ids; None: the fewest that a greedy look finds, good enough for a trial."""
+    """``encode``: text to token ids; None: a greedy longest match, good enough for a trial."""
     wrapper = llguidance.TokenizerWrapper(_Wrapped(vocabulary, encode))
     eos = list(vocabulary.eos_token_ids)
     return llguidance.LLTokenizer(wrapper, n_vocab=len(vocabulary.tokens), eos_token=eos)
@@ -36,7 +36,7 @@ def compile_grammar(tokenizer: llguidance.LLTokenizer, grammar: str) -> llguidan
 
 
 def why(matcher: llguidance.LLMatcher) -> str:
-    """What llguidance says is wrong, shortly."""
+    """A short form of llguidance's error message."""
     told: str = matcher.get_error()
     return told.partition("\n<")[0][:_MAX_WHY]
 
@@ -52,7 +52,8 @@ class _Wrapped:
         self._ids = {token: number for number, token in enumerate(vocabulary.tokens)}
 
     def __call__(self, text: str) -> list[int]:
-        """Of a long text the beginning: llguidance asks for up to 250,000 bytes that a grammar forces, in each step."""
+        """Tokenise only the beginning of a long text: llguidance asks in each step for up to 250,000 bytes that a
+        grammar forces."""
         return self._encode(text[:_MAX_FORCED])
 
     def _greedy(self, text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""How structured output is set."""
+"""The layout of structured output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grammars: what requests ask for, tried elsewhere, compiled here, and kept for those who ask for the same."""
+"""Grammars: compiles the grammars of requests, first in a trial process and then here, and caches them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _MAX_KEPT = 64  # compiled grammars, and refusals
 _NUM_COMPILERS = 4
 _COMPILER_NICE = 10
-_STEP_S = 0.06  # of processor time that a row's step may take: other requests' steps wait for it
+_STEP_S = 0.06  # most processor time of a row's step, for which all requests wait
 
 
 class Grammars:
@@ -61,7 +61,7 @@ class Grammars:
         return Grammar(field, spell(kind, value, form), self, sources)
 
     def compiled(self, text: str) -> CompiledGrammar:
-        """May take long; those who ask for the same wait together.
+        """Compile, which may take long. Requests with the same grammar wait together.
 
         Raises:
             InvalidRequestError: it can't be used, or not within the limits.
@@ -79,7 +79,7 @@ class Grammars:
         return found.result()
 
     def refusal(self, text: str) -> str | None:
-        """Why a grammar can't be used, if it can't. It is compiled for nobody."""
+        """Why a grammar can't be used; None: it can. Only tries it."""
         _, trials = self._ready()
         return trials.verdict(text)
 
@@ -119,14 +119,14 @@ class Grammars:
 
 
 class Grammar:
-    """What an answer must look like, as a logits processor of each row's own (see ``SamplingParams``)."""
+    """A grammar for answers, which makes a logits processor for each row (see ``SamplingParams``)."""
 
     def __init__(self, field: str, text: str, grammars: Grammars, sources: Sources | None) -> None:
         self._field, self._text, self._grammars, self._sources = field, text, grammars, sources
         self._compiled: CompiledGrammar | None = None
 
     def compile(self) -> None:
-        """To be called before a request goes to the engine, in a thread that may be kept: it may take long.
+        """Call this before a request goes to the engine, in a thread that may be blocked: it may take long.
 
         Raises:
             InvalidRequestError: it can't be used, or not within the limits; ``param`` is the field at fault.
@@ -138,8 +138,8 @@ class Grammar:
             raise InvalidRequestError(f"{field}: {told}", field) from error
 
     def _blamed(self, told: str) -> tuple[str, str]:
-        """(the field at fault, what is wrong with it). A limit that was hit says nothing of where: each schema of the
-        first ones is then tried alone."""
+        """(the field at fault, what is wrong with it). An exceeded limit does not say where, so the first schemas are
+        then tried one by one."""
         if self._sources is None:
             return self._field, told
         field, told = self._sources.blamed(told)
@@ -154,7 +154,7 @@ class Grammar:
 
 
 def _is_good(kept: Future[CompiledGrammar]) -> bool:
-    """Whether those who come now should use it. Refusals are kept too; what could not be tried isn't refused."""
+    """Whether later requests should use it. Refusals are cached too, but not failures of the trial process."""
     error = kept.exception()
     if error is not None:
         return isinstance(error, InvalidRequestError) and "can't be used" in str(error)
@@ -162,7 +162,8 @@ def _is_good(kept: Future[CompiledGrammar]) -> bool:
 
 
 def _step_back() -> None:
-    """A compiler's thread: it has been shown to end, and must not keep the engine from its steps."""
+    """Lower the priority of a compiling thread: the trial has shown that it ends, and it must not delay the engine's
+    steps."""
     if hasattr(os, "setpriority"):
         with suppress(OSError):  # Linux has priorities of threads
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _COMPILER_NICE)

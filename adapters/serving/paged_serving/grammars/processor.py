@@ -1,4 +1,4 @@
-"""What keeps one row to its grammar: a logits processor over llguidance."""
+"""The logits processor that keeps one row to its grammar, by llguidance."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class CompiledGrammar:
     """A compiled grammar, shared by all that follow it.
 
     Copies of a matcher share its lexer: the limits of its states count for all of them together, and a slow step of
-    one makes the others wait. So a row that comes to a limit goes on with a matcher of its own, and a grammar that
-    was too slow once is not followed further.
+    one makes the others wait. So a row that reaches a limit continues with a new matcher of its own, and a grammar that
+    was too slow once ends its rows.
     """
 
     def __init__(self, compile_anew: Callable[[], Any]) -> None:
@@ -38,7 +38,7 @@ class CompiledGrammar:
 
 class GrammarProcessor:
     """Forbids every token that would break the grammar. Its state is a function of the row's own tokens, so that a
-    preempted row finds its place again.
+    preempted row can continue.
 
     ``num_prompt``: tokens that stand before the row's own.
     """

@@ -1,7 +1,6 @@
-"""JSON schemas as llguidance reads them rightly. Where it would follow another schema, this one is refused.
-
-It keeps numbers as doubles, refuses formats that it doesn't know, which are annotations by JSON Schema, and waits for
-keys of ``patternProperties`` that have all been used.
+"""JSON schemas in a form that llguidance enforces exactly, or a refusal. llguidance keeps numbers as doubles, refuses
+unknown formats, which JSON Schema treats as annotations, and waits for keys of ``patternProperties`` that have all been
+used.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ def _check_exact(name: str, number: int | float) -> None:
 
 
 def _with_keys_spelt_out(schema: dict[str, Any]) -> dict[str, Any]:
-    """Patterns that match a few keys only become these keys, among the ``properties``."""
+    """Replace patterns that match only a few keys by these keys, among the ``properties``."""
     properties, patterns = dict(schema.get("properties") or {}), {}
     for pattern, inner in schema["patternProperties"].items():
         keys = _keys(pattern)
@@ -103,7 +102,7 @@ _PART = re.compile(r"\((?:\?:)?([^()\[\]{}*+?.\\^$]*)\)|\[([^\[\]\\^-]+)\]|([^()
 
 
 def _keys(pattern: str) -> list[str] | None:
-    """All keys that match; None if they are many, or can't be told."""
+    """All keys that match; None if they are many or unknown."""
     if not (pattern.startswith("^") and pattern.endswith("$")):
         return None
     inside, place, parts = pattern[1:-1], 0, []

@@ -1,6 +1,5 @@
-"""Which field each line of a grammar comes from, where it is made of several: what is wrong is then told of that one.
-
-Knows llguidance's way to say where it stumbled, and no protocol.
+"""Which field each line of a combined grammar comes from, to name the field at fault. Knows the form of llguidance's
+error messages, and no protocol.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class Sources:
     fields: Mapping[int, str]  # by line, from 1; other lines are nobody's
 
     def blamed(self, told: str) -> tuple[str | None, str]:
-        """(the field at fault, if ``told`` says where; what is wrong, without lines that no client has written)."""
+        """(the field at fault, if ``told`` has a line; the error, without lines that no client has written)."""
         found = _PLACE.search(told)
         if found is None:
             return None, told

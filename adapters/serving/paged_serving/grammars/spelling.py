@@ -1,4 +1,4 @@
-"""What a request asks for, spelt as llguidance's grammars."""
+"""Requests for structured output, written as llguidance's grammars."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paged_serving.grammars.form import JsonForm
 from paged_serving.grammars.schemas import adapted
 
 _MAX_TEXT = 262_144  # characters of a grammar: a second's work
-_SPACE = r"[\n\r]{0,2}[ \t]{0,32}"  # a line break and its indentation; without an end, some models go on for ever
+_SPACE = r"[\n\r]{0,2}[ \t]{0,32}"  # a line break and its indentation; without a limit, some models never stop
 _CLASSES = {"d": "0-9", "w": "0-9A-Za-z_", "s": r" \t\n\r\f\v"}
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
@@ -22,7 +22,7 @@ def spell(kind: str, value: Any, form: JsonForm) -> str:
     """``kind`` is "json" (a schema, or its text), "regex", "choice" (strings) or "grammar" (Lark or GBNF).
 
     Raises:
-        InvalidRequestError: it can't be read, is too long, or asks for what llguidance gets wrong.
+        InvalidRequestError: it can't be read, is too long, or llguidance would enforce it wrongly.
     """
     if kind == "json":
         return _json(value, form)
@@ -80,8 +80,8 @@ def _parsed(text: str) -> Any:
 
 
 def _choice(choices: Sequence[str]) -> str:
-    """Spelt here, because llguidance escapes what isn't ASCII, and reads no such escapes. One terminal: of thousands of
-    rules it would take none."""
+    """Written here, because llguidance escapes non-ASCII characters but can't read such escapes. One terminal, because
+    llguidance does not accept thousands of rules."""
     return f"start: ANY\nANY: {choice_rule(choices)}"
 
 
@@ -90,7 +90,7 @@ def _from_gbnf(text: str) -> str:
 
     try:
         lark: str = gbnf_to_lark(text)
-    except Exception as error:  # whatever a reader of grammars stumbles over
+    except Exception as error:  # any error of a grammar's parser
         raise InvalidRequestError(f"the GBNF grammar can't be read: {error}") from error
     return lark
 
@@ -103,7 +103,7 @@ def _lark(text: str) -> str:
 
 
 def _ascii(expression: str) -> str:
-    r"""``\d``, ``\w`` and ``\s`` as ASCII has them, and as patterns of JSON schemas do. To llguidance they are digits,
+    r"""``\d``, ``\w`` and ``\s`` for ASCII only, as in patterns of JSON schemas. In llguidance they match digits,
     letters and spaces of all scripts. A class inside a class is a part of it."""
 
     def spelt(escape: re.Match[str]) -> str:

@@ -1,7 +1,6 @@
-"""The process in which grammars are tried before anybody relies on them: a fork for each, with limits.
-
-llguidance compiles as long as it takes and with the memory that it takes, and a thread can't be stopped; a process can.
-This one knows the vocabulary, so that a fork has all that a trial needs. It knows nothing of torch, models or servers.
+"""The process that compiles grammars first: one fork each, with limits. llguidance has no limits of time and memory,
+and a thread can't be killed, but a process can. This one knows the vocabulary, so that a fork has everything for a
+trial. It knows nothing of torch, models or servers.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from paged_serving.grammars.compiling import compile_grammar, make_tokenizer, wh
 if TYPE_CHECKING:
     import llguidance
 
-MAX_BYTES = 192 * 2**20  # that a trial may take beside the vocabulary
-_MAX_AT_ONCE = 16  # each of those that take long leaves the others their share of the processor
-_QUICK_S = 0.1  # what takes longer steps back behind what has just come
-_WALL = 20  # times the limit of processor time, however busy the machine is
+MAX_BYTES = 192 * 2**20  # most memory of a trial besides the vocabulary
+_MAX_AT_ONCE = 16  # most trials at once, which share the processor
+_QUICK_S = 0.1  # slower trials get a lower priority than new ones
+_WALL = 20  # limit of wall time, as a multiple of the limit of processor time
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def serve(descriptor: int, max_ms: int) -> None:
     """Read ``(number, grammar)`` from the socket ``descriptor`` and answer ``(number, what is wrong or None)``, until
     the other end is closed. First comes the Vocabulary."""
     os.nice(5)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for our parent, whose end is ours
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for our parent; we end with it
     asked = Connection(descriptor)
     try:
         _serve(asked, make_tokenizer(asked.recv()), max_ms)
@@ -65,7 +64,7 @@ def _serve(asked: Connection, tokenizer: llguidance.LLTokenizer, max_ms: int) ->
 
 
 def _until_the_next(trials: Collection[_Trial]) -> float | None:
-    """Seconds until there is something to do for one of them; those that have become slow step back."""
+    """Seconds until the next event of a trial; slow trials get a lower priority."""
     now = time.monotonic()
     for trial in trials:
         if trial.slow <= now:
@@ -99,13 +98,13 @@ def _limit(max_ms: int) -> None:
         now = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + MAX_BYTES, now + MAX_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what Rust says before it aborts
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hides Rust's message before it aborts
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_PROF, max_ms / 1000)  # of processor time: a busy machine makes no grammar worse
+    signal.setitimer(signal.ITIMER_PROF, max_ms / 1000)  # processor time, independent of the machine's load
 
 
 def _try(tokenizer: llguidance.LLTokenizer, grammar: str) -> str | None:
-    """What is wrong with it, if anything is: all that can be found without an answer's tokens."""
+    """The error of a grammar, if any, as far as it can be found without an answer's tokens."""
     matcher = compile_grammar(tokenizer, grammar)
     if not matcher.is_error():
         matcher.compute_bitmask()
@@ -113,7 +112,7 @@ def _try(tokenizer: llguidance.LLTokenizer, grammar: str) -> str | None:
 
 
 def _end(told: Connection, trial: _Trial, max_ms: int) -> str | None:
-    """The verdict of a trial that has told it, died, or run out of time."""
+    """The verdict of a trial that has finished, died, or exceeded its time."""
     try:
         verdict: str | None = told.recv() if told.poll() else _too_long(max_ms)
     except EOFError:

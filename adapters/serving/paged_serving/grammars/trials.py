@@ -1,4 +1,4 @@
-"""Asks the process that tries grammars; starts it when the first is asked for, and again if it has died."""
+"""Starts the trial process when it is first needed, and again if it has died, and asks it."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Trials:
         self._open: _TrialProcess | None = None
 
     def verdict(self, grammar: str) -> str | None:
-        """What is wrong with ``grammar``, if anything is. Waits for it.
+        """The error of ``grammar``, or None. Waits for the verdict.
 
         Raises:
             InvalidRequestError: there was no verdict: try again later.
             PluginError: no process can be started.
         """
-        for _ in range(2):  # it may have died, by no fault of this grammar's
+        for _ in range(2):  # it may have died for another reason
             with suppress(ConnectionError, FutureTimeoutError):
                 return self._ask(grammar).result(_PATIENCE_S)
         raise InvalidRequestError("it could not be tried; ask again")
@@ -87,7 +87,7 @@ class _TrialProcess:
 
     def close(self) -> None:
         with suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as end:
-            end.shutdown(socket.SHUT_RDWR)  # who listens hears of it, which it would not of a mere close
+            end.shutdown(socket.SHUT_RDWR)  # wakes the reading thread, which a close would not
 
     def _listen(self, process: subprocess.Popen[bytes]) -> None:
         with suppress(EOFError, OSError):

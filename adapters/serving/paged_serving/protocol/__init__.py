@@ -1,1 +1,1 @@
-"""What servers say: OpenAI's and TGI's request and response bodies. No sockets, no threads, no web framework."""
+"""The protocols: request and response bodies of OpenAI, Anthropic and TGI. No sockets, no threads, no web framework."""

@@ -1,6 +1,5 @@
-"""A conversation as one request to the engine, and its one answer as blocks.
-
-It is what /v1/responses and /v1/messages share.
+"""A conversation as one request to the engine, and its answer as blocks: the common part of /v1/responses and
+/v1/messages.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 class ConversationAnswer:
     """One prompt, and the answer to it as it comes.
 
-    ``named``: what the protocol calls fields of SamplingParams, and the prompt, where that differs.
+    ``named``: the protocol's names of SamplingParams' fields and of the prompt, where they differ.
 
     Raises:
         ProtocolError: it asks for something that can't be had, or the chat template refuses it.
@@ -49,7 +48,7 @@ class ConversationAnswer:
         self._served = served
 
     def feed(self, news: StreamDelta | CompletionOutput) -> Iterator[ContentNews]:
-        """What ``news`` means for the blocks."""
+        """The changes of the blocks by ``news``."""
         return self.blocks.feed(self._reader.feed(news))
 
     def read_whole(self, results: Sequence[GenerationOutput]) -> None:
@@ -60,7 +59,7 @@ class ConversationAnswer:
             pass
 
     def num_reasoning_tokens(self) -> int:
-        """Of an answer that has ended: what its reasoning comes to when it is tokenised by itself. Takes a while."""
+        """The tokens of an ended answer's reasoning, tokenised by itself. Slow."""
         finish, blocks = self.blocks.finish, self.blocks.all
         reasoning = "".join(block.text for block in blocks if block.kind == "reasoning")
         if finish is None or not reasoning:

@@ -1,4 +1,4 @@
-"""POST /v1/messages: one body in, and Anthropic's events for what the engine tells."""
+"""POST /v1/messages: one body in, Anthropic's events out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What POST /v1/messages takes (Anthropic's), and the conversation that it means."""
+"""The body of POST /v1/messages (Anthropic's), and its conversation."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ class ToolChoiceBody(Body, frozen=True):
 
 class Thinking(Body, frozen=True):
     type: Literal["enabled", "adaptive", "disabled"]
-    budget_tokens: Ignored = None  # max_tokens holds for all that is said and thought
+    budget_tokens: Ignored = None  # max_tokens limits text and reasoning together
     display: Ignored = None
 
 
 class TalkBody(SamplingBody, frozen=True, kw_only=True):
-    """What asking and counting have in common."""
+    """The common fields of asking and counting."""
 
     messages: Annotated[list[AnthropicMessage], Meta(min_length=1), must("a list of at least one object")]
     system: Annotated[str | list[TextBlock], must(_TEXT_ONLY)] | None = None
@@ -107,10 +107,10 @@ class CountBody(TalkBody, frozen=True, kw_only=True):
 
 
 def to_conversation(body: TalkBody) -> Conversation:
-    """A last message of the assistant's is gone on with.
+    """The answer continues a last message of the assistant's.
 
     Raises:
-        ProtocolError: messages that are none, or a choice among tools that aren't there.
+        ProtocolError: invalid messages, or a choice of a missing tool.
     """
     turns = [] if body.system is None else [Turn("system", _text(body.system))]
     for place, message in enumerate(body.messages):

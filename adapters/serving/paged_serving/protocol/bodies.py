@@ -1,7 +1,6 @@
-"""What bodies are declared with: a class says which fields there are, what each may hold, and what it is when left out.
-
-``reading`` makes a class's object of a body, ``faults`` says what is wrong with one, ``document`` makes JSON schemas.
-Knows no protocol.
+"""How bodies are declared: a class has the fields, their types and limits, and their defaults. ``reading`` makes an
+object of the class from a body, ``faults`` finds what is wrong with one, ``document`` makes JSON schemas. Knows no
+protocol.
 """
 
 from __future__ import annotations
@@ -32,14 +31,13 @@ class DefaultsSource(Protocol):
 
 
 class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A JSON object. What its fields are when left out stands in the class; what of that depends on the model, in
-    ``defaults``."""
+    """A JSON object. The class has the fields' defaults; ``defaults`` has those that depend on the model."""
 
     elsewhere: ClassVar[Mapping[str, str]] = {}  # fields that other bodies have -> why this one can't be given them
 
     @classmethod
     def defaults(cls, served: DefaultsSource, wished: Mapping[str, Any]) -> Defaults:
-        """What fields of a body are where ``wished``, the body as it came, leaves them out."""
+        """The defaults of fields that ``wished``, the original body, leaves out."""
         return {}
 
 
@@ -58,12 +56,12 @@ def wide(low: int, high: int) -> Meta:
 
 
 def must(be: str) -> Meta:
-    """For an error, in place of a description of the type: it must be ..."""
+    """What a value must be, for errors, instead of a description of the type."""
     return Meta(extra={"must": be})
 
 
 def only(*neutral: Any, why: str) -> Meta:
-    """A field that can't be honoured: every value is refused but those that ask for nothing."""
+    """A field that can't be honoured: every value is refused, except those that ask for nothing."""
     apart = [each for place, each in enumerate(neutral) if each not in neutral[:place]]  # JSON's 1.0 is 1
     told = {"enum": apart, "description": f"it {why}"}
     return Meta(extra={"neutral": neutral, "why": why}, extra_json_schema=told)
@@ -112,7 +110,7 @@ def body_of(kind: inspect.Type) -> type[Body] | None:
 
 
 def fitting_kind(value: Any, kind: inspect.Type) -> inspect.Type:
-    """Of several kinds that a field may hold, the one that an object or a list is read as."""
+    """Of a field's kinds, the one as which an object or a list is read."""
     for each in kind.types if isinstance(kind, inspect.UnionType) else (kind,):
         if isinstance(value, Mapping) and body_of(each) is not None:
             return each

@@ -1,4 +1,4 @@
-"""What every call is to the server that carries it: the shape that the protocols' calls share."""
+"""The interface of every call to the server that carries it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Call(Protocol):
     params: SamplingParams
     grammar: Grammar | None  # that ``params`` bring: its ``compile`` comes first, in a thread that may be kept
     stream: bool
-    retells: bool  # its first and its last chunks hold what the body or the whole answer does: they may be large
+    retells: bool  # its first and last chunks repeat the body or the whole answer, so they may be large
 
     @property
     def named(self) -> Mapping[str, str]:
@@ -29,15 +29,15 @@ class Call(Protocol):
         ...
 
     def first_chunks(self) -> list[dict[str, Any]]:
-        """Told before all news."""
+        """What is sent before all deltas."""
         ...
 
     def chunks(self, number: int, delta: StreamDelta) -> list[dict[str, Any]]:
-        """What is sent for news of prompt ``number``."""
+        """What is sent for a delta of prompt ``number``."""
         ...
 
     def last_chunks(self, results: Sequence[GenerationOutput]) -> list[dict[str, Any]]:
-        """Told when all has ended; one result a prompt."""
+        """What is sent when all prompts have ended; one result per prompt."""
         ...
 
     def answer(self, results: Sequence[GenerationOutput]) -> Any:

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: one body in, and what is to be sent for the engine's news."""
+"""POST /v1/chat/completions: one body in, JSON or chunks out."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class ChatCall:
     """One call under way; see protocol.call for its members.
 
     ``whole_deltas``: every streamed piece names the role and the (absent) tool calls. TGI's own chat clients need it;
-    OpenAI's join the pieces, and need it not to be.
+    OpenAI's join the pieces, and would repeat the role.
 
     Raises:
         ProtocolError: the body asks for something that can't be had, or the chat template refuses the messages.
@@ -119,7 +119,7 @@ class ChatCall:
         self.retells, self.named = self.options.return_token_ids, self.options.named
 
     def first_chunks(self) -> list[dict[str, Any]]:
-        """Who speaks, for every choice."""
+        """The role, for every choice."""
         opening = {"role": "assistant", "content": ""}
         chunks = [self._chunk(index, opening, {}) for index in range(self.options.num_choices)]
         if self.options.return_token_ids:
@@ -127,8 +127,8 @@ class ChatCall:
         return chunks
 
     def chunks(self, number: int, delta: StreamDelta) -> list[dict[str, Any]]:
-        """One for each of the choice's events, or an empty one: what else is told of the tokens goes with the first,
-        how the choice ends with the last."""
+        """One chunk per event of the choice, or an empty one. Token data (logprobs, ids) go with the first chunk, the
+        finish reason with the last."""
         self._usage.add(len(delta.token_ids))
         if delta.index not in self._readers:
             self._readers[delta.index] = self._talk.reader(skip_special_tokens=self._skips_special)
@@ -196,7 +196,7 @@ _NO_NEWS = {"logprobs": None, "finish_reason": None, "stop_reason": None}  # of 
 
 
 def _end(events: Sequence[Event]) -> dict[str, Any]:
-    """How a choice ends, if it does."""
+    """The end of a choice, if it has ended."""
     last = events[-1] if events else None
     return {"finish_reason": last.reason, "stop_reason": last.stop_reason} if isinstance(last, Finish) else {}
 

@@ -1,4 +1,4 @@
-"""What POST /v1/chat/completions takes, and the conversation that it means."""
+"""The body of POST /v1/chat/completions, and its conversation."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def read_chat(value: Any, served: ServedModel) -> ChatBody:
 
 
 def check_number(value: Any, served: ServedModel) -> None:
-    """Raises ProtocolError for more messages than the model has places: none of them is read."""
+    """Raises ProtocolError, without reading them, for more messages than the model has positions."""
     messages = value.get("messages") if isinstance(value, Mapping) else None
     if isinstance(messages, list) and len(messages) > served.max_model_len:
         refuse("messages", f"holds {len(messages)} objects; at most {served.max_model_len} can be served")
@@ -141,7 +141,7 @@ def check_number(value: Any, served: ServedModel) -> None:
 def to_conversation(body: ChatBody) -> Conversation:
     """
     Raises:
-        ProtocolError: messages that are none, or choose among tools that aren't there.
+        ProtocolError: invalid messages, or a choice of a missing tool.
     """
     tools = [Tool(**{name: getattr(each.function, name) for name in Function.__struct_fields__}) for each in body.tools]
     return Conversation(
@@ -179,7 +179,7 @@ def _turn(message: ChatMessage, path: str) -> Turn:
 
 
 def _arguments(function: CalledFunction, path: str) -> str:
-    """As JSON text of an object, which chat templates are given as an object."""
+    """The arguments as JSON text of an object, which chat templates get as an object."""
     if isinstance(function.arguments, dict):
         return json.dumps(function.arguments, ensure_ascii=False)
     refuse_unless_object(f"{path}.function.arguments", function.arguments)
@@ -187,7 +187,7 @@ def _arguments(function: CalledFunction, path: str) -> str:
 
 
 def _choice(body: ChatBody) -> ToolChoice:
-    """Where nothing is said of tools, the model may call those that are there."""
+    """The tool choice; by default the model may call the given tools."""
     asked, parallel = body.tool_choice, body.parallel_tool_calls
     if asked is None or isinstance(asked, str):
         if asked == "required" and not body.tools:

@@ -1,4 +1,4 @@
-"""POST /v1/completions: one body in, and what is to be sent for the engine's news."""
+"""POST /v1/completions: one body in, JSON or chunks out."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class PreparedCompletion:
     echo: bool
     num_top: int | None  # log-probabilities beside each token; None: none are told
     num_prompt_top: int | None
-    only_echo: bool  # nothing is added to the prompt: the engine's one token is left out
+    only_echo: bool  # only the prompt is returned, without the engine's one token
 
 
 def to_call(body: CompletionBody, served: ServedModel) -> PreparedCompletion:
@@ -154,7 +154,7 @@ class CompletionCall:
         return replace(news, text="", token_ids=(), logprobs=(), finish_reason=finish_reason, stop_reason=None)
 
     def _choice(self, number: int, index: int, news: StreamDelta | CompletionOutput) -> dict[str, Any]:
-        """A choice, or a piece of one; with its first piece goes what is told of the prompt."""
+        """A choice, or a piece of one; the first piece has the data about the prompt."""
         first = index not in self._placed
         if first:
             self._placed[index] = Placed(self._served.codec, self.params.skip_special_tokens)

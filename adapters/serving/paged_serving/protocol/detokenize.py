@@ -15,7 +15,7 @@ class DetokenizeBody(Body, frozen=True):
 
 
 def detokenize(body: Any, served: ServedModel) -> dict[str, str]:
-    """The answer to ``body``. Special tokens are spelt, so that /tokenize gives the same ids back.
+    """The answer to ``body``. Special tokens are written out, so that /tokenize returns the same ids.
 
     Raises:
         ProtocolError: an id is outside the vocabulary, there are more than can be served, or a field isn't known.

@@ -1,4 +1,4 @@
-"""What bodies may hold, as JSON schemas: of the classes that read them. Knows no protocol."""
+"""Bodies as JSON schemas, made from the classes that read them. Knows no protocol."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NULL = {"type": "null"}
 
 
 def body_schema(body: type[Body], served: DefaultsSource, *, one_of: Sequence[str] = ()) -> Schema:
-    """The JSON schema of what ``read_body`` takes. It may be wider than that, and is never narrower.
+    """The JSON schema of what ``read_body`` takes. It may allow more than that, never less.
 
     ``one_of``: fields of which one must be there.
     """
@@ -29,7 +29,7 @@ def _by_name(defaults: Defaults) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _resolved(schema: Any, classes: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]], strict: bool) -> Any:
-    """``schema`` with each class in the place where it is referred to, and as null is read: as left out."""
+    """``schema`` with references replaced by their classes, and with null allowed for absent fields."""
     if isinstance(schema, list):
         return [_resolved(each, classes, defaults, strict) for each in schema]
     if not isinstance(schema, dict):

@@ -8,7 +8,7 @@ from typing import Any
 from paged_core import EngineBusyError, EngineDeadError, InvalidRequestError
 from paged_serving.protocol.parsing import ProtocolError
 
-# What ends a generation by the request's own doing, where nobody could tell before: its error begins so.
+# The beginning of errors that are the request's own fault but appear only during generation.
 _OWN_FAULT = ("no token is left to choose", "the grammar can't be followed")
 
 
@@ -44,8 +44,7 @@ _OF_ANTHROPIC = {  # failure -> status and type for Anthropic's clients, where t
 
 
 class CallError(Exception):
-    """A call that can't be answered, for a reason that could not be seen in its body. ``which``: of several prompts,
-    the one that it is about."""
+    """A call that can't be answered for a reason outside its body. ``which``: the prompt at fault, of several."""
 
     def __init__(self, failure: Failure, message: str, which: str | None = None) -> None:
         super().__init__(message if which is None else f"{which}: {message}")
@@ -69,7 +68,7 @@ def openai_error(error: Exception) -> tuple[int, dict[str, Any]]:
 
 
 def anthropic_error(error: Exception) -> tuple[int, dict[str, Any]]:
-    """(status, body) for Anthropic's clients. Its own 529 is said of a server that has its hands full."""
+    """(status, body) for Anthropic's clients. Its status 529 means a busy server."""
     failure, message = _told(error)
     status, kind = _OF_ANTHROPIC.get(failure, (failure.value[0], "api_error"))
     if isinstance(error, ProtocolError) and error.status == 404:

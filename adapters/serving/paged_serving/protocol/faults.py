@@ -1,4 +1,4 @@
-"""What is wrong with a body: which field, what it holds, and what it must be. Knows no protocol."""
+"""The faults of a body: which field, its value, and what it must be. Knows no protocol."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def refusal(fault: Fault) -> ProtocolError:
 
 
 def faults(value: Any, body: type[Body], path: str | None = None) -> Iterator[Fault]:
-    """Of ``value``, which can't be converted to ``body``: fields that hold what they must not, then unknown ones."""
+    """The faults of ``value``, which can't be converted to ``body``: invalid fields, then unknown ones."""
     if not isinstance(value, Mapping):
         yield path, "must be a JSON object"
         return
@@ -39,7 +39,7 @@ def faults(value: Any, body: type[Body], path: str | None = None) -> Iterator[Fa
 
 
 def unheeded(body: Body, path: str | None = None) -> Iterator[Fault]:
-    """What ``body`` asks for that types can't rule out: wishes that can't be honoured, integers beyond 63 bits."""
+    """Faults of ``body`` that types don't exclude: fields that can't be honoured, integers beyond 63 bits."""
     for name, field in _watched(type(body)):
         value, where = getattr(body, name), _joined(path, name)
         if field.body is not None and value is not None:
@@ -85,7 +85,7 @@ def _faults_of_field(value: Any, field: BodyField, path: str) -> Iterator[Fault]
 
 
 def _wrong_item(value: Any, field: BodyField) -> tuple[int, str] | None:
-    """Of a list of plain values: (place of the first that can't stay, what it must be). None: it isn't one."""
+    """For a list of plain values: (index of the first invalid one, what it must be). None: not such a list."""
     kinds = field.kind.types if isinstance(field.kind, inspect.UnionType) else (field.kind,)
     item = next((kind.item_type for kind in kinds if isinstance(kind, inspect.ListType)), None)
     if item is None or not isinstance(value, list):

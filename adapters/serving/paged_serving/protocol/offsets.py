@@ -1,7 +1,6 @@
-"""Where tokens stand in the text that is told: ``text_offset`` of completions, in characters.
-
-A token's offset is how much of the text comes before it. Those of one character that takes several share its place,
-and so do tokens that add nothing to the text. The pieces between successive offsets make the text.
+"""``text_offset`` of completions: where tokens begin in the returned text, in characters. A token's offset is the
+length of the text before it. Tokens of one character share its offset, and a token that adds nothing has the offset of
+the next one. The pieces between successive offsets make the text.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from paged_serving.protocol.tokens import TokenTexts
 class Placed:
     """One choice's tokens, with their entries and their places in its text, as the text comes out.
 
-    Text that may be the beginning of a stop string is held back; so are the tokens that begin inside it, since their
-    places are only known when it is: what a stop string cuts off ends where the text ends.
+    Text that may be the beginning of a stop string is held back, and so are tokens that begin inside it, because their
+    offsets depend on it: tokens that a stop string cuts off have the offset of the text's end.
     """
 
     def __init__(self, codec: TextCodec, skip_special_tokens: bool) -> None:
@@ -44,14 +43,13 @@ class Placed:
 
 
 def prompt_offsets(prompt: Prompt, text: str, tokens: TokenTexts, codec: TextCodec) -> list[int]:
-    """Of a prompt's tokens in its ``text``. Special tokens that the tokenizer added aren't in it; those that somebody
-    spelt are."""
+    """The offsets of a prompt's tokens in its ``text``, which holds special tokens only if the client wrote them."""
     detokenizer = codec.detokenizer(skip_special_tokens=True)
     offsets, place = [], 0
     for token in prompt.token_ids:
         piece = detokenizer.push([token])
         spelt = tokens[token] if token in tokens.special else piece
-        # Tokenizers may leave out characters or change them: look a little further, or count on.
+        # Tokenizers may drop or change characters: search a little further, or continue counting.
         found = text.find(spelt, place, place + 2 * len(spelt) + 8)
         if token in tokens.special:  # one that was added may be spelt further on: then there is text between
             is_next = found >= 0 and not codec.encode(text[place:found], add_special_tokens=False)

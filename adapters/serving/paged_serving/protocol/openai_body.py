@@ -1,4 +1,4 @@
-"""The fields that OpenAI's two routes share, vLLM's additions included, and what they come to together."""
+"""The fields that OpenAI's two routes share, vLLM's additions included, and their combination."""
 
 from __future__ import annotations
 
@@ -90,13 +90,13 @@ class OpenAIBody(OthersFields, frozen=True, kw_only=True):
 
     @classmethod
     def defaults(cls, served: DefaultsSource, wished: Mapping[str, Any]) -> Defaults:
-        """As the model's makers advise. Beams take the likeliest: nothing is drawn."""
+        """The model's own defaults. Beam search samples nothing."""
         return {cls: {} if wished.get("use_beam_search") is True else served.defaults}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a call asks for beside its prompts."""
+    """The options of a call besides its prompts."""
 
     model: str  # the name to answer under
     params: SamplingParams  # for the engine: n is best_of's, if that is more

@@ -1,7 +1,6 @@
-"""Fields of other servers' completions and chats that would change an answer here, were they known: refused by name.
-
-A field that nobody knows is left out and told of; one whose meaning is known must not be. They are vLLM's, SGLang's,
-llama.cpp's, TGI's, OpenRouter's and those of ``generate``.
+"""Fields of other servers that would change an answer, but are not supported here: refused by name. An unknown field is
+ignored and reported; one whose meaning is known must not be ignored. They are fields of vLLM, SGLang, llama.cpp, TGI,
+OpenRouter and ``generate``.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _SAMPLING = "can't be honoured: this server doesn't sample so"
 
 
 class OthersFields(OpenAIStructures, frozen=True, kw_only=True):
-    """Each passes with a value that asks for nothing."""
+    """Each is accepted with a value that asks for nothing."""
 
     max_new_tokens: Annotated[Any, only(why=_LENGTH)] = None
     n_predict: Annotated[Any, only(-1, why=_LENGTH)] = None

@@ -1,7 +1,5 @@
-"""Bytes to JSON values, strictly, and the error for what is refused. Knows no field.
-
-Why the standard library's reader: msgspec's takes the last of two fields of one name, so that one wish would be left
-out silently.
+"""Bytes to JSON values, strictly, and the error for refused ones. Knows no field. It uses the standard library's
+parser, because msgspec's silently drops the first of two fields with the same name.
 """
 
 from __future__ import annotations
@@ -35,8 +33,8 @@ def refuse(name: str, why: str) -> NoReturn:
 
 
 def in_words_of(named: Mapping[str, str], error: InvalidRequestError) -> ProtocolError:
-    """``error``, which the core has raised of a field that it knows by its own name. ``named``: what the protocol at
-    hand calls such fields, where that differs."""
+    """An ``error`` of the core, with the protocol's name of the field. ``named``: the protocol's names of fields, where
+    they differ."""
     if isinstance(error, ProtocolError):
         return error
     told, param = str(error), error.param
@@ -70,7 +68,7 @@ def refuse_unless_object(name: str, text: str) -> None:
 
 
 def parse_json(raw: bytes) -> Any:
-    """The value of a body. Strict: no NaN, no halves of surrogate pairs, no field twice, no depth beyond reason.
+    """The value of a body. Strict: no NaN, no lone surrogates, no duplicate fields, no excessive depth.
 
     Raises:
         ProtocolError: it isn't JSON.
@@ -98,7 +96,7 @@ def shown(value: Any) -> str:
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Of a field that stands there twice, one wish would be left out silently."""
+    """A JSON object. Duplicate fields are refused, because one would be dropped silently."""
     found = dict(pairs)
     if len(found) < len(pairs):
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]

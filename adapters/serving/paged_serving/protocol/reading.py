@@ -1,4 +1,4 @@
-"""Bodies read: the one place where a JSON object becomes what its class declares. Knows no protocol."""
+"""Reads bodies: the one place where a JSON object becomes an object of its class. Knows no protocol."""
 
 from __future__ import annotations
 

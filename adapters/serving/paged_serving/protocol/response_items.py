@@ -1,4 +1,4 @@
-"""What a response was asked with, as items: GET /v1/responses/ID/input_items (OpenAI's)."""
+"""The input of a response as items: GET /v1/responses/ID/input_items (OpenAI's)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Responses that later ones go on from: the newest, within bounds. Knows no protocol but their ids."""
+"""Stored responses, which later ones can continue: the newest ones, within limits. Knows only their ids."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class ResponseStore:
         self._size = 0
 
     def put(self, response_id: str, turns: Sequence[Turn], response: Mapping[str, Any]) -> None:
-        """A response, and the conversation up to it, its own answer included and instructions left out. The ids are not
-        to be guessed: who has one may read on."""
+        """A response, and the conversation up to it, its own answer included and instructions left out. Ids must be
+        unguessable, because whoever has one may read the conversation."""
         kept = _KeptResponse(turns, response, sum(map(_size, turns)) + len(json_text(response)))
         with self._lock:
             self._kept[response_id] = kept
@@ -91,7 +91,7 @@ class ResponseStore:
             self._forget(gone)
 
     def _forget(self, gone: _KeptResponse) -> None:
-        """What is known of a response that is kept no more. The lock is held."""
+        """Remove a response and everything about it. The lock is held."""
         self._size -= gone.size
         for item_id in _item_ids(gone):
             del self._owners[item_id]

@@ -1,4 +1,4 @@
-"""POST /v1/responses: one body in, and OpenAI's events for what the engine tells."""
+"""POST /v1/responses: one body in, OpenAI's events out."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ResponsesCall:
     def __init__(self, body: Any, served: ServedModel, request_id: str, *, store: ResponseStore) -> None:
         asked = _with_items(read_body(ResponsesBody, body, served), store)
         check_include(asked)
-        self.id = f"resp_{uuid.uuid4().hex}"  # no client's word: whoever knows it may go on from it
+        self.id = f"resp_{uuid.uuid4().hex}"  # not chosen by a client, because whoever knows it may continue it
         self._asked, self._model = asked, served.check_name(asked.model)
         earlier = () if asked.previous_response_id is None else store.turns(asked.previous_response_id)
         self._turns = [*earlier, *input_turns(asked)]

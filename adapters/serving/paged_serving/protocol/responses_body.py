@@ -1,4 +1,4 @@
-"""What POST /v1/responses takes, and the conversation that it means."""
+"""The body of POST /v1/responses, and its conversation."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def to_conversation(body: ResponsesBody, earlier: Sequence[Turn]) -> Conversatio
     """``earlier``: of the responses before. Their instructions are not among them, as OpenAI has it.
 
     Raises:
-        ProtocolError: items that are none, or a choice among tools that aren't there.
+        ProtocolError: invalid items, or a choice of a missing tool.
     """
     opening = [] if body.instructions is None else [Turn("system", body.instructions)]
     effort = body.reasoning.effort

@@ -1,4 +1,4 @@
-"""The items that POST /v1/responses takes as its input, and the turns that they mean."""
+"""The input items of POST /v1/responses, and their turns."""
 
 from __future__ import annotations
 

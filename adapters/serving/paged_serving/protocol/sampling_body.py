@@ -1,4 +1,4 @@
-"""How tokens are drawn, by the names that OpenAI's and Anthropic's protocols share, vLLM's additions included."""
+"""The sampling fields that OpenAI's and Anthropic's protocols share, vLLM's additions included."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "pres
 
 
 class SamplingBody(Body, frozen=True, kw_only=True):
-    """How tokens are drawn, by the names that all protocols have for it, vLLM's additions included."""
+    """The sampling fields with the same names in all protocols, vLLM's additions included."""
 
     model: str | None = None
     stream: bool = False

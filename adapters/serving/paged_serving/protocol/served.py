@@ -1,4 +1,4 @@
-"""What a call must know of the model it asks for, and what each call may ask for at most."""
+"""The served model as calls see it, and the limits of one call."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ANY_MODEL = ("tgi", "dummy")  # what TGI's clients call it where they weren't t
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """The most that one HTTP request may ask for. None: as much as the model and the cache allow."""
+    """The limits of one HTTP request. None: the limit of the model and the cache."""
 
     max_prompt_tokens: int | None = None
     max_tokens: int | None = None  # of each sequence
@@ -50,10 +50,10 @@ class ServedModel:
     """A model under the names it is served by. Knows its text side; runs nothing.
 
     Args:
-        model_defaults: sampling fields that a request leaves out are as the model's makers advise.
-        response_template: by which its answers are read: a file, or one of ours by its name; "none": by none; None: the
-            tokenizer's own, or one of ours that fits its chat template.
-        reasoning: whether reasoning is told apart from what is said; None: where the chat template knows of it.
+        model_defaults: absent sampling fields have the defaults of the model's generation_config.json.
+        response_template: reads its answers: a file, or the name of one of ours; "none": none; None: the tokenizer's
+        own, or one of ours that fits its chat template.
+        reasoning: whether reasoning is separated from text; None: if the chat template knows of reasoning.
 
     Raises:
         ConfigError: the response template can't be used.
@@ -214,7 +214,7 @@ class ServedModel:
         return {text: token for token in ids if (text := self.tokens[token])}
 
     def default_max_tokens(self, usual: int | None) -> int | None:
-        """Of an answer whose length nobody asked for: the ``usual``, as far as the limit allows."""
+        """The length of an answer without ``max_tokens``: the ``usual``, within the limit."""
         limits = [limit for limit in (usual, self.limits.max_tokens) if limit is not None]
         return min(limits, default=None)
 

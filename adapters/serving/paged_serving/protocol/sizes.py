@@ -1,4 +1,4 @@
-"""What the fields of one request come to together: no single one of them is large. Knows no protocol."""
+"""The combined size of a request's fields, each of which is small alone. Knows no protocol."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A conversation as one served model takes it: its prompt, and how the answer is read."""
+"""A conversation for one served model: its prompt, and the reader of its answer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Fields:
 
 @dataclass(frozen=True)
 class Talk:
-    """What a conversation comes to."""
+    """A conversation's prompt, grammar and reader."""
 
     prompt: Prompt  # not yet cut or checked for its length
     grammar: Grammar | None  # that the answer must follow; None: there is none, but what the structure alone asks for
@@ -58,7 +58,7 @@ class Talk:
         return ChoiceReader(parser)
 
     def adapted(self, params: SamplingParams) -> SamplingParams:
-        """As the engine must be asked, so that a reader sees all markers."""
+        """The params with which the engine shows all markers to a reader."""
         return params if self._template is None else replace(params, skip_special_tokens=False)
 
 
@@ -77,7 +77,7 @@ def to_talk(
         structure: what is said must look like.
 
     Raises:
-        ProtocolError: the chat template refuses it, or it asks for tools and nobody knows how the model calls them.
+        ProtocolError: the chat template refuses it, or it has tools and the model's format of calls is unknown.
     """
     tools = conversation.callable_tools
     template = served.response_template
@@ -147,8 +147,8 @@ def _rule_of(structure: Structure) -> str:
 
 
 def _needed(template: ResponseTemplate | None, *, with_calls: bool) -> ResponseTemplate | None:
-    """What of a template has something to tell: without tools nothing is read as a call; without reasoning and calls
-    all is text, unless that has markers too."""
+    """The parts of a template that are needed: without tools nothing is read as a call; without reasoning and calls
+    everything is text, unless text has markers too."""
     if template is None or with_calls:
         return template
     template = template.only(lambda field: field.name != "tool_calls")

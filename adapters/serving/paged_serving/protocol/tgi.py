@@ -1,4 +1,4 @@
-"""TGI's generate routes: one body in, and what is to be sent for the engine's news.
+"""TGI's generate routes: one body in, JSON or chunks out.
 
 As in TGI, every streamed token is a chunk of its own.
 """
@@ -53,7 +53,7 @@ class TGICall:
                 chunk["top_tokens"] = top
             chunks.append({**chunk, "generated_text": None, "details": None})
         if delta.finish_reason is not None:
-            if not chunks:  # an end without a token of its own: the form has no place for it but a token
+            if not chunks:  # an end without a new token: TGI's form can express it only with a token
                 token = {"id": 0, "text": delta.text, "logprob": 0.0, "special": True}
                 chunks.append({"index": self._num_tokens, "token": token})
             chunks[-1].update(self._stream_end(delta))
@@ -115,7 +115,7 @@ class TGICall:
     def _tokens(
         self, news: StreamDelta | CompletionOutput, detokenizer: Detokenizer
     ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-        """Each token with its share of the text, and the likeliest that stood beside it. The shares make the text."""
+        """Each token with its part of the text and its top tokens. The parts make the text."""
         rest = news.text
         last = len(news.token_ids) - 1
         for place, (token, entry) in enumerate(zip(news.token_ids, news.logprobs or (), strict=True)):

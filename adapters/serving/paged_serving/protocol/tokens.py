@@ -1,4 +1,4 @@
-"""Single tokens as text, and log-probabilities as both protocols print them."""
+"""Single tokens as text, and log-probabilities in each protocol's form."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class TokenTexts(dict[int, str]):
         return text
 
     def name(self, token: int) -> str:
-        """What a token is called where its name must tell it from others: its text, or, where it begins or ends inside
-        a character, its bytes as OpenAI writes them (``bytes:\\xf0\\x9f``)."""
+        """A token's name where it must be unique: its text, or, if it begins or ends inside a character, its bytes as
+        OpenAI writes them (``bytes:\\xf0\\x9f``)."""
         spelt = self.bytes(token)
         try:
             return spelt.decode()

@@ -1,4 +1,4 @@
-"""What OpenAI's two routes have in common on the way back: usage, and the best of several samples."""
+"""The common part of the answers of OpenAI's two routes: usage, and the best of several samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Usage:
         self._num_completion += num_tokens
 
     def count_all(self, results: Sequence[GenerationOutput]) -> None:
-        """Samples that best_of threw away were computed too."""
+        """Count all samples, including those that best_of discards."""
         self._num_completion = sum(len(output.token_ids) for result in results for output in result.outputs)
 
     def body(self) -> dict[str, Any]:

@@ -1,2 +1,2 @@
-"""How models write reasoning and calls of tools, as data: transformers' declarative response templates, read, chosen
-and followed. One parser for all models."""
+"""Response templates: models' formats of reasoning and tool calls, as data in transformers' declarative form. One
+parser for all models."""

@@ -1,4 +1,4 @@
-"""Arguments that are written without types, given those that their parameters have."""
+"""Converts untyped arguments to the types of their parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST_STEPS = 16  # from one schema to those that it names
 
 
 def cast(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Strings become what the schema of their parameter wants, where they can be read so; the rest stays."""
+    """Convert strings to the types in their parameters' schemas, where possible."""
     properties = parameters.get("properties")
     if not isinstance(properties, Mapping):
         return dict(arguments)

@@ -1,4 +1,4 @@
-"""What stands in a field of a message, as a value: the readers that response templates name, and their ``transform``.
+"""The content of a message's field as a value: the parsers that response templates name, and their ``transform``.
 
 Each raises ValueError for a text that isn't what it reads.
 """

@@ -1,7 +1,5 @@
-"""Grammars for answers that call tools, made of the template that reads them: Lark, as llguidance has it.
-
-Calls are forced to be whole, and their arguments to follow the tool's JSON schema. Where calls are up to the model,
-text is free until it begins one.
+"""Grammars for answers that call tools, made from the response template: Lark, as llguidance reads it. They force
+complete calls, whose arguments follow the tool's JSON schema. If calls are optional, text is free until a call begins.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ class CallGrammar:
     """One answer's. ``tools_by_line`` tells whose schema a line of its text holds, once there is one.
 
     Args:
-        prompt: whose end may be the beginning of the answer.
+        prompt: its end may be the beginning of the answer.
         special: tokens that no text can spell, by their texts.
     """
 
@@ -89,7 +87,7 @@ class CallGrammar:
         return f"{self.literal(how.open)} {said} {self.literal(how.close)}"
 
     def _thinking(self) -> str:
-        """What may or must be thought before; nothing, if that is done."""
+        """Reasoning that may or must come first; empty if the prompt ends it already."""
         field = self._template.reasoning
         if field is None:
             return ""
@@ -155,7 +153,7 @@ class _Calls:
         return f"{literal(self._how.before)} {call} {again}"
 
     def in_text(self, several: bool) -> str:
-        """Calls where the model likes. Text has no end but that of the answer, or what begins a call."""
+        """Optional calls: text ends only with the answer or at the beginning of a call."""
         if not self._how.trigger:  # a call is the whole answer
             return f"SPACE ({self.all(several)} | /[^{{\\[ \\n](\\n|.)*/)?"
         call = self._grammar.rule(f"{self._begun()} {self._rest(several)}")

@@ -1,4 +1,4 @@
-"""An answer read by a response template: text to events."""
+"""Parses an answer with a response template: text to events."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LETTERS = string.ascii_letters + string.digits
 
 
 def new_id() -> str:
-    """Of a call: nine letters and digits, the one form that every chat template takes (Mistral's asks for it)."""
+    """A new call id: nine letters and digits, the form that every chat template accepts (Mistral's requires it)."""
     return "".join(secrets.choice(_LETTERS) for _ in range(9))
 
 
@@ -87,7 +87,7 @@ class TemplateParser:
             yield from self._calls(lost=False)
 
     def _last_call(self, cut: bool) -> Iterator[Event]:
-        """Nothing closed it: it is whole if the model ended there, or if it could not go on."""
+        """A last call that nothing closed: it is complete if the model ended there, or if it could not continue."""
         assert self._open is not None, "a call has a field"
         yield from self._calls(lost=cut) if not cut or self._open.content in ENDS_ITSELF else ()
 

@@ -1,8 +1,6 @@
-"""Text that comes in pieces, split at a template's markers. Knows no events.
-
-What may be the beginning of a marker is held back until it is clear. So the segments that come out, joined, are the
-same however the text is cut into pieces. No marker is longer than ``LONGEST``: each piece costs what it and that come
-to, however long the text is before.
+"""Splits text that comes in pieces at a template's markers. Knows no events. Text that may be the beginning of a marker
+is held back until it is certain, so the joined segments don't depend on the pieces. No marker is longer than
+``LONGEST``, so the cost of a piece does not depend on the length of the earlier text.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ LONGEST = 1024  # characters of a marker, the white space that it may begin with
 
 @dataclass(frozen=True)
 class Segment:
-    """A field opens, says something, or closes. None: of text that is no field's."""
+    """A field opens, has text, or closes. None: text outside of fields."""
 
     kind: Literal["open", "text", "close"]
     of: Field | None

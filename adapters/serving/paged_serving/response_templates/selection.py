@@ -1,4 +1,4 @@
-"""Which response template a model's answers are read by: one that was given, the tokenizer's own, or one of ours."""
+"""Chooses the response template of a model: a given one, the tokenizer's own, or one of ours."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def given(named: str) -> ResponseTemplate:
 
 def of_model(own: Any, chat_template: str) -> ResponseTemplate | None:
     """The tokenizer's ``own`` (its ``response_template``), if it has one; else ours, of which the most markers stand in
-    the source of its chat template; None: nobody knows how this model writes.
+    the source of its chat template; None: the model's format is unknown.
 
     Raises:
         ConfigError: its own can't be used.

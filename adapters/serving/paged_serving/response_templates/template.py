@@ -1,8 +1,9 @@
 """Response templates: how an assistant's message is written, as transformers declares it (``response_template``).
 
-A template has fields, each with what opens and closes it (texts or expressions), what stands between (``content``) and
-what becomes of that (``transform``). One field may open with nothing: all other text is its. ``start_anchor`` ends what
-stands before the assistant's message in a prompt. See transformers' documentation of chat response parsing; the format
+A template has fields, each with its opening and closing markers (texts or expressions), the format of its content
+(``content``) and a ``transform``. One field may have no opening marker: all other text belongs to it. ``start_anchor``
+is the text before the assistant's message in a prompt. See transformers' documentation of chat response parsing; the
+format
 is its version 1. Ours may also say of which chat templates it is (``chat_template_has``: texts that all stand in those)
 and how a field is written (``written``: "open", "close", and of arguments in tags "argument").
 """
@@ -26,7 +27,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # names of its field
 
 
 class TemplateError(ValueError):
-    """It is no response template; the message says which part is wrong."""
+    """An invalid response template; the message says which part is wrong."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class ResponseTemplate:
         return replace(self, fields=[field for field in self.fields if wanted(field)])
 
     def begun(self, prompt: str) -> str:
-        """What of the assistant's message stands in the prompt already; nothing, if its beginning isn't found."""
+        """The part of the assistant's message that is already in the prompt; empty if its beginning isn't found."""
         end = len(prompt)
         for found in self.start.finditer(prompt):
             end = found.end()

@@ -1,4 +1,4 @@
-"""How a field is written, for grammars: what a template reads, the other way round."""
+"""How a field is written, for grammars: the reverse of reading with a template."""
 
 from __future__ import annotations
 
