@@ -2,128 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from paged_core import Engine, EngineConfig, PluginError, SamplingParams, UnsupportedModel, hookimpl
 from paged_core.plugins import BUILTIN, load_plugins
+from plugged_engine import PROMPTS, answer_all, engine_of, run, truth
 from tiny_model import VOCAB, TinyModel
-
-EXAMPLE = Path(__file__).parent.parent / "example_plugin"
-PROMPTS = {"long": [5, 6, 7, 8, 9, 10, 11, 12, 13], "short": [20, 21, 22], "middle": [30, 31, 32, 33, 34, 35]}
-
-
-def engine_of(*plugins, **config) -> Engine:
-    config = {"num_blocks": 64, "block_size": 4, "attention_backend": "reference", **config}
-    return Engine(TinyModel(), EngineConfig(**config), plugins=plugins)
-
-
-def run(engine: Engine) -> tuple[list[str], dict[str, list[int]]]:
-    """(ids in order of completion, tokens by id)"""
-    order: list[str] = []
-    tokens: dict[str, list[int]] = {}
-    while engine.has_work:
-        for output in engine.step():
-            tokens.setdefault(output.request.id, []).extend(output.token_ids)
-            if output.finish_reason is not None:
-                order.append(output.request.id)
-    return order, tokens
-
-
-def answer_all(engine: Engine, num_tokens: int = 6) -> tuple[list[str], dict[str, list[int]]]:
-    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-    for request_id, prompt in PROMPTS.items():
-        engine.add_request(request_id, prompt, params)
-    return run(engine)
-
-
-def truth(num_tokens: int = 6) -> dict[str, list[int]]:
-    return {request_id: TinyModel().generate(prompt, num_tokens) for request_id, prompt in PROMPTS.items()}
-
-
-# ---- a distribution of its own ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def installed_example(tmp_path_factory) -> Path:
-    """Where pip has put the example plugin: a folder outside this project."""
-    folder = tmp_path_factory.mktemp("example")
-    source, site = folder / "source", folder / "site"
-    shutil.copytree(EXAMPLE, source)  # building leaves its traces beside the sources
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    offline = ["--no-index", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run([*pip, *offline, "--target", str(site), str(source)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return site
-
-
-def in_new_process(function: str, site: Path) -> dict:
-    """What a function of this file returns when ``site`` is one of the installed places."""
-    tests = Path(__file__).parent.parent
-    code = f"import json, test_plugins; print(json.dumps(test_plugins.{function}()))"
-    path = os.pathsep.join([str(site), str(tests), str(tests / "core")])
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def answer_with_and_without_the_example() -> dict:
-    plain = answer_all(engine_of(max_num_seqs=1))
-    engine = engine_of(max_num_seqs=1, scheduling_policy="shortest", attention_backend="gather")
-    changed = answer_all(engine)
-    import paged_example
-
-    from paged_core.engine import engine as core
-
-    return {
-        "plain": plain,
-        "changed": changed,
-        "backend": engine._runner.backend.run.__module__,
-        "policy": type(engine._scheduler.policy).__module__,
-        "plugin": paged_example.__file__,
-        "core": core.__file__,
-    }
-
-
-def test_an_installed_distribution_replaces_the_policy_and_the_attention_backend(installed_example):
-    seen = in_new_process("answer_with_and_without_the_example", installed_example)
-    assert seen["backend"] == seen["policy"] == "paged_example"
-    assert Path(seen["plugin"]).parent == installed_example
-    assert installed_example not in Path(seen["core"]).parents
-    assert seen["plain"][0] == ["long", "short", "middle"]
-    assert seen["changed"][0] == ["short", "middle", "long"]
-    assert seen["plain"][1] == seen["changed"][1] == truth()
-
-
-def test_without_the_distribution_its_names_are_unknown():
-    with pytest.raises(UnsupportedModel, match="'gather'"):
-        engine_of(attention_backend="gather")
-
-
-def fake_entry_point(monkeypatch, load) -> None:
-    """As if a distribution called "stranger" were installed whose only entry point does ``load()``."""
-    entry = SimpleNamespace(name="broken", load=load, dist=SimpleNamespace(name="stranger"))
-    monkeypatch.setattr("paged_core.plugins.entry_points", lambda group: [entry])
-
-
-def test_an_installed_plugin_that_cannot_be_imported_is_a_plugin_error_with_its_cause(monkeypatch):
-    def load():
-        raise ImportError("No module named 'flash'")
-
-    fake_entry_point(monkeypatch, load)
-    with pytest.raises(PluginError, match=r"'broken' of stranger.*No module named 'flash'") as caught:
-        engine_of()
-    assert isinstance(caught.value.__cause__, ImportError)
-
 
 # ---- order -----------------------------------------------------------------------------------------------------
 

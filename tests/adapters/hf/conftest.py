@@ -1,11 +1,22 @@
-"""What tests of a patched model's generate() look at when they end."""
+"""A small patched model, and what tests of its generate() look at when they end."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+
+from concurrent_calls import SMALL
+from paged_hf import paged_generate
+
+
+@pytest.fixture
+def model(tiny: Any) -> Any:
+    model = tiny("llama", **SMALL)
+    model.generate = paged_generate(model, check=False)
+    return model
 
 
 @pytest.fixture

@@ -27,13 +27,6 @@ from rounded_parity import HALVES, Rounded
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
-@pytest.fixture
-def model(tiny: Any) -> Any:
-    model = tiny("llama", **SMALL)
-    model.generate = paged_generate(model, check=False)
-    return model
-
-
 def test_fifty_threads_with_calls_of_all_kinds_get_what_each_gets_alone(model: Any) -> None:
     calls = [one_of_each(model, number) for number in range(50)]
     answers = together([call for _, call, _ in calls])

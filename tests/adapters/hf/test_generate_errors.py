@@ -17,7 +17,6 @@ from transformers.generation.streamers import BaseStreamer
 from concurrent_calls import (
     GREEDY,
     KINDS,
-    SMALL,
     Collecting,
     host_of,
     one_of_each,
@@ -25,16 +24,8 @@ from concurrent_calls import (
     together,
     used_blocks,
 )
-from paged_hf import paged_generate
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
-
-
-@pytest.fixture
-def model(tiny: Any) -> Any:
-    model = tiny("llama", **SMALL)
-    model.generate = paged_generate(model, check=False)
-    return model
 
 
 # ---- errors belong to their caller -------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from paged_core import EngineDeadError
-from paged_hf import paged_generate
 from paged_hf.generate import host as hosts
 from strikes import LIMIT_S, Struck, strike_until_it_ends, strikes_anywhere
 from waiting import until
@@ -20,13 +19,6 @@ from waiting import until
 PROMPT = {"input_ids": torch.tensor([[5, 9, 40, 7, 3]]), "attention_mask": torch.ones(1, 5, dtype=torch.int64)}
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 WAYS = {"free": GREEDY, "lockstep": {**GREEDY, "repetition_penalty": 1.3}, "beams": {**GREEDY, "num_beams": 2}}
-
-
-@pytest.fixture
-def model(tiny: Any) -> Any:
-    model = tiny("llama", hidden_size=32, num_hidden_layers=2, head_dim=8, intermediate_size=48)
-    model.generate = paged_generate(model, check=False)
-    return model
 
 
 @pytest.fixture(autouse=True)

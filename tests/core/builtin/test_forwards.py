@@ -6,82 +6,23 @@ import pytest
 import torch
 from torch import nn
 
+from modules_to_accelerate import (
+    DTYPES,
+    TOLERANCE,
+    Attention,
+    Conv1D,
+    GatedMLP,
+    GemmaNorm,
+    LlamaNorm,
+    accelerate,
+    ask,
+)
 from paged_core.builtin.forwards import create_module_forward
-
-CPU = torch.device("cpu")
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
-DTYPES = list(TOLERANCE)
-
-
-class Attention(nn.Module):
-    """What the three projections look like in most models."""
-
-    def __init__(self, bias=False, turned=False):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(48, n, bias=bias) for n in (64, 32, 32))
-
-    def forward(self, x):
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-
-
-class GatedMLP(nn.Module):
-    def __init__(self, bias=False, act=nn.SiLU):
-        super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(48, 100, bias=bias), nn.Linear(48, 100, bias=bias)
-        self.down_proj, self.act_fn = nn.Linear(100, 48, bias=bias), act()
-
-    def forward(self, x):
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Conv1D(nn.Module):
-    """A linear layer as GPT-2 has it."""
-
-    def __init__(self, nf, nx):
-        super().__init__()
-        self.nf = nf
-        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) / nx**0.5), nn.Parameter(torch.randn(nf))
-
-    def forward(self, x):
-        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
-
-
-class LlamaNorm(nn.Module):
-    def __init__(self, size, eps=1e-5):
-        super().__init__()
-        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x):
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(x.dtype)
-
-
-class GemmaNorm(nn.Module):
-    def __init__(self, size, eps=1e-6):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.zeros(size)), eps
-
-    def forward(self, x):
-        wide = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        return (wide * (1.0 + self.weight.float())).type_as(x)
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def ask(module):
-    return create_module_forward(module, CPU)
-
-
-def accelerate(module):
-    """As a model adapter does it: parents first, children only of what was left alone. Forwards by module."""
-    forward = ask(module)
-    if forward is not None:
-        return {module: forward}
-    return {m: f for child in module.children() for m, f in accelerate(child).items()}
 
 
 @torch.inference_mode()
@@ -317,43 +258,6 @@ def test_nothing_of_the_users_module_or_of_his_random_numbers_is_touched():
 
 def test_other_devices_are_not_ours():
     assert create_module_forward(nn.Linear(4, 4), torch.device("meta")) is None
-
-
-def rotate_half(x):
-    a, b = x.chunk(2, -1)
-    return torch.cat((-b, a), -1)
-
-
-def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
-
-
-class Rotating(Attention):
-    def forward(self, x, cos, sin, scale=1.0):
-        q, k, v = (p(x).view(*x.shape[:-1], -1, 32).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        before = q.clone()
-        rotated, k = apply_rotary_pos_emb(q, k, cos, sin)
-        assert torch.equal(q, before)
-        return rotated * scale, k, v
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_an_attention_module_rotates_as_before_and_its_children_are_asked_for_too(dtype):
-    module = Rotating().to(dtype)
-    forward = ask(module)
-    assert forward.calls_children and ask(module.q_proj) and not forward.stale()
-    for batch, tokens in ((1, 1), (1, 37), (2, 3)):
-        x, cos, sin = (torch.randn(batch, tokens, n).to(dtype) for n in (48, 32, 32))
-        with torch.inference_mode():
-            for ours, theirs in zip(forward(x, cos, sin, scale=0.5), module(x, cos, sin, scale=0.5), strict=True):
-                torch.testing.assert_close(ours, theirs, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-
-
-def test_a_rotation_that_someone_puts_in_place_of_the_old_one_makes_the_forward_stale(monkeypatch):
-    forward = ask(Rotating())
-    monkeypatch.setitem(globals(), "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k))
-    assert forward.stale() and ask(Rotating()) is None
 
 
 def test_an_engine_over_a_model_that_is_gone_leaves_no_packed_weights_behind():
