@@ -10,10 +10,11 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Union
+from typing import TypeVar, Union
 
 from paged_core.text.outputs import GenerationOutput, StreamDelta, join_deltas
 
+_T = TypeVar("_T")
 _JOIN_AFTER = 32  # unread deltas of one index that are joined into one
 
 
@@ -32,25 +33,26 @@ class Bell:
         return self._lock.acquire(timeout=-1 if timeout is None else max(timeout, 0))
 
 
-_Waiter = Union[Bell, "asyncio.Future[None]"]
+_Waiter = Union[Bell, "asyncio.Future[None]", "_Hand"]
+_W = TypeVar("_W", Bell, "asyncio.Future[None]", "_Hand")
 
 
 class Wakeups:
     """The readers to wake after a step: threads one by one, each event loop once for all its streams."""
 
     def __init__(self) -> None:
-        self._futures: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+        self._in_loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None] | _Hand]] = {}
 
     def add(self, waiter: _Waiter) -> None:
         if isinstance(waiter, Bell):
             waiter.ring()
         else:
-            self._futures.setdefault(waiter.get_loop(), []).append(waiter)
+            self._in_loops.setdefault(waiter.get_loop(), []).append(waiter)
 
     def send(self) -> None:
-        for loop, futures in self._futures.items():
+        for loop, waiters in self._in_loops.items():
             with suppress(RuntimeError):  # that loop is closed: nobody reads there any more
-                loop.call_soon_threadsafe(_resolve, futures)
+                loop.call_soon_threadsafe(_wake_all, waiters)
 
 
 class Channel:
@@ -118,26 +120,34 @@ class Channel:
             self.cancelled = True
             self._cancel(self)
 
-    def take(self, waiter: _Waiter) -> StreamDelta | None:
-        """The next delta; or None, and ``waiter`` will hear of news.
+    def take(self, make_waiter: Callable[[], _W]) -> StreamDelta | _W:
+        """The next delta; or a new waiter, which will hear of news.
 
         Raises:
             EndOfStream: all deltas have been read.
             Exception: the error the request failed with, once all its deltas have been read.
         """
         with self._lock:
-            for index in self._unread:
-                delta, *end = join_deltas(self._unread.pop(index)).parts()
-                if end:
-                    self._unread[index] = end
-                return delta
+            if self._unread:
+                return self._next_unread()
             if self._error is not None:
                 raise self._error
             if self._result is not None:
                 raise EndOfStream
             self._check_may_wait()
+            waiter = make_waiter()
             self._waiting.append(waiter)
-            return None
+            return waiter
+
+    def _next_unread(self) -> StreamDelta:
+        index = next(iter(self._unread))
+        delta = join_deltas(self._unread.pop(index))
+        if delta.finish_reason is None:
+            return delta
+        delta, *end = delta.parts()
+        if end:
+            self._unread[index] = end
+        return delta
 
     def result(self, waiter: _Waiter) -> GenerationOutput | None:
         """The result; or None, and ``waiter`` will hear of the end.
@@ -219,9 +229,18 @@ class Stream:
     def __aiter__(self) -> AsyncIterator[StreamDelta]:
         return _AsyncDeltas(self, self._channel)
 
-    async def _wait(self, news: asyncio.Future[None]) -> None:
+    async def hand_to(self, take: Callable[[StreamDelta], bool]) -> StreamDelta | None:
+        """Each delta as it comes, handed to ``take`` by the event loop itself: no task is woken for it, which costs a
+        server more than the delta does. Returns the first that ``take`` answers False to; None: that was the end. To be
+        awaited again for those that follow. Raises what iterating and ``take`` raise.
+        """
+        hand = _Hand(self._channel, take)
+        hand.set_result()
+        return await self._wait(hand.outcome)
+
+    async def _wait(self, news: asyncio.Future[_T]) -> _T:
         try:
-            await news
+            return await news
         except asyncio.CancelledError:
             self.cancel()
             raise
@@ -242,13 +261,12 @@ class _Deltas:
 
     def __next__(self) -> StreamDelta:
         while True:
-            news = Bell()
             try:
-                delta = self._channel.take(news)
+                news = self._channel.take(Bell)
             except EndOfStream:
                 raise StopIteration from None
-            if delta is not None:
-                return delta
+            if isinstance(news, StreamDelta):
+                return news
             news.wait()
 
     def __del__(self) -> None:
@@ -266,15 +284,14 @@ class _AsyncDeltas:
         return self
 
     async def __anext__(self) -> StreamDelta:
-        loop = asyncio.get_running_loop()
+        make_future = asyncio.get_running_loop().create_future
         while True:
-            news = loop.create_future()
             try:
-                delta = self._channel.take(news)
+                news = self._channel.take(make_future)
             except EndOfStream:
                 raise StopAsyncIteration from None
-            if delta is not None:
-                return delta
+            if isinstance(news, StreamDelta):
+                return news
             await self._stream._wait(news)
 
     async def aclose(self) -> None:
@@ -284,11 +301,40 @@ class _AsyncDeltas:
         self._channel.cancel()
 
 
+class _Hand:
+    """Takes deltas out of a channel in the event loop. It waits for them as a Future does, and more than once."""
+
+    def __init__(self, channel: Channel, take: Callable[[StreamDelta], bool]) -> None:
+        self._channel, self._take = channel, take
+        self.outcome: asyncio.Future[StreamDelta | None] = asyncio.get_running_loop().create_future()
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self.outcome.get_loop()
+
+    def done(self) -> bool:
+        return self.outcome.done()
+
+    def set_result(self, result: None = None) -> None:
+        """There is news, perhaps."""
+        try:
+            while not isinstance(news := self._channel.take(self._itself), _Hand):
+                if not self._take(news):
+                    self.outcome.set_result(news)
+                    return
+        except EndOfStream:
+            self.outcome.set_result(None)
+        except BaseException as error:  # it goes to who awaits the outcome; others are woken after us
+            self.outcome.set_exception(error)
+
+    def _itself(self) -> _Hand:
+        return self
+
+
 class EndOfStream(Exception):
     """All deltas have been read."""
 
 
-def _resolve(futures: Sequence[asyncio.Future[None]]) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_result(None)
+def _wake_all(waiters: Sequence[asyncio.Future[None] | _Hand]) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)

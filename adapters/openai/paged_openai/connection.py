@@ -10,9 +10,11 @@ import asyncio
 import logging
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from paged_openai.pieces import Pieces
 
 _log = logging.getLogger("paged_openai")
 _PART = 4096  # bytes that are parsed before it is seen what they were
@@ -94,7 +96,9 @@ class Connection(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+        pieces = Pieces(cast(Any, self.scope), self.flow)
         super().on_headers_complete()
+        pieces.cycle = self.cycle
         self._unanswered = [*self._open_cycles(), self.cycle]
 
     def on_message_complete(self) -> None:

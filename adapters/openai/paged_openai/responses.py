@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from paged_core import GenerationOutput, InvalidRequestError
 from paged_openai.exchange import CuttableExchange
+from paged_openai.pieces import Pieces, pieces_of
 from paged_openai.service import Service
 from paged_openai.tracing import Traces
 from paged_serving import (
@@ -22,6 +23,7 @@ from paged_serving import (
     Call,
     CallError,
     Failure,
+    Listener,
     anthropic_error,
     as_event,
     json_bytes,
@@ -34,6 +36,7 @@ _log = logging.getLogger("paged_openai")
 
 _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
            (b"x-accel-buffering", b"no")]  # fmt: skip
+_SILENCE_S = 2.0  # of a stream that has no news to tell: clients wait for 5 s (httpx), proxies for a minute
 _PIECE = 256  # entries of a list that are encoded at once
 
 
@@ -43,11 +46,17 @@ class WireFormat(NamedTuple):
     error: Callable[[Exception], tuple[int, dict[str, Any]]]
     last_event: bytes
     named: bool = False  # its events have names: their types
+    keep_alive: bytes = b": it goes on\n\n"  # a comment, as the standard of server-sent events advises
     late_error: Callable[[dict[str, Any], int], Any] = lambda body, num_sent: body  # an error's body, as an event
 
     def events(self, values: Sequence[Any], encode: Callable[[Any], bytes] = json_bytes) -> bytes:
-        names = [f"event: {value['type']}\n".encode() if self.named else b"" for value in values]
-        return b"".join([name + as_event(encode(value)) for name, value in zip(names, values, strict=True)])
+        if self.named:
+            return b"".join([_named_event(value, encode) for value in values])
+        return b"".join([as_event(encode(value)) for value in values])
+
+
+def _named_event(value: Mapping[str, Any], encode: Callable[[Any], bytes]) -> bytes:
+    return f"event: {value['type']}\n".encode() + as_event(encode(value))
 
 
 def _named_error(body: dict[str, Any], num_sent: int) -> dict[str, Any]:
@@ -62,7 +71,7 @@ def _named_error(body: dict[str, Any], num_sent: int) -> dict[str, Any]:
 OPENAI = WireFormat(openai_error, LAST_EVENT)
 OPENAI_WITHOUT_DONE = WireFormat(openai_error, b"")  # for clients that read every event as JSON
 RESPONSES = WireFormat(openai_error, b"", named=True, late_error=_named_error)
-ANTHROPIC = WireFormat(anthropic_error, b"", named=True)
+ANTHROPIC = WireFormat(anthropic_error, b"", named=True, keep_alive=b'event: ping\ndata: {"type":"ping"}\n\n')
 TGI = WireFormat(tgi_error, b"")
 
 
@@ -126,7 +135,7 @@ class CallResponse(Response):
                 watcher = asyncio.ensure_future(_until_disconnect(receive, exchange.close))
                 try:
                     if self._call.stream:
-                        await self._send_events(exchange, scope, receive, send)
+                        await self._send_events(exchange, _Events(self._form, pieces_of(scope), send))
                     else:
                         with exchange.until_cut():
                             body = await run_in_threadpool(large_json_bytes, await exchange.answer())
@@ -138,28 +147,18 @@ class CallResponse(Response):
             self._error, self._notes["error"] = error, error_note(error)
             await error_response(self._form, error)(scope, receive, send)
 
-    async def _send_events(self, exchange: CuttableExchange, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send_events(self, exchange: CuttableExchange, events: _Events) -> None:
         """Raises only while nothing has been sent; later errors are events themselves."""
-        started, num_sent = False, 0
         try:
             with exchange.until_cut():
-                async for chunks in exchange.chunks():
-                    if not started:
-                        await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
-                        started = True
-                    if chunks.large:
-                        events = await run_in_threadpool(self._form.events, chunks.told, large_json_bytes)
-                    else:
-                        events = self._form.events(chunks.told)
-                    await _send_body(send, events, more=True)
-                    num_sent += len(chunks.told)
+                await exchange.tell(events)
         except Exception as error:
-            if not started:
+            if not events.begun:
                 raise
             self._error, self._notes["error"] = error, error_note(error)
-            told = self._form.late_error(_told(self._form, error)[1], num_sent)
-            await _send_body(send, self._form.events([told]), more=True)
-        await _send_body(send, self._form.last_event, more=False)
+            late = self._form.late_error(_told(self._form, error)[1], events.num_written)
+            await events.wait_and_tell(self._form.events([late]))
+        await events.end()
 
     def _note(self, results: Sequence[GenerationOutput]) -> None:
         self._results = results
@@ -168,6 +167,45 @@ class CallResponse(Response):
             self._notes["prompt_tokens"] = sum(len(result.prompt_token_ids) for result in results)
             self._notes["output_tokens"] = sum(len(output.token_ids) for output in outputs)
             self._notes["finish_reasons"] = sorted({output.finish_reason for output in outputs})
+
+
+class _Events(Listener[bytes]):
+    """One stream of a response's events, as far as it has come."""
+
+    def __init__(self, form: WireFormat, pieces: Pieces | None, send: Send) -> None:
+        self._form, self._pieces, self._send = form, pieces, send
+        self.begun = False
+        self.num_written = 0
+        self._told_at = 0.0  # time.monotonic()
+
+    @property
+    def ready(self) -> bool:
+        return self.begun and self._pieces is not None and self._pieces.ready
+
+    def write(self, chunks: Sequence[Any], large: bool) -> bytes:
+        self.num_written += len(chunks)
+        return self._form.events(chunks, large_json_bytes if large else json_bytes)
+
+    def tell(self, told: bytes) -> None:
+        assert self._pieces is not None, "it was ready"
+        if told := told or self._after_silence():
+            self._told_at = time.monotonic()
+            self._pieces.write(told)
+
+    async def wait_and_tell(self, told: bytes) -> None:
+        if not self.begun:
+            await self._send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
+            self.begun = True
+        if told := told or self._after_silence():
+            self._told_at = time.monotonic()
+            await self._send({"type": "http.response.body", "body": told, "more_body": True})
+
+    async def end(self) -> None:
+        await self._send({"type": "http.response.body", "body": self._form.last_event, "more_body": False})
+
+    def _after_silence(self) -> bytes:
+        """Where there is no news to tell: what clients pass over, so that nobody takes the connection for dead."""
+        return self._form.keep_alive if time.monotonic() > self._told_at + _SILENCE_S else b""
 
 
 def _json(body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -199,10 +237,6 @@ async def _until_disconnect(receive: Receive, left: Callable[[], None]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     left()
-
-
-async def _send_body(send: Send, body: bytes, *, more: bool) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
 def _told(form: WireFormat, error: Exception) -> tuple[int, dict[str, Any]]:

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paged_serving.exchange import Exchange
+    from paged_serving.exchange import Exchange, Listener
     from paged_serving.health import trouble
     from paged_serving.http_metrics import HTTPMetrics
     from paged_serving.kv_events import KVEvents
@@ -47,6 +47,7 @@ _LAZY = {
     "CountBody": "protocol.anthropic_body",
     "DetokenizeBody": "protocol.detokenize",
     "Exchange": "exchange",
+    "Listener": "exchange",
     "Failure": "protocol.failures",
     "HTTPMetrics": "http_metrics",
     "KVEvents": "kv_events",
@@ -102,6 +103,7 @@ __all__ = [
     "Failure",
     "HTTPMetrics",
     "KVEvents",
+    "Listener",
     "MessagesBody",
     "MessagesCall",
     "PrometheusMetrics",

@@ -4,8 +4,8 @@ TorchServe."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 from paged_core import AsyncEngine, EngineBusyError, GenerationOutput, InvalidRequestError, Stream, StreamDelta
 from paged_serving.outcomes import as_outcome
@@ -13,14 +13,26 @@ from paged_serving.protocol.call import Call
 from paged_serving.protocol.failures import CallError, Failure
 from paged_serving.protocol.parsing import ProtocolError, in_words_of
 
-_News = tuple[int, StreamDelta | Exception | None]  # None: that stream has ended
+_T = TypeVar("_T")
 
 
-class Chunks(NamedTuple):
-    """What is sent at once."""
+class Listener(Protocol[_T]):
+    """Whom an Exchange tells its chunks. One that waits for nothing is always ready."""
 
-    told: list[Any]
-    large: bool  # so large that a thread, not the event loop, should make it and write it as JSON
+    @property
+    def ready(self) -> bool:
+        """Whether ``tell`` may be called: it must not wait."""
+        ...
+
+    def write(self, chunks: list[Any], large: bool) -> _T:
+        """What is told of ``chunks``, as bytes say. ``large``: it may take a while, and is called in a thread."""
+        ...
+
+    def tell(self, told: _T) -> None: ...
+
+    async def wait_and_tell(self, told: _T) -> None:
+        """Where ``tell`` would have to wait."""
+        ...
 
 
 class Exchange:
@@ -74,7 +86,10 @@ class Exchange:
             CallError: it was cut, or the engine could not finish it.
             InvalidRequestError: the engine refused it.
         """
-        self.results = list(await asyncio.gather(*[self._result(number) for number in range(len(self._streams))]))
+        if len(self._streams) == 1:
+            self.results = [await self._result(0)]
+        else:
+            self.results = list(await asyncio.gather(*[self._result(number) for number in range(len(self._streams))]))
         for number, result in enumerate(self.results):
             for output in result.outputs:
                 self._check(number, output.finish_reason, result.error)
@@ -90,28 +105,28 @@ class Exchange:
         """The body of a call that isn't streamed, when all has ended. Raises as ``finish``."""
         return await self._in_thread(as_outcome, self.call.answer, await self.finish())
 
-    async def chunks(self) -> AsyncIterator[Chunks]:
-        """The chunks of a streamed call, several at a time. The first come with the engine's first delta, so that a
-        refusal is raised before anything was sent. Raises as ``finish``."""
-        chunks, begun = list(self.call.first_chunks()), set[tuple[int, int]]()
-        async for number, delta in self._news():
-            self._check(number, delta.finish_reason, delta.error)
-            first = (number, delta.index) not in begun
-            begun.add((number, delta.index))
-            retells = self.call.retells and (first or delta.finish_reason is not None)
-            large = retells or delta.prompt_logprobs is not None
-            yield Chunks(chunks + await self._made(large, self.call.chunks, number, delta), large)
-            chunks = []
-        if last := await self._made(self.call.retells, self.call.last_chunks, await self.finish()):
-            yield Chunks(last, self.call.retells)
+    async def tell(self, listener: Listener[_T]) -> None:
+        """Tell ``listener`` the chunks of a streamed call. The first come with the first news of the engine, so that
+        what it refuses is told before anything was sent. Raises as ``finish``, and what ``listener`` raises.
+        """
+        telling = _Telling(self.call, listener, self._in_thread)
+        if len(self._streams) == 1:
+            await self._tell_of(0, telling)
+        else:
+            await _all_or_none([self._tell_of(number, telling) for number in range(len(self._streams))])
+        await telling.tell_end(await self.finish())
 
-    async def _news(self) -> AsyncIterator[tuple[int, StreamDelta]]:
-        async for number, news in _merge(self._streams):
-            if isinstance(news, InvalidRequestError):
-                raise self._refused(number, news) from news
-            if isinstance(news, Exception):
-                raise news
-            yield number, news
+    async def _tell_of(self, number: int, telling: _Telling[Any]) -> None:
+        def take(delta: StreamDelta) -> bool:
+            if delta.finish_reason is not None:
+                self._check(number, delta.finish_reason, delta.error)
+            return telling.tell(number, delta)
+
+        try:
+            while (delta := await self._streams[number].hand_to(take)) is not None:
+                await telling.wait_and_tell(number, delta)
+        except InvalidRequestError as error:
+            raise self._refused(number, error) from error
 
     def _refused(self, number: int, error: InvalidRequestError) -> ProtocolError:
         """``error`` with the protocol's names of fields. If there are several prompts, it names the refused one."""
@@ -125,10 +140,6 @@ class Exchange:
         name = self.call.named.get("prompt", "prompt")
         return name if len(self._streams) == 1 else f"{name}[{number}]"
 
-    async def _made(self, large: bool, make: Callable[..., list[Any]], *args: Any) -> list[Any]:
-        made: list[Any] = await self._in_thread(as_outcome, make, *args) if large else as_outcome(make, *args)
-        return made
-
     def _check(self, number: int, finish_reason: str | None, error: str | None) -> None:
         if finish_reason == "abort":
             raise self.aborted
@@ -137,36 +148,55 @@ class Exchange:
             raise CallError(Failure.GENERATION, error or "the generation failed", which)
 
 
-async def _merge(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, StreamDelta | Exception]]:
-    """Yields (number of the stream, its delta) as they come. An exception of a stream comes in place of a delta."""
-    if len(streams) == 1:
-        try:
-            async for delta in streams[0]:
-                yield 0, delta
-        except Exception as error:
-            yield 0, error
-        return
-    news: asyncio.Queue[_News] = asyncio.Queue(maxsize=len(streams))
-    tasks = [asyncio.ensure_future(_pump(number, stream, news)) for number, stream in enumerate(streams)]
-    try:
-        num_open = len(streams)
-        while num_open:
-            number, piece = await news.get()
-            if piece is None:
-                num_open -= 1
+class _Telling(Generic[_T]):
+    """A call's chunks on their way to who listens, one after another."""
+
+    def __init__(self, call: Call, listener: Listener[_T], in_thread: Callable[..., Awaitable[Any]]) -> None:
+        self._call, self._listener, self._in_thread = call, listener, in_thread
+        self._untold = list(call.first_chunks())
+        self._begun: set[tuple[int, int]] = set()  # (prompt, choice), of a call that retells
+        self._turn = asyncio.Lock()
+
+    def tell(self, number: int, delta: StreamDelta) -> bool:
+        """False: not without waiting."""
+        if self._turn.locked() or not self._listener.ready or self._may_be_large(number, delta):
+            return False
+        self._listener.tell(as_outcome(self._written, False, self._call.chunks, number, delta))
+        return True
+
+    async def wait_and_tell(self, number: int, delta: StreamDelta) -> None:
+        large = self._may_be_large(number, delta)
+        self._begun.add((number, delta.index))
+        await self._wait_and_tell(large, self._call.chunks, number, delta)
+
+    async def tell_end(self, results: Sequence[GenerationOutput]) -> None:
+        await self._wait_and_tell(self._call.retells, self._call.last_chunks, results)
+
+    def _may_be_large(self, number: int, delta: StreamDelta) -> bool:
+        """To make such chunks, and to write them as JSON, is a thread's work, and not the event loop's."""
+        if delta.prompt_logprobs is not None:
+            return True
+        return self._call.retells and (delta.finish_reason is not None or (number, delta.index) not in self._begun)
+
+    async def _wait_and_tell(self, large: bool, make: Callable[..., list[Any]], *args: Any) -> None:
+        async with self._turn:
+            if large:
+                told = await self._in_thread(as_outcome, self._written, large, make, *args)
             else:
-                yield number, piece
+                told = as_outcome(self._written, large, make, *args)
+            await self._listener.wait_and_tell(told)
+
+    def _written(self, large: bool, make: Callable[..., list[Any]], *args: Any) -> _T:
+        untold, self._untold = self._untold, []
+        return self._listener.write(untold + make(*args), large)
+
+
+async def _all_or_none(coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """When one raises, the others are cancelled."""
+    tasks = [asyncio.ensure_future(each) for each in coroutines]
+    try:
+        await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _pump(number: int, stream: Stream, news: asyncio.Queue[_News]) -> None:
-    try:
-        async for delta in stream:
-            await news.put((number, delta))
-    except Exception as error:
-        await news.put((number, error))
-    else:
-        await news.put((number, None))

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from typing import Any
 
 from paged_core import InvalidRequestError
 from paged_serving import Call, CallError, Exchange, Failure, as_outcome, json_bytes
@@ -98,14 +99,28 @@ class Errand:
 
     async def _carry_out(self, exchange: Exchange) -> None:
         if exchange.call.stream:
-            async for chunks in exchange.chunks():
-                for chunk in chunks.told:
-                    self._say(self._form.event(chunk))
-                self._on_news()
+            await exchange.tell(self)
             self._say(self._form.last_event)
         else:
             self._say(self._form.answer(await exchange.answer()))
         self.reply.end()
+
+    # ---- as its exchange's Listener ----------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        return True
+
+    def write(self, chunks: Sequence[Any], large: bool) -> list[bytes]:
+        return [self._form.event(chunk) for chunk in chunks]
+
+    def tell(self, told: list[bytes]) -> None:
+        for event in told:
+            self._say(event)
+        self._on_news()
+
+    async def wait_and_tell(self, told: list[bytes]) -> None:
+        self.tell(told)
 
     def _say(self, told: bytes) -> None:
         self.reply.say(told)

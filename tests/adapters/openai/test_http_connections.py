@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import ssl
 import threading
@@ -118,6 +119,11 @@ def test_a_client_that_reads_slowly_gets_all() -> None:
             assert part, got[-500:]
             got += part
     assert got.count(b'"finish_reason":"length"') == 8
+    texts = [""] * 8
+    for told in re.findall(rb"data: (\{.*\})\n\n", got):
+        (choice,) = json.loads(told)["choices"]
+        texts[choice["index"]] += choice["text"]
+    assert len(set(texts)) == 1 and texts[0] in "".join(map(chr, range(32, 128))) * 4, "in their order"
 
 
 # ---- heads and bodies that don't come ------------------------------------------------------------------------------

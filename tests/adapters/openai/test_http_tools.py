@@ -84,6 +84,32 @@ def test_a_streamed_call_comes_to_the_same(client: openai.OpenAI, model: SayingM
     assert [each.function.arguments for each in message.tool_calls or ()] == [ARGUMENTS] * 2
 
 
+def test_while_a_call_forms_nothing_is_sent_but_a_sign_of_life(
+    server: Running, model: SayingModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"messages": ASKED, "tools": [tool()], "temperature": 0, "stream": True}
+    model.say(CALL)
+
+    def lines(**fields: Any) -> list[str]:
+        with server.client() as http:
+            told = http.post("/v1/chat/completions", json={**asked, **fields}).text
+        return [line for line in told.split("\n") if line]
+
+    told = lines()
+    assert all(line.startswith("data: ") for line in told)
+    assert len(told) == 5, "who speaks, the call's name, its arguments, the end, and that it is done"
+    every = {"include_usage": True, "continuous_usage_stats": True}
+    usages = [json.loads(line[6:])["usage"]["completion_tokens"] for line in lines(stream_options=every)[1:-1]]
+    assert usages == sorted(usages) and len(set(usages)) > 20, "who counts tokens by what comes is told each"
+    monkeypatch.setattr("paged_openai.responses._SILENCE_S", -1.0)
+    alive = lines()
+    assert [line for line in alive if line.startswith("data: ")][1:-1] != []
+    assert len([line for line in alive if line.startswith(":")]) > 10
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        calls = [each for chunk in chat(client, stream=True) for each in chunk.choices[0].delta.tool_calls or []]
+    assert [each.function.arguments for each in calls] == ["", ARGUMENTS]
+
+
 def test_a_responses_usage_says_how_much_was_reasoning(client: openai.OpenAI, model: SayingModel) -> None:
     model.say("<think>\nI look it up.\n</think>\n\nIt rains.")
     asked: Any = {"model": "alphabet", "input": ASKED, "temperature": 0}

@@ -25,10 +25,36 @@ def open_engine(model: AlphabetModel | None = None, **options: Any) -> AsyncEngi
     return AsyncEngine(Engine(model or AlphabetModel(), CONFIG), tokenizer=CharacterTokenizer(), **options)
 
 
+class Told:
+    """Whoever listens: what was told, and which of it was made in a thread."""
+
+    ready = True
+
+    def __init__(self) -> None:
+        self.chunks: list[Any] = []
+        self.large: list[bool] = []
+
+    def write(self, chunks: list[Any], large: bool) -> list[Any]:
+        self.large.append(large)
+        return chunks
+
+    def tell(self, told: list[Any]) -> None:
+        self.chunks += told
+
+    async def wait_and_tell(self, told: list[Any]) -> None:
+        self.tell(told)
+
+
+async def told_by(exchange: Exchange) -> Told:
+    told = Told()
+    await exchange.tell(told)
+    return told
+
+
 def test_streams_of_all_prompts_come_as_one(alphabet: Alphabet) -> None:
     async def main() -> list[Any]:
         exchange = Exchange(alphabet.engine, call(alphabet, stream=True, stream_options={"include_usage": True}))
-        return [chunk async for chunks in exchange.chunks() for chunk in chunks.told]
+        return (await told_by(exchange)).chunks
 
     *chunks, last = asyncio.run(main())
     texts = ["", ""]
@@ -39,10 +65,7 @@ def test_streams_of_all_prompts_come_as_one(alphabet: Alphabet) -> None:
 
 
 def chunks_of(exchange: Exchange) -> Any:
-    async def main() -> list[Any]:
-        return [chunk async for chunks in exchange.chunks() for chunk in chunks.told]
-
-    return asyncio.run(main())
+    return asyncio.run(told_by(exchange)).chunks
 
 
 def test_of_several_prompts_the_one_at_fault_is_told_by_its_place(alphabet: Alphabet) -> None:
@@ -91,21 +114,48 @@ def test_an_answer_is_made_in_a_thread(alphabet: Alphabet) -> None:
 
 
 def test_of_a_stream_only_what_may_be_large_is_made_in_a_thread(alphabet: Alphabet) -> None:
-    made: list[str] = []
+    made: list[Any] = []
 
     async def in_thread(function: Any, make: Any, *args: Any) -> Any:
-        made.append(make.__name__)
+        made.append(args)
         return await asyncio.to_thread(function, make, *args)
 
     async def num_large(**fields: Any) -> int:
         asked = call(alphabet, max_tokens=8, stream=True, stream_options={"include_usage": True}, **fields)
-        exchange = Exchange(alphabet.engine, asked, in_thread=in_thread)
-        return sum([chunks.large async for chunks in exchange.chunks()])
+        told = await told_by(Exchange(alphabet.engine, asked, in_thread=in_thread))
+        assert told.chunks[-1]["usage"]["completion_tokens"] == 16
+        return sum(told.large)
 
     assert asyncio.run(num_large()) == len(made) == 0
     num = asyncio.run(num_large(echo=True))
-    assert num == len(made) > 0
-    assert made.count("chunks") <= 4, "the first and the last of each of two prompts"
+    assert num == len(made) > 0, "made and written in one go"
+    assert num <= 5, "the first and the last of each of two prompts, and the end"
+
+
+def test_who_is_not_ready_is_told_all_in_the_same_order(alphabet: Alphabet) -> None:
+    class Slow(Told):
+        async def wait_and_tell(self, told: list[Any]) -> None:
+            self.ready = not self.ready
+            await asyncio.sleep(0.001)
+            self.chunks += told
+
+        def tell(self, told: list[Any]) -> None:
+            self.ready = len(self.chunks) % 3 != 0
+            self.chunks += told
+
+    async def main(**fields: Any) -> list[Any]:
+        told = Slow()
+        told.ready = False
+        asked = call(alphabet, max_tokens=30, stream=True, ignore_eos=True, **fields)
+        await Exchange(alphabet.engine, asked).tell(told)
+        return told.chunks
+
+    for fields in ({}, {"echo": True}):
+        texts = ["", ""]
+        for chunk in asyncio.run(main(**fields)):
+            texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+        whole = alphabet.answer(call(alphabet, max_tokens=30, ignore_eos=True, **fields))
+        assert texts == [choice["text"] for choice in whole["choices"]]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -119,7 +169,7 @@ def test_one_that_is_closed_ends_with_what_the_server_says_of_it(gate: Gate, str
             exchange = Exchange(engine, call(alphabet, stream=stream), aborted="you were too slow")
             exchange.close()
             gate.open()
-            return [each async for each in exchange.chunks()] if stream else await exchange.answer()
+            return await told_by(exchange) if stream else await exchange.answer()
 
         with pytest.raises(CallError, match="you were too slow") as cut:
             asyncio.run(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from async_calls import CONFIG, LIMIT_S, collect, in_threads, params, run, text_
 from paged_core import (
     AsyncEngine,
     InvalidRequestError,
+    StreamDelta,
 )
 from toy_tokenizers import CharacterTokenizer, ChokingTokenizer
 from waiting import until
@@ -32,6 +34,39 @@ def test_an_event_loop_reads_a_stream(engine: AsyncEngine) -> None:
         deltas = await collect(stream)
         assert text_of(deltas) == "BCDEF"
         assert (await stream.aresult()).outputs[0].text == "BCDEF"
+
+    run(main())
+
+
+def test_an_event_loop_hands_deltas_over_until_one_is_not_taken(engine: AsyncEngine) -> None:
+    async def main() -> None:
+        said: list[str] = []
+        left: list[str] = []
+        turns = itertools.cycle([False, True])
+
+        def take(delta: StreamDelta) -> bool:
+            if taken := next(turns):
+                said.append(delta.text)
+            return taken
+
+        stream = engine.submit("A", params(max_tokens=50))
+        while (delta := await stream.hand_to(take)) is not None:
+            said.append(delta.text)
+            left.append(delta.text)
+        assert left and "".join(said) == (await stream.aresult()).outputs[0].text == "".join(map(chr, range(66, 116)))
+
+    run(main())
+
+
+def test_who_is_handed_deltas_hears_what_iterating_raises_and_what_he_raises(engine: AsyncEngine) -> None:
+    def choke(delta: StreamDelta) -> bool:
+        raise KeyError(delta.text)
+
+    async def main() -> None:
+        with pytest.raises(InvalidRequestError, match="the prompt has 300 tokens"):
+            await engine.submit("A" * 300, params(max_tokens=200)).hand_to(choke)
+        with pytest.raises(KeyError, match="B"):
+            await engine.submit("A", params()).hand_to(choke)
 
     run(main())
 

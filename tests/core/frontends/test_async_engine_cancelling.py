@@ -76,7 +76,11 @@ def test_leaving_a_loop_cancels_the_request(model: AlphabetModel) -> None:
         until_idle(engine)
 
 
-@pytest.mark.parametrize("reading", [collect, Stream.aresult])
+def handed_over(stream: Stream) -> Coroutine[Any, Any, object]:
+    return stream.hand_to(lambda delta: True)
+
+
+@pytest.mark.parametrize("reading", [collect, Stream.aresult, handed_over])
 def test_cancelling_the_task_that_waits_cancels_the_request(
     engine: AsyncEngine, model: AlphabetModel, reading: Callable[[Stream], Coroutine[Any, Any, Any]]
 ) -> None:

@@ -116,6 +116,9 @@ class ChatCall:
             "system_fingerprint": "paged-core",
         }
         self._usage = Usage(self.prompts)
+        self._tells_tokens = (
+            self._num_top is not None or self.options.return_token_ids or (self.options.usage_in_every_chunk)
+        )
         self.retells, self.named = self.options.return_token_ids, self.options.named
 
     def first_chunks(self) -> list[dict[str, Any]]:
@@ -127,13 +130,16 @@ class ChatCall:
         return chunks
 
     def chunks(self, number: int, delta: StreamDelta) -> list[dict[str, Any]]:
-        """One chunk per event of the choice, or an empty one. Token data (logprobs, ids) go with the first chunk, the
-        finish reason with the last."""
+        """One for each of the choice's events: what else is told of the tokens goes with the first, how the choice ends
+        with the last. Without events, as while a call of a tool forms, one is there if it has such things to tell."""
         self._usage.add(len(delta.token_ids))
         if delta.index not in self._readers:
             self._readers[delta.index] = self._talk.reader(skip_special_tokens=self._skips_special)
         events = self._told(self._readers[delta.index].feed(delta))
-        contents = _contents(events) or [{"content": ""} if delta.token_ids else {}]
+        contents = _contents(events)
+        if not contents and not self._tells_tokens and delta.finish_reason is None and delta.prompt_logprobs is None:
+            return []
+        contents = contents or [{"content": ""} if delta.token_ids else {}]
         chunks = [self._chunk(delta.index, content, {}) for content in contents]
         chunks[0]["choices"][0] |= self._of_tokens(delta)
         chunks[-1]["choices"][0] |= _end(events)
