@@ -1,4 +1,4 @@
-"""An HTTP server: OpenAI's and TGI's routes over an AsyncEngine. Its names are for the adapter that stands on it."""
+"""An HTTP server: OpenAI's and TGI's routes over an AsyncEngine. Its names are for paged_ray, which builds on it."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from paged_openai.responses import error_response, form_of
     from paged_openai.service import Service
 
-# Imported when first used: its command line is read without a server's packages.
+# Imported when first used, so that the command line works without a server's packages.
 _LAZY = {
     "AppOptions": "app",
     "Service": "service",

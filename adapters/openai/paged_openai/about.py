@@ -1,4 +1,4 @@
-"""What the server says of itself: its models, its limits, its load, its health, its numbers, its document."""
+"""Routes about the server: models, limits, load, health, metrics, OpenAPI document."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from paged_serving import CallError, Failure, PrometheusMetrics, ProtocolError
 
 
 class About:
-    """``with_keys``: whether callers need a key; the document tells it."""
+    """``with_keys``: whether callers need a key, for the document."""
 
     def __init__(self, service: Service, metrics: PrometheusMetrics | None, *, with_keys: bool) -> None:
         self._service, self._served, self._metrics = service, service.served, metrics
@@ -65,7 +65,7 @@ class About:
         return json_response({"server_load": self._service.num_open})
 
     async def openapi(self, request: Request) -> Response:
-        """All routes, and what their bodies may hold; behind a proxy's prefix, where they are there."""
+        """The OpenAPI document of all routes, with a proxy's prefix if there is one."""
         if self._document is None:
             routes = request.app.routes
             self._document = await run_in_threadpool(openapi, routes, self._served, with_keys=self._with_keys)
@@ -74,15 +74,15 @@ class About:
         return Response(await run_in_threadpool(large_json_bytes, document), media_type="application/json")
 
     async def health(self, request: Request) -> Response:
-        """Whether the process does its work: if not, restart it."""
+        """200 while the engine works; otherwise restart the process."""
         return self._status(self._service.trouble)
 
     async def ready(self, request: Request) -> Response:
-        """Whether it takes calls: if not, send them elsewhere."""
+        """200 while calls are accepted; otherwise send them elsewhere."""
         return self._status(None if self._service.ready else "the server takes no more calls")
 
     async def nothing(self, request: Request) -> Response:
-        """What needs a model of another kind."""
+        """Refuses routes that need another kind of model."""
         told = f"{request.scope['path']} needs a model that embeds or scores texts; {self._served.names[0]} writes them"
         return error_response(OPENAI, CallError(Failure.NOT_FOUND, told))
 

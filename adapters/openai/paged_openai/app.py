@@ -1,4 +1,4 @@
-"""The routes: which path speaks which protocol. Everything behind them is in Service and the core's calls."""
+"""The routes: which path speaks which protocol. Everything behind them is in Service and paged_serving's calls."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ _FOR_OTHER_MODELS = (
 
 @dataclass(frozen=True)
 class AppOptions:
-    """What a server does beside answering."""
+    """The options of the application."""
 
     api_keys: tuple[str, ...] = ()  # none: everybody is let in
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 2 * 2**20
     body_timeout_s: float = 30.0
-    tgi_chat_stream: bool = False  # stream chats as TGI's clients read them, and not as OpenAI's do
+    tgi_chat_stream: bool = False  # stream chats in the form of TGI's clients instead of OpenAI's
     log_prompts: bool = False
     page: bool = True  # for browsers
     max_stored_responses: int = 1000  # that later ones may go on from
-    root_path: str = ""  # that a proxy serves us under, as /llm
+    root_path: str = ""  # path under which a proxy serves us, such as /llm
     traces: Traces | None = None
 
 
@@ -89,7 +89,7 @@ def create_app(service: Service, metrics: PrometheusMetrics | None, options: App
         middleware=_middleware(options, None if metrics is None else RouteCounts(metrics, routes)),
         exception_handlers={HTTPException: _no_such_route},
     )
-    app.router.redirect_slashes = False  # it would send the client to whatever its Host header says
+    app.router.redirect_slashes = False  # a redirect would send the client to the address in its Host header
     return app
 
 
@@ -162,7 +162,7 @@ def _tgi(stream: bool | None) -> MakeCall:
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    path = request.scope["path"]  # request.url is made of the Host header, which may be anything
+    path = request.scope["path"]  # not request.url, which contains the client's Host header
     form = form_of(path)
     if error.status_code == 405:
         response = error_response(form, CallError(Failure.NOT_ALLOWED, f"{request.method} is not for {path}"))

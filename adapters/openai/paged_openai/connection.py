@@ -1,7 +1,6 @@
-"""One client's connection: what it may send ahead, how long it may take, how much of its head is heard. No routes.
-
-uvicorn speaks HTTP here; this adds the bounds that it has none for. A client that breaks one is told so and heard no
-more; an answer that is under way then ends the connection.
+"""The limits of one client's connection: pipelined bytes, times, size of headers. No routes. uvicorn implements HTTP;
+this adds limits that it lacks. A client that exceeds one gets an error and is not read any more; after the current
+answer the connection closes.
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from paged_openai.pieces import Pieces
 
 _log = logging.getLogger("paged_openai")
-_PART = 4096  # bytes that are parsed before it is seen what they were
-_LINGER_S = 1.0  # in which a refused client may read why: a socket closed over unread bytes takes the answer along
+_PART = 4096  # bytes that are parsed at a time
+_LINGER_S = 1.0  # time for a refused client to read the error: closing a socket with unread bytes would discard it
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """What one client may cost before it is a request."""
+    """Limits of a client before its request is complete."""
 
     max_connections: int = 4096
     max_head_bytes: int = 64 * 2**10  # request line and headers
     head_timeout_s: float = 10.0  # for them to come
-    write_timeout_s: float = 60.0  # in which a client reads nothing of what waits for it; over TLS, less than 48 KiB
-    max_ahead_bytes: int = 64 * 2**10  # of requests that come before the one in front of them is answered
+    write_timeout_s: float = 60.0  # in which a client reads nothing although bytes wait; over TLS, less than 48 KiB
+    max_ahead_bytes: int = 64 * 2**10  # of requests that come before the earlier one is answered
 
 
 class Connection(HttpToolsProtocol):
-    """What came of an unanswered request's successors stays unparsed, and reading goes on: a client that leaves is
-    noticed, whatever it has sent ahead."""
+    """Bytes after an unanswered request stay unparsed, but reading continues, so that a disconnect is noticed whatever
+    the client has sent ahead."""
 
     def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -51,7 +50,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=1)  # "paused" is then: the client has not read all yet
+        transport.set_write_buffer_limits(high=1)  # so that "paused" means: the client has not read everything yet
         if len(self.connections) > self._limits.max_connections:
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE)
         else:
@@ -118,7 +117,7 @@ class Connection(HttpToolsProtocol):
         if self._num_head_bytes or self._open_cycles():
             self._refuse(HTTPStatus.REQUEST_TIMEOUT)
         else:
-            self.transport.close()  # nothing was asked
+            self.transport.close()  # no request has begun
 
     # ---- clients that are heard no more --------------------------------------------------------------------------
 

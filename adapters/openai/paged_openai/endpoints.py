@@ -1,4 +1,4 @@
-"""Endpoints that read a body: calls of every protocol, and what is answered without the engine."""
+"""Endpoints that read a body: calls of every protocol, and routes that don't need the engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class BodyLimits(NamedTuple):
 
 
 class Endpoints:
-    """Bodies are parsed and prompts tokenised in threads of their own."""
+    """Threads parse bodies and tokenise prompts."""
 
     def __init__(self, service: Service, limits: BodyLimits, traces: Traces | None, *, log_prompts: bool) -> None:
         self._service, self._limits, self._traces = service, limits, traces
@@ -96,7 +96,7 @@ class Endpoints:
 
 
 def _without_own_url(body: Any, headers: Headers) -> Any:
-    """Hugging Face's clients call a model by the URL that they were given, which is ours: there is one model."""
+    """Remove the server's own URL as a model name, which Hugging Face's clients send."""
     name = body.get("model") if isinstance(body, dict) else None
     if not isinstance(name, str) or not name.startswith(("http://", "https://")):
         return body

@@ -1,4 +1,4 @@
-"""A call under way that can be ended from outside: by a timeout, or by the end of the server."""
+"""A running call that can be ended from outside: by a timeout, or by a shutdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paged_serving import Call, CallError, Exchange
 
 
 class CuttableExchange(Exchange):
-    """An Exchange whose ``cut`` reaches who waits for it, and doesn't ask the engine: its step may never end."""
+    """An Exchange whose ``cut`` reaches its waiters without the engine, whose step may never end."""
 
     def __init__(self, engine: AsyncEngine, call: Call) -> None:
         self._scope = CancelScope()
@@ -20,7 +20,7 @@ class CuttableExchange(Exchange):
         super().__init__(engine, call, in_thread=to_thread.run_sync)
 
     def cut(self, error: CallError) -> None:
-        """End it early: who is inside ``until_cut`` gets ``error``, whatever it waits for."""
+        """End it early: code inside ``until_cut`` gets ``error``, whatever it waits for."""
         if not self._is_cut:
             self._is_cut, self.aborted = True, error
         self.close()

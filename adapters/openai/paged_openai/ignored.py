@@ -1,4 +1,4 @@
-"""Fields that nobody knows: a request may hold them, its answer says which, and the log once. Knows no routes."""
+"""Unknown fields of requests: named in the answer's header, and once in the log. Knows no routes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from starlette.types import Scope
 
 _log = logging.getLogger("paged_openai")
 _MAX_NAMED = 16  # in one header
-_MAX_TOLD = 256  # names that the log has had: clients make them up
+_MAX_TOLD = 256  # most names in the log, since clients may invent them
 _KEY = "ignored_fields"
 
 
@@ -32,8 +32,8 @@ class IgnoredFields:
 
 
 def ignored_header(scope: Scope) -> list[tuple[bytes, bytes]]:
-    """``x-ignored-fields``, where there is something to tell. Names are the client's own words: what isn't printable
-    ASCII stands there as an escape."""
+    """The header ``x-ignored-fields``, if there are unknown fields. Names come from the client, so everything but
+    printable ASCII is escaped."""
     names: Sequence[str] = scope.get(_KEY, ())
     told = [*names[:_MAX_NAMED], *(("...",) if len(names) > _MAX_NAMED else ())]
     return [(b"x-ignored-fields", ", ".join(map(_printable, told)).encode())] if told else []

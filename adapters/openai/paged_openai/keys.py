@@ -1,4 +1,4 @@
-"""Who is let in: API keys. Knows nothing of what they are let in to."""
+"""API keys. Knows nothing of the routes that they protect."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class KeyCheck:
         return await error_response(form_of(scope["path"]), refused)(scope, receive, send)
 
     def _knows(self, scope: Scope) -> bool:
-        """Takes the same time whatever the key: all are compared, as digests of one length."""
+        """Takes the same time for any key: all are compared, as digests of one length."""
         headers = dict(reversed(scope["headers"]))  # the first of each name
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         given = [key.strip() if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b"").strip()]
@@ -41,7 +41,7 @@ class KeyCheck:
 
 
 def _open_to_all(scope: Scope) -> bool:
-    """The page for browsers holds nothing of the server's; POST to the same path is a call."""
+    """Whether a route needs no key. The page for browsers holds no data; POST to the same path is a call."""
     return scope["path"] in _OPEN_TO_ALL or (scope["path"] == "/" and scope["method"] in ("GET", "HEAD"))
 
 

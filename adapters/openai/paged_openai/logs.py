@@ -1,4 +1,4 @@
-"""One JSON line for each request, and request ids. No prompts and no texts, unless somebody put them into the notes."""
+"""One JSON line for each request, and request ids. No prompts and no texts, unless they are in the notes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _QUIET = frozenset({"/health", "/ping", "/ready", "/metrics", "/load", "/live"})
 
 class RequestLog:
     """ASGI middleware: gives each request its id (the client's ``X-Request-Id`` if it is a sane one), sends it back,
-    and logs how the request ended. Others put what they know into ``scope["notes"]``."""
+    and logs how the request ended. Other parts add fields in ``scope["notes"]``."""
 
     def __init__(self, app: ASGIApp, counts: RouteCounts | None = None) -> None:
         self._app, self._counts = app, counts
@@ -72,8 +72,8 @@ class JSONLines(logging.Formatter):
 
 
 def _printable(text: str) -> str:
-    """JSON with escapes for all that would move a terminal's cursor or turn its text: C1 and other control characters,
-    line separators, marks of direction, halves of pairs. Outside strings, JSON has none of them."""
+    """JSON with escapes for everything that would move a terminal's cursor or reverse its text: C1 and other control
+    characters, line separators, marks of direction, lone surrogates. Outside strings, JSON has none of them."""
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
@@ -93,7 +93,7 @@ def log_to_stderr(level: str) -> None:
 
 
 def _is_no_cut(record: logging.LogRecord) -> bool:
-    """A second Ctrl-C cancels what runs: no mistake in the application, for all that uvicorn knows."""
+    """Drops uvicorn's error for requests that a second Ctrl-C cancels, which is no fault of the application."""
     return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 

@@ -94,7 +94,7 @@ _NAMES = {OPENAI: "openai_error", ANTHROPIC: "anthropic_error", TGI: "tgi_error"
 
 
 def openapi(routes: Iterable[BaseRoute], served: ServedModel, *, with_keys: bool) -> dict[str, Any]:
-    """The document of all ``routes`` but those that are for people (``include_in_schema=False``)."""
+    """The document of all ``routes`` except those for people (``include_in_schema=False``)."""
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         if isinstance(route, Route) and route.include_in_schema:
@@ -136,7 +136,7 @@ def _good(path: str, body: _Body | None) -> dict[str, Any]:
 
 
 def _failures(path: str) -> dict[str, Any]:
-    """Every status that an error can have, in the form of the route's side."""
+    """Every status of an error, in the form of the route's protocol."""
     form = form_of(path)
     content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{_NAMES[form]}"}}}
     failures: dict[str, Any] = {}

@@ -1,6 +1,5 @@
-"""Web pages of other origins: where no key is asked for, they must not have a visitor's browser call a local server.
-
-Browsers hide such an answer from the page, but carry the call out. Other clients send no Origin.
+"""Web pages of other origins: without API keys, such a page must not use a visitor's browser to call a local server.
+Browsers hide the answer from the page, but send the call. Other clients send no Origin.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from paged_serving import CallError, Failure
 
 
 class OriginCheck:
-    """ASGI middleware: calls from pages are taken from our own page, and from the origins that were named."""
+    """ASGI middleware: accepts calls of web pages only from our own page and from the named origins."""
 
     def __init__(self, app: ASGIApp, origins: Iterable[str]) -> None:
         self._app = app
@@ -32,12 +31,12 @@ class OriginCheck:
         origin = headers.get("origin")
         if origin is None or origin in self._origins or "*" in self._origins:
             return True
-        site = headers.get("sec-fetch-site")  # tells it behind a proxy too, which may call us by another name
+        site = headers.get("sec-fetch-site")  # works behind a proxy too, which may use another host name
         return site == "same-origin" if site is not None else _host_of(origin) == headers.get("host")
 
 
 def _host_of(origin: str) -> str | None:
-    """With its port. None: it is no URL, so nobody's."""
+    """The host with its port. None: it is not a URL."""
     try:
         return urlsplit(origin).netloc or None
     except ValueError:

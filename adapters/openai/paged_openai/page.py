@@ -1,7 +1,5 @@
-"""The page for browsers: one file of HTML without outside parts, and the numbers it draws. Knows no protocol.
-
-The page holds nothing of the server's, so that whoever has no key yet can open it and give one; what it shows, it
-asks for with that key.
+"""The page for browsers: one file of HTML without external parts, and its data. Knows no protocol. The page itself
+needs no key and holds no data; it asks its user for a key and requests all data with it.
 """
 
 from __future__ import annotations
@@ -25,8 +23,8 @@ from paged_openai.service import Service
 from paged_serving import CallError, Failure, PrometheusMetrics, json_bytes
 
 MAX_CELLS = 2048  # of the block map, however many blocks there are
-_PATIENCE_S = 10.0  # with an engine whose step doesn't end
-_FRESH_S = 0.25  # as long, one look at the engine is good for all who ask
+_PATIENCE_S = 10.0  # for an engine whose step doesn't end
+_FRESH_S = 0.25  # how long one view of the engine serves all pages
 
 
 class Page:

@@ -1,4 +1,4 @@
-"""The path that a proxy serves us under: whether it takes the prefix off or not, the routes are the same."""
+"""The path under which a proxy serves us: the routes are the same whether or not the proxy removes it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # commands that serve nothing run where there is no Starlette
+if TYPE_CHECKING:  # other commands run without Starlette
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 _SANE = re.compile(r"(/[A-Za-z0-9._~-]+)+")
@@ -14,8 +14,8 @@ _KEY = "prefix"
 
 
 class PathPrefix:
-    """ASGI middleware. ``prefix``: what the operator says (``/llm``); without it, a proxy's ``X-Forwarded-Prefix`` is
-    believed. It decides nothing but what links look like."""
+    """ASGI middleware. ``prefix``: the operator's setting (``/llm``); without it, a proxy's ``X-Forwarded-Prefix`` is
+    used. It only affects links."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
         self._app, self._prefix = app, prefix
@@ -31,7 +31,7 @@ class PathPrefix:
 
 
 def prefix_of(scope: Scope) -> str:
-    """What stands before our paths where the client is; empty: nothing."""
+    """The prefix of our paths for the client; may be empty."""
     prefix: str = scope.get(_KEY, "")
     return prefix
 

@@ -41,7 +41,7 @@ _PIECE = 256  # entries of a list that are encoded at once
 
 
 class WireFormat(NamedTuple):
-    """How one protocol words its errors and its events, and how it ends its streams."""
+    """The form of one protocol's errors and events, and the end of its streams."""
 
     error: Callable[[Exception], tuple[int, dict[str, Any]]]
     last_event: bytes
@@ -76,14 +76,14 @@ TGI = WireFormat(tgi_error, b"")
 
 
 def form_of(path: str) -> WireFormat:
-    """The one that clients of this path expect."""
+    """The form that clients of this path expect."""
     if path.startswith("/v1/messages"):
         return ANTHROPIC
     return OPENAI if path.startswith("/v1") else TGI
 
 
 def large_json_bytes(value: Any) -> bytes:
-    """The same, a little at a time: no other thread runs while the encoder is at a large value."""
+    """JSON, encoded in small parts, because no other thread runs while the encoder encodes one value."""
     return "".join(_json_pieces(value)).encode(errors="backslashreplace")
 
 
@@ -92,20 +92,20 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
 
 
 def error_response(form: WireFormat, error: Exception) -> Response:
-    """``error`` as the client knows it. What isn't the client's doing is logged."""
+    """``error`` in the client's protocol. Errors that are not the client's fault are logged."""
     status, body = _told(form, error)
     return json_response(body, status, _headers_for(error))
 
 
 def error_note(error: Exception) -> str:
-    """``error`` for the log. What a request was refused for may quote its prompt, so only the field is named."""
+    """``error`` for the log. The message of a refusal may quote the prompt, so only the field is named."""
     if isinstance(error, InvalidRequestError):
         return f"refused: {getattr(error, 'param', None) or 'as a whole'}"
     return str(error)
 
 
 class CallResponse(Response):
-    """Carries ``call`` out while it is being sent."""
+    """Runs ``call`` and sends its answer."""
 
     def __init__(
         self, service: Service, call: Call, form: WireFormat, notes: dict[str, Any], traces: Traces | None = None
@@ -148,7 +148,7 @@ class CallResponse(Response):
             await error_response(self._form, error)(scope, receive, send)
 
     async def _send_events(self, exchange: CuttableExchange, events: _Events) -> None:
-        """Raises only while nothing has been sent; later errors are events themselves."""
+        """Raises only before anything was sent; later errors are events."""
         try:
             with exchange.until_cut():
                 await exchange.tell(events)

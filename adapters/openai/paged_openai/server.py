@@ -1,4 +1,4 @@
-"""uvicorn, with an end that lets every stream say its last word."""
+"""uvicorn, with a shutdown that ends every stream with a last event."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from paged_openai.connection import Connection, ConnectionLimits
 from paged_openai.service import Service
 
-_UNREAD_S = 5.0  # given to clients that are slow to read the last events
+_UNREAD_S = 5.0  # time for slow clients to read the last events
 
 
 class Server(uvicorn.Server):
@@ -22,7 +22,7 @@ class Server(uvicorn.Server):
     event, and returns. A second signal ends it at once.
 
     ``keep_alive_s``: for which a connection may stay idle. Longer than clients and proxies keep theirs (httpx 5 s,
-    nginx and cloud load balancers 60 s): one that both ends close at the same time loses a request.
+    nginx and cloud load balancers 60 s): a request is lost if both ends close at the same time.
     """
 
     def __init__(
@@ -52,17 +52,17 @@ class Server(uvicorn.Server):
         )
         self._service = service
         self._shutdown_timeout_s = shutdown_timeout_s
-        self._told_at = float("inf")  # when it was told to end
+        self._told_at = float("inf")  # when the signal came
 
     @property
     def seconds_left(self) -> float:
-        """Of ``shutdown_timeout_s``, when all calls are over; 0 if it is ending at once."""
+        """The rest of ``shutdown_timeout_s`` after all calls have ended; 0 on a second signal."""
         if self.force_exit:
             return 0.0
         return max(0.0, min(self._told_at - time.monotonic(), 0.0) + self._shutdown_timeout_s)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # Not uvicorn's own: it raises the signal once more in the end, and the process would die of it.
+        # Not uvicorn's own: it raises the signal again at the end, which would kill the process.
         self._told_at = min(self._told_at, time.monotonic())
         self.force_exit = self.should_exit
         self.should_exit = True

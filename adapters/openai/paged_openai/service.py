@@ -1,4 +1,4 @@
-"""The engine as a service: how many calls it takes, for how long, and how it comes to rest. Knows no HTTP."""
+"""The engine as a service: how many calls are accepted, their time limits, and the shutdown. Knows no HTTP."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from paged_openai.exchange import CuttableExchange
 from paged_serving import Call, CallError, Failure, ProtocolError, ServedModel, as_outcome, trouble
 
 _T = TypeVar("_T")
-_NUM_READERS = 4  # tokenising is one at a time in any case
-_LARGE = 32 * 2**10  # bytes of a body: it is read behind others of its size, and not before those of small ones
-_NUM_COMPILING = 64  # they wait for other processes
+_NUM_READERS = 4  # tokenising runs one at a time anyway
+_LARGE = 32 * 2**10  # bytes of a body: larger bodies wait for each other, and small ones never wait for them
+_NUM_COMPILING = 64  # they only wait for other processes
 
 
 class Service:
     """Belongs to one event loop.
 
     Args:
-        max_queue: sequences that may wait beside those that the engine runs at once.
-        max_unread_bytes: of the bodies that have come and aren't calls yet, all together.
+        max_queue: sequences that may wait, besides those that the engine runs at once.
+        max_unread_bytes: most bytes of all bodies that are not calls yet.
         timeout_s: the longest that one call may take; None: no limit.
-        step_timeout_s: an engine whose step takes longer is taken for stuck.
+        step_timeout_s: an engine whose step takes longer counts as stuck.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class Service:
 
     @property
     def trouble(self) -> str | None:
-        """What is wrong with the engine, if anything is."""
+        """The trouble of the engine, or None."""
         return trouble(self.engine, self._step_timeout_s, "--step-timeout")
 
     @property
     def num_open(self) -> int:
-        """Sequences under way, and requests that aren't calls yet."""
+        """Running and waiting sequences, and requests that aren't calls yet."""
         return self._num_open
 
     @property
@@ -64,10 +64,10 @@ class Service:
         return self.trouble is None and not self.draining
 
     def check_room(self, num_sequences: int = 1) -> None:
-        """Raises CallError if so many can't be taken in now."""
+        """Raises CallError if there is no room for so many sequences now."""
         if self.draining:
             raise CallError(Failure.UNAVAILABLE, "the server is shutting down")
-        if self.engine.alive and self.trouble is not None:  # of one that has failed, submit tells more
+        if self.engine.alive and self.trouble is not None:  # if it has failed, submit raises a better error
             raise CallError(Failure.UNAVAILABLE, self.trouble)
         if num_sequences > self.max_open:
             told = f"{num_sequences} sequences were asked for at once; this server holds {self.max_open} at most"
@@ -78,8 +78,9 @@ class Service:
 
     @contextmanager
     def arrival(self) -> Iterator[Callable[[int], None]]:
-        """A request that isn't a call yet: it counts as one sequence for as long as the block lasts. What this yields
-        is told of the body's bytes as they come, and raises CallError if too many are there already.
+        """A request that isn't a call yet: it counts as one sequence for as long as the block lasts. The yielded
+        function must be called with the number of received bytes; it raises CallError if all bodies together are too
+        large.
 
         Raises:
             CallError: there is no room for it.
@@ -102,12 +103,13 @@ class Service:
             self._num_unread_bytes -= num_bytes
 
     async def read(self, function: Callable[[bytes], _T], raw: bytes) -> _T:
-        """``function(raw)``, which reads a body, in one of a few threads: it must not hold up the others' streams."""
+        """Call ``function(raw)``, which reads a body, in one of a few threads, so that it does not delay other
+        streams."""
         readers = self._readers if len(raw) <= _LARGE else self._large_readers
         return await to_thread.run_sync(as_outcome, function, raw, limiter=readers)
 
     async def compile(self, call: Call) -> None:
-        """Its grammar, if it has one. That may take long; who has none doesn't wait for it.
+        """Compile the call's grammar, if it has one. This may take long; calls without a grammar don't wait for it.
 
         Raises:
             InvalidRequestError: the grammar can't be used, or takes too long.
@@ -130,7 +132,7 @@ class Service:
 
     @contextmanager
     def exchange(self, call: Call) -> Iterator[CuttableExchange]:
-        """``call`` under way, for as long as the block lasts.
+        """Runs ``call`` while the block lasts.
 
         Raises:
             CallError, ProtocolError: there is no room for it.
@@ -155,7 +157,7 @@ class Service:
             self._num_open -= num_sequences
 
     def drain(self, after_s: float) -> None:
-        """Take no more calls, and cut those that still run after so many seconds."""
+        """Accept no more calls, and cut those that still run after so many seconds."""
         self.draining = True
         asyncio.get_running_loop().call_later(after_s, self._cut_all)
 

@@ -1,4 +1,4 @@
-"""From options to a server that runs: builds the engine, the service and the application, and waits for the end."""
+"""From options to a running server: builds the engine, the service and the application, and waits for the end."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from paged_openai.tracing import open_traces
 from paged_serving import KVEvents, PrometheusMetrics, RequestLimits, ServedModel
 
 _log = logging.getLogger("paged_openai")
-_LAST_STEP_S = 5.0  # for the step under way when all is over
+_LAST_STEP_S = 5.0  # for the last step when all calls have ended
 _BODIES_AT_ONCE = 32  # of the largest size
 
 
 def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits) -> int:
     """Returns the exit status: 0 after a signal, 1 if the port can't be had."""
-    options, tls = _app_options(args), _tls(args)  # what is wrong with them is told before the model is loaded
+    options, tls = _app_options(args), _tls(args)  # so that their errors are reported before the model is loaded
     _check_address(args.host, args.port)
     log_to_stderr(args.log_level)
     allow_many_connections()
@@ -67,7 +67,7 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
         server.run()
         if config.kv_disk_path is not None:
             _save(served_engine, server.seconds_left)
-    except SystemExit:  # uvicorn's way of saying that the port can't be had; it has logged why
+    except SystemExit:  # uvicorn exits if the port can't be bound, and has logged why
         return 1
     finally:
         if options.traces is not None:
@@ -79,7 +79,7 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
 
 
 def _reasoning(args: argparse.Namespace) -> bool | None:
-    """As ServedModel takes it. Whoever names a parser of reasoning says that the model reasons."""
+    """The argument of ServedModel. A named reasoning parser means that the model reasons."""
     return False if args.reasoning == "off" else args.reasoning_parser is not None or None
 
 
@@ -92,7 +92,7 @@ def _kv_events(args: argparse.Namespace) -> list[KVEvents]:
 
 
 def _tokenizer(engine: Engine, args: argparse.Namespace) -> Any:
-    """The model's own, or what ``--tokenizer`` and ``--chat-template`` say in its place. None: the model has none."""
+    """The model's own tokenizer, or that of ``--tokenizer`` and ``--chat-template``. None: there is none."""
     tokenizer = engine.tokenizer if args.tokenizer is None else engine.tokenizer_of(args.tokenizer)
     if args.tokenizer is not None and tokenizer is None:
         raise ConfigError(f"--tokenizer {args.tokenizer}: no tokenizer is found there; give a folder or a hub id")
@@ -104,7 +104,7 @@ def _tokenizer(engine: Engine, args: argparse.Namespace) -> Any:
 
 
 def _template(given: str) -> str:
-    """A file's, or the text itself, which says something in braces."""
+    """The content of a file, or the text itself, which then contains braces."""
     if "{" in given:
         return given
     try:
@@ -114,7 +114,7 @@ def _template(given: str) -> str:
 
 
 def _facts(engine: Engine, served: ServedModel, args: argparse.Namespace) -> dict[str, Any]:
-    """What an operator wants to see at a glance."""
+    """The summary that is logged at the start."""
     sizes, spec = engine.sizes, engine.spec
     host = f"[{args.host}]" if ":" in args.host else args.host
     scheme = "https" if args.ssl_certfile is not None else "http"
@@ -134,18 +134,20 @@ def _facts(engine: Engine, served: ServedModel, args: argparse.Namespace) -> dic
 
 
 def _max_requests(engine: Engine, max_queue: int) -> int:
-    """Those that are served at once, and as many whose clients have left: the engine hears of these between steps."""
+    """The requests served at once, and as many whose clients have left, because the engine drops those only between
+    steps."""
     return 2 * (engine.sizes.max_num_seqs + max_queue)
 
 
 def _save(engine: AsyncEngine, seconds: float) -> None:
-    """What is worth keeping of the prefix cache, to where K/V outlive the process."""
+    """Write K/V worth keeping from the prefix cache to the tiers."""
     with suppress(EngineDeadError, EngineBusyError, TimeoutError, concurrent.futures.TimeoutError):
         engine.look(lambda each: each.save_prefix_cache(seconds)).result(seconds + _LAST_STEP_S)
 
 
 def _close(engine: AsyncEngine) -> None:
-    """Python can't end under a thread that is inside a step: if that doesn't end, the process goes without it."""
+    """Close the engine. Python can't exit while a thread is inside a step; if the step doesn't end, the process exits
+    without it."""
     try:
         engine.close(_LAST_STEP_S)
     except TimeoutError as error:
@@ -174,9 +176,10 @@ def _app_options(args: argparse.Namespace) -> AppOptions:
 
 
 def _check_address(host: str, port: int) -> None:
-    """Raises ConfigError for one that can't be had now. uvicorn would say so when the model is loaded."""
+    """Raises ConfigError for an address that can't be bound now; uvicorn would report it only after the model is
+    loaded."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        if os.name == "posix":  # as asyncio does: ports of connections that have just ended may be taken
+        if os.name == "posix":  # as asyncio does, so that a port with just closed connections can be bound
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -199,10 +202,10 @@ def _tls(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def allow_many_connections() -> None:
-    """As many open files as the system lets us have: each stream is one, and the usual limit is 1024."""
+    """Raise the limit of open files, usually 1024, to the system's maximum, because each stream is one."""
     if sys.platform != "win32":
         import resource
 
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with suppress(ValueError, OSError):  # "unlimited" isn't taken everywhere
+        with suppress(ValueError, OSError):  # "unlimited" isn't accepted everywhere
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,4 +1,4 @@
-"""Paths that end with a slash: they are the same as without. Knows no routes."""
+"""Paths that end with a slash mean the same as without. Knows no routes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class OptionalSlash:
-    """ASGI middleware: takes one slash off the end. (A redirect would send the client to what its Host header says.)"""
+    """ASGI middleware: removes one slash at the end. (A redirect would send the client to the address in its Host
+    header.)"""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

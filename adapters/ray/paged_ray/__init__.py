@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from paged_ray.router import PrefixRouter
     from paged_ray.settings import Settings
 
-# Imported when first used: a plugin's command line is read without Ray, and the simulator needs none.
+# Imported when first used, because the command line and the simulator work without Ray.
 _LAZY = {
     "Placement": "placement",
     "PrefixRouter": "router",

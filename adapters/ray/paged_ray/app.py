@@ -71,14 +71,14 @@ def bind(told: Settings) -> Application:
 
 
 class _Holder:
-    """Holds the ingress: Ray Serve wants to put its own ``__call__`` into the class of a deployment."""
+    """Holds the ingress: Ray Serve puts its own ``__call__`` into the class of a deployment."""
 
     def __init__(self, replicas: Any, told: Settings) -> None:
         self.ingress = Ingress(replicas, told)
 
 
 class _ToIngress:
-    """The ASGI application that Ray Serve is given before there is an ingress."""
+    """The ASGI application that Ray Serve gets before the ingress exists."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

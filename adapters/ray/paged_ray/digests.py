@@ -1,7 +1,6 @@
-"""Digests by which prompts are told to a router: short ones of its own, that reveal no prompt.
-
-A replica's pool names blocks with a key that is its own secret. What is told here is made with the application's key,
-so that whoever routes requests can make the same digests from a prompt's token ids and its salt.
+"""Digests of prompts and blocks for a router: short, and they reveal no prompt. A replica's pool names blocks with a
+secret key of its own. The digests here use the application's key, so that a router can compute the same digests from a
+prompt's token ids and its salt.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from paged_core import BlockRemoved, BlockStored, CacheEvent, hookimpl
 from paged_ray.placement import CacheChanges
 
 _BYTES = 8
-_KEPT = 20_000  # changes that a replica can tell one by one; who asks from further back gets all that it has
+_KEPT = 20_000  # changes that a replica keeps; an older question gets the whole content
 
 
 def chain(key: bytes, token_ids: Sequence[int], salt: str | None, block_size: int) -> list[int]:
@@ -36,9 +35,8 @@ def chain(key: bytes, token_ids: Sequence[int], salt: str | None, block_size: in
 
 
 class DigestLog:
-    """A plugin that follows an engine's prefix cache, and tells what has changed since a router asked the last time.
-
-    The engine's thread writes; any thread asks.
+    """A plugin that follows an engine's prefix cache, and reports the changes since a router's last question. The
+    engine's thread writes; any thread reads.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -55,12 +53,12 @@ class DigestLog:
                 self._take_in(event)
 
     def since(self, last: int) -> CacheChanges:
-        """What has changed after change ``last``; or all, if that is too long ago or another process's."""
+        """The changes after change ``last``; or everything, if that is too old or from another process."""
         with self._lock:
             num_new = self._last - last
             if not 0 <= num_new <= len(self._changes) or last == 0:
                 return CacheChanges(self._last, [_number(digest) for digest in self._names.values()], (), whole=True)
-            state: dict[bytes, bool] = {}  # only what became of each counts
+            state: dict[bytes, bool] = {}  # only the last state of each counts
             for came, digest in list(self._changes)[len(self._changes) - num_new :]:
                 state[digest] = came
             stored = [_number(digest) for digest, came in state.items() if came]
@@ -70,7 +68,7 @@ class DigestLog:
     def _take_in(self, event: CacheEvent) -> None:
         if isinstance(event, BlockStored):
             parent = _first(event.salt) if event.parent is None else self._names.get(event.parent)
-            if parent is not None:  # else nothing leads to it
+            if parent is not None:  # else it can't be found
                 self._names[event.digest] = digest = _digest(self._key, parent, event.tokens)
                 self._note(True, digest)
         elif isinstance(event, BlockRemoved):

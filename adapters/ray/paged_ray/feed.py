@@ -1,4 +1,4 @@
-"""Feed: what replicas have in their prefix caches, asked of them now and then while there are requests."""
+"""Feed: asks replicas about their prefix caches, periodically while there are requests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from paged_ray.shared import placement
 
-_PERIOD_S = 1.0  # between two questions to all replicas: small ones, answered with what has changed
+_PERIOD_S = 1.0  # between two questions to all replicas, which are answered with the changes
 _ANSWER_S = 10.0
 _log = logging.getLogger("paged_ray")
 
@@ -33,7 +33,7 @@ class Feed:
             await asyncio.sleep(_PERIOD_S)
             with placement(self._replicas.deployment_id) as known:
                 cursors, sent = dict(known.cursors()), known.num_sent
-            if sent != num_sent:  # else nothing has changed but what was cached longest
+            if sent != num_sent:  # else at most old blocks were evicted
                 num_sent = sent
                 await self._ask(cursors)
 
@@ -46,5 +46,5 @@ class Feed:
             return
         with placement(self._replicas.deployment_id) as known:
             for answer in told:
-                if not isinstance(answer, BaseException):  # of one that dies, Ray tells in other ways
+                if not isinstance(answer, BaseException):  # Ray reports dead replicas in other ways
                     known.take_in(*answer)

@@ -1,7 +1,6 @@
-"""Ingress: takes HTTP requests from Ray Serve's proxies, sees what they ask for, and passes on what a replica answers.
-
-It runs no model. What a request's prompt begins with, it knows as the replicas do: it reads the body with the same
-classes. What can't be read is passed on all the same: the replica says what is wrong with it.
+"""Ingress: takes HTTP requests from Ray Serve's proxies, chooses a replica, and passes on its answer. It runs no model.
+It reads the beginning of a request's prompt with the same classes as the replicas. A body that it can't read is passed
+on, and the replica answers with the error.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from paged_serving import CallError, Failure, event_bytes
 
 _log = logging.getLogger("paged_ray")
 _SENT = ("type", "asgi", "http_version", "method", "scheme", "query_string", "headers", "client", "server")
-_ATTEMPTS = 3  # of a request whose replica dies before it has said a word
+_ATTEMPTS = 3  # of a request whose replica dies before it has sent anything
 _MAX_BODY_BYTES = 8 * 2**20
 _READERS = 4
 _METRICS_S = 10.0  # for all replicas to tell their metrics
@@ -41,7 +40,7 @@ class Ingress:
         self._settings = settings
         self._handle = replicas.options(stream=True, method_name="answer")
         self._replicas = replicas
-        self._prompts: Prompts | None = None  # until a replica has told what must be known
+        self._prompts: Prompts | None = None  # until a replica has sent its facts
         self._feed = Feed(replicas)
         self._readers: CapacityLimiter | None = None
 
@@ -74,7 +73,7 @@ class Ingress:
             except RayActorError as error:
                 _log.warning("a replica died while it answered: %s", error)
                 if started and not streams:
-                    raise  # half an answer: the connection's end tells so
+                    raise  # an incomplete answer: closing the connection shows it
                 if started or attempt + 1 == _ATTEMPTS:
                     await self._tell_of_death(scope, path, started, receive, send)
                     return
@@ -89,7 +88,7 @@ class Ingress:
                         known.begun(call.id)
                 for message in messages:
                     yield message
-        except BaseException:  # the client has left, or can't be told any more: the replica is to stop, too
+        except BaseException:  # the client has left or is unreachable: stop the replica's work too
             answer.cancel()
             raise
         finally:
@@ -107,13 +106,13 @@ class Ingress:
         return await to_thread.run_sync(self._prompts.digests, path, body, limiter=self._readers)
 
     async def _learn(self) -> None:
-        """What replicas know of the model, from the first that answers; without it, load alone decides."""
+        """Get the facts of the model from the first replica that answers; without them, only the load decides."""
         try:
             facts = await self._replicas.facts.remote()
             self._prompts = Prompts(facts, self._settings)
             self._feed.start(self._prompts.block_size)
         except RayActorError:
-            return  # another one will tell
+            return  # another replica will answer
         except Exception:
             _log.exception("prompts can't be read here: requests go where there is least to do")
             self._settings = replace(self._settings, routing="load")
@@ -143,7 +142,7 @@ def _begins_stream(message: Message) -> bool:
 
 
 async def _read(receive: Receive) -> bytes | None:
-    """The whole body; None: it is too large. Its coming is timed by Ray Serve's proxy."""
+    """The whole body; None: it is too large. Ray Serve's proxy limits the time."""
     parts, size, more = [], 0, True
     while more:
         message = await receive()

@@ -1,4 +1,4 @@
-"""What the ingress and the replicas send each other."""
+"""Messages between the ingress and the replicas."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ class RoutedCall:
     """One HTTP request on its way to a replica. The router reads the first three fields."""
 
     id: str  # of this attempt
-    digests: Sequence[int]  # of its prompt's leading blocks; none: it goes where there is least to do
+    digests: Sequence[int]  # of its prompt's leading blocks; empty: the least busy replica gets it
     num_tokens: int  # of its prompt; 0: unknown
     scope: dict[str, Any]  # ASGI's, as far as it can be sent
     body: bytes
 
 
 class EngineFacts(NamedTuple):
-    """What must be known of a replica's engine to read a request as it will: the same for all replicas."""
+    """The facts of a replica's engine that reading a request needs; the same for all replicas."""
 
     spec: Any  # paged_core.ModelSpec
     sizes: Any  # paged_core.EngineSizes

@@ -1,8 +1,7 @@
-"""PieceCodec: the token ids that texts begin with, made of pieces that others began with too.
-
-Who routes requests reads the same beginnings again and again: a system prompt, or a conversation as far as it has come.
-What is new to him no replica has in its cache either, so that he needs to read little of it: the next text that begins
-like this one finds more of it known.
+"""PieceCodec: the token ids of the beginnings of texts, from pieces of earlier texts. A router reads the same
+beginnings again and again: a system prompt, or the earlier turns of a conversation. A part that is new to it is in no
+replica's cache either, so it reads only a little of that part; later texts with the same beginning find more of it
+known.
 """
 
 from __future__ import annotations
@@ -16,28 +15,26 @@ from typing import Any
 from paged_core import TextCodec
 
 _PIECE = 512  # characters, at least
-_MOST_NEW = 4  # pieces of a text that are read though they are new
+_MOST_NEW = 4  # most new pieces of a text that are encoded
 _KEPT = 8192  # pieces: about 20 MB with their token ids
-_CUT = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")  # between two words: tokenizers of most kinds join nothing there
+_CUT = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")  # between two words, where most tokenizers join nothing
 _TRIAL = "Once 12 men went to sea, they said. It's a long way home from here\nand who knows\n\n the  way? Nobody does"
 
 
 class PieceCodec(TextCodec):
-    """A TextCodec for somebody who wants to know what prompts begin with. It may leave out how they go on.
-
-    It tries at the beginning whether its tokenizer tells pieces as it tells the whole. If it doesn't, texts are encoded
-    whole.
+    """A TextCodec for the beginnings of prompts; it may leave out the rest. It first tests whether its tokenizer
+    encodes pieces as it encodes the whole text. If not, it encodes whole texts.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer)
-        self._known: OrderedDict[tuple[str, bool], list[int]] = OrderedDict()  # the first used longest ago
+        self._known: OrderedDict[tuple[str, bool], list[int]] = OrderedDict()  # least recently used first
         self._known_lock = threading.Lock()
         self._thread = threading.local()
         self._can_be_cut = {special: self._try(special) for special in (False, True)}
 
     def take_unread(self) -> int:
-        """About how many tokens were left out of what this thread has encoded since it asked the last time."""
+        """About how many tokens this thread's texts left out since the last call."""
         unread, self._thread.unread = getattr(self._thread, "unread", 0), 0
         return unread
 
@@ -87,8 +84,8 @@ class PieceCodec(TextCodec):
 
 
 def _pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """(a piece, whether it is the last): where they end depends on what is before only, so that texts which begin alike
-    have the same pieces there."""
+    """(a piece, whether it is the last): the end of a piece depends only on the text before it, so that texts with the
+    same beginning have the same pieces."""
     start = 0
     while (cut := _CUT.search(text, start + _PIECE)) is not None:
         yield text[start : cut.start()], False

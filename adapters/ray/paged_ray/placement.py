@@ -1,13 +1,11 @@
-"""Placement: which replica a request goes to, by what each has computed already and by how busy each is.
-
-Plain integers and sets: nothing here knows of Ray, HTTP or clocks, and the simulator runs the very same object. Prompts
-are told by the digests of their leading blocks, whoever makes them; a digest covers its block and all before it, and
-the tenant's salt.
+"""Placement: chooses the replica of a request, by the blocks that each replica has and by its load. Plain integers and
+sets, without Ray, HTTP or clocks; the simulator uses the same class. A prompt is given by the digests of its leading
+blocks; a digest covers its block, all blocks before it, and the tenant's salt.
 
 A replica is charged, in prompt tokens, for what it still has to do: the tokens that this request would have it compute,
 those of the requests that it was sent and hasn't begun to answer, and a constant for each request that is open. The
-request goes where that sum is least. So a cached prefix draws requests as long as it saves more than its replica's
-queue costs.
+request goes to the replica with the smallest sum. So a cached prefix attracts requests as long as it saves more than
+its replica's queue costs.
 """
 
 from __future__ import annotations
@@ -17,16 +15,16 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 Digest: TypeAlias = Hashable
-OPEN_COST = 64  # prompt tokens that an open request weighs: it decodes beside those that come
+OPEN_COST = 64  # cost of an open request in prompt tokens: its decoding slows new ones
 
 
 class CacheChanges(NamedTuple):
-    """What has changed among the blocks that a replica has, since it was asked the last time."""
+    """The changes of a replica's cached blocks since the last question."""
 
     last: int  # number of the last change: to be asked from next time
     stored: Sequence[Digest]
     removed: Sequence[Digest]
-    whole: bool = False  # ``stored`` is all that it has: forget what was known
+    whole: bool = False  # ``stored`` is the whole content: forget earlier knowledge
 
 
 @dataclass
@@ -46,7 +44,7 @@ class _OpenRequest:
 
 
 class Placement:
-    """Follows replicas and the requests under way to them. Not thread-safe: its owner sees to that.
+    """Follows replicas and the requests under way to them. Not thread-safe; its owner locks.
 
     Args:
         block_size: tokens of a block.
@@ -71,7 +69,7 @@ class Placement:
         return self._replicas.keys()
 
     def update(self, replicas: Iterable[Hashable]) -> None:
-        """These are there now: others are forgotten, with what they had."""
+        """Set the present replicas; others are forgotten, with their blocks."""
         wanted = set(replicas)
         for gone in self._replicas.keys() - wanted:
             self._forget(gone)
@@ -84,7 +82,8 @@ class Placement:
         return {name: replica.last for name, replica in self._replicas.items()}
 
     def take_in(self, name: Hashable, report: CacheChanges) -> None:
-        """What a replica has and had. What was assumed of it before its last report, and isn't reported, is dropped."""
+        """Take in a replica's report. Blocks that were assumed before its last report and are not reported are
+        dropped."""
         replica = self._replicas.get(name)
         if replica is None:
             return
@@ -133,12 +132,12 @@ class Placement:
         return found
 
     def num_cached(self, name: Hashable, digests: Sequence[Digest]) -> int:
-        """Leading blocks of a prompt that a replica has, or is computing, as far as is known."""
+        """Leading blocks of a prompt that a replica is known to have or to compute."""
         replica = self._replicas.get(name)
         return 0 if replica is None else self._hits(digests).get(replica.bit, 0)
 
     def sent(self, request: Hashable, name: Hashable, digests: Sequence[Digest], num_tokens: int) -> None:
-        """``request`` (a name for it) goes to a replica, which will have its blocks soon."""
+        """``request`` (its name) was sent to a replica, which will have its blocks soon."""
         replica = self._replicas.get(name)
         if replica is None:
             return
@@ -168,7 +167,7 @@ class Placement:
     # ---- within ----------------------------------------------------------------------------------------------------
 
     def _hits(self, digests: Sequence[Digest]) -> dict[int, int]:
-        """bit of a replica -> how many of the leading blocks it has; those that have none are left out."""
+        """bit of a replica -> number of leading blocks that it has; replicas without any are left out."""
         hits: dict[int, int] = {}
         mask = -1
         for depth, digest in enumerate(digests):

@@ -1,4 +1,5 @@
-"""Prompts: what a request's prompt begins with, told as replicas tell their blocks. Reads bodies; runs nothing."""
+"""Prompts: digests of the beginning of a request's prompt, as replicas compute them of their blocks. Reads bodies; runs
+nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ _MAKES: dict[str, Callable[[Any, ServedModel, str], Call]] = {
 
 
 class Prompts:
-    """The text side of an engine that is elsewhere. For several threads."""
+    """The text side of a remote engine. For several threads."""
 
     def __init__(self, facts: EngineFacts, settings: Settings) -> None:
         self._codec = PieceCodec(facts.tokenizer)
@@ -35,12 +36,12 @@ class Prompts:
         self.block_size: int = facts.sizes.block_size
 
     def knows(self, path: str) -> bool:
-        """Whether requests of this path have prompts that can be told."""
+        """Whether prompts of this path's requests can be read."""
         return path in _MAKES
 
     def digests(self, path: str, body: bytes) -> tuple[list[int], int]:
-        """(digests of its first prompt's leading blocks, tokens of all its prompts, about); nothing of a body that is
-        wrong: whoever answers it says so."""
+        """(digests of its first prompt's leading blocks, tokens of all its prompts, about); empty for an invalid body,
+        which the replica will refuse."""
         self._codec.take_unread()
         try:
             call = _MAKES[path](parse_json(body), self._served, "routed")

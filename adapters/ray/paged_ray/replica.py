@@ -47,7 +47,7 @@ class Replica:
     # ---- what the ingress calls --------------------------------------------------------------------------------------
 
     async def answer(self, call: RoutedCall) -> AsyncIterator[list[Message]]:
-        """The ASGI messages of the answer, several at a time where they come faster than they are taken."""
+        """The ASGI messages of the answer, several at a time if they come faster than they are read."""
         sender, receiver = create_memory_object_stream[Message](_MAX_UNSENT)
         task = asyncio.ensure_future(self._run(call, sender))
         try:
@@ -60,7 +60,7 @@ class Replica:
                     yield messages
             await task
         finally:
-            task.cancel()  # if the client has left: the call ends, and its request with it
+            task.cancel()  # if the client has left, this ends the call and its request
 
     async def _run(self, call: RoutedCall, sender: MemoryObjectSendStream[Message]) -> None:
         unread = [{"type": "http.request", "body": call.body, "more_body": False}]
@@ -74,7 +74,7 @@ class Replica:
             await self._app(dict(call.scope), receive, sender.send)
 
     def facts(self) -> EngineFacts:
-        """What the ingress must know to read requests."""
+        """The facts that the ingress needs to read requests."""
         engine = self._engine
         return EngineFacts(engine.engine.spec, engine.sizes, engine.config, engine.tokenizer)
 

@@ -1,7 +1,7 @@
-"""PrefixRouter: Ray Serve's router of requests to replicas, where ours decides: Placement.
+"""PrefixRouter: Ray Serve's router, with the decisions of our Placement.
 
 Ray makes a router for each handle of a deployment, in the process that calls it and maybe in a thread of its own. It
-carries this module there as a copy: what the router and the ingress share stands elsewhere.
+carries this module there as a copy: the state that router and ingress share is in shared.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from paged_ray.shared import placement
 
 
 class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray's classes are not looked into
-    """For ``RequestRouterConfig(request_router_class=...)``. Requests whose first argument is no RoutedCall go where
-    there is least to do."""
+    """For ``RequestRouterConfig(request_router_class=...)``. Requests whose first argument is no RoutedCall go to the
+    least busy replica."""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
@@ -26,7 +26,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray's classes are no
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """The candidates one by one, the cheapest first: the next one counts if the one before it is full."""
+        """Yields candidates, the cheapest first; the next one is used if the one before it is full."""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
         call = _call(pending_request)

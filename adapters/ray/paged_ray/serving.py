@@ -69,14 +69,14 @@ def _connect(address: str | None) -> None:
 
 
 def _knock(address: str) -> None:
-    """Raises OSError or ValueError if nobody is there: Ray would look for somebody for minutes."""
+    """Raises OSError or ValueError if no cluster answers; Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if host and "//" not in address:  # else it is a name that Ray knows, as "auto"
         socket.create_connection((host.strip("[]"), int(port)), _KNOCK_S).close()
 
 
 def _check_room(told: Settings) -> None:
-    """Raises ConfigError for replicas that the cluster has no room for: Ray would wait for more nodes for ever."""
+    """Raises ConfigError for replicas that don't fit the cluster; Ray itself would wait for more nodes forever."""
     there = ray.cluster_resources()
     for what, each, option in (("CPU", told.cpus_per_replica, "cpus"), ("GPU", told.gpus_per_replica, "gpus")):
         wanted, has = told.replicas * each, there.get(what, 0.0)
@@ -88,7 +88,8 @@ def _check_room(told: Settings) -> None:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Raises ConfigError for a port that can't be had now: Ray's proxies would say so when the models are loaded."""
+    """Raises ConfigError for a port that can't be bound now; Ray's proxies would report it only after the models are
+    loaded."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -106,7 +107,7 @@ def _end_with_signals(ended: threading.Event) -> None:
 
 
 def _wait_until_deployed(ended: threading.Event) -> str | None:
-    """What is wrong, if they can't be started."""
+    """The error, if the replicas can't be started."""
     while not ended.wait(_LOOK_S):
         try:
             app = ray_serve.status().applications.get(_APP)

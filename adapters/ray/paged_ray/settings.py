@@ -1,4 +1,4 @@
-"""Settings: what an application of Ray Serve's is to be: one model, its replicas, and how requests reach them."""
+"""Settings of a Ray Serve application: one model, its replicas, and the routing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OF_SCALE = ("replicas", "max_replicas", "target_requests", "scale_up_s", "scale
 
 @dataclass(frozen=True)
 class Settings:
-    """All that replicas and their ingress are told.
+    """The settings of replicas and ingress.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -26,9 +26,9 @@ class Settings:
     names: tuple[str, ...] = ()  # what clients call it; none: as ``model``
     replicas: int = 1  # to begin with, and at least
     max_replicas: int | None = None  # None: their number stays
-    target_requests: float = 16.0  # running and waiting ones of a replica, beyond which there are to be more replicas
-    scale_up_s: float = 30.0  # for which there are more than that, before there are more replicas
-    scale_down_s: float = 600.0  # for which there are fewer, before there are fewer replicas
+    target_requests: float = 16.0  # running and waiting requests per replica, above which replicas are added
+    scale_up_s: float = 30.0  # how long there must be more, before replicas are added
+    scale_down_s: float = 600.0  # how long there must be fewer, before replicas are removed
     routing: str = "prefix"  # where a prompt's leading blocks are; or "load": power of two choices
     cpus_per_replica: float = 1.0
     gpus_per_replica: float = 0.0
@@ -37,7 +37,7 @@ class Settings:
     engine: EngineConfig = field(default_factory=EngineConfig)
     limits: RequestLimits = field(default_factory=RequestLimits)
     max_queue: int = 1000  # sequences that wait in a replica
-    drain_s: float = 600.0  # for running requests to end when their replica is no longer wanted
+    drain_s: float = 600.0  # for running requests to finish when their replica is removed
     step_timeout_s: float = 300.0  # an engine whose step takes longer is stuck, and its replica is replaced
     api_keys: tuple[str, ...] = ()
 
@@ -63,13 +63,14 @@ class Settings:
 
     @property
     def of_a_replica(self) -> Settings:
-        """What replicas are told: the same, however many there are, so that none is replaced for that."""
+        """The settings of a replica, which don't depend on the number of replicas, so that scaling replaces none."""
         plain = Settings(self.model)
         return replace(self, **{name: getattr(plain, name) for name in _OF_SCALE})
 
     @property
     def max_ongoing(self) -> int:
-        """Requests that Ray may have in one replica: its own Service refuses what is too much, with a better word."""
+        """Most requests that Ray sends to one replica. The replica's own Service refuses further ones with a better
+        error."""
         return 2 * ((self.engine.max_num_seqs or 256) + self.max_queue)
 
 
@@ -120,7 +121,7 @@ def _plain(value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """``serve run`` hands over text where a file has numbers."""
+    """``serve run`` passes text where a file has numbers."""
     for kind in (int, float):
         try:
             return kind(value) if isinstance(value, str) else value

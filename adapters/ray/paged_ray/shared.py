@@ -1,6 +1,5 @@
-"""What this process knows of a deployment's replicas: the ingress and Ray's router find the same Placement here.
-
-It stands apart from the router, whose module Ray sends to processes as a copy.
+"""The Placement of a deployment in this process, which the ingress and Ray's router share. It is not in the router's
+module, because Ray sends that module to processes as a copy.
 """
 
 from __future__ import annotations

@@ -50,10 +50,9 @@ def swap(
     as_folder: bool = False,
     follow_links: bool = False,
 ) -> list[str]:
-    """Write ``new``: ``old`` with our handler and a configuration for it. Returns what is different, and what of the
-    old configuration has no meaning any more.
-
-    Rights that ``old`` gives to what comes with its weights are not kept: ``settings`` or ``allow_pickle`` give them.
+    """Write ``new``: ``old`` with our handler and a configuration for it. Returns the changes, and the old settings
+    without a meaning. Permissions that ``old`` gives to code that comes with its weights are not kept; ``settings`` or
+    ``allow_pickle`` grant them again.
 
     Raises:
         ConfigError: ``old`` can't be used, a setting is wrong, or ``new`` is there already.
@@ -85,7 +84,7 @@ def create(
     force: bool = False,
     as_folder: bool = False,
 ) -> None:
-    """Write ``new``: an archive of ``model``, a folder or a GGUF file; of a hub id, one that loads it.
+    """Write ``new``: an archive of ``model``, a folder or a GGUF file; for a hub id, an archive that loads it.
 
     Raises:
         ConfigError: as ``swap``.
@@ -154,7 +153,7 @@ def _inside(archive: Opened, hint: str | None, settings: _Pairs, allow_pickle: b
 
 
 def _packed_model(archive: Opened, hint: str | None, settings: _Pairs, allow_pickle: bool) -> str | None:
-    """The first zip file inside: it must hold a model."""
+    """The first zip file inside, which must hold a model."""
     for name in (name for name in archive.names if name.endswith(".zip") and hint in (None, name)):
         with archive.open(name) as file, zipfile.ZipFile(file) as inner:  # which may be far larger than memory
             check_contents(inner, file.seek(0, os.SEEK_END), f"{name} inside")

@@ -1,4 +1,4 @@
-"""From what TorchServe hands over (the parts of a body, its headers) to a Call and the ReplyFormat of its answer."""
+"""From TorchServe's parts of a body and its headers to a Call and the ReplyFormat of its answer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _NO_FIELD = (
 
 
 def error_form(request: FrontendRequest, target: Target) -> ReplyFormat:
-    """The ReplyFormat for what is wrong with ``request`` before it has been read."""
+    """The ReplyFormat of errors before ``request`` has been read."""
     if request.carrier is Carrier.TENSORS:
         return infer_form(request.body, target)
     if request.route.startswith("v1"):
@@ -91,7 +91,7 @@ def _check_body(request: FrontendRequest) -> None:
 
 
 def _check_unicode(parts: Parts) -> None:
-    """TorchServe decodes JSON itself, and lets halves of surrogate pairs pass, which no tokenizer takes."""
+    """Refuses lone surrogates, which TorchServe's JSON decoder lets pass and no tokenizer takes."""
     for name, value in parts.items():
         if not isinstance(value, bytes | bytearray):
             try:

@@ -1,4 +1,4 @@
-"""model-config.yaml as our handler needs it, made from another's; and what has changed, told line by line."""
+"""Makes model-config.yaml for our handler from another's, and lists the changes line by line."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from paged_core import ConfigError
 from paged_torchserve.settings import SECTION, put, read_settings
 
-# A delay of 0 lets TorchServe hand over only one new request a step; with 1 ms it hands over all that wait.
+# A delay of 0 lets TorchServe hand over only one new request a step; with 1 ms it hands over all waiting ones.
 _OURS = {"minWorkers": 1, "maxWorkers": 1, "maxBatchDelay": 1, "continuousBatching": True}
 _BATCH_SIZE = 64
 _STARTUP_S = 600  # of TorchServe's own 120 the first start alone may take more: it compiles kernels
 _NOT_WITH_US = ("asyncCommunication", "sequenceBatching", "useJobTicket", "torchrun", "pippy", "deepspeed", "tp",
                 "micro_batching")  # fmt: skip
-# Rights that whoever made the old archive had given to what came with the weights: they are given anew, or not at all.
+# Permissions that the old archive's author gave to code that comes with the weights: they must be granted again.
 _RIGHTS = ("allow_pickle", "trust_remote_code")
 
 _Pairs = Sequence[tuple[str, str]]
@@ -23,7 +23,7 @@ _Pairs = Sequence[tuple[str, str]]
 def configuration(
     old: Mapping[str, Any], model: str | None, translated: Mapping[str, Any], settings: _Pairs, allow_pickle: bool
 ) -> dict[str, Any]:
-    """``translated``: what the old handler's own section comes to in ours; ``settings``: what is said now.
+    """``translated``: the old handler's own section as our settings; ``settings``: the new settings.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -54,8 +54,8 @@ def configuration(
 
 
 def _replicas(old: Mapping[str, Any]) -> dict[str, int]:
-    """As many engines as there were workers at most, or at least; each worker had a GPU of its own, where there is one.
-    An archive of ours says it in its section."""
+    """The number of engines: the old maximum or minimum of workers, each of which had its own GPU if there was one. An
+    archive of ours has it in its section."""
     if SECTION in old or old.get("continuousBatching"):
         return {}
     counts = [count for count in (old.get("maxWorkers"), old.get("minWorkers")) if isinstance(count, int)]
@@ -63,7 +63,7 @@ def _replicas(old: Mapping[str, Any]) -> dict[str, int]:
 
 
 def option(settings: _Pairs, key: str) -> Any:
-    """What is said of ``key`` now; None: nothing."""
+    """The new value of ``key``; None: there is none."""
     named: dict[str, Any] = {}
     for name, text in settings:
         if name == key:
@@ -72,7 +72,7 @@ def option(settings: _Pairs, key: str) -> Any:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-    """A line for each key that is new, gone, or different."""
+    """One line for each added, removed or changed key."""
     found = []
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key), new.get(key)

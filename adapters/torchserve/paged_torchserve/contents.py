@@ -1,6 +1,5 @@
-"""What the table of contents of a zip file may say. An archive may come from anybody, and is unpacked onto our disk.
-
-TorchServe unpacks ``.mar`` files itself and looks at none of this.
+"""Limits of a zip file's table of contents, because an archive may come from anybody and is unpacked onto our disk.
+TorchServe unpacks ``.mar`` files itself without these checks.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def check_room(folder: Path, num_bytes: int, name: str) -> None:
 
 
 def check_links(folder: Path, files: Sequence[Path]) -> None:
-    """Raises ConfigError if a link among ``files`` leads out of ``folder``: what it leads to would be packed."""
+    """Raises ConfigError if a link among ``files`` leads out of ``folder``, because its target would be packed."""
     root = folder.resolve()
     for file in files:
         if not file.resolve().is_relative_to(root):

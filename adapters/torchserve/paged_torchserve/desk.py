@@ -1,8 +1,7 @@
-"""Desk: all requests under way, between TorchServe's steps and the engine's.
-
-TorchServe calls once a step with the requests it holds. The desk takes in what is new, drops what is no longer listed
-(those clients have left), waits a moment for news, and hands it out. Its event loop runs only inside such a call; what
-the engine says between two calls waits in the streams. It knows no TorchServe.
+"""Desk: all running requests, between TorchServe's steps and the engine's. TorchServe calls once per step with the
+requests that it holds. The desk takes in new requests, drops those no longer listed (their clients have left), waits a
+moment for messages, and returns them. Its event loop runs only inside such a call; deltas between two calls wait in the
+streams. It knows no TorchServe.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from paged_torchserve.lanes import Admissions, Lane, emptiest
 from paged_torchserve.replies import MESSAGE_BYTES, Reply, ReplyMessage
 from paged_torchserve.requests import FrontendRequest
 
-_WAIT_S = 0.05  # for news; a client that leaves is noticed after as long
+_WAIT_S = 0.05  # wait for messages; a disconnect is noticed after this time
 _NUM_COMPILERS = 32  # they wait for other processes
 
 
@@ -52,8 +51,8 @@ class Desk:
         return 0.0 if self._in_step.locked() else time.monotonic() - self._last_call
 
     def step(self, requests: Sequence[FrontendRequest]) -> list[ReplyMessage | None]:
-        """What is to be sent for each of ``requests``, in their order; None: nothing this time. TorchServe hands over
-        the bodies of those again."""
+        """The message for each of ``requests``, in their order; None: nothing this time, and TorchServe passes that
+        request's body again."""
         with self._in_step:
             try:
                 return self._loop.run_until_complete(self._step(requests))
@@ -61,7 +60,7 @@ class Desk:
                 self._last_call = time.monotonic()
 
     def drop_if_silent(self, limit_s: float) -> None:
-        """Free what the requests hold, if nobody has asked for their news for longer than that."""
+        """Free the requests' resources, if TorchServe has not called for longer than that."""
         if self._in_step.locked():
             return
         with self._in_step:
@@ -70,7 +69,7 @@ class Desk:
                     errand.cancel()
 
     def refuse_all_soon(self, error: Exception) -> None:
-        """From the next step on: those under way, and all that come."""
+        """Refuse all running and new requests from the next step on."""
         self._call_soon(self._refuse_all, error)
 
     def admitted_soon(self, by: Admissions, request_id: str) -> None:
@@ -110,7 +109,8 @@ class Desk:
         return errand
 
     async def _wait_for_news(self) -> None:
-        """Until there is some for anyone, but not for long: who asks is to come back with new requests."""
+        """Wait until any request has a message, but not for long, because TorchServe brings new requests with its next
+        call."""
         until = time.monotonic() + _WAIT_S
         while not any(each.reply.has_news for each in self._open.values()):
             left = until - time.monotonic()

@@ -1,4 +1,4 @@
-"""On which devices a worker's engines run: TorchServe gives it one GPU, and may have more."""
+"""The devices of a worker's engines: TorchServe gives a worker one GPU, and may have more."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ _log = logging.getLogger("paged_torchserve")
 
 
 def choose_devices(gpu_id: int | None, gpu_ids: Sequence[int], settings: SectionSettings) -> list[str]:
-    """One for each engine. ``gpu_id``: the GPU that TorchServe has given to this worker; ``gpu_ids``: all it could.
+    """One device per engine. ``gpu_id``: the GPU that TorchServe gave to this worker; ``gpu_ids``: all that it may
+    give.
 
     Raises:
-        ConfigError: there are several GPUs, and nothing says how many are meant; or the settings contradict each other.
+        ConfigError: there are several GPUs, and no setting says how many to use; or the settings contradict each other.
     """
     wanted, num_ranks = settings.replicas, settings.engine.tensor_parallel_size
     if num_ranks > 1 and (wanted or 1) > 1:

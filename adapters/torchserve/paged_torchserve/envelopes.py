@@ -1,7 +1,6 @@
-"""What would stand between TorchServe's frontend and the handler, for all models of a server, is passed by.
-
-Its request envelopes (``service_envelope``) stand around a handler, read the first request of a batch only, and no step
-after it. What they translate from, ``bodies`` reads itself.
+"""Bypasses TorchServe's server-wide layers between frontend and handler. Its request envelopes (``service_envelope``)
+wrap a handler, but read only the first request of a batch, and no later step. ``bodies`` itself reads the bodies that
+they translate.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ def pass_envelopes_by() -> None:
 
 
 def have_bodies_decoded() -> None:
-    """For this process, whatever decode_input_request in config.properties says: one way of asking is told from another
-    by that its body is JSON."""
+    """For this process, whatever decode_input_request in config.properties says, because forms of requests are
+    recognised by a JSON body."""
     os.environ.pop("TS_DECODE_INPUT_REQUEST", None)
 
 

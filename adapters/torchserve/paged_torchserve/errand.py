@@ -21,10 +21,10 @@ _log = logging.getLogger("paged_torchserve")
 
 
 class Errand:
-    """Reads a request, submits its prompts; what comes of them goes into ``reply``. ``on_news`` is called then.
+    """Reads a request, submits its prompts, and puts the results into ``reply``; then calls ``on_news``.
 
     ``read`` is called in a thread: prompts are tokenised there, and a long list of them holds up no one else.
-    ``compilers`` has threads that may be kept for long. ``form`` is the one for what is wrong before it has been read.
+    ``compilers`` has threads that may be blocked for long. ``form`` is for errors before the request has been read.
     """
 
     def __init__(
@@ -40,15 +40,15 @@ class Errand:
         self._form, self._on_news = form, on_news
         self._compilers = compilers
         self._exchange: Exchange | None = None  # once it is submitted
-        self._streamed = reply.begun  # as far as anyone knows
+        self._streamed = reply.begun  # as far as is known
         self._cancelled = False
         self._not_admitted: set[str] | None = None  # None: not submitted yet
         self._task = asyncio.ensure_future(self._run(read))
 
     @property
     def settled(self) -> bool:
-        """Whether its reply may begin: the engine has taken it in, or it has ended. What is refused before has a status
-        of its own."""
+        """Whether its reply may begin: the engine has accepted it, or it has ended. A refusal before that has its own
+        status."""
         return self._not_admitted == set() or self.reply.has_news or self.reply.sent
 
     def admitted(self, request_id: str) -> None:
@@ -56,19 +56,19 @@ class Errand:
             self._not_admitted.discard(request_id)
 
     def cancel(self) -> None:
-        """End it soon: the client hears an error, if it still listens. Callable from any thread."""
+        """End it soon: the client gets an error, if it is still there. Callable from any thread."""
         self._cancelled = True
         if self._exchange is not None:
             self._exchange.close()
 
     def fail(self, error: Exception) -> None:
-        """End it now, whatever becomes of it in the engine."""
+        """End it now, whatever its state in the engine."""
         if not self.reply.ended:
             self._refuse(error)
         self.close()
 
     def close(self) -> None:
-        """Nobody listens any more."""
+        """The client has left."""
         self.cancel()
         self._task.cancel()
 
@@ -128,11 +128,11 @@ class Errand:
             raise CallError(Failure.TOO_LARGE, f"the answer is longer than {_TOO_LONG}")
 
     def _refuse(self, error: Exception) -> None:
-        """Tell the client of ``error``: with its status, or, when the reply has begun, as the rest of it."""
+        """Send ``error`` to the client: with its status, or, if the reply has begun, as its last part."""
         try:
             status, body = self._form.error(error)
             told = json_bytes(body)
-        except Exception as failure:  # a reply that never ends would be worse
+        except Exception as failure:  # any error, because a reply that never ends would be worse
             _log.error("an error could not be told", exc_info=failure)
             status, told = 500, b'{"error": "the server failed; its log says more"}'
         if not self.reply.started:

@@ -1,6 +1,5 @@
-"""The handlers of pytorch/serve's own text-generation examples: how each was asked, and what its clients got.
-
-What an archive's handler is, is told by names in its source. Read in pytorch/serve 0.12.0's ``examples``.
+"""The handlers of pytorch/serve's own text-generation examples: their requests and answers. A handler is recognised by
+names in its source. Source: the ``examples`` of pytorch/serve 0.12.0.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class Family:
     meaning: str = "max_new_tokens"  # of that key: "max_length" counts the prompt too
 
 
-# The first that fits is it: what is more special stands first.
+# The first match counts, so special ones come first.
 FAMILIES: Sequence[Family] = (
     Family("large_models/vllm", ("vllm_handler",), full_text=False),  # TorchServe's own, by name
     Family("large_models/vllm", ("AsyncLLMEngine",), full_text=False),

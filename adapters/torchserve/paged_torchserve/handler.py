@@ -1,7 +1,7 @@
 """The handler that TorchServe loads: by this module's name, or as a copy of this file inside an archive.
 
 TorchServe wants exactly one class defined here. In continuous batching it calls ``handle`` once a step with all
-requests it holds, and wants one reply for each, with a rule that says whether more will follow. Nothing is raised for
+requests it holds, and expects one reply for each, and whether more will follow. Nothing is raised for
 a single request: that would end all others.
 """
 
@@ -59,7 +59,7 @@ class PagedHandler:
         _log.info("%s is ready", context.model_name)
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
-        """One step: the requests TorchServe holds in, news for each of them out."""
+        """One step: the requests that TorchServe holds in, a message for each of them out."""
         inherits = self._worker.may_inherit
         requests = [
             FrontendRequest(context.get_request_id(index), parts, context.get_all_request_header(index), inherits)
@@ -68,7 +68,7 @@ class PagedHandler:
         messages = self._desk.step(requests)
         for index, message in enumerate(messages):
             if message is None:
-                del context.request_ids[index]  # who isn't named in an answer keeps waiting for his own
+                del context.request_ids[index]  # a request that is not named in an answer keeps waiting
             else:
                 _set_head(context, index, message)
         context.stopping_criteria = [lambda reply, end=message and message.end: end for message in messages]

@@ -1,4 +1,4 @@
-"""What a TorchServe says of itself when it is asked: the states of its workers, and how many requests they hold."""
+"""Asks a TorchServe about itself: the states of its workers, and how many requests they hold."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Inquiries:
     key_file: Path | None  # None: it asks for no tokens
 
     def num_open(self) -> float:
-        """Requests that run or wait in workers of ours, as their metrics have it. Those of a model without a worker are
-        gone, whatever its last metrics were."""
+        """Requests that run or wait in our workers, by their metrics. A model without a worker has none, whatever its
+        last metrics were."""
         try:
             with _OPENER.open(f"{self.at.url(self.at.metrics)}/metrics", timeout=10) as answer:
                 told = answer.read().decode()
@@ -49,8 +49,8 @@ class Inquiries:
         return bool(statuses) and set(statuses) == {"READY"}
 
     def statuses(self, model: str) -> list[str]:
-        """Of the workers of ``model``, in all its versions. By the plain description: asking for more wedges an idle
-        continuous model."""
+        """Of the workers of ``model``, in all its versions. Uses the plain description, because a customized one blocks
+        an idle continuous model."""
         request = urllib.request.Request(f"{self.at.url(self.at.management)}/models/{model}/all")
         if self.key_file is not None:
             with suppress(OSError, ValueError, KeyError):

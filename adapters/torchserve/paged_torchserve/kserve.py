@@ -42,7 +42,7 @@ class V2Call(PlainCall):
 
 
 def kserve_call(fields: Mapping[str, Any], request_id: str, target: Target) -> PlainCall | None:
-    """The call of a body in one of KServe's forms; None: it is in neither.
+    """The call of a body in one of KServe's forms; None: it has neither form.
 
     Raises:
         ProtocolError: it can't be served.
@@ -66,7 +66,7 @@ def infer_call(fields: Mapping[str, Any], target: Target) -> PlainCall:
 
 
 def infer_form(fields: Mapping[str, Any], target: Target) -> ReplyFormat:
-    """How a ModelInferRequest is answered. TorchServe has no status for a single one: what is wrong with it is the text
+    """The form of a ModelInferRequest's answer. TorchServe has no status for a single request, so an error is the text
     of a tensor named ``error``."""
 
     def error(failure: Exception) -> tuple[int, dict[str, Any]]:
@@ -85,7 +85,7 @@ def _tensor(name: str, texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _decoded(tensor: Mapping[str, Any]) -> Any:
-    """Of a tensor as TorchServe hands it over; what isn't of type BYTES stays as it is."""
+    """The values of a tensor from TorchServe; those of types other than BYTES are unchanged."""
     data = tensor.get("data")
     if tensor.get("datatype") != "BYTES":
         return data

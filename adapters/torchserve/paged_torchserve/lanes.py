@@ -1,4 +1,5 @@
-"""Lane: one engine of a worker, and what requests for it are read with. A worker has one, or one for each GPU."""
+"""Lane: one engine of a worker, with the tokenizer and grammars of its requests. A worker has one, or one for each
+GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from paged_torchserve.target import Target
 
 
 class Admissions:
-    """An engine's observer that tells which requests it has taken in, by its own thread."""
+    """An observer that reports, in the engine's thread, which requests the engine has accepted."""
 
     def __init__(self) -> None:
         self.tell: Callable[[Admissions, str], None] | None = None
@@ -25,7 +26,7 @@ class Admissions:
 
 @dataclass(frozen=True)
 class LaneObservers:
-    """What looks on at one engine."""
+    """The observers of one engine."""
 
     admissions: Admissions
     metrics: PrometheusMetrics
@@ -43,6 +44,6 @@ class Lane:
 
 
 def emptiest(lanes: Sequence[Lane], taken: Iterable[Lane]) -> Lane:
-    """The lane that stands least often in ``taken``; of several, the first."""
+    """The lane that occurs least often in ``taken``; of several, the first."""
     names = [id(lane) for lane in taken]
     return min(lanes, key=lambda lane: names.count(id(lane)))

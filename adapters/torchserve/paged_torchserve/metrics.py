@@ -1,5 +1,5 @@
-"""The engines' metrics by TorchServe's own endpoint, added up. Every update there is a line of the log, so that
-what changed is told once a second, and times as sums and counts: their quotient is the mean."""
+"""The engines' metrics, summed, at TorchServe's own endpoint. Every update there is a line of the log, so only changes
+are sent, once a second, and times as sums and counts, whose quotient is the mean."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _COUNTERS = {
     "vllm:inter_token_latency_seconds_count": "paged_inter_token_latency_seconds_count",
     "tgi_request_success": "paged_requests_succeeded_total",
 }
-_MEANS = ("paged_kv_cache_usage",)  # a share, of which the engines' mean is told
+_MEANS = ("paged_kv_cache_usage",)  # a share: the mean over engines is sent
 NAMES = {**dict.fromkeys(_GAUGES.values(), "gauge"), **dict.fromkeys(_COUNTERS.values(), "counter")}
 DIMENSIONS = ["ModelName", "Level"]
 UNIT = "count"
@@ -51,7 +51,7 @@ class TorchServeMetrics:
         self._told: dict[str, float] = {}
 
     def flush(self) -> None:
-        """Tell what has changed. Callable from any thread, one at a time."""
+        """Send the changed metrics. Callable from any thread, one at a time."""
         for name, now in self._sums().items():
             counted = self._told.get(name, 0.0) if NAMES[name] == "counter" else 0.0
             self._tell(name, now, now - counted)

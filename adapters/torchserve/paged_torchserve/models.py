@@ -1,4 +1,4 @@
-"""Where in an archive the Hugging Face model is. Knows names of files and what a config.json says; loads nothing."""
+"""Finds the Hugging Face model in an archive. Knows names of files and the contents of config.json; loads nothing."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class NoModel(ConfigError):
-    """There is none where it was looked for."""
+    """There is no model at the searched place."""
 
 
 class SeveralModels(ConfigError):
-    """Which of them is meant must be said."""
+    """There are several models, and no setting chooses one."""
 
 
 class FoundModel(NamedTuple):
@@ -38,7 +38,7 @@ def find_model(names: Iterable[str], read: Callable[[str], bytes], hint: str | N
     Raises:
         NoModel: there is none.
         SeveralModels: there are more.
-        ConfigError: it writes no text, or is an adapter.
+        ConfigError: it does not generate text, or is an adapter.
     """
     names = list(names)
     adapters = {str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name == _ADAPTER}
@@ -63,7 +63,7 @@ def find_model(names: Iterable[str], read: Callable[[str], bytes], hint: str | N
 
 
 def check_weights(found: FoundModel, allow_pickle: bool) -> None:
-    """Raises ConfigError unless the weights are there, and safe to read or allowed."""
+    """Raises ConfigError unless the weights exist, and are safe to read or allowed."""
     if found.has_safetensors:
         return
     if not found.pickles:
@@ -86,7 +86,7 @@ def check_tokenizer(found: FoundModel, names: Iterable[str]) -> None:
 
 
 def _check_no_adapter(folder: str | None) -> None:
-    """Raises ConfigError if there is one: without it, the model would be another."""
+    """Raises ConfigError if there is an adapter, because the model would be another one without it."""
     if folder is not None:
         raise ConfigError(
             f"{_join(folder, _ADAPTER)} makes a LoRA adapter of this, and there are none here yet: merge it into the "

@@ -1,4 +1,4 @@
-"""GET v1/models: what OpenAI's clients ask first."""
+"""GET v1/models: OpenAI's list of models."""
 
 from __future__ import annotations
 

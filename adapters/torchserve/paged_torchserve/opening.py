@@ -1,4 +1,4 @@
-"""From an unpacked archive to an engine: which model, on which device."""
+"""From an unpacked archive to engines: the model and the devices."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _tokenizer(model_dir: Path, settings: SectionSettings) -> Any:
     source = str(folder) if folder.is_dir() else named
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
-    except Exception as error:  # what a broken one raises has no other class
+    except Exception as error:  # a broken one raises a plain Exception
         raise ConfigError(f"tokenizer {named} can't be loaded: {error}") from error
 
 
@@ -97,7 +97,7 @@ def _unzip(archive: Path) -> Path:
 
 
 def _load(source: str, device: str, settings: SectionSettings) -> Any:
-    """By transformers directly: what the core's hook refuses, and the owner of the archive has allowed."""
+    """Load by transformers directly: what the core's hook refuses, but the archive's owner has allowed."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Archives written: as a file, or as a folder. What comes from elsewhere is copied as it is, never packed anew."""
+"""Writes archives, as a file or as a folder. Existing files are copied unchanged, never packed again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_target(new: Path, force: bool, *, as_folder: bool) -> None:
 
 @contextmanager
 def target(new: Path) -> Iterator[Path]:
-    """A path that becomes ``new`` when all has gone well."""
+    """A temporary path, which is renamed to ``new`` on success."""
     unfinished = new.with_name(f".{new.name}.{os.getpid()}")
     try:
         yield unfinished
@@ -58,8 +58,8 @@ def write(path: Path, files: Iterable[tuple[str, Path]], made: Mapping[str, byte
 
 
 def replace(path: Path, changed: Mapping[str, bytes]) -> None:
-    """New entries at the end, and a table of contents without the old ones: all other bytes stay where they are. Who
-    unpacks the file from front to end writes the new ones over the old."""
+    """New entries at the end, and a table of contents without the old ones: all other bytes stay where they are.
+    Unpacking the file from front to end overwrites the old entries by the new ones."""
     with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
         for name, content in changed.items():
             old = archive.NameToInfo.pop(name, None)
@@ -76,7 +76,7 @@ def unpack(path: Path, folder: Path, changed: Mapping[str, bytes]) -> None:
 
 
 def _place(file: Path, place: Path) -> None:
-    """Another name of the same file, where the disk can; else a copy. Large weights take no room twice."""
+    """A hard link, if the disk supports it, so that large weights take no extra space; else a copy."""
     place.parent.mkdir(parents=True, exist_ok=True)
     source = file.resolve()
     try:

@@ -1,4 +1,4 @@
-"""Plain requests: prompts in the wrappings of stock text-generation handlers, answered as the archive says.
+"""Plain requests: prompts in the forms of stock text-generation handlers, answered as the archive's settings say.
 
 Their parameters are those of Hugging Face's ``generate``, as TGI has them: TGICall reads and checks them.
 """
@@ -114,8 +114,8 @@ def plain_call(fields: dict[str, Any], target: Target) -> tuple[PlainCall, Reply
 
 
 def take_parameters(fields: dict[str, Any], target: Target, prompts: Sequence[str]) -> dict[str, Any]:
-    """What ``fields`` hold beside the prompt, over the archive's defaults. Stock handlers take parameters in an object
-    of their own, or beside the prompt."""
+    """The parameters in ``fields``, over the archive's defaults. Stock handlers take parameters in an object, or next
+    to the prompt."""
     parameters = {**fields}
     for name in ("parameters", "params"):
         inner = parameters.pop(name, None) or {}
@@ -172,7 +172,7 @@ def _is_texts(value: Any) -> bool:
 
 
 def _body(value: Any) -> Any:
-    """A body as JSON if that is what it is, else as text."""
+    """A body as JSON if it is JSON, else as text."""
     if not isinstance(value, bytes | bytearray):
         return value
     text = as_text(value)
@@ -185,8 +185,8 @@ def _body(value: Any) -> Any:
 
 
 def _field(name: str, value: Any) -> Any:
-    """A form's field: all are text. What reads as a JSON number, truth value or object is taken for it, but in a
-    prompt's own field: there 2024 is a text, and only an object or a list of texts is more."""
+    """A form's field: all are text. JSON numbers, booleans and objects are parsed, except in a prompt's own field:
+    there 2024 is a text, and only an object or a list of texts is parsed."""
     text = as_text(value) if isinstance(value, bytes | bytearray) else value
     if not isinstance(text, str):
         return text

@@ -1,4 +1,4 @@
-"""An archive that is there already: its files, its manifest, its configuration, and what its handler went by."""
+"""Reads an existing archive: its files, its manifest, its configuration, and its handler's settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Opened(NamedTuple):
 
 
 class Old(NamedTuple):
-    """What an archive says of itself."""
+    """The contents of an archive."""
 
     manifest: dict[str, Any]
     config_name: str

@@ -1,4 +1,4 @@
-"""Reply: what is to be sent to one client, piece by piece, as TorchServe's frontend takes it.
+"""Reply: the messages to one client, in the form of TorchServe's frontend.
 
 The frontend sends status and content type with a reply's first message. A message longer than its limit would kill
 the worker: long replies are sent in pieces.
@@ -14,7 +14,7 @@ MESSAGE_BYTES = 1 << 20
 
 
 class ReplyMessage(NamedTuple):
-    """One step's news for one client."""
+    """One step's message to one client."""
 
     body: bytes
     end: bool | None  # None: this is the whole reply; True: its last message; False: more will follow
@@ -25,8 +25,8 @@ class ReplyMessage(NamedTuple):
 class Reply:
     """Filled by ``say`` and ``end``; ``take`` is called once a step.
 
-    ``begun``: the frontend may have sent a beginning that came from another worker. A message that said "this is the
-    whole" would never end that answer.
+    ``begun``: the frontend may have sent a beginning from another worker. A message marked as the whole reply would
+    never end that answer.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class Reply:
 
     @property
     def started(self) -> bool:
-        """Whether status and content type have gone out, or text that needs them. A reply in one message has all its
-        text at once, and can become another until then."""
+        """Whether status and content type were sent, or text that depends on them. A reply in one message can still be
+        replaced until it is sent."""
         return self.begun or self.sent or (bool(self._unsent) and self._carrier is Carrier.HTTP)
 
     @property
@@ -58,11 +58,11 @@ class Reply:
 
     @property
     def is_too_long(self) -> bool:
-        """Whether it would take more messages than its carrier does."""
+        """Whether it needs more messages than its carrier can send."""
         return self._carrier is not Carrier.HTTP and len(self._unsent) > self._max_bytes
 
     def say(self, body: bytes) -> None:
-        """More text. After the end nothing is added."""
+        """Add text. After the end nothing is added."""
         if not self.ended:
             self._unsent += body
 
@@ -70,7 +70,7 @@ class Reply:
         self.ended = True
 
     def refuse(self, status: int, body: bytes, content_type: str) -> None:
-        """The whole reply is an error. Only before it has started."""
+        """Make the whole reply an error. Only before it has started."""
         assert not self.started
         self.status, self.content_type = status, content_type
         self._unsent.clear()
@@ -78,7 +78,7 @@ class Reply:
         self.end()
 
     def take(self) -> ReplyMessage | None:
-        """None: there is nothing that could be sent now."""
+        """The next message; None: there is none now."""
         if self._carrier is not Carrier.HTTP:
             return self._take_whole()
         body = bytes(self._unsent[: self._max_bytes])

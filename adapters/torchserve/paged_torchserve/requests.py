@@ -1,4 +1,4 @@
-"""FrontendRequest: one request as TorchServe's frontend hands it over, and which way its answer can go."""
+"""FrontendRequest: one request from TorchServe's frontend, and how its answer can be sent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MODEL_INFER = {"id", "model_name", "inputs"}  # what the frontend makes of a Mo
 
 
 class Carrier(Enum):
-    """Who carries an answer to its client. What each can take was found in TorchServe 0.12.0's RestJob, GRPCJob and
+    """The way of an answer to its client. Their limits are those of TorchServe 0.12.0's RestJob, GRPCJob and
     ContinuousBatching."""
 
     HTTP = auto()  # as many messages as there are
@@ -56,13 +56,13 @@ class FrontendRequest(NamedTuple):
 
     @property
     def lost_its_body(self) -> bool:
-        """Whether there was one, and none is here."""
+        """Whether the request had a body that did not arrive here."""
         length = self._header("content-length")
         return not self.parts and length not in (None, "0")
 
     @property
     def is_orphan(self) -> bool:
-        """Whether another worker, gone since, had it, and perhaps has begun to answer."""
+        """Whether an earlier worker had the request, and may have begun to answer."""
         return self.may_be_orphan and self.lost_its_body
 
     @property

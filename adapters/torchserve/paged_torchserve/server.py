@@ -1,4 +1,4 @@
-"""A TorchServe process: its files, its start, the wait until its models are loaded, and its end."""
+"""A TorchServe process: its files, its start, the wait for its models, and its end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from paged_torchserve.reading import MANIFEST
 from paged_torchserve.worker_log import Patience, last_words
 
 _POLL_S = 0.2
-_METRICS_S = 1.2  # a little more than from one telling of metrics to the next
+_METRICS_S = 1.2  # a little more than the interval between updates of metrics
 _SOCKET, _MAX_SOCKET_PATH = ".ts.sock.65535", 103  # in bytes; Linux takes 107, macOS 103
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LOGGING = Path(__file__).with_name("log4j2.xml")
@@ -103,7 +103,9 @@ class TorchServe:
             while not self.inquiries.is_ready(name):
                 log = self._read_log()
                 if f"Load model failed: {name}," in log:
-                    raise ServerError(f"{name} has not loaded; {self._last_words()}")  # it would be tried for minutes
+                    raise ServerError(
+                        f"{name} has not loaded; {self._last_words()}"
+                    )  # TorchServe would retry for minutes
                 if self._process.poll() is not None:
                     raise ServerError(f"TorchServe has ended; {self._last_words()}")
                 if patience.is_at_its_end(log):
@@ -115,10 +117,10 @@ class TorchServe:
         return self._process.wait()
 
     def drain(self, timeout_s: float) -> None:
-        """Wait until our models' requests have been answered. TorchServe goes on taking new ones: there is no way to
-        tell it not to."""
+        """Wait until our models' requests have been answered. TorchServe keeps accepting new ones; this can't be turned
+        off."""
         deadline = time.monotonic() + timeout_s
-        num_idle = 0  # looks in a row; metrics are a second late
+        num_idle = 0  # consecutive idle looks, because metrics are a second late
         while num_idle < 2 and time.monotonic() < deadline:
             num_idle = num_idle + 1 if self.inquiries.num_open() == 0 else 0
             time.sleep(_METRICS_S)

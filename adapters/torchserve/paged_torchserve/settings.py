@@ -1,6 +1,5 @@
-"""What an archive's model-config.yaml says to us: TorchServe's own keys, and ours under ``paged``.
-
-Knows no TorchServe at run time: the commands check with it what they write, the handler reads with it what it finds.
+"""The settings in an archive's model-config.yaml: TorchServe's own keys, and ours under ``paged``. Needs no TorchServe
+at run time: the commands check what they write with it, and the handler reads its settings with it.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ _LEAST: Mapping[str, float] = {
 class SectionSettings:
     """Section ``paged``: which model, how it is loaded and run, and how plain requests are answered."""
 
-    tokenizer: str | None = None  # where it isn't the model's own: a folder inside, another folder, or a hub id
+    tokenizer: str | None = None  # if it isn't the model's own: a folder inside, another folder, or a hub id
     model: str | None = None  # a folder or a zip inside the archive, another folder, or a hub id; None: look for it
     device: str | None = None  # "cpu", "cuda", "cuda:1", "auto" (over all GPUs that the worker sees)
     replicas: int | None = None  # engines, each on a GPU of its own; None: one, if there is one GPU
@@ -103,7 +102,7 @@ def read_settings(config: Mapping[str, Any] | None) -> SectionSettings:
 
 
 def _check_plain(settings: SectionSettings) -> None:
-    """Raises ConfigError for what plain requests can't be answered by."""
+    """Raises ConfigError for settings with which plain requests can't be answered."""
     if settings.reply not in REPLIES:
         raise ConfigError(f"{SECTION}.reply is {settings.reply!r}; there are {', '.join(REPLIES)}")
     for name, value in settings.defaults.items():
@@ -134,7 +133,7 @@ def known_keys() -> list[str]:
 
 
 def put(config: dict[str, Any], key: str, text: str) -> None:
-    """Set ``key`` in a model-config.yaml, wherever it belongs, to what ``text`` says in YAML.
+    """Set ``key`` in a model-config.yaml, wherever it belongs, to the value of ``text``, which is YAML.
 
     Raises:
         ConfigError: there is no such key, or the value isn't one for it.

@@ -1,5 +1,5 @@
-"""What an old handler's configuration says of generation and of loading, in our words; and what of it has no meaning
-here. Knows configurations; no archive."""
+"""Translates an old handler's settings of generation and loading into ours, and lists those without a meaning here.
+Knows configurations, not archives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "float32": 
            "bfloat16": "bfloat16"}  # fmt: skip
 _VLLMS = ("max_num_seqs", "max_model_len", "gpu_memory_utilization", "block_size", "enable_prefix_caching", "seed",
           "max_num_batched_tokens", "tensor_parallel_size")  # fmt: skip
-# Where the model lies: asked when it is looked for.
+# The model's place, which is read when the model is searched.
 _PLACES = ("model_path", "model_name", "base_model_path", "model")
 _SECTIONS = ("handler", "handler.vllm_engine_config", "setup_config.json")
 

@@ -1,4 +1,4 @@
-"""Watch: a thread that looks after a worker while TorchServe is silent, or the engine."""
+"""Watch: a thread that watches a worker when TorchServe does not call it, or the engine is stuck."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from paged_serving import trouble
 from paged_torchserve.desk import Desk
 
 _QUIET_S = 0.5  # without a call and without a request: the last reply has been sent
-_PARTING_S = 10.0  # at most, for all clients to be told that the engine has failed
+_PARTING_S = 10.0  # at most, to send the engine's failure to all clients
 _log = logging.getLogger("paged_torchserve")
 
 
 class Watch:
-    """Frees what requests hold when TorchServe stops asking for their news (the last client has left: there is no other
-    sign of it), and flushes metrics. When an engine has failed, or one of its steps takes longer than
-    ``max_step_s``, all clients are told, and then the process ends: TorchServe starts another.
+    """Frees the requests' resources when TorchServe stops calling (the only sign that the last client has left), and
+    flushes metrics. When an engine has failed, or one of its steps takes longer than ``max_step_s``, all clients get an
+    error, and then the process ends; TorchServe starts another.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Watch:
             for look in (self._look, self._flush):
                 try:
                     look()
-                except Exception:  # who watches must go on
+                except Exception:  # the watch must continue
                     _log.exception("the watch could not do all of its work")
 
     def _look(self) -> None:

@@ -1,7 +1,5 @@
-"""What a worker says in TorchServe's log, and what a server's log says of why it failed.
-
-A worker tells when numba compiles. At a first start that takes longer than loading, and whoever waits for the model can
-tell one from the other.
+"""A worker's lines in TorchServe's log, and the reason of a failure from a server's log. A worker logs when numba
+compiles, because at a first start that takes longer than loading, and the time limit of loading excludes it.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ _CAUSE = re.compile(r"[\w.]*(?:Error|Exception|Unsupported\w+|Exit)\b.*: ")
 
 
 def announce_compiling(log: logging.Logger) -> None:
-    """From now on, in this process. Nothing is told where there is no numba."""
+    """Log compilations in this process from now on, if numba is installed."""
     try:
         from numba.core import event
     except ImportError:
@@ -42,7 +40,7 @@ def announce_compiling(log: logging.Logger) -> None:
 
 
 class Patience:
-    """With a start: ``limit_s`` of time in which no worker compiles."""
+    """The time limit of a start: ``limit_s``, without times in which a worker compiles."""
 
     def __init__(self, limit_s: float) -> None:
         self._left_s = limit_s
@@ -61,8 +59,8 @@ def _is_compiling(log: str) -> bool:
 
 
 def last_words(log: str) -> list[str]:
-    """What in a server's log tells why it failed: what workers raised; else what TorchServe calls an error. That a
-    machine has no nvidia-smi is told of every machine without a GPU."""
+    """The lines of a server's log that explain its failure: exceptions of workers, else TorchServe's errors, except
+    that about a missing nvidia-smi, which every machine without a GPU logs."""
     lines = [line for line in log.splitlines() if "nvidia-smi" not in line]
     workers = [told for line in lines if (told := line.partition(" MODEL_LOG - ")[2])]
     causes = [line for line in workers if _CAUSE.match(line)]

@@ -1,8 +1,8 @@
-"""That a model has one worker, and whether it has had another before.
+"""Ensures that a model has one worker, and tells whether it had another before.
 
 TorchServe 0.12.0 lets an idle worker hold its model's lock until there is a request for it (Model.pollInferJob): a
-second worker would stop the first in the middle of its answers. It tells no worker of the others; a lock on a file
-that all workers of a model know does.
+second worker would stop the first in the middle of its answers. TorchServe tells no worker about the others, so a lock
+on a file that all workers of a model know ensures it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from paged_core import ConfigError
 
-_PARTING_S = 5.0  # for a worker that is being replaced to end
-_INHERITANCE_S = 10.0  # within which a new worker is given what the one before has left
+_PARTING_S = 5.0  # for a replaced worker to end
+_INHERITANCE_S = 10.0  # within which a new worker gets the requests of the one before
 _SECOND = (
     "another worker serves this model, and with two of them TorchServe's continuous batching would stop: one worker "
     "serves all requests. Say min_worker=1 and max_worker=1, in snapshots too; for more GPUs, replicas in section paged"
@@ -25,7 +25,7 @@ _SECOND = (
 
 
 class OnlyWorker:
-    """Held until the process ends, however that comes.
+    """Held until the process ends, in any way.
 
     Raises:
         ConfigError: this model of this TorchServe has a worker already.
@@ -46,8 +46,7 @@ class OnlyWorker:
 
     @property
     def may_inherit(self) -> bool:
-        """Whether requests that come now may have been another worker's. From the first time on that this is asked, it
-        is true for a while."""
+        """Whether present requests may come from an earlier worker: true for a while after the first call."""
         now = time.monotonic()
         if self._began is None:
             self._began = now
