@@ -29,10 +29,8 @@ def _option(default: Any, what: str, told: str, flag: str | None = None, metavar
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How an Engine uses memory and time, as its user wishes it.
-
-    Sizes left at None are chosen from the model and the device when the engine is built: ``Engine.sizes`` has what
-    became of them.
+    """The user's settings of an Engine. Sizes that are None are chosen from the model and the device when the engine is
+    built; ``Engine.sizes`` has the results.
 
     Raises:
         ConfigError: a value is out of its range.

@@ -43,7 +43,7 @@ class PluginError(PagedCoreError):
 
 
 class ReentryError(PagedCoreError, RuntimeError):
-    """Code that runs inside a step (a logits processor, say) has asked for what can only happen after that step."""
+    """Code inside a step (such as a logits processor) has made a call that would wait for the end of that step."""
 
 
 class RequestError(PagedCoreError):
@@ -55,8 +55,8 @@ class RequestError(PagedCoreError):
 
 
 class EngineBusyError(PagedCoreError):
-    """As many requests, or looks, as the engine holds at once have not ended yet. Nothing was queued."""
+    """The engine has as many open requests, or looks, as it may have. Nothing was queued."""
 
 
 class EngineDeadError(PagedCoreError):
-    """The engine was shut down or its model failed for good."""
+    """The engine was shut down, or its model has failed permanently."""

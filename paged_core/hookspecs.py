@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Commands(Protocol):
-    """The subcommands of ``paged``, for plugins to add to."""
+    """The subcommands of ``paged``, to which plugins can add."""
 
     def add_parser(self, name: str, *, help: str, **options: Any) -> argparse.ArgumentParser:
         """A new subcommand; ``options``: as argparse.ArgumentParser takes them. ``set_defaults(run=...)`` of what
@@ -51,8 +51,8 @@ hookimpl = pluggy.HookimplMarker("paged_core")
 def load_model(source: Any, device: str | None, dtype: str | None, ranks: Ranks | None) -> PagedModel | None:
     """A PagedModel from ``source``: a path, a hub id, or a live object such as a transformers model.
 
-    ``ranks``: this process is one of several that are all asked. Join them, and answer this one's shard: its
-    ``num_ranks`` says so."""
+    ``ranks``: this process is one of several ranks, each of which calls the hook. Join them, and return this rank's
+    shard, with ``num_ranks`` set."""
 
 
 @hookspec(firstresult=True)
@@ -69,8 +69,8 @@ def create_kv_cache(spec: ModelSpec, num_blocks: int, config: EngineConfig, size
 def create_attention_backend(
     name: str, spec: ModelSpec, config: EngineConfig, sizes: StepSizes
 ) -> AttentionBackend | None:
-    """The backend called ``name``, or any that can run every layer of ``spec`` if name is "auto". Return None for a
-    layer you can't honour; never ignore a fact of it."""
+    """The backend called ``name``, or any that can run every layer of ``spec`` if name is "auto". Return None if you
+    can't honour a fact of some layer; never ignore one."""
 
 
 @hookspec(firstresult=True)
@@ -80,16 +80,16 @@ def create_scheduling_policy(name: str, config: EngineConfig) -> SchedulingPolic
 
 @hookspec(firstresult=True)
 def create_sampler(spec: ModelSpec, config: EngineConfig) -> RequestSampler | None:
-    """The TokenSelector for requests that bring none of their own."""
+    """The TokenSelector for requests without one of their own."""
 
 
 @hookspec(firstresult=True)
 def create_module_forward(
     module: torch.nn.Module, device: torch.device, config: EngineConfig
 ) -> ModuleForward | Callable[..., Any] | None:
-    """A faster forward of the same meaning as ``module.forward``, used inside the engine's own steps only. Check it
-    against the module before you return it. If it packs weights, give it ``stale() -> bool``. What
-    ``config.weights`` asks for it may do; it then says so (``quantized``)."""
+    """A faster forward that computes the same as ``module.forward``, used inside the engine's own steps only. Compare
+    it with the module before you return it. If it packs weights, give it ``stale() -> bool``. It may quantise as
+    ``config.weights`` asks, and then has ``quantized``."""
 
 
 # ---- all answers used ------------------------------------------------------------------------------------------
@@ -99,13 +99,13 @@ def create_module_forward(
 def create_offload_tier(
     spec: ModelSpec, config: EngineConfig, sizes: EngineSizes, layout: BlockLayout
 ) -> OffloadTier | None:
-    """Where blocks go that the cache gives up, to be loaded when they are wanted again. Where several tiers hold a
-    block, the one that was asked first brings it; what is given up goes to all of them."""
+    """A tier stores blocks that the cache evicts, and loads them when they are needed again. Evicted blocks go to all
+    tiers; if several hold a block, the first one loads it."""
 
 
 @hookspec
 def create_logits_processor(request: Request) -> LogitsProcessor | None:
-    """A logits processor for this request, called after its own. Asked once, at admission."""
+    """A logits processor for this request, called after the request's own. The hook is called once, at admission."""
 
 
 @hookspec
@@ -133,4 +133,4 @@ def on_request_finished(output: RequestOutput) -> None:
 
 @hookspec
 def on_prefix_cache_changed(events: Sequence[CacheEvent]) -> None:
-    """Blocks can be found by their content that could not be before, or the other way round; in order."""
+    """Blocks have entered or left the prefix cache; the events are in order."""

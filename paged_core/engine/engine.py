@@ -46,17 +46,17 @@ class Engine:
     """One model on one paged K/V cache.
 
     Args:
-        model: a PagedModel, or whatever a ``load_model`` hook takes: a path, a hub id, a transformers model.
-        config: sizes and choices, as wished; ``sizes`` has what became of them.
+        model: a PagedModel, or a source for the ``load_model`` hook: a path, a hub id, a transformers model.
+        config: the user's settings; ``sizes`` has the resulting sizes.
         plugins: more plugin modules or objects; they are asked before installed and built-in ones.
         device: where the model computes, such as "cuda:1" or a torch.device. None: where the model is.
         dtype: what it computes in, such as "bfloat16" or a torch.dtype. None or "auto": as it is, or as it is stored.
-        progress: told of long work (compiling kernels) while the engine is built; None: a line on a terminal.
+        progress: called during long work (compiling kernels) while the engine is built; None: a line on a terminal.
 
     Raises:
-        PluginError: nobody answered a hook that must be answered.
+        PluginError: no plugin answered a required hook.
         UnsupportedModel: the model can't run on paged memory.
-        ConfigError: the sizes can't work together, or the model can't be had on that device or in that dtype.
+        ConfigError: the sizes contradict each other, or the model can't run on that device or in that dtype.
     """
 
     def __init__(
@@ -105,21 +105,22 @@ class Engine:
 
     @property
     def trouble(self) -> str | None:
-        """Why it can compute nothing any more, if that is known before a step finds out. For any thread."""
+        """Why the engine can't compute any more, if that is known before the next step; else None. For any thread."""
         return self._runner.trouble
 
     @property
     def num_open(self) -> int:
-        """Requests that have not ended, those that wait and those that are held among them."""
+        """Requests that have not ended, including waiting and held ones."""
         return len(self._open)
 
     @property
     def tokenizer(self) -> Any | None:
-        """What the ``load_tokenizer`` hook gives for this model; None if nobody has one. A new one at each call."""
+        """The tokenizer of this model from the ``load_tokenizer`` hook; None if there is none. A new one for each
+        call."""
         return self.tokenizer_of(self._tokenizer_source)
 
     def tokenizer_of(self, source: Any) -> Any | None:
-        """The same for another model: a path, a hub id, or a live object."""
+        """The tokenizer of another model: a path, a hub id, or a live object."""
         return self._manager.hook.load_tokenizer(source=source)
 
     def add_request(
@@ -133,12 +134,12 @@ class Engine:
     ) -> list[Request]:
         """Queue ``params.n`` samples of one prompt, or its beams.
 
-        ``eos_token_ids``: tokens that end a sequence beside those that the model's configuration names; its tokenizer
-        may know one more. Ids outside the vocabulary never come, and may stand there.
+        ``eos_token_ids``: further tokens that end a sequence, besides those of the model's configuration, such as the
+        tokenizer's. Ids outside the vocabulary are allowed and have no effect.
 
         Raises:
             InvalidRequestError: the prompt is empty, holds ids outside the vocabulary, or can never fit; or the id is
-                in use. Nothing was queued.
+            in use. Then nothing was queued.
         """
         params = params or SamplingParams()
         beams = params.use_beam_search and selector is None
@@ -167,7 +168,7 @@ class Engine:
     def resume(
         self, requests: Sequence[Request], token_ids: Sequence[int], parents: Sequence[int] | None = None
     ) -> None:
-        """Go on with rows whose selector answered None: each gets the token that was chosen for it meanwhile.
+        """Continue rows whose selector returned None: each gets the token that was chosen for it meanwhile.
 
         ``parents``: row i continues from ``requests[parents[i]]``'s tokens and K/V, which it then shares (a beam step).
         """
@@ -176,13 +177,13 @@ class Engine:
         self._scheduler.resume(requests, token_ids, parents)
 
     def recompute(self, requests: Iterable[Request]) -> None:
-        """Compute the K/V of held rows again, where they were preempted meanwhile. Their selectors are asked again."""
+        """Compute the K/V of held rows again, if they were preempted meanwhile. Their selectors are called again."""
         self._lifecycle.check_between_steps("recompute()")
         self._scheduler.recompute(requests)
 
     def preempt_held(self) -> bool:
-        """Let the last held rows give their blocks to those who wait: their owner takes his time. They compute their
-        tokens again once they are resumed. False: nobody waits, or nobody is held."""
+        """Preempt the last held rows in favour of waiting requests, when their owner is slow. Their tokens are computed
+        again when they are resumed. False: no request waits, or no row is held."""
         self._lifecycle.check_between_steps("preempt_held()")
         return self._scheduler.preempt_held()
 
@@ -199,8 +200,8 @@ class Engine:
         return outputs[0] if outputs else None
 
     def close(self, save_timeout_s: float = _SAVE_S) -> None:
-        """Abort what is left; take no more requests. What tiers lack of the prefix cache is given to them, in
-        ``save_timeout_s`` seconds as far as they go."""
+        """Abort all requests and accept no more. Blocks of the prefix cache that tiers lack are stored, for at most
+        ``save_timeout_s`` seconds."""
         self._lifecycle.check_between_steps("close()")
         for request_id in self._open:
             self.abort(request_id)
@@ -211,10 +212,12 @@ class Engine:
     # ---- memory --------------------------------------------------------------------------------------------------
 
     def read_kv(self, request: Request) -> list[tuple[Tensor, Tensor]]:
-        """Copies of what the cache holds of a request: each layer's ``(k [K,n,D], v [K,n,Dv])``, n its num_computed.
+        """Copies of a request's K/V: each layer's ``(k [K,n,D], v [K,n,Dv])``, n its num_computed.
 
-        Between two steps, and before the request ends, since that gives its blocks back: let its selector hold it.
-        Keys are as attention sees them (rotated, for instance). Zeros where every layer's sliding window has passed.
+        Call it between two steps and before the request ends, because its blocks are freed then; its selector can hold
+        it.
+        Keys are as attention sees them (rotated, for instance). Positions behind every layer's sliding window are
+        zeros.
 
         Raises:
             InvalidRequestError: the request has ended, or the K/V are spread over ranks.
@@ -228,30 +231,30 @@ class Engine:
 
     @property
     def attention_backend(self) -> str:
-        """What became of ``config.attention_backend``."""
+        """The name of the chosen attention backend."""
         return self._runner.backend.name
 
     @property
     def memory(self) -> MemoryUse:
-        """What the K/V cache takes and holds now."""
+        """The present memory and contents of the K/V cache."""
         return MemoryUse.of(self._pool, self._runner.cache)
 
     def save_prefix_cache(self, timeout_s: float = _SAVE_S) -> int:
-        """Give tiers (kv_disk_path, kv_host_bytes) all that they lack of the prefix cache, in ``timeout_s`` seconds as
-        far as they go: what was used last comes first. Returns how many blocks were given. Closing does so too."""
+        """Store the blocks of the prefix cache that tiers (kv_disk_path, kv_host_bytes) lack, the most recently used
+        first, for at most ``timeout_s`` seconds. Returns how many blocks were stored. ``close`` does so too."""
         self._lifecycle.check_between_steps("save_prefix_cache()")
         self._lifecycle.check_alive()
         return self._offloading.save(timeout_s)
 
     def save_some(self) -> bool:
-        """As ``save_prefix_cache``, a part that takes a moment: for whoever has nothing to compute just now, and may be
-        killed any time. False: nothing is left."""
+        """Like ``save_prefix_cache``, but a small part: for an idle server that may be killed at any time. False:
+        nothing is left."""
         self._lifecycle.check_between_steps("save_some()")
         return self._lifecycle.alive and self._offloading.save_some()
 
     def release_memory(self) -> bool:
-        """Give back all K/V memory, cached prefixes included; the next request takes it anew. False: nothing was
-        given back, since running requests need it. A plugin's cache that can't grow keeps its memory."""
+        """Free all K/V memory, cached prefixes included; the next request allocates it again. False: nothing was freed,
+        because running requests need it. A plugin's cache that can't grow keeps its memory."""
         self._lifecycle.check_between_steps("release_memory()")
         if self._pool.num_used:
             return False
@@ -261,23 +264,26 @@ class Engine:
         return True
 
     def view(self) -> EngineView:
-        """What runs, what waits and what every block is. Between two steps; the view itself is for any thread."""
+        """The running and waiting requests, and the state of every block. Call it between two steps; any thread may
+        read the view."""
         return EngineView.of(self._scheduler, self._offloading.stats)
 
     @property
     def captured_steps(self) -> frozenset[tuple[int, int]] | None:
-        """Decode steps that are replayed as CUDA graphs now: (rows, tokens of the longest sequence) of each graph.
-        None: this engine captures none."""
+        """The present CUDA graphs of decode steps: (rows, tokens of the longest sequence) of each. None: this engine
+        captures none."""
         return self._runner.captured
 
     def check(self) -> None:
-        """Assert that requests and blocks agree: no block is lost, shared unknown or used twice. Between two steps."""
+        """Assert that requests and blocks agree: no block is lost, wrongly shared or used twice. Call it between two
+        steps."""
         self._scheduler.check()
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch. Returns what is new of each request it sampled, and the ends not told before.
+        """Compute one batch. Returns the new output of each request that sampled, and ends that were not returned
+        before.
 
         Raises:
             EngineDeadError: the device or the model has failed for good, or has no memory for a single token.
@@ -353,11 +359,11 @@ class Engine:
         return rows
 
     def refresh(self) -> None:
-        """Catch up with what the user has done to the model: cached K/V may be another model's. Adding a request does
-        so by itself.
+        """Take in changes of the user's model, because cached K/V may have become invalid. Adding a request does this
+        itself.
 
         Raises:
-            EngineDeadError: it has become another model (dtype, device, vocabulary): this needs a new engine.
+            EngineDeadError: the model has another dtype, device or vocabulary now, which needs a new engine.
         """
         if self._refreshed and len(self._open):
             return

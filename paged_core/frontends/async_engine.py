@@ -37,10 +37,10 @@ class AsyncEngine(Frontend):
     with ``close()`` (or the ``with`` block).
 
     Args:
-        model: an Engine (taken over: use it no more yourself), or whatever an Engine takes.
+        model: an Engine (don't use it yourself any more), or a model as Engine takes it.
         tokenizer: taken from the model (by the ``load_tokenizer`` hook) when None.
         config: an EngineConfig; or give its fields as keyword arguments.
-        max_requests: how many may be under way at once, waiting ones and those being cancelled included.
+        max_requests: most open requests, including waiting ones and those being cancelled.
         options: those fields; and ``device``, ``dtype``, ``plugins`` and ``progress``, as Engine takes them.
 
     Raises:
@@ -84,15 +84,15 @@ class AsyncEngine(Frontend):
         return self._streams.thread.busy_s
 
     def submit(self, prompt: Any, params: SamplingParams | None = None, request_id: str | None = None) -> Stream:
-        """Queue a prompt in any form that ``encode_prompt`` takes: a string, token ids, messages. Callable from any
-        thread and inside event loops; the prompt is tokenised here, in the caller's thread.
+        """Queue a prompt: a string, token ids or messages. Callable from any thread and inside event loops; the prompt
+        is tokenised in the caller's thread.
 
         Raises:
-            InvalidRequestError: the prompt is no prompt, params are no SamplingParams, or the id is in use. What only
-                the engine can tell (the prompt is too long, say) is raised by the Stream.
+            InvalidRequestError: the prompt has an unknown form, params are no SamplingParams, or the id is in use.
+            Errors that only the engine can find (a prompt that is too long, for example) are raised by the Stream.
             EngineBusyError: ``max_requests`` have not ended yet.
-            EngineDeadError: the engine was closed or has failed, or stayed in the parent of this process.
-            RuntimeError: its thread can't be started (too many threads); a later request may find it can.
+            EngineDeadError: the engine was closed or has failed, or this process was forked from the engine's.
+            RuntimeError: its thread can't be started (too many threads); try again later.
         """
         self._streams.check_open()
         arrival = time.perf_counter()
@@ -105,20 +105,21 @@ class AsyncEngine(Frontend):
         return Stream(channel)
 
     def look(self, function: Callable[[Engine], _T]) -> Future[_T]:
-        """``function(engine)``, called by the stepping thread between two steps: all requests wait for it meanwhile.
+        """Call ``function(engine)`` in the stepping thread, between two steps; all requests wait for it.
 
         Raises:
-            EngineBusyError: very many looks wait already.
+            EngineBusyError: too many looks wait already.
             EngineDeadError: the engine was closed or has failed; the Future raises it if that happens later.
-            ReentryError: raised by the Future, where the stepping thread itself would wait for it.
+            ReentryError: raised by the Future, if the stepping thread itself would wait for it.
         """
         return self._streams.look(function)
 
     def close(self, timeout: float | None = None) -> None:
-        """Abort what runs (every stream gets its final delta), end the thread, close the engine. May be repeated.
+        """Abort all requests (every stream gets its final delta), end the thread, close the engine. May be called
+        again.
 
         Raises:
-            TimeoutError: the step under way did not end in ``timeout`` seconds; the rest follows when it does.
+            TimeoutError: the current step did not end in ``timeout`` seconds; the engine closes when it does.
         """
         if not self._streams.close(timeout):
             raise TimeoutError(f"the engine's step has not ended in {timeout:g} s")

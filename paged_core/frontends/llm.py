@@ -29,7 +29,7 @@ class LLM(Frontend):
     ``LLM("a/folder").generate(["Hello"], SamplingParams(n=3))[0].outputs[2].text``
 
     Args:
-        model: an Engine, or whatever an Engine takes: a PagedModel, a path, a hub id, a transformers model.
+        model: an Engine, or a model as Engine takes it: a PagedModel, a path, a hub id, a transformers model.
         tokenizer: taken from the model (by the ``load_tokenizer`` hook) when None.
         config: an EngineConfig; or give its fields as keyword arguments.
         options: those fields; and ``device``, ``dtype``, ``plugins`` and ``progress``, as Engine takes them.
@@ -60,18 +60,19 @@ class LLM(Frontend):
 
         Args:
             prompts: one or several of: a string, token ids, a list of chat messages (dicts with role and content),
-                ``{"prompt": str}`` or ``{"prompt_token_ids": ids}``; or what a Hugging Face tokenizer has made of
-                texts, whose padding is left out.
+                ``{"prompt": str}`` or ``{"prompt_token_ids": ids}``; or the output of a Hugging Face tokenizer, without
+                its padding.
             sampling_params: one for all, or one for each prompt.
             use_tqdm: show a progress bar.
 
-        A prompt that can't be served harms no other: its output's ``error`` says why, and the ``finish_reason`` of its
-        outputs is "error". An interrupt (Ctrl-C) cancels the whole call and leaves the LLM usable.
+        If a prompt can't be served, the others still are: its output's ``error`` gives the reason, and the
+        ``finish_reason`` of its outputs is "error". An interrupt (Ctrl-C) cancels the whole call and leaves the LLM
+        usable.
 
         Raises:
-            InvalidRequestError: prompts is none of these; or sampling_params is a list whose length isn't that of
-                prompts, or holds something else.
-            ReentryError: it was called by what a call of the same LLM calls: a logits processor, say.
+            InvalidRequestError: prompts has none of these forms; or sampling_params is a list of another length than
+            prompts, or holds something else.
+            ReentryError: it was called from inside a call of the same LLM, by a logits processor for example.
         """
         asked = as_prompts(prompts)
         each = _one_each(sampling_params, len(asked))

@@ -41,7 +41,7 @@ class RequestMetrics:
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """All that came of one prompt."""
+    """The result of one prompt."""
 
     request_id: str  # unique in its engine
     prompt: str | None  # None when the prompt was given as token ids
