@@ -27,6 +27,13 @@ def _option(default: Any, what: str, told: str, flag: str | None = None, metavar
     return field(default=default, metadata={"option": Option(what, told, flag, metavar)})
 
 
+# Fields that are one at least, where they are given.
+_COUNTS = (
+    "block_size", "num_blocks", "kv_cache_bytes", "kv_cache_slab_bytes", "max_num_seqs", "max_num_batched_tokens",
+    "max_model_len", "max_prompt_logprob_rows", "kv_disk_bytes", "kv_host_bytes", "tensor_parallel_size",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """The user's settings of an Engine. Sizes that are None are chosen from the model and the device when the engine is
@@ -107,22 +114,18 @@ class EngineConfig:
     max_prompt_logprob_rows: int = _option(256, "most prompt positions with logprobs per step", "256")
 
     def __post_init__(self) -> None:
-        _at_least(
-            self,
-            1,
-            "block_size",
-            "num_blocks",
-            "kv_cache_bytes",
-            "kv_cache_slab_bytes",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "max_model_len",
-            "max_prompt_logprob_rows",
-            "kv_disk_bytes",
-            "kv_host_bytes",
-            "tensor_parallel_size",
-        )
+        _at_least(self, 1, *_COUNTS)
         self._check_ranks()
+        self._check_memory()
+        self._check_weights()
+        budget = self.max_num_batched_tokens
+        if budget is not None and self.max_num_seqs is not None and budget < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({budget}) is below max_num_seqs ({self.max_num_seqs}): "
+                "a step could not give each running request a token; raise the first or lower the second"
+            )
+
+    def _check_memory(self) -> None:
         if self.kv_disk_path is not None and not str(self.kv_disk_path):
             raise ConfigError("kv_disk_path is empty; name a folder, or leave it out")
         if self.kv_disk_bytes is not None and self.kv_disk_path is None:
@@ -135,18 +138,14 @@ class EngineConfig:
             )
         if self.kv_cache_dtype not in (None, *KV_CACHE_DTYPES):
             raise ConfigError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; use {', '.join(KV_CACHE_DTYPES)} or None")
+
+    def _check_weights(self) -> None:
         if self.weights not in (None, *WEIGHTS):
             raise ConfigError(f"weights is {self.weights!r}; use {', '.join(WEIGHTS)} or None")
         if self.weights is not None and (self.compile_model or not self.fast_forwards):
             raise ConfigError(
                 f"weights is {self.weights!r}, which takes forwards that stand in for linear layers; leave "
                 "compile_model and fast_forwards out"
-            )
-        budget = self.max_num_batched_tokens
-        if budget is not None and self.max_num_seqs is not None and budget < self.max_num_seqs:
-            raise ConfigError(
-                f"max_num_batched_tokens ({budget}) is below max_num_seqs ({self.max_num_seqs}): "
-                "a step could not give each running request a token; raise the first or lower the second"
             )
 
     def _check_ranks(self) -> None:

@@ -14,6 +14,16 @@ def register(commands: Commands) -> None:
     """Add the command to ``commands``."""
     parser = commands.add_parser("bench", help="compare speed, memory and tokens with stock Hugging Face")
     add_model(parser)
+    _add_workload(parser)
+    _add_runs(parser)
+    add_engine(parser)
+    out = parser.add_argument_group("results")
+    out.add_argument("--json", type=Path, metavar="PATH", help="write all numbers as JSON")
+    out.add_argument("--plot", type=Path, metavar="PATH", help="write a chart (needs matplotlib)")
+    parser.set_defaults(run=bench)
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
     work = parser.add_argument_group("workload (default: 64 seeded requests, all at once)")
     source = work.add_mutually_exclusive_group()
     source.add_argument("--trace", type=Path, metavar="FILE", help="CSV with TIMESTAMP, ContextTokens, GeneratedTokens")
@@ -40,6 +50,9 @@ def register(commands: Commands) -> None:
     work.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed of prompts, arrivals and draws (default: 0)"
     )
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
     runs = parser.add_argument_group("runs")
     runs.add_argument(
         "--baseline",
@@ -64,11 +77,6 @@ def register(commands: Commands) -> None:
         metavar="SECONDS",
         help="if hf-sequential would take longer, run only every k-th request (default: 120; with --quick 15)",
     )
-    add_engine(parser)
-    out = parser.add_argument_group("results")
-    out.add_argument("--json", type=Path, metavar="PATH", help="write all numbers as JSON")
-    out.add_argument("--plot", type=Path, metavar="PATH", help="write a chart (needs matplotlib)")
-    parser.set_defaults(run=bench)
 
 
 def bench(args: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from paged_bench.agreement import Agreement
 from paged_bench.outcome import Outcome
 from paged_bench.quality import Quality
 from paged_bench.results import Summary
+from paged_bench.workloads import Workload
 from paged_core import EngineConfig
 
 COLUMNS = (
@@ -104,32 +105,15 @@ def write_json(outcome: Outcome, path: Path, config: EngineConfig, seed: int) ->
 def as_dict(outcome: Outcome, config: EngineConfig, seed: int) -> dict[str, Any]:
     """What ``write_json`` writes."""
     paged = next((summary.tokens_per_s for summary in outcome.summaries if summary.system == "paged"), None)
-    work = outcome.workload
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["paged", *sys.argv[1:]]),
         "seed": seed,
         "model": asdict(outcome.facts),
-        "hardware": {
-            "cpu": cpu_name(),
-            "cores": os.cpu_count(),
-            "threads": outcome.facts.num_threads,
-            "machine": platform.machine(),
-            "memory_bytes": _memory_bytes(),
-            "system": platform.system(),
-        },
+        "hardware": _hardware(outcome.facts.num_threads),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "engine": asdict(config),
-        "workload": {
-            "description": work.description,
-            "notes": work.notes,
-            "num_requests": len(work.requests),
-            "num_prompt_tokens": work.num_prompt_tokens,
-            "num_output_tokens": work.num_output_tokens,
-            "prompt_tokens": [len(request.prompt) for request in work.requests],
-            "output_tokens": [request.num_output for request in work.requests],
-            "arrivals_s": [request.arrival_s for request in work.requests],
-        },
+        "workload": _workload(outcome.workload),
         "order": outcome.order,
         "systems": {
             summary.system: {**asdict(summary), "paged_is_times": paged and paged / summary.tokens_per_s}
@@ -146,6 +130,30 @@ def as_dict(outcome: Outcome, config: EngineConfig, seed: int) -> dict[str, Any]
             }
             for agreement in outcome.agreements
         },
+    }
+
+
+def _hardware(num_threads: int) -> dict[str, Any]:
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": num_threads,
+        "machine": platform.machine(),
+        "memory_bytes": _memory_bytes(),
+        "system": platform.system(),
+    }
+
+
+def _workload(work: Workload) -> dict[str, Any]:
+    return {
+        "description": work.description,
+        "notes": work.notes,
+        "num_requests": len(work.requests),
+        "num_prompt_tokens": work.num_prompt_tokens,
+        "num_output_tokens": work.num_output_tokens,
+        "prompt_tokens": [len(request.prompt) for request in work.requests],
+        "output_tokens": [request.num_output for request in work.requests],
+        "arrivals_s": [request.arrival_s for request in work.requests],
     }
 
 
