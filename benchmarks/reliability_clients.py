@@ -6,6 +6,7 @@ import http.client
 import itertools
 import json
 import multiprocessing
+import os
 import random
 import socket
 import subprocess
@@ -20,7 +21,8 @@ from typing import Any, NamedTuple
 _READY_S = 300.0
 LONG = 1900  # tokens of an answer that is still under way when its client or its server goes
 BOMB = {"type": "integer", "multipleOf": 99999989}
-Trouble = Callable[[int, float, Any, Any], None]  # (port, how much, an event that ends it, a queue for its Counter)
+# (port, how much, an event that ends it, a queue: for a word when it has begun, and for its Counter)
+Trouble = Callable[[int, float, Any, Any], None]
 
 
 class Seen(NamedTuple):
@@ -148,7 +150,7 @@ def beside(trouble: Trouble, port: int, how_much: float) -> Iterator[Counter[str
     told: Counter[str] = Counter()
     process.start()
     try:
-        time.sleep(1)  # until it is at it
+        outcomes.get(timeout=_READY_S)  # it is at it
         yield told
     finally:
         over.set()
@@ -166,14 +168,16 @@ def flood(port: int, num_clients: float, over: Any, outcomes: Any) -> None:
         return told
 
     with ThreadPoolExecutor(int(num_clients)) as pool:
+        outcomes.put("begun")
         outcomes.put(sum(pool.map(client, range(int(num_clients))), Counter[str]()))
 
 
 def bombs(port: int, per_second: float, over: Any, outcomes: Any) -> None:
-    """Schemas that take seconds to compile, each another: nobody has refused it yet."""
+    """Schemas and expressions that take seconds to compile, by turns. Each is another: nobody has refused it yet."""
     with ThreadPoolExecutor(64) as pool:
-        sent = []
-        for number in itertools.count():
+        sent = [pool.submit(_send_bomb, port, 0)]
+        outcomes.put("begun")
+        for number in itertools.count(1):
             if over.wait(1 / per_second):
                 break
             sent.append(pool.submit(_send_bomb, port, number))
@@ -195,7 +199,10 @@ def _submit_and_leave(port: int, rnd: random.Random) -> str:
 
 
 def _send_bomb(port: int, number: int) -> str:
-    connection = _post(port, {"model": "it", "prompt": "1", "guided_json": {"title": str(number), **BOMB}})
+    own = f"{os.getpid()}.{number}"  # of a later round, too
+    expression = {"guided_regex": f"({own})?((a{{1000}}){{1000}}){{1000}}"}
+    bomb = expression if number % 2 else {"guided_json": {"title": own, **BOMB}}
+    connection = _post(port, {"model": "it", "prompt": "1", **bomb})
     try:
         return str(connection.getresponse().status)
     finally:

@@ -53,6 +53,7 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
             response_template=args.response_template, reasoning=_reasoning(args),
         )  # fmt: skip
         check_reasoning(args.reasoning_parser, served.response_template)
+        served.prepare_grammars()
         service = Service(
             served_engine, served,
             max_queue=args.max_queue, max_unread_bytes=_BODIES_AT_ONCE * args.max_body_bytes,

@@ -95,6 +95,17 @@ def test_who_asks_for_the_same_again_waits_for_no_trial(alphabet: Alphabet, monk
     assert len(alphabet.served._grammars._kept) <= 64
 
 
+def test_a_server_makes_what_the_first_grammar_needs_before_it_serves() -> None:
+    alphabet = Alphabet()
+    with alphabet.engine:
+        alphabet.served.prepare_grammars()
+        parts = alphabet.served._grammars._parts
+        assert parts is not None and parts[1]._open is not None and not parts[1]._open.gone
+        pid = parts[1]._open.pid
+        assert text(alphabet, guided_regex="abc") == "abc"
+        assert alphabet.served._grammars._parts is parts and parts[1]._open.pid == pid, "the same were used"
+
+
 def test_a_process_that_has_died_is_started_again(alphabet: Alphabet) -> None:
     compile_grammar(call(alphabet, guided_regex="e"))
     (_, trials), numbers = alphabet.served._grammars._parts, []  # type: ignore[misc]

@@ -60,6 +60,14 @@ class Grammars:
             raise InvalidRequestError("structured output needs a model with an end-of-sequence token")
         return Grammar(field, spell(kind, value, form), self, sources)
 
+    def prepare(self) -> None:
+        """Make now what the first grammar needs. It takes up to a second, in most of which no other thread runs: a
+        server does so before it has streams to hold up. Without llguidance or an end token there will be no grammars.
+        """
+        with suppress(ImportError, PluginError):
+            if self._eos_token_ids:
+                self._ready()[1].start()
+
     def compiled(self, text: str) -> CompiledGrammar:
         """Compile, which may take long. Requests with the same grammar wait together.
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 192 * 2**20  # most memory of a trial besides the vocabulary
 _MAX_AT_ONCE = 16  # most trials at once, which share the processor
-_QUICK_S = 0.1  # slower trials get a lower priority than new ones
+_QUICK_S = 0.05  # slower trials get a lower priority than new ones
 _WALL = 20  # limit of wall time, as a multiple of the limit of processor time
 
 

@@ -44,12 +44,24 @@ class Trials:
                 return self._ask(grammar).result(_PATIENCE_S)
         raise InvalidRequestError("it could not be tried; ask again")
 
+    def start(self) -> None:
+        """Start the process now; it is there when the first grammar is asked for.
+
+        Raises:
+            PluginError: it can't be started.
+        """
+        with self._lock:
+            self._running()
+
     def _ask(self, grammar: str) -> Future[str | None]:
         with self._lock:
-            if self._open is None or self._open.gone:
-                self._open = _TrialProcess(self._vocabulary, self._max_ms)
-                weakref.finalize(self, self._open.close)
-            return self._open.ask(next(self._numbers), grammar)
+            return self._running().ask(next(self._numbers), grammar)
+
+    def _running(self) -> _TrialProcess:
+        if self._open is None or self._open.gone:
+            self._open = _TrialProcess(self._vocabulary, self._max_ms)
+            weakref.finalize(self, self._open.close)
+        return self._open
 
 
 class _TrialProcess:

@@ -185,6 +185,10 @@ class ServedModel:
         check_sizes(params, prompts, self.max_model_len, self.limits.max_values, copies=copies, named=named)
         return params if grammar is None else replace(params, logits_processors=(grammar,))
 
+    def prepare_grammars(self) -> None:
+        """Make now what the first grammar needs (see ``Grammars.prepare``)."""
+        self._grammars.prepare()
+
     def grammar(self, structure: Structure | None, *, ignore_eos: bool = False) -> Grammar | None:
         """What an answer must follow. It is to be compiled before its request goes to the engine.
 
