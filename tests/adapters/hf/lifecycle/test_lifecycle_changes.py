@@ -1,11 +1,10 @@
-"""Weights and modules change between calls, or lie elsewhere."""
+"""Weights and modules change between calls."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,6 @@ from patched_calls import GREEDY, MODES, agrees, prompts, resize
 
 # what PEFT asks transformers for
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
-
-# ---- weights and modules that change between calls ---------------------------------------------------------------
 
 
 def _step(model: Any) -> None:
@@ -248,86 +244,3 @@ def test_torchs_defaults_are_honoured_and_left_alone(model: Any) -> None:
         got = model.generate(**given)
         expected = model.generate.stock(**given)
     assert torch.equal(got, expected)
-
-
-def test_a_compiled_model_is_patched_as_the_model_inside(make: Any) -> None:
-    model = make()
-    compiled = torch.compile(model, backend="eager")
-    compiled.generate = paged_generate(compiled, check=False)
-    got = compiled.generate(**prompts(), **GREEDY)
-    assert compiled.generate.last_report().tier == "native"
-    assert torch.equal(got, type(model).generate(model, **prompts(), **GREEDY))
-
-
-def _forward_as_one_graph(model: Any) -> None:
-    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
-
-
-def _layers_as_graphs(model: Any) -> None:
-    for layer in model.model.layers:
-        layer.forward = torch.compile(layer.forward, fullgraph=True, backend="eager")
-
-
-def _child_in_a_wrapper(model: Any) -> None:
-    model.model = torch.compile(model.model, fullgraph=True, backend="eager")
-
-
-def _compile_method(model: Any) -> None:
-    model.compile(fullgraph=True, backend="eager")
-
-
-@pytest.mark.parametrize("first", ["patched", "compiled"])
-@pytest.mark.parametrize("compiled", [_forward_as_one_graph, _layers_as_graphs, _child_in_a_wrapper, _compile_method])
-def test_compiled_forwards_are_run_by_the_engine_as_they_were(make: Any, compiled: Any, first: str) -> None:
-    model, plain = make(), make()
-    if first == "compiled":
-        compiled(model)
-    model.generate = paged_generate(model, check=False)
-    if first == "patched":
-        agrees(model)
-        compiled(model)
-    for own in MODES.values():
-        assert torch.equal(model.generate(**prompts(), **GREEDY, **own), plain.generate(**prompts(), **GREEDY, **own))
-        assert model.generate.last_report().tier == "native"
-
-
-def test_calls_of_a_compiled_model_that_the_engine_does_not_know_are_stocks(make: Any) -> None:
-    model, plain = make(), make()
-    model.generate = paged_generate(model, check=False)
-    _forward_as_one_graph(model)
-    given = {**prompts(rows=1), **GREEDY, "prefill_chunk_size": 4}
-    assert torch.equal(model.generate(**given), plain.generate(**given))
-    taken = model.generate.last_report()
-    assert taken.tier == "stock" and "compiled" in taken.reason
-
-
-# ---- offloaded weights ------------------------------------------------------------------------------------------
-
-
-def _all_on_the_cpu(model: Any, folder: Any) -> Any:
-    return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-
-
-def _all_on_disk(model: Any, folder: Any) -> Any:
-    accelerate.disk_offload(model, folder, execution_device=torch.device("cpu"))
-
-
-def _embeddings_on_disk(model: Any, folder: Any) -> Any:
-    places = dict.fromkeys(("model.layers", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-    places["model.embed_tokens"] = "disk"
-    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
-
-
-@pytest.mark.filterwarnings("ignore:You are calling .generate.. with the:UserWarning")  # stock.s own, in 5.18
-@pytest.mark.parametrize("offload", [_all_on_the_cpu, _all_on_disk, _embeddings_on_disk])
-@pytest.mark.parametrize("check", [False, True])
-def test_models_whose_weights_are_offloaded_answer_as_before(
-    make: Any, tmp_path: Any, offload: Any, check: bool
-) -> None:
-    model, plain = make(), make()
-    offload(model, tmp_path)
-    assert model.device.type == "meta"
-    model.generate = paged_generate(model, check=check)
-    for own in MODES.values():
-        assert torch.equal(model.generate(**prompts(), **GREEDY, **own), plain.generate(**prompts(), **GREEDY, **own))
-        assert model.generate.last_report().tier == "cache"
