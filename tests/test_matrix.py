@@ -93,7 +93,9 @@ def test_an_interpreter_is_found_on_the_path_or_with_pyenv(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_pytest_found_is_counted(tmp_path: Path, workers: int) -> None:
+def test_what_pytest_found_is_counted(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # other people's plugins take seconds to import
+    monkeypatch.setenv("PYTEST_PLUGINS", "xdist.plugin")
     (tmp_path / "test_it.py").write_text(
         "import pytest\ndef test_good(): pass\ndef test_bad(): assert False\n"
         "@pytest.fixture\ndef broken(): raise RuntimeError\ndef test_error(broken): pass\n"

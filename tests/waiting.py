@@ -15,6 +15,8 @@ def until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
         AssertionError: it wasn't for ``limit_s`` seconds.
     """
     deadline = time.monotonic() + limit_s
+    pause_s = 0.002
     while not condition():
         assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.002)
+        time.sleep(pause_s)
+        pause_s = min(1.1 * pause_s, 0.1)  # who asks often while a server starts takes the processor from it

@@ -28,12 +28,15 @@ _MUST_HAVE_HAPPENED = (
 )
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_every_row_is_told_what_it_is_told_alone_whatever_befalls_the_others(seed):
-    counts, error = fuzz(seed, 0, lambda counts: counts["operations"] >= 1200)
-    assert error is None, error
+def test_every_row_is_told_what_it_is_told_alone_whatever_befalls_the_others():
+    """Three episodes of other models: what happens in one of them may not in another."""
+    happened = Counter()
+    for seed in range(3):
+        counts, error = fuzz(seed, 0, lambda counts: counts["episodes"] == 1)
+        assert error is None, error
+        happened += counts
     for what in _MUST_HAVE_HAPPENED:
-        assert counts[what] > 0, what
+        assert happened[what] > 0, what
 
 
 def without_copies(monkeypatch):
