@@ -1,7 +1,11 @@
 """Where tests of Triton's kernels run: on a GPU, or else on the CPU through Triton's interpreter, as it has to be for
-tests: by itself it cuts float32 off to bfloat16 where every GPU rounds."""
+tests: by itself it cuts float32 off to bfloat16 where every GPU rounds, and looks through all of Triton's names each
+time that a kernel calls a function."""
 
 from __future__ import annotations
+
+import inspect
+from typing import Any
 
 import numpy
 import torch
@@ -25,3 +29,25 @@ def round_as_gpus_do(monkeypatch):
         return rounded.numpy().view(numpy.uint16).reshape(data.shape)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+def replace_builtins_once() -> None:
+    """From now on. The interpreter puts its own functions in the place of Triton's for as long as a kernel runs."""
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    known: dict[Any, list[tuple[str, Any]]] = {}
+
+    def replace(package: Any, builder: Any, scope: Any) -> None:
+        if package not in known:
+            known[package] = [(name, each) for name, each in inspect.getmembers(package) if is_builtin(each)]
+        for name, builtin in known[package]:
+            if getattr(package, name) is not builtin:
+                return  # a kernel that is running has replaced them
+            interpreter._patch_attr(package, name, builtin, builder, scope)
+
+    interpreter._patch_builtin = replace
+
+
+if not ON_GPU:
+    replace_builtins_once()
