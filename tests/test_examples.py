@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+import tiny_folder
 from places import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -50,11 +51,9 @@ def test_the_pipeline_runs_natively(capsys, monkeypatch):
     assert told.rstrip().splitlines()[-1].startswith("native")
 
 
-def test_the_server_answers_users_at_once_and_outlives_bad_bodies():
+def test_the_server_answers_users_at_once_and_outlives_bad_bodies(tmp_path):
     make_server = runpy.run_path(str(EXAMPLES / "threaded_server.py"))["make_server"]
-    from paged_hf import embedded_folder
-
-    server = make_server(str(embedded_folder()), port=0, max_new_tokens=6)
+    server = make_server(str(tiny_folder.save(tmp_path)), port=0, max_new_tokens=6)
     url = f"http://127.0.0.1:{server.server_port}"
 
     def ask(prompt: str) -> str:
@@ -77,8 +76,9 @@ def test_the_server_answers_users_at_once_and_outlives_bad_bodies():
         server.server_close()
 
 
-def test_the_rollout_loop_learns_on_the_weights_that_it_samples_from(capsys, monkeypatch):
-    told = run(capsys, monkeypatch, "rollout_loop.py", "--steps", "2", "--group", "4", "--max-new-tokens", "6")
+def test_the_rollout_loop_learns_on_the_weights_that_it_samples_from(capsys, monkeypatch, tmp_path):
+    options = ("--model", str(tiny_folder.save(tmp_path)), "--steps", "2", "--group", "4", "--max-new-tokens", "6")
+    told = run(capsys, monkeypatch, "rollout_loop.py", *options)
     assert len(re.findall(r"^step \d: reward \d\.\d+, loss -?\d+\.\d+; native", told, re.MULTILINE)) == 2, told
 
 

@@ -119,7 +119,7 @@ def test_eight_times_the_requests_take_at_most_twice_the_memory():
         tracemalloc.stop()
         return most
 
-    few, many = (min(peak(num) for _ in range(2)) for num in (300, 2400))  # what waits for the collector counts, too
+    few, many = (min(peak(num) for _ in range(2)) for num in (150, 1200))  # what waits for the collector counts, too
     assert many < 2 * few
 
 

@@ -172,7 +172,7 @@ def tokens(model, plugins=(), **params):
     config = EngineConfig(num_blocks=16, block_size=16, attention_backend="reference", fast_forwards=bool(plugins))
     engine = Engine(HFPagedModel(model), config, plugins=plugins)
     for row in range(3):
-        engine.add_request(str(row), list(range(5 + row, 12)), SamplingParams(max_tokens=6, ignore_eos=True, **params))
+        engine.add_request(str(row), list(range(5 + row, 12)), SamplingParams(max_tokens=4, ignore_eos=True, **params))
     found = {}
     while engine.has_work:
         for output in engine.step():
