@@ -39,6 +39,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
+
 from paged_bench.progress import Progress
 from paged_bench.report import cpu_name
 from paged_bench.results import percentile
@@ -60,8 +62,9 @@ def main() -> int:
         for round_number in range(args.repeats):
             for name, target in targets.items():
                 told = _told(progress, f"{name} {round_number + 1}/{args.repeats}", len(asks))
-                answers[name], duration_s = asyncio.run(drive(target, asks, args.concurrency, told))
-                rows.setdefault(name, []).append(summarise(answers[name], duration_s, args.slo_ttft, args.slo_itl))
+                answers[name], duration_s, cpu_s = _driven(target, asks, args.concurrency, told)
+                row = summarise(answers[name], duration_s, args.slo_ttft, args.slo_itl)
+                rows.setdefault(name, []).append({**row, "cpu_us_per_token": _per_token(cpu_s, answers[name])})
                 print(f"{name}: {rows[name][-1]['tokens_per_s']:.1f} tokens/s", file=sys.stderr, flush=True)
     result = {"systems": rows, **_compared(rows, answers), **_about(args, workload)}
     _show(result)
@@ -69,6 +72,30 @@ def main() -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     return 1 if any(row["num_errors"] for each in rows.values() for row in each) else 0
+
+
+def _driven(
+    target: TestedServer, asks: Sequence[Ask], concurrency: int | None, told: Any
+) -> tuple[list[TimedAnswer], float, dict[str, float]]:
+    """The answers, the run's seconds, and seconds of processor time by who took them."""
+    before = _cpu_s(target)
+    answers, duration_s = asyncio.run(drive(target, asks, concurrency, told))
+    return answers, duration_s, {who: after - before[who] for who, after in _cpu_s(target).items()}
+
+
+def _cpu_s(target: TestedServer) -> dict[str, float]:
+    """The client's is this thread's; reading answers when the run is over is part of it. Of a server that is ours: its
+    event loop's ("loop", which does what HTTP costs), and all its threads' ("server")."""
+    taken = {"client": time.thread_time()}
+    if target.pid is not None:
+        threads = {each.id: each.user_time + each.system_time for each in psutil.Process(target.pid).threads()}
+        taken |= {"loop": threads[target.pid], "server": sum(threads.values())}
+    return taken
+
+
+def _per_token(cpu_s: dict[str, float], answers: Sequence[TimedAnswer]) -> dict[str, float]:
+    num_tokens = max(1, sum(answer.num_tokens for answer in answers))
+    return {who: round(1e6 * seconds / num_tokens, 1) for who, seconds in cpu_s.items()}
 
 
 def make_asks(args: argparse.Namespace) -> tuple[list[Ask], Workload]:
@@ -142,8 +169,9 @@ def _targets(args: argparse.Namespace) -> Iterator[dict[str, TestedServer]]:
     from paged_core import AsyncEngine, EngineConfig
 
     config = EngineConfig(kv_cache_bytes=args.kv_bytes, enable_prefix_caching=False)
-    with AsyncEngine(args.in_process, config=config) as engine, _own_server(args) as url:
+    with AsyncEngine(args.in_process, config=config) as engine, _own_server(args) as (url, pid):
         server = _endpoint(args, url, args.in_process)
+        server.pid = pid
         short = [Ask(0, "A", (1, 2, 3), 2)]
         targets = {"in-process": EngineTarget(engine, ignores_eos(args.backend, args.extra)), "http": server}
         for target in targets.values():  # compiles the remaining kernels
@@ -157,7 +185,7 @@ def _endpoint(args: argparse.Namespace, url: str, model: str | None) -> HTTPTarg
 
 
 @contextmanager
-def _own_server(args: argparse.Namespace) -> Iterator[str]:
+def _own_server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -170,7 +198,7 @@ def _own_server(args: argparse.Namespace) -> Iterator[str]:
             time.sleep(0.2)
         if server.poll() is not None:
             raise SystemExit("the server did not start")
-        yield url
+        yield url, server.pid
     finally:
         server.terminate()
         server.wait(60)
@@ -219,6 +247,8 @@ def _show(result: Row) -> None:
     for name, rows in result["systems"].items():
         for row in rows:
             print(f"{name[-24:]:24}" + "".join(f"{_number(row[key]):>11}" for key in keys))
+            told = ", ".join(f"{who} {taken:.0f}" for who, taken in row["cpu_us_per_token"].items())
+            print(f"    µs of processor time a token: {told}")
             for error, count in row["errors"].items():
                 print(f"    {count} x {error}")
     if "agreement" in result:

@@ -40,9 +40,12 @@ class TimedAnswer:
     num_tokens: int = 0
     text: str = ""
     error: str | None = None
+    read_later: Callable[[], None] | None = None  # fills in the text; may raise
 
 
 class TestedServer(Protocol):
+    pid: int | None  # of a server process that is ours
+
     async def ask(self, ask: Ask, answer: TimedAnswer, began: float) -> None:
         """Fill in ``answer``. If this raises, the answer is an error."""
         ...
@@ -72,7 +75,19 @@ async def drive(
         return answer
 
     answers = await asyncio.gather(*[one(ask) for ask in asks])
-    return list(answers), time.perf_counter() - began
+    duration_s = time.perf_counter() - began
+    return [_read(answer) for answer in answers], duration_s
+
+
+def _read(answer: TimedAnswer) -> TimedAnswer:
+    """Itself, with what was left unread while the clock ran."""
+    if answer.read_later is not None:
+        try:
+            answer.read_later()
+        except Exception as error:
+            answer.error = f"{type(error).__name__}: {error}"
+        answer.read_later = None
+    return answer
 
 
 def ignores_eos(backend: str, extra: dict[str, Any] | None = None) -> bool:
@@ -86,6 +101,7 @@ class EngineTarget:
 
     def __init__(self, engine: AsyncEngine, ignore_eos: bool = True) -> None:
         self._engine, self._ignore_eos = engine, ignore_eos
+        self.pid: int | None = None
 
     async def ask(self, ask: Ask, answer: TimedAnswer, began: float) -> None:
         params = SamplingParams(temperature=0, max_tokens=ask.num_output, ignore_eos=self._ignore_eos)
@@ -103,6 +119,7 @@ class HTTPTarget:
     def __init__(
         self, url: str, backend: str, model: str | None, api_key: str | None = None, extra: dict[str, Any] | None = None
     ) -> None:
+        self.pid: int | None = None
         parts = urlsplit(url)
         assert parts.hostname is not None, f"{url} has no host"
         self._backend, self._model, self._extra = backend, model, extra or {}
@@ -115,15 +132,14 @@ class HTTPTarget:
 
     async def ask(self, ask: Ask, answer: TimedAnswer, began: float) -> None:
         body = json.dumps(self._body(ask)).encode()
-        reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._tls, limit=2**22)
-        pieces: list[tuple[float, bytes]] = []
+        loop = asyncio.get_running_loop()
+        _, come = await loop.create_connection(lambda: _Pieces(began), self._host, self._port, ssl=self._tls)
+        come.transport.write(f"{self._head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         try:
-            writer.write(f"{self._head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            async for data in _body_pieces(reader):
-                pieces.append((time.perf_counter() - began, data))
+            await come.over
         finally:
-            writer.close()
-        self._read(pieces, answer)
+            come.transport.close()
+        answer.read_later = lambda: self._read(_body_pieces(come.pieces), answer)
 
     def _body(self, ask: Ask) -> dict[str, Any]:
         if self._backend == "tgi":
@@ -163,14 +179,60 @@ def _text(event: dict[str, Any]) -> str:
     return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in event["choices"])
 
 
-async def _body_pieces(reader: asyncio.StreamReader) -> Any:
-    """The pieces of a chunked body as they come. Raises RuntimeError for an answer that isn't a stream."""
-    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-    if " 200 " not in head.split("\r\n")[0] or "chunked" not in head.lower():
-        rest = await reader.read(2000)
-        raise RuntimeError(f"{head.split(chr(13))[0]}: {rest.decode(errors='replace')[:300]}")
-    while size := int((await reader.readline()).split(b";")[0], 16):
-        yield (await reader.readexactly(size + 2))[:-2]
+class _Pieces(asyncio.Protocol):
+    """What comes over one connection until the server closes it, and when; unread."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, began: float) -> None:
+        self._began = began
+        self.pieces: list[tuple[float, bytes]] = []
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.pieces.append((time.perf_counter() - self._began, data))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self.over.done():
+            return
+        if error is None:
+            self.over.set_result(None)
+        else:
+            self.over.set_exception(error)
+
+
+def _body_pieces(come: Sequence[tuple[float, bytes]]) -> list[tuple[float, bytes]]:
+    """The chunks of a chunked body, each at the time at which its end came. Raises RuntimeError for an answer that is
+    no stream, or isn't whole."""
+    unread, at, pieces = bytearray(), "head", list[tuple[float, bytes]]()
+    for now, data in come:
+        unread += data
+        if at == "head" and b"\r\n\r\n" in unread:
+            head, _, unread = unread.partition(b"\r\n\r\n")
+            if b" 200 " not in head.split(b"\r\n")[0] or b"chunked" not in head.lower():
+                rest = bytes(unread) + b"".join(data for later, data in come if later > now)
+                raise RuntimeError(f"{head.split(bytes([13]))[0].decode()}: {rest.decode(errors='replace')[:300]}")
+            at = "body"
+        while at == "body" and (piece := _first_chunk(unread)) is not None:
+            at = "body" if piece else "end"
+            pieces.append((now, piece))
+    if at != "end":
+        raise RuntimeError("the connection ended before its answer did")
+    return pieces
+
+
+def _first_chunk(unread: bytearray) -> bytes | None:
+    """Taken off ``unread``; None: it has not come yet. An empty one is the last."""
+    size, found, _ = unread.partition(b"\r\n")
+    if not found or len(unread) < (end := len(size) + 2 + int(size.split(b";")[0], 16)) + 2:
+        return None
+    piece = bytes(unread[len(size) + 2 : end])
+    del unread[: end + 2]
+    return piece
 
 
 def _without_nulls(body: dict[str, Any]) -> dict[str, Any]:
