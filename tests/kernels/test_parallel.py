@@ -118,7 +118,7 @@ def test_a_cache_file_cut_short_is_compiled_anew(monkeypatch, tmp_path):
 def test_kernels_that_different_processes_compiled_keep_their_own_helpers(tmp_path, monkeypatch):
     """What is kept on disk calls its helpers by name, and in a process that loads both a name is one function."""
     monkeypatch.setenv("PAGED_CORE_CACHE", str(tmp_path))
-    for names in (["float32"], ["bfloat16"], ["float32", "bfloat16"]):
-        command = [sys.executable, str(TESTS / "products_in_one_process.py"), *names]
+    for bases in ([2], [3], [2, 3]):
+        command = [sys.executable, str(TESTS / "kernels_in_one_process.py"), *map(str, bases)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert done.stdout.split() == ["right"] * len(names)
+        assert [int(stored) for stored in done.stdout.split()] == [7 + 2 * base for base in bases]

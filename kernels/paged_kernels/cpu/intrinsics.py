@@ -28,8 +28,9 @@ HAS_F16 = bool(_FEATURES.get("f16c")) or platform.machine().lower() not in ("x86
 i32, i64, f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 vec, ivec = ir.VectorType(f32, LANES), ir.VectorType(i32, LANES)
 
-inline = njit(error_model="numpy", nogil=True)
-"""Compiles a helper that kernels call. No fast-math: sums keep their order, NaN and infinity their meaning."""
+inline = njit(error_model="numpy", nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""Compiles a helper that kernels call, and Python cannot: what that would need is a seventh of compiling them.
+No fast-math: sums keep their order, NaN and infinity their meaning."""
 
 
 class _VectorType(types.Type):
