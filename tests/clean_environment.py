@@ -24,6 +24,7 @@ from packaging.utils import canonicalize_name
 
 from places import ROOT
 
+OUR_NAME = "paged-core"
 # What would change what an interpreter finds, name folders of ours, or have it compile what it imports each time.
 _OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PAGED_CORE_CACHE", "PYTHONDONTWRITEBYTECODE")
 
@@ -61,14 +62,20 @@ class CleanEnvironment:
         assert (program, verb) == ("pip", "install"), command
         what = [re.sub(r"^(\.|paged-core)(?=\[|$)", str(self.wheel), word) for word in what]
         # Not compiled: few of these modules are ever imported here, and the first interpreter that does keeps them.
-        pip = ("--python", self.bin / "python", "install", "--no-compile", "-c", ROOT / "constraints.txt", *what)
+        pip = ("--python", self.bin / "python", "install", "--no-compile")
         report = self.folder / "report.json"
-        _pip(*pip, "--dry-run", "--report", report, env=self.variables)
+        asked = ("-c", ROOT / "constraints.txt", "--dry-run", "--report", report, *what)
+        _pip(*pip, *asked, env=self.variables)
+        left = []
         for each in json.loads(report.read_text())["install"]:
-            found = _installed(each["metadata"]["name"])
-            if found is not None and found.version == each["metadata"]["version"] and not _shares_a_folder(found):
+            name, version = each["metadata"]["name"], each["metadata"]["version"]
+            found = _installed(name)
+            if found is not None and found.version == version and not _shares_a_folder(found):
                 _lend(self._packages, found)
-        _pip(*pip, env=self.variables)
+            else:
+                left.append(self.wheel if name == OUR_NAME else f"{name}=={version}")
+        if left:  # all that pip has chosen, so it need not choose again
+            _pip(*pip, "--no-deps", *left, env=self.variables)
 
     def run(self, *command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
         """To its end, in a folder that has nothing of ours."""

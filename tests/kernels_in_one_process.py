@@ -12,8 +12,8 @@ import torch
 from paged_kernels.cpu import memory, parallel
 from paged_kernels.cpu.intrinsics import inline
 
-# The helper is long, so that it stays a function of its own in what is compiled, and reads zeros only. It is a global: a
-# kernel that holds a helper in a closure is not kept on disk.
+# The helper is long, so that it stays a function of its own in what is compiled, and reads zeros only. It is a global:
+# numba does not keep on disk what holds a helper in a closure.
 SOURCE = f"""
 @inline
 def helper(address, number):
