@@ -14,6 +14,7 @@ from paged_serving.conversation.events import Answer
 from paged_serving.conversation.turns import Tool, ToolChoice
 from paged_serving.grammars.compiling import Vocabulary, compile_grammar, make_tokenizer, why
 from paged_serving.grammars.form import JsonForm
+from paged_serving.grammars.sources import Sources
 from paged_serving.grammars.spelling import spell
 from paged_serving.response_templates.forcing import CallGrammar, SchemaError
 from paged_serving.response_templates.parser import TemplateParser
@@ -164,3 +165,11 @@ def test_every_line_of_a_schema_is_known_as_its_tools(name: str) -> None:
     assert of["first"] and of["second"], "both have rules"
     assert any("%json" in line for line in of["first"])
     assert not any("second" in line for line in of["first"]) and not any("first" in line for line in of["second"])
+
+
+def test_what_is_wrong_is_told_of_the_line_where_it_stands() -> None:
+    sources = Sources("1\n2: %json {}\n3: %json {}", {2: "first", 3: "second"})
+    told = "the grammar can't be used: at 3(9): failed to compile JSON schema: no such type\n   2 | rule_0: %json {"
+    assert sources.blamed(told) == ("second", "the grammar can't be used: no such type")
+    assert sources.blamed("it takes too long") == (None, "it takes too long")
+    assert list(sources.schemas()) == [("first", "start: %json {}"), ("second", "start: %json {}")]

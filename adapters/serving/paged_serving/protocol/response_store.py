@@ -11,6 +11,7 @@ from paged_serving.conversation.turns import Turn
 from paged_serving.messages import json_text
 from paged_serving.protocol.parsing import ProtocolError, shortened
 
+_RESPONSE = "resp_"  # what its ids begin with
 _MAX_CHARACTERS = 64 * 2**20
 
 
@@ -27,7 +28,6 @@ class ResponseStore:
         self._max = max_responses
         self._lock = threading.Lock()  # guards what follows
         self._kept: OrderedDict[str, _KeptResponse] = OrderedDict()  # used last, last
-        self._owners: dict[str, str] = {}  # id of an item that a response has told -> the response's
         self._size = 0
 
     def put(self, response_id: str, turns: Sequence[Turn], response: Mapping[str, Any]) -> None:
@@ -36,11 +36,10 @@ class ResponseStore:
         kept = _KeptResponse(turns, response, sum(map(_size, turns)) + len(json_text(response)))
         with self._lock:
             self._kept[response_id] = kept
-            self._owners |= dict.fromkeys(_item_ids(kept), response_id)
             self._size += kept.size
             while self._kept and (len(self._kept) > self._max or self._size > _MAX_CHARACTERS):
                 _, gone = self._kept.popitem(last=False)
-                self._forget(gone)
+                self._size -= gone.size
 
     def turns(self, response_id: str) -> Sequence[Turn]:
         """
@@ -68,9 +67,7 @@ class ResponseStore:
         Raises:
             ProtocolError: its response isn't kept, or not any more.
         """
-        with self._lock:
-            owner = self._owners.get(item_id)
-        kept = None if owner is None else self._used(owner)
+        kept = self._used(response_of(item_id))
         for item in () if kept is None else kept.response["output"]:
             if item["id"] == item_id:
                 found: Mapping[str, Any] = item
@@ -88,13 +85,7 @@ class ResponseStore:
             gone = self._kept.pop(response_id, None)
             if gone is None:
                 raise self._not_found(response_id)
-            self._forget(gone)
-
-    def _forget(self, gone: _KeptResponse) -> None:
-        """Remove a response and everything about it. The lock is held."""
-        self._size -= gone.size
-        for item_id in _item_ids(gone):
-            del self._owners[item_id]
+            self._size -= gone.size
 
     def _found(self, response_id: str) -> _KeptResponse:
         kept = self._used(response_id)
@@ -120,8 +111,14 @@ class ResponseStore:
         )
 
 
-def _item_ids(kept: _KeptResponse) -> list[str]:
-    return [item["id"] for item in kept.response.get("output", ())]
+def item_id(prefix: str, response_id: str, place: int) -> str:
+    """Of the item at ``place`` of a response's output. Its response can be told from it."""
+    return f"{prefix}_{response_id.removeprefix(_RESPONSE)}_o{place}"
+
+
+def response_of(item_id: str) -> str:
+    """The id of the response that has told the item; of what is no item's id, anything."""
+    return _RESPONSE + item_id.partition("_")[2].partition("_")[0]
 
 
 def _size(turn: Turn) -> int:

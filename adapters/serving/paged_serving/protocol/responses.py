@@ -15,7 +15,7 @@ from paged_serving.conversation.turns import ToolCall, Turn
 from paged_serving.protocol.answering import ConversationAnswer, num_cached
 from paged_serving.protocol.bodies import listed
 from paged_serving.protocol.reading import read_body
-from paged_serving.protocol.response_store import ResponseStore
+from paged_serving.protocol.response_store import ResponseStore, item_id
 from paged_serving.protocol.responses_body import (
     ResponsesBody,
     check_include,
@@ -59,7 +59,6 @@ class ResponsesCall:
         self.stream = asked.stream
         self.retells, self.named = True, _NAMES
         self._created = int(time.time())
-        self._item_ids: list[str] = []  # by block
         self._num_events = 0
 
     def first_chunks(self) -> list[dict[str, Any]]:
@@ -114,9 +113,7 @@ class ResponsesCall:
     # ---- objects -------------------------------------------------------------------------------------------------
 
     def _item_id(self, block: ContentBlock) -> str:
-        while len(self._item_ids) <= block.index:
-            self._item_ids.append(f"{_PREFIXES[block.kind]}_{uuid.uuid4().hex}")
-        return self._item_ids[block.index]
+        return item_id(_PREFIXES[block.kind], self.id, block.index)
 
     def _item(self, block: ContentBlock, status: str) -> dict[str, Any]:
         begun = status == "in_progress"
