@@ -107,7 +107,7 @@ def test_a_change_is_not_forgotten_when_catching_up_with_it_fails(
     running = engine(paged_model)
     paged(running, prompts, 8)
     _edit_data(model)
-    monkeypatch.setattr(paged_model, "_create", _out_of_memory)
+    monkeypatch.setattr(paged_model.fast_forwards, "create", _out_of_memory)
     with pytest.raises(MemoryError):
         paged_model.refresh()
     monkeypatch.undo()

@@ -19,6 +19,9 @@ from paged_core import EngineDeadError, EngineThread, ReentryError, ThreadPolicy
 from paged_core.frontends.locks import PatientLock
 from strikes import LIMIT_S, Struck, strike_until_it_ends, strikes_anywhere
 
+# A strike that hits while the interpreter begins or ends a thread is told, and goes no further.
+_STRIKES_OUTSIDE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 class Idle(ThreadPolicy):
     """Nothing to compute; what fails is kept."""
@@ -60,6 +63,7 @@ def thread(policy: Idle) -> EngineThread:
     return policy.thread
 
 
+@_STRIKES_OUTSIDE
 def test_no_exception_leaves_the_lock_locked() -> None:
     lock, rnd = PatientLock(), random.Random(0)
 
@@ -84,8 +88,7 @@ def test_a_lock_that_nobody_gives_back_is_noticed() -> None:
         pass
 
 
-# a strike that hits while the interpreter tidies up after a thread is told, and goes no further
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@_STRIKES_OUTSIDE
 def test_holders_that_are_struck_neither_hang_nor_keep_the_thread(policy: Idle, thread: EngineThread) -> None:
     rnd = random.Random(1)
 
