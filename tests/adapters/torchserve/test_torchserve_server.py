@@ -289,7 +289,8 @@ def test_clients_of_a_worker_that_is_scaled_away_hear_of_it_when_there_is_anothe
             scaled = running.client.put(f"{running.management}/models/tiny", params=scale, timeout=READY_S)
             assert scaled.status_code == 200
         for thread in threads:
-            thread.join(30)
+            thread.join(READY_S)
+            assert not thread.is_alive(), "a client of the worker that went waits for ever"
         if all("ask again" in heard[path] for path in bodies):
             break
     assert {path: "ask again" in told for path, told in heard.items()} == dict.fromkeys(bodies, True)
