@@ -44,7 +44,7 @@ class Conv1D(nn.Module):
 
 
 class LlamaNorm(nn.Module):
-    def __init__(self, size, eps=1e-5):
+    def __init__(self, size=48, eps=1e-5):
         super().__init__()
         self.weight, self.variance_epsilon = nn.Parameter(torch.ones(size)), eps
 

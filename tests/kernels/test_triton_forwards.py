@@ -11,34 +11,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from interpreter import DEVICE, round_as_gpus_do
+from modules_to_accelerate import CPU, GatedMLP, LlamaNorm
 from paged_core import Engine, EngineConfig, SamplingParams, hookimpl
 from paged_core.builtin import gpu_forwards, sampler
 from paged_core.builtin.gpu_forwards import gpu_forward
 from paged_hf.model.paged_model import HFPagedModel
 from paged_kernels.triton import sampling
-
-CPU = torch.device("cpu")
-
-
-class GatedMLP(nn.Module):
-    def __init__(self, act=nn.SiLU):
-        super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(48, 100, bias=False), nn.Linear(48, 100, bias=False)
-        self.down_proj, self.act_fn = nn.Linear(100, 48, bias=False), act()
-
-    def forward(self, x):
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-class LlamaNorm(nn.Module):
-    def __init__(self, size=48, eps=1e-5):
-        super().__init__()
-        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x):
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(x.dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +108,7 @@ class Doubled(GatedMLP):
 
 @pytest.mark.parametrize(
     "make",
-    [Scaled, PlusOne, Doubled, lambda: GatedMLP(nn.GELU), lambda: LlamaNorm().double(), lambda: nn.Linear(4, 4),
+    [Scaled, PlusOne, Doubled, lambda: GatedMLP(act=nn.GELU), lambda: LlamaNorm().double(), lambda: nn.Linear(4, 4),
      lambda: nn.LayerNorm(48)],
 )  # fmt: skip
 def test_what_is_not_plainly_understood_is_left_alone(make):

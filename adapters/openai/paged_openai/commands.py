@@ -58,7 +58,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="names that clients may use for the model (default: MODEL)",
     )
     _add_engine(parser.add_argument_group("engine"))
-    _add_limits(parser.add_argument_group("limits"))
+    limits = parser.add_argument_group("limits")
+    _add_limits(limits)
+    _add_times(limits)
     _add_access(parser.add_argument_group("access"))
     _add_behaviour(parser.add_argument_group("behaviour"))
     add_spellings(parser)
@@ -122,6 +124,10 @@ def _add_limits(group: Any) -> None:
         default=4096,
         help="most open connections (default: %(default)s)",
     )
+
+
+def _add_times(group: Any) -> None:
+    add = group.add_argument
     add(
         "--body-timeout",
         type=_seconds,
