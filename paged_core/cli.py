@@ -1,4 +1,4 @@
-"""The ``paged`` command. It has two things to do by itself, ``--version`` and ``plugins``; plugins add the rest."""
+"""The ``paged`` command. It does ``--version`` and ``plugins`` itself; plugins add the other subcommands."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from paged_core.errors import InvalidRequestError, PagedCoreError, PluginError
 from paged_core.plugins import Plugins, load_plugins
 from paged_core.processors import settle_threads
 
-_DISTRIBUTIONS = {"yaml": "pyyaml", "ts": "torchserve"}  # whose modules have other names
+_DISTRIBUTIONS = {"yaml": "pyyaml", "ts": "torchserve"}  # modules named otherwise than their distribution
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit status: 0, or 2 after an error that is the caller's to mend."""
+    """Run one command. Returns its exit status: 0, or 2 after an error that the user can correct."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
         return _run(argv)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our output has had enough
+    except BrokenPipeError:  # the program that read our output has closed the pipe
         sys.stderr.close()
         return 141
     except (PagedCoreError, InvalidRequestError) as error:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"paged: {error}", file=sys.stderr)
         return 2
-    except ImportError as error:  # transformers and others import what a call needs in the midst of it
+    except ImportError as error:  # transformers and others import some modules only during a call
         if debug:
             raise
         print(f"paged: {error}\npaged: {_how_to_install(error.name)}", file=sys.stderr)
@@ -46,20 +46,21 @@ def _run(argv: Sequence[str]) -> int:
     parser.add_argument("--version", action="version", version=f"paged-core {__version__}")
     _add_debug(parser)
     if "--version" in argv[:1]:
-        parser.parse_args(argv)  # quick: before any plugin is imported
+        parser.parse_args(argv)  # prints --help and --version without importing any plugin
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     settle_threads()
-    manager = load_plugins(builtin=())  # the built-in ones bring no command, and import torch
+    manager = load_plugins(builtin=())  # the built-in plugins add no command, and importing them imports torch
     listing = commands.add_parser("plugins", help="list the plugins, where they come from and what they answer")
     listing.set_defaults(run=lambda args: _list_plugins(load_plugins()))
     manager.hook.register_commands(commands=commands)
     for name, command in commands.choices.items():
         _add_debug(command)
-        command.set_defaults(parser=command)  # commands below it may name themselves instead
+        # so that errors show this command's usage; its own subcommands may set theirs
+        command.set_defaults(parser=command)
         if command.get_default("run") is None:
             raise PluginError(f"the command {name!r} does nothing; its plugin must call parser.set_defaults(run=...)")
     args, unknown = parser.parse_known_args(argv)
-    if unknown:  # parse_args would show the usage of `paged` alone
+    if unknown:  # not parse_args: it would show the usage of `paged` alone
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return args.run(args) or 0
 
@@ -71,8 +72,8 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
 
 
 def _how_to_install(module: str | None) -> str:
-    """The extra that brings a module; all of them if none declares it by that name."""
-    extras: dict[str, set[str]] = {}  # by distribution, its name as the index compares names
+    """Name the extra that installs a module, or all extras if none declares it by that name."""
+    extras: dict[str, set[str]] = {}  # distribution (normalised as PEP 503 says) -> extras that declare it
     for line in requires("paged-core") or ():
         name, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"]([\w-]+)['\"]", line)
         if name and extra and extra[1] != "all":

@@ -1,4 +1,5 @@
-"""EngineConfig: every wish for an engine, checked once. EngineSizes: what became of it. Neither is written again."""
+"""EngineConfig: the user's settings of an engine, checked once. EngineSizes: the sizes chosen from them. Both are
+immutable."""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ WEIGHTS = ("int8", "int4")
 
 
 class Option(NamedTuple):
-    """How a field of EngineConfig is told: on command lines, and in the docs' tables."""
+    """How a field of EngineConfig is described on command lines and in the docs' tables."""
 
     what: str
-    default: str  # what leaving it out means, in words
-    flag: str | None = None  # on command lines; None: only programs and files say it
+    default: str  # in words: what happens if the option is left out
+    flag: str | None = None  # the option on command lines; None: it has none, and only Python code and files can set it
     metavar: str | None = None
 
 
@@ -27,7 +28,7 @@ def _option(default: Any, what: str, told: str, flag: str | None = None, metavar
     return field(default=default, metadata={"option": Option(what, told, flag, metavar)})
 
 
-# Fields that are one at least, where they are given.
+# Fields that must be at least 1 where they are set.
 _COUNTS = (
     "block_size", "num_blocks", "kv_cache_bytes", "kv_cache_slab_bytes", "max_num_seqs", "max_num_batched_tokens",
     "max_model_len", "max_prompt_logprob_rows", "kv_disk_bytes", "kv_host_bytes", "tensor_parallel_size",
@@ -149,7 +150,7 @@ class EngineConfig:
             )
 
     def _check_ranks(self) -> None:
-        """What is known of one process only can't be wished for several."""
+        """Refuse settings that work in one process only, if there are several ranks."""
         if self.tensor_parallel_size == 1:
             return
         for name in ("kv_disk_path", "kv_host_bytes", "compile_model", "cuda_graphs", "lookahead", "weights"):
@@ -162,7 +163,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class StepSizes:
-    """What a step and a block can hold: known before any memory is taken."""
+    """The sizes of a step and of a block, which are known before any memory is allocated."""
 
     block_size: int  # slots of a block
     max_num_seqs: int  # requests running at once
@@ -175,8 +176,8 @@ class StepSizes:
 class EngineSizes(StepSizes):
     """All sizes of an engine."""
 
-    num_blocks: int  # of the cache, when it is as large as it may get
-    num_slab_blocks: int  # it begins with, and grows by
+    num_blocks: int  # in the cache when it has grown to its limit
+    num_slab_blocks: int  # the cache begins with this many blocks, and grows by this many
     watermark_blocks: int  # kept free at admission
 
 

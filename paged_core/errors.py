@@ -1,4 +1,4 @@
-"""Everything the project raises on purpose.
+"""All exceptions that the project raises on purpose.
 
 PagedCoreError
 ├── ConfigError (ValueError)         an EngineConfig value that can't work

@@ -1,9 +1,9 @@
 """Every extension point, and nothing else.
 
 A plugin is a module or object whose functions carry ``@hookimpl`` and one of these names. Implementations may take
-fewer parameters than are listed. Where "first answer wins", return None to pass. All hooks but the observers are asked
-while an Engine is built (or a request is admitted): never per layer, never per token. The ``config`` that they are
-given has no size left open but ``num_blocks``; ``sizes`` says the same with dtypes resolved.
+fewer parameters than are listed. Where "first answer wins", return None to pass. All hooks but the observers are called
+while an Engine is built or a request is admitted: never per layer, never per token. In the ``config`` that hooks get,
+all sizes are set except ``num_blocks``; ``sizes`` holds the same with dtypes resolved.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Commands(Protocol):
     """The subcommands of ``paged``, to which plugins can add."""
 
     def add_parser(self, name: str, *, help: str, **options: Any) -> argparse.ArgumentParser:
-        """A new subcommand; ``options``: as argparse.ArgumentParser takes them. ``set_defaults(run=...)`` of what
-        comes back says what it does: ``run(args) -> exit status``."""
+        """Return the parser of a new subcommand. ``options`` are those of argparse.ArgumentParser. Call
+        ``set_defaults(run=...)`` on the parser to say what the subcommand does: ``run(args) -> exit status``."""
         ...
 
 
@@ -49,7 +49,7 @@ hookimpl = pluggy.HookimplMarker("paged_core")
 
 @hookspec(firstresult=True)
 def load_model(source: Any, device: str | None, dtype: str | None, ranks: Ranks | None) -> PagedModel | None:
-    """A PagedModel from ``source``: a path, a hub id, or a live object such as a transformers model.
+    """Return a PagedModel from ``source``: a path, a hub id, or a live object such as a transformers model.
 
     ``ranks``: this process is one of several ranks, each of which calls the hook. Join them, and return this rank's
     shard, with ``num_ranks`` set."""
@@ -57,7 +57,8 @@ def load_model(source: Any, device: str | None, dtype: str | None, ranks: Ranks 
 
 @hookspec(firstresult=True)
 def load_tokenizer(source: Any) -> Any | None:
-    """The tokenizer that belongs to ``source``: ``encode(text) -> ids``, ``decode(ids) -> text`` (text.Tokenizer)."""
+    """Return the tokenizer that belongs to ``source``: ``encode(text) -> ids``, ``decode(ids) -> text``
+    (text.Tokenizer)."""
 
 
 @hookspec(firstresult=True)
@@ -69,27 +70,27 @@ def create_kv_cache(spec: ModelSpec, num_blocks: int, config: EngineConfig, size
 def create_attention_backend(
     name: str, spec: ModelSpec, config: EngineConfig, sizes: StepSizes
 ) -> AttentionBackend | None:
-    """The backend called ``name``, or any that can run every layer of ``spec`` if name is "auto". Return None if you
-    can't honour a fact of some layer; never ignore one."""
+    """Return the backend called ``name``, or any that can run every layer of ``spec`` if name is "auto". Return None if
+    you can't honour a fact of some layer; never ignore one."""
 
 
 @hookspec(firstresult=True)
 def create_scheduling_policy(name: str, config: EngineConfig) -> SchedulingPolicy | None:
-    """The policy called ``name``."""
+    """Return the policy called ``name``."""
 
 
 @hookspec(firstresult=True)
 def create_sampler(spec: ModelSpec, config: EngineConfig) -> RequestSampler | None:
-    """The TokenSelector for requests without one of their own."""
+    """Return the TokenSelector for requests without one of their own."""
 
 
 @hookspec(firstresult=True)
 def create_module_forward(
     module: torch.nn.Module, device: torch.device, config: EngineConfig
 ) -> ModuleForward | Callable[..., Any] | None:
-    """A faster forward that computes the same as ``module.forward``, used inside the engine's own steps only. Compare
+    """Return a faster forward that computes the same as ``module.forward``. Only the engine's own steps use it. Compare
     it with the module before you return it. If it packs weights, give it ``stale() -> bool``. It may quantise as
-    ``config.weights`` asks, and then has ``quantized``."""
+    ``config.weights`` asks; then it needs the attribute ``quantized``."""
 
 
 # ---- all answers used ------------------------------------------------------------------------------------------
@@ -99,13 +100,14 @@ def create_module_forward(
 def create_offload_tier(
     spec: ModelSpec, config: EngineConfig, sizes: EngineSizes, layout: BlockLayout
 ) -> OffloadTier | None:
-    """A tier stores blocks that the cache evicts, and loads them when they are needed again. Evicted blocks go to all
-    tiers; if several hold a block, the first one loads it."""
+    """Return a tier, which stores blocks that the cache evicts, and loads them when they are needed again. Evicted
+    blocks go to all tiers; if several hold a block, the first one loads it."""
 
 
 @hookspec
 def create_logits_processor(request: Request) -> LogitsProcessor | None:
-    """A logits processor for this request, called after the request's own. The hook is called once, at admission."""
+    """Return a logits processor for this request, called after the request's own. The hook is called once, at
+    admission."""
 
 
 @hookspec
@@ -128,9 +130,9 @@ def on_step_finished(stats: StepStats) -> None:
 
 @hookspec
 def on_request_finished(output: RequestOutput) -> None:
-    """A request has had its final output."""
+    """A request has ended; ``output`` is its last one."""
 
 
 @hookspec
 def on_prefix_cache_changed(events: Sequence[CacheEvent]) -> None:
-    """Blocks have entered or left the prefix cache; the events are in order."""
+    """Blocks have entered or left the prefix cache. ``events`` are in the order in which that happened."""

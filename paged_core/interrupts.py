@@ -1,7 +1,7 @@
-"""Which exceptions interrupt the process, and which are the business of the request in whose code they came up.
+"""Which exceptions interrupt the process, and which end only the request whose code raised them.
 
-Code that a request or a plugin brings may raise anything, SystemExit and KeyboardInterrupt too. Whoever calls it ends
-that request alone, unless a signal of the process has come while the code ran.
+Code that a request or a plugin brings may raise anything, SystemExit and KeyboardInterrupt too. Its caller then ends
+that request alone, unless a signal to the process raised the exception while the code ran.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 def interrupts_the_process(error: BaseException) -> bool:
-    """Whether a signal has raised it: Ctrl-C, or a handler that raises (of SIGTERM or SIGALRM, say).
+    """Return whether a signal raised ``error``: Ctrl-C, or a handler that raises (of SIGTERM or SIGALRM, for example).
 
-    To be asked where ``error`` is caught: its traceback tells. Python runs handlers in the main thread only, between
-    two instructions of whatever runs there.
+    Call this where ``error`` is caught, because the answer is read from its traceback. Python runs signal handlers in
+    the main thread only, between two instructions of the code that runs there.
     """
     if threading.current_thread() is not threading.main_thread():
         return False
@@ -31,12 +31,14 @@ def interrupts_the_process(error: BaseException) -> bool:
         return True
     if not isinstance(error, KeyboardInterrupt) or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return False
-    code, instruction = places[-1]  # Python's own handler leaves no frame; where it strikes is no raise statement
+    # Python's own SIGINT handler leaves no frame, and what it interrupts is not a raise statement
+    code, instruction = places[-1]
     return code.co_code[instruction] != _RAISE
 
 
 def _places(error: BaseException) -> Iterator[tuple[CodeType, int]]:
-    """The code that the exception came through, and the byte it was at, from the outermost on."""
+    """Yield each code object that the exception passed through, outermost first, with the offset of its instruction in
+    bytes."""
     traceback = error.__traceback__
     while traceback is not None:
         yield traceback.tb_frame.f_code, traceback.tb_lasti
@@ -44,7 +46,7 @@ def _places(error: BaseException) -> Iterator[tuple[CodeType, int]]:
 
 
 def _code_of(handler: Any) -> CodeType | None:
-    """The code of a handler of signals; None: it is none of Python's."""
+    """Return the code of a signal handler, or None if it is not written in Python."""
     while isinstance(handler, functools.partial):
         handler = handler.func
     handler = getattr(handler, "__func__", handler)

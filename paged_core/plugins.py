@@ -1,4 +1,4 @@
-"""Loads plugins: built-in ones, installed ones (entry-point group ``paged_core``), and those the caller gives."""
+"""Loads plugins: built-in ones, installed ones (entry-point group ``paged_core``), and those that the caller passes."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ class Plugins(pluggy.PluginManager):
     def __init__(self) -> None:
         super().__init__("paged_core")
         self.distributions: dict[str, str] = {}  # plugin name -> "distribution version"
-        self.given: list[Any] = []  # by the caller: no other process has them
+        self.given: list[Any] = []  # plugins passed by the caller; other processes don't have them
         self.add_hookspecs(hookspecs)
 
 
 def load_plugins(extra: Iterable[Any] = (), builtin: Iterable[str] = BUILTIN) -> Plugins:
-    """A new plugin manager. Later ones are asked first: built-ins, then installed plugins, then ``extra``.
+    """Return a new plugin manager. Plugins registered later are called first; the order is built-ins, installed
+    plugins, ``extra``.
 
     Raises:
         PluginError: a plugin can't be imported, or implements a hook that doesn't exist.
@@ -76,10 +77,10 @@ def _register(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
 
 
 def check_whole(answer: Any, missing: Sequence[str], hook: str) -> None:
-    """``missing``: what its role finds missing in what answers ``hook``.
+    """Refuse an ``answer`` to ``hook`` that lacks members which its role requires: ``missing``.
 
     Raises:
-        PluginError: something is. A step that needs it would fail the requests of that step.
+        PluginError: something is missing. Without this check, each step that needs it would fail that step's requests.
     """
     if missing:
         what = f"{type(answer).__name__}, which answers {hook}"
@@ -87,5 +88,5 @@ def check_whole(answer: Any, missing: Sequence[str], hook: str) -> None:
 
 
 def describe(manager: pluggy.PluginManager) -> str:
-    """The names of the loaded plugins, for error messages."""
+    """Return the names of the loaded plugins, for error messages."""
     return ", ".join(name for name, _ in manager.list_name_plugin())

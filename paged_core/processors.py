@@ -1,8 +1,8 @@
-"""How many processors this process may use, and how its threads wait for one another: said before torch is imported.
+"""How many processors this process may use, and how its threads wait. Both must be set before torch is imported.
 
-OpenMP asks the machine for processors and knows nothing of a container's share of them: with more threads than that,
-each waits for one that has been stopped. And its threads wait by spinning, for up to tens of milliseconds, which takes
-the processor from the very thread that is waited for where other processes want it too.
+OpenMP counts the machine's processors and ignores a container's share of them. With more threads than the share allows,
+threads wait for others that the kernel has stopped. OpenMP's threads also wait by spinning, for up to tens of
+milliseconds. Beside other processes, that takes processor time from the very thread that they wait for.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from pathlib import Path
 
 _GROUPS = Path("/sys/fs/cgroup")
 _OF_THIS_PROCESS = Path("/proc/self/cgroup")
-_SPINS = "300"  # a few microseconds: most waits between two launches of a step, and next to nothing of another's turn
+_SPINS = "300"  # a few microseconds: longer than most waits in a step, far shorter than a time slice
 
 
 def settle_threads() -> None:
-    """Give OpenMP defaults that suit a shared machine. What the user has set stays; after torch it is too late."""
+    """Set OpenMP's defaults to values that suit a shared machine, except those that the user has set. Call this before
+    torch is imported; later it has no effect."""
     if "torch" in sys.modules:
         return
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
@@ -30,7 +31,7 @@ def settle_threads() -> None:
 
 
 def cpu_share(groups: Path = _GROUPS, of_this_process: Path = _OF_THIS_PROCESS) -> float | None:
-    """Processors that control groups (version 1 or 2) let this process have; None if they don't say."""
+    """Return how many processors control groups (version 1 or 2) allow this process, or None if they set no limit."""
     shares = [share for share in _shares(groups, of_this_process) if share is not None]
     return min(shares, default=None)
 
@@ -52,17 +53,18 @@ def _shares(groups: Path, of_this_process: Path) -> Iterator[float | None]:
 
 
 def _up_to_root(mount: Path, path: str) -> Iterator[Path]:
-    """Each group limits those within it. In a container, the path may be one that only the host sees."""
+    """Yield the folder of each group from ``path`` up to ``mount``, since each group limits those within it. In a
+    container, ``path`` may be one that exists on the host only."""
     inner = mount / path.lstrip("/")
     yield from (inner, *(parent for parent in inner.parents if parent.is_relative_to(mount)))
 
 
 def _quotient(*files: Path) -> float | None:
-    """Of "quota period", in one file or two; None without a limit."""
+    """Read "quota period" from one file or two, and return quota / period, or None without a limit."""
     try:
         quota, period = " ".join(file.read_text() for file in files).split()
         return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError, ZeroDivisionError):  # "max", say
+    except (OSError, ValueError, ZeroDivisionError):  # such as "max" as the quota
         return None
 
 

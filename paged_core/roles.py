@@ -1,8 +1,8 @@
-"""Role: what the core asks of an object that others bring, with a default for all that such an object may lack.
+"""Role: what the core requires of an object from a plugin or a caller, with defaults for its optional members.
 
-A role is a base class. Its abstract methods must be there; all else is optional, and the base class has what is done
-without it. Our own classes inherit from their roles. A stranger's need not: ``SomeRole.of(thing)`` has all that the
-thing has, and the defaults besides. This file knows the standard library only.
+A role is a base class. An object must have its abstract methods. All other members are optional, and the base class has
+their defaults. Our own classes inherit from their roles. Other classes need not: ``SomeRole.of(thing)`` has all
+attributes of the thing, and the defaults for those that it lacks. This file knows the standard library only.
 """
 
 from __future__ import annotations
@@ -15,34 +15,36 @@ _R = TypeVar("_R", bound="Role")
 _MISSING = object()
 
 
-class Role(ABC):  # noqa: B024  roles have the abstract methods
+class Role(ABC):  # noqa: B024  subclasses have the abstract methods
     """Base of all roles."""
 
     @classmethod
     def of(cls: type[_R], given: Any) -> _R:
-        """``given``, if it inherits from this role; else what stands for it in this role."""
+        """Return ``given``, if it inherits from this role; else a wrapper with all its attributes and this role's
+        defaults."""
         return cast(_R, given if isinstance(given, (cls, _WithDefaults)) else _WithDefaults(given, cls))
 
     @classmethod
     def is_met_by(cls, given: Any) -> bool:
-        """Whether it has all that must be there."""
+        """Return whether ``given`` has all required members."""
         return not cls.missing_in(given)
 
     @classmethod
     def missing_in(cls, given: Any) -> list[str]:
-        """What must be there, and isn't."""
+        """Return the names of required members that ``given`` lacks."""
         return sorted(name for name in cls.__abstractmethods__ if not hasattr(given, name))
 
 
 class _WithDefaults:
-    """All attributes of an object, and of a role what the object lacks. It can't be called in the object's place."""
+    """All attributes of an object, and a role's defaults for those that the object lacks. It can't be called in the
+    object's place."""
 
     def __init__(self, given: Any, role: type[Role]) -> None:
         self._given = given
         self._role = role
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type:  # for messages
+    def __class__(self) -> type:  # so that messages name the object's own class
         return type(self._given)
 
     def __getattr__(self, name: str) -> Any:

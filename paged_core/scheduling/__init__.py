@@ -1,2 +1,2 @@
-"""This room decides which tokens are computed next and where they live. It knows integers and the standard library
+"""Decides which tokens are computed next and which blocks hold their K/V. It knows integers and the standard library
 only."""

@@ -1,7 +1,7 @@
 """Admission: which waiting requests start in this step.
 
-This file knows seats and blocks: what waiting requests need, and what running ones were promised. Nobody is preempted
-for a newcomer.
+This file knows seats (of max_num_seqs) and blocks: how many waiting requests need, and how many running ones still
+need. A running request is never preempted to admit a waiting one.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ class Admission:
         self._max_blocks_at_once = max_blocks_at_once(limits, pool.block_size)
 
     def start_those_that_fit(self) -> Iterator[Sequence[Request]]:
-        """A request that runs from now on, or the rows of a lockstep group. The caller gives them the blocks of this
-        step before the next ones are looked at. Those whose blocks a tier is to bring have their seats, and load."""
+        """Yield each request that runs from now on, or the rows of a lockstep group. The caller gives them the blocks
+        of this step before it asks for the next. Requests whose blocks a tier loads get seats here, and are not
+        yielded."""
         roster = self._roster
         num_seats = roster.num_seats
-        # Who lacks one token has its slot by now, or there is no block for anybody.
+        # Running requests that lack one token need no promise: they have got this step's slot already.
         behind = _behind(roster.running)
         promised = sum(self._blocks_lacking(request) for request in (*behind, *roster.loading))
         i = 0
@@ -56,7 +57,7 @@ class Admission:
             beside = not behind and self._computes_alone(rows)
             found = [self._prefixes.lookup(row, beside=beside) for row in rows]
             if any(self._prefixes.comes_soon(row, blocks) for row, blocks in zip(rows, found, strict=True)):
-                i += len(rows)  # it shares a block that is being computed now: cheaper to wait for it
+                i += len(rows)  # it shares a block that is being computed now: waiting costs less
                 continue
             num_seats += sum(len(roster.samples(row)) for row in rows)
             needed = sum(self._blocks_to_start(row, blocks) for row, blocks in zip(rows, found, strict=True))
@@ -78,21 +79,21 @@ class Admission:
             promised += sum(self._blocks_lacking(row) for row in rows)
 
     def _computes_alone(self, rows: Sequence[Request]) -> bool:
-        """Whether nobody else waits for the tokens of a step that this request takes."""
+        """Return whether no other request wants the step's tokens that this one would compute beside a load."""
         return len(rows) == len(self._roster.waiting) == 1 and not rows[0].group.lockstep
 
     def _blocks_to_start(self, request: Request, found: Found) -> int:
-        """Available blocks that a waiting request takes: new ones, and those found in the cache that nobody uses."""
+        """Return how many available blocks a waiting request takes: new ones, and found ones that no request uses."""
         here = [block for block in found if block is not None]
         new = -(-len(request.tokens) // self._pool.block_size) - len(here)
         return min(new + self._pool.num_unused(here), self._max_blocks_at_once)
 
     def _blocks_lacking(self, request: Request) -> int:
-        """Blocks that the known tokens of a request will still take."""
+        """Return how many more blocks the known tokens of a request will take."""
         lacking = -(-len(request.tokens) // self._pool.block_size) - len(request.block_table)
         return max(0, min(lacking, self._max_blocks_at_once))
 
 
 def _behind(rows: Sequence[Request]) -> list[Request]:
-    """Who lacks more than one token, that is: some of a prompt, or of what was lost."""
+    """Return the rows that lack more than one token: a part of their prompt, or of what they lost when preempted."""
     return [row for row in rows if len(row.tokens) - row.num_computed > 1]

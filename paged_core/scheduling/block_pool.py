@@ -1,4 +1,4 @@
-"""BlockPool: who owns which block of the K/V cache, and which blocks can be found again by their content.
+"""BlockPool: which requests hold which block of the K/V cache, and which blocks can be found again by their content.
 
 Each block is in exactly one of three states:
 
@@ -10,11 +10,11 @@ cached   0                   yes: kept for a later hit, evicted when blocks run 
 used     1 or more           yes or no
 =======  ==================  =====================================================
 
-Not every block needs memory from the start: the pool grows in slabs, low ids first, and only when nothing that has
-memory can be handed out. A block without memory counts as free.
+Not every block needs memory from the start: the pool grows in slabs, low ids first, and only when no block with memory
+is available. A block without memory counts as free.
 
-The pool knows block ids and token ids. It does not know requests, nor where K/V are. What it evicts it tells of, if
-somebody wants to keep it elsewhere; and so it does of all that changes in its index, if it is watched.
+The pool knows block ids and token ids. It does not know requests, nor where K/V are. If asked to, it records the
+content of blocks that it evicts, so that a tier can keep it, and all changes of its index.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from typing import NamedTuple
 
 from paged_core.scheduling.cache_events import AllBlocksCleared, BlockRemoved, BlockStored, CacheEvent
 
-NULL_BLOCK = 0  # pads block tables and stands for blocks that have left a sliding window; never owned
+NULL_BLOCK = 0  # pads block tables, and stands for blocks that have left a sliding window; no request ever holds it
 
 _DIGEST_BYTES = 16
 
 
 class BlockContent(NamedTuple):
-    """A block, and what is in it, or will be: K/V of ``tokens`` after all those that ``digest`` covers too."""
+    """A block, and its present or future content: the K/V of ``tokens``, which follow all other tokens that ``digest``
+    covers."""
 
     block: int
     digest: bytes  # 16 bytes
@@ -48,12 +49,12 @@ class BlockPool:
     Args:
         num_blocks: usable blocks; their ids are 1..num_blocks.
         block_size: slots in a block.
-        slab: blocks that get memory at a time, or more once the pool is large; None: all at once.
-        key: 32 secret bytes that digests are made with: where they are to mean something to another process. None:
-            the pool's own.
-        tells: whether what is given up is told, for somebody to keep it elsewhere.
-        vocab_size: token ids from here on mean something in this process only, and so do digests of what holds them.
-            None: there are no such.
+        slab: blocks that get memory at a time (more, once the pool is large); None: all at once.
+        key: 32 secret bytes that digests are made with. Pass one if other processes must find the same digests. None:
+            the pool makes its own.
+        tells: whether to record the content of evicted blocks for ``take_given_up``.
+        vocab_size: token ids from here on mean something in this process only, and so do digests of blocks that hold
+            them. None: there are no such ids.
     """
 
     def __init__(
@@ -68,26 +69,26 @@ class BlockPool:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._own_key = secrets.token_bytes(32)  # digests can't be forged by choosing prompts
+        self._own_key = secrets.token_bytes(32)  # random, so that nobody can choose prompts whose digests collide
         self._key = key or self._own_key
         self._vocab_size = vocab_size
         self._given_up: list[BlockContent] | None = [] if tells else None
         self._references = [0] * (num_blocks + 1)
-        self.num_shared = 0  # references beyond each block's first: blocks that sharing has saved
+        self.num_shared = 0  # references beyond the first of each block: the blocks that sharing saves
         self._slab = slab or num_blocks
         self.num_backed = 0  # blocks 1..num_backed have memory, or will have it when the next step runs
         self._free: list[int] = []  # a stack: low ids first, so that neighbours stay near
         self._cached: OrderedDict[int, None] = OrderedDict()  # eviction order, next victim first
         self._published: dict[int, BlockContent] = {}
         self._index: dict[bytes, int] = {}
-        self._events: list[CacheEvent] | None = None  # None: nobody watches
+        self._events: list[CacheEvent] | None = None  # None: nobody watches the index
         self._grow()
 
     # ---- counts ------------------------------------------------------------------------------------------------
 
     @property
     def num_available(self) -> int:
-        """Blocks that allocate() can hand out: free ones and evictable ones."""
+        """The number of blocks that allocate() can return: free ones and evictable ones."""
         return self.num_blocks - self.num_used
 
     @property
@@ -105,10 +106,11 @@ class BlockPool:
     # ---- ownership ---------------------------------------------------------------------------------------------
 
     def allocate(self) -> int:
-        """A block with one reference: a free one, else the least recently used cached one, else one of a new slab.
+        """Return a block with one reference: a free one, else the least recently used cached one, else one of a new
+        slab.
 
-        Evicting comes before growing: memory follows what requests need, not what they leave behind. The caller has
-        looked at ``num_available`` before.
+        Evicting comes before growing, so that memory grows with what requests need, not with what they have left
+        behind. The caller must have checked ``num_available``.
         """
         if not self._free and not self._cached:
             self._grow()
@@ -123,12 +125,12 @@ class BlockPool:
         return block
 
     def give_up(self, content: BlockContent) -> None:
-        """What is in the block will be overwritten when the next step is computed."""
+        """Record that the next step will overwrite the content of a block."""
         if self._given_up is not None:
             self._given_up.append(content)
 
     def take_given_up(self) -> list[BlockContent]:
-        """What was given up since this was asked the last time."""
+        """Return the contents recorded since the last call."""
         given_up = self._given_up
         if not given_up:
             return []
@@ -136,7 +138,7 @@ class BlockPool:
         return given_up
 
     def share(self, blocks: Iterable[int]) -> None:
-        """One more reference to each block: a fork, or a prefix hit. Cached blocks become used."""
+        """Add a reference to each block, for a fork or a prefix hit. Cached blocks become used."""
         for block in blocks:
             if block == NULL_BLOCK:
                 continue
@@ -147,7 +149,7 @@ class BlockPool:
             self._references[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """One reference less to each block of a table, last block first, so that tails are evicted before heads."""
+        """Drop a reference to each block of a table, last block first, so that tails are evicted before heads."""
         for block in reversed(blocks):
             if block == NULL_BLOCK:
                 continue
@@ -165,11 +167,11 @@ class BlockPool:
         return self._references[block] > 1
 
     def snapshot(self) -> tuple[list[int], list[int]]:
-        """(references of blocks 1..num_blocks, the cached blocks): copies."""
+        """Return the references of blocks 1..num_blocks, and the cached blocks, as copies."""
         return self._references[1:], list(self._cached)
 
     def num_unused(self, blocks: Iterable[int]) -> int:
-        """How many of the blocks are cached, that is: would no longer be available once shared."""
+        """Return how many of the blocks are cached: they would no longer be available once shared."""
         return sum(1 for block in blocks if block != NULL_BLOCK and self._references[block] == 0)
 
     def shrink(self) -> None:
@@ -180,7 +182,7 @@ class BlockPool:
         self.num_backed = 0
 
     def _grow(self) -> None:
-        # Growing by a share of what is there keeps copies rare where growing means copying.
+        # The pool grows by a share of its size, so that copies are rare where growing means copying.
         target = min(self.num_backed + max(self._slab, self.num_backed // 2), self.num_blocks)
         self._free.extend(range(target, self.num_backed, -1))
         self.num_backed = target
@@ -197,7 +199,8 @@ class BlockPool:
             digests.append(self._digest(_parent(digests, salt), tokens[start : start + size]))
 
     def private_digest(self, digests: Sequence[bytes], tokens: Sequence[int], salt: str | None, owner: str) -> bytes:
-        """Of ``tokens`` after the blocks of ``digests``, as only ``owner`` (in this process) can find them."""
+        """Return a digest of ``tokens`` after the blocks of ``digests`` that only ``owner``, in this process, can
+        make."""
         parent = _parent(digests, salt)
         return self._digest(blake2b(parent + owner.encode(), key=self._own_key).digest(), tokens)
 
@@ -208,9 +211,9 @@ class BlockPool:
         return blake2b(parent + content, digest_size=_DIGEST_BYTES, key=self._key).digest()
 
     def match(self, digests: Sequence[bytes], tokens: Sequence[int]) -> list[int]:
-        """The longest run of leading blocks that are in the cache. Takes no reference.
+        """Return the longest run of leading blocks that are in the cache. Takes no reference.
 
-        Token ids are compared too: a digest that collides serves nobody a stranger's block.
+        Token ids are compared too, so that a colliding digest never returns a block of other tokens.
         """
         size = self.block_size
         hits: list[int] = []
@@ -222,16 +225,17 @@ class BlockPool:
         return hits
 
     def find(self, digest: bytes, tokens: Sequence[int]) -> int | None:
-        """The block in the cache that holds ``tokens`` and is called ``digest``. Takes no reference."""
+        """Return the block in the cache that holds ``tokens`` and has this digest, or None. Takes no reference."""
         block = self._index.get(digest)
         return block if block is not None and self._published[block].tokens == tuple(tokens) else None
 
     def publish(
         self, block: int, digest: bytes, tokens: Sequence[int], salt: str | None = None, parent: bytes | None = None
     ) -> None:
-        """Make a full block findable. Its K/V must have been computed. The first block of equal content wins.
+        """Make a full block findable. Its K/V must have been computed. If several blocks have equal content, the first
+        is kept.
 
-        ``parent``: the digest of the block before it, for those who watch.
+        ``parent`` is the digest of the block before it, for those who watch the index.
         """
         if digest not in self._index and block not in self._published:
             self._index[digest] = block
@@ -240,7 +244,8 @@ class BlockPool:
                 self._events.append(BlockStored(digest, parent, content.tokens, salt))
 
     def findable(self) -> list[BlockContent]:
-        """All that is in the index, most worth keeping first: what was used last, and heads before tails."""
+        """Return the contents of all findable blocks, those most worth keeping first: last used first, heads before
+        tails."""
         last_used_first = [*(b for b in self._published if b not in self._cached), *reversed(self._cached)]
         return [self._published[block] for block in last_used_first]
 
@@ -251,14 +256,14 @@ class BlockPool:
                 self._unpublish(block)
 
     def forget_all(self) -> None:
-        """Empty the prefix index: what is cached no longer belongs to the model (its weights changed)."""
+        """Empty the prefix index. Its K/V no longer belong to the model, because the weights changed."""
         self.take_given_up()
         self._free.extend(self._cached)
         self._cached.clear()
         self._published.clear()
         self._index.clear()
         if self._events is not None:
-            self._events = [AllBlocksCleared()]  # what came before is told by this
+            self._events = [AllBlocksCleared()]  # earlier changes no longer matter
 
     def _unpublish(self, block: int) -> None:
         digest = self._published.pop(block).digest
@@ -267,11 +272,11 @@ class BlockPool:
             self._events.append(BlockRemoved(digest))
 
     def watch(self) -> None:
-        """Keep what changes in the index from now on, until ``take_events`` asks for it."""
+        """Record changes of the index from now on, for ``take_events``."""
         self._events = []
 
     def take_events(self) -> Sequence[CacheEvent]:
-        """What has changed since this was asked the last time, in order; nothing if nobody watches."""
+        """Return the changes since the last call, in order; nothing if ``watch`` was not called."""
         events = self._events
         if not events:
             return ()

@@ -1,7 +1,7 @@
 """BlockTable: which blocks hold one row's tokens, in order. It grows, copies on write, forks and shrinks.
 
-It knows blocks and their pool; which row it is, and that there are blocks enough, is its owner's business. All that
-holds references to blocks goes through here.
+The table knows blocks and their pool. Its owner knows which request it belongs to, and makes sure that there are blocks
+enough. Every reference to a block is held by a BlockTable.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ class BlockMove(NamedTuple):
 
 
 class BlockTable(Sequence[int]):
-    """The ids of a row's blocks, and a reference to each of them; NULL_BLOCK where a window has moved on.
+    """The ids of a request's blocks, with a reference to each of them; NULL_BLOCK where a sliding window has moved on.
 
-    ``version`` is another number whenever ids have changed other than by appending: who keeps a copy of the table
-    reads it anew then.
+    ``version`` changes whenever ids change other than by appending, so that whoever keeps a copy knows when to read it
+    anew.
     """
 
     __slots__ = ("_ids", "version")
 
     def __init__(self, ids: Sequence[int] = ()) -> None:
-        """``ids``: whose references become the table's own."""
+        """The table takes over one reference to each block of ``ids``."""
         self._ids = list(ids)
         self.version = 0
 
-    # ---- what it holds -----------------------------------------------------------------------------------------
+    # ---- reading it --------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -60,25 +60,26 @@ class BlockTable(Sequence[int]):
         return f"BlockTable({self._ids})"
 
     def is_shared_at(self, pool: BlockPool, position: int) -> bool:
-        """Whether a token at ``position`` goes into a partly filled block that others read too."""
+        """Return whether a token at ``position`` goes into a partly filled block that other tables hold too."""
         block, offset = divmod(position, pool.block_size)
         return offset > 0 and pool.is_shared(self._ids[block])
 
     def has_slot(self, pool: BlockPool, position: int) -> bool:
-        """Whether a token at ``position``, the next, fits into the last block as it stands: so it does in nearly all
-        steps of a decode."""
+        """Return whether the next token, at ``position``, fits into the last block without copying it. In nearly all
+        decode steps it does."""
         block, offset = divmod(position, pool.block_size)
         return offset > 0 and not pool.is_shared(self._ids[block])
 
     def num_lacking(self, pool: BlockPool, position: int, num_tokens: int) -> int:
-        """Blocks that tokens from ``position`` on take: new ones, and one for the last block if others share it."""
+        """Return how many blocks tokens from ``position`` on take: new ones, and one for the last block if others share
+        it."""
         last = (position + num_tokens - 1) // pool.block_size
         return last + 1 - len(self._ids) + self.is_shared_at(pool, position)
 
-    # ---- what becomes of it ------------------------------------------------------------------------------------
+    # ---- changing it -------------------------------------------------------------------------------------------
 
     def extend(self, pool: BlockPool, position: int, num_tokens: int) -> list[BlockMove]:
-        """Take blocks for tokens from ``position`` on. What comes back is to be copied before they are written."""
+        """Take blocks for tokens from ``position`` on. Returns the blocks to copy before the tokens are written."""
         moves = []
         if self.is_shared_at(pool, position):
             block = position // pool.block_size
@@ -93,29 +94,29 @@ class BlockTable(Sequence[int]):
         return moves
 
     def append(self, block: int) -> None:
-        """Hold one more, whose reference becomes the table's own."""
+        """Append a block. The table takes over the caller's reference to it."""
         self._ids.append(block)
 
     def share(self, pool: BlockPool) -> list[int]:
-        """The ids, each with a reference more, for another table to ``replace`` its own with."""
+        """Return the ids, with one more reference to each, for another table's ``replace``."""
         pool.share(self._ids)
         return list(self._ids)
 
     def replace(self, pool: BlockPool, ids: Sequence[int]) -> None:
-        """Give back all blocks and hold others in their place, whose references become the table's own."""
+        """Release all blocks and hold ``ids`` instead. The table takes over the caller's references to them."""
         pool.release(self._ids)
         self._ids = list(ids)
         self.version += 1
 
     def shorten(self, pool: BlockPool, num_blocks: int) -> None:
-        """Give back all blocks but the first ``num_blocks``."""
+        """Release all blocks but the first ``num_blocks``."""
         if num_blocks < len(self._ids):
             pool.release(self._ids[num_blocks:])
             del self._ids[num_blocks:]
             self.version += 1
 
     def leave_behind(self, pool: BlockPool, num_blocks: int) -> None:
-        """Give back the first ``num_blocks``, which no later query can see."""
+        """Release the first ``num_blocks``, which no later query can see."""
         i = min(num_blocks, len(self._ids)) - 1
         while i >= 0 and self._ids[i] != NULL_BLOCK:
             pool.release((self._ids[i],))

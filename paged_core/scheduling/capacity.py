@@ -1,4 +1,4 @@
-"""What can never fit, and how far a request may grow: told once, when it is added."""
+"""Which requests can never fit, and how far a request may grow. Both are decided once, when it is added."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from paged_core.scheduling.schedule import Limits
 
 
 def max_blocks_at_once(limits: Limits, block_size: int) -> int:
-    """Blocks that one sequence holds at most at any time: bounded if every layer has a sliding window."""
+    """Return the most blocks that one sequence can hold at any time: fewer if every layer has a sliding window."""
     if limits.sliding_window is None:
         return sys.maxsize
     return -(-(limits.sliding_window + limits.max_num_batched_tokens) // block_size) + 1
@@ -21,9 +21,7 @@ def set_max_total(
     requests: Sequence[Request], at_once: Sequence[Request], limits: Limits, num_blocks: int, block_size: int
 ) -> None:
     """Set each request's ``max_total``. ``at_once``: those of them that must be in the cache together.
-
-    Raises:
-        InvalidRequestError: they can never fit; the message has the numbers, and ``param`` what is too much.
+Set each request's ``max_total``. ``at_once``: those of ``requests`` that must be in the cache together.
     """
     if len(requests) > limits.max_num_seqs:
         raise InvalidRequestError(
@@ -46,7 +44,7 @@ def set_max_total(
         most = share if asked is None else request.num_prompt + asked
         request.max_total = max(min(most, limits.max_model_len), request.num_prompt + 1)
     bound = max_blocks_at_once(limits, block_size)
-    # The last token of a sequence is never fed back: it needs no slot.
+    # The last token of a sequence needs no slot, because the model never reads it.
     needed = sum(min(-(-(request.max_total - 1) // block_size), bound) for request in at_once)
     if needed > num_blocks:
         raise InvalidRequestError(

@@ -1,6 +1,6 @@
-"""Departures: how requests leave the device. They end, are preempted, or what they waited for will not come.
+"""Departures: how requests give up their blocks: at their end, when preempted, or when a tier's load is given up.
 
-This file knows how blocks are given back, and not why: nothing of budgets, and nothing of what was selected.
+This file knows how blocks are released, and not why: nothing of budgets, and nothing of selected tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from paged_core.scheduling.tails import Tails
 
 
 class Departures:
-    """Whoever leaves gives back all of its blocks, and nobody waits for it any more."""
+    """Releases all blocks of requests that leave, and lets no other request wait for those blocks any more."""
 
     def __init__(self, roster: Roster, prefixes: Prefixes, loading: Loading, tails: Tails, pool: BlockPool) -> None:
         self.num_preemptions = 0
@@ -33,7 +33,8 @@ class Departures:
             self.abandon(self._loading.of(request))
         first_fork = self._roster.end(request)
         if first_fork is not None:
-            forks.fork(self._pool, request, (first_fork,))  # it goes on with what has been computed of their prompt
+            # the fork continues from what the ended request has computed of their prompt
+            forks.fork(self._pool, request, (first_fork,))
         self._release(request)
         request.finish_reason = reason
         request.error = error
@@ -46,10 +47,10 @@ class Departures:
             yield RequestOutput(row, (), None, FinishReason.ERROR, error)
 
     def preempt(self, request: Request) -> Sequence[Request]:
-        """Take a request (or its whole lockstep group) off the device; it will compute its tokens again, or load them:
-        its full blocks can be found, and go to a tier when the cache evicts them. Returns who was preempted.
+        """Take the blocks of a request, or of its whole lockstep group. It will compute its tokens again, or load them:
+        its full blocks stay findable, and go to a tier when the cache evicts them. Returns the preempted requests.
 
-        The one place where preemption happens.
+        Preemption happens here only.
         """
         rows = lockstep_rows(request) if request.group.lockstep else (request,)
         for row in rows:
@@ -61,7 +62,7 @@ class Departures:
         return rows
 
     def abandon(self, load: Load) -> None:
-        """Its rows wait for their turn again, without blocks."""
+        """Give up a load. Its requests lose their blocks and wait for their turn again."""
         for row in self._loading.abandon(load):
             self._release(row)
             self._roster.send_back(row)

@@ -1,4 +1,4 @@
-"""Requests that go on from another's tokens: samples of one prompt, and beams."""
+"""Requests that continue another request's tokens: samples of one prompt, and beams."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from paged_core.scheduling.request import Request
 
 
 def fork(pool: BlockPool, leader: Request, siblings: Iterable[Request]) -> None:
-    """They start from what the leader has computed of their common prompt, the partly filled last block included."""
+    """Let ``siblings`` start from what the leader has computed of their common prompt, the partly filled last block
+    included."""
     for sibling in siblings:
         sibling.block_table.replace(pool, leader.block_table.share(pool))
         sibling.digests = list(leader.digests)
@@ -18,9 +19,9 @@ def fork(pool: BlockPool, leader: Request, siblings: Iterable[Request]) -> None:
 
 
 def continue_from_parents(pool: BlockPool, rows: Sequence[Request], parents: Sequence[int]) -> None:
-    """A beam step: each row goes on from its parent's tokens and blocks, which they then share."""
+    """Carry out a beam step: each row continues its parent's tokens, and shares its parent's blocks."""
     moved = [(row, rows[parent]) for row, parent in zip(rows, parents, strict=True) if rows[parent] is not row]
-    # All are shared before the first is given back: a table may be somebody's parent and somebody's child.
+    # All tables are shared before the first is released, because a row may be a parent and continue another one too.
     states = [
         (list(p.tokens), p.block_table.share(pool), list(p.digests), p.num_computed, p.num_published) for _, p in moved
     ]

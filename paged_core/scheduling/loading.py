@@ -1,7 +1,7 @@
-"""Loading: requests whose blocks a tier is to bring. They have seats and blocks; steps go on without them.
+"""Loading: requests whose blocks a tier is loading. They have seats and blocks, and steps go on without them.
 
-This file knows who loads what. It does not know where that comes from, nor how long it takes: its owner says when a
-load is over.
+This file knows which request waits for which load. It does not know where the blocks come from, nor how long that
+takes: its owner says when a load is over.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from paged_core.scheduling.schedule import Load
 
 
 class Loading:
-    """Begins loads, and ends each of them once: landed or abandoned."""
+    """Begins loads, and ends each of them once: as landed or as abandoned."""
 
     def __init__(self, roster: Roster, prefixes: Prefixes, pool: BlockPool) -> None:
-        self.begun: list[Load] = []  # that no schedule has told of yet
-        self._under_way: dict[Load, dict[Request, int]] = {}  # and how many tokens each row will have
+        self.begun: list[Load] = []  # not yet in a schedule
+        self._under_way: dict[Load, dict[Request, int]] = {}  # load -> the tokens that each of its requests will have
         self._roster = roster
         self._prefixes = prefixes
         self._pool = pool
@@ -29,7 +29,7 @@ class Loading:
         return len(self._under_way)
 
     def begin(self, rows: Sequence[Request], found: Sequence[Found]) -> None:
-        """Rows that have taken what ``found`` has of the cache wait for the rest."""
+        """Let ``rows``, which hold the blocks of ``found`` that are in the cache, wait for those that a tier holds."""
         coming: dict[bytes, BlockContent] = {}
         num_tokens = {row: self._prefixes.load(row, blocks, coming) for row, blocks in zip(rows, found, strict=True)}
         num_saved = sum(num_tokens[row] - row.num_computed for row in rows)
@@ -40,24 +40,26 @@ class Loading:
         self.begun.append(load)
 
     def land(self, load: Load, lost: Collection[int]) -> None:
-        """Its blocks have come, but those ``lost``, and its rows run. Nothing to do if it was abandoned."""
+        """End a load whose blocks have come, except those ``lost``, and let its requests run. Does nothing if it was
+        abandoned."""
         for row, num_tokens in self._under_way.pop(load, {}).items():
             self._prefixes.loaded(row, num_tokens, lost)
             self._roster.start(row)
 
     def abandon(self, load: Load) -> list[Request]:
-        """Its blocks are needed, or nobody wants them any more. Returns the rows, which are yet to be released."""
+        """Give up a load, because its blocks are needed or nothing waits for them. Returns its requests; the caller
+        releases them."""
         load.abandoned = True
         if load in self.begun:
             self.begun.remove(load)
         return list(self._under_way.pop(load))
 
     def lacking(self, load: Load) -> set[int]:
-        """Blocks whose K/V are of use when they come: all of them, as long as somebody waits."""
+        """Return the blocks of a load whose K/V are still wanted: all of them, as long as a request waits for it."""
         return {content.block for content in load.contents} if load in self._under_way else set()
 
     def last(self) -> Load | None:
-        """That of the row that stands behind all others."""
+        """Return the load of the last request in the policy's order, or None."""
         return self.of(self._roster.loading[-1]) if self._under_way else None
 
     def of(self, request: Request) -> Load:

@@ -1,4 +1,5 @@
-"""SamplingParams: what is asked of a request, checked once. Nothing here knows of requests, text or tensors."""
+"""SamplingParams: what a caller asks of a request, checked once. This file knows nothing of requests, text or
+tensors."""
 
 from __future__ import annotations
 
@@ -11,24 +12,24 @@ from typing import Any, NamedTuple, Protocol, TypeGuard, cast
 LogitsProcessor = Callable[[Any, Any], Any]
 """Hugging Face's form, one row at a time: ``processor(input_ids i64 [1, L], scores f32 [1, V]) -> scores``.
 
-One that keeps something of a row has ``for_request(request) -> LogitsProcessor`` instead. It is asked for each row
-when the request is taken in: rows of one prompt, and prompts that share their SamplingParams, then share no state.
+A processor that keeps state for a row has ``for_request(request) -> LogitsProcessor`` instead. It is called for each
+row when the request is added. Rows of one prompt, and prompts that share their SamplingParams, then share no state.
 """
 
 
 class RowsProcessor(Protocol):
-    """What makes a logits processor for each row."""
+    """An object that makes a logits processor for each row."""
 
-    def for_request(self, request: Any) -> LogitsProcessor: ...  # of a Request, which has SamplingParams of its own
+    def for_request(self, request: Any) -> LogitsProcessor: ...  # a Request with its own SamplingParams
 
 
 def for_row(processor: LogitsProcessor | RowsProcessor, request: Any) -> LogitsProcessor:
-    """The processor of one row."""
+    """Return the processor of one row."""
     return processor.for_request(request) if _is_for_rows(processor) else cast(LogitsProcessor, processor)
 
 
 class InvalidRequestError(ValueError):
-    """The request itself is at fault; other requests are not touched. ``param``: what in it, where one thing is."""
+    """The request itself is at fault; other requests go on. ``param`` names the field at fault, if it is one field."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -37,12 +38,12 @@ class InvalidRequestError(ValueError):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens, and when to stop. The names and defaults are those that vLLM's users know.
+    """How to choose tokens, and when to stop. Names and defaults are vLLM's.
 
-    Text-level fields (``stop``, ``bad_words``, ``skip_special_tokens``, ``include_stop_str_in_output``) are honoured
-    by the layer that owns the tokenizer; the engine itself sees token ids only.
+    The layer that owns the tokenizer honours ``stop``, ``bad_words``, ``skip_special_tokens`` and
+    ``include_stop_str_in_output``; the engine itself sees token ids only.
 
-    None stands for an empty list. Lists are taken as they are now, and become tuples.
+    None stands for an empty list. Lists are copied when the object is made, and become tuples.
 
     Raises:
         InvalidRequestError: a value is of the wrong type or out of its range; the message begins with the field's name.
@@ -50,31 +51,31 @@ class SamplingParams:
 
     n: int = 1  # sequences returned for one prompt
     temperature: float = 1.0  # 0 means greedy
-    top_k: int = 0  # draw from that many most likely tokens; 0 (or -1) keeps all
-    top_p: float = 1.0  # draw from the most likely tokens that sum to this; above 0 (0 is taken for greedy requests)
-    min_p: float = 0.0  # drop tokens less likely than this share of the most likely one
+    top_k: int = 0  # draw from this many most likely tokens; 0 (or -1) keeps all
+    top_p: float = 1.0  # draw from the most likely tokens that sum to this, in (0, 1]; 0 for greedy requests only
+    min_p: float = 0.0  # drop tokens with less than this share of the most likely token's probability
     repetition_penalty: float = 1.0  # above 1 discourages tokens of prompt and output (Keskar et al., CTRL, 2019)
-    presence_penalty: float = 0.0  # OpenAI's: once for each token that the output has
-    frequency_penalty: float = 0.0  # OpenAI's: for each time that the output has the token
+    presence_penalty: float = 0.0  # subtracted once from each token that the output has, as in OpenAI's API
+    frequency_penalty: float = 0.0  # subtracted for each time that the output has the token, as in OpenAI's API
     seed: int | None = None  # None: the engine draws one
-    logit_bias: Mapping[int, float] | None = None  # token id -> what is added to its logit
-    bad_words: Sequence[str] = ()  # texts that may not come
-    bad_words_token_ids: Sequence[Sequence[int]] = ()  # sequences whose last token may not complete them
+    logit_bias: Mapping[int, float] | None = None  # token id -> number that is added to its logit
+    bad_words: Sequence[str] = ()  # texts that must not appear in the output
+    bad_words_token_ids: Sequence[Sequence[int]] = ()  # ids; the last is forbidden after the others
     allowed_token_ids: Sequence[int] | None = None  # the only ids that may be chosen; None: all
-    min_tokens: int = 0  # no stop token is sampled before that many output tokens
+    min_tokens: int = 0  # stop tokens are forbidden until the output has this many tokens
     max_tokens: int | None = 16  # None: as many as the model's length allows
-    stop: str | Sequence[str] = ()  # texts that end the answer
-    stop_token_ids: Sequence[int] = ()  # ids that end the answer, beside the model's own
+    stop: str | Sequence[str] = ()  # texts that end the output
+    stop_token_ids: Sequence[int] = ()  # ids that end the output, beside the model's end-of-sequence ids
     include_stop_str_in_output: bool = False  # keep the stop string in the text
-    ignore_eos: bool = False  # an end-of-sequence token may be chosen, and ends nothing; min_tokens forbids it instead
-    logprobs: int | None = None  # of that many most likely tokens and the chosen one; 0: the chosen one only
+    ignore_eos: bool = False  # end-of-sequence tokens don't end the output; min_tokens forbids them instead
+    logprobs: int | None = None  # for this many most likely tokens and the chosen one; 0: for the chosen one only
     prompt_logprobs: int | None = None  # the same for each token of the prompt
-    skip_special_tokens: bool = True  # leave them out of the text
+    skip_special_tokens: bool = True  # leave special tokens out of the text
     priority: int = 0  # lower runs first, under the "priority" policy
     cache_salt: str | None = None  # prefix-cache blocks are shared only between equal salts
     use_beam_search: bool = False  # n beams instead of n samples; the n best sequences come back, best first
     length_penalty: float = 1.0  # a beam's score: sum of log-probabilities / length ** length_penalty
-    early_stopping: bool = False  # end the search once n sequences have ended, whatever might still come
+    early_stopping: bool = False  # end the search once n sequences have ended, even if a better one could follow
     logits_processors: Sequence[LogitsProcessor | RowsProcessor] = field(default=(), compare=False)  # called in order
 
     def __post_init__(self) -> None:
@@ -82,7 +83,7 @@ class SamplingParams:
             object.__setattr__(self, name, _items(name, getattr(self, name), items))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
-        if _is_number(self.top_p) and self.top_p == 0 and self.greedy:  # it asks for what is done anyway
+        if _is_number(self.top_p) and self.top_p == 0 and self.greedy:  # it means greedy, as temperature=0 does
             object.__setattr__(self, "top_p", 1.0)
         for name, number in _NUMBERS.items():
             _check_number(name, getattr(self, name), number)
@@ -102,7 +103,8 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is always taken. One definition, so that every spelling takes one path."""
+        """Whether the most likely token is always chosen. Every way to ask for that is recognised here, and only
+        here."""
         return self.temperature == 0 or self.top_k == 1
 
 
@@ -110,7 +112,7 @@ class _Number(NamedTuple):
     low: float
     high: float
     whole: bool = False
-    optional: bool = False  # None has a meaning of its own
+    optional: bool = False  # whether None is allowed, with a meaning of its own
 
 
 _NUMBERS = {
@@ -139,7 +141,7 @@ def _is_text(value: Any) -> bool:
         return False
     try:
         value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
+    except UnicodeEncodeError:  # an unpaired surrogate
         return False
     return True
 
@@ -155,8 +157,8 @@ def _is_number(value: Any) -> bool:
 class _Items(NamedTuple):
     kind: str  # what an item must be
     fits: Callable[[Any], bool]
-    one_is_many: bool = False  # a str by itself stands for a list of it
-    optional: bool = False  # None has a meaning of its own; else it stands for ()
+    one_is_many: bool = False  # whether a str by itself stands for a list with that str
+    optional: bool = False  # whether None has a meaning of its own; if not, it stands for ()
 
 
 def _is_processor(item: Any) -> bool:
@@ -180,7 +182,7 @@ _LISTS = {
 
 
 def _items(name: str, value: Any, items: _Items) -> tuple[Any, ...] | None:
-    """The field's items as they are now: what the caller does to its list afterwards changes nothing."""
+    """Return a copy of the field's items, so that later changes of the caller's list change nothing."""
     if value is None:
         return None if items.optional else ()
     if isinstance(value, str) and items.one_is_many:

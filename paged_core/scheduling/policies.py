@@ -1,4 +1,4 @@
-"""Which request goes first."""
+"""The order in which requests are served."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from paged_core.scheduling.request import Request
 
 
 class SchedulingPolicy(Protocol):
-    """An order of requests."""
+    """A policy orders requests by their keys."""
 
     def key(self, request: Request) -> Any:
-        """Smaller runs first; the largest is preempted first. Ties go to who came first.
+        """Return a request's key. Requests with smaller keys run first, those with the largest are preempted first. Of
+        equal keys, the request that came first runs first.
 
-        Asked once, when the request is added; an exception refuses it. Keys are all numbers, or strings, or of one type
-        whose values can be compared.
+        This is called once, when the request is added; an exception refuses the request. All keys must be numbers, or
+        all strings, or all of one type whose values can be compared.
         """
         ...
 

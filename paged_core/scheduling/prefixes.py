@@ -1,7 +1,7 @@
-"""Prefixes: which leading blocks of a request need not be computed, since another one has computed them, or does.
+"""Prefixes: leading blocks of a request that another request has computed or is computing, so that it need not.
 
-This file knows requests, the pool's index of blocks by content, and what a tier holds beyond it. It decides nothing
-about who runs.
+This file knows requests, the pool's index of blocks by content, and which blocks a tier holds. It does not decide which
+requests run.
 """
 
 from __future__ import annotations
@@ -15,56 +15,58 @@ from paged_core.scheduling.request import Request, RequestStatus
 from paged_core.scheduling.schedule import Limits
 
 Found = list[int | None]
-"""Leading blocks of a request, in order: those in the cache, and None for each that a tier holds."""
+"""Leading blocks of a request, in order: ids of those in the cache, and None for each that a tier would load."""
 
 
 class Stored(Protocol):
-    """What a tier holds, as far as deciding goes. It answers at once."""
+    """What a tier holds, as far as scheduling needs to know. Every method returns at once."""
 
     @property
     def wants_more(self) -> bool:
-        """Whether what the cache gives up is worth bringing there, though nobody may ask for it again."""
+        """Whether to store blocks that the cache evicts, though no request may ask for them again."""
         ...
 
     @property
     def wants_back(self) -> bool:
-        """Whether that is so of what somebody will ask for again."""
+        """Whether to store blocks that a preempted request will ask for again."""
         ...
 
     def holds(self, digest: bytes) -> bool: ...
 
     def pays(self, num_blocks: int, num_tokens: int, beside: bool) -> bool:
-        """Whether to load so many blocks is quicker than to compute so many tokens; ``beside``: or to do both, from
-        either end."""
+        """Return whether loading so many blocks is faster than computing so many tokens. ``beside``: doing both, from
+        either end, counts as loading."""
         ...
 
     def pays_beside(self, num_blocks: int, num_tokens: int) -> bool:
-        """Whether to load them from their end while the first are computed is quicker than to load them all."""
+        """Return whether loading blocks from the last one on, while the first tokens are computed, is faster than
+        loading all."""
         ...
 
     def num_to_compute(self, num_blocks: int, num_tokens: int) -> int:
-        """How many of the tokens are computed until the tier, which comes from their end, is there."""
+        """Return how many of the tokens to compute until they meet the blocks that the tier loads from the other
+        end."""
         ...
 
 
 class Prefixes:
-    """The prefix cache as requests see it. A block is published once the step that computed it has completed, and
-    has computed numbers."""
+    """The prefix cache as requests see it. A block is published after the step that computed it, if its logits were
+    finite."""
 
     def __init__(self, pool: BlockPool, limits: Limits, stored: Stored | None = None) -> None:
         self.num_queries = 0  # prompt tokens looked up in the prefix index
         self.num_hits = 0  # and found there
-        self.num_asked = 0  # tokens not found there, and looked for in a tier
-        self.num_loaded = 0  # tokens that a tier has brought, and nobody had to compute
+        self.num_asked = 0  # tokens not found there, and looked up in a tier
+        self.num_loaded = 0  # tokens whose K/V a tier loaded, so that no request computed them
         self._pool = pool
         self._enabled = limits.enable_prefix_caching
         self._window = limits.sliding_window
         self._stored = stored
-        self._preempted: list[Request] = []  # that may still wait for their turn
-        self._in_flight: dict[bytes, Request] = {}  # blocks being computed or loaded: who shares them waits for them
+        self._preempted: list[Request] = []  # requests that may still wait for their turn
+        self._in_flight: dict[bytes, Request] = {}  # digest -> who computes or loads that block now
 
     def digest(self, request: Request, num_tokens: int) -> None:
-        """Name the full blocks of its first ``num_tokens`` by their content."""
+        """Compute the digests of the full blocks of its first ``num_tokens`` tokens."""
         num_full, tokens = num_tokens // self._pool.block_size, request.tokens
         if self._enabled and len(request.digests) < num_full:
             if len(tokens) // self._pool.block_size > num_full:
@@ -72,8 +74,8 @@ class Prefixes:
             self._pool.extend_digests(request.digests, tokens, request.params.cache_salt)
 
     def lookup(self, request: Request, *, beside: bool) -> Found:
-        """Leading blocks of a waiting request that are there already, or are loaded more quickly than computed.
-        ``beside``: the request may compute some while others are loaded."""
+        """Return the leading blocks of a waiting request that are in the cache, and those that are faster to load than
+        to compute. ``beside``: the request may compute some blocks while others are loaded."""
         if not self._enabled or request.wants_prompt_logprobs:
             return []
         hits: Found = list(self._pool.match(request.digests[: self._most(request)], request.tokens))
@@ -85,22 +87,22 @@ class Prefixes:
         return self._within_window(request, hits)
 
     def meets(self, request: Request, found: Found) -> bool:
-        """Whether the request should compute the first blocks that it lacks, while the last are loaded."""
+        """Return whether the request should compute the first blocks that it lacks while the last ones are loaded."""
         if self._window is not None or self._stored is None or None not in found:
-            return False  # behind a window there is nothing to compute
+            return False  # tokens behind a sliding window are not computed at all
         num_lacking = self._num_tokens(request, found) - num_here(found) * self._pool.block_size
         return self._stored.pays_beside(found.count(None), num_lacking)
 
     def comes_soon(self, request: Request, found: Found) -> bool:
-        """Whether the first block that the request lacks is being computed, or loaded, for another one right now."""
+        """Return whether another request is computing or loading the first block that this one lacks."""
         lacks = num_here(found)
         if lacks >= self._num_known(request) or request.wants_prompt_logprobs:
             return False
         return request.digests[lacks] in self._in_flight
 
     def take(self, request: Request, found: Found) -> None:
-        """The request starts from the blocks that ``lookup`` has found before the first one missing, and will compute
-        the others, or ``load`` has them brought."""
+        """Start the request from the blocks of ``found`` before the first missing one. It computes the others, or
+        ``load`` gets blocks for those that a tier loads."""
         self._pool.share(block for block in found if block is not None)
         hit = [block for block in found[: num_here(found)] if block is not None]
         request.block_table.replace(self._pool, hit)
@@ -113,7 +115,7 @@ class Prefixes:
             self._in_flight.setdefault(digest, request)
 
     def publish(self, request: Request, num_computed: int) -> None:
-        """Let others find the blocks that the request has filled with its first ``num_computed`` tokens."""
+        """Let other requests find the blocks that the request has filled with its first ``num_computed`` tokens."""
         if not self._enabled:
             return
         full = num_computed // self._pool.block_size
@@ -121,22 +123,24 @@ class Prefixes:
         self._publish(request, full)
 
     def distrust(self, request: Request) -> None:
-        """What was computed for it is no numbers: nobody may find its blocks, whoever filled them, nor later ones."""
+        """Make the blocks of a request unfindable, and those that it fills later, because its results were not
+        finite."""
         self.abandon(request)
         self._pool.forget(request.block_table)
         request.num_published = sys.maxsize
 
     def abandon(self, request: Request) -> None:
-        """It won't fill the blocks that others wait for."""
+        """Let no request wait for blocks that this one would have filled."""
         for digest in request.digests[request.num_published :]:
             self._landed(request, digest)
 
     def forget_all(self, running: Iterable[Request]) -> None:
-        """K/V computed until now are another model's: nobody else may find them, whoever goes on with them."""
+        """Make all K/V computed until now unfindable, because they belong to a model that has changed. Running requests
+        go on with theirs."""
         self._pool.forget_all()
         self._in_flight.clear()
         for request in running:
-            request.num_published = sys.maxsize  # the blocks it has, and fills, are mixed
+            request.num_published = sys.maxsize  # their blocks are from before and after the change
 
     def check(self) -> None:
         at_it = (RequestStatus.RUNNING, RequestStatus.LOADING)

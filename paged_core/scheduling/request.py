@@ -1,7 +1,7 @@
-"""What is under way (Request), and what comes back (RequestOutput).
+"""Request: a row that has not ended. RequestOutput: what the caller gets of it after a step.
 
 A Request is one row: one sequence of token ids with its own block table. A caller who asks for ``n=3`` gets three
-Requests that share an id, a prompt and a Group, and differ in ``index``. Nothing here knows of text or tensors.
+Requests that share an id, a prompt and a Group, and differ in ``index``. This file knows nothing of text or tensors.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from paged_core.scheduling.params import SamplingParams
 
 
 class RequestStatus(Enum):
-    PENDING_FORK = "pending fork"  # it forks from a sibling of the same prompt, once that one has computed it
+    PENDING_FORK = "pending fork"  # it forks from a sibling of the same prompt, once that one has computed the prompt
     WAITING = "waiting"
-    LOADING = "loading"  # has a seat and blocks, whose K/V are on their way from a tier; steps go on without it
+    LOADING = "loading"  # it has a seat and blocks, whose K/V a tier is loading; steps go on without it
     RUNNING = "running"
     FINISHED = "finished"
-    UNBORN = PENDING_FORK  # its name before 0.2
+    UNBORN = PENDING_FORK  # the name of PENDING_FORK before 0.2
 
 
 class FinishReason(str, Enum):
@@ -29,21 +29,22 @@ class FinishReason(str, Enum):
     STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
     LENGTH = "length"  # max_tokens or the model's length limit
     ABORT = "abort"  # the caller cancelled it
-    ERROR = "error"  # something of this request's own failed; see RequestOutput.error
+    ERROR = "error"  # the request itself failed; see RequestOutput.error
 
     def __str__(self) -> str:
         return self.value
 
 
 class Logprob(NamedTuple):
-    """Log of a token's probability under the model, before any change to the logits; rank 1 is the likeliest."""
+    """Log of a token's probability under the model, before any change to the logits. Rank 1 is the most likely
+    token."""
 
     logprob: float
     rank: int
 
 
 class Group:
-    """Requests that came together. ``lockstep`` groups advance, sample and are preempted all or none."""
+    """Requests that came together. The members of a ``lockstep`` group advance, sample and are preempted together."""
 
     __slots__ = ("lockstep", "members")
 
@@ -53,7 +54,8 @@ class Group:
 
 
 class Request:
-    """One row under way. Only the Scheduler changes it; a selector keeps its state elsewhere, keyed by this object."""
+    """One row that has not ended. Only the Scheduler changes it; a selector keeps its state elsewhere, keyed by this
+    object."""
 
     __slots__ = (
         "__weakref__",
@@ -96,30 +98,30 @@ class Request:
         selector: Any = None,
     ) -> None:
         self.id = id
-        self.index = index  # which of the n samples
+        self.index = index  # its number among the n samples
         self.params = params
         self.tokens: list[int] = list(prompt)  # prompt, then output
         self.num_prompt = len(self.tokens)
         self.seed = seed
         self.stop_token_ids = stop_token_ids  # eos (unless ignored) and the caller's own
-        self.selector = selector  # a TokenSelector of its own; None: the engine's sampler
+        self.selector = selector  # its own TokenSelector; None: the engine's sampler
         self.group = group if group is not None else Group()
         self.group.members.append(self)
         self.status = RequestStatus.WAITING
-        self.held = False  # its selector will bring the next token later (Engine.resume): nothing to compute until then
+        self.held = False  # its selector brings the next token later (Engine.resume); nothing to compute until then
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
         self.arrival = 0  # order of admission to the queue
-        self.rank: tuple[Any, int, int] = (0, 0, index)  # where it stands among others: its policy's key first
-        self.max_total = self.num_prompt + 1  # len(tokens) at which it ends; the scheduler knows it once it is added
+        self.rank: tuple[Any, int, int] = (0, 0, index)  # place in the policy's order: its key, arrival, index
+        self.max_total = self.num_prompt + 1  # len(tokens) at which it ends; set when the request is added
         self.num_computed = 0  # tokens whose K/V are in the cache
-        self.num_cached = 0  # of those, found in the prefix cache
-        self.num_loaded = 0  # of these, brought by a tier
+        self.num_cached = 0  # of those, tokens found in the prefix cache
+        self.num_loaded = 0  # of these, tokens loaded by a tier
         self.block_table = BlockTable()
         self.digests: list[bytes] = []  # prefix digests of the leading full blocks
-        self.num_published = 0  # leading blocks known to the prefix index
-        self.num_swapped = 0  # tokens whose K/V a tier was given at the last preemption, its last block included
-        self.num_recomputed_to = 0  # len(tokens) at the last preemption: past it, progress has been made
+        self.num_published = 0  # leading blocks that are in the prefix index, if the cache kept them
+        self.num_swapped = 0  # tokens whose K/V went to a tier at the last preemption, a partly filled block included
+        self.num_recomputed_to = 0  # len(tokens) at the last preemption; the request has made progress once it has more
 
     @property
     def num_output(self) -> int:
@@ -131,7 +133,7 @@ class Request:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether the logits of its prompt are still of interest: until its first token has been told."""
+        """Whether the logits of its prompt are still needed: until its first token has been returned."""
         return self.params.prompt_logprobs is not None and len(self.tokens) == self.num_prompt
 
     @property
@@ -144,23 +146,23 @@ class Request:
 
 
 class Selection(NamedTuple):
-    """What a TokenSelector chose for S sampled rows, in the order of the rows it was given."""
+    """The choice of a TokenSelector for S sampled rows, in the order in which it got the rows."""
 
     token_ids: Sequence[int | None]  # [S]  None: held until the selector's owner calls Engine.resume
     logprobs: Sequence[Mapping[int, Logprob] | None] | None = None  # [S]  chosen token first
-    errors: Mapping[int, str] | None = None  # row -> why that row's request must end
-    parents: Sequence[int] | None = None  # [S]  row to continue from (a fork), for lockstep groups only
-    finished: Mapping[int, FinishReason] | None = None  # row -> the selector's own verdict that the row is done
+    errors: Mapping[int, str] | None = None  # row -> error message; that row's request ends with it
+    parents: Sequence[int] | None = None  # [S]  row whose tokens each row continues (a fork), for lockstep groups only
+    finished: Mapping[int, FinishReason] | None = None  # row -> why the selector ends that row
 
 
 class RequestOutput(NamedTuple):
-    """News of one request after one step: what was added, and how it ended if it did."""
+    """What a step added to one request, and how the request ended if it did."""
 
     request: Request
-    token_ids: Sequence[int]  # new since the last output; empty when only the end is told
-    logprobs: Sequence[Mapping[int, Logprob]] | None = None  # one a new token
-    finish_reason: FinishReason | None = None  # set exactly once for each request
+    token_ids: Sequence[int]  # new since the last output; empty if the output only reports the end
+    logprobs: Sequence[Mapping[int, Logprob]] | None = None  # one mapping for each new token
+    finish_reason: FinishReason | None = None  # set in the last output of each request, and only there
     error: str | None = None
     prompt_logprobs: Sequence[Mapping[int, Logprob] | None] | None = (
-        None  # [num_prompt], first None; with the first token
+        None  # [num_prompt], the first is None; comes with the first token
     )

@@ -1,4 +1,4 @@
-"""What was selected, taken in: the new token of each row, and who ends with it."""
+"""Takes in the selected tokens: appends one to each row, and ends the rows that are complete."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from paged_core.scheduling.request import FinishReason, Request, RequestOutput, 
 
 
 def take_in(rows: Sequence[Request], selection: Selection, departures: Departures) -> list[RequestOutput]:
-    """Append to each row its token, or hold it until its selector's owner brings one; end those that are done."""
+    """Append each row's token, or hold the row until its selector's owner brings one. End the rows that are
+    complete."""
     outputs: list[RequestOutput] = []
     errors, verdicts, logprobs = selection.errors or {}, selection.finished or {}, selection.logprobs
     for i, request in enumerate(rows):
-        if request.finish_reason is not None:  # another row of its lockstep group has failed
+        if request.finish_reason is not None:  # another row of its lockstep group has failed, and ended this one
             continue
         if i in errors:
             outputs.extend(departures.fail(request, errors[i]))

@@ -1,4 +1,5 @@
-"""Roster: who waits, who runs, and who will fork from whom. Each request that has not ended is in one place.
+"""Roster: the waiting, the running and the loading requests, and pending forks. A request that has not ended is in one
+of them.
 
 This file knows the order of requests and nothing of tokens, blocks or budgets.
 """
@@ -18,25 +19,27 @@ class Roster:
     """Requests between their arrival and their end, in the order of a policy."""
 
     def __init__(self, policy: SchedulingPolicy) -> None:
-        self.waiting: list[Request] = []  # sorted by policy; of rows with one prompt only the first
+        self.waiting: list[Request] = []  # sorted by policy; of several rows with one prompt, only the first
         self.running: list[Request] = []  # sorted by policy
-        self.loading: list[Request] = []  # sorted by policy: they run as soon as their blocks have come
+        self.loading: list[Request] = []  # sorted by policy; they run as soon as their blocks have been loaded
         self._policy = policy
-        self._pending_forks: dict[Request, list[Request]] = {}  # rows that will fork from a request's prompt
+        self._pending_forks: dict[Request, list[Request]] = {}  # rows that will fork from the request
         self._num_arrivals = 0
-        self._anyone_ended = False  # who is still in a list
-        self._kind: str | None = None  # what the policy's keys are
+        self._anyone_ended = False  # whether a list still holds requests that have ended
+        self._kind: str | None = None  # of the policy's keys: "numbers", "strings" or a type's name
 
     @property
     def num_seats(self) -> int:
-        """Rows that run, or will as soon as their blocks have come, or one of these has computed their prompt."""
+        """The number of rows that run, or will run without further admission: loading rows, and forks of running or
+        loading ones."""
         forks = (
             len(rows) for leader, rows in self._pending_forks.items() if leader.status is not RequestStatus.WAITING
         )
         return len(self.running) + len(self.loading) + sum(forks)
 
     def arrive(self, siblings_of: Mapping[Request, list[Request]]) -> None:
-        """Queue the requests of one group: those that will compute a prompt, and who will fork from each.
+        """Queue the requests of one group: for each distinct prompt the request that computes it, with those that fork
+        from it.
 
         Raises:
             InvalidRequestError: the policy's key for the group can't be compared with the others'.
@@ -51,7 +54,7 @@ class Roster:
         self._num_arrivals += 1
         for leader, siblings in siblings_of.items():
             for request in (leader, *siblings):
-                # Requests that came together stay together, whatever the policy says of each.
+                # Requests that came together stay together, whatever key the policy gives each of them.
                 request.rank = (key, request.arrival, request.index)
             self._wait(leader)
         for leader, siblings in siblings_of.items():
@@ -61,35 +64,35 @@ class Roster:
                 self._pending_forks[leader] = siblings
 
     def start(self, request: Request) -> None:
-        """One that waits, or whose blocks have come."""
+        """Let a request run that waits, or whose blocks have been loaded."""
         (self.loading if request.status is RequestStatus.LOADING else self.waiting).remove(request)
         self._run(request)
 
     def load(self, request: Request) -> None:
-        """One that waits has a seat from now on, and waits for blocks only."""
+        """Give a seat to a waiting request, which then waits only for its blocks."""
         self.waiting.remove(request)
         request.status = RequestStatus.LOADING
         insort(self.loading, request, key=_rank)
 
     def send_back(self, request: Request) -> None:
-        """One that runs, or loads, waits for its turn again."""
+        """Let a running or loading request wait for its turn again."""
         (self.loading if request.status is RequestStatus.LOADING else self.running).remove(request)
         self._wait(request)
 
     def samples(self, leader: Request) -> tuple[Request, ...]:
-        """The rows that sample when this one has computed its tokens: itself, and who then forks from it."""
+        """Return the rows that sample once this one has computed its tokens: itself, and those that fork from it."""
         return (leader, *self._pending_forks.get(leader, ())) if self._pending_forks else (leader,)
 
     def take_forks(self, leader: Request) -> list[Request]:
-        """The rows that were to fork from it: they run from now on."""
+        """Return the rows that were to fork from it, and let them run."""
         siblings = self._pending_forks.pop(leader)
         for sibling in siblings:
             self._run(sibling)
         return siblings
 
     def end(self, request: Request) -> Request | None:
-        """It has ended, and leaves its list with the next ``drop_finished``. Returns who waits or runs in its place:
-        the first of those that were to fork from it; the others fork from that one."""
+        """Mark a request as ended; ``drop_finished`` removes it from its list. Returns the request that takes its
+        place: the first of those that were to fork from it. The others fork from that one."""
         first_fork = None
         if request.status is RequestStatus.PENDING_FORK:
             leader = next(row for row in request.group.members if request in self._pending_forks.get(row, ()))
@@ -135,7 +138,8 @@ class Roster:
         insort(self.running, request, key=_rank)
 
     def _check_comparable(self, key: Any) -> None:
-        """Once it is in a list, each comparison with it is somebody else's."""
+        """Refuse a key that can't be compared with the others, before later comparisons fail in another request's
+        call."""
         kind = _kind(key)
         if self._kind not in (None, kind):
             raise InvalidRequestError(
@@ -154,7 +158,7 @@ class Roster:
         raise InvalidRequestError(f"the scheduling policy's key {key!r} can't be compared with others: {why}")
 
 
-_ORDERED = ("numbers", "strings")  # kinds whose every two keys can be compared
+_ORDERED = ("numbers", "strings")  # kinds of which any two keys can be compared
 
 
 def _kind(key: Any) -> str:
@@ -174,7 +178,7 @@ def _rank(request: Request) -> tuple[Any, int, int]:
 
 
 def by_prompt(requests: Sequence[Request]) -> dict[Request, list[Request]]:
-    """The first request of each prompt, and the others of that prompt: they can fork from it."""
+    """Map the first request of each prompt to the other requests of that prompt, which can fork from it."""
     first_of: dict[tuple[int, ...], Request] = {}
     siblings_of: dict[Request, list[Request]] = {}
     for request in requests:
@@ -187,6 +191,6 @@ def by_prompt(requests: Sequence[Request]) -> dict[Request, list[Request]]:
 
 
 def lockstep_rows(request: Request) -> list[Request]:
-    """The rows of its group that are there to be computed; pending forks are not."""
+    """Return the rows of its group that can be computed now, without pending forks."""
     not_there = (RequestStatus.FINISHED, RequestStatus.PENDING_FORK)
     return [row for row in request.group.members if row.status not in not_there]

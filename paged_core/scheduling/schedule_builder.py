@@ -1,6 +1,6 @@
 """ScheduleBuilder: who gets how many tokens of a step's budget, and the blocks for them.
 
-This file knows one step. Who may start is Admission's to say, and how a victim leaves is Departures'.
+This file knows one step. Admission decides which requests may start, Departures how a preempted request leaves.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ class ScheduleBuilder:
         self._begin(0)
 
     def build(self, budget: int, admission: Admission) -> Schedule:
-        """Give out ``budget`` tokens."""
+        """Return a Schedule that gives out ``budget`` tokens."""
         self._begin(budget)
         self._serve_running()
         running = self._roster.running
         while not self._chunks and not all(request.held for request in running):
-            # Everyone yielded to a request that was preempted a moment ago: somebody must give way.
+            # No running request could get a block, since those behind it have made no progress since they were
+            # preempted. Preempt the last one all the same.
             self._preempt(running[-1])
             self._serve_running()
         if self._roster.waiting and not self._preempted and self._budget > 0:
             self._admit(admission)
         schedule = Schedule(self._chunks, self._moves, self._preempted)
-        self._begin(0)  # it keeps nobody's request alive
+        self._begin(0)  # the builder keeps no reference to a request between steps
         return schedule
 
     def _begin(self, budget: int) -> None:
@@ -52,14 +53,14 @@ class ScheduleBuilder:
         self._moves: list[BlockMove] = []
         self._preempted: list[Request] = []
         self._budget = budget
-        self._admitting = False  # a newcomer never preempts
-        self._num_to_serve = 0  # running requests that have not had their turn
+        self._admitting = False  # while waiting requests start, no running one is preempted
+        self._num_to_serve = 0  # running requests that have not been served yet in this step
 
     def _serve_running(self) -> None:
         running = self._roster.running
         self._num_to_serve = len(running)
         i = 0
-        while i < len(running):  # shrinks from its end while requests are preempted
+        while i < len(running):  # the list gets shorter at its end while requests are preempted
             request = running[i]
             if request.group.lockstep:
                 rows = lockstep_rows(request)
@@ -87,7 +88,7 @@ class ScheduleBuilder:
                 return
 
     def _serve(self, rows: Sequence[Request]) -> None:
-        """Give one request, or the rows of one lockstep group, their tokens; all rows sample or none does."""
+        """Give one request, or the rows of one lockstep group, their tokens. Either all rows sample or none does."""
         shares = self._shares(rows)
         for row, num_tokens in zip(rows, shares, strict=True):
             if num_tokens and not self._make_room(row, num_tokens, rows):
@@ -97,14 +98,14 @@ class ScheduleBuilder:
                 self._emit(row, num_tokens)
 
     def _shares(self, rows: Sequence[Request]) -> list[int]:
-        """Of each row, how many tokens it computes in this step."""
+        """Return how many tokens each row computes in this step."""
         lacks = [len(row.tokens) - row.num_computed for row in rows]
         if self._tails:
             lacks = [self._tails.chunk(row, lack) for row, lack in zip(rows, lacks, strict=True)]
-        # Each request yet to be served has one token of the budget for certain.
+        # One token of the budget is reserved for each running request that is still to be served.
         budget = self._budget - self._num_to_serve
         if len(rows) > 1 and sum(lacks) > budget:
-            lacks = [lack - 1 for lack in lacks]  # no row may sample before all can
+            lacks = [lack - 1 for lack in lacks]  # no row may sample before all rows can
         shares = []
         for row, lack in zip(rows, lacks, strict=True):
             share = min(lack, budget)
@@ -127,13 +128,15 @@ class ScheduleBuilder:
         self._chunks.append(ScheduledChunk(request, start, num_tokens, samples))
 
     def _make_room(self, request: Request, num_tokens: int, rows: Sequence[Request]) -> bool:
-        """Blocks for the next ``num_tokens`` tokens; a shared last block is copied on write. False: not now."""
-        # Counted anew after each preemption: a block that only the victim shared needs no copy any more.
+        """Take blocks for the next ``num_tokens`` tokens; a shared last block is copied on write. Returns False if
+        there are none."""
+        # The lack is counted anew after each preemption: a last block that only the victim shared needs no copy any
+        # more.
         while self._pool.num_available < request.block_table.num_lacking(self._pool, request.num_computed, num_tokens):
             if self._admitting:
                 return False
             load = self._loading.last()
-            if load is not None:  # it has computed nothing that would be lost
+            if load is not None:  # preferred as the victim: it has computed nothing that would be lost
                 self._departures.abandon(load)
                 continue
             victim = self._victim(rows)
@@ -144,7 +147,7 @@ class ScheduleBuilder:
         return True
 
     def _victim(self, rows: Sequence[Request]) -> Request | None:
-        """The last running request behind ``rows`` that has made progress since it was preempted the last time."""
+        """Return the last running request behind ``rows`` that has made progress since its last preemption, or None."""
         last = rows[-1]
         for request in reversed(self._roster.running):
             if request is last:

@@ -1,11 +1,11 @@
-"""Scheduler: which tokens of which requests the next step computes, and what its results mean for each request.
+"""Scheduler: decides which tokens of which requests the next step computes, and takes in the step's results.
 
 There is no prefill phase and no decode phase. Each running request lacks some tokens (``len(tokens) - num_computed``:
 one while it decodes, many while its prompt is new) and is given as many as the step's token budget allows. Requests
 join and leave at every step. The cost of a step grows with the number of running requests, not with their lengths.
 
-The scheduler and its parts (who waits and runs, prefixes, admission, who gets how much of a step, departures, block
-tables) are the only ones that change requests and, through the BlockPool, block ownership.
+Only the Scheduler and its parts (Roster, Prefixes, Admission, ScheduleBuilder, Departures, BlockTable) change requests
+and, through the BlockPool, who holds which block.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Scheduler:
     """Continuous batching (Orca: Yu et al., OSDI 2022) with chunked prefill over paged blocks.
 
     Args:
-        stored: what a tier holds; None: there is none.
+        stored: what a tier holds; None: there is no tier.
     """
 
     def __init__(self, pool: BlockPool, policy: SchedulingPolicy, limits: Limits, stored: Stored | None = None) -> None:
@@ -47,11 +47,11 @@ class Scheduler:
         self._admission = Admission(self._roster, self._prefixes, self._loading, self._tails, pool, limits)
         self._departures = Departures(self._roster, self._prefixes, self._loading, self._tails, pool)
         self._builder = ScheduleBuilder(self._roster, self._departures, self._loading, self._tails, pool, limits)
-        self._budget = limits.max_num_batched_tokens  # less while memory is short
+        self._budget = limits.max_num_batched_tokens  # tokens of a step; less while memory is short
 
     @property
     def waiting(self) -> Sequence[Request]:
-        """Sorted by policy; of rows with one prompt only the first."""
+        """Sorted by policy; of several rows with one prompt, only the first."""
         return self._roster.waiting
 
     @property
@@ -61,7 +61,7 @@ class Scheduler:
 
     @property
     def loading(self) -> Sequence[Request]:
-        """Sorted by policy; they run as soon as their blocks have come from a tier."""
+        """Sorted by policy; they run as soon as a tier has loaded their blocks."""
         return self._roster.loading
 
     @property
@@ -75,24 +75,24 @@ class Scheduler:
 
     @property
     def num_prefix_hits(self) -> int:
-        """And found there."""
+        """Those of them that were found there."""
         return self._prefixes.num_hits
 
     @property
     def num_tokens_loaded(self) -> int:
-        """Tokens that nobody had to compute, since a tier has brought them."""
+        """Tokens whose K/V a tier loaded, so that no request computed them."""
         return self._prefixes.num_loaded
 
     @property
     def num_tokens_asked(self) -> int:
-        """Tokens looked for in tiers, since the prefix index had not got them."""
+        """Tokens looked up in tiers, because the prefix index lacked them."""
         return self._prefixes.num_asked
 
-    # ---- in and out --------------------------------------------------------------------------------------------
+    # ---- adding and ending requests ----------------------------------------------------------------------------
 
     @property
     def has_work(self) -> bool:
-        """Whether a step could be of use: somebody isn't held."""
+        """Whether a step could do anything: some request isn't held."""
         return any(not request.held for request in (*self.running, *self.waiting, *self.loading))
 
     def add(self, requests: Sequence[Request]) -> None:
@@ -114,7 +114,7 @@ class Scheduler:
     ) -> None:
         """Give held requests the tokens that their selector's owner has chosen.
 
-        ``parents``: request i goes on from ``requests[parents[i]]``'s tokens and blocks (a beam step).
+        ``parents``: request i continues the tokens and blocks of ``requests[parents[i]]`` (a beam step).
         """
         if parents is not None:
             forks.continue_from_parents(self.pool, requests, parents)
@@ -124,13 +124,15 @@ class Scheduler:
             request.held = False
 
     def recompute(self, requests: Iterable[Request]) -> None:
-        """Have held requests that lost their blocks compute their tokens again; their selectors are asked again."""
+        """Let held requests that lost their blocks compute their tokens again. Their selectors are then called
+        again."""
         for request in requests:
             if request.held and request.status is RequestStatus.WAITING:
                 request.held = False
 
     def preempt_held(self) -> bool:
-        """Preempt the last held request, or its group, for those who wait. False: nobody waits, or nobody is held."""
+        """Preempt the last held request, or its group, so that waiting ones can start. Returns False if none waits or
+        none is held."""
         held = [request for request in self.running if request.held]
         if not held or all(request.held for request in (*self.waiting, *self.running)):
             return False
@@ -138,7 +140,8 @@ class Scheduler:
         return True
 
     def forget_cached(self) -> None:
-        """K/V computed until now are another model's: nobody else may find them, whoever goes on with them."""
+        """Make all K/V computed until now unfindable, because they belong to a model that has changed. Running requests
+        go on with theirs."""
         for load in self._loading.all():
             self._departures.abandon(load)
         self._tails.abandon_all()
@@ -146,21 +149,23 @@ class Scheduler:
 
     @property
     def loads(self) -> Sequence[Load]:
-        """That tiers are to bring."""
+        """Return the loads that tiers have not finished."""
         return [*self._loading.all(), *self._tails.loads]
 
     def lacking(self, load: Load) -> Collection[int]:
-        """Blocks of a load that are still of use if they come now. Between two steps, like what follows."""
+        """Return the blocks of a load that are still wanted. Call this, and the methods that follow, between two
+        steps."""
         return self._tails.lacking(load) if load.beside else self._loading.lacking(load)
 
     def arrived(self, load: Load, blocks: Collection[int]) -> None:
-        """Some of the blocks of a load are in the cache: who computes beside it goes on behind them."""
+        """Note that some blocks of a load are in the cache. A request that computes beside the load continues behind
+        them."""
         if load.beside:
             self._tails.arrived(load, blocks)
 
     def landed(self, load: Load, lost: Collection[int] = ()) -> None:
-        """The blocks of a load are in the cache, but those ``lost``, and no more will come: its rows run from now on,
-        or compute what is lacking."""
+        """End a load. Its blocks are in the cache, except those ``lost``. Its requests run from now on, and compute the
+        rest."""
         if load.beside:
             self._tails.land(load)
         else:
@@ -169,7 +174,8 @@ class Scheduler:
     def finish(
         self, requests: Iterable[Request], reason: FinishReason, error: str | None = None
     ) -> list[RequestOutput]:
-        """End requests between two steps: cancelled, stopped by a stop string, or failed. Their blocks are freed."""
+        """End requests between two steps: they were cancelled or failed, or a stop string ended them. Their blocks are
+        released."""
         outputs = []
         for request in requests:
             if not request.finished:
@@ -189,10 +195,11 @@ class Scheduler:
         return Schedule(chunks, moves, preempted, self._given_up(), loads)
 
     def repeat(self, schedule: Schedule) -> Schedule | None:
-        """The step after ``schedule``, before anybody knows its tokens: one more for each request that can't have
-        reached its length. ``update`` comes after, without the requests that have ended by then.
+        """Return the step after ``schedule``, before its tokens are known: one more token for each request that can't
+        have reached its length. Call ``update`` later, without the requests that have ended by then.
 
-        None: it can't be told. Not all of them sample, others are to be served, or there are no blocks to spare.
+        Returns None if the step can't be predicted: not all requests sample, others are to be served, or no blocks are
+        spare.
         """
         if self._somebody_may_start():
             return None
@@ -200,9 +207,9 @@ class Scheduler:
         return Schedule(chunks, (), (), self._given_up()) if chunks else None
 
     def stretch(self, most: int) -> Stretch | None:
-        """The steps that come next, ``most`` of them at most, as long as all that they do is one token for each running
-        request. None: the next one must be scheduled, since somebody may start, lacks more than a token, or may stop
-        before his length."""
+        """Return the next steps, at most ``most``, that do nothing but compute one token for each running request.
+        Returns None if the next step must be scheduled, because a request may start, lacks more than a token, or may
+        stop before its length."""
         limits = self.limits
         if self._somebody_may_start():
             return None
@@ -211,8 +218,9 @@ class Scheduler:
         return stretches.find(self.running, self.pool, most)
 
     def leap(self, stretch: Stretch, num_steps: int, token: int) -> list[RequestOutput]:
-        """The first ``num_steps`` of a stretch, in each of which ``token`` is what each request is given: the same as
-        ``schedule`` and ``update`` so many times. Tells who has ended with the last of them."""
+        """Take the first ``num_steps`` of a stretch at once, giving each request ``token`` in each of them. The result
+        is the same as that of so many calls of ``schedule`` and ``update``. Returns an output for each request that
+        ends with the last step."""
         stretches.walk(stretch, num_steps, token, self.pool, self._prefixes.publish)
         ended = [request for request in stretch.requests if len(request.tokens) >= request.max_total]
         for request in ended:
@@ -221,7 +229,7 @@ class Scheduler:
         return [RequestOutput(request, (token,), None, FinishReason.LENGTH) for request in ended]
 
     def fills_blocks(self, schedule: Schedule) -> list[bool]:
-        """Of each chunk, whether ``update`` would let others find blocks that are full with it."""
+        """Return for each chunk whether ``update`` would publish blocks that become full with it."""
         if not self.limits.enable_prefix_caching:
             return [False] * len(schedule.chunks)
         size = self.pool.block_size
@@ -232,9 +240,10 @@ class Scheduler:
     def update(
         self, schedule: Schedule, selection: Selection, not_finite: Collection[Request] = ()
     ) -> list[RequestOutput]:
-        """Take in what the step computed and what was selected; tell what is new of each sampled request.
+        """Take in what the step computed and the tokens that were selected. Returns an output for each row that sampled
+        or ended.
 
-        ``not_finite``: requests for which the step has not computed numbers: nobody else may find their blocks.
+        ``not_finite``: requests whose results in this step were not finite. No other request may find their blocks.
         """
         rows: list[Request] = []
         size, has_tails = self.pool.block_size, bool(self._tails)
@@ -259,8 +268,8 @@ class Scheduler:
         return outputs
 
     def shrink(self, num_tokens: int) -> None:
-        """Memory had room for so many tokens and not for a whole step: give out no more, for a while; then a little
-        more each step. Each running request still gets a token."""
+        """Give out at most so many tokens in a step for a while, because memory had no room for more; then a few more
+        each step. Each running request still gets a token."""
         self._budget = max(min(num_tokens, self._budget), self.limits.max_num_seqs)
 
     def check(self) -> None:
@@ -274,17 +283,17 @@ class Scheduler:
         for request in self.running:
             assert request.num_computed <= len(request.block_table) * self.pool.block_size
 
-    # ---- their parts -------------------------------------------------------------------------------------------
+    # ---- helpers -------------------------------------------------------------------------------------------
 
     def _somebody_may_start(self) -> bool:
         return bool(self.waiting) and self._roster.num_seats < self.limits.max_num_seqs
 
     def _leave_window(self, request: Request, window: int) -> None:
-        """Blocks that no later query can see are given back, in a model whose layers all have a sliding window."""
+        """Release blocks that no later query can see, in a model whose layers all have a sliding window."""
         request.block_table.leave_behind(self.pool, (request.num_computed + 1 - window) // self.pool.block_size)
 
     def _given_up(self) -> list[BlockContent]:
-        """What the cache has given up since this was asked the last time, if a tier wants it."""
+        """Return the contents of blocks evicted since the last call, if a tier wants them."""
         given_up = self.pool.take_given_up()
         if not given_up or self._stored is None or self._stored.wants_more:
             return given_up if self._stored is not None else []

@@ -1,8 +1,8 @@
-"""Tails: rows that compute their first tokens while a tier brings their last.
+"""Tails: requests that compute their first tokens while a tier loads their last blocks.
 
-The tier brings them from the end on, so that the two meet, wherever that is (Cake: Jin et al., arXiv 2410.03065). A
-row of this kind runs like any other: it has a seat, blocks for all of it, and chunks that end where blocks have come.
-This file knows which blocks of such a row are there. It does not know what decides that, nor where they come from.
+The tier loads them from the end on, and the two meet somewhere (Cake: Jin et al., arXiv 2410.03065). Such a request
+runs like any other: it has a seat, blocks for all its tokens, and chunks that end where loaded blocks begin. This file
+knows which blocks of the request have come. It does not know what decides that, nor where they come from.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from paged_core.scheduling.schedule import Load
 
 
 class _Tail:
-    """What one row waits for, while it computes."""
+    """The blocks that one request waits for while it computes."""
 
     def __init__(self, load: Load, num_tokens: int, there: Collection[int]) -> None:
         self.load = load
-        self.num_tokens = num_tokens  # that the row will have once all is there
-        self.there = set(there)  # blocks that hold their K/V, not counting what the row has computed
-        self.coming = True  # whether a tier is still at it
+        self.num_tokens = num_tokens  # that the request will have once all blocks have come
+        self.there = set(there)  # blocks that hold their K/V, without those that the request has computed
+        self.coming = True  # whether a tier is still loading
 
 
 class Tails:
-    """Begins such loads, and ends each of them once: the row meets its tail, or the load is abandoned."""
+    """Begins such loads, and ends each of them once: the request meets its tail, or the load is abandoned."""
 
     def __init__(self, roster: Roster, prefixes: Prefixes, pool: BlockPool, stored: Stored | None) -> None:
         self._of: dict[Request, _Tail] = {}
@@ -41,11 +41,12 @@ class Tails:
 
     @property
     def loads(self) -> list[Load]:
-        """That a tier is still at."""
+        """The loads that a tier has not finished."""
         return [tail.load for tail in self._of.values() if tail.coming]
 
     def begin(self, row: Request, found: Found) -> Load:
-        """A row that has taken what ``found`` has of the cache runs, and the rest comes meanwhile, last block first."""
+        """Let a request run that has taken the blocks of ``found`` in the cache, while a tier loads the rest, last
+        block first."""
         coming: dict[bytes, BlockContent] = {}
         num_tokens = self._prefixes.load(row, found, coming)
         load = Load(tuple(reversed(coming.values())), num_tokens - row.num_computed, beside=True)
@@ -54,8 +55,8 @@ class Tails:
         return load
 
     def chunk(self, row: Request, num_tokens: int) -> int:
-        """How many of the row's next ``num_tokens`` tokens to compute in one step: as far as it goes until a block is
-        there, and while blocks are coming, no further than both should meet."""
+        """Return how many of the request's next ``num_tokens`` tokens to compute in one step: up to the first block
+        that has come, and while blocks are coming, up to where the two should meet."""
         tail = self._of.get(row)
         if tail is None:
             return num_tokens
@@ -68,21 +69,22 @@ class Tails:
         return min(gap, num_tokens)
 
     def lacking(self, load: Load) -> set[int]:
-        """Blocks of a load whose K/V are still of use: the row has not computed them, and they have not come."""
+        """Return the blocks of a load that are still wanted: the request has not computed them, and they have not
+        come."""
         for row, tail in self._of.items():
             if tail.load is load:
                 return set(row.block_table[row.num_computed // self._pool.block_size :]) - tail.there
         return set()
 
     def arrived(self, load: Load, blocks: Collection[int]) -> None:
-        """These have come."""
+        """Note that these blocks have come."""
         for row, tail in list(self._of.items()):
             if tail.load is load:
                 tail.there |= set(blocks)
                 self.advance(row)
 
     def advance(self, row: Request) -> None:
-        """The row goes on behind what is there already. To be asked whenever it has computed tokens."""
+        """Let the request continue behind blocks that have come. Call this whenever it has computed tokens."""
         tail = self._of.get(row)
         if tail is None:
             return
@@ -95,14 +97,15 @@ class Tails:
             del self._of[row]
 
     def land(self, load: Load) -> None:
-        """No more of it will come: the row computes what has not."""
+        """Note that no more blocks of the load will come. The request computes those that have not."""
         for row, tail in list(self._of.items()):
             if tail.load is load:
                 tail.coming = False
                 self.advance(row)
 
     def abandon(self, rows: Sequence[Request]) -> None:
-        """They are about to give back their blocks, or those ahead are another model's."""
+        """End the tails of requests that are about to release their blocks, or whose loaded blocks belong to a model
+        that has changed."""
         for row in rows:
             tail = self._of.pop(row, None)
             if tail is not None:
@@ -120,5 +123,5 @@ class Tails:
             assert row.block_table[row.num_computed // size] not in tail.there
 
     def _ahead(self, row: Request, tail: _Tail) -> bool:
-        """Whether blocks are there that the row has not reached."""
+        """Return whether blocks have come that the request has not reached yet."""
         return not tail.there.isdisjoint(row.block_table[row.num_computed // self._pool.block_size :])
