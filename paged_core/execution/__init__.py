@@ -1,1 +1,1 @@
-"""Computes what the scheduler decided. Torch only; takes no decision."""
+"""Computes what the scheduler decided. This package needs torch only, and takes no decision."""

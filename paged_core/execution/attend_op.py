@@ -1,8 +1,8 @@
-"""Attention as one operator of torch's, so that a model which torch compiles may call it.
+"""Attention as one torch operator, so that a model compiled by torch may call it.
 
-A compiler that looked into ``attend`` would find a step's plan in it, and would have to compile for each. The operator
-hides it: what the compiler sees is tensors in, a tensor of a known shape out, and two integers that never change, the
-layer's number and the engine's. K/V are written behind its back, into memory that no compiled graph ever sees.
+If the compiler traced into ``attend``, it would find a step's plan there, and would have to compile for each step. The
+operator hides the plan: the compiler sees tensors in, one tensor of a known shape out, and two integers that never
+change, the layer's number and the engine's. K/V are written to memory that no compiled graph sees.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _UNDER_HANDLE: WeakValueDictionary[int, AttendOp] = WeakValueDictionary()
 
 
 class AttendOp:
-    """``attend``, called through the operator. It can be called as long as this object lives."""
+    """``attend``, called through the operator. This object must live as long as the operator is called."""
 
     def __init__(self, attend: Attend) -> None:
         self.attend = attend

@@ -17,8 +17,8 @@ from paged_core.scheduling.schedule import Schedule, ScheduledChunk
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """Where this step's queries and their keys are. Request r owns tokens query_starts[r]:query_starts[r+1]; they are
-    the last of its seq_lens[r] tokens, so causality needs no positions."""
+    """Where this step's queries and their keys are. Request r has the tokens query_starts[r]:query_starts[r+1]. They
+    are the last of its seq_lens[r] tokens, so causal attention needs no positions."""
 
     query_starts: Tensor  # int32 [R+1]  first token of each request, then T
     seq_lens: Tensor  # int32 [R]  tokens whose K/V are in the cache once this step has stored its own
@@ -32,7 +32,7 @@ class PromptRows(NamedTuple):
     """Prompt positions whose logits were asked for (prompt_logprobs)."""
 
     request: Request
-    start: int  # position of the first
+    start: int  # position of the first one
     num: int
 
 
@@ -43,19 +43,19 @@ class Batch:
     token_ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
     attention: AttentionMetadata
-    sample_indices: Tensor  # int64 [S + P + E]  tokens whose logits are wanted: sampled rows, prompt_rows', ends'
+    sample_indices: Tensor  # int64 [S + P + E]  tokens whose logits are computed: of sampled rows, prompt_rows, ends
     sample_requests: tuple[Request, ...]  # S rows, siblings of a fork side by side
     prompt_rows: tuple[PromptRows, ...]  # P positions together
-    ends: tuple[Request, ...]  # E rows: the last token of each chunk that samples nothing, to see that it is finite
-    decode: bool  # every request computes one token that it was given by a step before, and samples: T = R = S, no more
+    ends: tuple[Request, ...]  # E rows: the last token of each chunk that doesn't sample, to check that it is finite
+    decode: bool  # each request computes the one token that the last step gave it, and samples: T = R = S; P = E = 0
 
 
 class BatchBuilder:
-    """Builds batches: all integers of a step travel to the device in one copy.
+    """Builds batches. All integers of a step are copied to the device at once.
 
     Args:
         block_size: slots in a block.
-        device: where the model wants its tensors.
+        device: the device of the model's inputs.
     """
 
     def __init__(self, block_size: int, device: torch.device) -> None:
@@ -64,12 +64,12 @@ class BatchBuilder:
         self._tables = TableRows(device)
 
     def build(self, schedule: Schedule, known: Tensor | None = None) -> Batch:
-        """The batch of a schedule that has at least one chunk. ``known i64 [T]``: the token ids are on the device and
-        nowhere else yet; every chunk has one token."""
+        """Return the batch of a schedule that has at least one chunk. ``known i64 [T]``: the token ids, which are only
+        on the device so far; every chunk then has one token."""
         try:
             return self._build(schedule, known)
-        except BaseException:  # an interrupt of the process among them
-            self._tables.forget()  # what should have been written may not have been
+        except BaseException:  # also when an interrupt of the process strikes
+            self._tables.forget()  # some rows may not have been written
             raise
 
     def _build(self, schedule: Schedule, known: Tensor | None) -> Batch:
@@ -114,7 +114,8 @@ class _Packed(NamedTuple):
 
 
 def _pack(chunks: Sequence[ScheduledChunk], size: int, *, on_device: bool) -> _Packed:
-    """``size``: slots in a block. ``on_device``: whether token ids are known there only, and are left out here."""
+    """Put the tokens of all chunks one after another. ``size``: slots in a block. ``on_device``: token ids are known on
+    the device only, and are left out here."""
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -148,7 +149,7 @@ def _more_wanted(
     prompt_rows: Sequence[tuple[int, PromptRows]],
     unsampled: Sequence[int],
 ) -> list[int]:
-    """Tokens whose logits are wanted beside those that are sampled from: of prompt rows, then ends."""
+    """Return the tokens whose logits are needed beside those of sampled rows: of prompt rows, then of ends."""
     found: list[int] = []
     for index, rows in prompt_rows:
         first = query_starts[index] + rows.start - chunks[index].start
@@ -157,7 +158,8 @@ def _more_wanted(
 
 
 def _prompt_rows(chunks: Sequence[ScheduledChunk]) -> list[tuple[int, PromptRows]]:
-    """(chunk index, rows) of the prompt positions in these chunks whose next token's logprob is still wanted."""
+    """Return (chunk index, rows) for the prompt positions in these chunks whose next token's logprob is still
+    needed."""
     found = []
     for i, (request, start, num_tokens, _) in enumerate(chunks):
         if not request.wants_prompt_logprobs or start + 1 >= request.num_prompt:

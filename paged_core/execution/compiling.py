@@ -1,7 +1,8 @@
-"""A model through torch's compiler: warmed up while the engine is built, and held to what it answers without.
+"""Compiles a model with torch.compile while the engine is built, and compares its logits with those of the uncompiled
+model.
 
-A few small steps, whose shapes stand for all: one token, several of one request, several requests. Their K/V go to a
-cache that is thrown away.
+A few small steps stand for all shapes: one token, several of one request, several requests. Their K/V go to a cache
+that is thrown away.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def compile_and_compare(
     cache_dtype: torch.dtype,
     progress: Callable[[str, int, int], None],
 ) -> float:
-    """Compile ``model``, which is compilable. Returns how far its logits have moved, in their standard deviations."""
+    """Compile ``model``, which must be compilable. Returns the mean change of its logits, in standard deviations of the
+    logits."""
     expected = [_logits(model, backend, block_size, cache_dtype, step) for step in _STEPS]
     model.compile_forward(True)
     found = []
@@ -40,7 +42,7 @@ def compile_and_compare(
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """What rounding alone may come to."""
+    """Return the change that rounding alone may cause."""
     return max(1e-3, 8 * torch.finfo(dtype).eps)
 
 

@@ -1,4 +1,4 @@
-"""Steps of requests that nobody has made: to measure a model's memory, and to warm it up. They end with their run."""
+"""Steps without real requests, to measure a model's memory and to warm it up."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from paged_core.scheduling.schedule import Limits, Schedule, ScheduledChunk
 
 
 def largest_steps(limits: Limits, block_size: int) -> list[Schedule]:
-    """As many tokens as a step may have, shared by as many requests; then all of these at their full length. Their
-    K/V go to the null block and come from there."""
+    """Return steps of the largest size: the most tokens, shared by the most requests; then one token each for the most
+    requests at their full length. Their K/V are written to the null block and read from there."""
     length, num = limits.max_model_len, limits.max_num_seqs
     tokens, table = [0] * length, BlockTable([NULL_BLOCK] * -(-length // block_size))
     drawn = SamplingParams(temperature=0.9, top_p=0.9)
@@ -28,7 +28,7 @@ def largest_steps(limits: Limits, block_size: int) -> list[Schedule]:
 
 
 def first_step(spec: ModelSpec, sizes: Sequence[int], block_size: int) -> tuple[Schedule, int]:
-    """A first chunk of as many tokens for each request, and how many blocks they take."""
+    """Return a first step with ``sizes[i]`` tokens of request i, and the number of blocks that the step uses."""
     chunks, num_blocks = [], 0
     for index, size in enumerate(sizes):
         tokens = [(7 * index + 3 * i + 1) % spec.vocab_size for i in range(size)]

@@ -1,4 +1,5 @@
-"""Fingerprints: whether tensors hold the same, told at the speed of memory. No defence against who forges them."""
+"""Fingerprints show whether tensors hold the same values, at the speed of memory. They are no defence against
+forgery."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from paged_core.execution.watched import plain_tensors
 
 
 def fingerprint(tensors: Iterable[Tensor], *more: object) -> str:
-    """Of what tensors hold, and of what else is to be the same, as its ``repr`` says it: 32 hexadecimal digits. A
-    change of one value is never missed."""
+    """Return 32 hexadecimal digits that depend on the values of ``tensors`` and on the ``repr`` of each of ``more``. A
+    change of a single value always changes them."""
     told = blake2b(repr(more).encode(), digest_size=16)
     for tensor in tensors:
         for plain in plain_tensors(tensor):

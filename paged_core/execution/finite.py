@@ -1,8 +1,8 @@
-"""Whether what a step has computed for its requests is made of numbers. Where it isn't, nobody else may find its K/V.
+"""Checks whether a step's results are finite. If those of a request aren't, no other request may use its K/V.
 
-What goes wrong in a token's hidden states or K/V shows as NaN in its own logits, and in those of every later token that
-attends to it. So a chunk's last row of logits speaks for the whole chunk: one pass over a row, where rows are there
-anyway, in place of one over all K/V.
+A NaN in a token's hidden states or K/V also appears in the token's own logits, and in those of every later token that
+attends to it. So the last row of logits of a chunk is enough to check the whole chunk. That reads one row of logits,
+which is there anyway, instead of all K/V.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from paged_core.scheduling.request import Request
 
 
 class FiniteCheck:
-    """A look at some rows of ``logits [N, vocab]``, row ``rows[i]`` for ``requests[i]``; nobody waits for it."""
+    """A check of row ``rows[i]`` of ``logits [N, vocab]`` for each of ``requests``. It runs on the device, and the host
+    does not wait."""
 
     def __init__(self, logits: Tensor, rows: Sequence[int], requests: Sequence[Request]) -> None:
         self._requests = requests
-        # A model may forbid tokens with -inf; NaN wins over everything in amax.
+        # A model may forbid tokens with -inf. amax returns NaN if any element is NaN.
         self._finite = Download(take_rows(logits, rows).amax(-1).isfinite()) if rows else None
 
     def failed(self) -> Collection[Request]:
-        """Wait for it: the requests that have a row which is NaN, or +inf, or -inf throughout."""
+        """Wait for the result. Returns the requests with a row that contains NaN or +inf, or nothing but -inf."""
         if self._finite is None:
             return ()
         return [request for request, finite in zip(self._requests, self._finite.wait(), strict=True) if not finite]

@@ -1,8 +1,9 @@
-"""Decode steps as CUDA graphs: what the host says once is replayed for every step of the same shape.
+"""Decode steps as CUDA graphs: the launches of one step are recorded, and replayed for every step of the same shape.
 
-A graph reads and writes fixed memory. So each is captured for a number of rows and a longest sequence, over static
-inputs; a step is copied into the inputs of the smallest graph that holds it, and rows to spare are padding: token 0 at
-position 0, no keys, its K/V into the null block. This file knows batches. It knows neither models nor kernels.
+A graph reads and writes fixed memory. So each graph is captured for a number of rows and a longest sequence, over
+static inputs. A step is copied into the inputs of the smallest graph that it fits into. The other rows are padding:
+token 0 at position 0, no keys, and K/V that go to the null block. This file knows batches. It knows neither models nor
+kernels.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from paged_core.execution.batch import AttentionMetadata, Batch
 from paged_core.execution.waits import NoWaits
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]
-"""Runs some work on the device and captures it; what it returns does the same again, on the same memory. Raises
-torch.AcceleratorError if the device has failed, torch.OutOfMemoryError, or else what keeps the work from a capture."""
+"""Runs some work on the device and captures it. The function that it returns repeats the work on the same memory.
+Raises torch.AcceleratorError if the device has failed, torch.OutOfMemoryError, or another error if the work can't be
+captured."""
 Forward = Callable[[Batch], Tensor]
 
 _log = logging.getLogger("paged_core")
@@ -34,7 +36,7 @@ class DecodeGraphs:
         max_rows: rows of the largest step.
         max_seq_len: tokens of the longest sequence.
         block_size: slots in a block.
-        device: where the model wants its tensors.
+        device: the device of the model's inputs.
         recorder: makes a Record; graphs of one Record share memory.
     """
 
@@ -47,7 +49,7 @@ class DecodeGraphs:
         self._recorder = recorder
         self._record: Record | None = recorder()  # None: the model can't be captured
         self._replays: dict[tuple[int, int], Callable[[], None]] = {}  # (rows, longest sequence) -> its graph
-        self._no_room: set[tuple[int, int]] = set()  # those that memory had no room for
+        self._no_room: set[tuple[int, int]] = set()  # graphs that memory had no room for
         rows = self._sizes[-1]
         self._inputs = torch.zeros(3, rows, dtype=torch.int64, device=device)
         self._ids, self._positions, self._slots = self._inputs.unbind()
@@ -58,18 +60,18 @@ class DecodeGraphs:
             length: torch.zeros(rows, -(-length // block_size), dtype=torch.int32, device=device)
             for length in self._lengths
         }
-        self._logits: Tensor | None = None  # [rows, vocab], of whichever graph ran last
+        self._logits: Tensor | None = None  # [rows, vocab], of the graph that ran last
         self._num_filled = 0  # rows of the inputs from here on are padding
 
     @property
     def captured(self) -> frozenset[tuple[int, int]]:
-        """(rows, longest sequence) of each graph that is there."""
+        """The (rows, longest sequence) of each captured graph."""
         return frozenset(self._replays)
 
     def warm_up(
         self, forward: Forward, replayable: Callable[[], bool], progress: Callable[[str, int, int], None]
     ) -> None:
-        """Capture all of them, the largest first: the others then fit into its memory."""
+        """Capture all graphs, the largest first, so that the others fit into its memory."""
         keys = [(size, length) for size in reversed(self._sizes) for length in reversed(self._lengths)]
         self._pad(0)
         for done, key in enumerate(keys):
@@ -78,8 +80,9 @@ class DecodeGraphs:
         progress("capturing decode steps", len(keys), len(keys))
 
     def run(self, batch: Batch, forward: Forward, replayable: Callable[[], bool]) -> Tensor | None:
-        """Logits ``[S, vocab]`` of a decode batch, which the next run overwrites. None: it can't be captured.
-        ``replayable``: whether ``forward`` may be captured now. What was captured before is replayed anyway."""
+        """Return the logits ``[S, vocab]`` of a decode batch, which the next run overwrites, or None if there is no
+        graph for it. ``replayable``: whether ``forward`` may be captured now. Graphs that were captured before are
+        replayed in any case."""
         num = len(batch.sample_requests)
         key = self._captured(num, batch.attention.max_seq_len, forward, replayable)
         if key is None or self._logits is None:
@@ -89,17 +92,19 @@ class DecodeGraphs:
         return self._logits[:num]
 
     def drop(self) -> None:
-        """Forget all graphs: weights, modules or the cache have moved. They are captured anew when they are needed."""
+        """Forget all graphs, because weights, modules or the cache have moved. They are captured anew when they are
+        needed."""
         if self._record is not None:
             self._replays.clear()
             self._no_room.clear()
-            self._logits = None  # the head may have another dtype now
+            self._logits = None  # the output layer may have another dtype now
             self._record = self._recorder()
 
     def _captured(
         self, num: int, longest: int, forward: Forward, replayable: Callable[[], bool]
     ) -> tuple[int, int] | None:
-        """The smallest graph that holds so much, captured now if it was not. If it can't be now: a larger one."""
+        """Return the smallest graph that a step of this shape fits into, and capture it if need be. If it can't be
+        captured now, return a larger one."""
         sizes = self._sizes[bisect_left(self._sizes, num) :]
         lengths = self._lengths[bisect_left(self._lengths, longest) :]
         key = sizes[0], lengths[0]
@@ -118,7 +123,7 @@ class DecodeGraphs:
             logits = forward(static)
             if self._logits is None:
                 self._logits = logits.new_empty(len(self._indices), logits.shape[1])
-            # Into memory that all share: else each graph would keep logits of its own.
+            # All graphs share this memory; otherwise each would keep its own logits.
             self._logits[: len(logits)].copy_(logits)
 
         try:
@@ -130,8 +135,8 @@ class DecodeGraphs:
             if not self._no_room:
                 _log.warning("no memory for more CUDA graphs: some decode steps run without, or through a larger one")
             self._no_room.add(key)
-        except Exception as error:  # a forward that waits for the device, for instance
-            if not replayable():  # since a moment ago
+        except Exception as error:  # such as a forward that waits for the device
+            if not replayable():  # that has changed since it was asked above
                 return
             _log.warning("decode steps run without CUDA graphs, for this model can't be captured: %s", error)
             self._record = None
@@ -143,7 +148,7 @@ class DecodeGraphs:
         return Batch(self._ids[:size], self._positions[:size], attention, self._indices[:size], (), (), (), True)
 
     def _fill(self, batch: Batch, num: int, tables: Tensor) -> None:
-        """Three launches, where the last step had as many rows."""
+        """Copy a batch into the static inputs, in three launches if the last step had as many rows."""
         self._pad(num)
         meta = batch.attention
         inputs = [part[:num] for part in (self._ids, self._positions, self._slots)]
@@ -152,7 +157,7 @@ class DecodeGraphs:
         tables[:num, : meta.block_tables.shape[1]].copy_(meta.block_tables)
 
     def _pad(self, num: int) -> None:
-        """Make padding of all rows from ``num`` on. Else they would write over what earlier steps have stored."""
+        """Make all rows from ``num`` on padding. Otherwise they would overwrite K/V that earlier steps have stored."""
         if num < self._num_filled:
             self._inputs[:, num : self._num_filled].zero_()
             self._seq_lens[num : self._num_filled].zero_()
@@ -160,7 +165,7 @@ class DecodeGraphs:
 
 
 class CudaRecorder:
-    """Captures CUDA graphs into one pool of memory."""
+    """Captures CUDA graphs that share one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -174,37 +179,37 @@ class CudaRecorder:
             before = torch.cuda.current_stream()
             self._stream.wait_stream(before)
             try:
-                with torch.cuda.stream(self._stream):  # around all: a capture that fails doesn't leave the stream
+                with torch.cuda.stream(self._stream):  # entered first, so that a failed capture still leaves the stream
                     self._run(work, graph)
             except torch.AcceleratorError as error:
-                torch.cuda.synchronize()  # raises again what a device does not recover from
-                no_room = "out of memory" in str(error)  # for the graph itself, which torch doesn't allocate
+                torch.cuda.synchronize()  # raises again if the device has failed for good
+                no_room = "out of memory" in str(error)  # the graph's own memory, which torch does not allocate
                 raise (torch.OutOfMemoryError if no_room else RuntimeError)(str(error)) from error
             finally:
                 before.wait_stream(self._stream)
         return graph.replay
 
     def _run(self, work: Callable[[], None], graph: torch.cuda.CUDAGraph) -> None:
-        # What is made once (workspaces, compiled kernels) is made now; and what can't be captured is found now, for a
-        # capture that fails leaves torch's allocator and random numbers as if it went on.
+        # This run makes what is made once (workspaces, compiled kernels), and finds work that can't be captured. A
+        # capture that fails would leave torch's allocator and random numbers in capture mode.
         with NoWaits(self._device.type):
             work()
-        # Other threads of this process may go on using the device meanwhile.
+        # Other threads of this process may use the device meanwhile.
         with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             work()
 
 
-_one_at_a_time = Lock()  # torch can't have two captures under way in one process, be they two engines'
+_one_at_a_time = Lock()  # torch allows only one capture at a time in a process, also with several engines
 
 
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one for all captures there: on each stream that has multiplied, cuBLAS keeps its workspace for good."""
+    """Return the one stream for all captures on a device, because cuBLAS keeps a workspace for each stream for good."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def row_classes(most: int) -> list[int]:
-    """1, 2, 4, 8, 16, 24, ... up to ``most``: at most a quarter of a large step is padding."""
+    """Return 1, 2, 4, 8, 16, 24, ... up to ``most``: at most a quarter of a large step is padding."""
     sizes, size = [], 1
     while size < most:
         sizes.append(size)
@@ -213,7 +218,8 @@ def row_classes(most: int) -> list[int]:
 
 
 def length_classes(most: int) -> list[int]:
-    """1,024, 4,096, ... up to ``most``: a launch's grid covers the longest, and empty programs take time too."""
+    """Return 1,024, 4,096, ... up to ``most``. A launch's grid covers the longest sequence, and empty programs take
+    time too."""
     lengths, length = [], 1024
     while length < most:
         lengths.append(length)

@@ -17,7 +17,7 @@ from paged_core.scheduling.block_table import BlockMove
 
 
 class ModelRunner:
-    """Runs batches of one model on one K/V cache. ``graphs``: decode batches are replayed through them."""
+    """Runs batches of one model on one K/V cache. Decode batches are replayed through ``graphs``, if there are any."""
 
     def __init__(
         self, model: PagedModel, backend: AttentionBackend, cache: KVCache, graphs: DecodeGraphs | None = None
@@ -26,7 +26,7 @@ class ModelRunner:
         self._backend = backend
         self._cache = cache
         self._graphs = graphs
-        attend: Attend = _LayerAttend(backend, cache)  # a method of ours would keep the cache alive
+        attend: Attend = _LayerAttend(backend, cache)  # not a method of self, which would keep the cache alive
         self._attend = AttendOp(attend) if model.compiled else attend
 
     @property
@@ -39,75 +39,76 @@ class ModelRunner:
 
     @property
     def trouble(self) -> str | None:
-        """Why nothing can be computed any more; None: nothing is known of that. For any thread."""
+        """Why the runner can't compute any more, or None. Any thread may ask."""
         return None
 
     @property
     def num_compiles(self) -> int:
-        """Graphs captured and kernels compiled so far."""
+        """The number of graphs captured and kernels compiled so far."""
         captures = self._graphs.num_captures if self._graphs is not None else 0
         return captures + self._backend.num_compiles
 
     @property
     def captured(self) -> frozenset[tuple[int, int]] | None:
-        """(rows, longest sequence) of each graph; None: there are no graphs."""
+        """The (rows, longest sequence) of each graph, or None if there are no graphs."""
         return self._graphs.captured if self._graphs is not None else None
 
     @torch.inference_mode()
     def warm_up(self, progress: Callable[[str, int, int], None]) -> None:
-        """Capture every graph now. Not on a cache that will grow: its addresses will change, and graphs hold them."""
+        """Capture every graph now, unless the cache will grow: graphs hold its addresses, which then change."""
         if self._graphs is not None and self._cache.num_blocks == (self._cache.max_blocks or self._cache.num_blocks):
             self._graphs.warm_up(self._forward, self._replayable, progress)
 
     def grow(self, num_blocks: int) -> None:
-        """Have memory for as many blocks as the pool hands out. Once per schedule, before its moves."""
+        """Allocate memory for as many blocks as the pool hands out. Called once per schedule, before its moves."""
         if num_blocks > self._cache.num_blocks:
-            self.drop_graphs()  # first: the cache may want their memory
+            self.drop_graphs()  # first, because the cache may need their memory
             self._cache.grow(num_blocks)
 
     def release(self) -> None:
-        """Give the cache's memory back. No block may be in use."""
+        """Free the cache's memory. No block may be in use."""
         self.drop_graphs()
         self._cache.release()
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # torch would keep it for itself, and others on the device want it
+            torch.cuda.empty_cache()  # otherwise torch would keep the memory, which others on the device may need
 
     def drop_graphs(self) -> None:
-        """What graphs were captured from has changed or moved: weights, modules, the cache."""
+        """Forget all graphs, because weights, modules or the cache have changed or moved."""
         if self._graphs is not None:
             self._graphs.drop()
 
     def move_blocks(self, moves: Sequence[BlockMove]) -> None:
-        """Carry out a schedule's block moves, in order. Once per schedule, before its batch runs."""
+        """Carry out a schedule's block moves, in order. Called once per schedule, before its batch runs."""
         if moves:
             self._backend.copy_blocks(self._cache, [(move.source, move.target) for move in moves])
 
     def read(self, block_table: Sequence[int], num_tokens: int) -> list[tuple[Tensor, Tensor]]:
-        """As KVCache.read."""
+        """See KVCache.read."""
         return self._cache.read(block_table, num_tokens)
 
     def pack_blocks(self, blocks: Sequence[int], packed: Tensor) -> None:
-        """What blocks hold, for a tier: into ``packed u8 [n, block_bytes]`` on the CPU."""
+        """Copy the contents of blocks, for a tier, into ``packed u8 [n, block_bytes]`` on the CPU."""
         pack(self._cache, blocks, packed)
 
     def unpack_blocks(self, blocks: Sequence[int], packed: Tensor) -> None:
-        """Into blocks what ``pack_blocks`` has made of these or others. Between two steps."""
+        """Write contents that ``pack_blocks`` has packed into blocks, which may be others. Called between two steps
+        only."""
         unpack(self._cache, blocks, packed)
 
     @torch.inference_mode()
     def run(self, batch: Batch, *, eager: bool = False) -> Tensor:
-        """Logits ``[S + P + E, vocab]`` of the batch's sample_indices; ``eager``: through no graph. May be repeated:
-        K/V slots are just rewritten."""
+        """Return the logits ``[S + P + E, vocab]`` of the batch's sample_indices. ``eager``: use no graph. A batch may
+        run again: it writes the same K/V to the same slots."""
         if self._graphs is not None and batch.decode and not eager:
             logits = self._graphs.run(batch, self._forward, self._replayable)
             if logits is not None:
-                # A request's own selector may keep them beyond the next step.
+                # A request's own selector may keep the logits beyond the next step.
                 kept = any(request.selector is not None for request in batch.sample_requests)
                 return logits.clone() if kept else logits
         return self._forward(batch)
 
     def close(self) -> None:
-        """Nothing is computed any more. May be repeated."""
+        """End the runner: it computes nothing any more. May be called again."""
 
     def _replayable(self) -> bool:
         return self._model.replayable
@@ -118,7 +119,7 @@ class ModelRunner:
 
 
 class _LayerAttend:
-    """Attend, by a backend over a cache."""
+    """Calls a backend with a cache, as the model's ``attend``."""
 
     def __init__(self, backend: AttentionBackend, cache: KVCache) -> None:
         self._backend, self._cache = backend, cache

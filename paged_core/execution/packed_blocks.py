@@ -1,6 +1,6 @@
-"""What blocks hold, packed into plain bytes and unpacked again: bit for bit, whatever the layout and dtype.
+"""Packs the contents of blocks into plain bytes, and unpacks them: bit for bit, for any layout and dtype.
 
-Packed, a block is its part of each of the cache's tensors, one after another. Nothing here knows where the bytes go.
+A packed block is its part of each of the cache's tensors, one after another. Nothing here knows where the bytes go.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from paged_core.execution.kv_cache import KVCache
 @torch.inference_mode(False)
 @torch.no_grad()
 def pack(cache: KVCache, blocks: Sequence[int], packed: Tensor) -> None:
-    """What the blocks hold, into ``packed u8 [n, block_bytes]`` on the CPU. Waits for the device."""
+    """Copy the contents of ``blocks`` into ``packed u8 [n, block_bytes]`` on the CPU. Waits for the device."""
     for device, tensors, part in _by_device(cache, packed):
         if device.type == "cpu":
             for rows, own in _columns(tensors, part):
@@ -31,7 +31,7 @@ def pack(cache: KVCache, blocks: Sequence[int], packed: Tensor) -> None:
 @torch.inference_mode(False)
 @torch.no_grad()
 def unpack(cache: KVCache, blocks: Sequence[int], packed: Tensor) -> None:
-    """Into blocks, which may be others, what ``pack`` has made: ``packed u8 [n, block_bytes]`` on the CPU."""
+    """Write packed contents, ``u8 [n, block_bytes]`` on the CPU, into ``blocks``, which need not be the same blocks."""
     for device, tensors, part in _by_device(cache, packed):
         if device.type == "cpu":
             for rows, own in _columns(tensors, part):
@@ -43,7 +43,8 @@ def unpack(cache: KVCache, blocks: Sequence[int], packed: Tensor) -> None:
 
 
 def _by_device(cache: KVCache, packed: Tensor) -> Iterator[tuple[torch.device, list[Tensor], Tensor]]:
-    """Neighbours on one device, as bytes ``[num_blocks + 1, n]`` each, and their columns of ``packed``."""
+    """Yield for each run of neighbours on one device: the tensors as bytes ``[num_blocks + 1, n]``, and their columns
+    of ``packed``."""
     start = 0
     for device, tensors in groupby(cache.tensors, key=lambda tensor: tensor.device):
         rows = [tensor.view(torch.uint8).flatten(1) for tensor in tensors]
@@ -60,5 +61,6 @@ def _columns(tensors: Sequence[Tensor], part: Tensor) -> Iterator[tuple[Tensor, 
 
 
 def _items(rows: Tensor) -> Any:
-    """Rows ``u8 [N, n]`` as N items of numpy's, which copies each in one go: several times as fast as torch."""
+    """Return rows ``u8 [N, n]`` as a numpy array of N items. numpy copies an item at once, several times as fast as
+    torch."""
     return rows.numpy().view(f"V{rows.shape[1]}")[:, 0]

@@ -1,7 +1,7 @@
-"""A step that memory has no room for is computed in parts: fewer chunks, then shorter ones.
+"""Computes a step in parts if memory has no room for the whole: with fewer chunks, then with shorter ones.
 
-Where the parts end is no decision about requests: all of the step's tokens are computed, and their logits are what
-they would have been. What later steps should do about it is the scheduler's.
+Where the parts end is no decision about requests: all tokens of the step are computed, and their logits are the same.
+The scheduler decides whether later steps should be smaller.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from paged_core.scheduling.schedule import Schedule, ScheduledChunk
 
 
 class Computed(NamedTuple):
-    """What came out of a step."""
+    """The result of a step."""
 
-    logits: Tensor  # [S + P + E, vocab]  sampled rows, then prompt_rows', then those of ends
+    logits: Tensor  # [S + P + E, vocab]  of sampled rows, then of prompt_rows, then of ends
     sample_requests: tuple[Request, ...]  # S rows
     prompt_rows: tuple[PromptRows, ...]  # P positions together
-    ends: tuple[Request, ...]  # E rows: where chunks end that sample nothing
-    num_fitting: int | None = None  # tokens of the largest part that memory had room for; None: nothing was divided
+    ends: tuple[Request, ...]  # E rows: the last token of each chunk that doesn't sample
+    num_fitting: int | None = None  # tokens of the largest part that fitted into memory; None: the step wasn't divided
 
     def divide(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of the sampled rows ``[S, vocab]``, of prompt_rows ``[P, vocab]`` and of ends ``[E, vocab]``."""
+        """Return the logits of the sampled rows ``[S, vocab]``, of prompt_rows ``[P, vocab]`` and of ends ``[E,
+        vocab]``."""
         first, last = len(self.sample_requests), self.logits.shape[0] - len(self.ends)
         return self.logits[:first], self.logits[first:last], self.logits[last:]
 
@@ -36,16 +37,16 @@ class Computed(NamedTuple):
 def compute(
     builder: BatchBuilder, runner: ModelRunner, chunks: Sequence[ScheduledChunk], *, eager: bool = False
 ) -> Computed:
-    """Run ``chunks``, at least one of them, whose blocks have memory. ``eager``: through no graph.
+    """Run ``chunks``, at least one, whose blocks have memory. ``eager``: use no graph.
 
     Raises:
-        torch.OutOfMemoryError: there is no room for a single token.
+        torch.OutOfMemoryError: there is no room even for a single token.
     """
     try:
         return _whole(builder, runner, chunks, eager)
     except torch.OutOfMemoryError:
         pass
-    # Here, not in the handler: its traceback keeps what the step had made until then.
+    # This is not in the handler, because its traceback would keep the tensors that the failed step has made.
     parts = _in_parts(builder, runner, chunks)
     fitting = max(num_tokens for num_tokens, _ in parts)
     results = [computed for _, computed in parts]
@@ -62,12 +63,12 @@ def compute(
 def _in_parts(
     builder: BatchBuilder, runner: ModelRunner, chunks: Sequence[ScheduledChunk]
 ) -> list[tuple[int, Computed]]:
-    """(tokens, result) of each part."""
+    """Return (tokens, result) of each part."""
     done: list[tuple[int, Computed]] = []
-    left = [*reversed(_halves(chunks))]  # parts to do, the next one last
+    left = [*reversed(_halves(chunks))]  # parts still to compute, the next one last
     while left:
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what torch holds in sizes that nobody asks for now
+            torch.cuda.empty_cache()  # frees memory that torch keeps in sizes that are not needed now
         part = left.pop()
         try:
             done.append((_num_tokens(part), _whole(builder, runner, part, eager=True)))
@@ -82,12 +83,12 @@ def _whole(builder: BatchBuilder, runner: ModelRunner, chunks: Sequence[Schedule
 
 
 def _halves(chunks: Sequence[ScheduledChunk]) -> tuple[list[ScheduledChunk], list[ScheduledChunk]]:
-    """Two parts of as many tokens; the chunk in the middle is divided.
+    """Return two parts with as many tokens each; the chunk in the middle is divided.
 
     Raises:
-        torch.OutOfMemoryError: they are a single token.
+        torch.OutOfMemoryError: the chunks are a single token, which can't be divided.
     """
-    room = _num_tokens(chunks) // 2  # in the first
+    room = _num_tokens(chunks) // 2  # tokens of the first part
     if not room:
         raise torch.OutOfMemoryError("no memory for a step of one token")
     first: list[ScheduledChunk] = []

@@ -1,6 +1,6 @@
-"""How many blocks a device has room for beside the model and its largest step, found by running that step.
+"""Measures how many blocks a device has room for beside the model and its largest step, by running that step.
 
-This file knows memory and tensors. What share of a device an engine may take is told by its config.
+This file knows memory and tensors. The engine's config says what share of a device the engine may use.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Gauge(Protocol):
     def total(self) -> int: ...
 
     def used(self) -> int:
-        """By whomever, now. What torch holds and nobody uses doesn't count."""
+        """Return the bytes in use now, by any process, without memory that torch keeps for later use."""
         ...
 
     def peak(self) -> int:
-        """The most that tensors took since ``start``, beyond what they took then."""
+        """Return the most that tensors took at once since ``start``, beyond what they took at ``start``."""
         ...
 
 
@@ -63,7 +63,7 @@ class CudaGauge:
 
 
 GAUGES: dict[str, Callable[[torch.device], Gauge]] = {"cuda": CudaGauge}
-"""By type of device: what tells of its memory."""
+"""The Gauge for each type of device."""
 
 
 def bytes_left(
@@ -75,12 +75,13 @@ def bytes_left(
     dtype: torch.dtype,
     share: float,
 ) -> dict[torch.device, int]:
-    """Bytes that K/V may take on each device that has layers, if the engine may bring it to ``share`` of its memory."""
+    """Return the bytes that K/V may take on each device that has layers, if the engine may fill ``share`` of its
+    memory."""
     devices = {layer.device for layer in model.spec.layers} | {model.spec.device}
     gauges = {device: GAUGES[device.type](device) for device in devices if device.type in GAUGES}
     cache = kv_cache.allocate(model.spec, 1, block_size, dtype)
     for tensor in cache.tensors:
-        tensor[0].zero_()  # what nobody wrote may be NaN, and these steps read the null block
+        tensor[0].zero_()  # these steps read the null block, and uninitialised memory may hold NaN
     runner, builder = ModelRunner(model, backend, cache), BatchBuilder(block_size, model.spec.device)
     for gauge in gauges.values():
         gauge.start()
@@ -97,7 +98,8 @@ def bytes_left(
 
 
 def blocks_within(spec: ModelSpec, room: Mapping[torch.device, int], block_size: int, dtype: torch.dtype) -> int:
-    """Blocks that fit into ``room``, bytes on each device; each keeps the K/V of its own layers."""
+    """Return how many blocks fit into ``room``, the bytes of each device. Each device keeps the K/V of its own
+    layers."""
     return min(
         num_bytes // kv_cache.bytes_per_block(_on(spec, device), block_size, dtype)
         for device, num_bytes in room.items()

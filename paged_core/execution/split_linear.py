@@ -1,4 +1,4 @@
-"""SplitLinear: one rank's part of a linear layer, with what the ranks do together before and after it."""
+"""SplitLinear: one rank's part of a linear layer, with the ranks' communication before and after it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 
 class SplitLinear(nn.Linear):
-    """``after(before(x) @ weight.T + bias)``.
+    """Computes ``after(before(x) @ weight.T + bias)``.
 
-    A layer whose inputs are split over ranks adds up their products afterwards; its bias is one rank's alone. A layer
-    whose outputs are split may gather them. What knows linear layers may take the product for its own, if it does the
-    rest too.
+    If the layer's inputs are split over ranks, their products are added up afterwards, and only one rank has the bias.
+    If its outputs are split, they may be gathered. Code that replaces linear layers may replace the product, if it
+    still calls ``before`` and ``after``.
 
     Args:
-        linear: has this rank's weights; they become this layer's, as they are.
+        linear: holds this rank's weights, which this layer takes over.
         after: ``[..., out] -> [..., *]``
-        before: ``[..., *] -> [..., in]``; None: x is this rank's own already.
+        before: ``[..., *] -> [..., in]``; None: x is already this rank's part.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
-"""Numbers between host and device: one copy for all integers of a step; copies that nobody waits for.
+"""Copies numbers between host and device: all integers of a step in one copy, and copies that the host does not wait
+for.
 
-This file knows lists and tensors and nothing of what the numbers mean.
+This file knows lists and tensors, and nothing of what the numbers mean.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ import torch
 from torch import Tensor
 
 Field = tuple[Sequence[int], torch.dtype]
-"""Values, and whether they arrive as int64 or int32."""
+"""Values, and the dtype that they have on the device: int64 or int32."""
 
 
 def upload_fields(fields: Sequence[Field], device: torch.device) -> list[Tensor]:
-    """Each field as a tensor ``[len(values)]`` on ``device``; together they take one copy, which nobody waits for.
+    """Return each field as a tensor ``[len(values)]`` on ``device``. All fields are sent in one copy, which the host
+    does not wait for.
 
-    The tensors are views of one piece of memory. On a CPU that is where the values were written: nothing is copied.
+    The tensors are views of one piece of memory. On a CPU the values are already in place, and nothing is copied.
     """
     sizes = [len(values) if dtype is torch.int64 else -(-len(values) // 2) for values, dtype in fields]  # in words
-    # Pinned memory of torch's caching allocator: it isn't given out again before the copy has read it.
+    # torch's caching allocator doesn't reuse pinned memory before the copy has read it.
     words = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
     host, offset = words.numpy(), 0
     for (values, dtype), size in zip(fields, sizes, strict=True):
@@ -38,12 +40,12 @@ def upload_fields(fields: Sequence[Field], device: torch.device) -> list[Tensor]
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """``values``, which are on the host, on ``device``. Nobody waits for the copy."""
+    """Return a copy of ``values``, which are on the host, on ``device``. The host does not wait for the copy."""
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 class Download:
-    """``values`` on their way to the host. What the device is told after this began doesn't hold them up."""
+    """A copy of ``values`` to the host, in the background. Work given to the device later doesn't delay it."""
 
     def __init__(self, values: Tensor) -> None:
         self._values = values
@@ -55,12 +57,12 @@ class Download:
             self._arrived.record(torch.cuda.current_stream(values.device))
 
     def wait(self) -> list[Any]:
-        """Nested lists, as ``values.tolist()`` gives them."""
+        """Wait for the copy. Returns nested lists, as ``values.tolist()`` would."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._values.tolist()
 
 
 def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
-    """Those rows of ``x [R, ...]``: x itself if they are all of it."""
+    """Return those rows of ``x [R, ...]``, or x itself if they are all rows in order."""
     return x if len(rows) == x.shape[0] else x[upload(torch.tensor(rows, dtype=torch.int64), x.device)]

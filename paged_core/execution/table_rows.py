@@ -1,7 +1,7 @@
-"""TableRows: block tables as rows of one tensor that lives where attention reads it, from step to step.
+"""TableRows: block tables as rows of one tensor, kept from step to step on the device where attention reads it.
 
-Which blocks a request has is the scheduler's; here each request's table has a row, and only what the row lacks is
-written. On a device those few entries travel with the step's other integers.
+The scheduler decides which blocks a request has. Here each request's table has a row, and only entries that the row
+lacks are written. They are sent to a device with the step's other integers.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from paged_core.scheduling.request import Request
 
 
 class TableRows:
-    """``rows``, then ``news``, then ``gather``: once a step each."""
+    """The rows. In each step, call ``row`` for each request, then ``news``, then ``gather``."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._in_numpy = device.type == "cpu"  # a few rows are no work to wake a pool of threads for
+        self._in_numpy = device.type == "cpu"  # numpy: for a few rows, it isn't worth waking torch's thread pool
         self._tables = _zeros(0, 0, device)  # int32 [rows, columns]
         self._rows: dict[Request, _Row] = {}
         self._spare: list[int] = []
         self._news: list[tuple[int, int, list[int]]] = []  # (row, first column, blocks) not written yet
 
     def row(self, request: Request) -> int:
-        """The row that will hold this request's block table once its news are written."""
+        """Return the row that will hold this request's block table once its news are written."""
         row = self._rows.get(request)
         table = request.block_table
         if row is None:
@@ -39,7 +39,7 @@ class TableRows:
         return row.index
 
     def news(self) -> tuple[list[int], list[int]]:
-        """``(places, blocks)`` that ``gather`` needs on the device: what the rows that were asked for still lack."""
+        """Return ``(places, blocks)``, the entries that rows of this step still lack, for ``gather`` on the device."""
         longest = max((first + len(blocks) for _, first, blocks in self._news), default=0)
         num_rows, num_columns = self._tables.shape
         if longest > num_columns:
@@ -54,7 +54,7 @@ class TableRows:
         return places, values
 
     def gather(self, places: Tensor, blocks: Tensor, rows: Tensor, num_columns: int) -> Tensor:
-        """Write ``blocks i32 [U]`` at ``places i64 [U]``, read ``rows i32 [R]`` -> ``i32 [R, num_columns]``."""
+        """Write ``blocks i32 [U]`` at ``places i64 [U]``, then read ``rows i32 [R]`` -> ``i32 [R, num_columns]``."""
         if self._in_numpy:
             table: Any = self._tables.numpy()
             table.reshape(-1)[places.numpy()] = blocks.numpy()
@@ -64,7 +64,7 @@ class TableRows:
         return self._tables[:, :num_columns].index_select(0, rows)
 
     def forget(self) -> None:
-        """Have every row written anew when it is asked for."""
+        """Forget all entries, so that each row is written anew when it is needed."""
         self._rows.clear()
         self._news = []
         self._spare = list(range(self._tables.shape[0]))
@@ -91,9 +91,9 @@ class _Row:
     def __init__(self, index: int) -> None:
         self.index = index
         self.version = -1
-        self.length = 0  # entries that are written, or among the news
+        self.length = 0  # entries that are written, or in the news
 
 
-@torch.inference_mode(False)  # what is made in it can't be written outside
+@torch.inference_mode(False)  # tensors made in inference mode could not be written outside it
 def _zeros(num_rows: int, num_columns: int, device: torch.device) -> Tensor:
     return torch.zeros(num_rows, num_columns, dtype=torch.int32, device=device)

@@ -1,7 +1,7 @@
-"""Work that would have the host wait for its device is told before it does: none of it can be captured.
+"""Finds work that would make the host wait for its device, before it does. Such work can't be captured.
 
-This file knows torch's operators by name, and tells what they would wait for from their arguments. It runs what doesn't
-wait.
+This file knows torch's operators by name, and sees from their arguments whether they would wait. It runs those that
+don't.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_WAITING = {  # their results' values or sizes are asked of the device
+_WAITING = {  # the host needs the values or sizes of their results
     "_local_scalar_dense", "_unique", "_unique2", "equal", "is_nonzero", "item", "masked_select", "nonzero",
     "unique_consecutive", "unique_dim",
 }  # fmt: skip
@@ -23,7 +23,7 @@ _COPYING = {"_to_copy", "copy_", "to"}
 
 
 class NoWaits(TorchDispatchMode):
-    """While it is entered, work of this thread that would wait for a device of this type raises RuntimeError."""
+    """While this mode is entered, work of this thread that would wait for a device of this type raises RuntimeError."""
 
     def __init__(self, device_type: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -31,12 +31,12 @@ class NoWaits(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """What is compiled stays compiled: other modes would have torch.compile run it without, for good."""
+        """Keep compiled code compiled: with other modes, torch.compile would run it uncompiled from then on."""
         return True
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """As ``is_infra_mode``, for later torch."""
+        """The same for later releases of torch."""
         return True
 
     def __torch_dispatch__(
@@ -58,10 +58,10 @@ class NoWaits(TorchDispatchMode):
         if name in _INDEXING:
             filled = given.get("values")
             if isinstance(filled, Tensor) and filled.numel() == 1 and filled.device.type == "cpu":
-                return False  # a fill where a mask is set
+                return False  # it fills values where a mask is set, which needs no wait
             return any(index.dtype in (torch.bool, torch.uint8) for index in self._tensors(given.get("indices")))
         if name == "where":
-            return "self" not in given and self._has(given["condition"])  # nonzero by another name
+            return "self" not in given and self._has(given["condition"])  # the one-argument form is nonzero
         return name in _WAITING and self._has(given)
 
     def _crosses(self, given: Mapping[str, Any], result: Any) -> bool:

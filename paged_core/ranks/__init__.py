@@ -1,5 +1,5 @@
-"""One model on several processes: who they are, how they are started and ended, and what rank 0 has the others do.
+"""Runs one model on several processes: starts and ends them, and sends them what rank 0 decides.
 
-Each process is a rank. Rank 0 is the caller's own: it has the engine, decides and samples. The others hold their shard
-of the model and of its K/V, and compute what they are told.
+Each process is a rank. Rank 0 is the caller's own process: it has the engine, decides and samples. The others hold
+their shard of the model and of its K/V, and carry out rank 0's orders.
 """

@@ -1,4 +1,4 @@
-"""LeadingRunner: the ModelRunner of rank 0. Whatever the engine has it do, it has the others do first."""
+"""LeadingRunner: the ModelRunner of rank 0. It sends each call to the other ranks before it carries it out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from paged_core.scheduling.block_table import BlockMove
 
 
 class LeadingRunner(ModelRunner):
-    """``close``: has the others end. May be repeated."""
+    """A ModelRunner whose orders go to ``others`` first. ``close`` ends the other ranks, and may be called again."""
 
     def __init__(
         self,
@@ -51,16 +51,16 @@ class LeadingRunner(ModelRunner):
         super().move_blocks(moves)
 
     def run(self, batch: Batch, *, eager: bool = False) -> Tensor:
-        """As ModelRunner.run.
+        """See ModelRunner.run.
 
         Raises:
-            EngineDeadError: a rank has died or failed, this one too: they can't be brought in step again.
+            EngineDeadError: a rank has died or failed, this one included. The ranks' states then differ for good.
         """
         try:
             self._others.send(RunBatch.of(batch))
             with self._others.at_work():
                 logits = super().run(batch, eager=eager)
-                if logits.is_cuda:  # a rank that dies meanwhile is looked out for in here
+                if logits.is_cuda:  # wait here, where a rank that dies meanwhile is noticed
                     torch.cuda.current_stream(logits.device).synchronize()
                 return logits
         except EngineDeadError:

@@ -1,4 +1,4 @@
-"""What rank 0 has the others do with their runner. All of it is integers."""
+"""The orders that rank 0 sends to the other ranks' runners. They hold integers only."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from paged_core.scheduling.block_table import BlockMove
 
 
 class Order(Protocol):
-    """Can be pickled."""
+    """An order, which can be pickled."""
 
     def carry_out(self, runner: ModelRunner, device: torch.device) -> None: ...
 
 
 class RunBatch(NamedTuple):
-    """Compute a batch: rank 0's own, but for whose rows they are."""
+    """Compute a batch like rank 0's, without its requests."""
 
-    integers: tuple[Any, ...]  # numpy arrays: token_ids, positions, query_starts, seq_lens, block_tables, slot_mapping,
-    # sample_indices, shaped as in Batch
+    integers: tuple[Any, ...]  # numpy arrays, shaped as in Batch: token_ids, positions, query_starts, seq_lens,
+    # block_tables, slot_mapping, sample_indices
     max_query_len: int
     max_seq_len: int
     decode: bool
@@ -42,7 +42,7 @@ class RunBatch(NamedTuple):
 
 
 class Move(NamedTuple):
-    """Move blocks, in order."""
+    """Move blocks, in this order."""
 
     moves: Sequence[BlockMove]
 
@@ -51,7 +51,7 @@ class Move(NamedTuple):
 
 
 class Grow(NamedTuple):
-    """Have memory for as many blocks."""
+    """Allocate memory for this many blocks."""
 
     num_blocks: int
 
@@ -60,7 +60,7 @@ class Grow(NamedTuple):
 
 
 class Release(NamedTuple):
-    """Give the cache's memory back."""
+    """Free the cache's memory."""
 
     def carry_out(self, runner: ModelRunner, device: torch.device) -> None:
         runner.release()

@@ -1,7 +1,7 @@
-"""RankProcesses: the processes of the other ranks, as rank 0 sees them: started, told, watched and ended.
+"""RankProcesses: starts, watches and ends the processes of the other ranks, and sends them orders.
 
-None of them outlives rank 0, however that ends: each has a connection to it that the system closes, and looks whose
-child it is besides. This file knows the standard library only.
+None of these processes outlives rank 0, however rank 0 ends: each has a connection to it that the system then closes,
+and checks besides which process is its parent. This file knows the standard library only.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from typing import Any, NamedTuple
 
 from paged_core.errors import ConfigError, EngineDeadError, PagedCoreError, UnsupportedModel
 
-_LAST_WORDS_S = 3.0  # for a rank that has failed to say why, or to be seen dead
-_GOODBYE_S = 2.0  # to end by itself
-_LOOK_S = 1.0  # between two looks at ranks while a step is under way
+_LAST_WORDS_S = 3.0  # how long a failed rank may take to say why, or to be found dead
+_GOODBYE_S = 2.0  # how long a rank may take to end by itself
+_LOOK_S = 1.0  # between two checks of the ranks during a step
 PROGRAM = "import sys; sys.path[:] = {path!r}; from paged_core.engine.follower import main; main({fd})"
 _TELLABLE = {kind.__name__: kind for kind in (ConfigError, UnsupportedModel)}
 
 
 class LastWords(NamedTuple):
-    """A rank's last words."""
+    """What a rank reports before it ends with an error."""
 
     kind: str  # the name of the exception's class
     message: str
@@ -48,9 +48,10 @@ class RankProcesses:
     """Ranks 1 to ``size - 1``.
 
     Args:
-        job: what a rank is to do, told by its number; it can be pickled.
-        max_step_s: a step that takes longer is stuck: the other ranks are killed, and rank 0's step fails.
-        on_death: called in a thread of ours when a rank has died while a step is under way.
+        job: returns the work of the rank with that number; the work can be pickled.
+        max_step_s: seconds after which a step counts as stuck. The other ranks are then killed, and rank 0's step
+            fails.
+        on_death: called in a thread of this object when a rank dies during a step.
     """
 
     def __init__(
@@ -61,8 +62,8 @@ class RankProcesses:
         on_death: Callable[[], None] | None = None,
     ) -> None:
         self.processes: list[RankProcess] = []
-        self._ended: str | None = None  # why they are gone
-        self._began: float | None = None  # when the step under way began
+        self._ended: str | None = None  # why the ranks have ended; None: they run
+        self._began: float | None = None  # when the current step began
         self._finalizer = weakref.finalize(self, _end, self.processes, 0.0)
         for rank in range(1, size):
             self.processes.append(start(rank, job(rank)))
@@ -72,10 +73,10 @@ class RankProcesses:
         watch.start()
 
     def wait_until_ready(self) -> None:
-        """Until each has loaded what it needs in order to join.
+        """Wait until each rank has loaded what it needs in order to join.
 
         Raises:
-            EngineDeadError, ConfigError, UnsupportedModel: one of them could not.
+            EngineDeadError, ConfigError, UnsupportedModel: a rank could not load it.
         """
         for process in self.processes:
             try:
@@ -88,10 +89,10 @@ class RankProcesses:
                 raise failure
 
     def send(self, order: Any) -> None:
-        """Have every rank carry out ``order``.
+        """Send ``order`` to every rank.
 
         Raises:
-            EngineDeadError: one of them is gone.
+            EngineDeadError: a rank has ended.
         """
         if self._ended is not None:
             raise EngineDeadError(self._ended)
@@ -104,11 +105,11 @@ class RankProcesses:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Around what rank 0 computes with the others. Whatever fails inside leaves them somewhere in the middle of it:
-        they are ended.
+        """Use this around work that rank 0 computes with the others. If anything fails inside, the others are ended,
+        because they may be in the middle of it.
 
         Raises:
-            EngineDeadError: in place of any Exception from inside.
+            EngineDeadError: raised in place of any Exception from inside.
         """
         self._began = time.monotonic()
         try:
@@ -123,16 +124,17 @@ class RankProcesses:
 
     @property
     def trouble(self) -> str | None:
-        """Which rank is gone, if one is. For any thread."""
+        """Why the ranks can't be used, if one has ended, or None. Any thread may ask."""
         if self._ended is not None:
             return self._ended
         dead = next((process for process in self.processes if process.popen.poll() is not None), None)
         return None if dead is None else _obituary(dead)
 
     def failed(self, error: BaseException) -> PagedCoreError:
-        """What to raise for ``error``, which came up while ranks were at work. All of them are ended.
+        """End all ranks, and return the error to raise for ``error``, which came up while they were at work.
 
-        A rank that has died is told of rather than what came of it here. An error of ours is the one to raise else."""
+        If a rank has died or reported an error, that is the error returned; else ``error`` itself, if it is one of the
+        project's."""
         known = isinstance(error, PagedCoreError)
         told = self._last_words(patience_s=0.0 if known else _LAST_WORDS_S)
         if told is None:
@@ -142,12 +144,12 @@ class RankProcesses:
         return told
 
     def end(self, why: str = "the engine was closed", patience_s: float = _GOODBYE_S) -> None:
-        """Have all of them end; kill those that don't. May be repeated."""
+        """End all ranks, and kill those that don't end in time. May be called again."""
         self._ended = self._ended or why
         _end(self.processes, patience_s)
 
     def _last_words(self, patience_s: float) -> PagedCoreError | None:
-        """What a rank has said before it ended, or how it ended."""
+        """Return the error that a rank reported before it ended, or how its process ended."""
         if self._ended is not None:
             return EngineDeadError(self._ended)
         deadline = time.monotonic() + patience_s
@@ -165,7 +167,7 @@ class RankProcesses:
 
 
 def start(rank: int, job: Any) -> RankProcess:
-    """A new process that is given ``job``."""
+    """Start a process and send it ``job``."""
     ours, theirs = Pipe()
     path = [entry or str(Path.cwd()) for entry in sys.path]
     program = PROGRAM.format(path=path, fd=theirs.fileno())
@@ -173,9 +175,9 @@ def start(rank: int, job: Any) -> RankProcess:
         popen = subprocess.Popen(
             [sys.executable, "-c", program],
             stdin=subprocess.DEVNULL,
-            stdout=2,  # what a rank prints is no output of this program
+            stdout=2,  # to standard error: a rank's prints are no output of this program
             pass_fds=[theirs.fileno()],
-            start_new_session=True,  # Ctrl-C is for rank 0, which tells the others
+            start_new_session=True,  # so that Ctrl-C reaches rank 0 only, which tells the others
             env={**os.environ, "LOCAL_RANK": str(rank)},
         )
     finally:
@@ -197,7 +199,7 @@ def _end(processes: Sequence[RankProcess], patience_s: float) -> None:
 
 
 def _watch(processes: weakref.ref[RankProcesses], max_step_s: float, on_death: Callable[[], None] | None) -> None:
-    """Until they are gone: nobody may wait for ever for a rank that will not answer."""
+    """Watch the ranks until they have ended, so that rank 0 never waits for ever for a rank that does not answer."""
     while True:
         time.sleep(_LOOK_S)
         seen = processes()

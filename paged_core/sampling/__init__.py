@@ -1,1 +1,1 @@
-"""Logits to tokens: what is drawn, what is told of it, and beams."""
+"""Chooses tokens from logits, reports their log-probabilities, and searches with beams."""

@@ -1,9 +1,9 @@
-"""BeamSearch: the TokenSelector of one lockstep group, whose rows are the beams. This file knows no text.
+"""BeamSearch: the TokenSelector of one lockstep group, whose rows are the beams. This file knows nothing of text.
 
-The rules are vLLM's. A sequence scores ``sum of its log-probabilities / length ** length_penalty``; the length counts
-the prompt and leaves out the stop token. Beams that a stop token ends are set aside, the likeliest others take their
-rows. The search is over when no running beam can come among the best any more, or at the length limit, where running
-beams count too. With ``early_stopping`` it is over as soon as as many sequences have ended as there are rows.
+The rules are vLLM's. A sequence scores ``sum of its log-probabilities / length ** length_penalty``. The length counts
+the prompt, but not the stop token. Beams that a stop token ends are set aside, and the most likely others take their
+rows. The search ends when no running beam can still become one of the best, or at the length limit, where running beams
+count too. With ``early_stopping`` it ends as soon as as many sequences have ended as there are rows.
 """
 
 from __future__ import annotations
@@ -29,26 +29,28 @@ class Beam(NamedTuple):
 
 
 class BeamSearch(TokenSelector):
-    """One search; its width is the number of rows. ``best``: the sequences that have ended, best first.
+    """One search, whose width is the number of rows. ``best``: the sequences that have ended, best first.
 
-    It may be asked again for a step whose answer was not taken in.
+    ``select`` may be called again for a step whose Selection was not used.
     """
 
     def __init__(self) -> None:
         self.best: list[Beam] = []
-        self._sums: list[float] = []  # of each running beam's log-probabilities, falling
-        self._before = (0, self.best, self._sums)  # the length at the latest step, and the two before that step
+        self._sums: list[float] = []  # of each running beam's log-probabilities, in falling order
+        # the length at the latest step; ``best`` and ``_sums`` before that step
+        self._before = (0, self.best, self._sums)
 
     @torch.inference_mode()
     def select(self, logits: Tensor, requests: Sequence[Request]) -> Selection:
-        """``logits [W,V]``: all rows of the group, in order."""
+        """Choose from ``logits [W,V]``: all rows of the group, in order."""
         self._begin_step(len(requests[0].tokens))
         width, stops = len(requests), torch.tensor(sorted(requests[0].stop_token_ids), dtype=torch.int64)
         num = min((1 + max(1, len(stops))) * width, logits.shape[1])  # enough, even if every stop token is among them
         logprobs, ids = (part.cpu() for part in top_rows(logits.float().log_softmax(-1), num))  # [W,C]
         if logprobs.isnan().any():
             return _failed(width, f"the model's logits {_what_is_wrong(logits)}")
-        sums = self._sums or [0.0] + [float("-inf")] * (width - 1)  # all rows are the prompt at first: one counts
+        # at first all rows are the prompt, and only one counts
+        sums = self._sums or [0.0] + [float("-inf")] * (width - 1)
         totals = logprobs.double() + torch.tensor(sums, dtype=torch.float64)[:, None]  # [W,C]
         stopping = torch.isin(ids, stops)
         self._set_aside(requests, ids, totals, stopping)
@@ -56,7 +58,8 @@ class BeamSearch(TokenSelector):
         running, order = totals.masked_fill(stopping, float("-inf")).flatten().sort(descending=True, stable=True)
         self._sums, order = running[:width].tolist(), order[:width]
         num_running = int(running[:width].isfinite().sum())
-        order[num_running:] = order[0].clone()  # rows to spare: they repeat the first one, and their sums never count
+        # rows that no beam needs repeat the first one, and their sums never count
+        order[num_running:] = order[0].clone()
         token_ids, parents = ids.flatten()[order].tolist(), (order // num).tolist()
         over = self._over(requests, token_ids[:num_running], parents)
         if num_running < width and len(self.best) < width:
@@ -80,9 +83,9 @@ class BeamSearch(TokenSelector):
 
     def _over(self, requests: Sequence[Request], token_ids: Sequence[int], parents: Sequence[int]) -> bool:
         first, width = requests[0], len(requests)
-        length = len(first.tokens) + 1  # of running beams, this step's token included
+        length = len(first.tokens) + 1  # of running beams, with this step's token
         if length >= first.max_total:
-            running = zip(token_ids, parents, self._sums, strict=False)  # without the rows to spare
+            running = zip(token_ids, parents, self._sums, strict=False)  # without rows that no beam needs
             self._keep(
                 [
                     _beam([*requests[parent].output_token_ids, token], total, length, first, FinishReason.LENGTH)
@@ -102,7 +105,8 @@ class BeamSearch(TokenSelector):
 
 
 def ranked(output: RequestOutput) -> tuple[RequestOutput, float]:
-    """The end of row i of a search, as the end of the i-th best sequence; and the sum of its log-probabilities."""
+    """Return the end of row i of a search as the end of the i-th best sequence, with the sum of its
+    log-probabilities."""
     if output.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
         return output, 0.0
     search = output.request.selector

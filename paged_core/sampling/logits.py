@@ -1,7 +1,7 @@
-"""What requests change in their logits before a token is chosen: masks, bias, penalties, their own processors.
+"""Changes of a request's logits before a token is chosen: masks, bias, penalties, and its own processors.
 
-This file knows one request's parameters and history, compiled once into index tensors (RowEdits), and applies many
-rows' edits at once by scattering at (row, token): the cost grows with the tokens named, not with the vocabulary. It
+This file compiles one request's parameters and history into index tensors (RowEdits), and applies the edits of many
+rows at once by scattering at (row, token). The cost grows with the tokens named, not with the vocabulary. This file
 knows nothing of temperature or drawing.
 """
 
@@ -20,9 +20,9 @@ from paged_core.scheduling.params import InvalidRequestError
 from paged_core.scheduling.request import Request
 
 Work = Sequence[tuple[int, Request, "RowEdits"]]  # (row of scores, its request, its edits)
-Processed = MutableMapping[Request, Tensor | str]  # what processors answered this step: scores [1,V], or an error
+Processed = MutableMapping[Request, Tensor | str]  # results of processors in this step: scores [1,V], or an error
 _NINF = float("-inf")
-_TAIL = 8  # last tokens remembered, to notice that a history was replaced
+_TAIL = 8  # last tokens remembered, to notice that a history was replaced by another
 
 
 class RowEdits:
@@ -38,7 +38,7 @@ class RowEdits:
         bias = params.logit_bias or {}
         self.bias_ids = _ids("logit_bias", bias or None, vocab_size)
         self.bias = torch.tensor([float(value) for value in bias.values()], dtype=torch.float32)
-        # Ids past the vocabulary can't be chosen anyway: tokenizers know stop tokens that a model does not.
+        # Tokenizers know stop tokens that a model does not. Ids past the vocabulary can't be chosen anyway.
         self.stops = [id for id in sorted(request.stop_token_ids) if 0 <= id < vocab_size]
         self.bad_words = _by_last_but_one(params.bad_words_token_ids, vocab_size)
         self.repetition = float(params.repetition_penalty)
@@ -58,9 +58,9 @@ class RowEdits:
         )
 
     def forbidden(self, request: Request) -> list[int]:
-        """Ids that may not come next: stop tokens before min_tokens, and the last tokens of bad words begun.
+        """Return the ids that may not come next: stop tokens before min_tokens, and the last tokens of bad words begun.
 
-        A bad word may begin in the prompt: what counts is the text that the caller will read.
+        A bad word may begin in the prompt, because the caller reads prompt and output together.
         """
         ids: list[int] = []
         if request.num_output < request.params.min_tokens:
@@ -75,18 +75,18 @@ class RowEdits:
 
 
 class TokenCounts:
-    """The distinct tokens of a history and how often each was put out, in tensors that grow with it."""
+    """The distinct tokens of a history and how often the output has each, in tensors that grow with it."""
 
     def __init__(self, with_prompt: bool) -> None:
         self._with_prompt = with_prompt
-        self._seen: list[int] | None = None  # the very list: a request that is given another one is counted anew
+        self._seen: list[int] | None = None  # the same list object; if the request has another one, all is counted anew
         self._num_seen = 0
-        self._tail: list[int] = []  # the last few of those
+        self._tail: list[int] = []  # its last few tokens
 
     def update(self, request: Request) -> tuple[Tensor, Tensor]:
-        """Take in what the request gained -> ``ids int64 [N]`` and how often each is in its output, ``float32 [N]``.
+        """Count the request's new tokens. Returns ``ids int64 [N]`` and how often the output has each, ``float32 [N]``.
 
-        A history that is not the one seen plus a suffix (another beam's) is counted anew.
+        A history that doesn't continue the one counted (another beam's) is counted anew.
         """
         tokens, seen = request.tokens, self._num_seen
         if tokens is not self._seen or tokens[max(0, seen - len(self._tail)) : seen] != self._tail:
@@ -109,7 +109,7 @@ class TokenCounts:
         self._reserve(2 * len(counts) + 64)
 
     def _add(self, token: int) -> None:
-        """One more output token."""
+        """Count one more output token."""
         slot = self._slots.get(token)
         if slot is None:
             slot = self._slots[token] = len(self._slots)
@@ -122,15 +122,17 @@ class TokenCounts:
         extra = capacity - len(self._ids)
         self._ids = torch.cat([self._ids, torch.zeros(extra, dtype=torch.int64)])
         self._counts = torch.cat([self._counts, torch.zeros(extra)])
-        # numpy's view of the same memory: writing one element through torch costs ten times as much
+        # A numpy view of the same memory: writing one element through torch takes ten times as long.
         self._ids_view: Any = self._ids.numpy()
         self._counts_view: Any = self._counts.numpy()
 
 
 def edit_rows(scores: Tensor, work: Work, processed: Processed) -> dict[int, str]:
-    """Change ``scores float32 [S,V]`` in place as the requests ask -> row: what went wrong in its own processors.
+    """Change ``scores float32 [S,V]`` in place as the requests ask. Returns row -> what went wrong in that row's
+    processors.
 
-    ``processed`` gets what the processors answer. Those of a request that is there already aren't called again.
+    Results of processors are stored in ``processed``. Processors of a request that is in it already aren't called
+    again.
     """
     _keep_allowed(scores, work)
     _forbid(scores, work)
@@ -168,7 +170,8 @@ def _add_bias(scores: Tensor, work: Work) -> None:
 
 
 def _penalise(scores: Tensor, work: Work) -> None:
-    """Repetition scales towards less likely, whatever the sign; frequency and presence subtract."""
+    """Apply penalties: repetition scales scores towards less likely, whatever their sign; frequency and presence
+    subtract."""
     found = [(row, edits, edits.counts.update(request)) for row, request, edits in work if edits.counts is not None]
     if not found:
         return
@@ -198,14 +201,14 @@ def _run_processors(scores: Tensor, work: Work, processed: Processed) -> dict[in
 
 
 def _answer(scores: Tensor, request: Request, processors: Sequence[Any]) -> Tensor | str:
-    """What a request's processors make of its ``scores [1,V]``; or what went wrong in them.
+    """Return the scores that a request's processors make of its ``scores [1,V]``, or what went wrong in them.
 
     Raises:
-        torch.OutOfMemoryError: outside of them.
+        torch.OutOfMemoryError: raised outside the processors.
     """
     try:
         return _processed(scores, request, processors)
-    except BaseException as error:  # the caller's code: whatever it raises ends its own request only
+    except BaseException as error:  # the caller's code may raise anything, which ends its own request only
         if interrupts_the_process(error) or isinstance(error, torch.OutOfMemoryError):
             raise
         told = isinstance(error, (_BadScores, InvalidRequestError))
@@ -213,12 +216,12 @@ def _answer(scores: Tensor, request: Request, processors: Sequence[Any]) -> Tens
 
 
 class _BadScores(Exception):
-    """A processor returned what can't be sampled from."""
+    """A processor returned something that can't be sampled from."""
 
 
 def _processed(scores: Tensor, request: Request, processors: Sequence[Any]) -> Tensor:
-    # Outside inference mode, as in stock generate: what processors keep must be usable by their owner later.
-    # A clone, because they may change it in place and hold on to it.
+    # This runs outside inference mode, as in stock generate, so that tensors which processors keep are usable later.
+    # Processors get a clone, because they may change it in place and keep it.
     if scores.isnan().any():
         raise _BadScores("the model's logits hold NaN")
     with torch.inference_mode(False), torch.no_grad():
@@ -228,7 +231,7 @@ def _processed(scores: Tensor, request: Request, processors: Sequence[Any]) -> T
             name = getattr(processor, "__name__", type(processor).__name__)
             try:
                 current = processor(input_ids, current)
-            except InvalidRequestError:  # it says itself what is wrong with the request
+            except InvalidRequestError:  # the error says itself what is wrong with the request
                 raise
             except BaseException as error:
                 if interrupts_the_process(error):
@@ -255,7 +258,7 @@ def _check(name: str, scores: Any, shape: torch.Size) -> None:
 
 
 def _at(pairs: Sequence[tuple[int, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(row, its ids) many times -> the (row, id) index of every element, int64 [N] each."""
+    """Turn pairs of (row, its ids) into the (row, id) index of every element, int64 [N] each."""
     lengths = torch.tensor([len(ids) for _, ids in pairs])
     rows = torch.tensor([row for row, _ in pairs]).repeat_interleave(lengths)
     at = upload(torch.stack((rows, torch.cat([ids for _, ids in pairs]))), device)
@@ -273,7 +276,7 @@ def _ids(name: str, ids: Iterable[int] | None, vocab_size: int) -> Tensor | None
 
 
 def _by_last_but_one(words: Sequence[Sequence[int]], vocab_size: int) -> dict[int, list[tuple[list[int], int]]]:
-    """Bad words by the token that their last token would follow; -1 for words of one token."""
+    """Group bad words by the token before their last one; -1 for words of one token."""
     table: dict[int, list[tuple[list[int], int]]] = {}
     for word in words:
         if not word:

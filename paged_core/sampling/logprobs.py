@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens and of the likeliest ones, as the caller sees them."""
+"""Log-probabilities of chosen tokens and of the most likely ones, as the caller gets them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from paged_core.scheduling.request import Logprob
 
 
 def top_logprobs(logprobs: Tensor, chosen: Sequence[int], nums: Sequence[int]) -> list[dict[int, Logprob]]:
-    """``logprobs float32 [N,V]`` -> for each row its chosen token, then the ``nums[row]`` likeliest.
+    """Return for each row of ``logprobs float32 [N,V]`` its chosen token, then the ``nums[row]`` most likely.
 
-    A rank is 1 plus the number of tokens that are likelier: equals share one.
+    A rank is 1 plus the number of tokens that are more likely; equals share a rank.
     """
     ids = upload(torch.tensor(chosen, dtype=torch.int64), logprobs.device)[:, None]
     values = logprobs.gather(1, ids)  # [N,1]
     most = min(max(nums, default=0), logprobs.shape[1])
     top_values, top_ids = top_rows(logprobs, most) if most else (logprobs[:, :0], ids[:, :0])
-    fetched = torch.cat([top_ids.double(), top_values.double(), values.double()], 1).tolist()  # all at once
+    fetched = torch.cat([top_ids.double(), top_values.double(), values.double()], 1).tolist()  # one transfer for all
     likeliest = [
         _ranked([int(token) for token in row[:num]], row[most : most + num])
         for row, num in zip(fetched, (min(num, most) for num in nums), strict=True)
     ]
-    # Counting reads the whole vocabulary: only for chosen tokens that are not among the likeliest.
+    # Ranks of chosen tokens that are not among the most likely are counted, which reads the whole vocabulary.
     unranked = [row for row, token in enumerate(chosen) if token not in likeliest[row]]
     if unranked:
         above = (take_rows(logprobs, unranked) > take_rows(values, unranked)).sum(1, dtype=torch.int32).tolist()
@@ -36,7 +36,7 @@ def top_logprobs(logprobs: Tensor, chosen: Sequence[int], nums: Sequence[int]) -
 
 
 def _ranked(ids: list[int], values: list[float]) -> dict[int, Logprob]:
-    """``values`` fall; each gets its place, equals the first one's."""
+    """Rank ``values``, which are in falling order; equals have the rank of the first one."""
     ranked = {}
     rank, previous = 0, None
     for place, (id, value) in enumerate(zip(ids, values, strict=True), start=1):

@@ -1,7 +1,7 @@
-"""The core's own TokenSelector: one vectorised pass over rows that may all want different things.
+"""The core's own TokenSelector: one vectorised pass over rows with different parameters.
 
-It knows logits and SamplingParams; it knows nothing of text, stop strings, blocks or scheduling. For each row, in this
-order (vLLM's):
+It knows logits and SamplingParams. It knows nothing of text, stop strings, blocks or scheduling. For each row it does
+this, in vLLM's order:
 
 1. logprobs are taken from the raw logits
 2. allowed_token_ids, then bad_words_token_ids, min_tokens (no stop token yet) and logit_bias
@@ -10,8 +10,8 @@ order (vLLM's):
 5. greedy rows take the largest score here, the lowest id among equals; the others go on
 6. temperature, min_p, top_k, top_p, then one draw
 
-A row depends on nothing but its own logits, history, parameters and (seed, index, position): it gets the same token
-alone and in any batch. What fails in one row is told in ``Selection.errors`` for that row and touches no other.
+A row depends only on its own logits, history, parameters and (seed, index, position): it gets the same token alone and
+in any batch. A row that fails is reported in ``Selection.errors``, and touches no other.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from paged_core.scheduling.request import Logprob, Request, Selection
 
 
 class Sampler(RequestSampler):
-    """Chooses the next token of every row. State belongs to requests, never to batch positions.
+    """Chooses the next token of every row. Its state belongs to requests, never to positions in a batch.
 
-    ``argmax``: ``logits [S,V] of any float dtype -> (id i64 [S], largest float [S])``, where the lowest id wins among
-    equals and NaN wins over everything. ``top``: ``scores float32 [S,V], k -> (values [S,k], ids i64 [S,k])`` by value
+    ``argmax`` maps ``logits [S,V] of any float dtype -> (id i64 [S], largest float [S])``: the lowest id of equals, and
+    NaN counts as the largest. ``top`` maps ``scores float32 [S,V], k -> (values [S,k], ids i64 [S,k])``, by value
     descending, then id ascending.
     """
 
@@ -47,7 +47,8 @@ class Sampler(RequestSampler):
 
     @torch.inference_mode()
     def choose(self, logits: Tensor, requests: Sequence[Request], num_unknown: int = 0) -> TokensOnDevice | None:
-        """``logits [S,V]`` stay as they are. None: some row has edits or logprobs, or its draw waits."""
+        """Choose from ``logits [S,V]`` without changing them. Returns None if some row has edits or logprobs, or if its
+        draw would wait."""
         for request in requests:
             if request.params.logprobs is not None or draw_waits(request, logits.shape[1]):
                 return None
@@ -60,10 +61,10 @@ class Sampler(RequestSampler):
 
     @torch.inference_mode()
     def select(self, logits: Tensor, requests: Sequence[Request]) -> Selection:
-        """``logits [S,V]``, row i for ``requests[i]``. float32 logits may be overwritten.
+        """Choose from ``logits [S,V]``, row i for ``requests[i]``. float32 logits may be overwritten.
 
         Raises:
-            torch.OutOfMemoryError: asked again for the same step, it calls no processor twice.
+            torch.OutOfMemoryError: may be called again for the same step, and then calls no processor twice.
         """
         logits = logits.detach()
         errors: dict[int, str] = {}
@@ -91,15 +92,16 @@ class Sampler(RequestSampler):
 
     @torch.inference_mode()
     def prompt_logprobs(self, logits: Tensor, next_ids: Sequence[int], num: int) -> list[dict[int, Logprob]]:
-        """``logits [N,V]`` at N prompt positions, the token after each -> its Logprob, then the ``num`` likeliest."""
+        """Return for ``logits [N,V]`` at N prompt positions the Logprob of the next token, then of the ``num`` most
+        likely."""
         logprobs = torch.log_softmax(logits.detach().float(), -1)
         return top_logprobs(logprobs, next_ids, [num] * len(next_ids))
 
     def _tokens(
         self, scores: Tensor, requests: Sequence[Request], drawn: Sequence[int], num_unknown: int = 0
     ) -> tuple[Tensor, Download]:
-        """The token of each row of ``scores [S,V]``, i64 [S]; and these with the rows' largest scores, under way to
-        the host. ``drawn``: rows that aren't greedy; for them scores are float32 and may be overwritten."""
+        """Return the token of each row of ``scores [S,V]``, i64 [S], and a download of these with the rows' largest
+        scores. ``drawn``: rows that aren't greedy; their scores are float32 and may be overwritten."""
         token_ids, largest = self._argmax(scores)
         if drawn:
             theirs = [requests[row] for row in drawn]
@@ -108,7 +110,7 @@ class Sampler(RequestSampler):
         return token_ids, _download(token_ids, largest)
 
     def _edits_of(self, request: Request, row: int, vocab_size: int, errors: dict[int, str]) -> RowEdits | None:
-        """What this request changes in its scores; None if nothing. Compiled at its first step."""
+        """Return the changes of this request's scores, compiled at its first step, or None if it has none."""
         edits = self._edits.get(request)
         if edits is None:
             try:
@@ -121,7 +123,7 @@ class Sampler(RequestSampler):
 
 
 class Greedy(TokenSelector):
-    """The likeliest token of each row and nothing more: for requests whose parameters are no matter."""
+    """Takes the most likely token of each row, and ignores all parameters."""
 
     def choose(self, logits: Tensor, requests: Sequence[Request], num_unknown: int = 0) -> TokensOnDevice:
         token_ids = logits.argmax(dim=-1)
@@ -131,12 +133,12 @@ class Greedy(TokenSelector):
         return self.choose(logits, requests).fetch()
 
 
-Likeliest = Greedy  # its name before 0.2
+Likeliest = Greedy  # the name of Greedy before 0.2
 
 
 class TokensOnDevice:
-    """The tokens of plain rows: ``token_ids i64 [S]`` on the device. Those ``under_way`` to the host are of
-    more rows, perhaps: ``rows`` are the places of ours."""
+    """The tokens of plain rows: ``token_ids i64 [S]`` on the device. ``under_way`` is the download, which may have more
+    rows: ``rows`` are the places of these tokens in it."""
 
     def __init__(self, token_ids: Tensor, under_way: Download, rows: Sequence[int]) -> None:
         self.token_ids = token_ids
@@ -157,7 +159,7 @@ class TokensOnDevice:
 
 
 def _download(token_ids: Tensor, largest: Tensor) -> Download:
-    """Both at once: waiting for the device is what costs."""
+    """Download both at once, because waiting for the device is what takes time."""
     return Download(torch.stack((token_ids.double(), largest.double())))
 
 

@@ -20,8 +20,11 @@ def max_blocks_at_once(limits: Limits, block_size: int) -> int:
 def set_max_total(
     requests: Sequence[Request], at_once: Sequence[Request], limits: Limits, num_blocks: int, block_size: int
 ) -> None:
-    """Set each request's ``max_total``. ``at_once``: those of them that must be in the cache together.
-Set each request's ``max_total``. ``at_once``: those of ``requests`` that must be in the cache together.
+    """Set each request's ``max_total``. ``at_once``: those of ``requests`` that must be in the cache together.
+
+    Raises:
+        InvalidRequestError: they can never fit. The message has the numbers, and ``param`` names the field that is too
+            large.
     """
     if len(requests) > limits.max_num_seqs:
         raise InvalidRequestError(

@@ -1,1 +1,2 @@
-"""K/V that outlive the cache: blocks that it gives up, kept where there is more room, and brought back."""
+"""Storage for K/V that the cache evicts: blocks are kept where there is more room, and loaded when they are needed
+again."""

@@ -1,4 +1,4 @@
-"""DiskTier: blocks in the slabs of a folder, written and read by two threads that no step waits for."""
+"""DiskTier: blocks in the slabs of a folder, written and read by two threads. No step waits for them."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from paged_core.tiers.tier import Fetch, Piece
 from paged_core.tiers.worker import JobThread
 
 _log = logging.getLogger("paged_core")
-_PIECE_BYTES = 4 << 20  # read at a time: it stays in a processor's cache until it is copied on
-_MOST_PIECES = 32  # read and not yet taken
-_MOST_QUEUED_BYTES = 128 << 20  # given up by the cache and not yet written; more is dropped
-_LOOK_S = 2.0  # between two looks at what others have written and deleted
-_TOUCH_S = 1.0  # between two notes that a slab was of use
-_STOP_S = 0.5  # for the job that a thread is at
+_PIECE_BYTES = 4 << 20  # read at a time: it stays in a processor's cache until it is copied further
+_MOST_PIECES = 32  # read, and not yet taken by the engine
+_MOST_QUEUED_BYTES = 128 << 20  # evicted by the cache and not yet written; more is dropped
+_LOOK_S = 2.0  # between two checks of what other processes have written and deleted
+_TOUCH_S = 1.0  # between two marks that a slab was used
+_STOP_S = 0.5  # for the current job of a thread
 
 
 class DiskTier:
-    """What one engine keeps in a folder, and finds there.
+    """One engine's blocks in a folder, and those that it finds there.
 
     Args:
-        folder: it may be other processes' too.
-        shape: of this engine's blocks.
+        folder: other processes may use it too.
+        shape: the shape of this engine's blocks.
 
     Raises:
         ConfigError: the folder's limit has no room for two blocks.
@@ -53,17 +53,18 @@ class DiskTier:
         self._look()
 
     def _start_afresh(self) -> None:
-        """Also in a forked child, which has no threads and must not write into its parent's slab."""
+        """Also called in a forked child, which has no threads and must not write into its parent's slab."""
         self._pid = os.getpid()
-        self._index: dict[bytes, tuple[Slab, int]] = {}  # written by the threads, read by the engine's: one by one
+        # changed by the tier's threads, read by the engine's: single entries
+        self._index: dict[bytes, tuple[Slab, int]] = {}
         self._slabs: dict[Path, Slab] = {}
-        self._lock = threading.Lock()  # guards both, where they must agree
+        self._lock = threading.Lock()  # guards what both threads change together
         self._growing: Slab | None = None
-        self._queued: dict[bytes, tuple[BlockContent, Tensor]] = {}  # what is being written
+        self._queued: dict[bytes, tuple[BlockContent, Tensor]] = {}  # blocks being written
         self._num_queued_bytes = 0
-        self._free: SimpleQueue[Tensor] = SimpleQueue()  # memory of pieces that were taken
+        self._free: SimpleQueue[Tensor] = SimpleQueue()  # memory of pieces that the engine has copied
         self._num_pieces = 0
-        self._num_read_queued = 0  # blocks that came of memory: they tell nothing of the disk
+        self._num_read_queued = 0  # blocks read from memory, which say nothing of the disk's speed
         self._looked = self._touched = 0.0
         self._reader, self._writer = JobThread("paged-kv-reader"), JobThread("paged-kv-writer")
 
@@ -117,7 +118,7 @@ class DiskTier:
             self._slabs.clear()
             self._queued.clear()
             self._temporary = self._temporary or []
-            # What is computed from now on is nobody else's: the weights were not written down anywhere.
+            # K/V computed from now on match no other process's: the weights are in no file.
             self._shape = replace(self._shape, fingerprint=secrets.token_hex(16))
             growing, self._growing = self._growing, None
         if growing is not None:
@@ -238,7 +239,7 @@ class DiskTier:
         return good
 
     def _memory(self, num_blocks: int, fetch: Fetch) -> Tensor | None:
-        """For a piece; None: nobody takes what was read any more."""
+        """Return memory for a piece, or None if the fetch was cancelled."""
         while not fetch.cancelled:
             try:
                 return self._free.get(self._num_pieces >= _MOST_PIECES, 0.05)
@@ -254,7 +255,7 @@ class DiskTier:
             slab.touch()
 
     def _look(self) -> None:
-        """What others have written, or deleted, since the last look."""
+        """Take in slabs that other processes have written or deleted since the last look."""
         self._looked = time.monotonic()
         self._drop_deleted()
         try:
@@ -267,7 +268,7 @@ class DiskTier:
     def _look_into(self, path: Path, shape: Shape) -> None:
         slab = self._slabs.get(path)
         if slab is not None and slab.num_written:
-            return  # our own
+            return  # it is a slab of our own
         try:
             slab = slab or Slab.open(path, shape)
             if slab is None:
@@ -283,7 +284,7 @@ class DiskTier:
                     self._index.setdefault(digest, (slab, place))
 
     def _drop_deleted(self) -> None:
-        """Slabs that were evicted take room on the disk as long as we hold them."""
+        """Close slabs that were evicted: they use room on the disk as long as we hold them open."""
         with self._lock:
             gone = [slab for slab in self._slabs.values() if slab.gone]
             for slab in gone:

@@ -1,8 +1,8 @@
-"""A folder of slabs that several processes share: each writes slabs of its own and reads all of its shape.
+"""A folder of slabs that several processes share. Each writes its own slabs, and reads all slabs of its shape.
 
-What the slabs take together stays below a limit: before a new one is made, those that were of use longest ago are
-deleted, whoever wrote them, for whatever model. A process that was killed leaves a slab that counts like any other.
-This file knows names, sizes and times of files. It does not know what is in them.
+Together the slabs stay below a limit. Before a new one is made, the least recently used slabs are deleted, whichever
+process wrote them, for whichever model. A killed process leaves a slab that counts like any other. This file knows
+names, sizes and times of files. It does not know what is in them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from paged_core.tiers.slab import Shape, Slab, in_use, size_when_full
 _KEY, _LOCK, _SUFFIX = "key", "lock", ".kv"
 _KEY_BYTES = 32
 _MOST_SLAB_BYTES = 256 << 20
-_SLABS = 16  # at least, in a folder that is full
+_SLABS = 16  # in a full folder, at least
 
 
 class SlabFolder:
-    """``path`` with slabs of at most ``max_bytes`` together.
+    """The folder ``path``, with slabs of at most ``max_bytes`` together.
 
     Raises:
-        ConfigError: the folder can't be used: it is somebody else's, say, or can be read by others.
+        ConfigError: the folder can't be used: for example, it is another user's, or others can read it.
     """
 
     def __init__(self, path: str, max_bytes: int) -> None:
@@ -41,7 +41,7 @@ class SlabFolder:
             raise ConfigError(f"kv_disk_path ({self.path}) can't be used: {error}") from error
 
     def slab_capacity(self, shape: Shape) -> int:
-        """Blocks of a new slab.
+        """Return the number of blocks of a new slab.
 
         Raises:
             ConfigError: the limit has no room for two slabs of one block.
@@ -55,8 +55,8 @@ class SlabFolder:
         return max(1, capacity)
 
     def create(self, shape: Shape, capacity: int) -> Slab | None:
-        """A new slab for this process to write; others are deleted to make room. None: there is no room, since other
-        processes are writing all there is.
+        """Return a new slab for this process to write; other slabs are deleted to make room. Returns None if there is
+        no room, because other processes are writing all slabs.
 
         Raises:
             OSError: the folder can't be written.
@@ -68,7 +68,7 @@ class SlabFolder:
             return Slab.create(path, shape, capacity)
 
     def paths(self, shape: Shape) -> list[Path]:
-        """Slabs that say they are of this shape, first the one that was of use longest ago."""
+        """Return the slabs whose names are of this shape, least recently used first."""
         return [path for path in self._all() if path.name.startswith(f"{shape.fingerprint}.")]
 
     def _make_room(self, num_bytes: int) -> bool:
@@ -83,17 +83,17 @@ class SlabFolder:
         return total <= self.max_bytes
 
     def _all(self) -> list[Path]:
-        """Of use longest ago first."""
+        """Return all slabs, least recently used first."""
         times = {}
         for entry in os.scandir(self.path):
             if entry.name.endswith(_SUFFIX):
-                with suppress(FileNotFoundError):  # evicted a moment ago
+                with suppress(FileNotFoundError):  # it was evicted a moment ago
                     times[Path(entry.path)] = entry.stat().st_mtime_ns
         return sorted(times, key=lambda path: (times[path], path.name))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One process at a time makes room."""
+        """Let only one process at a time make room."""
         file = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -104,7 +104,7 @@ class SlabFolder:
     # ---- the folder itself ---------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        """There, and for nobody else to read: K/V tell what prompts said."""
+        """Make the folder, readable by its owner only, because K/V reveal prompts."""
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         mode = self.path.stat().st_mode
         if not stat.S_IMODE(mode) & 0o077:
@@ -117,7 +117,7 @@ class SlabFolder:
         self.path.chmod(0o700)
 
     def _read_key(self) -> bytes:
-        """The folder's secret, made by who comes first."""
+        """Return the folder's secret key. The first process makes it."""
         path = self.path / _KEY
         if not path.exists():
             fresh = self.path / f"{_KEY}.{secrets.token_hex(8)}"

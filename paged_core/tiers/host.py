@@ -1,6 +1,6 @@
-"""HostTier: blocks in the host's memory, beside a device that has less of it.
+"""HostTier: blocks in host memory, for a device that has less memory.
 
-Everything happens in the engine's thread: memory is quick.
+Everything happens in the engine's thread, because memory is fast.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class _KeptBlock(NamedTuple):
 
 
 class HostTier:
-    """``max_bytes`` of memory for blocks of ``block_bytes`` each, taken when it is made.
+    """Keeps blocks of ``block_bytes`` each in ``max_bytes`` of memory, which is allocated at once.
 
     Args:
-        pinned: whether the device may read it by itself: only then is it quick.
+        pinned: whether the memory is pinned, so that the device copies from it fast.
 
     Raises:
-        ConfigError: there is no room for a block, or no such memory.
+        ConfigError: the memory has no room for a block, or can't be allocated.
     """
 
-    key = None  # of digests: nobody else finds what is here
+    key = None  # of digests; None, because no other process finds these blocks
     wants_more = True
 
     def __init__(self, max_bytes: int, block_bytes: int, *, pinned: bool) -> None:
@@ -47,12 +47,12 @@ class HostTier:
         except RuntimeError as error:
             raise ConfigError(f"kv_host_bytes ({max_bytes}) can't be had, lower it: {error}") from error
         self._free = list(range(num_slots))
-        self._kept: OrderedDict[bytes, _KeptBlock] = OrderedDict()  # of use longest ago first
+        self._kept: OrderedDict[bytes, _KeptBlock] = OrderedDict()  # least recently used first
         self._counts = empty_counts()
 
     @property
     def stats(self) -> TierStats:
-        return TierStats("host", len(self._kept), **self._counts)  # all in the engine's thread
+        return TierStats("host", len(self._kept), **self._counts)  # all counted in the engine's thread
 
     def holds(self, digest: bytes) -> bool:
         return digest in self._kept
@@ -68,7 +68,7 @@ class HostTier:
             self._counts["bytes_out"] += row.numel()
 
     def fetch(self, contents: Sequence[BlockContent], arrived: threading.Event) -> Fetch:
-        """A copy at once: what is stored next may need the room."""
+        """Return copies of the blocks at once, because the next blocks stored may take their room."""
         began = time.perf_counter()
         fetch = Fetch(contents, arrived)
         slots, good = [], []
@@ -87,7 +87,7 @@ class HostTier:
         return fetch
 
     def give_back(self, piece: Piece) -> None:
-        """It was a copy."""
+        """Do nothing: the piece was a copy."""
 
     def forget(self) -> None:
         self._free += [kept.slot for kept in self._kept.values()]

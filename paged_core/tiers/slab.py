@@ -1,4 +1,4 @@
-"""A slab: one file of many blocks, filled from its front and never written to twice.
+"""A slab: one file of many blocks, filled from the front and never overwritten.
 
 ====================  ==============================================================================
 bytes                 what
@@ -7,9 +7,9 @@ bytes                 what
 4096 ..               records, one for each block: its entry, then its bytes
 ====================  ==============================================================================
 
-A record is written, and read, at once. Its entry has a checksum of itself and one of the block, so whatever was torn,
-cut or changed since is told from what was written. Who writes holds a lock on the file until the slab is full. Nothing
-here knows digests' meaning, nor other slabs.
+A record is written, and read, at once. Its entry has a checksum of itself and one of the block, so that torn, cut or
+changed records are noticed. A process that writes a slab holds a lock on the file until the slab is full. This file
+does not know what digests mean, nor other slabs.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ _HEAD_BYTES = 4096
 
 @dataclass(frozen=True)
 class Shape:
-    """What all blocks of an engine have in common."""
+    """The facts that all blocks of an engine share."""
 
-    fingerprint: str  # 32 hexadecimal digits: of the model and the cache's layout
+    fingerprint: str  # 32 hexadecimal digits, of the model and the cache's layout
     block_bytes: int
     block_size: int  # tokens
 
     @property
     def entry(self) -> struct.Struct:
-        """Digest, salt's digest, number of tokens, tokens, checksum of the block; a checksum of all that follows."""
+        """The layout of an entry: digest, salt's digest, number of tokens, tokens, checksum of the block. A checksum of all
+        these follows."""
         return struct.Struct(f"<16s16sI{self.block_size}qI")
 
     @property
@@ -52,17 +53,17 @@ class Shape:
         return self.entry_bytes + self.block_bytes
 
     def offset(self, place: int) -> int:
-        """Where a record is; of the capacity, what a slab takes that is full."""
+        """Return the offset of a record in the file. The offset of the capacity is the size of a full slab."""
         return _HEAD_BYTES + place * self.record_bytes
 
     def capacity(self, num_bytes: int) -> int:
-        """Blocks of a slab of so many bytes."""
+        """Return how many blocks fit into a slab of so many bytes."""
         return max(0, (num_bytes - _HEAD_BYTES) // self.record_bytes)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a slab says of one block."""
+    """The entry of one block."""
 
     digest: bytes
     salt_digest: bytes
@@ -76,20 +77,21 @@ class Entry:
 
 
 class Slab:
-    """A slab in a file. Reading raises OSError where the file can't be read; what is damaged is left out."""
+    """A slab in a file. Reading raises OSError if the file can't be read; damaged records are left out."""
 
     def __init__(self, path: Path, file: int, shape: Shape, capacity: int, num_written: int) -> None:
         self.path = path
-        self.num_written = num_written  # blocks; of somebody else's: as far as was looked
+        self.num_written = num_written  # blocks; in another process's slab, those seen so far
         self.capacity = capacity
         self._file = file
         self._shape = shape
         self._num_scanned = 0
-        weakref.finalize(self, os.close, file)  # it may be being read when it is dropped
+        # not closed earlier, because a thread may be reading it when it is dropped
+        weakref.finalize(self, os.close, file)
 
     @classmethod
     def create(cls, path: Path, shape: Shape, capacity: int) -> Slab:
-        """A new one, locked, for this process to write."""
+        """Make a new slab, locked, for this process to write."""
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,7 +105,7 @@ class Slab:
 
     @classmethod
     def open(cls, path: Path, shape: Shape) -> Slab | None:
-        """One that is there, to read; None: it isn't of this shape, or its head is damaged."""
+        """Open an existing slab for reading. Returns None if it is not of this shape, or if its head is damaged."""
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         capacity = _capacity_in(os.pread(file, _HEAD.size, 0), shape)
         if capacity is None:
@@ -118,10 +120,10 @@ class Slab:
         return self.num_written >= self.capacity
 
     def append(self, digest: bytes, salt_digest: bytes, tokens: tuple[int, ...], data: Any) -> int:
-        """Write a block, ``data`` its bytes. Returns its place.
+        """Write a block with the bytes ``data``. Returns its place.
 
         Raises:
-            OSError: it can't be written, and isn't there.
+            OSError: the block can't be written, and is not in the slab.
         """
         place = self.num_written
         entry = Entry(digest, salt_digest, tokens, crc32(data)).packed(self._shape)
@@ -130,13 +132,13 @@ class Slab:
         return place
 
     def seal(self) -> None:
-        """Nothing more will be written."""
+        """Release the lock, because nothing more will be written."""
         fcntl.flock(self._file, fcntl.LOCK_UN)
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
     def scan(self) -> Iterator[tuple[int, bytes]]:
-        """(place, digest) of every sound entry whose record has been written since the last time."""
+        """Yield (place, digest) of every valid entry written since the last call."""
         size = os.fstat(self._file).st_size
         num = min((size - _HEAD_BYTES) // self._shape.record_bytes, self.capacity)
         for place in range(self._num_scanned, num):
@@ -146,8 +148,8 @@ class Slab:
         self._num_scanned = max(num, self._num_scanned)
 
     def read(self, place: int, digest: bytes, salt_digest: bytes, tokens: tuple[int, ...], into: Any) -> bool:
-        """Fill ``into``, a buffer of ``block_bytes``, with the block at ``place``. False: it isn't that block, or isn't
-        what was written."""
+        """Fill ``into``, a buffer of ``block_bytes``, with the block at ``place``. Returns False if that is another
+        block, or is damaged."""
         told = bytearray(self._shape.entry_bytes)
         if os.preadv(self._file, [told, into], self._shape.offset(place)) != self._shape.record_bytes:
             return False
@@ -166,16 +168,16 @@ class Slab:
 
     @property
     def gone(self) -> bool:
-        """Whether somebody has evicted it."""
+        """Whether a process has deleted the file."""
         return os.fstat(self._file).st_nlink == 0
 
     def touch(self) -> None:
-        """It was of use just now: who evicts goes by that."""
+        """Mark the slab as used just now, for eviction."""
         os.utime(self._file)
 
 
 def size_when_full(path: Path) -> int:
-    """What a slab's file has taken of the disk, or will have when it is full: its writer may be at it."""
+    """Return the bytes that a slab's file will take on the disk when it is full; its writer may still be at work."""
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.fstat(file).st_size
@@ -192,7 +194,7 @@ def size_when_full(path: Path) -> int:
 
 
 def in_use(path: Path) -> bool:
-    """Whether a process is writing it now."""
+    """Return whether a process is writing the slab now."""
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -204,7 +206,7 @@ def in_use(path: Path) -> bool:
 
 
 def digest_of_salt(salt: str | None, key: bytes) -> bytes:
-    """What stands for a salt in files: nobody learns it from there."""
+    """Return what stands for a salt in files, from which the salt can't be learned."""
     return blake2b((salt or "").encode(), digest_size=16, key=key, person=b"salt").digest()
 
 
@@ -221,7 +223,7 @@ def _capacity_in(head: bytes, shape: Shape) -> int | None:
 
 
 def _write(file: int, entry: bytes, data: memoryview, offset: int) -> None:
-    """All of both: a full disk may take a part first."""
+    """Write all of both. A single call may write only a part, on a full disk for example."""
     num = os.pwritev(file, [entry, data], offset)
     if num < len(entry) + len(data):
         left = memoryview(entry + bytes(data))

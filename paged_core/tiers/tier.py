@@ -1,6 +1,6 @@
-"""What a tier must do, and how blocks come back from one.
+"""OffloadTier: what a tier must do. Fetch: blocks that a tier is loading.
 
-A tier knows blocks by their digests. It does not know requests, nor the cache's layout: a block is so many bytes.
+A tier knows blocks by their digests. It does not know requests, nor the cache's layout: a block is a number of bytes.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from paged_core.tiers.stats import TierStats
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """What tiers know of an engine's blocks."""
+    """The facts of an engine's blocks that tiers need."""
 
-    block_bytes: int  # packed
+    block_bytes: int  # of a packed block
     block_size: int  # tokens
-    fingerprint: Callable[[], str | None]  # 32 hexadecimal digits, equal only where K/V are: the same weights, the same
-    #                                        layout, the same code. It takes a while. None: it can't be told
+    fingerprint: Callable[[], str | None]  # 32 hexadecimal digits, equal only where K/V are: for the same weights,
+    # layout and code. Computing it takes a while. None: there is none
 
 
 class Piece(NamedTuple):
-    """Some of the blocks asked for."""
+    """Some of the blocks that were asked for."""
 
-    places: Sequence[int]  # among the contents of the Fetch
+    places: Sequence[int]  # indices into the contents of the Fetch
     data: Tensor  # u8 [n, block_bytes] on the CPU
-    good: Sequence[bool]  # whether each is what was asked for
-    busy_s: float = 0.0  # that the tier was at it; 0: that tells nothing of its speed
+    good: Sequence[bool]  # whether each is the block that was asked for
+    busy_s: float = 0.0  # how long the tier worked on it; 0: this says nothing of its speed
 
 
 class Fetch:
-    """Blocks on their way. A tier's thread puts them in piece by piece, in their order; the engine takes them out
-    between steps.
+    """Blocks that a tier is loading. A tier's thread puts them in piece by piece, in their order. The engine takes them
+    out between steps.
 
     Args:
-        contents: what is wanted.
-        arrived: set whenever there is news.
+        contents: the blocks that are wanted.
+        arrived: set whenever a piece comes, or the last one has come.
     """
 
     def __init__(self, contents: Sequence[BlockContent], arrived: threading.Event) -> None:
         self.contents = contents
-        self.cancelled = False  # whether the rest need not come
-        self.done = False  # whether all pieces are there
+        self.cancelled = False  # whether the rest is no longer wanted
+        self.done = False  # whether all pieces have come
         self._arrived = arrived
         self._pieces: SimpleQueue[Piece] = SimpleQueue()
 
@@ -57,12 +57,12 @@ class Fetch:
         self._arrived.set()
 
     def finish(self) -> None:
-        """No more pieces follow. What is in none of them is lost."""
+        """Note that no more pieces follow. Blocks that are in none of them are lost."""
         self.done = True
         self._arrived.set()
 
     def take(self) -> list[Piece]:
-        """The pieces that have come since the last time."""
+        """Return the pieces that have come since the last call."""
         pieces = []
         while True:
             try:
@@ -72,47 +72,48 @@ class Fetch:
 
 
 class OffloadTier(Protocol):
-    """Where blocks go that the cache gives up. All calls come from the engine's thread and return at once, but
-    ``flush`` and ``close``. None raises: what can't be had is lost, and a warning says so once."""
+    """Stores blocks that the cache evicts. All calls come from the engine's thread and return at once, except ``flush``
+    and ``close``. None raises: a block that can't be loaded is lost, and a warning says so once."""
 
     @property
     def key(self) -> bytes | None:
-        """32 secret bytes that digests are to be made with; None: the engine's own, as nobody else reads them."""
+        """32 secret bytes that digests must be made with. None: the engine uses its own key, because no other process
+        reads them."""
         ...
 
     @property
     def wants_more(self) -> bool:
-        """Whether it can write."""
+        """Whether the tier can write more blocks now."""
         ...
 
     @property
     def stats(self) -> TierStats: ...
 
     def holds(self, digest: bytes) -> bool:
-        """Whether a block of this digest can be fetched, as far as is known."""
+        """Return whether a block of this digest can be fetched, as far as is known."""
         ...
 
     def store(self, contents: Sequence[BlockContent], data: Tensor) -> None:
         """Keep copies of blocks, ``data u8 [n, block_bytes]`` on the CPU, which the tier owns from now on. It may drop
-        some: a step waits for nobody."""
+        some, because no step waits for it."""
         ...
 
     def fetch(self, contents: Sequence[BlockContent], arrived: threading.Event) -> Fetch:
-        """Bring blocks. What is not exactly what was asked for (digest, tokens, salt) is lost."""
+        """Load blocks. A block that is not exactly the one asked for (digest, tokens, salt) is lost."""
         ...
 
     def give_back(self, piece: Piece) -> None:
-        """The piece's data were copied, or nobody wants them."""
+        """Take back a piece whose data were copied, or are not wanted."""
         ...
 
     def forget(self) -> None:
-        """The model has changed: nothing that was stored may be found by this engine again."""
+        """Let this engine find nothing any more that was stored before, because the model has changed."""
         ...
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until all that was stored is written; False: not in that time."""
+        """Wait until all stored blocks are written. Returns False if that takes longer."""
         ...
 
     def close(self, timeout_s: float) -> None:
-        """Write what is under way, as far as time goes, and let everything go."""
+        """Finish writing as far as time allows, and release all resources."""
         ...

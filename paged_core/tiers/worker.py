@@ -1,4 +1,4 @@
-"""JobThread: a thread that does jobs one after another, while there are any."""
+"""JobThread: a thread that does jobs one after another, and lives only while there are any."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
 _log = logging.getLogger("paged_core")
-_IDLE_S = 2.0  # without a job: then the thread ends, so that nobody need stop it
+_IDLE_S = 2.0  # without a job, the thread ends, so that nobody need stop it
 
 
 class JobThread:
-    """``name``: the thread's."""
+    """A thread of this ``name`` that starts with the first job."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # None: end
-        self._lock = threading.Lock()  # guards the thread
+        self._lock = threading.Lock()  # guards the thread object
         self._thread: threading.Thread | None = None
 
     def do(self, job: Callable[[], None]) -> None:
-        """Soon, in the thread; at once where the process is ending and takes no more threads. What it raises is
+        """Do ``job`` soon in the thread, or at once if the process is ending and can't start threads. Exceptions are
         logged."""
         with self._lock:
             self._jobs.put(job)
@@ -38,7 +38,7 @@ class JobThread:
         self._run()
 
     def wait(self, timeout_s: float) -> bool:
-        """Until all jobs that were given before are done. False: not in that time."""
+        """Wait until all jobs given before are done. Returns False if that takes longer."""
         if self._thread is None:
             return True
         done = threading.Event()
@@ -46,7 +46,7 @@ class JobThread:
         return done.wait(timeout_s)
 
     def stop(self, timeout_s: float) -> None:
-        """End the thread once the jobs that were given are done; wait for it no longer than that."""
+        """End the thread once the jobs that were given are done. Waits no longer than ``timeout_s``."""
         with self._lock:
             thread, self._thread = self._thread, None
             if thread is not None:
@@ -60,7 +60,7 @@ class JobThread:
                 job()
             except Exception:
                 _log.exception("%s failed", self._name)
-            del job  # it may hold much
+            del job  # it may hold much memory
 
     def _next(self) -> Callable[[], None] | None:
         try:
