@@ -40,8 +40,8 @@ class Shape:
 
     @property
     def entry(self) -> struct.Struct:
-        """The layout of an entry: digest, salt's digest, number of tokens, tokens, checksum of the block. A checksum of all
-        these follows."""
+        """The layout of an entry: digest, salt's digest, number of tokens, tokens, checksum of the block. A checksum of
+        all these follows."""
         return struct.Struct(f"<16s16sI{self.block_size}qI")
 
     @property
