@@ -1,1 +1,1 @@
-"""The core's own plugins, registered exactly as a stranger's would be."""
+"""The core's own plugins, registered exactly as those of other projects are."""

@@ -1,7 +1,7 @@
-"""The core's own attention backends, registered as a stranger's would be.
+"""The core's attention backends ``cpu`` and ``reference``, registered as other projects' are.
 
-``reference`` runs everywhere and is slow; ``cpu`` runs kernels compiled for the host. This file knows which
-layers a backend can honour; what a kernel does is paged_kernels' business.
+``reference`` runs everywhere and is slow; ``cpu`` runs kernels compiled for the host. This file knows which layers a
+backend can honour. The kernels are in paged_kernels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _log = logging.getLogger("paged_core")
 def create_attention_backend(
     name: str, spec: ModelSpec, config: EngineConfig, sizes: StepSizes
 ) -> AttentionBackend | None:
-    """The CPU's own, if every layer is on the CPU in a dtype it knows and numba is there."""
+    """Return the CPU backend, if every layer is on the CPU in a dtype that it knows, and numba is installed."""
     if name not in ("auto", "cpu") or any(layer.device.type != "cpu" for layer in spec.layers):
         return None
     try:
@@ -45,14 +45,14 @@ def create_attention_backend(
 
 @hookimpl(trylast=True, specname="create_attention_backend")
 def create_reference_backend(name: str, spec: ModelSpec) -> AttentionBackend | None:
-    """Asked last, and never passes on "auto"."""
+    """Return the reference backend. It is asked last, and takes every model if the name is "auto"."""
     if name == "auto":
         _log.warning("no fast attention backend takes this model on %s: the slow reference runs it", spec.device)
     return ReferenceBackend(spec) if name in ("auto", "reference") else None
 
 
 class ReferenceBackend(AttentionBackend):
-    """Attention in plain torch, on any device: the answer the others are held against."""
+    """Attention in plain torch, on any device. Tests compare the other backends with it."""
 
     name = "reference"
     reads_scales = True
@@ -92,7 +92,8 @@ class ReferenceBackend(AttentionBackend):
 
 
 class PlannedBackend(AttentionBackend):
-    """What backends have in common whose kernels are given a plan: each layer runs by its own, a launch or more."""
+    """The common part of backends whose kernels are given a plan. Each layer runs by its plan, in one launch or
+    more."""
 
     _ops: Any  # the module of launchers
     _layers: Sequence[LayerSpec]
@@ -117,8 +118,8 @@ class PlannedBackend(AttentionBackend):
 
 
 class CpuBackend(PlannedBackend):
-    """Store and attention in one launch a layer, on torch's own threads. Blocks that requests begin with together are
-    read once for all of them, which changes no result."""
+    """Stores K/V and attends in one launch per layer, on torch's own threads. Blocks that several requests begin with
+    are read once for all of them, which changes no result."""
 
     name = "cpu"
     reads_scales = True
@@ -130,7 +131,7 @@ class CpuBackend(PlannedBackend):
         self._layers = spec.layers
         self._dtype, self._cache_dtype, self._block_size = spec.dtype, cache_dtype, block_size
         self._weights = weights
-        self._plans: dict[tuple[int | None, ...], Any] = {}  # one for layers of one shape
+        self._plans: dict[tuple[int | None, ...], Any] = {}  # layers of one shape share a plan
         self._plan_of_layer = [self._plan_for(layer) for layer in spec.layers]
 
     def _plan_for(self, layer: LayerSpec) -> Any:
@@ -140,8 +141,8 @@ class CpuBackend(PlannedBackend):
         return self._plans[shape]
 
     def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None:
-        """Compile, or load from disk, all that a step needs, so that no request waits for it: attention, and what the
-        forwards and the sampler of this folder use. ``progress(what, done, total)``."""
+        """Compile, or load from disk, all kernels that a step needs, so that no request waits for them: those of
+        attention, of this folder's forwards, and of the sampler. Calls ``progress(what, done, total)``."""
         from paged_kernels.cpu import elementwise, linear, quantized
 
         self._ops.warm_up(progress, self._cache_dtype, self._dtype)
@@ -159,12 +160,12 @@ class CpuBackend(PlannedBackend):
 
 
 def layer_cache(cache: KVCache, layer: int) -> LayerCache:
-    """A layer's K/V as kernels are given them."""
+    """Return a layer's K/V in the form that kernels take."""
     if not cache.key_scales:
         return LayerCache(cache.keys[layer], cache.values[layer])
     return LayerCache(cache.keys[layer], cache.values[layer], cache.key_scales[layer], cache.value_scales[layer])
 
 
 def layer_extras(facts: LayerSpec, sinks: Tensor | None, key_bias: Tensor | None) -> Extras:
-    """The facts of a layer's attention as kernels are given them."""
+    """Return the facts of a layer's attention in the form that kernels take."""
     return Extras(facts.scale, facts.sliding_window, facts.softcap, sinks, key_bias)

@@ -1,9 +1,9 @@
-"""Linear layers that come quantised: the integers that they have. Nothing is rounded anew.
+"""Linear layers whose checkpoint is already quantised: reads their integers, without rounding anything again.
 
-A layer is known by what it is made of, never by importing the library that made it: torchao's int8 and int4 tensors
-(codes, scales, zero points), bitsandbytes' int8 (codes, a scale a row), what compressed-tensors leaves when it has
-widened a weight (the weight, and the scales that it was made with), and GPTQ's and AWQ's words of 32 bits
-(packed_words.py). What isn't plainly one of these is left alone, and runs as it always did.
+A layer is recognised by its parts, without importing the library that made it: torchao's int8 and int4 tensors (codes,
+scales, zero points), bitsandbytes' int8 (codes, a scale for each row), what compressed-tensors leaves after widening a
+weight (the weight, and the scales that it was made with), and GPTQ's and AWQ's 32-bit words (packed_words.py). Layers
+that are not plainly one of these run unchanged.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def looks_quantized(module: nn.Module) -> bool:
-    """Whether it is such a layer, to judge by its parts, on the CPU."""
+    """Return whether a module on the CPU has the parts of such a layer."""
     return _format_of(module) is not None
 
 
 def integers_in(module: nn.Module) -> Integers | None:
-    """Those of a layer that looks so; None if it isn't what it looks like."""
+    """Return the integers of a layer with such parts, or None if they don't have the expected form."""
     integers_of = _format_of(module)
     return None if integers_of is None else integers_of(module)
 
@@ -47,7 +47,7 @@ def _format_of(module: nn.Module) -> Callable[[nn.Module], Integers | None] | No
 
 
 def _of_torchao(module: nn.Module) -> Integers | None:
-    """Codes int8 ``[N, K]`` and scales ``[N, S]``; of four bits, the codes are -8 to 7."""
+    """Return int8 codes ``[N, K]`` and scales ``[N, S]``; 4-bit codes are -8 to 7."""
     from paged_kernels.cpu.integers import ZERO, Integers
 
     weight: Any = module._parameters["weight"]
@@ -78,7 +78,8 @@ def _of_torchao(module: nn.Module) -> Integers | None:
 
 
 def _of_bitsandbytes(module: nn.Module) -> Integers | None:
-    """Codes int8 ``[N, K]``; the largest number of each row, which 127 stands for, is kept here or there."""
+    """Return int8 codes ``[N, K]``. The library keeps the largest number of each row, which code 127 means, in one of
+    two places."""
     from paged_kernels.cpu.integers import ZERO, Integers
 
     weight = module._parameters["weight"]
@@ -93,7 +94,7 @@ def _of_bitsandbytes(module: nn.Module) -> Integers | None:
 
 
 def _of_compressed_tensors(module: nn.Module) -> Integers | None:
-    """A float weight ``[N, K]`` that was widened, and its scales ``[N, S]``, ``[N, 1]`` or ``[1]``."""
+    """Return a widened float weight ``[N, K]`` and its scales ``[N, S]``, ``[N, 1]`` or ``[1]``."""
     from paged_kernels.cpu.grids import of_known_scales
 
     weight, scale = module._parameters["weight"], module._parameters["weight_scale"]

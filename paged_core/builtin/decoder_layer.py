@@ -1,9 +1,9 @@
-"""A whole decoder layer in eight launches: norm, q/k/v, rotary, attention, output, norm, gate and up, down.
+"""A whole decoder layer in eight launches: norm; q, k and v; rotary; attention; output; norm; gate and up; down.
 
-For layers made as Llama's are (norm, attention, norm, gated MLP, a residual around each half), whatever model they
-belong to: a layer is known by its parts, and held against its own forward on random numbers before it is stood for.
-What is saved is not arithmetic but the way between it: some hundred calls of small torch functions a layer. In bfloat16
-it rounds where the modules do, but for what lies between gate, up and down, which is rounded once at most.
+This is for layers built like Llama's (norm, attention, norm, gated MLP, a residual around each half), of any model. A
+layer is recognised by its parts, and compared with its own forward on random numbers before it is replaced. This saves
+no arithmetic, but the some hundred calls of small torch functions per layer. In bfloat16 it rounds where the modules
+do, except between gate, up and down, where it rounds once at most.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from paged_core.builtin.packed import Layers, added_up
 from paged_core.builtin.trials import layer_agrees, random_rows, seen_with, tolerances
 from paged_core.execution.model import ModuleForward
 
-HONOURED = frozenset({"attend", "position_embeddings", "position_ids"})  # the last are in the angles already
+HONOURED = frozenset({"attend", "position_embeddings", "position_ids"})  # the angles already contain the last two
 
 
 def is_plain_decoder_layer(module: nn.Module) -> bool:
-    """A decoder layer whose attention is four projections; what they are the caller finds out."""
+    """Return whether this is a decoder layer whose attention is four projections. The caller checks the projections."""
     if not is_decoder_layer(module):
         return False
     attention = module.get_submodule("self_attn")
@@ -33,7 +33,8 @@ def is_plain_decoder_layer(module: nn.Module) -> bool:
 
 
 def decoder_layer_forward(module: nn.Module, weights: str | None = None) -> ModuleForward | None:
-    """None if the layer computes something else than its parts tell. ``weights``: as Layers takes it."""
+    """Return a forward for the layer, or None if it computes something else than its parts suggest. ``weights``: see
+    Layers."""
     norms: list[Any] = [
         norm_forward(module.get_submodule(name)) for name in ("input_layernorm", "post_attention_layernorm")
     ]
@@ -49,26 +50,27 @@ def decoder_layer_forward(module: nn.Module, weights: str | None = None) -> Modu
 
 
 def matters(value: Any) -> bool:
-    """Whether an argument asks for something: a cache, a mask, whatever it may be called."""
+    """Return whether an argument asks for something, such as a cache or a mask under any name."""
     return value is not None and value is not False
 
 
 class LayerParts(NamedTuple):
-    """Products, norms and sizes of one layer, as they are now. Between two launches everything lies in rooms."""
+    """The products, norms and sizes of one layer as they are now. Results between launches are in reused buffers
+    (rooms)."""
 
     qkv: Any
     out: Any
-    inner: Any  # gate and up
+    inner: Any  # product of gate and up
     outer: Any
     norm_weight: Tensor
     norm_eps: float
     second_weight: Tensor
     second_eps: float
-    heads: list[int]  # of queries, keys and values
+    heads: list[int]  # numbers of heads: of queries, keys, values
     head_dim: int
 
     def compute(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Any, y: Tensor) -> Tensor:
-        """The whole layer in eight launches: ``x [T,N], cos [T,D], sin [T,D] -> y [T,N]``"""
+        """Compute the whole layer in eight launches: ``x [T,N], cos [T,D], sin [T,D] -> y [T,N]``."""
         from paged_kernels.cpu.elementwise import rms_norm
         from paged_kernels.cpu.recording import room
 
@@ -79,7 +81,7 @@ class LayerParts(NamedTuple):
         return self.outer(gated, residual=middle, out=y)  # type: ignore[no-any-return]
 
     def attended(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> Tensor:
-        """Norm, q/k/v, rotary, attention: ``-> [T,H*D]``"""
+        """Compute norm, q/k/v, rotary and attention: ``-> [T,H*D]``."""
         from paged_kernels.cpu.elementwise import rms_norm, rotary
         from paged_kernels.cpu.recording import room
 
@@ -91,7 +93,7 @@ class LayerParts(NamedTuple):
 
 
 class DecoderLayer(ModuleForward):
-    """Stands for one layer's forward. Calls that are not the engine's own go to the module."""
+    """Replaces one layer's forward. Calls that don't come from the engine go to the module."""
 
     follows_module = True
 
@@ -114,7 +116,7 @@ class DecoderLayer(ModuleForward):
         self.hooks = [hooks for part in module.modules() if part is not module for hooks in hooks_of(part)]
 
     def __call__(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:
-        """``hidden_states [1,T,N] -> [1,T,N]``"""
+        """Compute ``hidden_states [1,T,N] -> [1,T,N]``."""
         attend, rotation = named.get("attend"), named.get("position_embeddings")
         parts = self.parts(hidden_states)
         if (
@@ -134,7 +136,7 @@ class DecoderLayer(ModuleForward):
         return parts.compute(x, cos[0], sin[0], attend, torch.empty_like(x))[None]
 
     def parts(self, x: Tensor) -> LayerParts | None:
-        """What it computes with by now; None if it can't take such an x."""
+        """Return the current parts, or None if they can't take such an x."""
         qkv, out, inner, outer = products = [layers.packed(x) for layers in self._layers()]
         if None in products:
             return None
@@ -143,16 +145,16 @@ class DecoderLayer(ModuleForward):
         return LayerParts(qkv, out, inner, outer, *norms, self._heads, self._head_dim)
 
     def places(self) -> list[tuple[dict[str, Any], str]]:
-        """Where its weights are: in which dictionary, under which name."""
+        """Where its weights are: dictionaries, and names in them."""
         return [place for each in (*self._layers(), self._norm, self._second_norm) for place in each.places()]
 
     @property
     def is_whole(self) -> bool:
-        """Whether no rank has a part of it only."""
+        """Whether this rank has all of the layer."""
         return self._add_up is None
 
     def _of_one_rank(self, parts: LayerParts, x: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> Tensor:
-        """Where ranks add up what either product gives."""
+        """Compute a layer that is split over ranks, which add up both products."""
         assert self._add_up is not None
         after_out, after_outer = self._add_up
         x = after_out(parts.out(parts.attended(x, cos, sin, attend))) + x

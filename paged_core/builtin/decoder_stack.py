@@ -1,8 +1,9 @@
-"""All decoder layers of a model, one after another: from the second step on, by one call from Python.
+"""All decoder layers of a model, one after another. From the second step on, Python makes a single call for all of
+them.
 
-For models made as Llama is (embeddings, layers, norm, one rotation for all layers), whatever they are called: a model
-is known by its parts, and held against its own forward, with stand-ins for its layers, before it is stood for. Layers
-that decoder_layer.py stands for are launches and nothing else, attention among them, if the backend says so.
+This is for models built like Llama (embeddings, layers, norm, one rotation for all layers), under any name. A model is
+recognised by its parts, and compared with its own forward, with stand-ins for its layers, before it is replaced. Layers
+that decoder_layer.py replaces consist of launches only, attention included, if the backend allows it.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from paged_core.execution.model import ModuleForward
 from paged_core.execution.watched import WatchedTensors
 
 STACK = frozenset({"embed_tokens", "layers", "norm", "rotary_emb"})
-_LAUNCHES = 8  # of a layer
+_LAUNCHES = 8  # of one layer
 _GIVEN = HONOURED | {"input_ids"}
 
 
 def decoder_stack_forward(module: nn.Module) -> ModuleForward | None:
-    """None if the module is no such model, or does more with its parts than we do."""
+    """Return a forward for the model, or None if it isn't such a model, or does more with its parts."""
     if set(module._modules) != STACK or not isinstance(module._modules["layers"], nn.ModuleList):
         return None
     result = _result_of(module)
@@ -36,8 +37,8 @@ def decoder_stack_forward(module: nn.Module) -> ModuleForward | None:
 
 
 class _DecoderStack(ModuleForward):
-    """Stands for the forward of a model without its head. Calls that are not the engine's own go to the module, and so
-    do all until each of its layers is stood for."""
+    """Replaces the forward of a model without its output layer. Calls that don't come from the engine go to the module,
+    and so do all calls until each of its layers is replaced."""
 
     follows_module = True
     calls_children = True
@@ -52,7 +53,7 @@ class _DecoderStack(ModuleForward):
         self._watched, self._dtype = WatchedTensors(()), torch.float32
 
     def __call__(self, input_ids: Tensor | None = None, **named: Any) -> Any:
-        """``input_ids [1,T] -> last_hidden_state [1,T,N]``"""
+        """Compute ``input_ids [1,T] -> last_hidden_state [1,T,N]``."""
         module, attend, position_ids = self._module(), named.get("attend"), named.get("position_ids")
         assert module is not None, "it is calling us"
         plain = input_ids is not None and len(input_ids) == 1 and attend is not None and position_ids is not None
@@ -71,7 +72,7 @@ class _DecoderStack(ModuleForward):
         return set(module._modules) != STACK or _result_of(module) is not self._result
 
     def _knows_all(self, module: nn.Module) -> bool:
-        """Whether each layer is one that we stand for; takes note of them."""
+        """Return whether each layer is replaced, and remember the replacements."""
         layers = [layer.__dict__.get("forward") for layer in module.get_submodule("layers").children()]
         if layers != self._layers:
             self._layers, self._parts = layers, None
@@ -81,7 +82,7 @@ class _DecoderStack(ModuleForward):
         return bool(self._places)
 
     def _through(self, x: Tensor, rotation: Any, attend: Any) -> Tensor:
-        """``x [1,T,N] -> [1,T,N]``"""
+        """Compute ``x [1,T,N] -> [1,T,N]``."""
         ask, parts = getattr(attend, "replay_key", None), self._parts_for(x)
         key = None if ask is None else ask()
         if key is None or parts is None or x.shape[0] != 1:
@@ -89,13 +90,13 @@ class _DecoderStack(ModuleForward):
                 x = layer(x, attend=attend, position_embeddings=rotation)
             return x
         first, cos, sin, out = x[0], rotation[0][0], rotation[1][0], torch.empty_like(x[0])
-        basis = Basis((parts,), key)  # another list as soon as one of them has changed
+        basis = Basis((parts,), key)  # a new list whenever one of the parts has changed
         if self._replayed.run(lambda: _compute(parts, first, cos, sin, attend, out), basis, out, first, cos, sin):
             attend.skip(len(parts))
         return out[None]
 
     def _parts_for(self, x: Tensor) -> list[LayerParts] | None:
-        """What the layers compute with by now; None if one of them can't take x."""
+        """Return the current parts of all layers, or None if one of them can't take x."""
         tensors = [owner.get(name) for owner, name in self._places]
         if self._parts is None or x.dtype is not self._dtype or not self._watched.same(tensors):
             found = [layer.parts(x) for layer in self._layers]
@@ -112,11 +113,11 @@ def _compute(layers: Sequence[LayerParts], x: Tensor, cos: Tensor, sin: Tensor, 
         x = layer.compute(x, cos, sin, attend, y)
 
 
-# ---- held against the module itself ----------------------------------------------------------------------------
+# ---- comparison with the module itself -------------------------------------------------------------------------
 
 
 class _StandInLayer(nn.Module):
-    """In the place of a decoder layer: a little of its input, and what it was called with."""
+    """Replaces a decoder layer in a trial: it scales its input a little, and records what it was called with."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -130,7 +131,7 @@ class _StandInLayer(nn.Module):
         return x * self._factor + self._factor
 
     def called_with(self, rotation: Sequence[Tensor], attend: Any) -> bool:
-        """Whether there was one call, with what a decoder layer of ours takes and nothing else."""
+        """Return whether it was called once, with exactly the arguments that our decoder layer takes."""
         if len(self._calls) != 1 or self._calls[0][0]:
             return False
         named = self._calls[0][1]
@@ -146,7 +147,8 @@ class _StandInLayer(nn.Module):
 
 @torch.no_grad()
 def _result_of(module: nn.Module) -> type | None:
-    """The type of what the module's forward gives, if that is embeddings through all layers and the norm."""
+    """Return the type of the module's result, if the module computes embeddings, all layers, then the norm; else
+    None."""
     layers = module._modules["layers"]
     assert isinstance(layers, nn.ModuleList)
     twin, stand_ins = copy.copy(module), [_StandInLayer(number) for number in range(len(layers))]
@@ -161,6 +163,6 @@ def _result_of(module: nn.Module) -> type | None:
         for each in stand_ins:
             x = each.computed(x)
         same = list(theirs) == ["last_hidden_state"] and torch.equal(theirs.last_hidden_state, norm(x))
-    except Exception:  # it wants more than we know to give, or its parts are others
+    except Exception:  # the module needs other arguments, or its parts don't fit
         return None
     return type(theirs) if same and all(each.called_with(rotation, mixing_attend) for each in stand_ins) else None

@@ -1,7 +1,7 @@
-"""Forwards for what stands between the products: norms, and attention modules that rotate their queries and keys.
+"""Forwards for the operations between products: norms, and attention modules that rotate their queries and keys.
 
-This file knows torch modules and functions by what they compute, tried on random numbers. It never writes to one. How a
-norm or a rotation is known is the same on every device; the forwards of norms here are a CPU's.
+This file recognises torch modules and functions by what they compute on random numbers. It never writes to one. Norms
+and rotations are recognised in the same way on every device; the forwards of norms here are for CPUs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from paged_core.execution.model import ModuleForward
 from paged_core.execution.watched import WatchedTensors
 
 Rotated = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""``q [T,H,D], k [T,K,D], cos [T,D], sin [T,D] -> (q, k)``, into new tensors."""
+"""``q [T,H,D], k [T,K,D], cos [T,D], sin [T,D] -> (q, k)``, as new tensors."""
 
-_DTYPES = (torch.float32, torch.bfloat16)  # that the CPU's kernels know
+_DTYPES = (torch.float32, torch.bfloat16)  # dtypes that the CPU kernels know
 _ROTATES = "apply_rotary_pos_emb"  # (q [B,H,T,D], k [B,K,T,D], cos [B,T,D], sin [B,T,D]) -> (q, k)
 
 
@@ -31,7 +31,7 @@ _ROTATES = "apply_rotary_pos_emb"  # (q [B,H,T,D], k [B,K,T,D], cos [B,T,D], sin
 
 
 def norm_forward(module: nn.Module) -> ModuleForward | None:
-    """For a norm on the CPU."""
+    """Return a forward for a norm on the CPU, or None."""
     trial = norm_trial(module, _DTYPES)
     if trial is None:
         return None
@@ -43,7 +43,7 @@ def norm_forward(module: nn.Module) -> ModuleForward | None:
 
 
 class _RMSNorm(ModuleForward):
-    """x / rms(x) * weight, or * (1 + weight), in one pass."""
+    """Computes x / rms(x) * weight, or * (1 + weight), in one pass."""
 
     follows_module = True
 
@@ -64,13 +64,13 @@ class _RMSNorm(ModuleForward):
         return out
 
     def weight(self) -> Tensor:
-        """What rows are multiplied by, as it is now."""
+        """Return the current weight by which rows are multiplied."""
         if not self._watched.same([self._owner.get("weight")]):
             self._take()
         return self._weight
 
     def places(self) -> list[tuple[dict[str, Any], str]]:
-        """As Layers has it."""
+        """See Layers.places."""
         return [(self._owner, "weight")]
 
     def stale(self) -> bool:
@@ -90,8 +90,8 @@ class _RMSNorm(ModuleForward):
 def rotary_forward(
     module: nn.Module, rotated: Rotated, device: torch.device, dtypes: Sequence[torch.dtype] = _DTYPES
 ) -> ModuleForward | None:
-    """For a module whose forward calls apply_rotary_pos_emb: the same forward, calling ``rotated`` instead, which takes
-    tensors of ``dtypes`` on devices of this type."""
+    """Return a forward for a module whose forward calls apply_rotary_pos_emb: the same forward, which calls ``rotated``
+    instead for tensors of ``dtypes`` on devices of this type."""
     forward = type(module).forward
     inner = inspect.unwrap(forward)
     if not (isinstance(forward, types.FunctionType) and isinstance(inner, types.FunctionType)):
@@ -116,8 +116,8 @@ def rotated_on_cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 
 
 class _Rotating(ModuleForward):
-    """The module's own forward over a copy of its globals, in which one function is another. Its children are called
-    as always."""
+    """The module's own forward over a copy of its globals, in which one function is replaced. Its children are called
+    as before."""
 
     calls_children = True
 
@@ -131,7 +131,7 @@ class _Rotating(ModuleForward):
         return self._run(self._module(), *args, **named)
 
     def stale(self) -> bool:
-        """Whether someone has put another function in the place of the one we stand for."""
+        """Return whether the function that we replaced has been replaced by someone else."""
         module = self._module()
         return (
             module is None or type(module).forward is not self._forward or self._scope.get(_ROTATES) is not self._theirs
@@ -139,8 +139,8 @@ class _Rotating(ModuleForward):
 
 
 def _copied(forward: types.FunctionType, ours: Callable[..., Any]) -> types.FunctionType:
-    """``forward`` over a copy of its globals; decorators around it are copied too, each over the copy of what it
-    wraps: transformers puts one there that renames old arguments."""
+    """Copy ``forward`` over a copy of its globals. Decorators around it are copied too, each over a copy of what it
+    wraps; transformers has one that renames old arguments."""
     wrapped, scope, cells = getattr(forward, "__wrapped__", None), forward.__globals__, forward.__closure__
     if wrapped is None:
         scope = {**scope, _ROTATES: ours}

@@ -1,8 +1,9 @@
-"""Faster forwards of the same meaning for a CPU's modules: packed linears, siblings in one product, gated MLPs.
+"""Faster forwards for modules on a CPU, with the same results: packed linears, siblings in one product, gated MLPs.
 
-This plugin answers create_module_forward. A module is known by what it is made of, never by a model's name, and every
-forward is held against the module it stands for before it is handed out. What is not plainly understood (a subclass, a
-hook, a wrapped child, a quantised weight that isn't asked for) is left alone. This file knows torch modules.
+This plugin answers create_module_forward. A module is recognised by its parts, never by a model's name, and every
+forward is compared with the module that it replaces before it is returned. Modules that are not plainly understood (a
+subclass, a hook, a wrapped child, a quantised weight that the config doesn't ask for) are left alone. This file knows
+torch modules.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ from paged_core.execution.split_linear import SplitLinear
 from paged_core.execution.watched import version_of
 from paged_core.hookspecs import hookimpl
 
-_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called on one input, the first one first
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # called on the same input, the first name first
 
 
 @hookimpl
 def create_module_forward(
     module: nn.Module, device: torch.device, config: EngineConfig | None = None
 ) -> ModuleForward | None:
-    """Asked for parents before their children: a parent that is left alone tells which children belong together."""
+    """Called for parents before their children. If a parent is left alone, its children that are siblings are
+    remembered."""
     if device.type != "cpu" or "forward" in module.__dict__ or not _have_kernels():
         return None
     weights = None if config is None else config.weights
@@ -63,7 +65,7 @@ def create_module_forward(
 
 
 def _decoder_layer(module: nn.Module, weights: str | None) -> ModuleForward | None:
-    """A whole decoder layer, where all its parts are understood."""
+    """Return a forward for a whole decoder layer, if all its parts are understood."""
     if not is_plain_decoder_layer(module):
         return None
     attention, mlp = module.get_submodule("self_attn"), module.get_submodule("mlp")
@@ -79,7 +81,7 @@ def _have_kernels() -> bool:
 
 
 class _Packing(ModuleForward):
-    """Has packed layers, and is as stale as they are."""
+    """A forward over packed layers, which is stale when they are."""
 
     follows_module = True
 
@@ -98,7 +100,7 @@ class _Packing(ModuleForward):
 
 
 class _Linear(_Packing):
-    """One linear layer from its packed weight."""
+    """Computes one linear layer from its packed weight."""
 
     def __init__(self, module: nn.Module, weights: str | None) -> None:
         self._layers = Layers([module], weights=weights)
@@ -111,7 +113,7 @@ class _Linear(_Packing):
 
 
 class _SplitLinear(ModuleForward):
-    """One rank's part of a linear layer, from its packed weight."""
+    """Computes one rank's part of a linear layer from its packed weight."""
 
     follows_module = True
 
@@ -130,7 +132,7 @@ class _SplitLinear(ModuleForward):
 
 
 def _shard_forward(module: SplitLinear) -> ModuleForward | None:
-    """Its product is held against torch's: what ranks do together is the same either way."""
+    """Compare the product with torch's; the ranks' communication around it stays the same."""
     if not is_packable_shard(module):
         return None
     product = _Linear(module, None)
@@ -139,7 +141,7 @@ def _shard_forward(module: SplitLinear) -> ModuleForward | None:
 
 
 class _Left(threading.local):
-    """What the first of some siblings left for the others: for one input, in one thread."""
+    """The results that the first of some siblings has computed for the others, for one input, in one thread."""
 
     product: Any = None
     x: Tensor | None = None
@@ -151,9 +153,10 @@ _LEFT = _Left()
 
 
 class _Sibling(_Packing):
-    """One of several linear layers over one input: the first computes for all, the others take what it left them.
+    """One of several linear layers over one input. The first one computes for all, and the others take their results.
 
-    Another input, one that was written to, another order or a second call finds nothing and is computed alone.
+    Any other input, an input that was written to, another order, or a second call finds no result, and is computed
+    alone.
     """
 
     def __init__(self, layers: Layers, index: int, weights: str | None) -> None:
@@ -175,7 +178,7 @@ class _Sibling(_Packing):
 
 
 class _GatedMLP(_Packing):
-    """down(silu(gate(x)) * up(x)) in two products."""
+    """Computes down(silu(gate(x)) * up(x)) in two products."""
 
     def __init__(self, module: nn.Module, weights: str | None) -> None:
         self._module = weakref.ref(module)
@@ -192,7 +195,7 @@ class _GatedMLP(_Packing):
         if inner is None or outer is None or any(self._hooks):
             module = self._module()
             return type(module).forward(module, x)  # type: ignore[union-attr, no-any-return]
-        out: Tensor = outer(inner(x, outer.x_dtype), x.dtype)  # what lies between is rounded once at most
+        out: Tensor = outer(inner(x, outer.x_dtype), x.dtype)  # between the products it rounds once at most
         return out if self._add_up is None else self._add_up(out)
 
     def stale(self) -> bool:
@@ -200,11 +203,11 @@ class _GatedMLP(_Packing):
         return module is None or module._modules != self._children or super().stale()
 
 
-# ---- which module is what --------------------------------------------------------------------------------------
+# ---- recognising modules ---------------------------------------------------------------------------------------
 
 
 def _is_packable_mlp(module: nn.Module, weights: str | None) -> bool:
-    """A gated MLP of three linear layers that nobody listens to."""
+    """Return whether it is a gated MLP of three linear layers without hooks."""
     if not is_gated_mlp(module):
         return False
     gate, up, down = parts = [module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj")]
@@ -216,7 +219,7 @@ def _is_packable_mlp(module: nn.Module, weights: str | None) -> bool:
 
 
 class _Siblings:
-    """Siblings that their parent named; packed when the first of them is asked for."""
+    """Siblings that their parent named. They are packed when a forward for the first one is asked for."""
 
     def __init__(self, modules: Sequence[nn.Module], weights: str | None) -> None:
         self._modules = [weakref.ref(module) for module in modules]
@@ -235,7 +238,7 @@ class _Siblings:
         return _Sibling(self._layers, number, self._weights)
 
     def _agreeing(self, modules: Sequence[nn.Module]) -> Layers | None:
-        """Their product, if it gives what each of them gives."""
+        """Return the product of all, if its results are those of each module."""
         layers = Layers(modules, weights=self._weights)
         if not layers.alike:
             return None
@@ -258,11 +261,11 @@ def _remember(children: Sequence[nn.Module], weights: str | None) -> None:
         _GROUPS[child] = group
 
 
-# ---- held against the module itself ----------------------------------------------------------------------------
+# ---- comparison with the module itself -------------------------------------------------------------------------
 
 
 def _checked(forward: _Packing, module: nn.Module) -> ModuleForward | None:
-    """``forward``, if all of it is packed, and it computes what ``module`` computes."""
+    """Return ``forward``, if all of it is packed, and it computes what ``module`` computes; else None."""
     x = forward.layers[0].trial_rows()
     if any(layers.packed(x) is None for layers in forward.layers):
         return None

@@ -1,8 +1,8 @@
-"""Faster forwards of the same meaning for modules on a GPU: norms, gated MLPs, rotations, a layer's sum and norm.
+"""Faster forwards for modules on a GPU, with the same results: norms, gated MLPs, rotations, a layer's sum and norm.
 
-This plugin answers create_module_forward. What is fused is only what stands between the products: linear layers are
-called as the modules they are, so that quantised weights, adapters and hooks stay in place. Every forward is held
-against the module it stands for, and none waits for the device. This file knows torch modules; it never writes to one.
+This plugin answers create_module_forward. Only operations between products are fused: linear layers are called as the
+modules that they are, so that quantised weights, adapters and hooks stay in place. Every forward is compared with the
+module that it replaces, and none waits for the device. This file knows torch modules, and never writes to one.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ _DTYPES = tuple(CLOSE)
 
 @hookimpl
 def create_module_forward(module: nn.Module, device: torch.device) -> ModuleForward | None:
-    """CUDA's devices and HIP's, which torch calls by the same name."""
+    """This serves CUDA devices and HIP devices, which torch both calls "cuda"."""
     return gpu_forward(module, device) if triton_works(device) else None
 
 
 @cache
 def triton_works(device: torch.device) -> bool:
-    """Whether kernels can be compiled and run there: Triton wants a C compiler on the host, and not too old a card."""
+    """Return whether kernels can be compiled and run there: Triton needs a C compiler on the host, and a recent
+    card."""
     if device.type != "cuda" or find_spec("triton") is None:
         return False
     from paged_kernels.triton.elementwise import silu_mul
@@ -56,7 +57,8 @@ def triton_works(device: torch.device) -> bool:
 
 
 def gpu_forward(module: nn.Module, device: torch.device) -> ModuleForward | None:
-    """Asked for parents before their children. Tests ask for modules on the CPU, under Triton's interpreter."""
+    """Return a forward or None. Called for parents before their children. Tests call it for modules on the CPU, under
+    Triton's interpreter."""
     if "forward" in module.__dict__ or device_type(module) != device.type:
         return None
     if is_decoder_layer(module):
@@ -70,7 +72,7 @@ def gpu_forward(module: nn.Module, device: torch.device) -> ModuleForward | None
 
 
 class _Norm(ModuleForward):
-    """round(x / rms(x)) * weight, in one pass. The weight is the module's own, looked up at each call."""
+    """Computes round(x / rms(x)) * weight in one pass. The weight is the module's own, looked up at each call."""
 
     def __init__(self, module: nn.Module) -> None:
         from paged_kernels.triton.elementwise import rms_norm
@@ -113,7 +115,8 @@ def _rotary_forward(module: nn.Module, device: torch.device) -> ModuleForward | 
 
 
 class _GatedMLP(ModuleForward):
-    """down(silu(gate(x)) * up(x)): the three are called as modules, what stands between them is one kernel."""
+    """Computes down(silu(gate(x)) * up(x)): the three linears are called as modules, and one kernel computes what is
+    between them."""
 
     calls_children = True
 
@@ -139,7 +142,7 @@ class _GatedMLP(ModuleForward):
 def _mlp_forward(module: nn.Module) -> _GatedMLP | None:
     weight = getattr(module._modules["gate_proj"], "weight", None)
     if not isinstance(weight, Tensor) or weight.dtype not in _DTYPES or weight.ndim != 2:
-        return None  # quantised: nobody here knows what it takes
+        return None  # a quantised layer, whose input dtype is unknown
     forward, x = _GatedMLP(module), random_rows(weight, weight.shape[1])
     with torch.no_grad():
         return forward if alike(forward(x), stock(module, x), CLOSE) else None
@@ -149,7 +152,8 @@ def _mlp_forward(module: nn.Module) -> _GatedMLP | None:
 
 
 class _DecoderLayer(ModuleForward):
-    """norm, attention, sum and norm at once, MLP, sum. All parts but the second norm are called as modules."""
+    """Computes norm, attention, sum and norm together, MLP, sum. All parts but the second norm are called as
+    modules."""
 
     calls_children = True
 
@@ -188,7 +192,7 @@ def _layer_forward(module: nn.Module) -> _DecoderLayer | None:
     return forward if layer_agrees(forward, module, random_rows(weight, len(weight)), CLOSE) else None
 
 
-# ---- what they have in common ----------------------------------------------------------------------------------
+# ---- shared helpers --------------------------------------------------------------------------------------------
 
 
 def _go_together(x: Tensor, weight: Tensor) -> bool:

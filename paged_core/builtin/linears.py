@@ -1,6 +1,6 @@
-"""One linear layer: where its tensors stand, and the weights that they make, as floats or as integers.
+"""One linear layer: where its tensors are, and its weights as floats or as integers.
 
-This file knows torch modules. The layer is looked into, never held.
+This file knows torch modules. It reads the layer, and keeps no reference to it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from paged_core.execution.watched import plain_tensors
 if TYPE_CHECKING:
     from paged_kernels.cpu.integers import Integers
 
-_ROWS = frozenset({torch.float32, torch.bfloat16, torch.float16})  # that products of integers read
+_ROWS = frozenset({torch.float32, torch.bfloat16, torch.float16})  # dtypes of rows that products of integers take
 
 
 class Linear:
-    """nn.Linear itself, a Conv1D as GPT-2 has it (weight ``[K, N]``), or, where integers are asked for, a layer that
-    came quantised."""
+    """An nn.Linear, a Conv1D as in GPT-2 (weight ``[K, N]``), or, if integers are asked for, a layer that is already
+    quantised."""
 
     def __init__(self, module: nn.Module, weights: str | None) -> None:
         self._module = weakref.ref(module)
@@ -36,7 +36,7 @@ class Linear:
 
     @staticmethod
     def knows(module: nn.Module, weights: str | None) -> bool:
-        """Whether it is such a layer, to judge by its tensors."""
+        """Return whether the module is such a layer, by its tensors."""
         if weights is not None and looks_quantized(module):
             return True
         weight = module._parameters.get("weight")
@@ -47,12 +47,12 @@ class Linear:
 
     @property
     def identity(self) -> int:
-        """Of the module's parameters: the same for all its twins."""
+        """The identity of the module's parameters, which is the same for all its twins."""
         return id(self._parameters)
 
     @property
     def dtypes(self) -> frozenset[torch.dtype]:
-        """Of rows that a product with it takes."""
+        """The dtypes of rows that a product with it takes."""
         if self._came:
             return _ROWS
         weight = self.weight
@@ -60,7 +60,7 @@ class Linear:
 
     @property
     def weight(self) -> Tensor | None:
-        """Float ``[N, K]``, as it is now; None if it isn't plain."""
+        """Return the current weight as float ``[N, K]``, or None if it isn't a plain tensor."""
         weight = packable(self._parameters.get("weight"))
         return weight.t() if weight is not None and self.turned else weight
 
@@ -69,7 +69,8 @@ class Linear:
         return next((owner.get(name) for owner, name in self.places if name == "bias"), None)
 
     def integers(self, kind: str) -> Integers | None:
-        """Those that it is made of, if they can be told; else its plain weight as ``kind`` has it. None: neither."""
+        """Return the layer's own integers, if they can be read, else its plain weight quantised as ``kind``, else
+        None."""
         from paged_kernels.cpu.grids import integers_of
 
         module = self._module()
@@ -79,7 +80,7 @@ class Linear:
         return None if (weight := self.weight) is None else integers_of(weight, kind)
 
     def stock(self, x: Tensor) -> Tensor:
-        """What the layer computes."""
+        """Compute the layer by torch."""
         if self._came:
             module = self._module()
             assert module is not None, "it is the one that is called"
@@ -93,13 +94,14 @@ class Linear:
         return any(tensor is not None and not tensor.numel() for tensor in self._matrices())
 
     def release(self) -> int:
-        """Leave it matrices of no numbers. Returns how many bytes were malloc's, not a file's."""
+        """Replace the weights by tensors without numbers. Returns how many freed bytes were malloc's, not a mapped
+        file's."""
         from paged_kernels.cpu.pages import forget
 
         num_bytes = 0
         for owner, name in self.places:
             tensor = owner.get(name)
-            if tensor is None or tensor.ndim < 2:  # a sibling may have been packed twice
+            if tensor is None or tensor.ndim < 2:  # a sibling may be packed with two groups
                 continue
             for plain in plain_tensors(tensor):
                 num_bytes += 0 if forget(plain) else plain.numel() * plain.element_size()
@@ -116,14 +118,14 @@ def _owners(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def packable(weight: Tensor | None) -> Tensor | None:
-    """The weight, if it can be packed as it is."""
+    """Return the weight if it can be packed as it is, else None."""
     from paged_kernels.cpu.linear import can_pack
 
     return weight if weight is not None and type(weight) in (Tensor, nn.Parameter) and can_pack(weight) else None
 
 
 def _shape_of(module: nn.Module, came: bool, turned: bool) -> tuple[int, int]:
-    """(outputs, inputs)"""
+    """Return (outputs, inputs)."""
     if came:
         return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
     weight = module._parameters["weight"]

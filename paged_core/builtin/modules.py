@@ -1,7 +1,7 @@
-"""What a module is, told by what it is made of, never by a model's name. It is the same for CPUs and GPUs.
+"""Recognises modules by their parts, never by a model's name, for CPUs and GPUs alike.
 
-Whether the parts are put together as we think is found out by trying (trials.py). What is not plainly understood (a
-subclass, a quantised weight, a hook, a wrapped child) is nothing here.
+Whether the parts are combined as expected is found out by a trial (trials.py). Modules that are not plainly understood
+(a subclass, a quantised weight, a hook, a wrapped child) are not recognised.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ GATED_MLP = frozenset({"gate_proj", "up_proj", "down_proj", "act_fn"})
 
 
 def is_gated_mlp(module: nn.Module) -> bool:
-    """``down(silu(gate(x)) * up(x))``, to judge by its children. What the three are is another question."""
+    """Return whether its children are those of ``down(silu(gate(x)) * up(x))``. The caller checks these three."""
     act = module._modules.get("act_fn")
     return (
         set(module._modules) == GATED_MLP
@@ -30,18 +30,18 @@ def is_gated_mlp(module: nn.Module) -> bool:
 
 
 def is_decoder_layer(module: nn.Module) -> bool:
-    """Norm, attention, norm, MLP, to judge by its children."""
+    """Return whether its children are those of a decoder layer: norm, attention, norm, MLP."""
     return set(module._modules) == DECODER_LAYER and _owns_nothing(module) and head_dim(module) is not None
 
 
 def head_dim(decoder_layer: nn.Module) -> int | None:
-    """What its attention tells; None if it tells none."""
+    """Return the head dim that its attention declares, or None."""
     found = getattr(decoder_layer._modules.get("self_attn"), "head_dim", None)
     return found if isinstance(found, int) else None
 
 
 def is_rms_norm(module: nn.Module) -> bool:
-    """One vector of weights and an epsilon."""
+    """Return whether it has one vector of weights, and an epsilon."""
     weight = module._parameters.get("weight")
     return (
         len(module._parameters) == 1
@@ -56,36 +56,36 @@ def is_rms_norm(module: nn.Module) -> bool:
 
 
 def eps_of(norm: nn.Module) -> float | None:
-    """An RMS norm's epsilon, by any of its names."""
+    """Return the epsilon of an RMS norm, under any of its names."""
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     return eps if isinstance(eps, float) else None
 
 
 def known_eps(norm: nn.Module) -> float:
-    """Of a module that is_rms_norm says is one."""
+    """Return the epsilon of a module for which is_rms_norm is true."""
     eps = eps_of(norm)
     assert eps is not None, "see is_rms_norm"
     return eps
 
 
 def is_listened_to(module: nn.Module) -> bool:
-    """Whether someone hears of its calls, or has put another forward in the place of its class's."""
+    """Return whether it has hooks, or another forward than its class's."""
     return bool(any(hooks_of(module))) or "forward" in module.__dict__
 
 
 def hooks_of(module: nn.Module) -> tuple[Any, Any]:
-    """Its live containers of hooks: they stay the same while hooks come and go."""
+    """Return its live containers of hooks, which stay the same objects while hooks come and go."""
     return module._forward_hooks, module._forward_pre_hooks
 
 
 def device_type(module: nn.Module) -> str | None:
-    """Where its parameters are; "" if they are in several kinds of places, None if it has none."""
+    """Return the device type of its parameters: "" if they are on several types, None if it has none."""
     types = {parameter.device.type for parameter in module.parameters()}
     return types.pop() if len(types) == 1 else "" if types else None
 
 
 def dtype_among(module: nn.Module, dtypes: tuple[torch.dtype, ...]) -> torch.dtype | None:
-    """The dtype of its first parameter that has one of ``dtypes``."""
+    """Return the dtype of its first parameter that has one of ``dtypes``."""
     return next((parameter.dtype for parameter in module.parameters() if parameter.dtype in dtypes), None)
 
 

@@ -1,5 +1,5 @@
-"""Packed linear layers that follow their modules' weights. This file knows torch modules; it never writes to one, but
-to take weights away that nobody needs any more."""
+"""Packed linear layers that notice changes of their modules' weights. This file knows torch modules. It never writes to
+one, except to free weights that nothing needs any more."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class Layers:
-    """Linear layers over one input, packed, and packed anew when one of their weights changes.
+    """Linear layers over one input, packed. They are packed again when one of their weights changes.
 
-    Their tensors are looked up in the modules' own dictionaries at each call, so that a weight that was replaced is
-    seen; the modules themselves are not held.
+    The tensors are looked up in the modules' own dictionaries at each call, so that a replaced weight is noticed. No
+    reference to the modules is kept.
 
     Args:
         gated: see PackedLinear.
-        weights: "int8" or "int4" for a product of integers; None: as they are.
+        weights: "int8" or "int4" for a product of integers; None: the weights as they are.
     """
 
     def __init__(self, modules: Sequence[nn.Module], gated: bool = False, weights: str | None = None) -> None:
@@ -39,21 +39,21 @@ class Layers:
 
     @property
     def sizes(self) -> list[int]:
-        """How many columns each has."""
+        """The number of outputs of each layer."""
         return [linear.shape[0] for linear in self._linears]
 
     @property
     def alike(self) -> bool:
-        """Whether they take rows of one length, and all lie in memory the same way round."""
+        """Whether all take rows of one length, and have the same order in memory."""
         return len({(linear.shape[1], linear.turned) for linear in self._linears}) == 1
 
     def trial_rows(self) -> Tensor:
-        """Random rows of a dtype that they take."""
+        """Return random rows of a dtype that they take."""
         dtype = next((dtype for dtype in (torch.float32, torch.bfloat16) if dtype in self._dtypes), torch.float32)
         return random_rows(torch.empty(0, dtype=dtype, device="cpu"), self._linears[0].shape[1])
 
     def packed(self, x: Tensor) -> Any | None:
-        """The product of all; None if x or the weights are not of a kind that it takes."""
+        """Return the product of all layers, or None if it can't take x or the weights."""
         if not self._watched.same(self._tensors()):
             self._pack()
             self._stood_for = []
@@ -63,7 +63,7 @@ class Layers:
         return self._watched.stale(self._tensors())
 
     def alone(self, index: int, x: Tensor) -> Tensor:
-        """One of them, as torch computes it; as it was packed, if that is all there is."""
+        """Compute one of them by torch, or from its packed weight if the module's weight was freed."""
         linear = self._linears[index]
         if not linear.is_released:
             return linear.stock(x)
@@ -73,14 +73,14 @@ class Layers:
         return part
 
     def take_stood_for(self) -> dict[int, Tensor]:
-        """By the identity of a module's parameters, weights ``[N, K]`` that the integers stand for: once, for a
-        trial."""
+        """Return the weights ``[N, K]`` that the integers mean, by the identity of a module's parameters, for a trial.
+        A second call returns none."""
         taken, self._stood_for = self._stood_for, []
         return dict(zip((linear.identity for linear in self._linears), taken, strict=bool(taken)))
 
     def release(self) -> bool:
-        """Leave the modules weights of no numbers: torch refuses to multiply with these (with weights on
-        the meta device it does, and gives anything). Returns whether there were any."""
+        """Replace the modules' weights by tensors without numbers, with which torch refuses to multiply. (With weights
+        on the meta device it would multiply, and return anything.) Returns whether there were any to replace."""
         if self._product is None:
             return False
         from paged_kernels.cpu.pages import let_go
@@ -91,7 +91,7 @@ class Layers:
         return True
 
     def places(self) -> list[tuple[dict[str, Any], str]]:
-        """Where its tensors are: in which dictionary, under which name."""
+        """Return where its tensors are: dictionaries, and names in them."""
         return self._places
 
     def _tensors(self) -> list[Tensor | None]:
@@ -122,7 +122,7 @@ class Layers:
             return None
         try:
             product = QuantizedLinear(integers, self._biases(), self._gated)
-        except ValueError:  # groups that the kernels have no way for
+        except ValueError:  # groups of a size that the kernels don't support
             return None
         self._stood_for = [each.widened() for each in integers]
         return product
@@ -135,27 +135,28 @@ def _all_of(found: Sequence[Integers | None]) -> list[Integers]:
     return [each for each in found if each is not None]
 
 
-# ---- which modules ---------------------------------------------------------------------------------------------------
+# ---- recognising modules ---------------------------------------------------------------------------------------
 
 
 def is_packable(module: nn.Module | None, weights: str | None = None) -> bool:
-    """A linear layer over plain weights, or over integers if these are asked for, with nobody's forward in the place
-    of its own."""
+    """Return whether it is a linear layer with plain weights, or with integers if these are asked for, and its class's
+    own forward."""
     return module is not None and "forward" not in module.__dict__ and Linear.knows(module, weights)
 
 
 def is_packable_shard(module: nn.Module | None) -> bool:
-    """A SplitLinear over plain weights: what its ranks do before and after the product is for the caller to do."""
+    """Return whether it is a SplitLinear with plain weights. The caller must do what its ranks do before and after the
+    product."""
     if type(module) is not SplitLinear or "forward" in module.__dict__:
         return False
     return packable(module._parameters.get("weight")) is not None
 
 
 def is_packable_end(module: nn.Module | None, weights: str | None = None) -> bool:
-    """Plain, or such that ranks add up what it computes of inputs that each has of its own."""
+    """Return whether it is packable, or a packable shard whose ranks add up their results."""
     return is_packable(module, weights) or (is_packable_shard(module) and module.before is None)  # type: ignore[union-attr]
 
 
 def added_up(linear: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """What ranks do with the products of one that is_packable_end; None: nothing."""
+    """Return how ranks add up the products of a layer for which is_packable_end is true; None: it isn't split."""
     return linear.after if isinstance(linear, SplitLinear) else None

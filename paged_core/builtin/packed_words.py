@@ -1,4 +1,4 @@
-"""Linear layers of GPTQ and AWQ: codes of four or eight bits in words of 32, as their checkpoints have them.
+"""Linear layers of GPTQ and AWQ: 4-bit or 8-bit codes in 32-bit words, as in their checkpoints.
 
 With ``W = 32 // bits`` codes in a word, inputs K, outputs N and groups of the inputs G:
 
@@ -7,9 +7,9 @@ With ``W = 32 // bits`` codes in a word, inputs K, outputs N and groups of the i
     both    qzeros [G, N / W], in the order of their rows; scales [G, N]: weight = (code - zero) * scale
     GPTQ    g_idx [K], the group of each input; zeros are one less than they should be in files of its first version
 
-Which version it is, and whether all this is so at all, the layer's own forward tells: what it gives for random rows is
-held against the weights that were read. This file knows torch modules by their tensors; no library is imported.
-(GPTQ: arXiv 2210.17323, AWQ: arXiv 2306.00978; layouts as AutoGPTQ, GPTQModel and AutoAWQ write them.)
+The version, and whether the layer is of this kind at all, is found by comparing the layer's own forward on random rows
+with the weights that were read. This file recognises torch modules by their tensors, and imports no library. (GPTQ:
+arXiv 2210.17323, AWQ: arXiv 2306.00978; layouts as AutoGPTQ, GPTQModel and AutoAWQ write them.)
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from paged_core.builtin.trials import alike, random_rows
 if TYPE_CHECKING:
     from paged_kernels.cpu.integers import Integers
 
-_AWQ = (0, 4, 1, 5, 2, 6, 3, 7)  # where the codes of a row's eight neighbours stand in a word, lowest bits first
-_AGREES = {torch.float32: 5e-2, torch.float16: 5e-2, torch.bfloat16: 5e-2}  # rounded scales and sums; not rounded rows
+_AWQ = (0, 4, 1, 5, 2, 6, 3, 7)  # the places of eight neighbours' codes of a row in a word, lowest bits first
+# These allow for rounded scales and sums, but not for rounded rows.
+_AGREES = {torch.float32: 5e-2, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 
 class _Words(NamedTuple):
@@ -41,7 +42,8 @@ def has_packed_words(module: nn.Module) -> bool:
 
 
 def of_packed_words(module: nn.Module) -> Integers | None:
-    """None: the layer's forward computes something else; or its inputs are not grouped in their order (act-order)."""
+    """Return the integers, or None if the layer computes something else, or if its inputs are not grouped in order
+    (act-order)."""
     from paged_kernels.cpu.grids import of_known_scales
 
     words = _words_of(module)
@@ -53,7 +55,7 @@ def of_packed_words(module: nn.Module) -> Integers | None:
     if words.g_idx is not None and not torch.equal(words.g_idx.long(), groups):
         return None
     scales = words.scales.detach().t().contiguous()
-    for missing in (0, 1):  # what zeros lack
+    for missing in (0, 1):  # how much too small the zeros are
         multiples = codes - (zeros + missing)[groups]
         weight = (multiples * words.scales.float()[groups]).t().contiguous()
         if _is_weight_of(module, weight, words.scales.dtype):
@@ -79,14 +81,14 @@ def _fits(words: _Words) -> bool:
 
 
 def _depth(words: _Words) -> int:
-    """How many inputs; 0: the shapes are of neither format."""
+    """Return the number of inputs, or 0 if the shapes fit neither format."""
     width, columns = 32 // words.bits, words.scales.shape[1]
     rows, across = words.qweight.shape
     return rows * width if across == columns else rows if across * width == columns else 0
 
 
 def _codes(words: _Words) -> tuple[Tensor, Tensor]:
-    """``[K, N]`` and zeros ``[G, N]``, int32."""
+    """Return codes ``[K, N]`` and zeros ``[G, N]``, int32."""
     gptq = words.qweight.shape[1] == words.scales.shape[1]
     if gptq:
         codes = _spread(words.qweight.t(), words.bits).t()
@@ -96,12 +98,12 @@ def _codes(words: _Words) -> tuple[Tensor, Tensor]:
 
 
 def _in_order(codes: Tensor) -> Tensor:
-    """Of a row's eight neighbours, as AWQ has them."""
+    """Put AWQ's codes of each eight neighbours in order."""
     return codes.view(len(codes), -1, len(_AWQ))[:, :, torch.tensor(_AWQ)].flatten(1)
 
 
 def _spread(packed: Tensor, bits: int) -> Tensor:
-    """``int32 [R, C] -> int32 [R, C * 32 / bits]``, the lowest bits first."""
+    """Unpack ``int32 [R, C] -> int32 [R, C * 32 / bits]``, lowest bits first."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     spread: Tensor = packed.detach()[:, :, None] >> shifts & 2**bits - 1
     return spread.flatten(1)
@@ -109,12 +111,12 @@ def _spread(packed: Tensor, bits: int) -> Tensor:
 
 @torch.no_grad()
 def _is_weight_of(module: nn.Module, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the layer multiplies by ``weight [N, K]`` and adds its bias, if it has one."""
+    """Return whether the layer multiplies by ``weight [N, K]`` and adds its bias, if it has one."""
     bias = module._buffers.get("bias", module._parameters.get("bias"))
     x = random_rows(weight, weight.shape[1]).to(dtype)
     try:
         theirs = type(module).forward(module, x)
-    except Exception:  # it wants rows of another kind
+    except Exception:  # the layer takes other rows
         return False
     ours = nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
     return alike(ours.to(theirs.dtype), theirs, _AGREES)

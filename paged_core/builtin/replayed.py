@@ -1,6 +1,6 @@
-"""Computations that are launches of a CPU's kernels and nothing else: from the second time on, one call from Python.
+"""Computations that consist of CPU kernel launches only. From the second time on, Python makes a single call for all.
 
-This file knows tensors and when a recording holds. How launches are noted is paged_kernels' business (replay.py).
+This file knows tensors, and how long a recording stays valid. replay.py in paged_kernels records the launches.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 if TYPE_CHECKING:
     from paged_kernels.cpu.replay import Replay
 
-_FEWEST_ROWS = 16  # that there is room for
-MOST_ROWS = 1024  # of more, a step takes long enough for Python's part not to be seen
+_FEWEST_ROWS = 16  # buffers have room for at least this many rows
+MOST_ROWS = 1024  # a step of more rows takes so long that Python's share doesn't matter
 
 Compute = Callable[[], None]
-"""Fills a tensor that its maker has given it, by launches, whatever the number of rows."""
+"""Fills a tensor that its maker has given it, by launches that don't depend on the number of rows."""
 
 
 class Basis(NamedTuple):
-    """All that launches depend on, besides the tensors that are others each time."""
+    """All that the launches depend on, except the tensors that change with each call."""
 
     objects: Sequence[Any]  # compared by identity
     key: Hashable  # compared by value
@@ -35,14 +35,14 @@ class _Known(NamedTuple):
     most_rows: int
     num_threads: int
     dtypes: list[torch.dtype]
-    replay: Replay | None  # None: it is no such computation
+    replay: Replay | None  # None: the computation can't be replayed
 
 
 class Replayed(threading.local):
-    """Computations replayed where they can be. Each thread makes recordings of its own.
+    """Replays computations where possible. Each thread makes its own recordings.
 
     Args:
-        num_launches: of kernels, of which it consists.
+        num_launches: the number of kernel launches of the computation.
     """
 
     def __init__(self, num_launches: int) -> None:
@@ -51,8 +51,8 @@ class Replayed(threading.local):
         self._known: list[_Known] = []
 
     def run(self, compute: Compute, basis: Basis, *tensors: Tensor) -> bool:
-        """What ``compute()`` does with ``tensors``, of as many rows each. Returns whether it was done without asking
-        it."""
+        """Do what ``compute()`` does with ``tensors``, which have the same number of rows. Returns whether it was
+        replayed, without calling ``compute``."""
         if not _same(basis, self._basis):
             self._basis, self._known = basis, []
         num_rows = len(tensors[0])
@@ -98,7 +98,7 @@ _LOCAL = threading.local()
 
 
 def _rooms() -> Any:
-    """This thread's."""
+    """Return this thread's buffers."""
     from paged_kernels.cpu.recording import Rooms
 
     if not hasattr(_LOCAL, "rooms"):

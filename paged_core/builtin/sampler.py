@@ -1,4 +1,4 @@
-"""The core's own sampler, as a plugin like any other."""
+"""The core's own sampler, as a plugin."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 @hookimpl
 def create_sampler(spec: ModelSpec) -> Sampler:
-    """Vectorised, honouring all of SamplingParams; with kernels that read the logits once, where there are any."""
+    """Return the vectorised sampler, which honours all of SamplingParams. It uses kernels that read the logits once, if
+    the device has them."""
     from paged_core.sampling.sampler import Sampler
 
     if triton_works(spec.device):
@@ -25,7 +26,7 @@ def create_sampler(spec: ModelSpec) -> Sampler:
     if spec.device.type == "cpu":
         try:
             from paged_kernels.cpu.elementwise import argmax_rows
-        except ImportError:  # no numba
+        except ImportError:  # numba is not installed
             return Sampler()
         return Sampler(argmax_rows)
     return Sampler()

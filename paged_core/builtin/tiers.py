@@ -1,4 +1,4 @@
-"""The core's own tiers: host memory beside a device, and a folder on disk."""
+"""The core's own tiers: host memory for a device's blocks, and a folder on disk."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from paged_core.tiers.host import HostTier
     from paged_core.tiers.tier import BlockLayout
 
-_DISK_BYTES = 10 << 30  # if nothing is said
+_DISK_BYTES = 10 << 30  # if the config doesn't say
 
 
 @hookimpl(specname="create_offload_tier")
 def create_disk_tier(config: EngineConfig, layout: BlockLayout) -> DiskTier | None:
-    """A folder, if the config names one."""
+    """Return a folder's tier, if the config names a folder."""
     if config.kv_disk_path is None:
         return None
     from paged_core.tiers.disk import DiskTier
@@ -38,7 +38,7 @@ def create_disk_tier(config: EngineConfig, layout: BlockLayout) -> DiskTier | No
 
 @hookimpl(specname="create_offload_tier", tryfirst=True)
 def create_host_tier(spec: ModelSpec, config: EngineConfig, layout: BlockLayout) -> HostTier | None:
-    """The host's memory, if the config wants some. It is asked before the disk."""
+    """Return a tier in host memory, if the config asks for one. It comes before the disk."""
     if config.kv_host_bytes is None:
         return None
     if all(layer.device.type == "cpu" for layer in spec.layers):

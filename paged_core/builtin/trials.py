@@ -1,6 +1,6 @@
-"""Forwards held against the modules they stand for, on random numbers, before they are handed out.
+"""Compares forwards with the modules that they replace, on random numbers, before they are used.
 
-All draw from generators of their own: the user's random numbers stay as they are.
+All random numbers come from own generators, so that the user's random state stays as it is.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from paged_core.builtin.modules import head_dim, is_rms_norm
 from paged_core.execution.split_linear import SplitLinear
 
 ROWS = 5
-ROUGHLY = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest value, for other orders
-CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # where only the last bit may differ
+ROUGHLY = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest value; for other orders
+CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # for results that may differ in the last bit
 
 
-INTEGERS = {torch.float32: 0.2, torch.bfloat16: 0.2}  # where rows are rounded to eight bits on the way
+INTEGERS = {torch.float32: 0.2, torch.bfloat16: 0.2}  # for rows that are rounded to eight bits
 
 
 def tolerances(weights: str | None) -> dict[torch.dtype, float]:
-    """For forwards with weights of this kind."""
+    """Return the tolerances for forwards with weights of this kind."""
     return ROUGHLY if weights is None else INTEGERS
 
 
 def seen_with(module: nn.Module, weights: dict[int, Tensor]) -> nn.Module:
-    """The module with other weights ``[N, K]``, by the identity of each part's parameters; itself if there are none.
-    What has one is a plain linear layer then, whatever it was made of."""
+    """Return the module with other weights ``[N, K]``, by the identity of each part's parameters, or itself if there
+    are none. Parts with other weights become plain linear layers."""
     if not weights:
         return module
     if (weight := weights.get(id(module._parameters))) is not None and not isinstance(module, SplitLinear):
@@ -45,7 +45,7 @@ def seen_with(module: nn.Module, weights: dict[int, Tensor]) -> nn.Module:
 
 
 class _Widened(nn.Module):
-    """Weights of float32, met by rows of any dtype: as exactly as may be."""
+    """A linear layer with float32 weights that takes rows of any dtype, and computes as exactly as possible."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class _Widened(nn.Module):
 
 @torch.no_grad()
 def stock(module: nn.Module, x: Tensor) -> Tensor:
-    """What the module's own forward gives, hooks left out."""
+    """Compute the module's own forward without hooks."""
     return type(module).forward(module, x)  # type: ignore[no-any-return]
 
 
@@ -71,7 +71,7 @@ def alike(ours: Tensor, theirs: Tensor, tolerances: dict[torch.dtype, float] = R
 
 
 def random_rows(like: Tensor, width: int) -> Tensor:
-    """``[1,ROWS,width]``, of the dtype and on the device of ``like``."""
+    """Return random rows ``[1,ROWS,width]`` of the dtype and on the device of ``like``."""
     return torch.randn(1, ROWS, width, generator=generator()).to(like.device, like.dtype)
 
 
@@ -80,8 +80,8 @@ def generator() -> torch.Generator:
 
 
 def norm_trial(module: nn.Module, dtypes: Sequence[torch.dtype]) -> tuple[nn.Module, Tensor] | None:
-    """A copy of what looks like an RMS norm, and rows to try it on. The copy has weights of its own: those of the
-    module may not tell one formula from another."""
+    """Return a copy of a module that looks like an RMS norm, and rows for a trial. The copy has random weights, because
+    the module's own may give equal results under different formulas."""
     weight = module._parameters.get("weight")
     if not is_rms_norm(module) or weight is None or weight.dtype not in dtypes:
         return None
@@ -93,7 +93,8 @@ def norm_trial(module: nn.Module, dtypes: Sequence[torch.dtype]) -> tuple[nn.Mod
 def layer_agrees(
     forward: Callable[..., Tensor], layer: nn.Module, x: Tensor, tolerances: dict[torch.dtype, float] = ROUGHLY
 ) -> bool:
-    """Whether ``forward`` computes what a decoder layer computes of ``x [1,T,N]``, given what the engine gives."""
+    """Return whether ``forward`` computes what a decoder layer computes of ``x [1,T,N]``, with the arguments that the
+    engine gives."""
     dim = head_dim(layer)
     assert dim is not None, "see is_decoder_layer"
     angles = torch.rand(1, x.shape[1], dim // 2, generator=generator()).repeat(1, 1, 2)
@@ -102,13 +103,13 @@ def layer_agrees(
     try:
         with torch.no_grad():
             return alike(forward(x, **given), type(layer).forward(layer, x, **given), tolerances)
-    except Exception:  # it wants more than we know to give, or its parts have other shapes
+    except Exception:  # the layer needs other arguments, or its parts have other shapes
         return False
 
 
 def mixing_attend(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, key_bias: Tensor | None = None
 ) -> Tensor:
-    """Some function of all three that tells heads and tokens apart."""
+    """An ``attend`` for trials: a function of q, k and v that differs for different heads and tokens."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return q.tanh() * k + v.cumsum(0)

@@ -1,6 +1,6 @@
-"""Attention on GPUs, by kernels that Triton compiles. This plugin answers create_attention_backend.
+"""Attention on GPUs, by Triton kernels. This plugin answers create_attention_backend.
 
-This file knows which layers it can honour and which device each is on; what a kernel does is paged_kernels' business.
+This file knows which layers it can honour, and the device of each. The kernels are in paged_kernels.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 @hookimpl
 def create_attention_backend(name: str, spec: ModelSpec, sizes: StepSizes) -> AttentionBackend | None:
-    """For models whose layers are all on GPUs, in dtypes and sizes that kernels know. Asked for by its name, it also
-    takes layers on the CPU if Triton's interpreter is on, for tests."""
+    """Return the backend for models whose layers are all on GPUs, in dtypes and sizes that the kernels know. If asked
+    for by name, it also takes layers on the CPU while Triton's interpreter is on, for tests."""
     if name not in ("auto", "triton") or find_spec("triton") is None:
         return None
     from_name = name == "triton"
@@ -42,7 +42,8 @@ def create_attention_backend(name: str, spec: ModelSpec, sizes: StepSizes) -> At
 
 
 class TritonBackend(PlannedBackend):
-    """Layers of one shape and device share a plan; a step's metadata is copied to each device once."""
+    """Attention by Triton kernels. Layers of one shape and device share a plan; a step's metadata is copied to each
+    device once."""
 
     name = "triton"
     reads_scales = True
@@ -71,7 +72,7 @@ class TritonBackend(PlannedBackend):
 
     @torch.inference_mode()
     def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None:
-        """Compile, or load from disk, what steps need, so that no request waits for it.
+        """Compile, or load from disk, the kernels that steps need, so that no request waits for them. Calls
         ``progress(what, done, total)``."""
         facts = ("device", "num_heads", "num_kv_heads", "head_dim", "value_head_dim", "sliding_window", "has_sinks",
                  "has_key_bias")  # fmt: skip
@@ -84,7 +85,7 @@ class TritonBackend(PlannedBackend):
             progress("attention kernels for GPUs", len(kinds), len(kinds))
 
     def _try(self, layer: LayerSpec) -> None:
-        """A step of one new token, then a step of a token and a chunk, in blocks of their own."""
+        """Run a step of one new token, then a step of a token and a chunk, in a cache of their own."""
         device, plan, size = layer.device, self._plan_for(layer), self._block_size
         shape = (4, layer.num_kv_heads, size)
         dims = (layer.head_dim, layer.value_head_dim)
@@ -93,7 +94,7 @@ class TritonBackend(PlannedBackend):
         scales = [torch.ones(shape, device=device) for _ in range(2)] if quantised else [None, None]
         sinks = torch.zeros(layer.num_heads, dtype=self._dtype, device=device) if layer.has_sinks else None
         bias = torch.zeros(layer.num_heads, 2 * size, device=device) if layer.has_key_bias else None
-        longest = self._ops.tiles.SPLITS["SPLIT"] + 1  # as steps are that look for blocks in common
+        longest = self._ops.tiles.SPLITS["SPLIT"] + 1  # so long that the kernels look for common blocks
         tables = torch.tensor([[1, 0], [2, 3]], dtype=torch.int32, device=device)  # blocks may hold a single token
         for queries in ([1], [1, 2]):
             num_rows, num_tokens = len(queries), sum(queries)

@@ -1,1 +1,1 @@
-"""The loop, and what turns it: token ids in, token ids out."""
+"""The loop and the parts around it: token ids in, token ids out."""

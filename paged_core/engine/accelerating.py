@@ -1,4 +1,4 @@
-"""A loaded model made faster: by torch's compiler, or by plugins' forwards in the place of its modules'."""
+"""Makes a loaded model faster: by torch.compile, or by plugins' forwards in place of its modules' forwards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def compile_model(
     sizes: StepSizes,
     progress: Callable[[str, int, int], None],
 ) -> None:
-    """Let torch compile the model if the config wants it, warmed up. What another engine had compiled is let go."""
+    """Compile the model with torch.compile and warm it up, if the config asks for it. What another engine had compiled
+    is dropped."""
     if model.compilable and (config.compile_model or model.compiled):
         model.compile_forward(False)
     if not config.compile_model:
@@ -41,13 +42,13 @@ def compile_model(
 
 
 def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig, owned: bool) -> None:
-    """Let plugins stand in for submodules, if the model lets them and the config wants it.
+    """Let plugins replace forwards of submodules, if the model allows it and the config asks for it.
 
     Args:
-        owned: whether nobody else has the model: weights of which there is a packed copy are then let go.
+        owned: whether only this engine uses the model. Weights with a packed copy are then freed.
 
     Raises:
-        ConfigError: weights are to be quantised, and no plugin can.
+        ConfigError: the config asks for quantised weights, and no plugin can quantise.
     """
     if not config.fast_forwards or config.compile_model:
         return
@@ -63,7 +64,7 @@ def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig, owned:
 
     if owned:
         if config.kv_disk_path is not None or _strangers_bring_tiers(manager):
-            model.fingerprint()  # while there is something to tell it from
+            model.fingerprint()  # computed now, because the weights may be freed
         model.hand_over()
     model.accelerate(create)
     if config.weights is not None and not num_quantized:
@@ -78,7 +79,7 @@ def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig, owned:
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
-    """As torch has it, or as libraries do that quantise."""
+    """Return whether it is torch's linear layer, or one of a library for quantisation."""
     sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
     return not module._modules and all(isinstance(size, int) for size in sizes)
 

@@ -1,6 +1,6 @@
-"""What a selector may answer. A row for which it answers something else ends with an error; nobody else's does.
+"""Checks what a selector returns. A row with an invalid result ends with an error; other rows go on.
 
-This file knows selections and the rows they are for, and nothing of how tokens are chosen.
+This file knows Selections and their rows. It does not know how tokens are chosen.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 
 from paged_core.scheduling.request import FinishReason, Request, Selection
 
-FAILED = "choosing the next token failed"  # what an error of a selector begins with
+FAILED = "choosing the next token failed"  # how error messages of selectors begin
 
 
 def checked(answer: Any, requests: Sequence[Request], vocab_size: int) -> Selection:
-    """``answer`` for ``requests`` as it may be taken in: token ids as ints, and an error for each row that can't be.
+    """Return ``answer`` in the form that the Scheduler takes: token ids as ints, and an error for each invalid row.
 
     Raises:
-        ValueError: it is no Selection, or not one of so many rows.
+        ValueError: it is no Selection, or has another number of rows.
     """
     if not isinstance(answer, Selection):
         raise ValueError(f"a selector must answer a Selection, and not a {type(answer).__name__}")
@@ -46,7 +46,7 @@ def checked(answer: Any, requests: Sequence[Request], vocab_size: int) -> Select
 
 
 def _is_plain(answer: Selection, vocab_size: int) -> bool:
-    """Whether it is token ids and nothing else, as nearly all answers are."""
+    """Return whether it is valid and holds token ids only, as nearly all Selections do."""
     more = (answer.logprobs, answer.errors, answer.parents, answer.finished)
     return more == (None,) * 4 and all(type(token) is int and 0 <= token < vocab_size for token in answer.token_ids)
 
@@ -94,8 +94,8 @@ def _check_news(logprobs: Any, reason: Any) -> None:
 def _halves_of_groups(
     token_ids: Sequence[int | None], requests: Sequence[Request], errors: Mapping[int, str]
 ) -> dict[int, str]:
-    """Errors for lockstep groups of which some rows would go on and others be held."""
-    held: dict[int, bool] = {}  # by id of the group
+    """Return errors for lockstep groups of which only some rows would be held."""
+    held: dict[int, bool] = {}  # by id() of the group
     found = {}
     for row, (token, request) in enumerate(zip(token_ids, requests, strict=True)):
         if not request.group.lockstep or row in errors:

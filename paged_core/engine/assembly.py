@@ -1,4 +1,4 @@
-"""The parts of an engine, asked of plugins while it is built. Nothing here runs once requests come."""
+"""Builds the parts of an engine by calling hooks. Nothing here runs after the engine is built."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ from paged_core.tiers.costs import TierCosts
 from paged_core.tiers.tier import BlockLayout, OffloadTier
 
 Progress = Callable[[str, int, int], None]
-"""``progress(what, done, total)``, called while an engine is being built."""
+"""``progress(what, done, total)``, called while an engine is built."""
 
 RECORDERS: dict[str, Callable[[torch.device], Record]] = {"cuda": CudaRecorder}
-"""By type of device: what makes a graph of a decode step."""
+"""Makes graphs of decode steps, by type of device."""
 
 
 class Computing(NamedTuple):
-    """What computes. Every rank has its own."""
+    """The parts that compute. Every rank has its own."""
 
     model: PagedModel
     sizes: EngineSizes
-    sampler: RequestSampler  # of requests that bring no selector
+    sampler: RequestSampler  # for requests without their own selector
     runner: ModelRunner
 
 
 class Parts(NamedTuple):
-    """What an engine is built of."""
+    """All parts of an engine."""
 
     computing: Computing
     scheduler: Scheduler
     tiers: Sequence[OffloadTier]
-    costs: TierCosts  # of loading from these
+    costs: TierCosts  # costs of loading from the tiers
 
 
 def assemble(
@@ -62,10 +62,10 @@ def assemble(
     dtype: str | torch.dtype | None,
     progress: Progress | None,
 ) -> Parts:
-    """All parts for ``model``, which is as Engine takes it.
+    """Return all parts for ``model``, which may be whatever Engine accepts.
 
     Raises:
-        PluginError, UnsupportedModel, ConfigError: as Engine does.
+        PluginError, UnsupportedModel, ConfigError: see Engine.
     """
     asked = EngineArgs(model, config, None if device is None else str(device), dtype_name(dtype))
     progress = progress or _show
@@ -89,10 +89,10 @@ def build(
     ranks: Ranks = ALONE,
     make_runner: MakeRunner | None = None,
 ) -> Computing:
-    """What computes, on this rank if there are several: all of them build it side by side.
+    """Return the parts that compute, for this rank. All ranks build theirs at the same time.
 
     Raises:
-        As assemble.
+        See assemble.
     """
     config = asked.config
     loaded = load_model(manager, asked, ranks)
@@ -112,7 +112,7 @@ def build(
 
 
 def create_sampler(manager: Plugins, spec: ModelSpec, config: EngineConfig, sizes: StepSizes) -> RequestSampler:
-    """The TokenSelector of requests that bring none."""
+    """Return the TokenSelector for requests without one of their own."""
     sampler = manager.hook.create_sampler(spec=spec, config=filled(config, sizes))
     if sampler is None:
         raise PluginError(f"no plugin brings a sampler; loaded plugins: {describe(manager)}")
@@ -123,7 +123,7 @@ def create_sampler(manager: Plugins, spec: ModelSpec, config: EngineConfig, size
 def create_backend(
     manager: Plugins, spec: ModelSpec, config: EngineConfig, sizes: StepSizes, progress: Progress
 ) -> AttentionBackend:
-    """The attention backend, warmed up: its kernels are compiled here, never inside a request."""
+    """Return the attention backend, warmed up: its kernels are compiled here, never during a request."""
     name = config.attention_backend
     ask = manager.hook.create_attention_backend
     found = ask(name=name, spec=spec, config=filled(config, sizes), sizes=sizes)
@@ -146,7 +146,7 @@ def create_backend(
 def create_tiers(
     manager: Plugins, model: PagedModel, config: EngineConfig, sizes: EngineSizes, cache: KVCache
 ) -> Sequence[OffloadTier]:
-    """Where blocks go that the cache gives up: what all plugins answer."""
+    """Return the tiers of all plugins, for blocks that the cache evicts."""
     layout = BlockLayout(cache.block_bytes, sizes.block_size, lambda: _fingerprint(model, sizes, cache, config))
     asked: dict[str, Any] = {"spec": model.spec, "config": filled(config, sizes), "sizes": sizes, "layout": layout}
     tiers = [tier for tier in manager.hook.create_offload_tier(**asked) if tier is not None]
@@ -174,7 +174,7 @@ def create_scheduler(
     tiers: Sequence[OffloadTier],
     costs: TierCosts,
 ) -> Scheduler:
-    """The scheduler on its block pool, with the policy that the config names."""
+    """Return the scheduler over a new block pool, with the policy that the config names."""
     name = config.scheduling_policy
     policy = manager.hook.create_scheduling_policy(name=name, config=filled(config, sizes))
     if policy is None:
@@ -191,7 +191,8 @@ def create_scheduler(
 
 
 def create_cache(manager: Plugins, spec: ModelSpec, config: EngineConfig, sizes: EngineSizes) -> KVCache:
-    """The K/V tensors: a plugin's, whole, or the core's own, as large as the block pool begins."""
+    """Return the K/V tensors: a plugin's at full size, or the core's own at the size with which the block pool
+    begins."""
     num_blocks, size, dtype = sizes.num_slab_blocks, sizes.block_size, sizes.kv_dtype
     ask = manager.hook.create_kv_cache
     cache = ask(spec=spec, num_blocks=sizes.num_blocks, config=filled(config, sizes), sizes=sizes)
@@ -210,7 +211,7 @@ def create_cache(manager: Plugins, spec: ModelSpec, config: EngineConfig, sizes:
 def create_graphs(
     spec: ModelSpec, config: EngineConfig, sizes: StepSizes, backend: AttentionBackend
 ) -> DecodeGraphs | None:
-    """Graphs of decode steps, if the config wants them, or leaves it to us and they can be."""
+    """Return graphs of decode steps, if the config asks for them, or leaves it open and device and backend can."""
     obstacle = None
     if spec.device.type not in RECORDERS:
         obstacle = f"the model is on {spec.device}, not on a CUDA device"
@@ -227,7 +228,8 @@ def create_graphs(
 
 
 def _fingerprint(model: PagedModel, sizes: EngineSizes, cache: KVCache, config: EngineConfig) -> str | None:
-    """Of the model and the cache's layout, and of the code that computes; None: the model can't tell its own."""
+    """Return a fingerprint of the model, the cache's layout and the code that computes, or None if the model has
+    none."""
     own = model.fingerprint()
     if own is None:
         return None
@@ -237,7 +239,7 @@ def _fingerprint(model: PagedModel, sizes: EngineSizes, cache: KVCache, config: 
 
 
 def _show(what: str, done: int, total: int) -> None:
-    """A line on the terminal, if there is one, that goes away when the work is done."""
+    """Show progress on the terminal, if there is one, in a line that is erased when the work is done."""
     if sys.stderr.isatty():
         line = f"{what}: {done} of {total}" if done < total else ""
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)

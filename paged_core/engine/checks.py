@@ -1,5 +1,4 @@
-"""What a request must be before it is queued. These checks look at token ids only; sizes are the scheduler's
-business."""
+"""Checks of a request before it is queued. They look at token ids only; the scheduler checks sizes."""
 
 from __future__ import annotations
 
@@ -10,8 +9,8 @@ from paged_core.scheduling.request import Request
 
 
 def check_prompt(prompt: Sequence[int], vocab_size: int, knows: Callable[[int], bool]) -> None:
-    """Raises InvalidRequestError if it is empty, is a byte string, or holds ids that are none of the vocabulary's and
-    that the model does not know (``knows``)."""
+    """Raises InvalidRequestError if the prompt is empty or a byte string, or holds ids outside the vocabulary that the
+    model does not know either (``knows``)."""
     if isinstance(prompt, (bytes, bytearray, memoryview)):
         told = f"the prompt is of type {type(prompt).__name__}; give token ids"
         raise InvalidRequestError(told, "prompt")
@@ -25,7 +24,7 @@ def check_prompt(prompt: Sequence[int], vocab_size: int, knows: Callable[[int], 
 
 
 def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
-    """Raises InvalidRequestError for ids outside the vocabulary, naming the parameter that holds them."""
+    """Raises InvalidRequestError for ids outside the vocabulary. It names the parameter that holds them."""
     named: dict[str, Iterable[int]] = {
         "logit_bias": params.logit_bias or (),
         "allowed_token_ids": params.allowed_token_ids or (),

@@ -1,7 +1,7 @@
-"""Engine: builds the parts through hooks, then turns the wheel. Token ids go in and come out; it knows nothing of text.
+"""Engine: is built through hooks; ``step`` is the loop. Token ids go in and come out; it knows nothing of text.
 
-An engine is single-threaded: one owner calls add_request, abort, stop and step. AsyncEngine is such an owner, for many
-threads. What runs inside a step (the model, selectors, logits processors) may not call them.
+An engine is single-threaded: one owner calls add_request, abort, stop and step. AsyncEngine is such an owner, which
+serves many threads. Code that runs inside a step (the model, selectors, logits processors) may not call them.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from paged_core.scheduling.params import InvalidRequestError, SamplingParams
 from paged_core.scheduling.request import FinishReason, Request, RequestOutput
 from paged_core.scheduling.schedule import Schedule
 
-_SAVE_S = 3.0  # for what is worth keeping when an engine is closed
-_LANDING_S = 0.005  # to wait at most for blocks that are on their way, when there is nothing else to do
+_SAVE_S = 3.0  # to store blocks when an engine is closed
+_LANDING_S = 0.005  # to wait for loads, when there is nothing else to do
 
 
 class Engine:
@@ -79,7 +79,7 @@ class Engine:
         self._pool = self._scheduler.pool
         self._num_compiles = self._runner.num_compiles
         builder = BatchBuilder(self.sizes.block_size, self.spec.device)
-        one = config.tensor_parallel_size == 1  # other ranks are told a step's tokens by the host
+        one = config.tensor_parallel_size == 1  # with several ranks, the host must send each step's tokens
         ahead = config.lookahead if config.lookahead is not None else one and self.spec.device.type == "cuda"
         self._offloading = Offloading(self._scheduler, self._runner, parts.tiers, parts.costs)
         self._steps = StepRunner(
@@ -92,7 +92,7 @@ class Engine:
             self._pool.watch()
         self._open = OpenRequests(self._observers)
         self._lifecycle = Lifecycle()
-        self._refreshed = False  # whether the model was looked at since the last step
+        self._refreshed = False  # whether changes of the model were looked for since the last step
         if parts.tiers:
             _TO_SAVE.add(self)
         self.last_stats: StepStats | None = None
@@ -292,7 +292,7 @@ class Engine:
         self._lifecycle.check_between_steps("step()")
         began = time.perf_counter()
         self._refreshed = False
-        with self._lifecycle.step(undo=self._lookahead.forget):  # whose tokens follow those of a step not taken in
+        with self._lifecycle.step(undo=self._lookahead.forget):  # the step begun ahead followed from this one
             self._offloading.take_up()
             now = self._lookahead.take() or self._steps.launch(self._scheduler.schedule())
             failed, outputs = dict(now.failed), []
@@ -352,7 +352,7 @@ class Engine:
         self._lifecycle.check_alive()
         if request_id in self._open:
             raise InvalidRequestError(f"request id {request_id!r} is in use; choose another")
-        self.refresh()  # the vocabulary may be another
+        self.refresh()  # the vocabulary may have changed
         rows = self._intake.rows(request_id, prompts, params, selector, lockstep, eos_token_ids)
         self._scheduler.add(rows)
         self._open.add(rows)
@@ -382,7 +382,7 @@ _TO_SAVE: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 @atexit.register
 def _save_all() -> None:
-    """What a script's engine has computed is there for the next one, whether or not the script has closed it."""
+    """Store the prefix cache of engines that a script has not closed, for the next process."""
     for engine in list(_TO_SAVE):
-        with suppress(ReentryError):  # the process ends in the middle of a step
+        with suppress(ReentryError):  # the process is exiting in the middle of a step
             engine.close()

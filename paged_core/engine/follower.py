@@ -1,4 +1,4 @@
-"""Another rank than 0, in a process of its own: builds its shard, then does what rank 0 says until that is gone."""
+"""The process of another rank than 0: it builds its shard, then carries out rank 0's orders until rank 0 ends."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _LOOK_S = 1.0
 
 
 def main(fd: int) -> None:
-    """``fd``: of the connection to rank 0, which has started this process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for rank 0, which says when to end
+    """Run the process. ``fd``: the file descriptor of the connection to rank 0, which has started this process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches rank 0, which says when to end
     follow(Connection(fd))
     sys.stderr.flush()
-    os._exit(0)  # Python would take a second to put all away that was imported, and rank 0 waits
+    os._exit(0)  # without Python's cleanup, for which rank 0 would wait about a second
 
 
 def follow(connection: Connection) -> None:
-    """Do what rank 0 says, until it says nothing more; if that fails, tell it why."""
-    with suppress(EOFError, OSError):  # rank 0 is gone, or wants us no more
+    """Carry out orders until rank 0 sends no more. If that fails, report the error to rank 0."""
+    with suppress(EOFError, OSError):  # rank 0 has ended, or has closed the connection
         args: RankArgs = connection.recv()
         threading.Thread(target=_end_with, args=(args.leader,), daemon=True).start()
         ranks = Ranks(args.rank, args.asked.config.tensor_parallel_size, args.store, lambda: connection.send(None))
@@ -55,7 +55,7 @@ def _carry_out(args: RankArgs, ranks: Ranks, connection: Connection) -> None:
 
 
 def _end_with(leader: int) -> None:
-    """Whatever this process is at, it ends when the one is gone for whom it is done."""
+    """Make this process end when process ``leader`` does."""
     while os.getppid() == leader:
         time.sleep(_LOOK_S)
     os._exit(1)

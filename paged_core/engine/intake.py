@@ -1,4 +1,4 @@
-"""Intake: from what a caller asks to Requests that can be queued: checked, seeded, with all their logits processors."""
+"""Intake: makes Requests of the arguments of ``add_request``: checked, seeded, and with all their logits processors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Intake:
     Args:
         model: the model that will compute them.
         manager: the plugins, which may bring logits processors.
-        seed: of the seeds of requests that bring none.
+        seed: from which the seeds of requests without one are drawn.
     """
 
     def __init__(self, model: PagedModel, manager: Plugins, seed: int | None) -> None:
@@ -37,7 +37,7 @@ class Intake:
         lockstep: bool,
         eos_token_ids: Collection[int],
     ) -> list[Request]:
-        """A row for each of ``prompts``, which are all the same unless they advance in ``lockstep``.
+        """Return a row for each of ``prompts``, which are all the same unless they advance in ``lockstep``.
 
         Raises:
             InvalidRequestError: a prompt is empty, or an id is outside the vocabulary.

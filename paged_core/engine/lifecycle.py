@@ -1,4 +1,4 @@
-"""Lifecycle: whether an engine may be called: between two steps, and as long as it lives."""
+"""Lifecycle: whether an engine may be called now. It must be alive and between two steps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from paged_core.errors import EngineDeadError, ReentryError
 
 
 class Lifecycle:
-    """Of one engine, which begins alive and between two steps."""
+    """The lifecycle of one engine, which begins alive and between two steps."""
 
     def __init__(self) -> None:
-        self._dead: str | None = None  # why it takes no more requests
+        self._dead: str | None = None  # why the engine takes no more requests; None: it is alive
         self._in_step = False
 
     @property
@@ -37,8 +37,8 @@ class Lifecycle:
 
     @contextmanager
     def step(self, undo: Callable[[], None]) -> Iterator[None]:
-        """Inside, requests are between two states. Whatever ends a step early leaves them as they were before it, and
-        ``undo`` does the rest."""
+        """Use this around a step. If anything ends the step early, requests stay as they were before it, and ``undo``
+        is called for the rest."""
         self._in_step = True
         try:
             with self._death_noted(), self.device_looked_after():
@@ -51,7 +51,8 @@ class Lifecycle:
 
     @contextmanager
     def device_looked_after(self) -> Iterator[None]:
-        """An error of the device is no request's: after most of them it computes nothing more in this process."""
+        """End the engine at an error of the device, after which the device usually computes nothing more in this
+        process."""
         try:
             yield
         except torch.AcceleratorError as error:

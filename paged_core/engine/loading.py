@@ -1,4 +1,4 @@
-"""What an engine is asked to run, loaded: the caller's own PagedModel, or what a plugin makes of a name."""
+"""Loads the model of an engine: the caller's own PagedModel, or what a plugin makes of a path, a name or an object."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from paged_core.execution.spec import ModelSpec
 from paged_core.plugins import Plugins, check_whole, describe
 from paged_core.ranks.ranks import ALONE, Ranks
 
-_DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # torch has both names, and so has vLLM
+_DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # other names in torch and vLLM
 
 
 def load_model(manager: Plugins, asked: EngineArgs, ranks: Ranks) -> PagedModel:
-    """The model itself if it is a PagedModel already, else what a plugin makes of it.
+    """Return ``asked.model`` itself if it is a PagedModel, else what a plugin makes of it.
 
     Raises:
-        ConfigError: a PagedModel is on another device, or computes in another dtype; or the path leads nowhere; or
-            whoever loads it can't split it over ranks.
-        PluginError: nobody can load it.
+        ConfigError: a PagedModel is on another device, or computes in another dtype; or the path does not exist; or the
+            plugin that loads the model can't split it over ranks.
+        PluginError: no plugin can load it.
     """
     model, _, device, dtype = asked
     if PagedModel.is_met_by(model):
@@ -49,7 +49,7 @@ def load_model(manager: Plugins, asked: EngineArgs, ranks: Ranks) -> PagedModel:
 
 
 def dtype_name(dtype: str | torch.dtype | None) -> str | None:
-    """As torch spells it; None for "as it is"."""
+    """Return torch's name of the dtype, or None to keep the model's dtype."""
     if dtype is None or dtype == "auto":
         return None
     name = str(dtype).removeprefix("torch.")
@@ -57,12 +57,13 @@ def dtype_name(dtype: str | torch.dtype | None) -> str | None:
 
 
 def named(model: Any) -> str:
-    """For messages."""
+    """Return a name of the model for messages."""
     return repr(model) if isinstance(model, str) else f"an object of type {model.__class__.__name__}"
 
 
 def _check_placed(spec: ModelSpec, device: str | None, dtype: str | None) -> None:
-    """Raises ConfigError if a model that is there already isn't as it is asked for: nobody moves or casts it."""
+    """Raises ConfigError if a PagedModel has not the wanted device or dtype, because the engine neither moves nor casts
+    it."""
     own = str(spec.dtype).removeprefix("torch.")
     if dtype not in (None, own) or device not in (None, "auto", spec.device.type, str(spec.device)):
         raise ConfigError(
@@ -72,7 +73,7 @@ def _check_placed(spec: ModelSpec, device: str | None, dtype: str | None) -> Non
 
 
 def _refuse_missing(model: Any) -> None:
-    """Raises ConfigError for what can only be a path, and leads nowhere."""
+    """Raises ConfigError if ``model`` can only be a path, and the path does not exist."""
     path = Path(model) if isinstance(model, str | os.PathLike) else Path()
     if (path.is_absolute() or str(model).startswith((".", "~"))) and not path.expanduser().exists():
         raise ConfigError(f"there is no folder or file {model}")

@@ -1,8 +1,8 @@
-"""The step after the one under way, begun before the host knows its tokens: so the device need not wait for the host.
+"""Lookahead: begins the next step before the host knows the current step's tokens, so that the device need not wait.
 
-While rows only decode, the integers of their next step don't depend on which tokens they get: the tokens stay on the
-device. A row that turns out to have ended has computed one token for nobody. What it wrote lies in blocks that it had;
-whoever gets them next writes to them later. This file decides nothing: the Scheduler tells whether a step can be
+While rows only decode, the integers of their next step don't depend on which tokens they get, and the tokens stay on
+the device. If a row turns out to have ended, one token was computed in vain. Its K/V are in blocks that the row had,
+and the blocks' next owner overwrites them. This file decides nothing: the Scheduler knows whether a step can be
 repeated, and the selector whether it can choose without the host.
 """
 
@@ -14,7 +14,7 @@ from paged_core.scheduling.scheduler import Scheduler
 
 
 class Lookahead:
-    """Holds the step that was begun ahead, if there is one."""
+    """Holds the step that was begun early, if there is one."""
 
     def __init__(self, scheduler: Scheduler, steps: StepRunner) -> None:
         self._scheduler = scheduler
@@ -22,7 +22,7 @@ class Lookahead:
         self._next: Launched | None = None
 
     def begin(self, now: Launched) -> None:
-        """Begin the step after ``now``, whose results have not been taken in, if that step can be told."""
+        """Begin the step after ``now``, whose results are not known yet, if that step can be predicted."""
         if now.chosen is None:
             return
         schedule = self._scheduler.repeat(now.schedule)
@@ -33,11 +33,12 @@ class Lookahead:
         self._next = self._steps.launch_ahead(schedule, token_ids)
 
     def forget(self) -> None:
-        """The step under way was not taken in: what follows it must not be."""
+        """Drop the step begun early, because the step before it failed."""
         self._next = None
 
     def take(self) -> Launched | None:
-        """The step that was begun, without rows that have ended since. None: none was, or nothing is left of it."""
+        """Return the step begun early, without rows that have ended since. None: there is none, or no row is left of
+        it."""
         launched, self._next = self._next, None
         if launched is None:
             return None

@@ -1,4 +1,4 @@
-"""Observers: the plugins that hear of requests and steps."""
+"""Observers: calls the plugins that observe requests and steps."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _HOOKS = ("on_request_added", "on_step_finished", "on_request_finished", "on_pre
 
 
 class Observers:
-    """Tells those who watch. One that raises is logged and changes nothing, for the others neither."""
+    """Calls all observers. An exception of one is logged, and affects neither the engine nor the others."""
 
     def __init__(self, manager: Plugins) -> None:
         self._hooks = {name: _one_each(getattr(manager.hook, name)) for name in _HOOKS}
 
     def listen_to(self, hook: str) -> bool:
-        """Whether anybody does."""
+        """Return whether any plugin answers the hook."""
         return bool(self._hooks[hook])
 
     def tell(self, hook: str, **what: Any) -> None:
@@ -35,9 +35,9 @@ class Observers:
 
 
 def _one_each(hook: Any) -> list[Callable[..., object]]:
-    """A call for each plugin that answers the hook: in one for all, the first that raises would keep the others from
-    hearing. Wrappers, which want to stand around all others, get that one."""
-    implementations = list(reversed(hook.get_hookimpls()))  # the last registered first, as pluggy does it
+    """Return a function for each plugin that answers the hook, because after an exception pluggy would not call the
+    others. If there are wrappers, which must run around all others, return one call for all."""
+    implementations = list(reversed(hook.get_hookimpls()))  # the last registered one first, as pluggy calls them
     if any(each.wrapper or each.hookwrapper for each in implementations):
         return [hook]
     return [partial(_call, each.function, each.argnames) for each in implementations]

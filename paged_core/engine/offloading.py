@@ -1,7 +1,7 @@
-"""Offloading: carries blocks between the cache and tiers, as the scheduler says.
+"""Offloading: moves blocks between the cache and tiers, as schedules say.
 
-What a step gives up is copied out before it is overwritten. What tiers bring is copied in between two steps, piece by
-piece, and the scheduler hears of it.
+Evicted blocks are copied out before a step overwrites them. Loaded blocks are copied in between two steps, piece by
+piece, and the scheduler is told.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from paged_core.tiers.stats import OffloadingStats
 from paged_core.tiers.tier import Fetch, OffloadTier, Piece
 
 _log = logging.getLogger("paged_core")
-_PACKED_BYTES = 4 << 20  # of blocks that are copied out together when all are saved
-_MOMENT_S = 0.01  # that a request may come too late for, where there was nothing to do
+_PACKED_BYTES = 4 << 20  # of blocks that are copied together, when all are saved
+_MOMENT_S = 0.01  # the most that a request may be delayed by saving when idle
 
 
 class _Part(NamedTuple):
-    """Of a load, what one tier brings."""
+    """The blocks of a load that one tier loads."""
 
     tier: OffloadTier
     places: Sequence[int]
@@ -36,17 +36,18 @@ class _Part(NamedTuple):
 
 
 class _UnderWay:
-    """One load."""
+    """The state of one load."""
 
     def __init__(self, load: Load, parts: Sequence[_Part], until: float) -> None:
         self.load = load
         self.parts = parts
         self.began = time.perf_counter()
         self.until = until
-        self.good: set[int] = set()  # blocks that are in the cache
-        self.num_blocks = self.num_timed = 0  # that have come, sound or not; and of these, that say how quick a tier is
-        self.busy_s = 0.0  # that tiers were at these
-        self.ended = False  # the scheduler knows; what is still to come is for nobody
+        self.good: set[int] = set()  # loaded blocks that are in the cache
+        # num_blocks: blocks that have come, valid or not. num_timed: those of them whose time shows a tier's speed.
+        self.num_blocks = self.num_timed = 0
+        self.busy_s = 0.0  # that tiers worked on these
+        self.ended = False  # the scheduler knows; pieces that still come are dropped
 
     @property
     def all_there(self) -> bool:
@@ -54,10 +55,10 @@ class _UnderWay:
 
 
 class Offloading:
-    """Of one engine.
+    """The tiers of one engine, and its loads in progress.
 
     Args:
-        tiers: asked in this order; what the cache gives up goes to all of them.
+        tiers: asked for blocks in this order; evicted blocks go to all of them.
     """
 
     def __init__(
@@ -69,9 +70,9 @@ class Offloading:
         self._block_bytes = runner.cache.block_bytes
         self._arrived = threading.Event()
         self._under_way: list[_UnderWay] = []
-        self._too_slow = False  # whether the last save was cut by its time
+        self._too_slow = False  # whether the last save ran out of time
         self._num_packed = max(1, _PACKED_BYTES // self._block_bytes)  # blocks
-        self._offered: set[bytes] = set()  # saved by the way: once each, also where a tier has no room for all
+        self._offered: set[bytes] = set()  # digests saved when idle: each only once, even if a tier has no room for all
         self._loads = self._abandoned = 0
 
     @property
@@ -88,13 +89,13 @@ class Offloading:
     # ---- a step --------------------------------------------------------------------------------------------------
 
     def take_up(self) -> None:
-        """What tiers have brought, into the cache. At the beginning of a step."""
+        """Copy what tiers have loaded into the cache. Called at the beginning of a step."""
         if not self._under_way and not self._scheduler.loads:
             return
         self._arrived.clear()
         self._forgo_unasked()
         for each in list(self._under_way):
-            all_there = each.all_there  # before its pieces are taken: none comes after
+            all_there = each.all_there  # asked before its pieces are taken, as more may come after
             if each.load.abandoned and not each.ended:
                 self._leave(each)
             self._take_pieces(each)
@@ -104,7 +105,8 @@ class Offloading:
                 self._under_way.remove(each)
 
     def carry_out(self, schedule: Schedule) -> None:
-        """What a schedule gives up is copied, and what it wants is asked for. Before its blocks are written."""
+        """Copy blocks that a schedule evicts to tiers, and begin its loads. Called before the step writes to its
+        blocks."""
         if schedule.offloads:
             began = time.perf_counter()
             self._store(schedule.offloads)
@@ -113,12 +115,12 @@ class Offloading:
             self._begin(load)
 
     def wait(self, timeout_s: float) -> None:
-        """Until something comes: nobody has anything to compute."""
+        """Wait until something is loaded, when there is nothing to compute."""
         if self._scheduler.loading:
             self._arrived.wait(timeout_s)
 
     def measure(self, num_tokens: int, num_rows: int, seconds: float) -> None:
-        """A step has computed ``num_tokens`` of ``num_rows`` requests."""
+        """Take in the time of a step that computed ``num_tokens`` tokens of ``num_rows`` requests."""
         self._costs.stepped(seconds)
         if num_tokens >= 16 and num_tokens > 4 * num_rows:
             self._costs.computed(num_tokens, seconds)
@@ -126,14 +128,14 @@ class Offloading:
     # ---- beside steps --------------------------------------------------------------------------------------------
 
     def forget(self) -> None:
-        """The model has changed. The scheduler has abandoned all loads."""
+        """Forget all loads and stored blocks, because the model has changed. The scheduler has abandoned the loads."""
         self._offered.clear()
         for tier in self._tiers:
             tier.forget()
 
     def save(self, timeout_s: float) -> int:
-        """Store all that the prefix cache holds, most worth keeping first, as far as time goes. Returns how many blocks
-        were given to tiers."""
+        """Store all blocks of the prefix cache, those most worth keeping first, as far as time allows. Returns how many
+        blocks were given to tiers."""
         until = time.monotonic() + timeout_s
         contents = [content for content in self._scheduler.pool.findable() if not self._costs.holds(content.digest)]
         num_saved = 0
@@ -147,7 +149,7 @@ class Offloading:
         return num_saved
 
     def save_some(self) -> bool:
-        """Store a part of what the prefix cache holds, in a moment without work. False: nothing is left."""
+        """Store a few blocks of the prefix cache while the engine is idle. Returns False if none is left."""
         if not self._can_write:
             return False
         if not self._flush(time.monotonic() + _MOMENT_S):
@@ -161,7 +163,7 @@ class Offloading:
         return len(lacking) > len(part)
 
     def close(self, timeout_s: float) -> None:
-        """Save, unless that has just been found to take too long, and let tiers go."""
+        """Save, unless the last save ran out of time, and close the tiers."""
         until = time.monotonic() + timeout_s
         if not self._too_slow:
             self.save(timeout_s)
@@ -200,7 +202,8 @@ class Offloading:
         self._loads += 1
 
     def _forgo_unasked(self) -> None:
-        """Loads that a step began which was interrupted before it had asked for them: their rows are computed."""
+        """Let requests compute what loads would have brought that were never begun, because their step was
+        interrupted."""
         asked = {each.load for each in self._under_way}
         for load in self._scheduler.loads:
             if load not in asked:
@@ -229,7 +232,7 @@ class Offloading:
         self._scheduler.arrived(each.load, come)
 
     def _land(self, each: _UnderWay) -> None:
-        """What there is has to do."""
+        """End a load with the blocks that have come."""
         load = each.load
         self._measure_load(each, time.perf_counter() - each.began)
         lost = set() if load.met else {content.block for content in load.contents} - each.good
@@ -239,7 +242,7 @@ class Offloading:
         self._end(each)
 
     def _measure_load(self, each: _UnderWay, seconds: float) -> None:
-        if not each.num_blocks:  # it would have taken longer
+        if not each.num_blocks:  # it would have taken longer than this
             self._costs.brought(1, seconds)
         elif each.num_timed:
             self._costs.brought(each.num_timed, each.busy_s)

@@ -1,6 +1,6 @@
-"""The requests of an engine that have not ended, and what their callers have yet to be told.
+"""OpenRequests: the requests of an engine that have not ended, and outputs that their callers have not got yet.
 
-This file knows ids, rows and outputs; the Scheduler alone knows how far each row has come.
+This file knows ids, rows and outputs. Only the Scheduler knows how far each row has come.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from paged_core.scheduling.request import Request, RequestOutput
 
 
 class OpenRequests:
-    """Rows by the id of their request, from the moment they are queued until they end."""
+    """Rows by the id of their request, from when they are queued until they end."""
 
     def __init__(self, observers: Observers) -> None:
         self._observers = observers
         self._rows: dict[str, list[Request]] = {}
-        self._prompt_logprobs: dict[str, list[Any]] = {}  # by request id; told with its first token
+        self._prompt_logprobs: dict[str, list[Any]] = {}  # by request id; returned with its first token
         self._untold: list[RequestOutput] = []
 
     def __contains__(self, request_id: str) -> bool:
@@ -41,12 +41,13 @@ class OpenRequests:
     def add(self, rows: Sequence[Request]) -> None:
         self._rows[rows[0].id] = list(rows)
         if rows[0].params.prompt_logprobs is not None:
-            self._prompt_logprobs[rows[0].id] = [None]  # nothing comes before the first token
+            self._prompt_logprobs[rows[0].id] = [None]  # the first token of a prompt has none
         for request in rows:
             self._observers.tell("on_request_added", request=request)
 
     def keep(self, prompt_logprobs: Iterable[PromptLogprobs]) -> None:
-        """They are told once, with the first token of any row; a preempted row may bring them again."""
+        """Keep logprobs of prompts, which are returned once, with the first token of any row. A preempted row may
+        compute them again."""
         for request, start, found in prompt_logprobs:
             if request.id in self._prompt_logprobs:
                 self._prompt_logprobs[request.id][start:] = found
@@ -63,11 +64,11 @@ class OpenRequests:
             self._observers.tell("on_request_finished", output=output)
 
     def tell_later(self, final: Iterable[RequestOutput]) -> None:
-        """Ends between two steps: told with the next one."""
+        """Keep the outputs of rows that ended between two steps; the next step returns them."""
         self._untold += final
 
     def tell(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
-        """Outputs on their way out, after those that were to be told later."""
+        """Return kept outputs, then ``outputs``, and forget the rows that have ended."""
         if self._prompt_logprobs:
             outputs = [
                 output._replace(prompt_logprobs=self._prompt_logprobs.pop(output.request.id))

@@ -1,9 +1,9 @@
-"""The helper threads that share out a CPU operation: torch's OpenMP. This file knows no engine.
+"""The helper threads of torch's OpenMP, which share a CPU operation. This file knows nothing of engines.
 
-Every thread that computes is given helpers of its own. As soon as all of them together are more than the cores, GNU
-OpenMP's no longer wait for the next operation awake, and each of the hundreds in a step begins by waking them: on two
-cores, steps of a small model take up to 1.7 times as long. So a thread that leaves the computing to another one gives
-its helpers back first.
+Every thread that computes gets its own helpers. As soon as all of them together are more than the cores, GNU OpenMP's
+helpers no longer spin until the next operation, and each of the hundreds of operations in a step begins by waking them:
+on two cores, steps of a small model take up to 1.7 times as long. So a thread that leaves the computing to another one
+releases its helpers first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PROCESS = os.getpid()  # a forked child has no helpers, and would wait for them
 
 
 def release_helper_threads() -> None:
-    """End the calling thread's helpers. Its next parallel operation starts them anew."""
+    """End the calling thread's helpers. Its next parallel operation starts new ones."""
     pause = _pause()
     if pause is not None and os.getpid() == _PROCESS:
         pause(_SOFT)
@@ -29,7 +29,8 @@ def release_helper_threads() -> None:
 
 @cache
 def _pause() -> Any | None:
-    """omp_pause_resource_all of the libgomp that torch has loaded. Other OpenMPs wait awake however many there are."""
+    """Return omp_pause_resource_all of the libgomp that torch has loaded, or None. Other OpenMP libraries spin however
+    many threads there are."""
     for library in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*")):
         try:
             return ctypes.CDLL(str(library)).omp_pause_resource_all

@@ -1,8 +1,8 @@
-"""Hands the sampled rows of a step to the selectors they belong to. A selector that raises, or answers what can't be,
-ends its own rows only.
+"""Passes the sampled rows of a step to their selectors. A selector that raises, or returns something invalid, ends its
+own rows only.
 
-A selector may keep state, so it is asked once a step. Only the engine's sampler may be asked again, where memory had no
-room for all of its rows: it is asked first, before anybody else.
+A selector may keep state, so it is called once a step. Only the engine's sampler may be called again, if memory has no
+room for all of its rows. It is called before all other selectors.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ _log = logging.getLogger("paged_core")
 
 
 class PromptLogprobs(NamedTuple):
-    """What was asked about some positions of a prompt."""
+    """Logprobs of some positions of a prompt."""
 
     request: Request
-    start: int  # position of the first token told of
+    start: int  # position of the first token among them
     logprobs: list[Any]
 
 
 def choose_rows(
     logits: Tensor, requests: Sequence[Request], sampler: RequestSampler, num_unknown: int
 ) -> Chosen | None:
-    """As ``select_rows``, but nobody waits, and ``logits [S, vocab]`` stay as they are. None: the host is needed.
+    """Do the same as ``select_rows``, but without waiting for the device or changing ``logits [S, vocab]``. Returns
+    None if the host is needed.
 
-    ``num_unknown``: tokens that each request has beside those the host knows.
+    ``num_unknown``: the number of tokens that each request has beyond those that the host knows.
 
     Raises:
         torch.AcceleratorError: the device has failed.
@@ -54,7 +55,7 @@ def choose_rows(
         return chosen
     except torch.AcceleratorError:
         raise
-    except BaseException as error:  # then they are chosen in their turn, where failing selectors are looked after
+    except BaseException as error:  # ``select_rows`` will call the selector again, and handle its failure
         if interrupts_the_process(error):
             raise
         _log.debug("tokens could not be chosen ahead", exc_info=True)
@@ -62,7 +63,7 @@ def choose_rows(
 
 
 def fetch_rows(chosen: Chosen, requests: Sequence[Request], vocab_size: int) -> Selection:
-    """Wait for tokens that were chosen without the host.
+    """Wait for tokens that were chosen without the host, and return them.
 
     Raises:
         torch.AcceleratorError: the device has failed.
@@ -78,16 +79,16 @@ def fetch_rows(chosen: Chosen, requests: Sequence[Request], vocab_size: int) -> 
 def select_rows(
     logits: Tensor, requests: Sequence[Request], sampler: RequestSampler, *, again: bool = True
 ) -> Selection:
-    """Each selector gets its own rows, once. ``again``: ``sampler`` can be asked again, should memory run out.
+    """Call each selector once, with its own rows. ``again``: the caller can call ``sampler`` again if memory runs out.
 
     Raises:
-        torch.OutOfMemoryError: ``sampler`` has no room for its rows, and no other selector has been asked. Some logits
-            may be overwritten. Only if it can be asked again.
+        torch.OutOfMemoryError: only if ``again``: ``sampler`` has no room for its rows, and no other selector was
+            called. Some logits may be overwritten.
         torch.AcceleratorError: the device has failed.
     """
     if requests and all(request.selector is requests[0].selector for request in requests):
         return _ask(requests, logits, sampler, again)
-    rows_of: dict[int, list[int]] = {id(sampler): []}  # first of all
+    rows_of: dict[int, list[int]] = {id(sampler): []}  # the sampler comes first
     for row, request in enumerate(requests):
         rows_of.setdefault(id(_selector_of(request, sampler)), []).append(row)
     token_ids: list[int | None] = [0] * len(requests)
@@ -109,11 +110,11 @@ def select_rows(
 def prompt_logprobs_of(
     logits: Tensor, prompt_rows: Sequence[PromptRows], sampler: RequestSampler, *, again: bool = True
 ) -> tuple[list[PromptLogprobs], dict[Group, str]]:
-    """``logits [P, vocab]`` of prompt positions -> Logprobs of the tokens that follow them there; and the requests for
-    which the sampler can't tell them. ``again``: as for ``select_rows``.
+    """Return for ``logits [P, vocab]`` of prompt positions the Logprobs of the tokens that follow, and an error for
+    each group for which the sampler failed. ``again``: see ``select_rows``.
 
     Raises:
-        torch.OutOfMemoryError: ``sampler`` has no room, and can be asked again.
+        torch.OutOfMemoryError: only if ``again``: ``sampler`` has no room.
         torch.AcceleratorError: the device has failed.
     """
     told, failed, row = [], {}, 0
@@ -134,7 +135,8 @@ def prompt_logprobs_of(
 
 
 class OneByOne(RequestSampler):
-    """A selector's choice with the memory of a single row. For selectors whose rows don't depend on each other."""
+    """Calls a selector with one row at a time, to need less memory. For selectors whose rows don't depend on each
+    other."""
 
     def __init__(self, selector: RequestSampler) -> None:
         self._selector = selector
@@ -156,13 +158,13 @@ class OneByOne(RequestSampler):
 
 
 def _ask(requests: Sequence[Request], logits: Tensor, sampler: RequestSampler, again: bool) -> Selection:
-    """What the one selector of all these rows chooses."""
+    """Return the choice of the one selector of all these rows."""
     selector = _selector_of(requests[0], sampler)
     return _select(selector, logits, requests, again=again and selector is sampler)
 
 
 def _select(selector: TokenSelector, logits: Tensor, requests: Sequence[Request], *, again: bool) -> Selection:
-    """``again``: should memory run out, the selector can be asked again."""
+    """Call a selector. ``again``: the caller can call it again if memory runs out."""
     try:
         return checked(selector.select(logits, requests), requests, logits.shape[1])
     except BaseException as error:
@@ -177,7 +179,7 @@ def _failed(requests: Sequence[Request], error: BaseException) -> Selection:
 
 
 def _is_no_requests(error: BaseException) -> bool:
-    """Whether the error is more than a selector's: the device's, or an interrupt of the process."""
+    """Return whether the error concerns more than a selector: the device has failed, or the process was interrupted."""
     return isinstance(error, torch.AcceleratorError) or interrupts_the_process(error)
 
 
@@ -186,8 +188,8 @@ def _selector_of(request: Request, sampler: RequestSampler) -> TokenSelector:
 
 
 def _chooses_as_it_selects(kind: type) -> bool:
-    """Whether ``choose`` was written by whoever wrote ``select`` last, or after: else it chooses something else. A
-    stranger's selector may have none."""
+    """Return whether the class that defines ``select`` also defines ``choose``, or a subclass of it does. Otherwise
+    ``choose`` may choose differently. Selectors of other projects may have no ``choose``."""
     for base in kind.__mro__:
         if "choose" in vars(base):
             return True

@@ -1,4 +1,4 @@
-"""What became of an EngineConfig's wishes: every size of an engine, told from its model and its device."""
+"""Chooses every size of an engine from its EngineConfig, its model and its device."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from paged_core.scheduling.schedule import Limits
 
 
 def step_sizes(config: EngineConfig, spec: ModelSpec) -> StepSizes:
-    """The wishes, and for what was left open what suits model and device."""
+    """Return the config's sizes, and for those left open sizes that suit model and device."""
     on_cpu = spec.device.type == "cpu"
-    # On a CPU a step's time grows with its tokens: few a step, so that a long prompt holds nobody up for long.
+    # On a CPU the time of a step grows with its tokens. Steps have few tokens, so that a long prompt doesn't delay
+    # others.
     usual = min(max(_tokens_a_thread(config, spec) * torch.get_num_threads(), 128), 2048) if on_cpu else 8192
     budget = config.max_num_batched_tokens or max(usual, config.max_num_seqs or 0)
     return StepSizes(
@@ -31,9 +32,9 @@ def step_sizes(config: EngineConfig, spec: ModelSpec) -> StepSizes:
 
 
 def _tokens_a_thread(config: EngineConfig, spec: ModelSpec) -> int:
-    """As many as take about a tenth of a second of a model of 135 million weights (docs/cpu.md)."""
+    """Return as many tokens as take about a tenth of a second in a model of 135 million weights (docs/cpu.md)."""
     tiles = "amx_int8" if config.weights else "amx_bf16" if spec.dtype is torch.bfloat16 else None
-    can: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer torch has it
+    can: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # in newer releases of torch
     return 256 if tiles is not None and can.get(tiles) else 64
 
 
@@ -45,8 +46,8 @@ def engine_sizes(
     sampler: RequestSampler,
     least: Callable[[int], int],
 ) -> EngineSizes:
-    """With the number of blocks: as wished, as a budget of bytes holds, or as a profiling step leaves room for.
-    ``least``: of these numbers, the least of all ranks.
+    """Return all sizes, with the number of blocks: the config's, or as many as fit into its bytes, or as many as a step
+    of the largest size leaves room for. ``least`` returns the smallest of all ranks' numbers.
 
     Raises:
         ConfigError: there is no room for a single block, or for the largest step.
@@ -70,7 +71,7 @@ def engine_sizes(
 
 
 def limits(steps: StepSizes, config: EngineConfig, spec: ModelSpec, watermark_blocks: int = 0) -> Limits:
-    """What the scheduler keeps to. The watermark is 0 until the blocks are counted."""
+    """Return the scheduler's limits. The watermark is 0 until the number of blocks is known."""
     windows = [layer.sliding_window for layer in spec.layers]
     return Limits(
         max_num_seqs=steps.max_num_seqs,
@@ -84,7 +85,7 @@ def limits(steps: StepSizes, config: EngineConfig, spec: ModelSpec, watermark_bl
 
 
 def filled(config: EngineConfig, steps: StepSizes) -> EngineConfig:
-    """The wishes with no size left open: what hooks are told."""
+    """Return the config with all these sizes set, for hooks."""
     known = {name: value for name, value in asdict(steps).items() if name in EngineConfig.__dataclass_fields__}
     return replace(config, **known)
 
@@ -111,7 +112,8 @@ def _blocks_left(
     sampler: RequestSampler,
     share: float,
 ) -> int:
-    """The devices' memory less all that isn't K/V, found by running the largest step."""
+    """Return how many blocks fit into the devices' memory beside everything else, measured by running the largest
+    step."""
     spec, size, dtype = model.spec, steps.block_size, steps.kv_dtype
     try:
         room = profile.bytes_left(model, backend, sampler, limits(steps, config, spec), size, dtype, share)
@@ -130,7 +132,7 @@ def _blocks_left(
 
 
 def _most_blocks(steps: StepSizes) -> int:
-    """More could never be used."""
+    """Return how many blocks could ever be used."""
     return steps.max_num_seqs * -(-steps.max_model_len // steps.block_size)
 
 

@@ -1,4 +1,4 @@
-"""StepStats: what one step did, in numbers. Observers get it from the on_step_finished hook."""
+"""StepStats: the numbers of one step. Observers get it from the on_step_finished hook."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StepStats(NamedTuple):
     num_tokens: int  # computed in this step
     num_sampled: int  # rows that got a new token
     num_preempted: int
-    num_blocks: int  # usable blocks of the cache
+    num_blocks: int  # waiting for their turn, or for blocks that a tier loads
     num_blocks_used: int  # referenced by running requests
     num_blocks_cached: int  # kept for prefix hits only
     num_blocks_shared: int  # blocks that forks and prefix hits saved: references beyond the first
@@ -30,8 +30,8 @@ class StepStats(NamedTuple):
     total_preemptions: int
     total_prefix_queries: int  # prompt tokens looked up in the prefix cache
     total_prefix_hits: int  # and found there
-    total_late_compiles: int = 0  # graphs captured and kernels compiled since the engine was built: a step waited
-    total_steps_divided: int = 0  # computed in parts, since memory had no room for them
+    total_late_compiles: int = 0  # graphs captured and kernels compiled during steps, which waited for them
+    total_steps_divided: int = 0  # steps computed in parts, because memory had no room for the whole
     offloading: OffloadingStats = OffloadingStats()  # what tiers have done
 
     @classmethod
@@ -46,7 +46,7 @@ class StepStats(NamedTuple):
         total_steps_divided: int,
         offloading: OffloadingStats,
     ) -> StepStats:
-        """Of a step that the scheduler has just taken in."""
+        """Return the stats of the step that the scheduler has just updated from."""
         pool = scheduler.pool
         return cls(
             duration_s=duration_s,
@@ -71,18 +71,18 @@ class StepStats(NamedTuple):
 
     @property
     def kv_cache_usage(self) -> float:
-        """Share of the blocks in use, 0 to 1."""
+        """The share of blocks in use, 0 to 1."""
         return self.num_blocks_used / self.num_blocks
 
     @property
     def kv_waste(self) -> float:
-        """Share of the reserved slots that hold no token, 0 to 1 (Kwon et al., 2023, figure 2)."""
+        """The share of reserved slots that hold no token, 0 to 1 (Kwon et al., 2023, figure 2)."""
         reserved = self.num_blocks_used * self.block_size
         return self.num_slots_wasted / reserved if reserved else 0.0
 
 
 def _slots_wasted(running: Sequence[Request], pool: BlockPool) -> int:
-    """Slots of used blocks that hold no token. A half-filled block that rows share counts once."""
+    """Return the slots of used blocks that hold no token. A partly filled block that rows share counts once."""
     block_size = pool.block_size
     wasted, seen = 0, set()
     for request in running:

@@ -1,7 +1,7 @@
-"""Runs one step: a Schedule in; its logits, then its tokens out.
+"""StepRunner: runs one step. A Schedule goes in; logits, then tokens come out.
 
-This file knows how a step may fail (memory runs out, the model raises, a selector raises, logits are no numbers) and
-what can be done about it within that step. It ends no request: those that failed are told to the Engine.
+This file knows how a step may fail (memory runs out, the model raises, a selector raises, logits are not finite) and
+how to recover within that step. It ends no request: it reports those that failed to the Engine.
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ _log = logging.getLogger("paged_core")
 
 
 class Launched(NamedTuple):
-    """A step that the device has been told of."""
+    """A step whose work was given to the device."""
 
     schedule: Schedule  # without the requests that failed
     computed: Computed
-    chosen: Chosen | None  # its tokens, on the device; None: they are chosen with the host's help
+    chosen: Chosen | None  # its tokens, on the device; None: choosing them needs the host
     finite: FiniteCheck  # of requests that have filled a block
-    failed: Mapping[Group, str]  # requests on which the model raises, and why
+    failed: Mapping[Group, str]  # requests with which the model raises -> error message
 
 
 class Selected(NamedTuple):
-    """What came of a step."""
+    """The result of a step."""
 
     selection: Selection
     prompt_logprobs: Sequence[PromptLogprobs]
-    not_finite: Collection[Request]  # whose logits were no numbers: nobody may find what was computed for them
-    failed: Mapping[Group, str]  # requests whose prompt_logprobs can't be told, and why
+    not_finite: Collection[Request]  # their logits were not finite: nobody may find their blocks
+    failed: Mapping[Group, str]  # requests whose prompt_logprobs failed -> error message
 
 
 class StepRunner:
     """Runs the steps of one engine.
 
     Args:
-        carry_out: does what a schedule asks of tiers, before its blocks are written.
-        ahead: let tokens be chosen on the device where they can be, so that the next step may begin before they are
-            known.
+        carry_out: moves blocks to and from tiers as a schedule says, before the step writes to its blocks.
+        ahead: whether to choose tokens on the device if possible, so that the next step may begin before the host knows
+            them.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class StepRunner:
         *,
         ahead: bool,
     ) -> None:
-        self.num_divided = 0  # steps computed in parts
+        self.num_divided = 0  # steps that were computed in parts
         self._scheduler = scheduler
         self._builder = builder
         self._runner = runner
@@ -85,7 +85,7 @@ class StepRunner:
         """Compute a step.
 
         Raises:
-            EngineDeadError: there is no memory for a single token, or the model fails whatever it is given.
+            EngineDeadError: there is no memory for a single token, or the model fails with any batch.
             torch.AcceleratorError: the device has failed.
         """
         self._carry_out(schedule)
@@ -103,8 +103,8 @@ class StepRunner:
         return self._launched(schedule, computed, failed)
 
     def launch_ahead(self, schedule: Schedule, token_ids: Tensor) -> Launched | None:
-        """Compute a step of one token each, ``token_ids i64 [T]``, which only the device knows. None: it can't be
-        computed now, and is in its turn, where failing steps are looked after.
+        """Compute a step of one token per row, ``token_ids i64 [T]``, which only the device knows. Returns None if that
+        fails; ``launch`` will compute the step again later, and handle the failure.
 
         Raises:
             torch.AcceleratorError: the device has failed.
@@ -122,10 +122,10 @@ class StepRunner:
         return self._launched(schedule, computed, {}, num_unknown=1)
 
     def select(self, now: Launched) -> Selected:
-        """The step's tokens, and what was asked about prompts that it computed.
+        """Return the step's tokens, and the logprobs of prompts that it computed.
 
         Raises:
-            EngineDeadError, torch.AcceleratorError: as for launch.
+            EngineDeadError, torch.AcceleratorError: see launch.
         """
         if now.chosen is not None:
             computed = now.computed
@@ -135,7 +135,7 @@ class StepRunner:
             return _select(self._sampler, now, again=True)
         except torch.OutOfMemoryError:
             pass
-        # Once more, with logits that nobody has written to and as little memory as can be.
+        # Compute the step again, to have logits that nothing has overwritten, with as little memory as possible.
         computed = self._compute(now.schedule.chunks, eager=True)
         once_more = now._replace(computed=computed, finite=self._look(now.schedule, computed))
         return _select(OneByOne(self._sampler), once_more, again=False)
@@ -147,7 +147,8 @@ class StepRunner:
         return Launched(schedule, computed, chosen, self._look(schedule, computed), failed)
 
     def _look(self, schedule: Schedule, computed: Computed) -> FiniteCheck:
-        """At the end of each chunk whose blocks others could find. Now: the sampler may overwrite logits."""
+        """Begin the check of each chunk that fills blocks which others could find. It runs now, because the sampler may
+        overwrite logits."""
         rows, requests, row = [], [], 0
         for chunk, fills in zip(schedule.chunks, self._scheduler.fills_blocks(schedule), strict=True):
             if fills and chunk.samples:
@@ -181,7 +182,7 @@ class StepRunner:
             self._runner.grow(num_blocks)
         except torch.AcceleratorError:
             raise
-        except RuntimeError as error:  # what torch raises when memory runs out
+        except RuntimeError as error:  # torch raises this when the CPU's memory runs out
             raise EngineDeadError(
                 f"no memory for a K/V cache of {num_blocks} blocks; build one with a lower kv_cache_bytes"
             ) from error
@@ -189,7 +190,7 @@ class StepRunner:
     def _without_culprits(
         self, schedule: Schedule, error: BaseException
     ) -> tuple[Schedule, Computed, dict[Group, str]]:
-        """The model raised: run each chunk alone, then those together whose group has not raised."""
+        """After the model raised, run each chunk alone, then those together whose group did not raise."""
         failed: dict[Group, str] = {}
         for chunk in schedule.chunks:
             if chunk.request.group in failed:
@@ -209,7 +210,7 @@ class StepRunner:
         except BaseException as together:
             if _is_no_requests(together):
                 raise
-            # Sound alone, failing together: nobody's fault that we could tell.
+            # Each chunk succeeds alone, but together they fail: no request can be blamed.
             raise EngineDeadError(f"the model fails on batches: {error!r}") from error
 
 
@@ -221,7 +222,8 @@ def _select(sampler: RequestSampler, now: Launched, *, again: bool) -> Selected:
 
 
 def _is_no_requests(error: BaseException) -> bool:
-    """Whether the error is more than one request's: the engine's, the device's, or an interrupt of the process."""
+    """Return whether the error concerns more than one request: the engine or the device has failed, or the process was
+    interrupted."""
     return isinstance(error, EngineDeadError | torch.AcceleratorError) or interrupts_the_process(error)
 
 

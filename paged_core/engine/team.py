@@ -1,4 +1,4 @@
-"""Team: rank 0 and the processes of the other ranks, from before a model is loaded until its engine is closed."""
+"""Team: rank 0 and the processes of the other ranks, from before the model is loaded until the engine is closed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MakeRunner = Callable[[PagedModel, AttentionBackend, KVCache], ModelRunner]
 
 
 class EngineArgs(NamedTuple):
-    """What an engine is to be built of, as its user says it."""
+    """The arguments of an Engine, as its user gave them."""
 
     model: Any
     config: EngineConfig
@@ -39,27 +39,27 @@ class EngineArgs(NamedTuple):
 
 
 class RankArgs(NamedTuple):
-    """What another rank is told. It can be pickled."""
+    """What another rank is sent at its start. It can be pickled."""
 
     rank: int
     asked: EngineArgs
     store: Path
-    num_threads: int  # of torch
-    leader: int  # the process that it is not to outlive
+    num_threads: int  # of torch, in each rank
+    leader: int  # id of rank 0's process, which this rank must not outlive
 
 
 class Team:
-    """The processes are there when this is made.
+    """Starts the processes when it is made.
 
     Raises:
-        ConfigError: this model, or what else was asked, can't be had on several ranks.
+        ConfigError: the model, or something else in the arguments, does not work on several ranks.
     """
 
     def __init__(self, manager: Plugins, asked: EngineArgs) -> None:
         _check(manager, asked)
         size = asked.config.tensor_parallel_size
         asked = asked._replace(model=os.fspath(asked.model))
-        self._folder = Path(tempfile.mkdtemp(prefix="paged-ranks-"))  # nobody else may look into it
+        self._folder = Path(tempfile.mkdtemp(prefix="paged-ranks-"))  # only this user can read it
         store = self._folder / "store"
         self._threads = torch.get_num_threads()
         share = max(1, self._threads // size)
@@ -71,7 +71,7 @@ class Team:
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        """Around all that is built with the other ranks. If that fails, they end."""
+        """Use this around everything that is built together with the other ranks. If it fails, they are ended."""
         try:
             with together.on_loopback():
                 yield
@@ -85,13 +85,13 @@ class Team:
             self.close()
             raise
         finally:
-            shutil.rmtree(self._folder, ignore_errors=True)  # all have found one another
+            shutil.rmtree(self._folder, ignore_errors=True)  # all ranks have found one another
 
     def runner(self, model: PagedModel, backend: AttentionBackend, cache: KVCache) -> LeadingRunner:
         return LeadingRunner(model, backend, cache, self.others, self.close)
 
     def close(self) -> None:
-        """May be repeated."""
+        """End the other ranks. May be called again."""
         self.others.end()
         self.ranks.leave()
         if self._threads:

@@ -1,4 +1,4 @@
-"""EngineView and MemoryUse: what an engine holds at one moment, for people who watch. Plain copies."""
+"""EngineView and MemoryUse: a snapshot of an engine, for people who watch it. Plain copies."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from paged_core.tiers.stats import OffloadingStats
 
 
 class BlockCells(NamedTuple):
-    """Blocks in the order of their ids, as ``blocks_per_cell`` neighbours a cell; the last cell may hold fewer. How
-    many of a cell's blocks are in each state; those in none of the three are free."""
+    """Blocks in the order of their ids, ``blocks_per_cell`` neighbours per cell; the last cell may have fewer. For each
+    cell, the number of its blocks in each state; blocks in none of the three are free."""
 
     num_blocks: int
     blocks_per_cell: int
@@ -25,29 +25,29 @@ class BlockCells(NamedTuple):
 
 
 class EngineView(NamedTuple):
-    """One moment between two steps."""
+    """An engine between two steps."""
 
     num_running: int
     num_waiting: int
     block_size: int
-    references: Sequence[int]  # of blocks 1, 2, ...
+    references: Sequence[int]  # reference counts of blocks 1, 2, ...
     cached: Sequence[int]  # ids of blocks that are kept for prefix hits only
     offloading: OffloadingStats = OffloadingStats()  # what tiers hold and have done
 
     @classmethod
     def of(cls, scheduler: Scheduler, offloading: OffloadingStats) -> EngineView:
-        """The scheduler's state now."""
+        """Return the scheduler's present state."""
         references, cached = scheduler.pool.snapshot()
         num_running, num_waiting = len(scheduler.running), len(scheduler.waiting) + len(scheduler.loading)
         return cls(num_running, num_waiting, scheduler.pool.block_size, references, cached, offloading)
 
     @property
     def num_saved(self) -> int:
-        """Blocks that sharing saves: references beyond each block's first."""
+        """The number of blocks that sharing saves: references beyond each block's first."""
         return sum(self.references) - sum(1 for count in self.references if count)
 
     def cells(self, max_cells: int) -> BlockCells:
-        """The block map, in at most so many cells."""
+        """Return the block map in at most ``max_cells`` cells."""
         references = np.asarray(self.references, dtype=np.int64)  # [num_blocks]
         is_cached = np.zeros(len(references), dtype=bool)
         is_cached[np.asarray(self.cached, dtype=np.int64) - 1] = True
@@ -59,15 +59,15 @@ class EngineView(NamedTuple):
 
 
 class MemoryUse(NamedTuple):
-    """The K/V cache at one moment between two steps."""
+    """The memory of the K/V cache between two steps."""
 
-    num_blocks: int  # that there can be
-    num_blocks_backed: int  # that have memory
+    num_blocks: int  # the most that the cache may have
+    num_blocks_backed: int  # those that have memory
     num_blocks_used: int  # referenced by requests
     num_blocks_cached: int  # kept for prefix hits only
-    num_bytes: int  # of memory that is taken, the null block's included
+    num_bytes: int  # allocated, the null block included
 
     @classmethod
     def of(cls, pool: BlockPool, cache: KVCache) -> MemoryUse:
-        """Of a pool whose blocks lie in that cache."""
+        """Return the memory use of a pool whose blocks are in ``cache``."""
         return cls(pool.num_blocks, cache.num_blocks, pool.num_used, pool.num_cached, cache.num_bytes)

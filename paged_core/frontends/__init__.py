@@ -1,1 +1,1 @@
-"""Who turns the engine: LLM in the caller's thread, AsyncEngine in its own."""
+"""The owners of an engine: LLM steps it in the caller's thread, AsyncEngine in a thread of its own."""

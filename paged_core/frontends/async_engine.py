@@ -1,10 +1,10 @@
-"""AsyncEngine: one thread steps the engine; any thread and any event loop submits, listens and cancels.
+"""AsyncEngine: one thread steps the engine; any thread and any event loop can submit, read and cancel.
 
-Who owns what: the engine and the requests under way belong to the stepping thread alone (OpenStreams). Others reach it
-through one queue of commands (EngineThread), and hear from it through Streams, which are behind their own locks.
+The engine and its open requests belong to the stepping thread alone (OpenStreams). Other threads reach it through one
+queue of commands (EngineThread), and get results through Streams, which have their own locks.
 
-A forked child has a copy of the engine and not its thread. There the streams of the parent's requests have failed, and
-so has the engine, unless its thread never ran: then the child's own starts with its first request.
+A forked child has a copy of the engine, but not its thread. There the streams of the parent's requests have failed, and
+so has the engine, unless its thread never ran; then the child starts its own with the first request.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class AsyncEngine(Frontend):
         **options: Any,
     ) -> None:
         super().__init__(model, tokenizer, config, options)
-        release_helper_threads()  # loading has taken some; from now on only the stepping thread computes
+        release_helper_threads()  # loading has started some; from now on only the stepping thread computes
         self._numbers = itertools.count()
         self._streams = OpenStreams(self.engine, self.codec, max_requests)
 
@@ -74,12 +74,12 @@ class AsyncEngine(Frontend):
 
     @property
     def num_commands(self) -> int:
-        """What its thread has been told and not yet done: requests, cancellations, looks."""
+        """The number of commands that its thread has not carried out yet: requests, cancellations, looks."""
         return self._streams.thread.num_commands
 
     @property
     def busy_s(self) -> float:
-        """How long the stepping thread has been at its present step or command; 0 while it has nothing to do. A step
+        """The seconds that the stepping thread has spent on its present step or command; 0 while it is idle. A step
         that never ends shows here."""
         return self._streams.thread.busy_s
 

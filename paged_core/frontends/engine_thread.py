@@ -1,10 +1,10 @@
-"""EngineThread: the one thread that touches an engine, and how others reach it. It knows neither requests nor text.
+"""EngineThread: the only thread that touches an engine, and its command queue. It knows neither requests nor text.
 
-Round after round the thread carries out what others have asked for meanwhile (commands, in their order), and computes
-one step. Its ThreadPolicy says what that means. The thread lives as long as somebody holds it.
+In each round the thread carries out queued commands, in their order, and computes one step. Its ThreadPolicy says what
+a step is. The thread lives as long as it has a holder.
 
-Others put commands into one queue, which never makes them wait: a destructor may do so too, in the middle of whatever
-its thread was at. They hold no lock that this thread needs in order to go on.
+Other threads put commands into one queue without ever waiting, so that a destructor may do so at any point, even inside
+this thread. They hold no lock that this thread needs to go on.
 """
 
 from __future__ import annotations
@@ -26,34 +26,35 @@ from paged_core.frontends.thread_policy import ThreadPolicy
 from paged_core.frontends.work_item import WorkItem
 
 _T = TypeVar("_T")
-_COMMANDS_S = 0.01  # for commands between two steps; what has begun is finished
-_MAX_CALLS = 1024  # that wait
-_RECHECK_S = 1.0  # how long somebody sleeps whose bell was lost with the thread that was to ring it
+_COMMANDS_S = 0.01  # for commands between two steps; a command that has begun is finished
+_MAX_CALLS = 1024  # calls waiting for their turn
+_RECHECK_S = 1.0  # how long a waiter sleeps whose bell the ended thread never rang
 
 
 class EngineThread:
-    """``with thread.lock(): thread.hold(me); thread.post(command)``; in the end ``thread.leave(me, last_command)``.
+    """Use it as ``with thread.lock(): thread.hold(me); thread.post(command)``, and at the end ``thread.leave(me,
+    last_command)``.
 
     Args:
-        name: the thread's.
-        policy: the owner. It isn't kept alive from here but while the thread runs.
+        name: the thread's name.
+        policy: the owner. Only the running thread keeps it alive.
     """
 
     def __init__(self, name: str, policy: ThreadPolicy) -> None:
         self._name = name
         self._policy = weakref.ref(policy)
-        self._calls: weakref.WeakSet[WorkItem[Any]] = weakref.WeakSet()  # those somebody may still read
+        self._calls: weakref.WeakSet[WorkItem[Any]] = weakref.WeakSet()  # those that somebody may still read
         self._start_afresh()
         _THREADS.add(self)
 
     def _start_afresh(self) -> None:
-        self._lock = PatientLock()  # guards the two below
+        self._lock = PatientLock()  # guards _thread and holders
         self._thread: threading.Thread | None = None
         self.holders: set[Any] = set()
         self._commands: SimpleQueue[Callable[[], object]] = SimpleQueue()  # put() is safe even in __del__
         self._waiting: set[WorkItem[Any]] = set()
-        self._bells: list[Bell] = []  # of those who wait for its end
-        self._began: float | None = None  # when it took up what it is at; None: it waits for something to do
+        self._bells: list[Bell] = []  # of those who wait for the thread's end
+        self._began: float | None = None  # when its present step or command began; None: it is idle
 
     # ---- for all threads -----------------------------------------------------------------------------------------
 
@@ -67,19 +68,19 @@ class EngineThread:
 
     @property
     def num_commands(self) -> int:
-        """How many wait to be carried out."""
+        """The number of commands waiting to be carried out."""
         return self._commands.qsize()
 
     @property
     def busy_s(self) -> float:
-        """How long it has been at its present step or command; 0 while it has nothing to do."""
+        """The seconds spent on the present step or command; 0 while it is idle."""
         began = self._began
         return 0.0 if began is None else time.monotonic() - began
 
     def check_may_wait(self) -> None:
         """
         Raises:
-            ReentryError: this is the thread itself.
+            ReentryError: this is called in the thread itself, which would wait for itself.
         """
         if self.is_current:
             raise ReentryError(
@@ -88,34 +89,36 @@ class EngineThread:
             )
 
     def lock(self) -> threading.Lock:
-        """For a ``with``: inside, the thread neither begins nor ends. To be held for moments only.
+        """Return the lock for a ``with`` block, inside which the thread neither starts nor ends. Hold it for moments
+        only.
 
         Raises:
-            StuckError: nobody gives it back.
+            StuckError: the lock is never released.
         """
         return self._lock.bare()
 
     def hold(self, holder: Any) -> None:
-        """Under the lock: the thread is to live until ``holder`` leaves.
+        """Keep the thread alive until ``holder`` leaves. Called under the lock.
 
         Raises:
-            RuntimeError: it can't be started (too many threads, or the interpreter is shutting down).
+            RuntimeError: the thread can't be started (too many threads, or the interpreter is shutting down).
         """
-        if self._thread is None:  # is_alive() lies once an exception has struck somebody who asked it or join()
+        # is_alive() may be wrong after an exception has struck it or join().
+        if self._thread is None:
             thread = threading.Thread(target=self._run, args=(self._policy(),), name=self._name, daemon=True)
-            thread.start()  # it waits for our lock, and ends if an interrupt keeps us from the next line
+            thread.start()  # it waits for our lock, and ends if an interrupt comes before the next line
             self._thread = thread
         self.holders.add(holder)
 
     def post(self, command: Callable[[], object]) -> None:
-        """Have ``command`` carried out between two steps."""
+        """Queue ``command`` to be carried out between two steps."""
         self._commands.put(command)
 
     def call(self, function: Callable[[], _T]) -> WorkItem[_T]:
-        """As ``post``, for what ``function`` returns or raises. Under the lock.
+        """Queue ``function``, and return a WorkItem for its result. Called under the lock.
 
         Raises:
-            EngineBusyError: very many wait already.
+            EngineBusyError: too many calls are waiting.
         """
         if len(self._waiting) >= _MAX_CALLS:
             raise EngineBusyError(f"{_MAX_CALLS} looks at the engine wait, the limit; try again soon")
@@ -126,23 +129,23 @@ class EngineThread:
         return item
 
     def leave(self, holder: Any, last: Callable[[], object]) -> None:
-        """``holder`` needs the thread for one last command, and then no more. It may say so twice. Where there is no
-        thread, the command is carried out here."""
+        """Carry out one last command for ``holder``, which then needs the thread no more. It may leave twice. If there
+        is no thread, the command is carried out here."""
         if self._thread is None:
             self._see_off(holder, last)
         else:
             self.post(lambda: self._see_off(holder, last))
-            self.holders.discard(holder)  # so that of two who leave at once, one at least waits until it is free
+            self.holders.discard(holder)  # if two leave at once, at least one then waits for the thread's end
 
     def wait_until_free(self, timeout: float | None = None) -> bool:
-        """Until it has ended, or somebody holds it. False: neither happened in ``timeout`` seconds."""
+        """Wait until the thread has ended or has a holder. Returns False if neither happens in ``timeout`` seconds."""
         thread = self._thread
         if thread is None or self.is_current:
             return True
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             bell = Bell()
-            self._bells.append(bell)  # before we look, so that what happens later rings
+            self._bells.append(bell)  # before the checks, so that it rings for whatever happens after them
             if self.holders:
                 return True
             if self._thread is not thread:
@@ -156,10 +159,12 @@ class EngineThread:
     # ---- in the thread -------------------------------------------------------------------------------------------
 
     def carry_out_next(self, wait_s: float | None) -> bool:
-        """Wait for a command, and carry it out. False: none came in ``wait_s`` seconds (None: one will come)."""
+        """Wait for a command and carry it out. Returns False if none comes in ``wait_s`` seconds (None: wait for
+        ever)."""
         self._began = None
         try:
-            command = self._commands.get(wait_s != 0, wait_s)  # Python 3.10 may wait for ever with a timeout of 0
+            # Python 3.10 may wait for ever with a timeout of 0.
+            command = self._commands.get(wait_s != 0, wait_s)
         except Empty:
             return False
         self._guarded(command)
@@ -171,7 +176,7 @@ class EngineThread:
                 if not self.is_current:
                     return
             self._go_round(policy)
-        except StuckError as error:  # nothing can be begun any more, and what waits ends without the lock
+        except StuckError as error:  # no request can begin any more; waiting commands are carried out without the lock
             self.holders.clear()
             policy.failed(error)
             self._carry_out_waiting()
@@ -193,13 +198,13 @@ class EngineThread:
             worked = self._guarded(policy.step)
 
     def _carry_out_waiting(self) -> None:
-        """As far as there is time; all, if nobody waits for a step."""
+        """Carry out waiting commands as far as time allows, or all of them if nobody needs a step."""
         until = time.monotonic() + _COMMANDS_S
         while not self._commands.empty() and (not self.holders or time.monotonic() < until):
             self.carry_out_next(0)
 
     def _end(self) -> bool:
-        """False: there is more to do."""
+        """End the thread if it has nothing to do. Returns whether it ends."""
         with self.lock():
             if self.holders or not self._commands.empty():
                 return False
@@ -212,11 +217,11 @@ class EngineThread:
                 self._bells.pop().ring()
 
     def _guarded(self, work: Callable[[], object]) -> bool:
-        """Whether it answers True; no, if it raises."""
+        """Call ``work``. Returns True if it returns True, False if it raises."""
         self._began = time.monotonic()
         try:
             return work() is True
-        except BaseException as error:  # whatever it is, somebody waits for an answer
+        except BaseException as error:  # of any kind: somebody waits for the result
             policy = self._policy()
             assert policy is not None, "it lives while its thread runs"
             policy.failed(error)
@@ -233,7 +238,7 @@ class EngineThread:
     # ---- the process ---------------------------------------------------------------------------------------------
 
     def _forked(self) -> None:
-        """In the child, right after the fork. Whatever other threads held or had half done is made anew."""
+        """Called in a forked child. Makes anew whatever other threads may have held or left half done."""
         holders, ran = self.holders, self.running
         self._start_afresh()
         for item in list(self._calls):

@@ -1,4 +1,4 @@
-"""Frontend: what LLM and AsyncEngine have in common: an Engine, the text side of it, and how both are had."""
+"""Frontend: the common part of LLM and AsyncEngine: an Engine with its text side, and how both are made."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Frontend:
         model: an Engine, or whatever an Engine takes.
         tokenizer: taken from the model (by the ``load_tokenizer`` hook) when None.
         config: an EngineConfig; or its fields are among ``options``.
-        options: keyword arguments of Engine's own, and fields of an EngineConfig in place of ``config``.
+        options: keyword arguments of Engine, and fields of EngineConfig instead of ``config``.
 
     Raises:
-        TypeError: an option is unknown, or was decided before.
+        TypeError: an option is unknown, or ``model`` is an Engine, whose options are set already.
         Else what Engine raises.
     """
 
@@ -42,12 +42,12 @@ class Frontend:
 
     @property
     def config(self) -> EngineConfig:
-        """What was wished."""
+        """The user's settings."""
         return self.engine.config
 
     @property
     def sizes(self) -> EngineSizes:
-        """What became of it."""
+        """The sizes chosen from them."""
         return self.engine.sizes
 
 

@@ -46,7 +46,7 @@ class LLM(Frontend):
     ) -> None:
         super().__init__(model, tokenizer, config, options)
         self._lock = threading.Lock()
-        self._caller: threading.Thread | None = None  # who has it
+        self._caller: threading.Thread | None = None  # the thread whose call is running
         self._numbers = itertools.count()
 
     def generate(
@@ -165,7 +165,7 @@ class _GenerateCall:
             )
         except EngineDeadError:
             raise
-        except BaseException as error:  # of a plugin's or the tokenizer's, say
+        except BaseException as error:  # a plugin or the tokenizer may raise anything
             if interrupts_the_process(error):
                 raise
             known = isinstance(error, InvalidRequestError)
@@ -194,8 +194,8 @@ class _GenerateCall:
         self._progress.update(num_tokens, num_done)
 
     def cancel(self) -> None:
-        """Abort what is open, and take its final outputs off the engine."""
-        with suppress(Exception):  # an engine that has failed; that error is on its way already
+        """Abort open requests, and take their final outputs from the engine."""
+        with suppress(Exception):  # an engine that has failed; that error is being raised already
             for request_id in self._open:
                 self._engine.abort(request_id)
             if self._engine.has_work:
@@ -206,14 +206,14 @@ class _GenerateCall:
 
 
 class _Progress:
-    """Shows nothing."""
+    """Shows no progress."""
 
     def update(self, num_tokens: int, num_done: int) -> None:
-        """``num_tokens`` were generated, ``num_done`` prompts ended."""
+        """Note that ``num_tokens`` were generated and ``num_done`` prompts ended."""
 
 
 class _Bar(_Progress):
-    """A tqdm bar over prompts, with output tokens a second."""
+    """A tqdm bar over prompts, with output tokens per second."""
 
     def __init__(self, bar: Any) -> None:
         self._bar = bar
@@ -244,10 +244,11 @@ def _progress(total: int, wanted: bool) -> Iterator[_Progress]:
 
 @contextmanager
 def _interrupts_between_steps() -> Iterator[Any]:
-    """Keeps a Ctrl-C until the step is over, so that it can't tear the engine; a second one comes through at once.
+    """Delay a Ctrl-C until the step is over, so that it can't interrupt the engine's work. A second one is raised at
+    once.
 
-    Yields a function that raises the KeyboardInterrupt that is due. Only the main thread gets signals; a handler of
-    the caller's own stays in place.
+    Yields a function that raises a delayed KeyboardInterrupt. Only the main thread gets signals. If the caller has its
+    own signal handler, that stays in place.
     """
     default = signal.default_int_handler
     in_main = threading.current_thread() is threading.main_thread()

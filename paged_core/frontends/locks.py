@@ -1,9 +1,9 @@
-"""Locks that no exception from outside can leave locked; and one that says so should it be locked for ever.
+"""Locks that no exception from outside can leave locked, and a lock that raises if it is never released.
 
-An exception may strike a thread anywhere: Ctrl-C, or one that another thread sends it (libraries that limit time do).
-A lock that is entered by Python code, as ``threading.Condition`` is, stays locked for ever if one strikes after the
-lock was taken and before the ``with`` block has begun. A bare lock is entered and left by the interpreter itself, where
-nothing strikes.
+An exception may strike a thread anywhere: Ctrl-C, or one that another thread sends (libraries that limit time do that).
+A lock that is entered by Python code, such as ``threading.Condition``, stays locked for ever if an exception strikes
+after the lock was taken and before the ``with`` block has begun. A bare lock is entered and left by the interpreter
+itself, where none can strike.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from operator import attrgetter
 
 from paged_core.errors import EngineDeadError
 
-_PATIENCE_S = 20.0  # the lock is held for moments only: whoever waits for it longer waits for ever
+_PATIENCE_S = 20.0  # the lock is held for moments only, so a longer wait would never end
 _NUM_YIELDS = 100
 
 
 class StuckError(EngineDeadError):
-    """The lock will not be given back any more."""
+    """The lock will never be released."""
 
 
 class PatientLock:
-    """``with lock.bare(): ...``. Whoever holds it must not ask for it again."""
+    """Use it as ``with lock.bare(): ...``. It is not reentrant."""
 
     def __init__(self, patience_s: float = _PATIENCE_S) -> None:
         self._lock = threading.Lock()
@@ -31,10 +31,10 @@ class PatientLock:
         self._stuck = False
 
     def bare(self) -> threading.Lock:
-        """The lock, for a ``with`` of the caller's own.
+        """Return the lock, for the caller's own ``with``.
 
         Raises:
-            StuckError: nobody gives it back.
+            StuckError: the lock is never released.
         """
         if self._lock.locked():
             self._wait_until_free()
@@ -52,7 +52,8 @@ class PatientLock:
 
 
 class BareCondition(threading.Condition):
-    """A Condition that is entered and left by the interpreter itself: its ``with`` finds the bare lock's methods."""
+    """A Condition that is entered and left by the interpreter itself, because ``with`` finds the bare lock's
+    methods."""
 
     __enter__ = property(attrgetter("_lock.__enter__"))
     __exit__ = property(attrgetter("_lock.__exit__"))

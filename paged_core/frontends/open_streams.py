@@ -1,6 +1,6 @@
-"""OpenStreams: the requests under way in an AsyncEngine. Its thread takes them in, steps, and tells their Channels.
+"""OpenStreams: AsyncEngine's open requests. Its thread admits them, steps, and pushes results to their Channels.
 
-A Channel never makes that thread wait: what its reader hasn't fetched yet is joined into one delta.
+A Channel never makes that thread wait: results that its reader hasn't fetched yet are joined into one delta.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from paged_core.text.outputs import StreamDelta
 
 _T = TypeVar("_T")
 
-_SAVE_AFTER_S = 1.0  # without work: then tiers are given what they lack, as this process may be killed any time
+_SAVE_AFTER_S = 1.0  # without work, before blocks are stored in tiers, as the process may be killed at any time
 
 
 class Submitted(NamedTuple):
@@ -32,13 +32,13 @@ class Submitted(NamedTuple):
 
 
 class OpenStreams(ThreadPolicy):
-    """At most ``max_requests`` at once. Its thread lives from the first request until ``close``, and is held by it."""
+    """At most ``max_requests`` open requests. It holds its thread from the first request until ``close``."""
 
     def __init__(self, engine: Engine, codec: TextCodec, max_requests: int) -> None:
         self._engine, self._codec = engine, codec
         self._max_requests = max_requests
-        self._running: dict[str, Submitted] = {}  # added to under the lock; the rest is the thread's own
-        self._channels: weakref.WeakSet[Channel] = weakref.WeakSet()  # those somebody may still read
+        self._running: dict[str, Submitted] = {}  # requests are added under the lock; all else is done by the thread
+        self._channels: weakref.WeakSet[Channel] = weakref.WeakSet()  # those that somebody may still read
         self._closed = False
         self._dead: BaseException | None = None
         self._save_in_s: float | None = None
@@ -48,7 +48,7 @@ class OpenStreams(ThreadPolicy):
 
     @property
     def num_open(self) -> int:
-        """Requests whose streams have not ended."""
+        """The number of requests whose streams have not ended."""
         return len(self._running)
 
     @property
@@ -58,7 +58,7 @@ class OpenStreams(ThreadPolicy):
     def check_open(self) -> None:
         """
         Raises:
-            EngineDeadError: it was closed, or has failed.
+            EngineDeadError: the engine was closed, or has failed.
         """
         self._check_alive()
         if self._closed:
@@ -72,7 +72,7 @@ class OpenStreams(ThreadPolicy):
         return Channel(request_id, self._cancel_soon, self.thread.check_may_wait)
 
     def add(self, generation: Generation, channel: Channel) -> None:
-        """Raises as AsyncEngine.submit."""
+        """Add a request. Raises what AsyncEngine.submit does."""
         submitted, request_id = Submitted(generation, channel), generation.request_id
         with self.thread.lock():
             self.check_open()
@@ -86,7 +86,7 @@ class OpenStreams(ThreadPolicy):
             self.thread.post(lambda: self._admit(submitted))
 
     def look(self, function: Callable[[Engine], _T]) -> Future[_T]:
-        """As AsyncEngine.look."""
+        """See AsyncEngine.look."""
 
         def look() -> _T:
             self._check_alive()
@@ -98,7 +98,7 @@ class OpenStreams(ThreadPolicy):
             return self.thread.call(look)
 
     def close(self, timeout: float | None = None) -> bool:
-        """False: the thread has not ended in ``timeout`` seconds."""
+        """End the thread. Returns False if it has not ended in ``timeout`` seconds."""
         with self.thread.lock():
             first, self._closed = not self._closed, True
         if first:
@@ -131,7 +131,8 @@ class OpenStreams(ThreadPolicy):
 
     def failed(self, error: BaseException) -> None:
         self._dead = error
-        with suppress(StuckError), self.thread.lock():  # whoever was about to add a request has done so, or won't
+        # Callers that were adding a request have done so, or will be refused
+        with suppress(StuckError), self.thread.lock():
             self.thread.holders.discard(self)
         wakeups = Wakeups()
         for submitted in list(self._running.values()):
@@ -144,9 +145,9 @@ class OpenStreams(ThreadPolicy):
     def _admit(self, submitted: Submitted) -> None:
         generation, channel = submitted
         if self._running.get(generation.request_id) is not submitted:
-            return  # the engine has failed, and it was told
+            return  # the engine has failed, and the channel was told
         if channel.cancelled:
-            self._abort([submitted])  # it costs no step
+            self._abort([submitted])  # without a step
             return
         try:
             self._engine.add_request(
@@ -165,7 +166,7 @@ class OpenStreams(ThreadPolicy):
 
     def _cancel(self, channel: Channel) -> None:
         submitted = self._running.get(channel.request_id)
-        if submitted is not None and submitted.channel is channel:  # not a later one of the same id
+        if submitted is not None and submitted.channel is channel:  # not a later request with the same id
             self._engine.abort(channel.request_id)
 
     def _push(self, submitted: Submitted, deltas: Sequence[StreamDelta], wakeups: Wakeups) -> None:
@@ -197,7 +198,7 @@ class OpenStreams(ThreadPolicy):
     # ---- the process ---------------------------------------------------------------------------------------------
 
     def forked(self, holders: set[Any], ran: bool) -> None:
-        """The child has a copy of the engine, and streams whose news will never come. If the thread never ran, the
+        """The child has a copy of the engine, and streams that will get no more results. If the thread never ran, the
         child's own starts with its first request."""
         forked = EngineDeadError("the process was forked; build an engine in the child")
         if ran:
@@ -212,7 +213,7 @@ class OpenStreams(ThreadPolicy):
 
 
 def _told(error: BaseException) -> EngineDeadError:
-    """What callers hear of the engine's end: each an error of its own."""
+    """Return a new error, for each caller, that says why the engine ended."""
     told = EngineDeadError(f"the engine has failed: {error if isinstance(error, EngineDeadError) else repr(error)}")
     told.__cause__ = error
     return told

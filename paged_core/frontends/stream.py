@@ -1,7 +1,7 @@
-"""Stream: one request's news, read by a thread or an event loop. This file knows nothing of engines.
+"""Stream: the results of one request, read by a thread or an event loop. This file knows nothing of engines.
 
-A Channel is what the producing side and the reading side share; a Stream is the reader's handle. The producer never
-waits, and wakes each event loop once for all the streams that have news in it.
+The producer and the reader share a Channel; a Stream is the reader's handle. The producer never waits, and wakes each
+event loop once for all its streams that have got deltas.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import TypeVar, Union
 from paged_core.text.outputs import GenerationOutput, StreamDelta, join_deltas
 
 _T = TypeVar("_T")
-_JOIN_AFTER = 32  # unread deltas of one index that are joined into one
+_JOIN_AFTER = 32  # unread deltas of one index, above which they are joined into one
 
 
 class Bell:
-    """What a thread waits on, once. A bare lock: it can be rung in a forked child too, whatever others were at."""
+    """Lets a thread wait, once. It is a bare lock, so that it can be rung in a forked child whatever other threads
+    held."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -29,7 +30,7 @@ class Bell:
         self._lock.release()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """False: it did not ring in ``timeout`` seconds."""
+        """Wait for the ring. Returns False if it does not come in ``timeout`` seconds."""
         return self._lock.acquire(timeout=-1 if timeout is None else max(timeout, 0))
 
 
@@ -38,7 +39,7 @@ _W = TypeVar("_W", Bell, "asyncio.Future[None]", "_Hand")
 
 
 class Wakeups:
-    """The readers to wake after a step: threads one by one, each event loop once for all its streams."""
+    """The readers to wake after a step: threads one by one, and each event loop once for all its streams."""
 
     def __init__(self) -> None:
         self._in_loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None] | _Hand]] = {}
@@ -51,14 +52,14 @@ class Wakeups:
 
     def send(self) -> None:
         for loop, waiters in self._in_loops.items():
-            with suppress(RuntimeError):  # that loop is closed: nobody reads there any more
+            with suppress(RuntimeError):  # the loop is closed, and nobody reads there any more
                 loop.call_soon_threadsafe(_wake_all, waiters)
 
 
 class Channel:
     """Deltas on their way from one producer to their readers.
 
-    ``check_may_wait`` raises where a reader waits in the producer's own thread: what it waits for would never come.
+    ``check_may_wait`` raises if a reader would wait in the producer's own thread, where its delta would never come.
     """
 
     def __init__(
@@ -67,18 +68,18 @@ class Channel:
         self.request_id = request_id
         self._cancel = cancel
         self._check_may_wait = check_may_wait
-        self.cancelled = False  # however often it is asked for, the producer hears it once or twice
+        self.cancelled = False  # so that the producer is told only once or twice, however often a reader cancels
         self._lock = threading.Lock()  # held for moments only
-        self._unread: dict[int, list[StreamDelta]] = {}  # by index, in the order of their first news
+        self._unread: dict[int, list[StreamDelta]] = {}  # by index, in the order of their first delta
         self._result: GenerationOutput | None = None
         self._error: Exception | None = None
-        self._waiting: list[_Waiter] = []  # for any news
+        self._waiting: list[_Waiter] = []  # for any delta
         self._waiting_for_end: list[_Waiter] = []
 
     # ---- the producer --------------------------------------------------------------------------------------------
 
     def push(self, deltas: Sequence[StreamDelta], result: GenerationOutput | None, wakeups: Wakeups) -> None:
-        """More news; ``result`` with the last."""
+        """Add deltas. ``result`` comes with the last ones."""
         with self._lock:
             for delta in deltas:
                 unread = self._unread.setdefault(delta.index, [])
@@ -89,14 +90,15 @@ class Channel:
             self._wake(wakeups)
 
     def fail(self, error: Exception, wakeups: Wakeups) -> None:
-        """There will be no result."""
+        """End the channel with an error instead of a result."""
         with self._lock:
             self._error = error
             self._wake(wakeups)
 
     def forked(self, error: Exception) -> None:
-        """In a forked child, where no more news will come; who held the lock in the parent isn't here. Nor do event
-        loops go on there: what would wake them is left alone, it is the parent's too."""
+        """Called in a forked child, where no more deltas will come. The thread that held the lock in the parent doesn't
+        exist there. Event loops don't continue there either, and what wakes them is shared with the parent, so it is
+        left alone."""
         self._lock = threading.Lock()
         if not self.ended:
             self.fail(error, Wakeups())
@@ -121,11 +123,11 @@ class Channel:
             self._cancel(self)
 
     def take(self, make_waiter: Callable[[], _W]) -> StreamDelta | _W:
-        """The next delta; or a new waiter, which will hear of news.
+        """Return the next delta, or a new waiter that will be woken when there is one.
 
         Raises:
             EndOfStream: all deltas have been read.
-            Exception: the error the request failed with, once all its deltas have been read.
+            Exception: the error with which the request failed, once all its deltas have been read.
         """
         with self._lock:
             if self._unread:
@@ -150,10 +152,10 @@ class Channel:
         return delta
 
     def result(self, waiter: _Waiter) -> GenerationOutput | None:
-        """The result; or None, and ``waiter`` will hear of the end.
+        """Return the result, or None; ``waiter`` will then be woken at the end.
 
         Raises:
-            Exception: the error the request failed with.
+            Exception: the error with which the request failed.
         """
         with self._lock:
             if self._error is not None:
@@ -164,7 +166,7 @@ class Channel:
             return self._result
 
     def forget(self, waiter: _Waiter) -> None:
-        """``waiter`` waits for the end no more."""
+        """Forget ``waiter``, which no longer waits for the end."""
         with self._lock, suppress(ValueError):
             self._waiting_for_end.remove(waiter)
 
@@ -190,7 +192,7 @@ class Stream:
 
     @property
     def ended(self) -> bool:
-        """Whether all news has come, read or unread."""
+        """Whether all deltas have come, read or unread."""
         return self._channel.ended
 
     def cancel(self) -> None:
@@ -198,10 +200,10 @@ class Stream:
         self._channel.cancel()
 
     def result(self, timeout: float | None = None) -> GenerationOutput:
-        """Wait for the end. Deltas that nobody has read stay readable.
+        """Wait for the end. Deltas that were not read stay readable.
 
         Raises:
-            TimeoutError: the end did not come in ``timeout`` seconds; the request goes on.
+            TimeoutError: the request did not end in ``timeout`` seconds; it goes on.
         """
         news = Bell()
         result = self._channel.result(news)
@@ -214,7 +216,7 @@ class Stream:
         return result
 
     async def aresult(self) -> GenerationOutput:
-        """Wait for the end; being cancelled here cancels the request (asyncio.shield prevents it)."""
+        """Wait for the end. If this is cancelled, so is the request (asyncio.shield prevents it)."""
         news = asyncio.get_running_loop().create_future()
         result = self._channel.result(news)
         if result is None:
@@ -230,9 +232,9 @@ class Stream:
         return _AsyncDeltas(self, self._channel)
 
     async def hand_to(self, take: Callable[[StreamDelta], bool]) -> StreamDelta | None:
-        """Each delta as it comes, handed to ``take`` by the event loop itself: no task is woken for it, which costs a
-        server more than the delta does. Returns the first that ``take`` answers False to; None: that was the end. To be
-        awaited again for those that follow. Raises what iterating and ``take`` raise.
+        """Call ``take`` with each delta as it comes, from the event loop itself: no task is woken for a delta, which
+        would cost a server more than the delta does. Returns the first delta for which ``take`` returns False, or None
+        at the end; await it again for the deltas that follow. Raises what iterating and ``take`` raise.
         """
         hand = _Hand(self._channel, take)
         hand.set_result()
@@ -250,10 +252,10 @@ class Stream:
 
 
 class _Deltas:
-    """One ``for`` loop over a stream; when the loop is left, this object goes, and the request with it."""
+    """One ``for`` loop over a stream. When the loop is left, this object is deleted, which cancels the request."""
 
     def __init__(self, stream: Stream, channel: Channel) -> None:
-        self._stream = stream  # held, so that it isn't dropped while it is read
+        self._stream = stream  # kept, so that the stream isn't deleted while it is read
         self._channel = channel
 
     def __iter__(self) -> _Deltas:
@@ -274,7 +276,8 @@ class _Deltas:
 
 
 class _AsyncDeltas:
-    """One ``async for`` loop over a stream; when the loop is left, this object goes, and the request with it."""
+    """One ``async for`` loop over a stream. When the loop is left, this object is deleted, which cancels the
+    request."""
 
     def __init__(self, stream: Stream, channel: Channel) -> None:
         self._stream = stream
@@ -302,7 +305,7 @@ class _AsyncDeltas:
 
 
 class _Hand:
-    """Takes deltas out of a channel in the event loop. It waits for them as a Future does, and more than once."""
+    """Takes deltas out of a channel in the event loop. It can be awaited like a Future, and more than once."""
 
     def __init__(self, channel: Channel, take: Callable[[StreamDelta], bool]) -> None:
         self._channel, self._take = channel, take
@@ -315,7 +318,7 @@ class _Hand:
         return self.outcome.done()
 
     def set_result(self, result: None = None) -> None:
-        """There is news, perhaps."""
+        """Called when there may be deltas."""
         try:
             while not isinstance(news := self._channel.take(self._itself), _Hand):
                 if not self._take(news):
@@ -323,7 +326,7 @@ class _Hand:
                     return
         except EndOfStream:
             self.outcome.set_result(None)
-        except BaseException as error:  # it goes to who awaits the outcome; others are woken after us
+        except BaseException as error:  # raised to whoever awaits the outcome; later waiters are still woken
             self.outcome.set_exception(error)
 
     def _itself(self) -> _Hand:

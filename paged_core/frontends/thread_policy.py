@@ -1,4 +1,4 @@
-"""ThreadPolicy: what the owner of an EngineThread says of it. It knows nothing else."""
+"""ThreadPolicy: what an EngineThread does for its owner."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from typing import Any
 
 
 class ThreadPolicy:
-    """What an EngineThread does, and for whom. ``step``, ``idle`` and ``failed`` are called in it."""
+    """The owner's side of an EngineThread, which calls ``step``, ``idle`` and ``failed``."""
 
     @property
     def idle_s(self) -> float | None:
-        """With nothing to compute, how long it waits for a command before it calls ``idle``. None: for ever."""
+        """Seconds to wait for a command when idle, before ``idle`` is called. None: for ever."""
         return None
 
     def step(self) -> bool:
-        """Compute a batch, and hand out what is new. False: nothing can be computed until a command comes."""
+        """Compute a batch and pass its results on. Returns False if nothing can be computed until a command comes."""
         raise NotImplementedError
 
     def idle(self) -> None:
-        """Nothing could be computed, and nothing was asked for. A step follows."""
+        """Called when the thread is idle and no command has come. A step follows."""
 
     def failed(self, error: BaseException) -> None:
-        """A step or a command has raised, or nobody gives the lock back: tell those who wait for what won't come."""
+        """A step or a command has raised, or the lock is never released: tell those who wait for results."""
         raise NotImplementedError
 
     def forked(self, holders: set[Any], ran: bool) -> None:
-        """In a forked child. In the parent the thread had those holders, and ``ran`` or not."""
+        """Called in a forked child. ``holders`` held the thread in the parent; ``ran``: whether it ran there."""
         raise NotImplementedError
 
     def shut_down(self) -> None:
-        """The interpreter exits: end the thread. One that is inside torch then takes the process down with it."""
+        """End the thread, because the interpreter exits. A thread inside torch would crash the process at exit."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""WorkItem: a function that another thread is to call, and the Future of what it comes to. It knows no engine."""
+"""WorkItem: a function that another thread calls, and a Future for its result. It knows nothing of engines."""
 
 from __future__ import annotations
 
@@ -13,29 +13,31 @@ _T = TypeVar("_T")
 
 
 class WorkItem(Future[_T]):
-    """``check_may_wait`` raises in the thread that is to call ``function``: what it would wait for would never come."""
+    """A call of ``function``. ``check_may_wait`` raises in the thread that is to call it, which would wait for
+    itself."""
 
     def __init__(self, function: Callable[[], _T], check_may_wait: Callable[[], None]) -> None:
         super().__init__()
-        self._condition = BareCondition()  # a reader that is struck doesn't keep it from the one who answers
+        self._condition = BareCondition()  # an exception that strikes a reader doesn't leave it locked
         self._function = function
         self._check_may_wait = check_may_wait
 
     def run(self) -> None:
-        """Call the function, unless nobody wants to know any more."""
+        """Call the function, unless the call was cancelled."""
         if not self.set_running_or_notify_cancel():
             return
         try:
             found = self._function()
-        except BaseException as error:  # whatever it is, it is for who asked
+        except BaseException as error:  # any exception is for the caller
             self.set_exception(error)
         else:
             self.set_result(found)
 
     def forked(self, error: Exception) -> None:
-        """In a forked child, where nobody will call it; who held the condition in the parent isn't here."""
+        """Called in a forked child, where no thread will call it. The thread that held the condition in the parent
+        doesn't exist there."""
         self._condition = BareCondition()
-        with suppress(InvalidStateError):  # it has its answer
+        with suppress(InvalidStateError):  # it has its result already
             self.set_exception(error)
 
     def result(self, timeout: float | None = None) -> _T:

@@ -1,1 +1,1 @@
-"""Text in and out: token ids to text and back, stop strings, what users are given."""
+"""Text to token ids and back, stop strings, and the outputs that users get."""

@@ -1,9 +1,9 @@
-"""Chat messages in the form that a model's template reads: found by rendering words that can be told again.
+"""Chat messages in the form that a model's template reads. The form is found by rendering marker words.
 
-Most templates print a message's content as a string. Some go over its parts (``{% for c in message['content'] %}``):
-of a string they print nothing, and raise no error. Others print a list of parts as Python writes lists. So each form is
-rendered once with words of our own in place of the texts, and what comes out says which form each role's messages need.
-This file knows templates by what they print and nothing of how they are written.
+Most templates print a message's content as a string. Some loop over its parts (``{% for c in message['content'] %}``);
+for a string these print nothing, and raise no error. Others print a list of parts as Python's repr of a list. So each
+form is rendered once with marker words in place of the texts, and the output shows which form each role's messages
+need. This file looks at what templates print, not at their source.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 from paged_core.errors import InvalidRequestError
 
 Apply = Callable[[Sequence[Mapping[str, Any]], Mapping[str, Any]], str]
-"""``apply(messages, options)``: the tokenizer's template; raises InvalidRequestError where that raises."""
+"""``apply(messages, options)`` renders the tokenizer's template. It raises InvalidRequestError if the template does."""
 
-_PART_KEYS = {"type", "text", "cache_control"}  # of a text part; the last is a hint that changes no answer
-_PLAIN = {"add_generation_prompt", "continue_final_message"}  # options that change no content's form
-_MOST_SHAPES = 64  # kinds of conversations whose forms are kept
-_LONGEST_ROLE = 32  # characters of a role in those
+_PART_KEYS = {"type", "text", "cache_control"}  # keys of a text part; cache_control is a hint that changes no answer
+_PLAIN = {"add_generation_prompt", "continue_final_message"}  # options that don't change the form of any content
+_MOST_SHAPES = 64  # kinds of conversations whose forms are cached
+_LONGEST_ROLE = 32  # characters of a role; conversations with a longer one are not cached
 
 
 class ContentFormat(Enum):
-    """How a message's content is given to the template."""
+    """The form in which a message's content is given to the template."""
 
     TEXT = "a string: the parts joined by line ends"
     PARTS = "text parts"
@@ -32,7 +32,7 @@ class ContentFormat(Enum):
 
 
 class Kind(NamedTuple):
-    """Messages that need the same form."""
+    """A kind of messages, which all need the same form."""
 
     role: str
     has_parts: bool
@@ -45,18 +45,19 @@ class Kind(NamedTuple):
 
 
 class ChatTemplate:
-    """A tokenizer's chat template. Belongs to one thread at a time."""
+    """A tokenizer's chat template. Only one thread at a time may use it."""
 
     def __init__(self, apply: Apply) -> None:
         self._apply = apply
-        self._forms: dict[frozenset[Kind], Mapping[Kind, ContentFormat]] = {}  # by what a conversation holds
+        # by the kinds of messages in a conversation
+        self._forms: dict[frozenset[Kind], Mapping[Kind, ContentFormat]] = {}
 
     def render(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
-        """The messages as one text.
+        """Return the messages as one text.
 
         Raises:
             InvalidRequestError: a content is neither a string nor text parts; or the template refuses the messages, or
-                leaves out the text of the user.
+                leaves out the user's text.
         """
         kinds = [_kind_of(message) for message in messages]
         asked = _asked(messages)
@@ -65,14 +66,15 @@ class ChatTemplate:
         forms = self._known_forms(messages, kinds, options)
         if kinds[asked] not in forms:
             return self._render_unsure(messages, asked, options)
-        rest = forms[kinds[asked]]  # messages that no form makes the template print: it drops them
+        rest = forms[kinds[asked]]  # for messages that the template drops in any form
         told = [_in_form(each, forms.get(kind, rest)) for each, kind in zip(messages, kinds, strict=True)]
         return self._apply(told, options)
 
     def _known_forms(
         self, messages: Sequence[Mapping[str, Any]], kinds: Sequence[Kind], options: Mapping[str, Any]
     ) -> Mapping[Kind, ContentFormat]:
-        """As found before for such a conversation. What a caller's own options made of the template is not kept."""
+        """Return cached forms for such a conversation, or find them. Forms found with a caller's own options are not
+        cached."""
         shape = frozenset(kinds)
         if shape in self._forms and options.keys() <= _PLAIN:
             return self._forms[shape]
@@ -85,14 +87,14 @@ class ChatTemplate:
     def _find_forms(
         self, messages: Sequence[Mapping[str, Any]], kinds: Sequence[Kind], options: Mapping[str, Any]
     ) -> Mapping[Kind, ContentFormat]:
-        """The form of each kind of message; none for those that the template prints in no form."""
+        """Return the form of each kind of message, without kinds that the template prints in no form."""
         words = [_words(number, message) for number, message in enumerate(messages)]
         seen = {ContentFormat.TEXT: self._seen(messages, kinds, words, [ContentFormat.TEXT] * len(messages), options)}
         if all(not kind.has_parts and kind in seen[ContentFormat.TEXT] for kind in kinds):
             return dict.fromkeys(kinds, ContentFormat.TEXT)
         for form in (ContentFormat.PARTS, ContentFormat.ONE_PART):
             seen[form] = self._seen(messages, kinds, words, [form] * len(messages), options)
-            if not seen[form]:  # it may have raised for a role that needs a string
+            if not seen[form]:  # it may have raised for a role whose content must be a string
                 mixed = [ContentFormat.TEXT if kind in seen[ContentFormat.TEXT] else form for kind in kinds]
                 found = self._seen(messages, kinds, words, mixed, options)
                 seen[form] = {kind: num for kind, num in found.items() if kind not in seen[ContentFormat.TEXT]}
@@ -111,8 +113,8 @@ class ChatTemplate:
         forms: Sequence[ContentFormat],
         options: Mapping[str, Any],
     ) -> dict[Kind, int]:
-        """How many words come out, by kind of message, counted from the last message of the kind that lost one: a
-        template may drop old ones."""
+        """Return how many marker words appear, by kind of message. Only messages from the last one of the kind that
+        lost a word count, because a template may drop old messages."""
         told = [_in_form(message, form, texts) for message, form, texts in zip(messages, forms, words, strict=True)]
         try:
             rendered = self._apply(told, options)
@@ -127,8 +129,8 @@ class ChatTemplate:
         return seen
 
     def _render_unsure(self, messages: Sequence[Mapping[str, Any]], asked: int, options: Mapping[str, Any]) -> str:
-        """For templates that don't print words as they are: they quote them, say, or take only some. Whether the text
-        of message ``asked`` counts shows when it is another."""
+        """Render for templates that don't print words as they are (that quote them, or print only some). The text of
+        message ``asked`` matters if the result changes with it."""
         refusal: InvalidRequestError | None = None
         for form in (ContentFormat.TEXT, ContentFormat.PARTS):
             try:
@@ -148,7 +150,7 @@ class ChatTemplate:
     def _other_with(
         self, messages: Sequence[Mapping[str, Any]], asked: int, form: ContentFormat, options: Mapping[str, Any]
     ) -> str | None:
-        """What is rendered if message ``asked`` says more; None if the template refuses that."""
+        """Return the result with a longer text in message ``asked``, or None if the template refuses that."""
         told = [_in_form(message, form) for message in messages]
         texts, words = texts_of(messages[asked]) or (), _words(0, messages[asked])
         more = [text + word for text, word in zip(texts, words, strict=True)]
@@ -160,10 +162,10 @@ class ChatTemplate:
 
 
 def texts_of(message: Mapping[str, Any]) -> list[str] | None:
-    """The texts of a message's parts; one, if its content is a string; None if it has no content.
+    """Return the texts of a message's parts. A string is one text; None: the message has no content.
 
     Raises:
-        InvalidRequestError: it has something else.
+        InvalidRequestError: the content is something else.
     """
     content = message["content"]
     if content is None:
@@ -185,14 +187,15 @@ def _kind_of(message: Mapping[str, Any]) -> Kind:
 
 
 def _asked(messages: Sequence[Mapping[str, Any]]) -> int | None:
-    """Which message may not get lost: the user's last, or else the last, of those that have a text."""
+    """Return the index of the message that must not get lost: the user's last, or else the last, of those with a
+    text."""
     spoken = [place for place, message in enumerate(messages) if "".join(texts_of(message) or ()).strip()]
     users = [place for place in spoken if messages[place]["role"] == "user"]
     return max(users or spoken, default=None)
 
 
 def _in_form(message: Mapping[str, Any], form: ContentFormat, texts: Sequence[str] | None = None) -> dict[str, Any]:
-    """The message with its texts, or with others in their place, in the form."""
+    """Return the message in the form, with its own texts or with ``texts``."""
     if texts is None:
         texts = texts_of(message)
     if texts is None or message["content"] is None:
@@ -204,6 +207,6 @@ def _in_form(message: Mapping[str, Any], form: ContentFormat, texts: Sequence[st
 
 
 def _words(number: int, message: Mapping[str, Any]) -> list[str]:
-    """A word for each text of the message. Each is found only where it is printed plainly: a backslash is doubled where
-    Python or JSON quotes it, and the digits around it are no other word's."""
+    """Return a marker word for each text of the message. Each is found only if it is printed plainly: Python's and
+    JSON's quoting would double its backslash. Its digits make it differ from all other words."""
     return [f"7{number:04}\\{place:04}7" for place, _ in enumerate(texts_of(message) or ())]

@@ -1,6 +1,6 @@
-"""Between people's text and the engine's token ids: prompts in, text out. This file knows nothing of engines.
+"""TextCodec: turns prompts into token ids, and token ids into text. This file knows nothing of engines.
 
-A Hugging Face tokenizer is a Tokenizer as it is. It isn't safe to share between threads, so that TextCodec works on
+A Hugging Face tokenizer fulfils the role Tokenizer. It isn't safe to share between threads, so TextCodec works on
 private copies of it, each behind a lock.
 """
 
@@ -29,23 +29,23 @@ from paged_core.text.detokenizer import (
     is_byte_level,
 )
 
-_LONG = 16_384  # characters
+_LONG = 16_384  # characters; longer texts are encoded by a copy of their own
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 class Tokenizer(Role):
-    """What we ask of a tokenizer; Hugging Face's have all of it."""
+    """What TextCodec needs of a tokenizer. Hugging Face's have all of it."""
 
     eos_token_id: int | Sequence[int] | None = None
-    """What it ends texts with."""
+    """The id of its end-of-sequence token."""
     chat_template: Any = None
-    """How it writes messages, if it does."""
+    """The chat template's source, or several by name."""
     response_template: Any = None
-    """How the model writes reasoning and calls of tools, as transformers declares it, if it says so."""
+    """How the model writes reasoning and tool calls, as transformers declares it, or None."""
     all_special_ids: Sequence[int] = ()
-    """Tokens that are no text."""
+    """Ids of special tokens, which are no text."""
     added_tokens_decoder: Mapping[int, Any] = {}
-    """Tokens that were added to its vocabulary, by id; more of them may be no text."""
+    """Tokens added to its vocabulary, by id; some of them may be special too."""
 
     @abstractmethod
     def encode(self, text: str, *, add_special_tokens: bool = True) -> Sequence[int]: ...
@@ -54,28 +54,28 @@ class Tokenizer(Role):
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
 
     convert_ids_to_tokens: Callable[[int], str | None] | None = None
-    """How the vocabulary spells a token."""
+    """Returns the vocabulary's spelling of a token."""
     apply_chat_template: Callable[..., str] | None = None
-    """``apply_chat_template(messages, tokenize=False, ...)``: messages in the model's chat format."""
+    """``apply_chat_template(messages, tokenize=False, ...)`` renders messages in the model's chat format."""
 
 
 class Prompt(NamedTuple):
-    """A prompt ready for the engine."""
+    """A prompt as token ids."""
 
-    text: str | None  # None when it was given as token ids
+    text: str | None  # None if it was given as token ids
     token_ids: list[int]
 
 
 class TextCodec:
-    """A tokenizer made safe for threads. ``tokenizer`` may be None: then only token ids can be served.
+    """A tokenizer made safe for threads. If ``tokenizer`` is None, only token ids can be served.
 
-    ``eos_token_ids``: what it ends texts with, none or more.
+    ``eos_token_ids``: the tokenizer's end-of-sequence tokens, none or more.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._encoder, self._decoder = _private_copies(tokenizer)
-        self._long_encoder: Tokenizer | None = None  # made with the first long text
+        self._long_encoder: Tokenizer | None = None  # made when the first long text comes
         self.eos_token_ids = _eos_token_ids(self._encoder)
         self.renew_locks()
         self._chat = ChatTemplate(self._apply_chat_template)
@@ -89,19 +89,19 @@ class TextCodec:
 
     @property
     def chat_template(self) -> str:
-        """The source of the chat template; of several, all of them; empty where there is none."""
+        """The source of the chat template; all sources, if there are several; empty if there is none."""
         source = self._encoder.chat_template
         texts = source.values() if isinstance(source, Mapping) else [source]
         return "\n".join(each for each in texts if isinstance(each, str))
 
     @property
     def response_template(self) -> Any:
-        """How the model writes reasoning and calls of tools, if the tokenizer says so."""
+        """How the model writes reasoning and tool calls, if the tokenizer declares it."""
         return self._encoder.response_template
 
     @cached_property
     def special_texts(self) -> Sequence[str]:
-        """What ``skip_special_tokens`` leaves out, as it is spelt otherwise."""
+        """The texts of the tokens that ``skip_special_tokens`` leaves out."""
         if self.tokenizer is None:
             return ()
         tokens = {*self.special_token_ids, *self._decoder.added_tokens_decoder}
@@ -110,11 +110,11 @@ class TextCodec:
 
     @property
     def special_token_ids(self) -> frozenset[int]:
-        """Tokens that are no text."""
+        """The ids of special tokens."""
         return frozenset(self._encoder.all_special_ids or ())
 
     def renew_locks(self) -> None:
-        """For a forked child: who held one in the parent isn't there to let it go."""
+        """Make new locks in a forked child, where the threads that held them don't exist."""
         self._encode_lock = threading.Lock()
         self._decode_lock = self._encode_lock if self._encoder is self._decoder else threading.Lock()
         self._long_lock = self._encode_lock if self._encoder is self._decoder else threading.Lock()
@@ -132,7 +132,7 @@ class TextCodec:
             return list(self._encoder.encode(text, add_special_tokens=add_special_tokens))
 
     def _encode_long(self, text: str, add_special_tokens: bool) -> list[int]:
-        """By a copy of its own: whoever brings a book doesn't make those wait who bring a line."""
+        """Encode by a separate copy of the tokenizer, so that a long text doesn't delay short ones."""
         with self._long_lock:
             if self._long_encoder is None:
                 with self._encode_lock:
@@ -145,7 +145,7 @@ class TextCodec:
         return text
 
     def detokenizer(self, skip_special_tokens: bool) -> Detokenizer:
-        """A new row's detokenizer."""
+        """Return a detokenizer for a new row."""
         skip = skip_special_tokens
         if self.tokenizer is None:
             return _NoText()
@@ -158,31 +158,32 @@ class TextCodec:
         return WindowDetokenizer(decode, self._inert.setdefault(skip, InertTokens(decode)).__getitem__)
 
     def token_bytes(self, token: int) -> bytes:
-        """What one token stands for inside a text; part of a character where it is no more."""
+        """Return the bytes that a token stands for inside a text, which may be a part of a character."""
         if self.tokenizer is None:
             return b""
         if self._byte_level:
             return self._pieces.setdefault(False, BytePieces(self._decoder, self.decode))[token]
-        once = self.decode([token])  # a lone leading space is taken off a text's beginning
+        once = self.decode([token])  # decoders strip a leading space from a text
         if once == REPLACEMENT and (byte := self._lone_byte(token)) is not None:
             return byte
         return self.decode([token, token])[len(once) :].encode()
 
     def _lone_byte(self, token: int) -> bytes | None:
-        """Of a SentencePiece byte token: spelt <0xE2>, and no character by itself."""
+        """Return the byte of a SentencePiece byte token, spelt <0xE2>, which is no character by itself; else None."""
         if self._decoder.convert_ids_to_tokens is None:
             return None
         found = _BYTE_TOKEN.fullmatch(self._decoder.convert_ids_to_tokens(token) or "")
         return bytes.fromhex(found[1]) if found else None
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """The messages in the model's chat format, ready for the assistant's answer; ``options`` go to the template.
+        """Return the messages in the model's chat format, ready for the assistant's answer. ``options`` go to the
+        template.
 
-        A message's content is a string or a list of text parts; the template gets what it reads.
+        A message's content is a string or a list of text parts; the template gets the form that it reads.
 
         Raises:
             InvalidRequestError: there is no template; these are no messages of text; or the template refuses them, or
-                leaves out what the user says.
+                leaves out the user's text.
         """
         if self._encoder.apply_chat_template is None:
             raise InvalidRequestError("chat messages need a tokenizer with a chat template (apply_chat_template)")
@@ -198,16 +199,16 @@ class TextCodec:
                 [dict(message) for message in messages],
                 **{"add_generation_prompt": True, **options, "tokenize": False},
             )
-        except Exception as error:  # templates are programs of the model's makers
+        except Exception as error:  # templates are the model makers' programs, and may raise anything
             raise InvalidRequestError(f"the chat template refused the messages: {error}") from error
         return rendered
 
 
 def prepare_params(codec: TextCodec, params: SamplingParams) -> SamplingParams:
-    """The same parameters with ``bad_words`` spelt as token ids, both as a word's beginning and inside a line.
+    """Return the parameters with ``bad_words`` as token ids, for a word at a text's beginning and inside a line.
 
     Raises:
-        InvalidRequestError: they are something else; or they ask for stop strings or bad words, and there is no
+        InvalidRequestError: params are no SamplingParams; or they ask for stop strings or bad words, and there is no
             tokenizer.
     """
     if not isinstance(params, SamplingParams):
@@ -226,7 +227,7 @@ def prepare_params(codec: TextCodec, params: SamplingParams) -> SamplingParams:
 
 
 class _NoText:
-    """The detokenizer of those who have no tokenizer."""
+    """The detokenizer if there is no tokenizer: it returns no text."""
 
     def push(self, token_ids: Sequence[int]) -> str:
         return ""
@@ -236,7 +237,8 @@ class _NoText:
 
 
 def _eos_token_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What the tokenizer ends texts with. Of a chat model it may be the only one to know the end of a turn."""
+    """Return the tokenizer's end-of-sequence tokens. For a chat model, only the tokenizer may know the token that ends
+    a turn."""
     found = tokenizer.eos_token_id
     if found is None:
         return ()
@@ -244,7 +246,7 @@ def _eos_token_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def _private_copies(tokenizer: Any) -> tuple[Tokenizer, Tokenizer]:
-    """Two; or the tokenizer itself, twice, if it is one of the user's own that can't be copied: it is then shared,
+    """Return two copies, or the tokenizer itself twice if it is a user's own that can't be copied. It is then shared,
     behind one lock."""
     try:
         first, second = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)

@@ -1,9 +1,10 @@
-"""Token ids in, text out, a few tokens at a time. This file knows nothing of requests, threads or stop strings.
+"""Detokenizers: turn token ids into text, a few at a time. This file knows nothing of requests, threads or stop
+strings.
 
-What has been shown never changes, and half a character is never shown. For every tokenizer whose text only grows when
-tokens are added, the pieces put together are ``decode(all ids)``. One kind does not only grow: a byte fallback that
-turns a whole run of bytes into U+FFFD when one of them is wrong, good bytes included. There we keep what was right
-(and a U+FFFD that the model itself spelt in bytes, with more such bytes after it, may come out as several).
+Text that was returned never changes, and half a character is never returned. For every tokenizer whose text only grows
+when tokens are added, the pieces joined are ``decode(all ids)``. One kind does not only grow: a byte fallback that
+turns a whole run of bytes into U+FFFD if one of them is wrong, valid bytes included. There the valid characters already
+returned stay (and a U+FFFD that the model itself spelt in bytes, followed by more such bytes, may become several).
 """
 
 from __future__ import annotations
@@ -12,23 +13,23 @@ import codecs
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-REPLACEMENT = "\ufffd"  # what decoders put where bytes make no character, or no whole one yet
+REPLACEMENT = "\ufffd"  # what decoders return for bytes that are no character, or not yet a whole one
 
 
 class Detokenizer(Protocol):
-    """One row's ids turned into text as they come."""
+    """Turns one row's ids into text as they come."""
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text that is certain now and wasn't before."""
+        """Return the text that has become certain with these ids."""
         ...
 
     def flush(self) -> str:
-        """The rest: no more ids will come."""
+        """Return the rest, because no more ids will come."""
         ...
 
 
 class ByteLevelDetokenizer:
-    """For tokenizers whose tokens are strings of bytes: exact, and without asking the tokenizer again."""
+    """For tokenizers whose tokens are strings of bytes. It is exact, and does not call the tokenizer again."""
 
     def __init__(self, pieces: BytePieces) -> None:
         self._pieces = pieces
@@ -43,7 +44,8 @@ class ByteLevelDetokenizer:
 
 
 class BytePieces(dict[int, bytes]):
-    """Token id -> the bytes it stands for, learnt as tokens are met; shared by all rows of one tokenizer."""
+    """Token id -> the bytes that it stands for, filled in when tokens are first met, and shared by all rows of one
+    tokenizer."""
 
     def __init__(self, tokenizer: Any, decode: Callable[[Sequence[int]], str]) -> None:
         super().__init__()
@@ -60,27 +62,28 @@ class BytePieces(dict[int, bytes]):
         characters: str = self._tokenizer.convert_ids_to_tokens(token)
         try:
             return bytes(_BYTE_OF[character] for character in characters)
-        except KeyError:  # an added token, spelt as it is
+        except KeyError:  # an added token, which is spelt as it is
             return characters.encode()
 
 
 class WindowDetokenizer:
-    """For any tokenizer that has a ``decode``: decodes a short window again for each token.
+    """For any tokenizer with a ``decode``. It decodes a short window again for each token.
 
-    The window keeps some shown tokens before the new ones, because decoders treat the first token unlike others (a
-    leading space). Up to three U+FFFD at the end may be a character under way (four bytes, one a token) and wait.
+    The window keeps some returned tokens before the new ones, because decoders treat the first token differently (they
+    strip a leading space). Up to three U+FFFD at the end may be an unfinished character (four bytes, one per token),
+    and are held back.
     """
 
-    _KEPT = 8  # tokens that stay when the window is cut
-    _FULL = 16  # tokens at which it is cut
-    _HOPELESS = 64  # tokens that can only be garbage: shown as they are
+    _KEPT = 8  # tokens that stay when the window is shortened
+    _FULL = 16  # tokens at which it is shortened
+    _HOPELESS = 64  # tokens after which text that never becomes certain is returned as it is
 
     def __init__(self, decode: Callable[[Sequence[int]], str], is_inert: Callable[[int], bool]) -> None:
         self._decode = decode
         self._is_inert = is_inert
         self._ids: list[int] = []
-        self._shown = ""  # of decode(_ids), what the caller has
-        self._num_settled = 0  # leading ids whose text has been shown in whole
+        self._shown = ""  # the part of decode(_ids) that was returned
+        self._num_settled = 0  # leading ids whose whole text was returned
 
     def push(self, token_ids: Sequence[int]) -> str:
         return "".join([self._push(token) for token in token_ids if not self._is_inert(token)])
@@ -100,7 +103,7 @@ class WindowDetokenizer:
         text = self._decode(self._ids)
         if not text.startswith(self._shown):
             if text.endswith(REPLACEMENT) and len(self._pending) < 4:
-                return ""  # a run of bytes that lacks its last ones looks wrong as a whole; they may come
+                return ""  # an unfinished run of bytes looks wrong as a whole; its last bytes may still come
             self._ids, self._shown, self._num_settled = self._pending, "", 0
             text = self._decode(self._ids)
         if text == self._shown:
@@ -116,7 +119,8 @@ class WindowDetokenizer:
         return new + self._cut(text)
 
     def _cut(self, text: str) -> str:
-        """Shorten a full window, so that the work for a token doesn't grow; returns text that had to be let go."""
+        """Shorten a full window, so that the work per token doesn't grow. Returns text that can't be held back any
+        longer."""
         if len(self._ids) < self._FULL:
             return ""
         tail = self._ids[-self._KEPT :]
@@ -125,7 +129,7 @@ class WindowDetokenizer:
         released = ""
         if len(tail_text) <= len(waiting) or not text.endswith(tail_text):
             if len(self._ids) < self._HOPELESS:
-                return ""  # the cut would go through a character; a token later it won't
+                return ""  # the cut would go through a character; at a later token it won't
             if not tail_text.endswith(waiting):
                 released, waiting = waiting, ""
         self._num_settled = max(0, self._num_settled - (len(self._ids) - len(tail)))
@@ -135,20 +139,20 @@ class WindowDetokenizer:
 
 
 class InertTokens(dict[int, bool]):
-    """Token id -> whether it never adds to the text: skipped special tokens, ids the tokenizer doesn't know."""
+    """Token id -> whether it never adds text: skipped special tokens, and ids that the tokenizer doesn't know."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         super().__init__()
         self._decode = decode
 
     def __missing__(self, token: int) -> bool:
-        # Twice, because a lone leading space is taken off a text's beginning.
+        # The token is decoded twice in a row, because decoders strip a text's leading space.
         inert = self[token] = self._decode([token, token]) == ""
         return inert
 
 
 def is_byte_level(tokenizer: Any) -> bool:
-    """Whether this is a Hugging Face fast tokenizer whose decoder joins bytes and does nothing else."""
+    """Return whether this is a Hugging Face fast tokenizer whose decoder does nothing but join bytes."""
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     return type(decoder).__name__ == "ByteLevel" and tokenizer.convert_ids_to_tokens is not None
 
@@ -160,7 +164,8 @@ def _without_unfinished_character(text: str) -> str:
 
 
 def _byte_of_characters() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable Latin-1 characters stand for themselves, the rest begin at U+0100."""
+    """Return GPT-2's spelling of bytes: printable Latin-1 characters stand for themselves, the others begin at
+    U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if byte not in printable)

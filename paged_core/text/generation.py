@@ -1,6 +1,6 @@
-"""One user's prompt under way: the engine's RequestOutputs of its rows become text. This file knows nothing of threads.
+"""Generation: turns the RequestOutputs of one prompt's rows into text. This file knows nothing of threads.
 
-LLM and AsyncEngine both keep Generations; which of them steps the engine, and when, is their business.
+LLM and AsyncEngine both keep Generations, and decide when to step the engine.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class _Piece(NamedTuple):
-    """What one RequestOutput adds to a row."""
+    """The text and tokens that one RequestOutput adds to a row."""
 
     text: str
-    num_tokens: int  # of the RequestOutput's own; fewer than it has when a stop string ended the row before
+    num_tokens: int  # of the RequestOutput; fewer than it has if a stop string ended the row before
 
 
 class TextRow:
-    """One row's ids turned into text, up to its stop string."""
+    """The text of one row, up to its stop string."""
 
     def __init__(self, index: int, detokenizer: Detokenizer, stops: StopStrings | None, params: SamplingParams) -> None:
         self.index = index
@@ -51,7 +51,7 @@ class TextRow:
         return "".join(self._texts)
 
     def feed(self, output: RequestOutput) -> _Piece:
-        """Take in what the engine tells of this row. Afterwards ``finish_reason`` says whether it goes on."""
+        """Take in an output of this row. Afterwards ``finish_reason`` says whether the row goes on."""
         text, num_tokens = self._text_of_tokens(output)
         self.token_ids += output.token_ids[:num_tokens]
         for token, entry in zip(output.token_ids[:num_tokens], output.logprobs or (), strict=False):
@@ -80,7 +80,7 @@ class TextRow:
         return "".join(texts), len(tokens)
 
     def _end(self, reason: FinishReason) -> str:
-        """The text that was still held back; it may yet complete a stop string."""
+        """Return the text that was still held back. It may complete a stop string."""
         rest = self._detokenizer.flush()
         if self._checker is not None:
             rest = self._checker.push(rest)
@@ -116,7 +116,7 @@ class TextRow:
 
 
 class Generation:
-    """The ``params.n`` rows of one prompt, and when what happened."""
+    """The ``params.n`` rows of one prompt, and their times."""
 
     def __init__(
         self, request_id: str, prompt: Prompt, params: SamplingParams, codec: TextCodec, arrival: float
@@ -145,8 +145,8 @@ class Generation:
         return sum(len(row.token_ids) for row in self._rows)
 
     def feed(self, output: RequestOutput) -> StreamDelta | None:
-        """What ``output`` adds for the user; None if its row had ended already. A stop string ends a row that the
-        engine still runs. Beams are told at their end: until then any of them may lose its place."""
+        """Return what ``output`` adds, or None if its row had ended already. A stop string ends a row that the engine
+        still runs. Beams return nothing before their end, because until then any of them may be dropped."""
         row = self._rows[output.request.index]
         if row.finish_reason is not None:
             return None
@@ -161,7 +161,7 @@ class Generation:
         return self._delta(row, piece.text, output.token_ids[: piece.num_tokens], logprobs, output)
 
     def fail(self, error: str) -> list[StreamDelta]:
-        """End every open row with an error: its text could not be made."""
+        """End every open row with an error, because its text could not be made."""
         return self._end_open_rows(FinishReason.ERROR, error)
 
     def abort(self) -> list[StreamDelta]:
@@ -169,7 +169,7 @@ class Generation:
         return self._end_open_rows(FinishReason.ABORT, None)
 
     def result(self) -> GenerationOutput:
-        """All that there is so far."""
+        """Return all outputs so far."""
         return GenerationOutput(
             request_id=self.request_id,
             prompt=self.prompt.text,
@@ -225,9 +225,9 @@ class Generation:
 
 
 def deliver(engine: Engine, generation: Generation, output: RequestOutput) -> Sequence[StreamDelta]:
-    """The text of ``output``, and the engine told where the text ends a row that it still runs.
+    """Return the deltas of ``output``, and stop rows in the engine whose text has ended.
 
-    What fails here (a tokenizer that chokes) is this request's own: it ends with an error, and nothing is raised.
+    If this fails (for example in the tokenizer), the request ends with an error, and nothing is raised.
     """
     try:
         delta = generation.feed(output)

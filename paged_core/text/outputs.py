@@ -1,5 +1,4 @@
-"""What users get: finished generations and pieces of running ones. They are data only, under the names that vLLM's
-users know."""
+"""What users get: finished generations, and deltas of running ones. These are data only, under vLLM's names."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from dataclasses import dataclass, replace
 from paged_core.scheduling.request import Logprob
 
 TokenLogprobs = Mapping[int, Logprob]
-"""At one position: token id -> its Logprob; the chosen token comes first."""
+"""For one position: token id -> its Logprob. The chosen token comes first."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class CompletionOutput:
     index: int  # which of the n
     text: str  # without the stop string, unless it was asked for
     token_ids: Sequence[int]  # all that were sampled, the stop token or those of the stop string included
-    logprobs: Sequence[TokenLogprobs] | None = None  # one a token, if asked for
+    logprobs: Sequence[TokenLogprobs] | None = None  # one for each token, if asked for
     cumulative_logprob: float | None = None  # sum over token_ids, if logprobs were asked for
     finish_reason: str | None = None  # "stop", "length", "abort", "error"; None while it runs
     stop_reason: str | int | None = None  # the stop string or the stop token id that ended it; None for EOS
@@ -27,7 +26,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """When what happened: ``time.perf_counter()`` seconds."""
+    """The times of a request, in ``time.perf_counter()`` seconds."""
 
     arrival: float
     first_token: float | None = None
@@ -55,7 +54,7 @@ class GenerationOutput:
 
 @dataclass(frozen=True, slots=True)
 class StreamDelta:
-    """What was added to one of the sequences since its last delta; several steps' news may come as one."""
+    """What was added to one of the sequences since its last delta. It may cover several steps."""
 
     request_id: str  # of the Stream that it came from
     index: int  # which of the n sequences
@@ -68,8 +67,8 @@ class StreamDelta:
     prompt_logprobs: Sequence[TokenLogprobs | None] | None = None  # with the first delta
 
     def parts(self) -> list[StreamDelta]:
-        """The delta itself; if it ends in "abort" or "error" and has text, that text and the bare end apart: who turns
-        such ends into errors must not lose what was said before."""
+        """Return the delta itself. If it ends in "abort" or "error" and has text, return the text and the end as two
+        deltas, because callers that raise an error for such an end must not lose the text."""
         if self.finish_reason not in ("abort", "error") or not (self.text or self.token_ids):
             return [self]
         end = StreamDelta(self.request_id, self.index, "", finish_reason=self.finish_reason, error=self.error)
@@ -77,7 +76,7 @@ class StreamDelta:
 
 
 def join_deltas(deltas: Sequence[StreamDelta]) -> StreamDelta:
-    """Successive deltas of one index as one."""
+    """Join successive deltas of one index into one."""
     first, last = deltas[0], deltas[-1]
     if first is last:
         return first
@@ -96,7 +95,7 @@ def join_deltas(deltas: Sequence[StreamDelta]) -> StreamDelta:
 
 
 def refused(request_id: str, prompt: object, num_outputs: int, error: str, arrival: float) -> GenerationOutput:
-    """The output of a prompt that never became a request."""
+    """Return the output of a prompt that never became a request."""
     return GenerationOutput(
         request_id,
         prompt if isinstance(prompt, str) else None,

@@ -1,6 +1,6 @@
-"""Prompts in every form that people know, as token ids: text, ids, chat messages, vLLM's dicts, a tokenizer's result.
+"""Turns prompts in all accepted forms into token ids: text, ids, chat messages, vLLM's dicts, a tokenizer's result.
 
-What looks like a prompt and is none is refused: neither the keys of a dict nor the numbers of a byte string are ever
+Values that only look like prompts are refused: neither the keys of a dict nor the numbers of a byte string are ever
 completed. This file knows nothing of engines.
 """
 
@@ -23,12 +23,12 @@ _BYTES = (bytes, bytearray, memoryview)
 
 
 def encode_prompt(codec: TextCodec, prompt: Any) -> Prompt:
-    """One prompt as token ids; a Prompt is taken as it is.
+    """Return one prompt as token ids. A Prompt is returned as it is.
 
     Args:
         prompt: a string; token ids (a sequence, an array or a tensor [L]); chat messages (dicts with role and content),
-            or one of them; ``{"prompt": str}`` or ``{"prompt_token_ids": ids}``, as vLLM's users write it; or what a
-            Hugging Face tokenizer has made of one text.
+            or one of them; ``{"prompt": str}`` or ``{"prompt_token_ids": ids}``, as in vLLM; or the result of a Hugging
+            Face tokenizer for one text.
 
     Raises:
         InvalidRequestError: it is none of these, it is empty, or it is text and there is no tokenizer.
@@ -50,7 +50,7 @@ def encode_prompt(codec: TextCodec, prompt: Any) -> Prompt:
 
 
 def as_prompts(prompts: Any) -> list[Any]:
-    """One prompt or several -> always a list of prompts, each for ``encode_prompt``.
+    """Turn one prompt or several into a list of prompts, each for ``encode_prompt``.
 
     Raises:
         InvalidRequestError: it is neither, or a tokenizer's result that holds more than text.
@@ -68,10 +68,10 @@ def as_prompts(prompts: Any) -> list[Any]:
 
 
 def as_conversations(messages: Any) -> list[Any]:
-    """One conversation or several -> always a list of conversations, each a list of messages.
+    """Turn one conversation or several into a list of conversations, each a list of messages.
 
     Raises:
-        InvalidRequestError: there is something that is no conversation.
+        InvalidRequestError: one of them is no conversation.
     """
     if isinstance(messages, Mapping):
         messages = [messages]
@@ -108,7 +108,7 @@ def _encode_dict(codec: TextCodec, prompt: Mapping[str, Any]) -> Prompt:
 
 
 def _rows(encoding: Mapping[str, Any]) -> list[list[int]]:
-    """The prompts in a tokenizer's result, without their padding."""
+    """Return the prompts in a tokenizer's result, without their padding."""
     unread = [name for name in encoding if name not in _OF_ENCODINGS + _REMARKS and encoding[name] is not None]
     if unread:
         raise InvalidRequestError(f"the prompt holds {', '.join(unread)} beside input_ids; only text can be served")
@@ -125,7 +125,7 @@ def _rows(encoding: Mapping[str, Any]) -> list[list[int]]:
 
 
 def _row_lists(name: str, value: Any) -> list[list[int]]:
-    """``value``: [L], or [N, L] where each row may have a length of its own."""
+    """Return rows of ``value``: [L], or [N, L] with rows of any lengths."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, Sequence) and value and not _is_token(value[0]):
         return [_token_ids(name, row) for row in value]
@@ -144,12 +144,12 @@ def _token_ids(name: str, value: Any) -> list[int]:
 
 
 def _is_token(value: Any) -> bool:
-    """Whether it is a whole number: Python's, NumPy's, or a tensor of one."""
+    """Return whether it is an integer: Python's, NumPy's, or a tensor with one."""
     return hasattr(value, "__index__") and not isinstance(value, bool) and not getattr(value, "ndim", 0)
 
 
 def _is_message(value: Any) -> bool:
-    """Whether a dict is a chat message, or at least no prompt of another form."""
+    """Return whether a dict is a chat message, or at least no prompt of another form."""
     return isinstance(value, Mapping) and ("role" in value or not any(name in value for name in _PROMPT_KEYS))
 
 

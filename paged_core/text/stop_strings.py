@@ -1,6 +1,6 @@
-"""Stop strings: looked for while text comes in pieces, and held back while it may be the beginning of one.
+"""Finds stop strings in text that comes in pieces, and holds back text that may be the beginning of one.
 
-This file knows strings and nothing of tokens.
+This file knows strings, and nothing of tokens.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Several strings looked for at once, whatever pieces the text comes in (Aho and Corasick, 1975).
+    """Searches for several strings at once, in text that comes in any pieces (Aho and Corasick, 1975).
 
-    States are prefixes of the strings, state 0 the empty one. Being in a state means: it is the longest suffix of
-    the text so far that begins any of the strings. The match that ends first wins; of several that end together,
-    the longest.
+    States are prefixes of the strings; state 0 is the empty prefix. The automaton's state is the longest suffix of the
+    text so far that is a prefix of any string. The match that ends first wins; of several that end together, the
+    longest.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
-        self.depth = [0]  # of each state: characters to hold back
-        self.match: list[str | None] = [None]  # the longest string that ends in this state
+        self.depth = [0]  # by state: characters to hold back
+        self.match: list[str | None] = [None]  # by state: the longest string that ends there, or None
         self._next: list[dict[str, int]] = [{}]
-        self._fallback = [0]  # the longest proper suffix that is a state
+        self._fallback = [0]  # by state: its longest proper suffix that is a state
         for string in strings:
             self._add(string)
         self._link()
@@ -55,7 +55,7 @@ class StopStrings:
 
 
 def stop_strings(strings: Sequence[str]) -> StopStrings:
-    """The automaton for ``strings``; the same one for all who have use for it at a time, the prompts of a request."""
+    """Return the automaton for ``strings``. Requests that use the same strings at the same time share it."""
     key = tuple(strings)
     found = _STOP_STRINGS.get(key)
     if found is None:
@@ -67,17 +67,17 @@ _STOP_STRINGS: weakref.WeakValueDictionary[tuple[str, ...], StopStrings] = weakr
 
 
 class StopStringChecker:
-    """One row's text on its way out: holds back what may be the beginning of a stop string, ends at the first match."""
+    """Checks one row's text: holds back what may begin a stop string, and ends at the first match."""
 
     def __init__(self, stops: StopStrings, include_stop_str_in_output: bool = False) -> None:
-        self.matched: str | None = None  # the stop string found, once one is
+        self.matched: str | None = None  # the stop string found, or None
         self._stops = stops
         self._include = include_stop_str_in_output
         self._state = 0
         self._held = ""
 
     def push(self, text: str) -> str:
-        """What may be shown now. After a match (see ``matched``) nothing more ever is."""
+        """Return the text that may be returned now. After a match (see ``matched``), that is always nothing."""
         if self.matched is not None:
             return ""
         for position, character in enumerate(text, start=1):
@@ -93,6 +93,6 @@ class StopStringChecker:
         return seen[: len(seen) - num_held]
 
     def flush(self) -> str:
-        """What was held back: no more text will come."""
+        """Return the text that was held back, because no more will come."""
         held, self._held = self._held, ""
         return held
