@@ -1,4 +1,4 @@
-"""What launchers of attention are given of a layer: its K/V, and the facts of its attention."""
+"""LayerCache and Extras: a layer's K/V and the facts of its attention, as arguments of launchers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class LayerCache(NamedTuple):
 
 
 class Extras(NamedTuple):
-    """What a layer's attention does beside softmax(q·k) v."""
+    """The parts of a layer's attention beyond softmax(q·k) v."""
 
-    scale: float  # multiplies q·k
+    scale: float  # factor of q·k
     sliding_window: int | None = None  # a query at position p sees the keys at p - window < key <= p
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
-    sinks: Tensor | None = None  # [H]: one more logit of each head takes a share of the softmax and gives no value
-    key_bias: Tensor | None = None  # f32 [H, P], P no less than any sequence: joins the scores after softcap (ALiBi)
+    sinks: Tensor | None = None  # [H]: another logit of each head, which takes a share of the softmax and adds no value
+    key_bias: Tensor | None = None  # f32 [H, P], P at least any sequence: added to scores after softcap (ALiBi)

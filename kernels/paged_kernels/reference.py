@@ -1,10 +1,9 @@
-"""The truth: each operation in plain torch, with the same signature as its fast launchers.
+"""The reference: each operation in plain torch, with the same signature as its fast launchers.
 
-It is written to be read and to be right, on any device and in any float dtype. Attention and norms compute in
-float32.
+It is written to be read and to be right, on any device and in any float dtype. Attention and norms compute in float32.
 
-Shape letters: T tokens, R requests, B blocks per table, H query heads, K kv heads, D head dim, Dv value head
-dim, S rows, V vocabulary, N width, bs block size.
+Shape letters: T tokens, R requests, B blocks per table, H query heads, K kv heads, D head dim, Dv value head dim, S
+rows, V vocabulary, N width, bs block size.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from torch import Tensor
 
 from paged_kernels.layers import Extras, LayerCache
 
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # what a scaled token's largest magnitude becomes
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the largest magnitude of a quantised token
 
 
 def store_kv(k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
-    """``k [T,K,D], v [T,K,Dv]`` into the cache at ``slot_mapping i64 [T]``, block * bs + offset.
+    """Store ``k [T,K,D], v [T,K,Dv]`` in the cache at ``slot_mapping i64 [T]``, block * bs + offset.
 
-    Values are rounded to the cache's dtype. Those of quantised caches get scales, which are written too: see
+    Values are rounded to the cache's dtype. Those of quantised caches get scales, which are stored too: see
     ``quantize``.
     """
     block_size = cache.keys.shape[2]
@@ -34,21 +33,22 @@ def store_kv(k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> N
             into[blocks, :, offsets] = x.to(into.dtype)
         else:
             codes, scale = quantize(x, into.dtype)
-            # Bits, since not every device can index float8.
+            # Written as bytes, because not every device can index float8.
             into.view(torch.uint8)[blocks, :, offsets] = codes.view(torch.uint8)
             scales[blocks, :, offsets] = scale
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``x [...,D] -> (codes [...,D] of int8 or float8_e4m3fn, scale f32 [...])``, so that x is about codes * scale.
+    """Return ``x [...,D] -> (codes [...,D] of int8 or float8_e4m3fn, scale f32 [...])``, so that x is about codes *
+    scale.
 
-    The largest magnitude of each row becomes the largest number of ``dtype``, and the rest is rounded, half to even:
-    a row's codes depend on nothing but the row. A row of zeros has the scale 1. One that holds an infinity or a NaN
-    reads as NaN.
+    The largest magnitude of each row becomes the largest number of ``dtype``, and the others are rounded half to even:
+    a row's codes depend on that row only. A row of zeros has the scale 1. A row with an infinity or a NaN reads as NaN.
     """
     x = x.float()
     scale = x.abs().amax(-1)
-    scale = scale / torch.full_like(scale, LARGEST[dtype])  # by a number, GPUs would multiply by its rounded inverse
+    # Divided by a tensor: for a number, GPUs would multiply by its rounded inverse.
+    scale = scale / torch.full_like(scale, LARGEST[dtype])
     scale = scale.where(scale != 0, 1.0)
     codes = (x / scale[..., None]).clamp(-LARGEST[dtype], LARGEST[dtype]).nan_to_num(0.0)
     return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
@@ -64,12 +64,12 @@ def copy_blocks(caches: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> N
 def paged_attention(
     q: Tensor, cache: LayerCache, query_starts: Tensor, seq_lens: Tensor, block_tables: Tensor, extras: Extras
 ) -> Tensor:
-    """Causal attention of packed queries over the blocks of their own request.
+    """Compute causal attention of packed queries over the blocks of their own request.
 
-    ``q [T,H,D], query_starts i32 [R+1], seq_lens i32 [R], block_tables i32 [R,B] -> [T,H,Dv]`` in q's dtype. Query i
-    of a request's n stands at position ``seq_len - n + i``. ALiBi's slope times the query's position is the same for
-    all keys, so its bias goes by the key's position alone. Slots past ``seq_len``, and blocks that lie wholly before
-    the first query's window, never reach the result. A request with ``seq_len`` 0 is padding: its rows are zeros.
+    ``q [T,H,D], query_starts i32 [R+1], seq_lens i32 [R], block_tables i32 [R,B] -> [T,H,Dv]`` in q's dtype. Query i of
+    a request's n is at position ``seq_len - n + i``. ALiBi's slope times the query's position is the same for all keys,
+    so its bias depends on the key's position alone. Slots past ``seq_len``, and blocks that are wholly before the first
+    query's window, never affect the result. A request with ``seq_len`` 0 is padding: its rows are zeros.
     """
     scale, sliding_window, softcap, sinks, key_bias = extras
     num_heads, num_kv_heads = q.shape[1], cache.keys.shape[1]
@@ -110,25 +110,27 @@ def paged_attention(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x [..., N], weight [N] -> [..., N]``: x / rms(x) in x's dtype, times weight, as Llama does it."""
+    """Return ``x [..., N], weight [N] -> [..., N]``: x / rms(x) in x's dtype, times weight, as Llama does."""
     x32 = x.float()
     return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``x, residual [..., N], weight [N] -> (their sum, its norm) [..., N]``: the sum is rounded, then normed."""
+    """Return ``x, residual [..., N], weight [N] -> (their sum, its norm) [..., N]``. The sum is rounded, then
+    normed."""
     total = residual + x
     return total, rms_norm(total, weight, eps)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """``gate, up [..., N] -> silu(gate) * up [..., N]``, the silu rounded to gate's dtype before the product."""
+    """Return ``gate, up [..., N] -> silu(gate) * up [..., N]``. The silu is rounded to gate's dtype before the
+    product."""
     return torch.nn.functional.silu(gate) * up
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate ``q [T,H,D], k [T,K,D]`` in place by ``cos, sin [T,rotary_dim]``: first half with second half, as
-    Llama does it. Dimensions past rotary_dim stay as they are."""
+    """Rotate ``q [T,H,D], k [T,K,D]`` in place by ``cos, sin [T,rotary_dim]``: the first half with the second half, as
+    Llama does. Dimensions past rotary_dim stay as they are."""
     rotary_dim = cos.shape[-1]
     for x in (q, k):
         part = x[..., :rotary_dim]
@@ -138,29 +140,30 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``rotary``, into new contiguous tensors."""
+    """Do the same as ``rotary``, into new contiguous tensors."""
     q, k = (x.clone(memory_format=torch.contiguous_format) for x in (q, k))
     rotary(q, k, cos, sin)
     return q, k
 
 
 def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """``logits [S,V] -> (index i64 [S], maximum f32 [S])``. Of equal maxima the first.
+    """Return ``logits [S,V] -> (index i64 [S], maximum f32 [S])``: the first of equal maxima.
 
-    A row that holds a NaN has NaN for its maximum and the first NaN's place for its index.
+    A row with a NaN has NaN as its maximum, and the first NaN's index.
     """
     maxima, indices = logits.float().max(-1)
     return indices, maxima
 
 
 def top_rows(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``scores f32 [S,V] -> (values f32 [S,k], ids i64 [S,k])`` by (value descending, id ascending). No NaNs."""
+    """Return ``scores f32 [S,V] -> (values f32 [S,k], ids i64 [S,k])`` by (value descending, id ascending). There must
+    be no NaN."""
     values, ids = scores.sort(dim=-1, descending=True, stable=True)
     return values[:, :k], ids[:, :k]
 
 
 def _tokens(cache: Tensor, scales: Tensor | None, table: Tensor, start: int, stop: int) -> Tensor:
-    """Tokens start..stop of one request, as float32 ``[K, stop - start, D]``."""
+    """Return tokens start..stop of one request, as float32 ``[K, stop - start, D]``."""
     block_size = cache.shape[2]
     first, last = start // block_size, -(-stop // block_size)
     used = table[first:last].long()

@@ -63,7 +63,7 @@ def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig, owned:
         return forward
 
     if owned:
-        if config.kv_disk_path is not None or _strangers_bring_tiers(manager):
+        if config.kv_disk_path is not None or _other_plugins_have_tiers(manager):
             model.fingerprint()  # computed now, because the weights may be freed
         model.hand_over()
     model.accelerate(create)
@@ -84,5 +84,5 @@ def _is_linear(module: torch.nn.Module) -> bool:
     return not module._modules and all(isinstance(size, int) for size in sizes)
 
 
-def _strangers_bring_tiers(manager: Plugins) -> bool:
+def _other_plugins_have_tiers(manager: Plugins) -> bool:
     return any(found.plugin_name not in BUILTIN for found in manager.hook.create_offload_tier.get_hookimpls())

@@ -1,1 +1,1 @@
-"""Kernels compiled for the host's own vectors when they are first needed (numba), and packed products."""
+"""CPU kernels, compiled by numba for the host's own vector width when they are first needed, and packed products."""

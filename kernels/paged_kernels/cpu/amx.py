@@ -1,13 +1,14 @@
-"""Products of bfloat16 by AMX's ``tdpbf16ps``: 16 rows of x meet 16 columns of weights over 32 steps of k at once.
+"""bfloat16 products by AMX's ``tdpbf16ps``: one instruction multiplies 16 rows of x and 16 columns of weights over 32
+steps of k.
 
-Weights lie as pairs that follow each other in K, 32 columns side by side. Rows are cut into groups of up to 32, as
-large as each other but for one row, and a group into two halves that may overlap: so one size of half does for a whole
-launch, and no row is read that isn't there. A sum starts from the bias and runs over k in order, 32 at a time: in
-each, first all even and all odd ones by themselves. That order is the instruction's, for one row as for many. It takes
-denormal numbers, its sums among them, for zero.
+Weights are packed as pairs of neighbours in K, 32 columns side by side. The rows of x are divided into groups of up to
+32 rows, whose sizes differ by at most one, and each group into two halves that may overlap. So all halves of a launch
+have one size, and no row beyond x is read. A sum starts from the bias and runs over k in order, 32 at a time; within
+these, the even ones and the odd ones are summed first. The instruction has that order for any number of rows. It treats
+denormal numbers as zero, in its sums too.
 
-The kernel's tiles are set up at a thread's start and given back at its end. The process must have been permitted to
-use them: host.py asks.
+A thread configures its tiles at its start and releases them at its end. The process must have asked Linux for
+permission to use them (host.py).
 """
 
 from __future__ import annotations
@@ -29,14 +30,17 @@ from paged_kernels.cpu.passes import emit_prefetch
 from paged_kernels.cpu.product import LINE, NUM_ROWS, Product, make_compute, scratch_bytes
 
 TILE = 32  # output columns
-MOST_ROWS = 256  # of a block
-GROUP = 32  # rows of x that meet in registers
+MOST_ROWS = 256  # rows of a block
+GROUP = 32  # rows of x in the tile registers at once
 PAIRS = 16  # pairs of k in one step
-STEP_BYTES = PAIRS * TILE * 4  # of weights
-PART = 6  # steps that all groups take before the next: so long do weights, and a group's x, stay in the nearest cache
-AHEAD = 4096  # bytes between the weights that are met and those that are fetched meanwhile, where one group is all
+STEP_BYTES = PAIRS * TILE * 4  # bytes of weights in one step
+# Steps that all groups take before the next part. The weights of so many steps, and a group's x, stay in the nearest
+# cache.
+PART = 6
+# With a single group: prefetched weights are this many bytes ahead of those being multiplied.
+AHEAD = 4096
 
-# Registers: sums of both halves of a group with both halves of the columns; rows of x; weights.
+# Tile registers: sums of both halves of a group with both halves of the columns; rows of x; weights.
 SUMS, X, W = ((0, 1), (2, 3)), (4, 5), (6, 7)
 
 _i8, _i64 = ir.IntType(8), ir.IntType(64)
@@ -53,8 +57,9 @@ def move(b: Any, name: str, register: int, address: Any, stride: Any) -> None:
 
 
 def emit_group(halves: int, num_prefetches: int, b: Any, args: Any) -> None:
-    """``y = start + x @ w`` for one or two halves of a group and one tile. ``down``: rows from the first row of one to
-    the first row of the other. Addresses; strides count bytes; at each step lines from ``ahead`` on are fetched."""
+    """Emit ``y = start + x @ w`` for one or two halves of a group and one tile. ``down``: the distance in rows from the
+    first half to the second. Arguments are addresses; strides are in bytes. Each step prefetches lines from ``ahead``
+    on."""
     x, x_stride, w, count, y, y_stride, start, start_stride, down, ahead = args
     cells = [(h, c) for h in range(halves) for c in range(2)]
 
@@ -109,7 +114,7 @@ _two_of_two, _two_of_more = _make_group(2, _LINES // 2), _make_group(2, 0)
 
 @inline
 def half_of(total_rows):
-    """Rows of each half, the same in all of a launch."""
+    """Return the number of rows of each half, which is the same in the whole launch."""
     if total_rows <= GROUP // 2:
         return total_rows
     largest = -(-total_rows // -(-total_rows // GROUP))
@@ -118,7 +123,7 @@ def half_of(total_rows):
 
 @inline
 def _begin(args, config):
-    """Set the tiles up: 64 bytes in each row; sums and x have a half's rows, weights 16."""
+    """Configure the tiles with 64 bytes in each row. Tiles for sums and x have a half's rows, those for weights 16."""
     for word in range(8):
         store_i64(config, word, 0)
     store_i64(config, 0, 1)
@@ -153,7 +158,7 @@ def _tile(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, args,
                 _one(xr, x_stride, wp, steps, yr, stride, start, start_stride, 0, ahead)
             elif num_groups == 1:
                 _two(xr, x_stride, wp, steps, yr, stride, start, start_stride, rows - half, ahead)
-            elif group < 2:  # the first two groups fetch a half each of the next part
+            elif group < 2:  # the first two groups prefetch a half of the next part each
                 _two_of_two(xr, x_stride, wp, steps, yr, stride, start, start_stride, rows - half, ahead)
             else:
                 _two_of_more(xr, x_stride, wp, steps, yr, stride, start, start_stride, rows - half, ahead)

@@ -1,7 +1,8 @@
-"""Products of integers by AMX's ``tdpbsud``: 16 rows of x meet 16 columns of weights over 64 steps of k at once.
+"""Integer products by AMX's ``tdpbsud``: one instruction multiplies 16 rows of x and 16 columns of weights over 64
+steps of k.
 
-Rows are cut as amx.py cuts them. The tiles' int32 sums go to scratch memory group by group, and from there into the
-float32 result. Weights of four bits are unpacked into scratch memory, a group at a time.
+Rows are divided as in amx.py. The tiles' int32 sums are stored to scratch memory group by group, and added from there
+to the float32 result. 4-bit weights are unpacked into scratch memory, a group at a time.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from paged_kernels.cpu.product import GROUP as GROUP_ARGUMENT
 from paged_kernels.cpu.product import LINE, NUM_ROWS, make_compute
 
 LANES = 16  # of a tile's row
-LONGEST = 128  # group of four-bit weights
-SUMS_AT, CODES_AT = BESIDE_END, BESIDE_END + 4 * GROUP * COLUMNS  # in scratch memory: a group's sums, its codes
-ROW_BYTES = 4 * COLUMNS  # of sums; of codes, four of k
+LONGEST = 128  # longest group of 4-bit weights
+SUMS_AT, CODES_AT = BESIDE_END, BESIDE_END + 4 * GROUP * COLUMNS  # where a group's sums and codes are in scratch memory
+ROW_BYTES = 4 * COLUMNS  # of sums; or of codes, for four steps of k
 
 _f32, _i8, _i32, _i64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 
 def emit_group(halves: int, fetches: bool, b: Any, args: Any) -> None:
-    """Sums of one or two halves of a group of rows: ``count`` steps of ``step`` of k, to ``out``. ``down``: rows from
-    the first row of one half to the first of the other."""
+    """Emit the sums of one or two halves of a group of rows: ``count`` times ``step`` steps of k, stored to ``out``.
+    ``down``: the distance in rows from the first half to the second."""
     x, x_stride, w, count, step, out, down, ahead = args
     cells = [(h, c) for h in range(halves) for c in range(2)]
 
@@ -80,7 +81,7 @@ def _make_group(halves: int, fetches: bool) -> Any:
 
 
 def emit_unpack(b: Any, args: Any) -> None:
-    """``count`` times eight of k: four bits each become bytes."""
+    """Emit the unpacking of ``count`` times eight steps of k: 4-bit codes become bytes."""
     w, count, out, ahead = args
     ints = ir.VectorType(_i32, LANES)
     mask, four = ir.Constant(ints, [0x0F0F0F0F] * LANES), ir.Constant(ints, [4] * LANES)
@@ -106,7 +107,7 @@ def _unpack(typingctx, w, count, out, ahead):
 
 
 def _make_close_row(bits: int) -> Any:
-    """``(sums, line, y, start, beside)``: what becomes of one row's sums."""
+    """Make ``close_row(sums, line, y, start, beside)``, which adds one row's int32 sums to its float32 result."""
     close, floats, ints = make_close(bits), ir.VectorType(_f32, LANES), ir.VectorType(_i32, LANES)
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -132,13 +133,13 @@ _one_unpacked, _two_unpacked = _make_group(1, False), _make_group(2, False)
 
 @inline
 def _step_of(group):
-    """Steps of k that a tile takes at once."""
+    """Return how many steps of k one instruction takes."""
     return 64 if group % 64 == 0 else 32
 
 
 @inline
 def _begin(args, config):
-    """As amx.py's, for rows of as many bytes as a step has. First the rows become int8."""
+    """Quantise the rows to int8, then configure the tiles as in amx.py, for rows of as many bytes as a step has."""
     take_rows(args, config)
     step = _step_of(load_i64(args, GROUP_ARGUMENT))
     for word in range(8):

@@ -1,11 +1,11 @@
-"""Store and attention over paged K/V for the host's cores, as one kernel.
+"""Stores K/V and computes attention over paged K/V on the host's cores, in one kernel.
 
-The kernel gets one address, of a record (arguments.py). Its threads first store this step's K and V between them, then
-share out the items of attention (items.py). An item is a tile of query rows (query x head of one kv head's group)
-against some tiles of keys, which lie at fixed positions. There are several ways to compute a tile, and for the same
-numbers each takes the same sums in the same order (sums.py): a row's result, bit for bit, depends on nothing but its
-query and its keys. It does not matter who else is in the batch, who shares its first blocks, how many of its tokens
-come at once, or how large blocks are.
+The kernel gets the address of a record (arguments.py). Its threads first divide the storing of this step's K and V
+among them, then the items of attention (items.py). An item is a tile of query rows (query x head of one kv head's
+group) and some tiles of keys, which begin at fixed positions. There are several ways to compute a tile, but on the same
+numbers they all compute the same sums in the same order (sums.py). So a row's result depends, bit for bit, on nothing
+but its query and its keys: not on the rest of the batch, on other requests with the same first blocks, on how many of
+its tokens come at once, or on the block size.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _make_store_and_attend(codes, pairs, amx):
             set_up_tiles(scratch)
         n, then = fetch_add(address + NEXT_ITEM, 1), int64(0)
         while n < num_units:
-            then = fetch_add(address + NEXT_ITEM, 1)  # taken early, so that its first keys can be called for
+            then = fetch_add(address + NEXT_ITEM, 1)  # taken early, so that its first keys can be prefetched
             item, head = as_item(args.items + ITEM_BYTES * (n // args.num_kv_heads)), n % args.num_kv_heads
             next_item, next_head = item, head
             if then < num_units:
@@ -72,17 +72,19 @@ def _make_store(codes):
     return store
 
 
-# For caches of floats, and for caches of codes (see rows.CODES): each is compiled when it is first used.
+# There is one kernel for caches of floats, and one for caches of codes (see rows.CODES). Each is compiled when it is
+# first used.
 store, store_codes = _make_store(None), _make_store(CODES)
 store_and_attend, store_and_attend_codes = (_make_store_and_attend(codes, None, None) for codes in (None, CODES))
-# The same for bfloat16 queries, by vdpbf16ps and by AMX's tiles. A None is pruned by numba where it compiles.
+# These are for bfloat16 queries, by vdpbf16ps and by AMX's tiles. numba removes the branches for None when it compiles.
 store_and_attend_dot, store_and_attend_dot_codes = (_make_store_and_attend(codes, 1, None) for codes in (None, CODES))
 store_and_attend_amx, store_and_attend_amx_codes = (_make_store_and_attend(codes, 1, 1) for codes in (None, CODES))
 
 
 @inline
 def _compute(args, item, head, scratch, next_item, next_head, codes, pairs, amx):
-    """All of an item's tiles: one after another into the rows' states, or, if others do the rest, each put aside."""
+    """Compute an item's tiles: one after another into the rows' states. If other threads compute other pieces of the
+    item, each tile's sums are kept separately instead."""
     state, out = scratch + args.at_rows, scratch + args.at_out
     if pairs is not None:
         take_pairs(args, item, head, scratch)

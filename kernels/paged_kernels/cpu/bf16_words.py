@@ -1,4 +1,5 @@
-"""Words for numba kernels that want AVX-512 BF16: what becomes bfloat16 needn't be computed to the last bit before."""
+"""Helpers for numba kernels that use AVX-512 BF16. Results that become bfloat16 are computed less exactly, and
+faster."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from paged_kernels.cpu.intrinsics import const, define, element_at, vector
 
 
 class BFloat:
-    """LLVM's bfloat, which llvmlite doesn't name: what a vector asks of its elements' type."""
+    """LLVM's bfloat, which llvmlite lacks: the part of it that a vector type needs."""
 
     def __str__(self) -> str:
         return "bfloat"
@@ -23,10 +24,12 @@ _i16, _i32 = ir.IntType(16), ir.IntType(32)
 _words, _floats, _halves = ir.VectorType(_i32, 16), ir.VectorType(ir.FloatType(), 16), ir.VectorType(_i16, 16)
 _bfloats = ir.VectorType(BFloat(), 16) if llvm.llvm_version_info >= (16,) else _halves
 
-# 2**f on [-0.5, 0.5], fitted for the least greatest relative error, 2.6e-6; bfloat16 rounds off up to 4e-3.
+# The coefficients of 2**f on [-0.5, 0.5]. They minimise the largest relative error, which is 2.6e-6; rounding to
+# bfloat16 costs up to 4e-3.
 _EXP2 = (0.99999926, 0.69312181, 0.24024745, 0.05591786, 0.0095701)
 _LOG2E = 1.4426950408889634
-_NEAREST, _EVERY, _DEFAULT = _i32(0), _i16(-1), _i32(4)  # what is rounded to, of all lanes, as the processor rounds
+# Constants for AVX-512 instructions: round to the nearest integer; all lanes; the processor's current rounding mode.
+_NEAREST, _EVERY, _DEFAULT = _i32(0), _i16(-1), _i32(4)
 _ANYTHING = ir.Constant(_floats, ir.Undefined)
 
 
@@ -44,7 +47,7 @@ def _fma(b: Any, x: Any, y: Any, z: Any) -> Any:
 
 
 def _exp2(b: Any, x: Any) -> Any:
-    f = _of_avx512(b, "mask.reduce.ps", x, _NEAREST, _ANYTHING, _EVERY, _DEFAULT)  # nought of infinity
+    f = _of_avx512(b, "mask.reduce.ps", x, _NEAREST, _ANYTHING, _EVERY, _DEFAULT)  # 0 for infinity
     total = const(_EXP2[-1])
     for c in reversed(_EXP2[:-1]):
         total = _fma(b, total, f, const(c))
@@ -57,13 +60,13 @@ def _rounded(b: Any, x: Any) -> Any:
 
 @define(vector, vector)
 def vexp2_for_bf16(b: Any, x: Any) -> Any:
-    """2**x to about 3e-6, for x <= 0, of which there may come denormal numbers; 0 for -inf, NaN for NaN."""
+    """Return 2**x to about 3e-6, for x <= 0 (the result may be denormal); 0 for -inf, NaN for NaN."""
     return _exp2(b, x)
 
 
 @define(vector, vector)
 def vsilu_for_bf16(b: Any, x: Any) -> Any:
-    """x / (1 + exp(-x)) to about 3e-6; NaN for NaN, and NaN for -inf as in torch."""
+    """Return x / (1 + exp(-x)) to about 3e-6; NaN for NaN, and NaN for -inf, as torch does."""
     power = b.fmul(x, const(-_LOG2E))
     top = const(126.0)
     power = b.select(b.fcmp_ordered("ogt", power, top), top, power)
@@ -75,13 +78,13 @@ def vsilu_for_bf16(b: Any, x: Any) -> Any:
 
 @define(types.void, types.int64, types.int64, vector)
 def vstore_as_bf16(b: Any, address: Any, index: Any, value: Any) -> None:
-    """Rounded by the processor's own instruction, which takes denormal numbers for zero."""
+    """Round by the processor's own instruction, which treats denormal numbers as zero, and store."""
     b.store(_rounded(b, value), element_at(b, address, index, _i16, _halves), align=2)
 
 
 @define(vector, vector)
 def vround_as_bf16(b: Any, value: Any) -> Any:
-    """The numbers that vstore_as_bf16 keeps."""
+    """Return the numbers that vstore_as_bf16 would store."""
     return b.bitcast(b.shl(b.zext(_rounded(b, value), _words), ir.Constant(_words, [16] * 16)), _floats)
 
 

@@ -1,7 +1,7 @@
-"""Words for numba kernels: int8 and float8 (e4m3) codes, one byte each, and the numbers they stand for.
+"""Helpers for numba kernels: int8 and float8 (e4m3) codes of one byte, and the numbers that they mean.
 
-A code is a number divided by the scale of its row, rounded half to even; what a row is, and where scales are kept,
-is not known here. e4m3 is decoded and encoded with integers, since few processors know it.
+A code is a number divided by the scale of its row, rounded half to even. This file does not know what a row is, nor
+where scales are kept. e4m3 is decoded and encoded with integer instructions, because few processors support it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from numba import types
 from paged_kernels.cpu.intrinsics import LANES, const, define, element_at, f32, i32, iconst, ivec, vec, vector
 from paged_kernels.cpu.vectors import _fold
 
-INT8, FP8 = 2, 3  # dtype codes beside vectors' F32 and BF16
+INT8, FP8 = 2, 3  # dtype codes, besides F32, BF16 and F16 in intrinsics.py
 
 _i8 = ir.IntType(8)
 _ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
-_LEAST = 2.0**-6  # e4m3's least normal number; steps of 2**-9 below it
+_LEAST = 2.0**-6  # e4m3's smallest normal number; smaller ones have steps of 2**-9
 
 
 class _Width(NamedTuple):
-    """One number, or a vector of them: its LLVM types and constants."""
+    """The LLVM types and constants for one number, or for a vector."""
 
     floats: Any
     ints: Any
@@ -44,7 +44,7 @@ def _store(builder: Any, address: Any, index: Any, code: Any, width: _Width) -> 
 
 
 def _bounded(builder: Any, y: Any, largest: float, width: _Width) -> Any:
-    """y between -largest and largest; 0 for NaN."""
+    """Limit y to -largest .. largest; NaN becomes 0."""
     low, high = width.number(-largest), width.number(largest)
     y = builder.select(builder.fcmp_unordered("uno", y, y), width.number(0.0), y)
     y = builder.select(builder.fcmp_ordered("olt", y, low), low, y)
@@ -61,7 +61,8 @@ def _to_int8(builder: Any, y: Any, width: _Width) -> Any:
 
 
 def _from_fp8(builder: Any, code: Any, width: _Width) -> Any:
-    """Exponent and mantissa are moved to where float32 has them; below the least normal, a leading one is lent."""
+    """Move exponent and mantissa to their places in a float32. Numbers below the smallest normal one get a leading one,
+    which is subtracted again."""
     n, code = width.integer, builder.zext(code, width.ints)
     size = builder.and_(code, n(0x7F))
     shifted = builder.shl(size, n(20))
@@ -80,7 +81,7 @@ def _to_fp8(builder: Any, y: Any, width: _Width) -> Any:
     odd = builder.and_(builder.lshr(size, n(20)), n(1))
     rounded = builder.lshr(builder.add(size, builder.add(odd, n(0x7FFFF))), n(20))
     normal = builder.sub(rounded, n(120 << 3))
-    lifted = builder.fadd(builder.bitcast(size, width.floats), width.number(2.0**14))  # whose last bit is 2**-9
+    lifted = builder.fadd(builder.bitcast(size, width.floats), width.number(2.0**14))  # its last bit is 2**-9
     small = builder.sub(builder.bitcast(lifted, width.ints), n(141 << 23))
     code = builder.select(builder.icmp_unsigned("<", size, n(121 << 23)), small, normal)
     return builder.or_(code, builder.lshr(builder.and_(bits, n(-0x80000000)), n(24)))
@@ -132,13 +133,13 @@ def _larger(builder: Any, a: Any, b: Any) -> Any:
 
 @define(vector, vector, vector)
 def vlarger(builder: Any, a: Any, b: Any) -> Any:
-    """Lane by lane the magnitude of b, or ``a`` if that is larger; a NaN is larger than any number."""
+    """Return in each lane the magnitude of b, or ``a`` if that is larger. NaN is larger than any number."""
     size = builder.and_(builder.bitcast(b, ivec), iconst(0x7FFFFFFF))
     return builder.bitcast(_larger(builder, builder.bitcast(a, ivec), size), vec)
 
 
 @define(types.float32, vector)
 def hlargest(builder: Any, a: Any) -> Any:
-    """The largest lane of magnitudes; a NaN if there is one."""
+    """Return the largest lane of magnitudes, or NaN if there is one."""
     bits = _fold(builder, builder.bitcast(a, ivec), lambda x, y: _larger(builder, x, y))
     return builder.bitcast(bits, f32)

@@ -1,8 +1,8 @@
-"""Products of bfloat16 by AVX-512's ``vdpbf16ps``: two products and two additions in each lane of a float32 sum.
+"""bfloat16 products by AVX-512's ``vdpbf16ps``: two products and two additions in each lane of a float32 sum.
 
-Weights lie as pairs that follow each other in K; x is bfloat16, and one of its pairs is spread over a vector. Each sum
-runs over pairs of k in order, stretch by stretch, the bias first. The instruction takes denormal numbers, its sums
-among them, for zero, whatever the processor's modes say.
+Weights are packed as pairs of neighbours in K. x is bfloat16, and one of its pairs is copied to all lanes of a vector.
+Each sum starts from the bias and runs over the pairs of k in order, stretch by stretch. The instruction treats denormal
+numbers as zero, in its sums too, whatever the processor's modes are.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from paged_kernels.cpu.parallel import kernel
 from paged_kernels.cpu.passes import KStep, emit_splat, make_passes
 from paged_kernels.cpu.product import Product, make_compute, scratch_bytes
 
-LANES = 16  # of the instruction, whatever the width of other kernels' vectors
+LANES = 16  # of this instruction, whatever the vector width of other kernels
 ROWS = 8
-STRETCH = 96  # pairs
+STRETCH = 96  # pairs that all rows use before the next
 
 
 _i32 = ir.IntType(32)
 _sums, _ints = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_i32, LANES)
-_pairs = ir.VectorType(BFloat(), 2 * LANES) if llvm.llvm_version_info >= (16,) else _ints  # what the intrinsic takes
+# the type of the intrinsic's operands
+_pairs = ir.VectorType(BFloat(), 2 * LANES) if llvm.llvm_version_info >= (16,) else _ints
 
 
 def _load(b: Any, pointer: Any) -> list[Any]:

@@ -1,8 +1,8 @@
-"""Products of integers in vectors: by ``vpdpbusd`` where there is one, else by products of 16 bits, as every host has.
+"""Integer products with vectors: by ``vpdpbusd`` where the host has it, else by 16-bit products, which every host has.
 
 ``vpdpbusd`` (AVX-512 VNNI, AVX-VNNI) adds four products of bytes, unsigned weights and signed x, to each lane of an
-int32 sum. The other way widens bytes to 16 bits first: two products and an addition for each lane, ``vpmaddwd`` on
-x86-64.
+int32 sum. The other way first widens bytes to 16 bits, then makes two products and an addition per lane (``vpmaddwd``
+on x86-64).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from paged_kernels.cpu.product import make_compute
 VECTORS = 2
 
 _i8, _i16, _i32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
-_BYTES = llvm.llvm_version_info >= (22,)  # what vpdpbusd's operands are to LLVM; before, int32
+_BYTES = llvm.llvm_version_info >= (22,)  # LLVM's type of vpdpbusd's operands; before, it was int32
 
 
 def _load_words(bits: int, lanes: int) -> Any:
-    """Four codes in each lane, for each word of x."""
+    """Make a function that loads, for each word of x, four codes into each lane."""
     ints = ir.VectorType(_i32, lanes)
 
     def load(b: Any, pointer: Any) -> list[Any]:
@@ -67,7 +67,7 @@ def _dot(lanes: int) -> Any:
 
 
 def _halves(b: Any, words: Any, signed: bool) -> tuple[Any, Any]:
-    """Bytes of even and of odd numbers as 16 bits each."""
+    """Return the even bytes and the odd bytes, as 16-bit numbers."""
     kind = ir.VectorType(_i16, 2 * words.type.count)
     shorts, eight = b.bitcast(words, kind), ir.Constant(kind, [8] * kind.count)
     if signed:
@@ -76,7 +76,7 @@ def _halves(b: Any, words: Any, signed: bool) -> tuple[Any, Any]:
 
 
 def _pairs(b: Any, x: Any, y: Any) -> Any:
-    """Products of 16 bits, two neighbours added in 32."""
+    """Return 16-bit products, of which two neighbours are added in 32 bits."""
     count = x.type.count
     wide, none = ir.VectorType(_i32, count), ir.Constant(ir.VectorType(_i32, count), ir.Undefined)
     products = b.mul(b.sext(x, wide), b.sext(y, wide))
@@ -91,7 +91,8 @@ def _add_widened(b: Any, x: Any, weights: Any, sums: Any) -> Any:
 
 
 def make_step(bits: int, by_dot: bool, lanes: int = LANES) -> KStep:
-    """Sixteen lanes have 32 registers and meet 8 rows at once; eight have 16, for 4 rows, or for 2 that are widened."""
+    """Sixteen lanes mean 32 registers, for 8 rows at once. Eight lanes mean 16 registers, for 4 rows, or for 2 with
+    widened bytes."""
     rows = 8 if lanes == 16 else 4
     add = _dot(lanes) if by_dot else _add_widened
     return KStep(
@@ -102,7 +103,7 @@ def make_step(bits: int, by_dot: bool, lanes: int = LANES) -> KStep:
 
 def _make_multiply(step: KStep) -> Any:
     passes, sweeps, width = make_passes(step), step.sweeps, 4 * step.vectors * step.lanes
-    depth = 4 * step.words  # steps of k
+    depth = 4 * step.words  # steps of k in one KStep
 
     @inline
     def multiply(x, x_stride, w, group, num_rows, y, y_stride, start, start_stride, beside, args, scratch):

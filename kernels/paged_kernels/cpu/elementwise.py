@@ -1,7 +1,7 @@
 """Launchers of the small operations between products: norms, rotary, argmax.
 
-They take and give torch tensors of float32 or bfloat16 and have the signatures of ``paged_kernels.reference``; what the
-kernels can't take (other dtypes, rows shorter than a vector) goes to the reference.
+They take and return torch tensors of float32 or bfloat16, and have the signatures of ``paged_kernels.reference``. What
+the kernels can't take (other dtypes, rows shorter than a vector) is computed by the reference.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from paged_kernels.cpu.intrinsics import BF16, F32, LANES
 from paged_kernels.cpu.recording import ArgumentLayout, spoil_recording
 
 _CODES = {torch.float32: F32, torch.bfloat16: BF16}
-_ALONE_BYTES = 1 << 16  # less work than this is not worth waking another thread
+_ALONE_BYTES = 1 << 16  # for less work than this, waking another thread costs more than it saves
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-    """``x [..., N], weight [N] -> [..., N]``: x / rms(x) in x's dtype, times weight, as Llama does it; into ``out``
-    (contiguous), if that is given."""
+    """Return ``x [..., N], weight [N] -> [..., N]``: x / rms(x) in x's dtype, times weight, as Llama does. The result
+    goes to ``out`` (contiguous), if given."""
     rows = _rows(x)
     if not _fits(rows, weight):
         spoil_recording()
@@ -40,8 +40,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate ``q [T,H,D], k [T,K,D]`` in place by ``cos, sin [T,rotary_dim]``: first half with second half, as Llama
-    does it. Dimensions past rotary_dim stay as they are."""
+    """Rotate ``q [T,H,D], k [T,K,D]`` in place by ``cos, sin [T,rotary_dim]``: the first half with the second half, as
+    Llama does. Dimensions past rotary_dim stay as they are."""
     plain = q.dtype in _CODES and q.dtype == k.dtype == cos.dtype == sin.dtype
     if not (plain and q.stride(-1) == k.stride(-1) == 1 and cos.is_contiguous() and sin.is_contiguous()):
         spoil_recording()
@@ -51,9 +51,9 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """``logits [S,V] -> (index i64 [S], maximum f32 [S])``. Of equal maxima the first.
+    """Return ``logits [S,V] -> (index i64 [S], maximum f32 [S])``: the first of equal maxima.
 
-    A row that holds a NaN has NaN for its maximum and the first NaN's place for its index.
+    A row with a NaN has NaN as its maximum, and the first NaN's index.
     """
     if not _fits(logits):
         return reference.argmax_rows(logits)
@@ -64,7 +64,7 @@ def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
-    """Compile, or load from disk, every kernel of this file. ``progress(what, done, total)``."""
+    """Compile, or load from disk, every kernel of this file. Calls ``progress(what, done, total)``."""
     todo = (rms_norm_kernel, rotary_kernel, argmax_rows_kernel)
     for done, each in enumerate(todo):
         if progress is not None:
@@ -75,7 +75,7 @@ def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
 
 
 class _Arguments(threading.local):
-    """A launch's arguments; each thread has its own."""
+    """A launch's arguments. Each thread has its own."""
 
     def __init__(self) -> None:
         self.buffer = torch.zeros(24, dtype=torch.int64)
@@ -97,7 +97,7 @@ def _run(
     eps: float = 0.0,
     heads: tuple[int, int, int, int] | None = None,
 ) -> None:
-    """Launch over ``rows [rows, width]``, a few rows at a time."""
+    """Launch ``kernel`` over ``rows [rows, width]``, a few rows at a time."""
     num_rows, width = rows.shape
     if num_rows == 0:
         return
@@ -114,13 +114,14 @@ def _run(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """``[..., N]`` as ``[rows, N]``, each row's numbers side by side."""
+    """View ``[..., N]`` as ``[rows, N]``, with each row contiguous."""
     x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _fits(rows: Tensor, *others: Tensor) -> bool:
-    """Whether the kernels can take these: of one known dtype, on the CPU, rows of a vector at least."""
+    """Return whether the kernels can take these: of one supported dtype, on the CPU, rows at least as long as a
+    vector."""
     dtype = rows.dtype
     if dtype not in _CODES or rows.device.type != "cpu" or rows.shape[-1] < LANES or rows.stride(-1) != 1:
         return False

@@ -1,6 +1,6 @@
 """The kernels of elementwise.py: norms, rotary, argmax. Each reads its input once.
 
-They round where stock modules round: a bfloat16 result of an inner step is rounded before the next.
+They round where stock modules round: a bfloat16 result of an intermediate step is rounded before the next.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from paged_kernels.cpu.memory import (
 from paged_kernels.cpu.parallel import kernel
 from paged_kernels.cpu.vectors import hmax, hsum, vadd, vfirst, vfma, vkeep_nan, vmax, vmul, vsplat, vsub
 
-_SPAN = 1024  # logits between two looks at the running maximum
+_SPAN = 1024  # logits between two comparisons with the running maximum
 
-# Arguments: the first is the rows' counter, alone in its cache line.
+# The indices of arguments. The first is the rows' counter, which has its own cache line.
 NEXT = 0
 NUM_ROWS, NUM_THREADS, WIDTH, DTYPE = range(8, 12)
-A, A_ROW, B, B_ROW, C, D, E, E_ROW = range(12, 20)  # addresses, and elements from row to row
+A, A_ROW, B, B_ROW, C, D, E, E_ROW = range(12, 20)  # addresses, and strides of rows in elements
 EPS = 20  # float32
 NUM_HEADS, A_HEAD, NUM_KV_HEADS, B_HEAD = range(20, 24)
 LAYOUT = struct.Struct("24q")
@@ -72,19 +72,20 @@ def _rounded(x, dtype):
 
 @inline
 def _rows_at_once(args):
-    """How many rows a thread takes at once."""
+    """Return how many rows a thread takes at once."""
     return -(-load_i64(args, NUM_ROWS) // (4 * load_i64(args, NUM_THREADS)))
 
 
 @inline
 def _last(i, width):
-    """The last vector of a row ends with the row: some numbers are computed twice instead of one by one."""
+    """Return where the vector at i must begin, so that a row's last vector ends with the row. Some numbers are then
+    computed twice."""
     return min(i, width - LANES)
 
 
 @inline
 def _norm(x, y, weight, width, eps, dtype):
-    """One row: y = round(x / rms(x)) * weight."""
+    """Compute one row: y = round(x / rms(x)) * weight."""
     s0, s1 = vsplat(float32(0.0)), vsplat(float32(0.0))
     whole = width // (2 * LANES) * (2 * LANES)
     for i in range(0, whole, 2 * LANES):
@@ -103,7 +104,7 @@ def _norm(x, y, weight, width, eps, dtype):
 
 @kernel
 def rms_norm_kernel(args):
-    """A -> B, weight C."""
+    """Norm the rows of A into B, with weight C."""
     width, dtype, num_rows = load_i64(args, WIDTH), load_i64(args, DTYPE), load_i64(args, NUM_ROWS)
     grab = _rows_at_once(args)
     size = 4 if dtype == F32 else 2
@@ -119,7 +120,7 @@ def rms_norm_kernel(args):
 
 @inline
 def _turn(x, cos, sin, half, dtype):
-    """One head: each number of the first half with its partner in the second."""
+    """Rotate one head: each number of the first half with its partner in the second half."""
     whole = half // LANES * LANES
     for i in range(0, whole, LANES):
         a, b = _get(x, i, dtype), _get(x, half + i, dtype)
@@ -140,7 +141,7 @@ def _turn(x, cos, sin, half, dtype):
 
 @kernel
 def rotary_kernel(args):
-    """A (q) and B (k) in place, by cos D and sin E; WIDTH is the rotary dim."""
+    """Rotate A (q) and B (k) in place, by cos D and sin E. WIDTH is the rotary dim."""
     half, dtype, num_rows = load_i64(args, WIDTH) // 2, load_i64(args, DTYPE), load_i64(args, NUM_ROWS)
     grab = _rows_at_once(args)
     size = 4 if dtype == F32 else 2
@@ -161,7 +162,7 @@ def rotary_kernel(args):
 
 @kernel
 def argmax_rows_kernel(args):
-    """A -> indices B, maxima C."""
+    """Write the indices of A's rows to B, their maxima to C."""
     width, dtype, num_rows = load_i64(args, WIDTH), load_i64(args, DTYPE), load_i64(args, NUM_ROWS)
     size = 4 if dtype == F32 else 2
     lowest = vsplat(float32(-math.inf))

@@ -1,4 +1,4 @@
-"""Words for numba kernels: powers of two and the hyperbolic tangent, of vectors."""
+"""Helpers for numba kernels: powers of two and the hyperbolic tangent of vectors."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from paged_kernels.cpu.intrinsics import LANES, call_llvm, const, define, iconst, inline, ivec, vec, vector
 from paged_kernels.cpu.vectors import vadd, vdiv, vmax, vmul, vselect_less, vsplat, vsub
 
-# 2**f = 1 + f * p(f) on [-0.5, 0.5] and tanh(x) = x + x * z * p(z), z = x * x, on [-0.65, 0.65]: fitted for the least
-# greatest relative error, 2e-9 and 6e-9.
+# 2**f = 1 + f * p(f) on [-0.5, 0.5], and tanh(x) = x + x * z * p(z) with z = x * x on [-0.65, 0.65]. The coefficients
+# minimise the largest relative error, which is 2e-9 and 6e-9.
 _EXP2 = (0.6931471824645996, 0.24022647738456726, 0.055503323674201965, 0.00961843691766262, 0.0013398875016719103,
          0.00015353361959569156)  # fmt: skip
 _TANH = (-0.3333326280117035, 0.1333089917898178, -0.05369296669960022, 0.020483311265707016, -0.005528628826141357)
@@ -24,7 +24,7 @@ def _polynomial(builder: Any, x: Any, coefficients: tuple[float, ...]) -> Any:
 
 @define(vector, vector)
 def vexp2(builder: Any, x: Any) -> Any:
-    """2**x to about one unit in the last place, for x <= 127; 0 below -126 (so for -inf); NaN for NaN."""
+    """Return 2**x to about one unit in the last place, for x <= 127; 0 below -126 (so for -inf); NaN for NaN."""
     too_small = builder.fcmp_ordered("olt", x, const(-126.0))
     x = builder.select(too_small, const(-126.0), x)
     shifted = builder.fadd(x, const(_ROUND))
@@ -37,7 +37,7 @@ def vexp2(builder: Any, x: Any) -> Any:
 
 @define(vector, vector)
 def vtanh_near(builder: Any, x: Any) -> Any:
-    """tanh(x) for -0.65 <= x <= 0.65."""
+    """Return tanh(x) for -0.65 <= x <= 0.65."""
     z = builder.fmul(x, x)
     xz = builder.fmul(x, z)
     return call_llvm(builder, f"llvm.fma.v{LANES}f32", xz, _polynomial(builder, z, _TANH), x)
@@ -45,7 +45,7 @@ def vtanh_near(builder: Any, x: Any) -> Any:
 
 @inline
 def vtanh(x):
-    """tanh(x) to a few units in the last place; NaN for NaN."""
+    """Return tanh(x) to a few units in the last place; NaN for NaN."""
     one = vsplat(1.0)
     size = vmax(x, vsub(vsplat(0.0), x))
     power = vexp2(vmul(vselect_less(vsplat(20.0), size, vsplat(20.0), size), vsplat(-2.885390081777927)))

@@ -1,4 +1,5 @@
-"""A tile of keys for few query rows, in float32: vectors run along the head dim, so each key is read where it lies."""
+"""A tile of keys for few query rows, in float32. Vectors run along the head dim, so that keys are read where they
+are."""
 
 from __future__ import annotations
 
@@ -27,12 +28,12 @@ from paged_kernels.cpu.sums import (
 )
 from paged_kernels.cpu.vectors import hmax, hsum, vadd, vmax, vmul, vsplat, vsub
 
-FEW = LANES // 2  # rows; from there on, vectors along the rows are faster
-WIDEST = 4 if REGISTERS == 32 else 2  # vectors side by side in a register tile
+FEW = LANES // 2  # rows; with more, vectors along the rows are faster
+WIDEST = 4 if REGISTERS == 32 else 2  # vectors side by side in registers
 
 
 def _make_mix_of(columns):
-    """``mix`` of one to four rows, by ``height``."""
+    """Make ``mix`` for one to four rows, chosen by ``height``."""
     one, two, three, four = (make_mix(rows, columns) for rows in (1, 2, 3, 4))
 
     @inline
@@ -54,7 +55,7 @@ _mix_of_4, _mix_of_2, _mix_of_1 = _make_mix_of(4), _make_mix_of(2), _make_mix_of
 
 @inline
 def take_few(args, item, head, queries):
-    """The rows' queries, scaled, padded with zeros."""
+    """Copy the rows' queries, scaled and padded with zeros."""
     dim, width = args.head_dim, padded(args.head_dim)
     scale = vsplat(args.scale * float32(LOG2E))
     for row in range(item.num_rows):
@@ -67,7 +68,7 @@ def take_few(args, item, head, queries):
 @inline
 def tile_of_few(args, item, head, tile, lead, count, key_rows, value_rows, queries, scores, state, out, ahead,
                 ahead_head, ahead_start, ahead_stop, codes):  # fmt: skip
-    """Keys number lead..count of a tile into the rows' states. Keys that are needed next are fetched meanwhile."""
+    """Take keys lead..count of a tile into the rows' states. Meanwhile the keys that are needed next are prefetched."""
     width, value_width = padded(args.head_dim), padded(args.value_dim)
     begun = lead // LANES * LANES
     for row in range(item.num_rows):
@@ -104,7 +105,7 @@ def tile_of_few(args, item, head, tile, lead, count, key_rows, value_rows, queri
 
 @inline
 def mix(height, p, p_row, p_key, rows, out, width, kept, taken, count):
-    """out[height, width] = out * kept + taken * (p @ rows), in register tiles."""
+    """Compute out[height, width] = out * kept + taken * (p @ rows), a few registers' columns at a time."""
     at = 0
     while at < width:
         left = (width - at) // LANES

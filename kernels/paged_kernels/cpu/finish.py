@@ -1,5 +1,5 @@
-"""From sums in float32 to a product's result: rounded, gated, added to a residual. Words that the processor has for
-bfloat16 are taken where the product is by such an instruction, too."""
+"""Turns float32 sums into a product's result: rounded, gated, or added to a residual. Products that use the processor's
+bfloat16 instructions also use its instructions for this."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from paged_kernels.cpu.vectors import vadd, vdiv, vmul, vselect_less, vsplat
 
 @inline
 def _silu(gate):
-    """x / (1 + exp(-x)) to a few units in the last place."""
+    """Return x / (1 + exp(-x)) to a few units in the last place."""
     power, top = vmul(gate, vsplat(-1.4426950408889634)), vsplat(126.0)
     return vdiv(gate, vadd(vsplat(1.0), vexp2(vselect_less(power, top, power, top))))
 
 
 class Words(NamedTuple):
-    """What a vector of sums is finished with."""
+    """The functions that finish a vector of sums."""
 
-    store: Any  # (address, index, vector): as bfloat16
-    round: Any  # vector -> vector: the numbers that bfloat16 keeps
+    store: Any  # (address, index, vector): stores the vector as bfloat16
+    round: Any  # vector -> vector of the numbers that bfloat16 would keep
     silu: Any  # vector -> vector
 
 
@@ -44,7 +44,7 @@ def make_write_out(columns: int, words: Words) -> Any:
 
     @inline
     def write_out(sums, num_rows, num_columns, y, y_stride, out_bf16):
-        """Sums [num_rows, columns of 2 * columns] to y, in its dtype, as many columns as there are."""
+        """Write sums [num_rows, num_columns], whose rows have 2 * columns floats, to y in its dtype."""
         for row in range(num_rows):
             column = 0
             while column + LANES <= num_columns:
@@ -70,7 +70,8 @@ def make_add_rounded(columns: int, words: Words) -> Any:
 
     @inline
     def add_rounded(sums, num_rows, num_columns, residual, y, y_stride):
-        """Sums, rounded to bfloat16, and the residual, which lies as y does; to y. As two modules would round."""
+        """Write sums, rounded to bfloat16, plus the residual, which has y's strides, to y. Two modules would round in
+        the same places."""
         for row in range(num_rows):
             at, column = row * y_stride, 0
             while column + LANES <= num_columns:
@@ -90,7 +91,7 @@ def make_gate(columns: int, words: Words) -> Any:
 
     @inline
     def gate_in_place(sums, num_rows):
-        """Each row of sums holds ``columns`` of gate, then of up: silu(gate) * up goes where gate was."""
+        """Each row of sums holds ``columns`` of gate, then of up. Write silu(gate) * up over gate."""
         for row in range(num_rows):
             for column in range(0, columns, LANES):
                 at = row * 2 * columns + column

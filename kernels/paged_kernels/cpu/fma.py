@@ -1,6 +1,6 @@
-"""Products by float32's fused multiply-add: float32 weights, and bfloat16 weights widened on the way.
+"""Products by float32's fused multiply-add, for float32 weights, and for bfloat16 weights that are widened first.
 
-Every host has it. Each sum runs over k in order, stretch by stretch, the bias first.
+Every host has this instruction. Each sum starts from the bias and runs over k in order, stretch by stretch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from paged_kernels.cpu.passes import KStep, emit_splat, make_passes
 from paged_kernels.cpu.product import Product, make_compute, scratch_bytes
 
 ROWS = 8 if LANES == 16 else 4
-STRETCH = 192  # steps of k whose weights are met by all rows before the next are read; they stay in the nearest cache
+STRETCH = 192  # steps of k that all rows use before the next are read; their weights stay in the nearest cache
 
 _f32, _i16, _i32 = ir.FloatType(), ir.IntType(16), ir.IntType(32)
 _vector, _ints, _shorts = (ir.VectorType(kind, LANES) for kind in (_f32, _i32, _i16))
@@ -60,7 +60,7 @@ def _tile_f32(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, a
 
 @inline
 def _tile_bf16(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, args, scratch):
-    """As _tile_f32. When many rows will read a stretch, it is widened to float32 once, into scratch memory."""
+    """Do the same as _tile_f32. If many rows use a stretch, it is widened to float32 once, into scratch memory."""
     start, start_stride = bias, bias_stride
     for k in range(0, depth, STRETCH):
         count = min(STRETCH, depth - k)

@@ -1,6 +1,6 @@
-"""Weights that were integers times scales before somebody multiplied them: the integers, found again in the numbers.
+"""Finds the integers and scales from which float weights were once computed.
 
-What is found stands for the weights to the last bit, or nothing is found.
+The integers found mean the same weights to the last bit; otherwise nothing is found.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from torch import Tensor
 
 from paged_kernels.cpu.integers import ZERO, Integers, or_one, quantize
 
-_GROUP = 32  # of GGUF's
+_GROUP = 32  # of GGUF's formats
 _HEAD = 8
 
 
 def integers_of(weight: Tensor, kind: str) -> Integers:
-    """``weight [N, K]`` as integers: those that it was made of, if they can be told, else as ``quantize`` makes them.
+    """Return ``weight [N, K]`` as integers: those from which it was computed, if they can be found, else those of
+    ``quantize``.
 
-    A head (a weight with _HEAD times as many rows as columns) keeps eight bits: of all, its errors cost tokens most."""
+    An output layer (a weight with _HEAD times as many rows as columns) keeps eight bits, because its errors change
+    tokens most."""
     if kind == "int4" and len(weight) > _HEAD * weight.shape[1]:
         kind = "int8"
     for bits, minima in ((8, False), (4, False), (4, True)):
@@ -33,11 +35,12 @@ def integers_of(weight: Tensor, kind: str) -> Integers:
 
 
 def _found(weight: Tensor, bits: int, minima: bool) -> Integers | None:
-    """The integers of a weight whose groups of 32 lie on grids, as GGUF's Q8_0, Q4_0 and Q4_1 make them: the largest
-    number of a group is the grid's last. None if one number isn't on it, to the last bit."""
+    """Return the integers of a weight whose groups of 32 are as GGUF's Q8_0, Q4_0 and Q4_1 make them: multiples of a
+    scale, of which the largest in a group is the last possible one. None if any number is not such a multiple, to the
+    last bit."""
     if weight.shape[1] % _GROUP:
         return None
-    for rows in (weight[:2], weight):  # two rows tell it for most
+    for rows in (weight[:2], weight):  # two rows suffice to refuse most weights
         found = _on_grid(rows.float(), bits, minima)
         if found is None:
             return None
@@ -66,9 +69,10 @@ def _on_grid(weight: Tensor, bits: int, minima: bool) -> Integers | None:
 
 
 def of_known_scales(weight: Tensor, scales: Tensor, group: int) -> Integers | None:
-    """``weight [N, K]`` of any float dtype as ``scales [N, S]`` times integers, of four bits where these suffice.
+    """Return ``weight [N, K]`` of any float dtype as ``scales [N, S]`` times integers, of four bits if these suffice.
 
-    None: a weight isn't such a product as its dtype rounds it, or the integers of a group lie too far apart.
+    Returns None if a weight is not such a product, rounded to its dtype, or if the integers of a group are too far
+    apart.
     """
     depth = weight.shape[1]
     if scales.shape != (len(weight), -(-depth // group)) or depth % group or not bool(scales.isfinite().all()):
@@ -95,15 +99,16 @@ def _of_four_bits(multiples: Tensor, low: Tensor, high: Tensor, scales: Tensor, 
 
 
 def of_products(weight: Tensor) -> Integers | None:
-    """Float32 ``weight [N, K]`` whose groups of 32 are ``scale * code - minimum`` with codes of four bits, as GGUF's
-    Q4_K makes them: scale and minimum are a number of float16 times one of six bits, so that either has 17 bits.
+    """Return the integers of a float32 ``weight [N, K]`` whose groups of 32 are ``scale * code - minimum`` with 4-bit
+    codes, as GGUF's Q4_K makes them: scale and minimum are a float16 number times a 6-bit one, so that each has 17
+    bits.
 
-    None: one group isn't so.
+    Returns None if any group is not so.
     """
     if weight.dtype is not torch.float32 or weight.shape[1] % _GROUP:
         return None
     groups = weight.detach().reshape(-1, _GROUP)
-    few = 2 * weight.shape[1] // _GROUP  # two rows tell it for most
+    few = 2 * weight.shape[1] // _GROUP  # two rows suffice to refuse most weights
     found = None if _of_spans(groups[:few]) is None else _of_spans(groups)
     if found is None:
         return None
@@ -113,8 +118,8 @@ def of_products(weight: Tensor) -> Integers | None:
 
 
 def _of_spans(groups: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """``[G, 32]`` -> codes uint8 ``[G, 32]``, scales and minima ``[G, 1]``: the least and the largest number of a group
-    are taken for 15 steps apart, those that it doesn't fit for 14, and so on."""
+    """Map groups ``[G, 32]`` -> codes uint8 ``[G, 32]``, scales and minima ``[G, 1]``. The smallest and the largest
+    number of a group are assumed to be 15 steps apart; where that doesn't fit, 14, and so on."""
     codes = torch.zeros(groups.shape, dtype=torch.uint8, device="cpu")
     scales, minima = torch.ones(len(groups), 1, device="cpu"), groups[:, :1].clone()
     left = (groups != minima).any(1).nonzero()[:, 0]
@@ -135,13 +140,13 @@ def _of_spans(groups: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 def _of_17_bits(x: Tensor) -> Tensor:
-    """The nearest float32 whose last seven bits are nought."""
+    """Return the nearest float32 whose last seven bits are zero."""
     return (x.view(torch.int32) + 0x40 & ~0x7F).view(torch.float32)
 
 
 def in_one_layout(weights: Sequence[Integers]) -> list[Integers] | None:
-    """The same weights, such that they can be packed together. None: some have eight bits and some four, some are
-    rotated and some not, or their rows are not of one length."""
+    """Return the same weights in a form that can be packed together. None if some have eight bits and some four, some
+    are rotated and some not, or their rows differ in length."""
     if len({weight.layout for weight in weights}) == 1:
         return list(weights)
     if len({(weight.depth, weight.bits, weight.rotated_from) for weight in weights}) > 1:
@@ -152,7 +157,7 @@ def in_one_layout(weights: Sequence[Integers]) -> list[Integers] | None:
 
 
 def _laid_anew(weight: Integers, group: int, with_minima: bool) -> Integers:
-    """In finer groups, with scales of float32."""
+    """Return the weight with smaller groups, and scales in float32."""
     parts, each = -(-weight.codes.shape[1] // group), weight.group // group
     scales = weight.scales.float()
     minima = weight.minima.float() if weight.minima is not None else -ZERO[weight.bits] * scales

@@ -1,4 +1,4 @@
-"""What the host's processor can do, and which product is taken for it: the one place where that is decided."""
+"""What the host's processor can do, and which product it should use. This is decided here only."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from paged_kernels.cpu.intrinsics import LANES
 from paged_kernels.cpu.product import Product
 
 BF16 = (amx.AMX, dot_bf16.DOT, fma.WIDENED)
-"""Products of bfloat16, in the order in which they are asked for."""
+"""Products of bfloat16, in order of preference."""
 
 INTEGERS = (amx_int8.AMX, dot_int8.DOT, dot_int8.WIDENED)
-"""Products of integers, likewise. They give the same bits."""
+"""Products of integers, in order of preference. All give the same bits."""
 
 _OF = {torch.float32: (fma.FLOAT32,), torch.bfloat16: BF16}
 
-# By bits of the weights: so many rows are multiplied by vectors, where there are tiles too. A tile costs as much for
-# one row as for 16, and four bits must be unpacked into memory for it.
+# By bits of the weights: up to so many rows, vectors are used where the host has tiles too. A tile takes as long for
+# one row as for 16, and 4-bit weights must be unpacked into memory for it.
 FEW_ROWS = {8: 4, 4: 8}
 
-# Processors that spend two cycles on vdpbf16ps and half a cycle on a float32 multiply-add: bfloat16 is faster widened.
+# On these processors vdpbf16ps takes two cycles, and a float32 multiply-add half a cycle: widened bfloat16 is faster.
 _SLOW_DOT = frozenset({"sapphirerapids", "emeraldrapids", "graniterapids", "graniterapids-d"})
 
-_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18  # of Linux on x86-64
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18  # system call and constants of Linux on x86-64
 
 
 def choose(dtype: torch.dtype, wanted: Product | None = None) -> Product:
-    """The product that this host takes for weights of ``dtype``, for all numbers of rows: two products don't add in
-    the same order, and a row's result must not depend on how many come with it.
+    """Return the product that this host uses for weights of ``dtype``, for all numbers of rows. It is a single one,
+    because two products don't add in the same order, and a row's result must not depend on how many rows come with it.
 
     Raises:
         ValueError: ``wanted`` is for another dtype, or can't run here.
@@ -49,14 +49,14 @@ def choose(dtype: torch.dtype, wanted: Product | None = None) -> Product:
 
 @cache
 def choose_attention() -> str:
-    """How this host computes attention of bfloat16 queries over bfloat16, int8 or float8 K/V: "amx", "dot", or "float"
-    (widened, as all other dtypes are)."""
+    """Return how this host computes attention of bfloat16 queries over bfloat16, int8 or float8 K/V: "amx", "dot", or
+    "float" (widened, as for all other dtypes)."""
     return {amx.AMX: "amx", dot_bf16.DOT: "dot"}.get(choose(torch.bfloat16), "float")
 
 
 def choose_integers(bits: int, wanted: IntegerProduct | None = None) -> tuple[IntegerProduct, IntegerProduct, int]:
-    """The products of integers that this host takes for weights of so many bits: for few rows, for more; and how many
-    are few. Both give the same bits.
+    """Return the integer products that this host uses for weights of so many bits: for few rows, for more rows, and how
+    many are few. Both give the same bits.
 
     Raises:
         ValueError: ``wanted`` can't run here.
@@ -70,7 +70,7 @@ def choose_integers(bits: int, wanted: IntegerProduct | None = None) -> tuple[In
 
 
 def can_run(product: Product | IntegerProduct) -> bool:
-    """Whether this host has the product's instructions, and may use them."""
+    """Return whether this host has the product's instructions, and may use them."""
     if product is amx.AMX:
         return has("amx-tile", "amx-bf16") and _tiles_are_permitted()
     if product is amx_int8.AMX:
@@ -81,20 +81,22 @@ def can_run(product: Product | IntegerProduct) -> bool:
 
 
 def has(*features: str) -> bool:
-    """Whether the processor has all of these, as LLVM names them, and the operating system saves their registers."""
+    """Return whether the processor has all of these features, in LLVM's names, and the operating system saves their
+    registers."""
     found = llvm.get_host_cpu_features()
     return all(found.get(feature) for feature in features)
 
 
 def _is_slow(product: Product) -> bool:
-    by_name = llvm.get_host_cpu_name() in _SLOW_DOT  # where the tiles are hidden; an older LLVM doesn't know the name
+    # By name, where the tiles are hidden; but an older LLVM doesn't know the name.
+    by_name = llvm.get_host_cpu_name() in _SLOW_DOT
     return product is dot_bf16.DOT and (by_name or has("amx-tile"))
 
 
 @cache
 def _tiles_are_permitted() -> bool:
-    """Ask Linux, once a process, for the right to use AMX's tiles: they make a thread's saved state larger by 8 KiB.
-    It holds for all threads, those that are there included."""
+    """Ask Linux, once per process, for permission to use AMX's tiles, because they make a thread's saved state 8 KiB
+    larger. The permission holds for all threads, also for those that run already."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
     call = ctypes.CDLL(None).syscall

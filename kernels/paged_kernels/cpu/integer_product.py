@@ -1,18 +1,19 @@
-"""What products of integers share, whatever instruction sums them up: rows become int8, sums become float32.
+"""The common part of integer products, for any instruction: rows are quantised to int8, and sums become float32.
 
-Each row of x is cut into groups along k, or rotated first (rotation.py), and all of it is one group. A group has a
-scale of its own, its largest number over 127, and becomes int8 codes. Weights are unsigned codes, eight bits or four.
-Of a group, codes times codes are summed in int32, which is exact; so it does not matter who sums, in which order. Then,
-in float32 and group by group:
+Each row of x is divided into groups along k, or rotated first (rotation.py) and then a single group. A group has its
+own scale, its largest number over 127, and becomes int8 codes. Weights are unsigned codes of eight bits or four. The
+products of a group's codes are summed in int32. That is exact, so the order of summing does not matter. Then, in
+float32 and group by group:
 
     y += (sum of products - 128 * sum of x's codes) * scale of x * scale of the weights             eight bits
     y += sum of products * scale of x * scale of the weights + (sum of x's codes * scale of x) * minimum    four bits
 
-A row's result is therefore the same to the last bit in any batch, on any number of threads, by any instruction.
+A row's result is therefore the same to the last bit in any batch, with any number of threads, by any instruction.
 
-X, in the kernel's array, is what becomes of the rows: for each group a float32 scale and an int32 sum of its codes,
-filled up to whole lines, then the codes. A tile of weights has COLUMNS columns: scales of all groups (or one for all
-of K), minima likewise, then codes, four of k side by side for each column: low halves of bytes before high ones.
+X, in the kernel's array, is the quantised rows: for each group a float32 scale and an int32 sum of its codes, padded to
+whole cache lines, then the codes. A tile of weights has COLUMNS columns: scales of all groups (or one for all of K),
+minima in the same form, then codes, four steps of k side by side for each column, in low halves of bytes before high
+halves.
 """
 
 from __future__ import annotations
@@ -63,21 +64,22 @@ from paged_kernels.cpu.rotation import rotate_row
 from paged_kernels.cpu.vectors import hsum, vadd, vmul, vsplat
 
 COLUMNS = 32  # of a tile
-AHEAD = 8192  # bytes between the weights that are met and those that are fetched meanwhile
+AHEAD = 8192  # prefetched weights are this many bytes ahead of those being multiplied
 
-# What lies beside a group of weights, in bytes from the thread's scratch memory: its scales and minima as float32, and
-# how far it is from a row's codes of the group to their scale and sum (twice: each sweep looks from where it begins).
+# What a thread keeps beside a group of weights, as offsets into its scratch memory: the scales and minima as float32,
+# and the distance from a row's codes of the group to their scale and sum (twice, because each sweep measures from its
+# own beginning).
 BESIDE, MINIMA, TO_ENTRY, NEXT_TO_ENTRY = 64, 4 * COLUMNS, 8 * COLUMNS, 8 * COLUMNS + LINE
 BESIDE_END = BESIDE + NEXT_TO_ENTRY + LINE
 
-_LEAST = 2.0**-100  # groups whose numbers are all smaller are noughts: one over their scale may be infinite
+_LEAST = 2.0**-100  # groups of smaller numbers only become zeros: the inverse of their scale could be infinite
 
 _f32, _i32, _i64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 
 @dataclass(frozen=True)
 class IntegerProduct:
-    """One way to compute products of integers. All give the same bits."""
+    """One way to compute integer products. All give the same bits."""
 
     name: str
     kernels: dict[int, Kernel]  # by bits of the weights
@@ -85,8 +87,9 @@ class IntegerProduct:
 
 
 def make_tile(bits: int, multiply: Any) -> Any:
-    """For make_compute. ``multiply(x, x_stride, w, group, num_rows, y, y_stride, start, start_stride, beside, args,
-    scratch)``: ``y = start + `` one group's part; addresses of its codes."""
+    """Make a tile function for make_compute. ``multiply(x, x_stride, w, group, num_rows, y, y_stride, start,
+    start_stride, beside, args, scratch)`` computes ``y = start +`` one group's part; ``x`` and ``w`` are addresses of
+    its codes."""
     group_bits = COLUMNS * bits
 
     @inline
@@ -115,7 +118,7 @@ def make_tile(bits: int, multiply: Any) -> Any:
 
 @inline
 def _lay_beside(scales, to_minima, dtype, beside):
-    """A group's scales and minima as float32; without minima, four bits' nought is the code in the middle."""
+    """Store a group's scales and minima as float32. For 4-bit codes without minima, the middle code means zero."""
     for column in range(0, COLUMNS, LANES):
         scale = vload_float(scales, column, dtype)
         vstore(beside, column, scale)
@@ -126,7 +129,7 @@ def _lay_beside(scales, to_minima, dtype, beside):
 
 
 def make_close(bits: int) -> Any:
-    """What becomes of a vector of int32 sums: see passes.KStep."""
+    """Make the function that turns a vector of int32 sums into float32: see passes.KStep."""
 
     def close(b: Any, sums: Any, start: Any, line: Any, beside: Any, column: int) -> Any:
         lanes = sums.type.count
@@ -150,12 +153,12 @@ def make_close(bits: int) -> Any:
     return close
 
 
-# ---- rows become int8 --------------------------------------------------------------------------------------------
+# ---- quantising rows to int8 -------------------------------------------------------------------------------------
 
 
 @inline
 def take_rows(args, scratch):
-    """Take rows until none is left, then wait for those that other threads have taken. A row that is rotated is one
+    """Quantise rows until none is left, then wait for those that other threads are quantising. A rotated row is one
     group, and becomes float32 in scratch memory first."""
     num_rows, group, codes_at = load_i64(args, NUM_ROWS), load_i64(args, GROUP), load_i64(args, CODES_AT)
     dtype, width = load_i64(args, RAW_DTYPE), load_i64(args, WIDTH)
@@ -179,7 +182,8 @@ def take_rows(args, scratch):
 
 @inline
 def _quantize(source, dtype, codes, count, group, entry):
-    """One group of a row. What isn't finite makes its scale so, and every result of its row."""
+    """Quantise one group of a row. A number that isn't finite makes the group's scale, and all results of the row, not
+    finite."""
     whole, top = count // LANES * LANES, vsplat(float32(0.0))
     for i in range(0, whole, LANES):
         top = vlarger(top, vload_float(source, i, dtype))

@@ -1,6 +1,6 @@
-"""Weights as integers, eight or four bits each, with a scale for each group of a row, or for all of it.
+"""Weights as integers of eight or four bits, with a scale for each group of a row, or for the whole row.
 
-This file knows torch tensors; how a product is computed with them is not known here.
+This file knows torch tensors. It does not know how products are computed.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from torch import Tensor
 
 from paged_kernels.cpu import rotation
 
-ZERO = {8: 128, 4: 8}  # the code that stands for nought where there are no minima
-INT4_GROUP = 32  # weights that share a scale when this file makes four bits of them
-_ROWS = 4096  # of weights that are widened to float32 at a time
-_SHRINKS = (1.0, 0.94, 0.88, 0.82, 0.76)  # ranges that are tried: what is cut off at the ends makes steps smaller
+ZERO = {8: 128, 4: 8}  # the code that means zero if there are no minima
+INT4_GROUP = 32  # weights that share a scale when ``quantize`` makes 4-bit codes
+_ROWS = 4096  # weights that are widened to float32 at a time
+_SHRINKS = (1.0, 0.94, 0.88, 0.82, 0.76)  # shares of a group's range that are tried: clipping makes the steps smaller
 
 
 @dataclass(frozen=True)
 class Integers:
-    """``weight[n, k] = scale[n, s] * code[n, k] + minimum[n, s]``, where ``s = k // group``. Without minima, nought is
-    the code in the middle (ZERO). ``rotated_from``: these are weights of so many k that were filled up and rotated
-    (rotation.py), as x must be to meet them; one group."""
+    """Weights ``weight[n, k] = scale[n, s] * code[n, k] + minimum[n, s]``, where ``s = k // group``. Without minima,
+    the middle code (ZERO) means zero. ``rotated_from``: if set, the weights' original number of inputs; rows were
+    padded and rotated (rotation.py), as x must be, and each is one group."""
 
     codes: Tensor  # uint8 [N, K], below 2**bits
     scales: Tensor  # float32, bfloat16 or float16 [N, S]
-    minima: Tensor | None  # as scales
+    minima: Tensor | None  # in the form of scales
     bits: int  # 8, 4
-    group: int  # weights of a row that share a scale; K: all of it
+    group: int  # weights of a row that share a scale; K: all of them
     rotated_from: int | None = None
 
     def __post_init__(self) -> None:
@@ -44,16 +44,16 @@ class Integers:
 
     @property
     def depth(self) -> int:
-        """Numbers of x that a row meets."""
+        """The length of the rows of x that are multiplied."""
         return self.codes.shape[1] if self.rotated_from is None else self.rotated_from
 
     @property
     def layout(self) -> tuple[object, ...]:
-        """What must be the same of weights that are packed together."""
+        """The facts that weights must share to be packed together."""
         return self.depth, self.scales.dtype, self.minima is None, self.bits, self.group, self.rotated_from
 
     def widened(self) -> Tensor:
-        """The weights that they stand for, float32 ``[N, K]``."""
+        """Return the weights that these mean, float32 ``[N, K]``."""
         depth, each = self.codes.shape[1], self.group
         scales = self.scales.float().repeat_interleave(each, 1)[:, :depth]
         if self.minima is None:
@@ -63,10 +63,11 @@ class Integers:
 
 
 def quantize(weight: Tensor, kind: str) -> Integers:
-    """``weight [N, K]`` of any float dtype as "int8" or "int4".
+    """Quantise ``weight [N, K]`` of any float dtype to "int8" or "int4".
 
-    int8: rotated rows, with a scale in float32 each. int4: groups of INT4_GROUP between a minimum and a maximum in
-    bfloat16, the range among _SHRINKS that errs least by squares; codes are chosen by what became of the two.
+    int8: rotated rows, each with a float32 scale. int4: groups of INT4_GROUP between a minimum and a maximum in
+    bfloat16, with the range of _SHRINKS that has the smallest squared error. Codes are chosen after scale and minimum
+    were rounded.
     """
     weight = weight.detach()
     if kind == "int4":
@@ -77,7 +78,7 @@ def quantize(weight: Tensor, kind: str) -> Integers:
 
 
 def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales of rotated rows."""
+    """Return codes and scales of rotated rows."""
     rows = rotation.rotate(weight).div_(rotation.factor(weight.shape[1]))
     scales = or_one(rows.abs().amax(-1, keepdim=True) / 127)
     return rows.div_(scales).round_().clamp_(-127, 127).add_(ZERO[8]).to(torch.uint8), scales
@@ -102,7 +103,7 @@ def _int4(weight: Tensor) -> Integers:
 
 
 def _groups(weight: Tensor, group: int) -> Tensor:
-    """``[N, K]`` as ``[N, S, group]``, filled up with what adds nothing to a range."""
+    """Return ``[N, K]`` as ``[N, S, group]``, padded with values that don't extend a group's range."""
     rows, depth = weight.shape
     parts = -(-depth // group)
     edge = weight[:, -1:].expand(rows, parts * group - depth)
@@ -114,5 +115,5 @@ def _whole(codes: Tensor, weight: Tensor) -> Tensor:
 
 
 def or_one(scales: Tensor) -> Tensor:
-    """Rows and groups of zeros have a scale all the same."""
+    """Return the scales, with 1 in place of 0 for rows and groups of zeros."""
     return torch.where(scales == 0, torch.ones_like(scales), scales)

@@ -1,7 +1,7 @@
-"""What words for numba kernels are made of: a vector as wide as the host's registers, as a type of numba, and how
-LLVM's instructions become functions that kernels can call.
+"""The base of helpers for numba kernels: a numba type for a vector of the host's width, and a way to make LLVM's
+instructions callable from kernels.
 
-This file knows LLVM and nothing of memory or attention.
+This file knows LLVM, and nothing of memory or attention.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _FEATURES = llvm.get_host_cpu_features()
 LANES = 16 if _FEATURES.get("avx512f") else 8  # floats in a vector
 REGISTERS = 32 if LANES == 16 or not _FEATURES.get("avx") else 16
 
-F32, BF16, F16 = 0, 1, 4  # dtype codes, as kernels are given them; 2 and 3: see codes.py
+F32, BF16, F16 = 0, 1, 4  # dtype codes for kernels; for 2 and 3 see codes.py
 HAS_F16 = bool(_FEATURES.get("f16c")) or platform.machine().lower() not in ("x86_64", "amd64")
-"""Whether the host converts float16 by itself. Where it does not, the words for it are there and must not be used."""
+"""Whether the host has instructions to convert float16. If not, the float16 helpers exist, but must not be used."""
 
 i32, i64, f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 vec, ivec = ir.VectorType(f32, LANES), ir.VectorType(i32, LANES)
 
 inline = njit(error_model="numpy", nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
-"""Compiles a helper that kernels call, and Python cannot: what that would need is a seventh of compiling them.
-No fast-math: sums keep their order, NaN and infinity their meaning."""
+"""Compiles a helper that only kernels can call: making it callable from Python would take a seventh of the compile
+time. There is no fast-math: sums keep their order, and NaN and infinity their meaning."""
 
 
 class _VectorType(types.Type):
@@ -69,7 +69,7 @@ def define(result: Any, *kinds: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def element_at(builder: Any, address: Any, index: Any, element: Any, view: Any = None) -> Any:
-    """A pointer to ``element`` number ``index`` after ``address``, seen as ``view``."""
+    """Return a pointer to ``element`` number ``index`` after ``address``, cast to ``view``."""
     base = builder.inttoptr(address, element.as_pointer())
     pointer = builder.gep(base, [index])
     return builder.bitcast(pointer, view.as_pointer()) if view is not None else pointer
@@ -96,7 +96,7 @@ def iconst(value: int) -> Any:
 
 
 def round_bf16(builder: Any, value: Any, bits: Any, kind: Any) -> Any:
-    """The bfloat16 nearest to ``value``, ties to even, in the low half; a NaN stays one."""
+    """Return the bfloat16 nearest to ``value`` (ties to even) in the low half; NaN stays NaN."""
     constant = (lambda n: iconst(n)) if kind is ivec else (lambda n: i32(n))
     odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
     rounded = builder.lshr(builder.add(bits, builder.add(odd, constant(0x7FFF))), constant(16))

@@ -1,7 +1,8 @@
-"""The list of work of a step: which rows meet which keys. An item is for all kv heads in turn.
+"""Makes a step's list of work items: which query rows are computed with which keys. Each item is computed for all kv
+heads in turn.
 
-How it is cut changes no result, so it goes by what keeps the threads busy: rows are cut finer, and keys of few rows
-into pieces, if there would be too few items.
+How the work is divided changes no result, so it is divided to keep the threads busy: if there would be too few items,
+rows are divided further, and the keys of few rows are divided into pieces.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from paged_kernels.cpu.parallel import kernel
 from paged_kernels.cpu.sharing import NODE_BYTES, TILE, find_groups
 
 ITEM_BYTES = ITEM.itemsize
-LEAST_PIECE = 4  # tiles of keys
-ITEMS_A_THREAD = 8  # that a piece is to leave room for
+LEAST_PIECE = 4  # tiles of keys in a piece, at least
+ITEMS_A_THREAD = 8  # items for each thread that dividing into pieces aims at
 
 
 @kernel
 def plan_groups(address):
-    """Who begins with the same blocks, and how much work there will be: groups, tokens, and numbers of all else."""
+    """Find requests that begin with the same blocks, list the tokens, and count the items and everything else."""
     args = as_arguments(address)
     find_groups(args)
     _list_tokens(args)
@@ -36,8 +37,8 @@ def plan_items(address):
 
 @inline
 def _list_tokens(args):
-    """Write the list of tokens: all as they come, then those of requests that share, in the order of the groups.
-    ``stack`` becomes the place of each request's first token in the list."""
+    """Write the list of tokens: all in order, then those of requests that share blocks, in the order of the groups.
+    ``stack`` becomes the index of each request's first token in the list."""
     num_tokens = load_i32(args.query_starts, args.num_requests)
     for token in range(num_tokens):
         store_i32(args.tokens, token, token)
@@ -67,7 +68,7 @@ def _go_through(args):
         piece = num_tiles + 1
     for n in range(args.num_nodes):
         _plan_node(args, as_node(args.nodes + NODE_BYTES * n), row_tile)
-    for wanted in range(2):  # requests with many rows first: their items are the largest
+    for wanted in range(2):  # requests with many rows come first, because their items are the largest
         for r in range(args.num_requests):
             num_queries = load_i32(args.query_starts, r + 1) - load_i32(args.query_starts, r)
             if num_queries > 0 and (num_queries * args.group > args.few_rows) == (wanted == 0):
@@ -76,7 +77,7 @@ def _go_through(args):
 
 @inline
 def _measure(args):
-    """Rows of all requests, and the tiles of keys of those that have few."""
+    """Count the rows of all requests, and the tiles of keys of requests with few rows."""
     num_rows = num_tiles = 0
     for r in range(args.num_requests):
         rows = (load_i32(args.query_starts, r + 1) - load_i32(args.query_starts, r)) * args.group
@@ -102,7 +103,7 @@ def _plan_request(args, r, num_queries, row_tile, piece):
     place, first_query = load_i64(args.stack, r), load_i32(args.seq_lens, r) - num_queries
     num_rows, shared = num_queries * args.group, load_i64(args.reach, r)
     row = (num_rows - 1) // row_tile * row_tile
-    while row >= 0:  # the last tile sees the most keys
+    while row >= 0:  # from the last tile of rows on, which sees the most keys
         count = min(row_tile, num_rows - row)
         key_stop = first_query + (row + count - 1) // args.group + 1
         key_start = max(shared, first_query + row // args.group - args.window + 1)

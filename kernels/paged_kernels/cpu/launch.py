@@ -1,7 +1,7 @@
 """Launchers of the CPU's attention kernels: torch tensors in, torch tensors out.
 
-``AttentionPlan`` is made once for layers of one shape, given each step's metadata once, and run once a layer; between
-two layers only addresses change. The functions below have the signatures of ``paged_kernels.reference``.
+An ``AttentionPlan`` is made once for layers of one shape, gets each step's metadata once, and runs once a layer;
+between two layers only addresses change. The functions below have the signatures of ``paged_kernels.reference``.
 """
 
 from __future__ import annotations
@@ -26,28 +26,27 @@ from paged_kernels.layers import Extras, LayerCache
 _FLOATS = {torch.float32: F32, torch.bfloat16: BF16} | ({torch.float16: F16} if HAS_F16 else {})
 _CODES = {torch.int8: codes.INT8, torch.float8_e4m3fn: codes.FP8}
 _EVERYTHING = 1 << 40  # a window wider than any context
-_KERNELS: dict[str, tuple[Kernel, Kernel]] = {  # for caches of floats, and of codes
+_KERNELS: dict[str, tuple[Kernel, Kernel]] = {  # for caches of floats, and for caches of codes
     "float": (kernels.store_and_attend, kernels.store_and_attend_codes),
     "dot": (kernels.store_and_attend_dot, kernels.store_and_attend_dot_codes),
     "amx": (kernels.store_and_attend_amx, kernels.store_and_attend_amx_codes),
 }
 _COUNTED = ("num_shared_rows", "num_items", "num_partials", "num_counters")
-# Of a layer; all of a step lies behind it.
+# The part that changes with each layer; the step's part follows it in memory.
 _ARGUMENTS = ArgumentLayout(arguments.EACH_LAYER.size, arguments.OFFSET["num_tokens"] // 8, in_place=True)
-_FEW_ROWS = 32  # of a request: its keys are cut into pieces if threads would be idle
+_FEW_ROWS = 32  # a request with at most this many rows may have its keys divided into pieces, if threads would be idle
 
 
 def supports(dtype: torch.dtype, cache_dtype: torch.dtype) -> bool:
-    """Whether queries and caches of these dtypes can be run."""
+    """Return whether the kernels can run queries and caches of these dtypes."""
     return dtype in _FLOATS and (cache_dtype in _FLOATS or cache_dtype in _CODES)
 
 
 class AttentionPlan:
-    """Attention for layers of one shape: arguments of the kernel, its list of work, its buffers.
+    """Attention for layers of one shape: the kernel's arguments, its list of work, its buffers.
 
-    One step at a time: an instance must not be used by two threads at once. ``block_size``: of the caches to come;
-    where it is given, blocks that several requests of a step begin with are read once for all of them. That changes
-    no result.
+    One thread at a time may use an instance. ``block_size``: the block size of the caches. If it is given, blocks that
+    several requests of a step begin with are read once for all of them. That changes no result.
     """
 
     def __init__(
@@ -84,7 +83,8 @@ class AttentionPlan:
         self._scratch_bytes = self._part_scratch(head_dim, value_head_dim)
 
     def _part_scratch(self, head_dim: int, value_head_dim: int) -> int:
-        """In float32 a head dim is padded to whole vectors, in pairs of bfloat16 to whole steps, which may be more."""
+        """Divide a thread's scratch memory. In float32 a head dim is padded to whole vectors; in pairs of bfloat16 to
+        whole steps, which may be more."""
         dim, value_dim = _padded(head_dim, LANES), _padded(value_head_dim, LANES)
         wide, value_wide = _padded(head_dim, STEP), _padded(value_head_dim, STEP)
         at = 0
@@ -102,11 +102,12 @@ class AttentionPlan:
         }.items():
             self._given[name] = at
             at += -(-num_bytes // 64) * 64
-        self._given["scratch_stride"] = at + 64  # threads' parts never share a cache line
+        self._given["scratch_stride"] = at + 64  # so that threads' parts never share a cache line
         return at + 64
 
     def plan(self, query_starts: Tensor, seq_lens: Tensor, block_tables: Tensor, slot_mapping: Tensor) -> None:
-        """Take in a step: ``i32 [R+1], i32 [R], i32 [R,B], i64 [T]``, all on the CPU."""
+        """Take in a step: ``query_starts i32 [R+1], seq_lens i32 [R], block_tables i32 [R,B], slot_mapping i64 [T]``,
+        all on the CPU."""
         block_tables = block_tables if block_tables.stride(-1) == 1 else block_tables.contiguous()
         self._metadata = (query_starts.contiguous(), seq_lens.contiguous(), block_tables, slot_mapping.contiguous())
         query_starts, seq_lens, block_tables, slot_mapping = self._metadata
@@ -134,7 +135,7 @@ class AttentionPlan:
         items.plan_items(self._address, 1)
 
     def _room(self, name: str, num_bytes: int) -> int:
-        """The address of a buffer of at least this size; a new one is zeroed."""
+        """Return the address of a buffer of at least this size. A new buffer is zeroed."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < num_bytes:
             buffer = torch.zeros(max(num_bytes + num_bytes // 2, 64), dtype=torch.uint8)
@@ -144,8 +145,8 @@ class AttentionPlan:
     def run(self, q: Tensor, k: Tensor | None, v: Tensor | None, cache: LayerCache, extras: Extras) -> Tensor:
         """Store ``k [T,K,D], v [T,K,Dv]`` (if given) at the planned slots, then attend: ``q [T,H,D] -> [T,H,Dv]``.
 
-        The window is the plan's own. ``key_bias f32 [H,P]`` is used as it lies if P is ``LANES`` more than the longest
-        sequence, else copied.
+        The window is the plan's own. ``key_bias f32 [H,P]`` is used without a copy if P is at least the longest
+        sequence plus ``LANES``.
         """
         dtype, (key_cache, value_cache, key_scales, value_scales) = q.dtype, cache
         scale, _, softcap, sinks, key_bias = extras
@@ -175,7 +176,7 @@ class AttentionPlan:
         return out
 
     def _with_room(self, key_bias: Tensor) -> Tensor:
-        """The bias with its rows' numbers side by side, readable for a vector beyond the last key."""
+        """Return the bias with contiguous rows, padded so that a vector may be read beyond the last key."""
         seq_lens = self._metadata[1]
         longest = int(seq_lens.max()) if seq_lens.numel() else 0
         num_positions = key_bias.shape[1]
@@ -188,7 +189,7 @@ class AttentionPlan:
 
 
 def _kernel_for(dtype: torch.dtype, cache_dtype: torch.dtype) -> Kernel:
-    """The kernel for queries and caches of these dtypes, by what the host has."""
+    """Return the kernel for queries and caches of these dtypes that suits the host."""
     in_pairs = dtype is torch.bfloat16 and (cache_dtype is torch.bfloat16 or cache_dtype in _CODES)
     of_floats, of_codes = _KERNELS[host.choose_attention() if in_pairs else "float"]
     return of_codes if cache_dtype in _CODES else of_floats
@@ -199,10 +200,10 @@ def warm_up(
     cache_dtype: torch.dtype = torch.float32,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Compile, or load from disk, every attention kernel that caches of this dtype and queries of ``dtype`` (the
-    cache's, or float32, unless it is given) need. ``progress(what, done, total)``, before each and after all.
+    """Compile, or load from disk, every attention kernel for caches of this dtype and queries of ``dtype`` (by default
+    the cache's dtype, or float32). Calls ``progress(what, done, total)`` before each kernel and after all.
 
-    They are the same for every model: shapes are arguments.
+    The kernels are the same for every model, because shapes are arguments.
     """
     dtype = dtype or (torch.float32 if cache_dtype in _CODES else cache_dtype)
     store = kernels.store_codes if cache_dtype in _CODES else kernels.store
@@ -216,7 +217,7 @@ def warm_up(
 
 
 def store_kv(k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
-    """``k [T,K,D], v [T,K,Dv]`` into the cache at ``slot_mapping i64 [T]``; see ``reference.store_kv``."""
+    """Store ``k [T,K,D], v [T,K,Dv]`` in the cache at ``slot_mapping i64 [T]``; see ``reference.store_kv``."""
     key_cache, value_cache, key_scales, value_scales = cache
     cache_code = _cache_code(key_cache, key_scales)
     args = np.zeros(1, arguments.ARGUMENTS)
@@ -245,7 +246,8 @@ def copy_blocks(caches: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> N
 def paged_attention(
     q: Tensor, cache: LayerCache, query_starts: Tensor, seq_lens: Tensor, block_tables: Tensor, extras: Extras
 ) -> Tensor:
-    """Causal attention of packed queries over the blocks of their own request; see ``reference.paged_attention``."""
+    """Compute causal attention of packed queries over the blocks of their own request; see
+    ``reference.paged_attention``."""
     shape = (q.shape[1], cache.keys.shape[1], q.shape[2], cache.values.shape[3])
     plan = AttentionPlan(*shape, extras.sliding_window, cache.keys.shape[2])
     plan.plan(query_starts, seq_lens, block_tables, torch.empty(0, dtype=torch.int64))
@@ -253,7 +255,7 @@ def paged_attention(
 
 
 def _cache_code(cache: Tensor, scales: Tensor | None) -> int:
-    """The kernels' number for a cache's dtype."""
+    """Return the kernels' code of a cache's dtype."""
     if scales is not None:
         return _CODES[cache.dtype]
     if cache.dtype in _CODES:
@@ -266,7 +268,7 @@ def _address(x: Tensor | None) -> int:
 
 
 def _side_by_side(x: Tensor) -> tuple[Tensor, int, int]:
-    """x with each row's numbers side by side, and its strides from token to token and from head to head."""
+    """Return x with contiguous rows, and its strides from token to token and from head to head."""
     token, head, number = x.stride()
     if number == 1:
         return x, token, head

@@ -1,7 +1,7 @@
-"""Linear layers from a packed copy of their weights; several over one input, or a gated pair, as one product.
+"""Linear layers over a packed copy of their weights. Several over one input, or a gated pair, are one product.
 
-Knows tensors; knows nothing of modules. The packed copy costs the weights' size once more (``num_bytes``), for a
-number of columns rounded up to whole tiles, and of inputs to whole steps (see product.py and host.py).
+This file knows tensors, and nothing of modules. The packed copy takes as much memory as the weights (``num_bytes``),
+with columns padded to whole tiles, and inputs to whole steps (see product.py and host.py).
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from paged_kernels.cpu.recording import ArgumentLayout, keep_for_recording, spoi
 
 
 class Packed:
-    """What all packed products do: the rows of all weights, one after another, or silu(gate) * up of two.
+    """The common part of packed products: the outputs of all weights, one after another, or silu(gate) * up of two
+    weights.
 
-    Subclasses fill ``_weight`` and ``_bias`` in tiles, and say what a kernel is given.
+    Subclasses fill ``_weight`` and ``_bias`` in tiles, and choose a kernel's arguments.
     """
 
     num_columns: int
     _columns: int  # of a tile
     _depth: int  # K
-    _units: int  # of K, as they are packed
+    _units: int  # steps of K in the packed form
     _weight: Tensor  # [tiles, parts, ...]
     _bias: Tensor  # float32 [tiles, parts, 1, columns]
     _gated: bool
@@ -44,10 +45,10 @@ class Packed:
         residual: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """x of float32 or bfloat16; sums are in float32; the result as x, or as asked of the two, in ``out`` if given.
+        """Multiply x of float32 or bfloat16. Sums are float32. The result has x's dtype, or ``out_dtype``, and goes to
+        ``out`` if that is given.
 
-        ``residual [..., N]`` is added to it: to float32 sums, or, where the result is bfloat16, to what they were
-        rounded to.
+        ``residual [..., N]`` is added: to float32 sums, or, if the result is bfloat16, to the rounded sums.
         """
         if out is None:
             out = torch.empty(*x.shape[:-1], self.num_columns, dtype=out_dtype or x.dtype, device="cpu")
@@ -60,7 +61,8 @@ class Packed:
         return self._into(out, x, *start)
 
     def _into(self, out: Tensor, x: Tensor, start: int, addend: int) -> Tensor:
-        """Fill ``out``; the addresses of what sums start from in place of a bias, and of what is added: see _takes."""
+        """Fill ``out``. ``start``: the address of what sums start from instead of a bias, or 0. ``addend``: the address
+        of what is added to the result, or 0 (see _takes)."""
         num_rows = out.numel() // self.num_columns
         if num_rows:
             self._launch(out, x, num_rows, start, addend)
@@ -76,8 +78,9 @@ class Packed:
             lay((vectors[i][:, None] for i in part), self._bias[:, number])
 
     def _takes(self, residual: Tensor, out: Tensor) -> tuple[int, int] | None:
-        """A residual's address, for sums that start from it as they do from a bias (whole tiles, and no bias
-        besides), and for results that it is added to. None if the kernel can do neither."""
+        """Return a residual's address twice, 0 in one place: as the start of sums, in place of a bias (only if columns
+        are whole tiles and there is no bias), or as an addend of the result. None if the kernel can use it in neither
+        way."""
         if residual.dtype is not out.dtype or residual.shape != out.shape or not residual.is_contiguous():
             return None
         if out.dtype is torch.bfloat16:
@@ -87,16 +90,16 @@ class Packed:
 
 
 class PackedLinear(Packed):
-    """``y [..., N] = x [..., K] @ weight.T + bias`` for the rows of all ``weights``, one after another.
+    """``y [..., N] = x [..., K] @ weight.T + bias`` for all ``weights``, with their outputs one after another.
 
     Args:
-        weights: ``[N_i, K]`` each, float32 or bfloat16 (one dtype), on the CPU.
+        weights: ``[N_i, K]`` each, float32 or bfloat16 (all of one dtype), on the CPU.
         biases: ``[N_i]`` or None each.
-        gated: of two weights, gate and up, the result is silu(gate) * up, ``[..., N_1]``.
-        product: how it is computed; by default as ``host.choose`` says.
+        gated: if there are two weights, gate and up: the result is silu(gate) * up, ``[..., N_1]``.
+        product: the way to compute; None: as ``host.choose`` says.
 
     Raises:
-        ValueError: the host can't run ``product``, or it is for other weights.
+        ValueError: the host can't run ``product``, or it is for weights of another dtype.
     """
 
     def __init__(
@@ -126,8 +129,8 @@ class PackedLinear(Packed):
 
     @property
     def x_dtype(self) -> torch.dtype:
-        """What the kernel reads x in. Another dtype is converted to it: where float32 becomes bfloat16, as a module
-        of bfloat16 would have rounded it."""
+        """The dtype in which the kernel reads x. Other dtypes are converted; float32 is rounded to bfloat16, as a
+        bfloat16 module would round it."""
         return self.product.x_dtype
 
     def _launch(self, out: Tensor, x: Tensor, num_rows: int, start: int, addend: int) -> None:
@@ -143,7 +146,7 @@ class PackedLinear(Packed):
         self.product.kernel(space.address, num_threads, space.layout)
 
     def _rows(self, x: Tensor, num_rows: int) -> Tensor:
-        """x as the kernel reads it: ``[num_rows, K]``, K filled up, each row's numbers side by side."""
+        """Return x as the kernel reads it: ``[num_rows, K]``, with K padded and rows contiguous."""
         rows = x if x.dtype is self.product.x_dtype else x.to(self.product.x_dtype)
         rows = rows.reshape(num_rows, self._depth)
         if self._filled != self._depth:
@@ -155,7 +158,7 @@ class PackedLinear(Packed):
         return rows
 
     def _elements(self, weight: Tensor) -> Tensor:
-        """``[N, K]`` as ``[N, elements]``, which are laid into tiles."""
+        """Return ``[N, K]`` as ``[N, elements]``, the units that are arranged in tiles."""
         weight, product = weight.detach(), self.product
         if product.element is weight.dtype:
             return weight
@@ -167,12 +170,12 @@ class PackedLinear(Packed):
 
 
 def sides(num_weights: int, gated: bool) -> list[list[int]]:
-    """Which weights stand side by side in a tile: all, or of a gated pair each by itself."""
+    """Return which weights are side by side in a tile: all of them, or each of a gated pair by itself."""
     return [[0], [1]] if gated else [list(range(num_weights))]
 
 
 def warm_up(dtype: torch.dtype, progress: Callable[[str, int, int], None] | None = None) -> None:
-    """Compile, or load from disk, the product for a model of this dtype. ``progress(what, done, total)``."""
+    """Compile, or load from disk, the product for a model of this dtype. Calls ``progress(what, done, total)``."""
     if progress is not None:
         progress("product", 0, 1)
     host.choose(dtype if dtype is torch.bfloat16 else torch.float32).kernel.compile()
@@ -181,7 +184,7 @@ def warm_up(dtype: torch.dtype, progress: Callable[[str, int, int], None] | None
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether PackedLinear takes such a weight."""
+    """Return whether PackedLinear takes such a weight."""
     return (
         weight.device.type == "cpu"
         and weight.layout is torch.strided
@@ -192,7 +195,7 @@ def can_pack(weight: Tensor) -> bool:
 
 
 class _Workspace:
-    """A kernel's arguments and its threads' scratch memory, kept between calls of one Python thread."""
+    """A kernel's arguments and its threads' scratch memory, which each Python thread keeps between calls."""
 
     def __init__(self, num_threads: int, scratch_bytes: int) -> None:
         self.num_threads, self.scratch_bytes = num_threads, scratch_bytes
@@ -210,7 +213,7 @@ class _Workspace:
         self._format, self._tail_format = (struct.Struct(f"={count}q") for count in (NUM_THREADS, len(self._tail)))
 
     def fill(self, *values: int) -> None:
-        """The kernel's arguments, from the first on; those that are left are nought."""
+        """Set the kernel's arguments, from the first on; the remaining ones are set to 0."""
         self._format.pack_into(self._view, 0, *values, *[0] * (NUM_THREADS - len(values)))
         self._tail_format.pack_into(self._view, 8 * NUM_THREADS, *self._tail)
         self._view[8 * TICKET :] = self._zeros
@@ -229,13 +232,14 @@ def workspace(num_threads: int, scratch_bytes: int) -> _Workspace:
 
 def bias_or_zeros(num_columns: int, bias: Tensor | None) -> Tensor:
     if bias is None:
-        return torch.zeros(num_columns, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+        # The dtype and device are given, because torch's defaults may be others.
+        return torch.zeros(num_columns, dtype=torch.float32, device="cpu")
     return bias.detach().float()
 
 
 def lay(weights: Iterable[Tensor], out: Tensor) -> None:
-    """``weights [N_i, K]``, their rows one after another, into the columns of ``out [tiles, K, columns]``, in one pass:
-    fresh memory costs more than the copy. Columns that are left are zero."""
+    """Copy ``weights [N_i, K]``, their rows one after another, into the columns of ``out [tiles, K, columns]``, in one
+    pass, because touching fresh memory takes longer than the copy. Remaining columns are zero."""
     columns, row = out.transpose(1, 2), 0  # [tiles, columns, K]
     width = columns.shape[1]
     for weight in weights:

@@ -1,4 +1,5 @@
-"""A tile of keys for many query rows, in float32: vectors run along the rows, and both products are register tiles."""
+"""A tile of keys for many query rows, in float32. Vectors run along the rows, and both products are computed in
+registers."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ outer_2x2, outer_4x1 = (make_outer(*size, 4 if REGISTERS == 32 else 2) for size 
 
 @inline
 def take_many(args, item, head, queries):
-    """The rows' queries, scaled and transposed to [D, ROWS]."""
+    """Copy the rows' queries, scaled and transposed to [D, ROWS]."""
     scale = args.scale * float32(LOG2E)
     for row in range(padded(item.num_rows)):
         if row < item.num_rows:
@@ -48,7 +49,7 @@ def take_many(args, item, head, queries):
 
 @inline
 def tile_of_many(args, item, head, tile, lead, count, key_rows, value_rows, queries, scores, state, out):
-    """Keys number lead..count of a tile into the rows' states."""
+    """Take keys lead..count of a tile into the rows' states."""
     value_width, columns = padded(args.value_dim), padded(item.num_rows) // LANES
     _scores(key_rows, queries, scores, columns, args.head_dim, lead // 4 * 4, count)
     first_high, last_low = load_f32(state, at(HIGH, 0)), load_f32(state, at(LOW, item.num_rows - 1))
@@ -71,7 +72,7 @@ def tile_of_many(args, item, head, tile, lead, count, key_rows, value_rows, quer
 
 @inline
 def _scores(key_rows, queries, scores, columns, dim, start, stop):
-    """scores[keys, rows] = keys @ queries, in register tiles."""
+    """Compute scores[keys, rows] = keys @ queries, in registers."""
     for column in range(0, columns - 1, 2):
         q, target = queries + 4 * column * LANES, scores + 4 * column * LANES
         for key in range(start, stop, 2):
@@ -84,7 +85,7 @@ def _scores(key_rows, queries, scores, columns, dim, start, stop):
 
 @inline
 def _add_bias(args, item, head, scores, first_row, tile, lead, count):
-    """Add the keys' bias to a vector of rows; the rows of a group have different heads."""
+    """Add the keys' bias to a vector of rows. The rows of a group have different heads."""
     if args.group == 1:
         bias = bias_of(args, head)
         for key in range(lead, count):
@@ -101,7 +102,7 @@ def _add_bias(args, item, head, scores, first_row, tile, lead, count):
 
 @inline
 def _softmax(scores, state, tile, lead, count, masked):
-    """A tile of keys for a vector of rows: scores to weights in place, their maximum and sum."""
+    """Turn a tile's scores for a vector of rows into weights in place, and compute their maximum and sum."""
     begun = lead // LANES * LANES
     for key in range(begun, lead):
         vstore(scores, key * ROWS, vsplat(NOTHING))

@@ -1,6 +1,6 @@
-"""Words for numba kernels: raw memory, of all the types that numbers lie there in, and atomics.
+"""Helpers for numba kernels: raw memory of all dtypes, and atomics.
 
-Addresses are int64; indices count elements of the type in the word's name.
+Addresses are int64. Indices count elements of the type in the helper's name.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _narrowed(builder: Any, value: Any, kind: Any) -> Any:
 
 @define(vector, vector)
 def vround_bf16(builder: Any, value: Any) -> Any:
-    """The numbers that bfloat16 would keep."""
+    """Return the numbers that bfloat16 would keep."""
     bits = round_bf16(builder, value, builder.bitcast(value, ivec), ivec)
     return builder.bitcast(builder.shl(bits, iconst(16)), vec)
 
@@ -149,28 +149,28 @@ def prefetch(builder: Any, address: Any, offset_bytes: Any) -> None:
 
 @define(types.int64, types.int64, types.int64)
 def fetch_add(builder: Any, address: Any, amount: Any) -> Any:
-    """Add to the int64 at address, as one indivisible step; the value before."""
+    """Add to the int64 at address atomically. Returns the value before."""
     return builder.atomic_rmw("add", builder.inttoptr(address, i64.as_pointer()), amount, "acq_rel")
 
 
 @define(types.int64, types.int64)
 def load_shared(builder: Any, address: Any) -> Any:
-    """The int64 at address, and all that was written before it was."""
+    """Read the int64 at address. Everything written before that value is then visible too."""
     return builder.load_atomic(builder.inttoptr(address, i64.as_pointer()), "acquire", 8)
 
 
 @define(types.void, types.int64, types.int64)
 def store_shared(builder: Any, address: Any, value: Any) -> None:
-    """Write the int64 at address, for others to see after all that was written before."""
+    """Write the int64 at address. Threads that see it also see everything written before it."""
     builder.store_atomic(value, builder.inttoptr(address, i64.as_pointer()), "release", 8)
 
 
-# ---- numbers of a dtype that is known only when the kernel runs ---------------------------------------------------
+# ---- numbers whose dtype is known only at run time ----------------------------------------------------------------
 
 
 @inline
 def size_of(dtype):
-    """Bytes of one number, or code."""
+    """Return the bytes of one number or code."""
     return 4 if dtype == F32 else 2 if dtype in (BF16, F16) else 1
 
 

@@ -1,9 +1,9 @@
-"""Words for numba kernels: small products of bfloat16, whose right side lies in pairs.
+"""Helpers for numba kernels: small bfloat16 products, whose right side is stored in pairs.
 
-``y [rows, columns] f32 = x [rows, depth] @ w``: x lies row by row. w lies as ``[depth / 2, columns]`` of two numbers
-that follow each other along the depth. Two ways, chosen by host.py: AMX's tiles, and ``vdpbf16ps``. Either sums a row
-in one order, whatever other rows there are. Rows of x and y are readable up to a multiple of 16, columns a multiple of
-32, and the depth one of 32.
+``y [rows, columns] f32 = x [rows, depth] @ w``. x is stored row by row. w is stored as ``[depth / 2, columns]`` of
+pairs of neighbours along the depth. There are two ways, chosen by host.py: AMX's tiles, and ``vdpbf16ps``. Each sums a
+row in the same order, whatever other rows there are. Rows of x and y must be readable up to a multiple of 16; columns
+and depth must be multiples of 32.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from paged_kernels.cpu.intrinsics import define, element_at, inline
 from paged_kernels.cpu.memory import store_i64
 
 STEP = 32  # of the depth, and of columns
-ROWS = 16  # of x in a tile of AMX's
+ROWS = 16  # of x in one AMX tile
 
 _i8, _i16, _i32, _i64, _f32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _words, _floats, _halves = ir.VectorType(_i32, 16), ir.VectorType(_f32, 16), ir.VectorType(_i16, 16)
 
 _shorts, _indices = ir.VectorType(_i16, 32), ir.VectorType(_i32, 32)
 
-# Registers of AMX's: sums of two halves of rows with two halves of columns; rows of x; columns of w.
+# AMX's tile registers: sums of two halves of rows with two halves of columns; rows of x; columns of w.
 _SUMS, _X, _W = ((0, 1), (2, 3)), (4, 5), (6, 7)
 
 
@@ -91,7 +91,7 @@ _amx_16, _amx_32, _dot_8 = _make(_emit_amx, 1), _make(_emit_amx, 2), _make(_emit
 
 @inline
 def product(x, x_stride, w, w_stride, num_rows, columns, depth, y, y_stride, amx):
-    """Strides count bytes. ``amx``: None for the other way."""
+    """Compute y = x @ w. Strides are in bytes. ``amx``: None for vdpbf16ps."""
     steps = depth // STEP
     for column in range(0, columns, STEP):
         wc, yc = w + 4 * column, y + 4 * column
@@ -108,7 +108,7 @@ def product(x, x_stride, w, w_stride, num_rows, columns, depth, y, y_stride, amx
 
 @inline
 def set_up_tiles(config):
-    """All of AMX's tiles: 16 rows of 64 bytes. ``config``: 64 bytes to write that into."""
+    """Configure all AMX tiles with 16 rows of 64 bytes. ``config``: 64 bytes of scratch memory."""
     for word in range(8):
         store_i64(config, word, 0)
     store_i64(config, 0, 1)
@@ -119,7 +119,7 @@ def set_up_tiles(config):
 
 
 def _codes_of(from_codes: Any) -> Any:
-    """Loads 32 codes as 16 pairs of bfloat16, which hold them to the last bit."""
+    """Make a function that loads 32 codes as 16 pairs of bfloat16, which represent them exactly."""
 
     def load(b: Any, address: Any) -> Any:
         floats = [b.bitcast(from_codes(b, _codes_at(b, address, i), _MANY), _shorts) for i in (0, 16)]
@@ -137,8 +137,8 @@ def _pairs_at(b: Any, address: Any) -> Any:
 
 
 def _make_transpose(load: Any) -> Any:
-    """``transpose(rows, start, target, stride)``: 16 pairs of each of 16 rows, from byte ``start`` on: pair p of row r
-    becomes pair r of the line at ``target + p * stride``. Rows are found through an address in the table ``rows``."""
+    """Make ``transpose(rows, start, target, stride)``, for 16 pairs of each of 16 rows, from byte ``start`` on: pair p
+    of row r becomes pair r of the line at ``target + p * stride``. The table ``rows`` holds the rows' addresses."""
     i = types.int64
 
     @define(types.void, i, i, i, i)
@@ -148,7 +148,7 @@ def _make_transpose(load: Any) -> Any:
         def pick(one: Any, other: Any, order: list[int]) -> Any:
             return b.shuffle_vector(one, other, ir.Constant(_words, order))
 
-        for bit in (1, 2, 4, 8):  # exchange what has the bit set in rows with what has it set in lanes
+        for bit in (1, 2, 4, 8):  # swap what has this bit set in the row's number with what has it set in the lane's
             for r in range(16):
                 if not r & bit:
                     one, other = lines[r], lines[r | bit]
@@ -162,7 +162,7 @@ def _make_transpose(load: Any) -> Any:
 
 
 def _make_interleave(load: Any) -> Any:
-    """``interleave(one, other, target)``: 16 numbers of two rows as 16 pairs."""
+    """Make ``interleave(one, other, target)``, which stores 16 numbers of two rows as 16 pairs."""
     i = types.int64
 
     @define(types.void, i, i, i)
@@ -178,7 +178,7 @@ def _make_interleave(load: Any) -> Any:
 
 
 def _upper_halves(b: Any, address: Any) -> Any:
-    """16 numbers of bfloat16 in the upper halves of 16 words."""
+    """Load 16 bfloat16 numbers into the upper halves of 16 words."""
     numbers = b.zext(b.load(element_at(b, address, _i64(0), _i16, _halves), align=2), _words)
     return b.shl(numbers, ir.Constant(_words, [16] * 16))
 
@@ -197,7 +197,7 @@ interleave_pairs, interleave_int8, interleave_fp8 = (
 
 @define(types.void, types.int64, types.int64, types.int64, types.int64)
 def copy_padded(b: Any, source: Any, target: Any, num_bytes: Any, whole_bytes: Any) -> None:
-    """``num_bytes``, then zeros up to ``whole_bytes``, a multiple of 32."""
+    """Copy ``num_bytes``, then write zeros up to ``whole_bytes``, a multiple of 32."""
     with cgutils.for_range(b, b.lshr(whole_bytes, _i64(5))) as loop:
         b.store(
             ir.Constant(_halves, [0] * 16), element_at(b, target, b.shl(loop.index, _i64(4)), _i16, _halves), align=1

@@ -1,8 +1,9 @@
-"""A tile of keys for bfloat16 queries, few or many: both products by the processor's own instructions for bfloat16.
+"""A tile of keys for bfloat16 queries, few or many. Both products use the processor's bfloat16 instructions.
 
-Keys are transposed into pairs along the head dim, values laid out as pairs of keys, once for all rows of the item.
-Scores, their softmax and all sums are float32. Weights are rounded to bfloat16 where they meet the values. Codes become
-bfloat16 as they are, which int8 and float8 fit into; their scales join the scores, and the weights.
+Keys are transposed into pairs along the head dim, and values stored as pairs of keys, once for all rows of the item.
+Scores, their softmax and all sums are float32. Weights are rounded to bfloat16 before they multiply the values. Codes
+become bfloat16 without their scales, which is exact for int8 and float8; the scales multiply the scores, and the
+weights.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from paged_kernels.cpu.sums import (
 )
 from paged_kernels.cpu.vectors import hmax, hsum, vadd, vfma, vmax, vmul, vsplat
 
-AT_ONCE = 32  # rows
+AT_ONCE = 32  # rows that are computed together
 
 
 @inline
@@ -62,7 +63,7 @@ def in_steps(count):
 
 @inline
 def take_pairs(args, item, head, scratch):
-    """The rows' queries as they are, padded with zeros; and a row of zeros, for keys that aren't there."""
+    """Copy the rows' queries, padded with zeros, and make a row of zeros for missing keys."""
     width, queries = in_steps(args.head_dim), scratch + args.at_q
     for row in range(item.num_rows):
         copy_padded(query_of(args, item, head, row), queries + 2 * row * width, 2 * args.head_dim, 2 * width)
@@ -77,7 +78,7 @@ def _zeros(args, scratch):
 
 @inline
 def tile_of_pairs(args, item, head, tile, lead, count, scratch, ahead, ahead_head, ahead_start, ahead_stop, codes, amx):
-    """Keys number lead..count of a tile into the rows' states. Keys that are needed next are fetched meanwhile."""
+    """Take keys lead..count of a tile into the rows' states. Meanwhile the keys that are needed next are prefetched."""
     first, stop = lead // STEP * STEP, in_steps(count)
     _lay_out(
         args, item, head, tile, lead, count, first, stop, scratch, ahead, ahead_head, ahead_start, ahead_stop, codes
@@ -91,7 +92,7 @@ def tile_of_pairs(args, item, head, tile, lead, count, scratch, ahead, ahead_hea
 
 @inline
 def _some_rows(args, item, head, row, num_rows, tile, lead, count, first, stop, scratch, codes, amx):
-    """As many rows as the nearest cache has room for."""
+    """Compute as many rows as fit into the nearest cache."""
     width, value_width = in_steps(args.head_dim), in_steps(args.value_dim)
     state, scores, weights = scratch + args.at_rows, scratch + args.at_scores, scratch + args.at_weights
     keys, values = scratch + args.at_keys + 4 * first, scratch + args.at_values + 2 * first * value_width
@@ -119,7 +120,7 @@ def _some_rows(args, item, head, row, num_rows, tile, lead, count, first, stop, 
 def _lay_out(args, item, head, tile, lead, count, first, stop, scratch, ahead, ahead_head, ahead_start, ahead_stop,
              codes):  # fmt: skip
     width, value_width, rows = in_steps(args.head_dim), in_steps(args.value_dim), scratch + args.at_tables
-    few = item.num_rows <= AT_ONCE  # with many, memory waits for what is computed
+    few = item.num_rows <= AT_ONCE  # with many rows, computing takes longer than loading
     if few:
         _call_part(args, ahead, ahead_head, ahead_start, ahead_stop, codes)
     _find(args, item, head, args.keys, args.key_scales, args.head_dim, tile, lead, count, first, stop, scratch, 0,
@@ -138,14 +139,14 @@ def _lay_out(args, item, head, tile, lead, count, first, stop, scratch, ahead, a
 
 @inline
 def _call_part(args, item, head, start, stop, codes):
-    """Ask memory for 16 more of the keys that come next. It answers so many calls at once, and more would hold up what
-    is computed meanwhile."""
+    """Prefetch 16 more of the keys that come next. Memory handles that many requests at once; more would delay what is
+    computed meanwhile."""
     prefetch_rows(args, item, head, start, min(stop, start + 16), codes)
 
 
 @inline
 def _lay_out_keys(args, key, width, rows, target, codes):
-    """16 keys into [pairs of the head dim, keys]."""
+    """Store 16 keys as [pairs of the head dim, keys]."""
     for d in range(0, width, STEP):
         place = target + 4 * (d // 2 * TILE + key)
         if codes is None:
@@ -158,7 +159,7 @@ def _lay_out_keys(args, key, width, rows, target, codes):
 
 @inline
 def _lay_out_values(args, key, width, rows, target, codes):
-    """16 values into [pairs of keys, head dim]."""
+    """Store 16 values as [pairs of keys, head dim]."""
     for k in range(key, key + 16, 2):
         one, other, place = load_i64(rows, k), load_i64(rows, k + 1), target + 2 * k * width
         for d in range(0, width, 16):
@@ -172,9 +173,9 @@ def _lay_out_values(args, key, width, rows, target, codes):
 
 @inline
 def _find(args, item, head, cache, cache_scales, dim, tile, lead, count, first, stop, scratch, at_scale, codes):
-    """Put the addresses of keys (or values) first..stop of a tile into the table, and codes' scales next to it, from
-    number ``at_scale`` on. Those that don't lie as whole steps are copied; those that the item doesn't see
-    are zeros."""
+    """Put the addresses of keys (or values) first..stop of a tile into the table, and the scales of codes next to it,
+    from index ``at_scale`` on. Rows that are not whole steps long are copied; those that the item doesn't see are
+    zeros."""
     rows, staging, width = scratch + args.at_tables, scratch + args.at_staging, in_steps(dim)
     scales, size = rows + 8 * TILE + 4 * at_scale, size_of(args.cache_dtype)
     table = args.tables + 4 * item.request * args.table_stride
@@ -208,12 +209,13 @@ def _leave_out(args, scratch, rows, scales, i):
     store_f32(scales, i, float32(0.0))
 
 
-# ---- from scores to weights -----------------------------------------------------------------------------------
+# ---- scores to weights ----------------------------------------------------------------------------------------
 
 
 @inline
 def _softmax(args, item, head, row, r, tile, lead, count, first, stop, scratch, codes):
-    """A row's scores to weights in bfloat16; the tile's maximum and sum. ``r``: where the row's scores lie."""
+    """Turn a row's scores into bfloat16 weights, and compute the tile's maximum and sum. ``r``: the row's index in the
+    scores."""
     line, weights = scratch + args.at_scores + 4 * r * TILE, scratch + args.at_weights + 2 * r * TILE
     state, key_scales = scratch + args.at_rows, scratch + args.at_tables + 8 * TILE
     high = min(count, int64(load_f32(state, at(HIGH, row))) - tile)

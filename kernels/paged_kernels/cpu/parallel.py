@@ -1,9 +1,9 @@
 """Runs a native function on torch's own OpenMP threads, and compiles such functions once for this host.
 
-A kernel is ``void kernel(void *args)``: every thread of a launch calls it with the same address, and the threads share
-out the work among themselves with counters that lie there. torch's pool is used because a second pool would fight with
-it for the cores. Where torch brings no GNU OpenMP (macOS, Windows) the calling thread does all the work, which is
-slower and otherwise the same.
+A kernel is ``void kernel(void *args)``. Every thread of a launch calls it with the same address, and the threads divide
+the work by counters at that address. torch's thread pool is used, because a second pool would compete with it for the
+cores. If torch brings no GNU OpenMP (macOS, Windows), the calling thread does all the work, which is slower, with the
+same results.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from paged_kernels.cpu.recording import ArgumentLayout, recording
 
 try:
     import fcntl
-except ImportError:  # not on Windows
+except ImportError:  # Windows has none
     fcntl = None  # type: ignore[assignment]
 
-_PATIENCE = 180.0  # seconds for another process that compiles the same
+_PATIENCE = 180.0  # seconds to wait for another process that compiles the same kernel
 
 
 class Kernel:
-    """A numba function of one int64 address, compiled when it is first needed and kept on disk."""
+    """A numba function of one int64 address, compiled when it is first needed and cached on disk."""
 
     def __init__(self, function: Callable[[int], None]) -> None:
         self._function = function
@@ -53,7 +53,7 @@ class Kernel:
         return "_pointer" in self.__dict__
 
     def compile(self) -> None:
-        """Compile, or load from disk, now."""
+        """Compile it, or load it from disk, now."""
         with self._lock:
             _ = self._pointer
 
@@ -62,8 +62,8 @@ class Kernel:
         return _compile(self._function)
 
     def __call__(self, args: int, num_threads: int, layout: ArgumentLayout | None = None, alone: bool = False) -> None:
-        """Run on up to ``num_threads`` threads, this one among them, or on this one ``alone``; returns when all are
-        done. ``layout``: for a Recorder that looks on."""
+        """Run on up to ``num_threads`` threads, including this one, or only on this one (``alone``). Returns when all
+        are done. ``layout``: for a Recorder of this thread."""
         if not self.is_compiled:
             self.compile()
         if recording.recorder is not None:
@@ -71,7 +71,7 @@ class Kernel:
         _launch(self._pointer, args, 1 if alone else num_threads, 0)
 
     def here(self, args: int) -> None:
-        """Run on this thread alone."""
+        """Run on this thread only."""
         if not self.is_compiled:
             self.compile()
         self._native(args)
@@ -86,7 +86,8 @@ def kernel(function: Callable[[int], None]) -> Kernel:
 
 
 def _find_launcher() -> Callable[[int, int, int, int], None]:
-    """GOMP_parallel(function, data, num_threads, flags) of the libgomp that torch has loaded, or a stand-in."""
+    """Return GOMP_parallel(function, data, num_threads, flags) of the libgomp that torch has loaded, or a function that
+    uses the calling thread."""
     for library in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*")):
         try:
             launch = ctypes.CDLL(str(library)).GOMP_parallel
@@ -105,18 +106,18 @@ def _find_launcher() -> Callable[[int, int, int, int], None]:
 
 
 def launcher_address() -> int:
-    """Of GOMP_parallel; 0 where the calling thread does all the work."""
+    """Return GOMP_parallel's address, or 0 if the calling thread does all the work."""
     return (ctypes.cast(_launch, ctypes.c_void_p).value or 0) if _is_native(_launch) else 0  # type: ignore[arg-type]
 
 
 def _is_native(launch: Callable[..., None]) -> bool:
-    return hasattr(launch, "argtypes")  # as functions of ctypes have
+    return hasattr(launch, "argtypes")  # functions of ctypes have it
 
 
 def _compile(function: Callable[[int], None]) -> int:
     try:
         return _compile_with(function, _disk_cache(function))
-    except (OSError, EOFError, pickle.UnpicklingError):  # a full disk, a file cut short: go without
+    except (OSError, EOFError, pickle.UnpicklingError):  # on a full disk or with a damaged file, nothing is cached
         return _compile_with(function, None)
 
 
@@ -132,12 +133,12 @@ def _compile_with(function: Callable[[int], None], cache: Any) -> int:
 
 @contextmanager
 def _alone(file: Path | None) -> Iterator[None]:
-    """No other process is in here with this file, unless it stays for long: of several that start together, one
-    compiles and the others load."""
+    """Keep other processes out of the ``with`` block, for at most _PATIENCE seconds: of several that start together,
+    one compiles, and the others load."""
     if file is None or fcntl is None:
         yield
         return
-    with file.open("a") as held:  # closing it lets go, by whatever end the process comes to
+    with file.open("a") as held:  # closing the file releases the lock, even if the process is killed
         give_up = time.monotonic() + _PATIENCE
         while time.monotonic() < give_up:
             try:
@@ -149,14 +150,14 @@ def _alone(file: Path | None) -> Iterator[None]:
 
 
 def _disk_cache(function: Callable[[int], None]) -> Any:
-    """numba's own cache, told where to write; None if nowhere can be written."""
+    """Return numba's own cache with our folder, or None if no folder can be written."""
     from numba.core import caching
 
     folder = cache_folder()
     if folder is None:
         return None
 
-    stamp = folder.name  # holds all that the code depends on
+    stamp = folder.name  # names everything that the code depends on
 
     class Locator(caching._CacheLocator):  # type: ignore[misc]
         def get_cache_path(self) -> str:
@@ -182,7 +183,8 @@ def _disk_cache(function: Callable[[int], None]) -> Any:
 
 
 def _read_sources() -> str:
-    """A digest of all that compiled code depends on, besides the processor, which numba's own key holds."""
+    """Return a digest of everything that compiled code depends on, except the processor, which is in numba's own
+    key."""
     digest = hashlib.sha256(f"{numba.__version__} {sys.version_info[:2]}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
@@ -190,8 +192,8 @@ def _read_sources() -> str:
 
 
 def cache_folder() -> Path | None:
-    """Where compiled kernels are kept: a folder named by all that their code depends on. PAGED_CORE_CACHE overrides
-    its parent."""
+    """Return the folder of compiled kernels, whose name contains everything that their code depends on.
+    PAGED_CORE_CACHE sets its parent."""
     for parent in _cache_parents():
         folder = parent / "kernels" / _DIGEST
         try:
@@ -206,7 +208,7 @@ def cache_folder() -> Path | None:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether no other user could have put code there."""
+    """Return whether no other user can have put code there."""
     if not hasattr(os, "getuid"):
         return True
     status = folder.stat()
@@ -220,11 +222,11 @@ def _cache_parents() -> list[Path]:
     return [user_cache_path("paged-core", appauthor=False), Path(tempfile.gettempdir()) / f"paged-core-{whose}"]
 
 
-# numba names a function by its Python name and a number that counts up from 1 in each process, and what a loaded
-# program calls is found by name: helpers of two kernels that two processes compiled and kept would be taken for one
-# another. No two processes count from the same number.
+# numba names a function by its Python name and a number that counts up from 1 in each process, and loaded code calls
+# functions by name. Helpers of two kernels that two processes compiled and cached could be confused. So each process
+# starts counting at a random number.
 bytecode.FunctionIdentity._unique_ids = itertools.count(secrets.randbits(48))
-# Read while they are what this process has loaded: after an upgrade of the package the old code would be kept as the
-# new one's.
+# The sources are read when this process has just loaded them. If they were read after an upgrade of the package, the
+# old code would be cached as the new one's.
 _DIGEST = _read_sources()
 _launch = _find_launcher()

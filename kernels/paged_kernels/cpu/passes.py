@@ -1,9 +1,10 @@
-"""Sums of a tile held in vector registers: rows of x, each number spread over a vector, meet vectors of weights.
+"""Sums of a tile in vector registers: each number of a row of x is copied to all lanes of a vector and multiplies
+vectors of weights.
 
-A tile lies as [K, columns], so that one step of k reads whole vectors that lie side by side. While a stretch of a tile
-meets the rows of x, each pass fetches its share of the next stretch: memory and arithmetic are busy at the same time.
-What one step of k does is a ``KStep``: fma.py, dot_bf16.py and dot_int8.py bring theirs. This file knows LLVM; it knows
-no dtype.
+A tile is stored as [K, columns], so that one step of k reads whole neighbouring vectors. While a stretch of a tile is
+multiplied with the rows of x, each pass prefetches its share of the next stretch, so that memory and arithmetic work at
+the same time. A ``KStep`` defines one step of k; fma.py, dot_bf16.py and dot_int8.py each have theirs. This file knows
+LLVM. It knows no dtype.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _f32, _i32, _i64, _byte = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.Int
 
 
 def add_to_start(b: Any, sums: Any, start: Any, line: Any, beside: Any, column: int) -> Any:
-    """What becomes of float32 sums."""
+    """Return float32 sums plus what they start from."""
     return b.fadd(start, sums)
 
 
@@ -33,18 +34,18 @@ class KStep:
     """One step of k: ``words`` times four bytes of each row of x, and ``columns`` elements of weights."""
 
     lanes: int  # sums in a vector
-    rows: int  # of x in registers: rows * vectors sums, as many vectors of weights, and one x
+    rows: int  # of x, in registers: with rows * vectors sums, as many vectors of weights, and one x
     weight_bytes: int  # of one element
     load: Callable[[Any, Any], Sequence[Any]]  # builder, pointer to bytes -> weights, a vector for each word of x
-    spread: Callable[[Any, Any], Any]  # builder, pointer to bytes -> a vector, all of whose lanes are the x there
+    spread: Callable[[Any, Any], Any]  # builder, pointer to bytes -> a vector with the x there in all lanes
     add: Callable[[Any, Any, Any, Any], Any]  # builder, x, weights, sums -> sums
     vectors: int = 3  # side by side in registers
-    sweeps: int = 1  # of as many vectors, over a whole tile
+    sweeps: int = 1  # over a tile, each of as many vectors
     words: int = 1
     halves_rests: bool = False
     sum_type: Any = _f32
     close: Callable[[Any, Any, Any, Any, Any, int], Any] = add_to_start
-    """builder, sums, what they are added to, address of x's row, address of what else there is, column -> float32"""
+    """builder, sums, what they are added to, address of x's row, address of extra data, column -> float32"""
 
     @property
     def columns(self) -> int:
@@ -52,8 +53,9 @@ class KStep:
 
 
 def make_passes(step: KStep) -> Any:
-    """``passes(x, xs, w, count, num_rows, y, ys, start, ss, ahead, beside)``: all rows of a block meet one stretch of a
-    tile, or as much of it as one sweep takes. ``ahead``: the stretch to fetch meanwhile. ``beside``: for ``close``."""
+    """Make ``passes(x, xs, w, count, num_rows, y, ys, start, ss, ahead, beside)``, which multiplies all rows of a block
+    with one stretch of a tile, or as much of it as one sweep covers. ``ahead``: the stretch to prefetch. ``beside``:
+    extra data for ``close``."""
     most, width = step.rows, step.columns * step.weight_bytes  # bytes of weights in one step of k
     many, few = -(-width // LINE), 1
     full_many, full_few = make_pass(step, most, many), make_pass(step, most, few)
@@ -61,7 +63,7 @@ def make_passes(step: KStep) -> Any:
 
     @inline
     def passes(x, x_stride, w, count, num_rows, y, y_stride, start, start_stride, ahead, beside):
-        share = -(-width // -(-num_rows // most))  # bytes fetched at each step of k
+        share = -(-width // -(-num_rows // most))  # bytes prefetched at each step of k
         row = 0
         while row < num_rows:
             left = num_rows - row
@@ -79,10 +81,10 @@ def make_passes(step: KStep) -> Any:
 
 
 def _make_exact(step: KStep, num_prefetches: int) -> Any:
-    """Rows that are left, all in one pass."""
+    """Make a function for the remaining rows, all in one pass."""
     rest = [None] + [make_pass(step, rows, num_prefetches) for rows in range(1, step.rows)]
     r1, r2, r3 = rest[1:4]
-    r4, r5, r6, r7 = rest[4:] or [r3] * 4  # with four rows in registers there are never more than three left
+    r4, r5, r6, r7 = rest[4:] or [r3] * 4  # with four rows in registers, at most three remain
 
     @inline
     def exact(left, x, x_stride, w, count, y, y_stride, start, start_stride, ahead, share, beside):
@@ -105,7 +107,8 @@ def _make_exact(step: KStep, num_prefetches: int) -> Any:
 
 
 def _make_halving(step: KStep, num_prefetches: int) -> Any:
-    """Rows that are left, four, two and one at a time: fewer passes to compile, where weights are small."""
+    """Make a function for the remaining rows, four, two and one at a time. This compiles fewer passes, for small
+    weights."""
     r1, r2, r4 = (make_pass(step, rows, num_prefetches) for rows in (1, 2, 4))
 
     @inline
@@ -123,9 +126,9 @@ def _make_halving(step: KStep, num_prefetches: int) -> Any:
 
 
 def make_pass(step: KStep, rows: int, num_prefetches: int) -> Any:
-    """``(x, x_stride, w, count, y, y_stride, start, start_stride, ahead, ahead_step, beside)``: y = start + x @ w for
-    ``rows`` rows and one sweep of a tile; ``count`` steps of k. Addresses; strides of x and ahead_step count bytes,
-    others elements."""
+    """Make ``one_pass(x, x_stride, w, count, y, y_stride, start, start_stride, ahead, ahead_step, beside)``, which
+    computes y = start + x @ w for ``rows`` rows and one sweep of a tile, over ``count`` steps of k. Arguments are
+    addresses; x's strides and ahead_step are in bytes, the others in elements."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit_pass(step, rows, num_prefetches, builder, args)
@@ -182,7 +185,7 @@ def emit_pass(step: KStep, rows: int, num_prefetches: int, b: Any, args: Any) ->
 
 
 def emit_prefetch(b: Any, address: Any) -> None:
-    """Ask memory for the line at an address, for the second nearest cache."""
+    """Prefetch the cache line at an address, into the second-level cache."""
     kind = ir.FunctionType(ir.VoidType(), [_byte, _i32, _i32, _i32])
     fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
     b.call(fetch, [b.inttoptr(address, _byte), _i32(0), _i32(2), _i32(1)])

@@ -1,12 +1,12 @@
-"""Products with packed weights for the host's cores: y = x @ weight.T + bias, and silu(gate) * up of two at once.
+"""Products with packed weights on the host's cores: y = x @ weight.T + bias, and silu(gate) * up of two weights.
 
-This file has what all products share: how a launch is cut into items. How sums are computed is the business of fma.py,
-dot_bf16.py and amx.py, what becomes of them that of finish.py, and which product a host takes that of host.py.
+This file has what all products share: how a launch is divided into items. fma.py, dot_bf16.py and amx.py compute sums,
+finish.py turns them into results, and host.py chooses the product.
 
-A packed weight is cut into tiles of some output columns; a tile lies in the order in which it is read. Every sum is in
-float32 and runs over k in one order, whatever else there is to compute. So a row's result does not depend, to the last
-bit, on how many other rows there are or on the threads. That, and the speed, is why it is written here: oneDNN's
-result for a row hangs on the batch.
+A packed weight is divided into tiles of some output columns. A tile is stored in the order in which it is read. Every
+sum is float32 and runs over k in one order, whatever else is computed. So a row's result does not depend, to the last
+bit, on the number of other rows or on the threads. That is one reason to have these products; the other is speed. With
+oneDNN, a row's result depends on the batch.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from paged_kernels.cpu.intrinsics import inline
 from paged_kernels.cpu.memory import fetch_add, load_i64
 from paged_kernels.cpu.parallel import Kernel
 
-BLOCK = 64  # rows of x for which one thread computes one tile; some products have larger blocks
-X_BYTES = 1 << 19  # of x in a larger block: the second nearest cache holds them beside a tile's weights
-ITEMS_A_THREAD = 4  # before blocks become larger
+BLOCK = 64  # rows of x for which one thread computes one tile; some products use larger blocks
+X_BYTES = 1 << 19  # of x in a larger block, which the second-level cache holds beside a tile's weights
+ITEMS_A_THREAD = 4  # at least, before blocks become larger
 LINE = 64  # bytes
 
-# The kernels' array of int64. Strides of x count bytes, others elements. RESIDUAL: 0, or what is added to the rounded
-# result; it lies as y does. What products of integers are given besides: the rows that X is made of, whose width and
-# how X is parted; see integer_product.py. The counters: threads' numbers, rows begun and done, and one for each
-# thread's items, in cache lines of their own.
+# The kernels' array of int64. Strides of x are in bytes, others in elements. RESIDUAL: 0, or the address of what is
+# added to the rounded result, with y's strides. Integer products also get the rows from which X is made, their width,
+# and how X is divided (see integer_product.py). The counters (threads' numbers, rows begun and done, and one for each
+# thread's items) have cache lines of their own.
 (X, X_STRIDE, WEIGHT, BIAS, BIAS_STRIDE, Y, Y_STRIDE, NUM_ROWS, NUM_COLUMNS, DEPTH, TILE_BYTES, GATED, OUT_BF16,
  RESIDUAL, RAW, RAW_STRIDE, RAW_DTYPE, WIDTH, GROUP, CODES_AT, SCALE_DTYPE, SCALE_STEP, HAS_MINIMA,
  ROTATED, NUM_THREADS, SCRATCH, SCRATCH_STRIDE) = range(27)  # fmt: skip
@@ -38,31 +38,31 @@ TICKET, NEXT_ROW, ROWS_DONE, COUNTERS = 32, 40, 48, 56
 
 @dataclass(frozen=True)
 class Product:
-    """One way to compute products of one dtype of weights."""
+    """One way to compute products of weights of one dtype."""
 
     name: str
     kernel: Kernel
-    columns: int  # in a tile
+    columns: int  # of a tile
     dtype: torch.dtype  # of the weights
     x_dtype: torch.dtype  # of the rows that the kernel reads; others are converted
-    depth_step: int  # K is filled up with zeros to a multiple of it
-    element: torch.dtype  # what is packed as one: weights of the dtype, or pairs of two that follow each other in K
+    depth_step: int  # K is padded with zeros to a multiple of it
+    element: torch.dtype  # the packed unit: a weight, or a pair of neighbours in K
     scratch_bytes: int  # for each thread
 
 
 def scratch_bytes(columns: int, most_rows: int = BLOCK) -> int:
-    """The sums of a block, gate beside up."""
+    """Return the bytes of a block's sums, with gate beside up."""
     return 4 * most_rows * 2 * columns
 
 
 @inline
 def no_begin(args, scratch):
-    """For make_compute: a thread has nothing to do before its first item."""
+    """For make_compute, if a thread has nothing to do before its first item."""
 
 
 @inline
 def no_end():
-    """For make_compute: nor after its last."""
+    """For make_compute, if a thread has nothing to do after its last item."""
 
 
 def make_compute(
@@ -75,17 +75,17 @@ def make_compute(
     most_rows: int = BLOCK,
     words: Words = ANY_HOST,
 ) -> Any:
-    """One thread's part of a launch. Items: tile by tile, each for all blocks of rows; a thread starts with a stretch
-    of its own and helps the others when that is done.
+    """Make the function for one thread's part of a launch. Items are ordered by tile, then by block of rows. A thread
+    starts with its own stretch of items, and helps others when that is done.
 
     Args:
-        tile: ``tile(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, args, scratch)``: one tile for a
-            block of rows; ``depth`` counts what is packed as one.
-        group: rows that meet in registers; a block holds whole groups.
-        even: whether all groups are about as large, rather than all but the last of them full.
-        begin, end: what each thread does before and after its items: ``begin(args, scratch)``, ``end()``.
-        most_rows: of a block: BLOCK, or twice that and so on.
-        words: how sums become results.
+        tile: ``tile(x, x_stride, w, depth, num_rows, y, y_stride, bias, bias_stride, args, scratch)`` computes one tile
+            for a block of rows; ``depth`` counts packed units.
+        group: rows in registers at once; a block has whole groups.
+        even: whether all groups have about the same size; if not, all but the last are full.
+        begin, end: called by each thread before its first and after its last item: ``begin(args, scratch)``, ``end()``.
+        most_rows: most rows of a block: BLOCK times a power of two.
+        words: the functions that turn sums into results.
     """
     block_rows = _make_block_rows(most_rows)
     compute_item = _make_item(tile, columns, _make_rows_of(group, even), words)
@@ -118,7 +118,7 @@ def make_compute(
 def _make_block_rows(most_rows: int) -> Any:
     @inline
     def block_rows(num_rows, num_tiles, num_threads, x_stride):
-        """Rows of a block, at most: as many as x has room for, and threads have blocks for."""
+        """Return the most rows of a block: as many as X_BYTES holds, but few enough that all threads get blocks."""
         block = most_rows
         while block > BLOCK and (
             block * x_stride > X_BYTES or num_tiles * -(-num_rows // block) < ITEMS_A_THREAD * num_threads
@@ -138,7 +138,7 @@ def _make_rows_of(group: int, even: bool) -> Any:
 
     @inline
     def rows_of(num_rows, block, num_blocks):
-        """First row of a block, and how many it has: whole groups."""
+        """Return the first row of a block, and its number of rows, in whole groups."""
         num_groups = -(-num_rows // group)
         row = first_row(num_rows, num_groups, num_groups * block // num_blocks)
         return row, first_row(num_rows, num_groups, num_groups * (block + 1) // num_blocks) - row
@@ -153,7 +153,8 @@ def _make_item(tile: Any, columns: int, rows_of: Any, words: Words) -> Any:
 
     @inline
     def compute_item(args, item, num_blocks, sums, scratch):
-        """A tile of columns for a block of rows; of a gated product, gate's and up's, which follow each other."""
+        """Compute a tile of columns for a block of rows. Of a gated product, compute gate's and up's, which are
+        neighbours."""
         num_rows, num_columns, depth = load_i64(args, NUM_ROWS), load_i64(args, NUM_COLUMNS), load_i64(args, DEPTH)
         x_stride, y_stride, out_bf16 = load_i64(args, X_STRIDE), load_i64(args, Y_STRIDE), load_i64(args, OUT_BF16)
         num_parts = 2 if load_i64(args, GATED) else 1

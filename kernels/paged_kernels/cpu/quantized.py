@@ -1,4 +1,5 @@
-"""Linear layers from weights that are integers: rows are quantised on the way, sums are exact (integer_product.py)."""
+"""Linear layers over integer weights. Rows are quantised during the product, and sums are exact
+(integer_product.py)."""
 
 from __future__ import annotations
 
@@ -16,26 +17,26 @@ from paged_kernels.cpu.linear import Packed, bias_or_zeros, sides, workspace
 from paged_kernels.cpu.product import LINE
 from paged_kernels.cpu.recording import hold_for, keep_for_recording, most_rows, spoil_recording
 
-X_GROUP = 64  # numbers of x that share a scale, where the weights of a whole row do, and aren't rotated
-_LONGEST = 128  # group of four-bit weights that the kernels take
+X_GROUP = 64  # numbers of x that share a scale, if a whole row of weights shares one and isn't rotated
+_LONGEST = 128  # longest group of 4-bit weights that the kernels take
 _FLOATS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
-_LARGEST_DEPTH = 1 << 17  # sums of products of bytes fit into 32 bits
+_LARGEST_DEPTH = 1 << 17  # so that sums of products of bytes fit into 32 bits
 
 
 class QuantizedLinear(Packed):
-    """``y [..., N] = x [..., K] @ weight.T + bias`` for the rows of all ``weights``, one after another.
+    """``y [..., N] = x [..., K] @ weight.T + bias`` for all ``weights``, with their outputs one after another.
 
     Args:
-        weights: of one layout (``Integers.layout``).
+        weights: integers, all of one layout (``Integers.layout``).
         biases: ``[N_i]`` or None each.
-        gated: of two weights, gate and up, the result is silu(gate) * up, ``[..., N_1]``.
-        product: how it is computed; by default as ``host.choose_integers`` says.
+        gated: if there are two weights, gate and up: the result is silu(gate) * up, ``[..., N_1]``.
+        product: the way to compute; None: as ``host.choose_integers`` says.
 
     Raises:
-        ValueError: layouts differ, or the kernels have no way for theirs; or the host can't run ``product``.
+        ValueError: the layouts differ, or the kernels don't support theirs; or the host can't run ``product``.
     """
 
-    x_dtype = torch.float32  # what lies between two products is best not rounded
+    x_dtype = torch.float32  # so that results between two products need not be rounded
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class QuantizedLinear(Packed):
         parts = sides(len(weights), gated)
         self._weight = torch.stack([_tiles([self._laid(weights[i]) for i in part]) for part in parts], 1).contiguous()
         self._lay_bias([bias_or_zeros(len(w.codes), b) for w, b in zip(weights, biases, strict=True)], parts)
-        # of each row: scales and sums of its groups, in whole lines, then its codes
+        # Each row has the scales and sums of its groups, in whole cache lines, then its codes.
         self._codes_at = -(-8 * self._units // LINE) * LINE
         self._row_bytes = self._codes_at + -(-self._filled // LINE) * LINE
         self._scratch_bytes = SCRATCH_BYTES + 4 * self._filled if self._is_rotated else 0  # a row in float32
@@ -74,7 +75,7 @@ class QuantizedLinear(Packed):
         residual: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """As Packed, and of float16 too, by way of float32."""
+        """See Packed. This also takes float16, which is converted to float32."""
         wanted = out_dtype or x.dtype
         if wanted is not torch.float16 or out is not None:
             return super().__call__(x, out_dtype, residual, out)
@@ -82,7 +83,7 @@ class QuantizedLinear(Packed):
         return super().__call__(x, torch.float32, wide).to(wanted)
 
     def _laid(self, weight: Integers) -> list[Tensor]:
-        """Scales, minima and codes, ``[N, bytes]`` each, in the order in which a tile has them."""
+        """Return scales, minima and codes, ``[N, bytes]`` each, in a tile's order."""
         codes = torch.nn.functional.pad(weight.codes, (0, self._filled - weight.codes.shape[1]))
         if self._bits == 4:
             low, high = codes.view(len(codes), -1, 2, 4).unbind(2)
@@ -115,7 +116,7 @@ class QuantizedLinear(Packed):
 
 
 def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
-    """Compile, or load from disk, the products that this host takes. ``progress(what, done, total)``."""
+    """Compile, or load from disk, the products that this host uses. Calls ``progress(what, done, total)``."""
     todo = {p.kernels[bits] for bits in ZERO for p in host.choose_integers(bits)[:2]}
     for done, each in enumerate(todo):
         if progress is not None:
@@ -126,10 +127,10 @@ def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
 
 
 def kernel_group(weight: Integers) -> int:
-    """How many numbers of k the kernels sum up before scales come in.
+    """Return how many steps of k the kernels sum before they apply scales.
 
     Raises:
-        ValueError: they have no way for such groups.
+        ValueError: the kernels don't support such groups.
     """
     depth = weight.codes.shape[1]
     if depth >= _LARGEST_DEPTH:
@@ -145,7 +146,8 @@ def kernel_group(weight: Integers) -> int:
 
 
 def _tiles(weights: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Rows ``[N_i, ...]`` of several weights, one after another, as tiles of bytes: each of their parts in turn."""
+    """Return the rows ``[N_i, ...]`` of several weights, one after another, as tiles of bytes: each of their parts in
+    turn."""
     parts = [torch.cat(part) for part in zip(*weights, strict=True)]
     num_rows = len(parts[0])
     num_tiles = -(-num_rows // COLUMNS)
@@ -158,7 +160,7 @@ def _tiles(weights: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 class _Rooms(threading.local):
-    """Memory for rows that were quantised: of one Python thread."""
+    """Memory for quantised rows. Each Python thread has its own."""
 
     room = torch.empty(0, dtype=torch.uint8)
 
@@ -167,7 +169,7 @@ _ROOMS = _Rooms()
 
 
 def _room(num_bytes: int) -> int:
-    """The address of so many bytes, at the beginning of a line."""
+    """Return the address of so many bytes, at the beginning of a cache line."""
     if _ROOMS.room.numel() < num_bytes + LINE:
         _ROOMS.room = torch.empty(num_bytes + num_bytes // 4 + LINE, dtype=torch.uint8, device="cpu")
     keep_for_recording(_ROOMS.room)

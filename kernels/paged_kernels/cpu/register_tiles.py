@@ -1,7 +1,7 @@
-"""Words for numba kernels: products of small matrices, held in registers.
+"""Helpers for numba kernels: products of small matrices in registers.
 
-Each sum has one order, whichever word computes it. A dot product's: lane i sums the numbers i, i + LANES, i + 2 LANES
-and so on, then lanes are added pair by pair, neighbours first. A mix of rows is summed row by row.
+Each sum has one order, in all helpers. In a dot product, lane i sums the numbers i, i + LANES, i + 2 LANES and so on;
+then lanes are added pair by pair, neighbours first. A mix of rows is summed row by row.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 def make_outer(rows: int, columns: int, together: int) -> Any:
-    """``outer(a_rows, b, b_stride, c, c_stride, count)``: C[m, lanes] = sum over k of A[m, k] * B[k, lanes], each as
-    ``dots`` sums it.
+    """Make ``outer(a_rows, b, b_stride, c, c_stride, count)``: C[m, lanes] = sum over k of A[m, k] * B[k, lanes], in
+    the order of ``dots``.
 
-    ``rows`` rows of A, each found through an address in the table ``a_rows``; ``columns`` vectors of B and C. Strides
-    count floats. What ``dots`` sums in lanes is summed here in so many passes: ``together`` of these lanes in each, and
-    what they come to waits in registers for its neighbour.
+    A has ``rows`` rows, whose addresses are in the table ``a_rows``; B and C have ``columns`` vectors. Strides are in
+    floats. The sums that ``dots`` has in its lanes are computed in several passes, ``together`` of them in each; a
+    result waits in registers for its neighbour's.
     """
     i = types.int64
 
@@ -48,12 +48,12 @@ def make_outer(rows: int, columns: int, together: int) -> Any:
 
 
 _Sums = dict[tuple[int, int], Any]
-"""Of each row of A and column of B, one vector."""
+"""One vector for each row of A and column of B."""
 
 
 @dataclass(frozen=True)
 class _Outer:
-    """The products of A and B, while their code is written."""
+    """The products of A and B, while their code is emitted."""
 
     builder: Any
     a: Sequence[Any]  # addresses of A's rows
@@ -67,7 +67,7 @@ class _Outer:
         return [(m, n) for m in range(len(self.a)) for n in range(self.columns)]
 
     def sum_lanes(self, first: int, num: int, together: int) -> _Sums:
-        """The sum of so many of the lanes that ``dots`` sums in."""
+        """Return the sum of so many of the lanes in which ``dots`` sums."""
         if num == together:
             return self._fold(self._one_pass(first, together))
         half = num // 2
@@ -92,7 +92,7 @@ class _Outer:
         return [{cell: builder.load(acc[cell]) for cell in self.cells} for acc in lanes]
 
     def _add_products(self, acc: _Sums, k: Any) -> None:
-        """``acc``: where the sums are."""
+        """Add the products at k to the sums ``acc``."""
         builder = self.builder
         at = builder.mul(k, self.b_stride)
         right = [
@@ -105,7 +105,7 @@ class _Outer:
                 builder.store(_fma(builder, left, right[n], builder.load(acc[m, n])), acc[m, n])
 
     def _fold(self, sums: Sequence[_Sums]) -> _Sums:
-        """Neighbours first, pair by pair."""
+        """Add the sums pair by pair, neighbours first."""
         while len(sums) > 1:
             pairs = zip(sums[::2], sums[1::2], strict=True)
             sums = [{cell: self.builder.fadd(one[cell], other[cell]) for cell in self.cells} for one, other in pairs]
@@ -113,10 +113,10 @@ class _Outer:
 
 
 def make_mix(rows: int, columns: int) -> Any:
-    """``mix(p, p_row, p_key, b_rows, offset, c, c_stride, kept, taken, count)``: C[m, lanes] = C * kept[m] + taken[m] *
-    (sum over k of P[m, k] * B[k, offset + lanes]).
+    """Make ``mix(p, p_row, p_key, b_rows, offset, c, c_stride, kept, taken, count)``: C[m, lanes] = C * kept[m] +
+    taken[m] * (sum over k of P[m, k] * B[k, offset + lanes]).
 
-    P's element stands at ``m * p_row + k * p_key``; row k of B is found through an address in the table ``b_rows``.
+    An element of P is at ``m * p_row + k * p_key``. The table ``b_rows`` holds the addresses of B's rows.
     """
     i = types.int64
 
@@ -155,8 +155,8 @@ def make_mix(rows: int, columns: int) -> Any:
 
 @define(vector, types.int64, types.int64, types.int64)
 def dots(builder: Any, rows: Any, x: Any, chunks: Any) -> Any:
-    """One dot product a lane: x with each of LANES rows, found through the address table ``rows``; ``chunks`` vectors
-    long."""
+    """Return one dot product per lane: of x and each of LANES rows, whose addresses are in the table ``rows``. They are
+    ``chunks`` vectors long."""
     acc = _accumulators(builder, LANES, 1)
     for m in range(LANES):
         builder.store(const(0.0), acc[m][0])
@@ -182,8 +182,8 @@ def dots(builder: Any, rows: Any, x: Any, chunks: Any) -> Any:
 
 
 def _sum_each(builder: Any, vectors: list[Any]) -> Any:
-    """The sum of each of LANES vectors, in the lane of its number. At each level, two vectors whose numbers differ in
-    one bit meet in one: lanes that have the bit clear keep the first's, the others the second's."""
+    """Return the sum of each of LANES vectors, in the lane of its number. On each level, two vectors whose numbers
+    differ in one bit are merged: lanes with that bit clear keep the first vector's, the others the second's."""
     bit = 1
     while len(vectors) > 1:
         keep = [lane + LANES if lane & bit else lane for lane in range(LANES)]
@@ -201,8 +201,8 @@ def _sum_each(builder: Any, vectors: list[Any]) -> Any:
 
 @define(vector, types.int64, types.int64, types.int64)
 def sum_down(builder: Any, lines: Any, stride: Any, blocks: Any) -> Any:
-    """The sum of ``blocks`` times LANES vectors that lie ``stride`` floats apart: lane by lane what ``hsum`` makes of
-    the sum of as many vectors, if each lane's numbers lay side by side."""
+    """Return the sums of ``blocks`` times LANES vectors that are ``stride`` floats apart. Each lane is summed in the
+    order of ``hsum`` over as many vectors, as if its numbers were neighbours."""
     acc = _accumulators(builder, LANES, 1)
     for m in range(LANES):
         builder.store(const(0.0), acc[m][0])

@@ -1,8 +1,8 @@
-"""Kernels that were launched once, launched again by one call from Python, on other tensors and numbers of rows.
+"""Repeats kernels that were launched once, by one call from Python, on other tensors and numbers of rows.
 
-From one launch to the next Python takes 10 to 15 microseconds, and twice that where weights have swept its own code and
-data from the caches; a step of a model of 30 layers has 240 launches. What a Recorder has noted (recording.py) a
-``Replay`` runs again: tensors that are to be others each time are known by their addresses among the arguments.
+Between two launches Python takes 10 to 15 microseconds, and twice that if weights have displaced its code and data from
+the caches; a step of a model with 30 layers has 240 launches. A ``Replay`` repeats what a Recorder has recorded
+(recording.py). Tensors that change with each call are recognised by their addresses among the arguments.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from paged_kernels.cpu import parallel
 from paged_kernels.cpu.memory import load_i64, store_i64
 from paged_kernels.cpu.recording import Launch, Recorder
 
-_LINE = 64  # bytes: where arguments begin
-_LAUNCHER, _COUNT, _NUM_ROWS, _FIRST = range(4)  # of the table; then, for each launch:
+_LINE = 64  # bytes; arguments begin at a multiple
+_LAUNCHER, _COUNT, _NUM_ROWS, _FIRST = range(4)  # the table's fields; for each launch follow:
 _KERNEL, _IMAGE, _WORDS, _PLACE, _THREADS, _ROWS_AT, _ALONE_ROWS, _ENTRY = range(8)
 
 _i32, _byte = ir.IntType(32), ir.IntType(8).as_pointer()
 
 
 def replay_of(recorder: Recorder, tensors: Sequence[Tensor], num_launches: int) -> Replay | None:
-    """What was noted, for ``tensors`` that are others each time (contiguous). None if it is not all there is, or not as
-    many launches as were foreseen."""
+    """Return a Replay of what was recorded, for ``tensors`` (contiguous) that change with each call. Returns None if
+    the recording is spoilt, or has another number of launches than expected."""
     whole = not recorder.spoiled and len(recorder.launches) == num_launches
     if not whole or not all(tensor.is_contiguous() for tensor in tensors):
         return None
@@ -38,7 +38,7 @@ def replay_of(recorder: Recorder, tensors: Sequence[Tensor], num_launches: int) 
 
 
 class Replay:
-    """Launches, one after another. One thread at a time may call it."""
+    """Launches, one after another. Only one thread at a time may call it."""
 
     def __init__(self, launches: Sequence[Launch], tensors: Sequence[Tensor], kept: Any) -> None:
         sizes = [len(each.arguments) // 8 for each in launches]
@@ -63,7 +63,7 @@ class Replay:
         self._address, self._entries = self._table.data_ptr(), self._table.numpy().data
 
     def __call__(self, num_rows: int, *tensors: Tensor) -> None:
-        """On tensors of ``num_rows`` rows, of the dtypes and widths of those that it was made for."""
+        """Repeat the launches with tensors of ``num_rows`` rows, of the dtypes and widths of the recorded ones."""
         addresses, words = [t.data_ptr() for t in tensors], self._words
         for at, which, offset in self._moves:
             words[at] = addresses[which] + offset
@@ -73,7 +73,7 @@ class Replay:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _launch(typingctx: Any, launcher: Any, function: Any, data: Any, num_threads: Any) -> Any:
-    """GOMP_parallel(function, data, num_threads, 0); without a launcher, function(data)."""
+    """Call GOMP_parallel(function, data, num_threads, 0), or function(data) without a launcher."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         launcher, function, data, num_threads = args
@@ -93,7 +93,7 @@ def _launch(typingctx: Any, launcher: Any, function: Any, data: Any, num_threads
 
 @parallel.kernel
 def _launch_all(table):  # type: ignore[no-untyped-def]
-    """Each launch gets a copy of its arguments: kernels count in them."""
+    """Each launch gets a copy of its arguments, because kernels count in them."""
     launcher, num_rows = load_i64(table, _LAUNCHER), load_i64(table, _NUM_ROWS)
     for number in range(load_i64(table, _COUNT)):
         entry = table + 8 * (_FIRST + _ENTRY * number)

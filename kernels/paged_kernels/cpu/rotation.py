@@ -1,11 +1,11 @@
-"""Rows and weights rotated by one orthogonal matrix before they become integers (QuaRot, arXiv:2404.00456).
+"""Rotates rows and weights by one orthogonal matrix R before they are quantised (QuaRot, arXiv:2404.00456).
 
-Their products are what they were, since ``x @ w.T == (x @ R) @ (w @ R).T``; and a number that is much larger than its
-row's others, as activations have them, is spread over all of the row. So one scale does for a row.
+Products don't change, since ``x @ w.T == (x @ R) @ (w @ R).T``. A number that is much larger than the others of its
+row, as activations have them, is spread over the whole row. So one scale per row is enough.
 
-R has K filled up to a multiple of STEP. It is a Hadamard matrix over the power of two in that, and for each odd prime
-p that is left a reflection ``1 - 2/p``: a symmetric matrix, and its own inverse but for a factor. Rows are multiplied
-without the factor, weights with all of it, a power of two.
+R's size is K, padded to a multiple of STEP. It combines a Hadamard matrix over the power of two in that size with a
+reflection ``1 - 2/p`` for each odd prime factor p. It is symmetric, and its own inverse up to a factor. Rows are
+multiplied without the factor, weights with all of it; it is a power of two.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ STEP = 64
 
 
 def filled(depth: int) -> int:
-    """K of what is rotated."""
+    """Return K after padding."""
     return -(-depth // STEP) * STEP
 
 
 def rotate(rows: Tensor) -> Tensor:
-    """``float32 [N, K]`` times R without its factor, ``[N, filled(K)]``."""
+    """Return ``float32 [N, K]`` times R without its factor, ``[N, filled(K)]``."""
     rows = torch.nn.functional.pad(rows, (0, filled(rows.shape[1]) - rows.shape[1])).contiguous()
     power = _power_of_two(rows.shape[1])
     step = 1
@@ -48,7 +48,7 @@ def rotate(rows: Tensor) -> Tensor:
 
 
 def factor(depth: int) -> float:
-    """What the rotation of a rotation is divided by."""
+    """Return the number by which a rotation of a rotation must be divided."""
     return float(_power_of_two(filled(depth)))
 
 
@@ -67,11 +67,11 @@ def _primes(odd: int) -> list[int]:
     return found
 
 
-# ---- rows, in kernels ----------------------------------------------------------------------------------------------
+# ---- rotating rows in kernels --------------------------------------------------------------------------------------
 
 
 def _make_meet(step: int) -> Any:
-    """The Hadamard matrix of two numbers, over lanes that are ``step`` apart."""
+    """Make the product with the Hadamard matrix of size two, over lanes that are ``step`` apart."""
     order = ir.Constant(ivec, [lane ^ step for lane in range(LANES)])
     signs = ir.Constant(const(0.0).type, [ir.Constant(f32, -1.0 if lane & step else 1.0) for lane in range(LANES)])
 
@@ -82,12 +82,12 @@ def _make_meet(step: int) -> Any:
     return meet
 
 
-_meet_1, _meet_2, _meet_4, _meet_half = (_make_meet(step) for step in (1, 2, 4, LANES // 2))  # of 8 lanes, 4 is half
+_meet_1, _meet_2, _meet_4, _meet_half = (_make_meet(step) for step in (1, 2, 4, LANES // 2))  # half of 8 lanes is 4
 
 
 @inline
 def rotate_row(source, dtype, width, target, count):
-    """``width`` numbers, filled up with noughts to ``count``, times R without its factor; to float32."""
+    """Write ``width`` numbers, padded with zeros to ``count``, times R without its factor, as float32."""
     whole = width // LANES * LANES
     for i in range(0, whole, LANES):
         vstore(target, i, _meet_lanes(vload_float(source, i, dtype)))
@@ -115,7 +115,7 @@ def _meet_lanes(a):
 
 @inline
 def _meet_vectors(target, count, power):
-    """All steps from a vector's on, two at once; returns what is reached."""
+    """Do all steps from one vector on, two at once. Returns the size that was reached."""
     step = LANES
     while 4 * step <= power:
         for first in range(0, count, 4 * step):

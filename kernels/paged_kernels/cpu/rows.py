@@ -1,8 +1,7 @@
-"""Storing rows and finding them again: a row is one token's keys, or values, of one kv head.
+"""Stores rows and finds them again. A row is one token's keys, or values, of one kv head.
 
-Each of the two is done in two ways: for caches of floats (float32, bfloat16, float16), and for caches of int8 and
-float8 codes with a scale for each row, ``f32 [blocks, K, bs]``. A kernel is compiled for one of them: it passes None,
-or CODES.
+Both exist for caches of floats (float32, bfloat16, float16), and for caches of int8 and float8 codes with a scale for
+each row, ``f32 [blocks, K, bs]``. A kernel is compiled for one of them: it passes None, or CODES.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ from paged_kernels.cpu.memory import (
 )
 from paged_kernels.cpu.vectors import vdiv, vmul, vsplat
 
-CODES = 1  # in place of None, by whose type numba compiles only the half that is meant
-STORE_TOKENS = 16  # tokens stored by one grab of work
+CODES = 1  # instead of None; by its type numba compiles one of the two branches only
+STORE_TOKENS = 16  # tokens that a thread takes at once
 
 
 @inline
@@ -56,7 +55,7 @@ def padded(count):
 
 @inline
 def store_all(address, codes):
-    """Take batches of tokens until none are left, then wait for those that other threads have taken."""
+    """Store batches of tokens until none are left, then wait for those that other threads are storing."""
     args = as_arguments(address)
     num_tokens = args.num_tokens
     num_batches = (num_tokens + STORE_TOKENS - 1) // STORE_TOKENS
@@ -100,7 +99,7 @@ def _write(args, source, cache, scales, row, dim, codes):
 
 @inline
 def copy(source, dtype, target, target_dtype, count):
-    """``count`` floats from one place to another, converted."""
+    """Copy and convert ``count`` floats."""
     whole = count // LANES * LANES
     for i in range(0, whole, LANES):
         vstore_float(target, i, target_dtype, vload_float(source, i, dtype))
@@ -110,7 +109,7 @@ def copy(source, dtype, target, target_dtype, count):
 
 @inline
 def _to_codes(source, dtype, target, target_dtype, count):
-    """``count`` floats as codes, and their scale; as ``reference.quantize`` does it, bit for bit."""
+    """Store ``count`` floats as codes, and their scale, bit for bit as ``reference.quantize`` does."""
     whole = count // LANES * LANES
     top = vsplat(float32(0.0))
     for i in range(0, whole, LANES):
@@ -140,9 +139,9 @@ def _to_codes(source, dtype, target, target_dtype, count):
 
 @inline
 def find_rows(args, item, head, cache, scales, dim, tile, lead, count, rows, staging, codes):
-    """Put the addresses of keys (or values) number lead..count of the tile that begins with key ``tile`` into the table
-    ``rows``, and fill it up on both sides to whole multiples of LANES with the first and the last. Rows the products
-    can't read as they lie are first copied to ``staging``, as float32 and padded with zeros."""
+    """Put the addresses of keys (or values) lead..count of the tile that begins with key ``tile`` into the table
+    ``rows``, and pad it on both sides to multiples of LANES with the first and the last. Rows that the products can't
+    read as they are are first copied to ``staging``, as float32 padded with zeros."""
     num_kv_heads, block_size = args.num_kv_heads, args.block_size
     dtype, width = args.cache_dtype, padded(dim)
     row_bytes = dim * size_of(dtype)
@@ -177,7 +176,7 @@ def find_rows(args, item, head, cache, scales, dim, tile, lead, count, rows, sta
 
 @inline
 def _stage_widened(rows, lead, count, staging, dtype, dim, width):
-    """Put copies of rows number lead..count, as float32 and padded, in their place in the table."""
+    """Copy rows lead..count as float32 with padding, and put the copies' addresses in the table."""
     for i in range(lead, count):
         source, target = load_i64(rows, i), staging + 4 * i * width
         if dim == width:
@@ -190,7 +189,7 @@ def _stage_widened(rows, lead, count, staging, dtype, dim, width):
 
 @inline
 def widen(source, dtype, target, count, width):
-    """``count`` floats as float32, then zeros up to ``width``."""
+    """Copy ``count`` floats as float32, then write zeros up to ``width``."""
     whole = count // LANES * LANES
     for i in range(0, whole, LANES):
         vstore(target, i, vload_float(source, i, dtype))
@@ -202,7 +201,7 @@ def widen(source, dtype, target, count, width):
 
 @inline
 def _from_codes(source, dtype, scale, target, count, width):
-    """``count`` codes times their scale as float32, then zeros up to ``width``."""
+    """Copy ``count`` codes times their scale as float32, then write zeros up to ``width``."""
     whole, scales = count // LANES * LANES, vsplat(scale)
     if dtype == INT8:
         for i in range(0, whole, LANES):
@@ -218,8 +217,8 @@ def _from_codes(source, dtype, scale, target, count, width):
 
 @inline
 def prefetch_rows(args, item, head, start, stop, codes):
-    """Ask memory for keys and values start..stop, which are needed soon: blocks lie apart, so the hardware's own
-    prefetching starts anew with each."""
+    """Prefetch keys and values start..stop, which are needed soon. Blocks are not neighbours in memory, so the
+    hardware's own prefetching starts again with each."""
     num_kv_heads, block_size = args.num_kv_heads, args.block_size
     size = size_of(args.cache_dtype)
     key_bytes, value_bytes = args.head_dim * size, args.value_dim * size

@@ -1,7 +1,7 @@
-"""Which requests of a step begin with the same blocks: found from block tables, and nothing else.
+"""Finds the requests of a step that begin with the same blocks, from their block tables alone.
 
-Requests that agree on whole tiles of keys, from the first on, become a node; those among them that agree for longer
-become a node below it, and so on. In the order that comes out, the requests of each node stand side by side.
+Requests that have whole tiles of keys in common, from the first tile on, become a node. Those among them that have more
+in common become a node below it, and so on. In the resulting order, the requests of each node are neighbours.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from paged_kernels.cpu.arguments import NODE, as_node
 from paged_kernels.cpu.intrinsics import inline
 from paged_kernels.cpu.memory import load_i32, load_i64, store_i64
 
-TILE = 64  # keys; a row's sums are taken tile by tile, at fixed positions
-MOST_ROWS = 32  # of a request that shares: with more, its own rows read a tile of keys often enough
+TILE = 64  # keys; a row's sums are computed tile by tile, at fixed positions
+MOST_ROWS = 32  # of a request that shares; with more rows, a tile of keys is used often enough by its own rows
 NODE_BYTES = NODE.itemsize
 
 
 @inline
 def find_groups(args):
-    """Write ``order i64 [R]``, of which the first are requests that could share, ``reach i64 [R]``, the keys up to
-    which a request shares, and the nodes, at most two a request; those above come before those below."""
+    """Write ``order i64 [R]``, which begins with the requests that could share; ``reach i64 [R]``, the keys up to which
+    a request shares; and the nodes, at most two per request, upper ones before lower ones."""
     num_nodes, num_requests = 0, args.num_requests
     count = _could_share(args)
     depth = _push(args.stack, 0, 0, count, 0)
@@ -46,7 +46,7 @@ def find_groups(args):
 
 @inline
 def _could_share(args):
-    """Put requests with few rows and no key out of sight into the order; nobody shares yet."""
+    """Put the requests that have few rows and see all keys into the order. None of them shares yet."""
     count = 0
     for r in range(args.num_requests):
         store_i64(args.reach, r, 0)
@@ -58,7 +58,7 @@ def _could_share(args):
 
 @inline
 def _limit(args, r):
-    """The keys that a request could share: whole tiles before its first query."""
+    """Return how many keys a request could share: whole tiles before its first query."""
     num_queries = load_i32(args.query_starts, r + 1) - load_i32(args.query_starts, r)
     num_keys = load_i32(args.seq_lens, r)
     if num_queries == 0 or num_queries * args.group > MOST_ROWS or num_keys > args.window:
@@ -77,8 +77,8 @@ def _push(stack, depth, first, stop, start):
 
 @inline
 def _gather_equals(args, first, stop, start):
-    """Move those of order[first:stop] that have the first one's blocks for the tile at ``start`` next to it; where they
-    end."""
+    """Move the requests of order[first:stop] that have the first one's blocks for the tile at ``start`` next to it.
+    Returns where they end."""
     leader = load_i64(args.order, first)
     end = first + 1
     if _limit(args, leader) <= start:
@@ -94,7 +94,7 @@ def _gather_equals(args, first, stop, start):
 
 @inline
 def _reach_together(args, first, stop, start):
-    """Up to which key all of order[first:stop] agree."""
+    """Return up to which key all of order[first:stop] have the same blocks."""
     leader = load_i64(args.order, first)
     reach = _limit(args, leader)
     for i in range(first + 1, stop):
@@ -108,7 +108,7 @@ def _reach_together(args, first, stop, start):
 
 @inline
 def _agree(args, one, other, start):
-    """Whether two requests have the same blocks for the tile of keys at ``start``."""
+    """Return whether two requests have the same blocks for the tile of keys at ``start``."""
     a, b = args.tables + 4 * one * args.table_stride, args.tables + 4 * other * args.table_stride
     for block in range(start // args.planned_block_size, (start + TILE - 1) // args.planned_block_size + 1):
         if load_i32(a, block) != load_i32(b, block):

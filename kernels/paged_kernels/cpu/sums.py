@@ -1,8 +1,8 @@
-"""The softmax of query rows while it grows: tile by tile of keys, always in the order of the keys.
+"""The running softmax of query rows: tile by tile of keys, always in the order of the keys.
 
-A row's state is its largest score so far, the sum of powers of two of all scores less that, and the values' sum so
-weighted. Each tile of keys is summed by itself and then taken into the state, so it makes no difference who has summed
-it: the row's own item, one that does it for several requests, or several that each do some of the tiles.
+A row's state is its largest score so far, the sum of 2 ** (score - largest) over all scores, and the sum of the values
+with these weights. Each tile of keys is summed by itself and then taken into the state. So the result does not depend
+on which item sums it: the row's own, one for several requests, or several that compute some of the tiles each.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from paged_kernels.cpu.rows import copy, padded
 from paged_kernels.cpu.sharing import TILE
 from paged_kernels.cpu.vectors import vadd, vfirst, vfma, vmax, vmul, vsplat, vsub
 
-ROWS = 4 * LANES  # query rows of an item, at most
+ROWS = 4 * LANES  # most query rows of an item
 
-# Vectors of one float for each row. Of the state: maximum and sum. Of the tile that is to be taken in: the same, and
-# what both are to be multiplied by. Which keys a row sees: LOW <= key < HIGH.
+# Vectors with one float for each row: maximum and sum of the state; maximum and sum of the tile that is to be taken in;
+# the factors for both; and the keys that a row sees: LOW <= key < HIGH.
 MAXIMUM, SUM, TILE_MAXIMUM, TILE_SUM, KEPT, TAKEN, LOW, HIGH, NUM_VECTORS = range(9)
 
 LOG2E = 1.4426950408889634
@@ -45,7 +45,7 @@ def at(vector, row):
 
 @inline
 def token_of(args, item, row):
-    """Where in q and out a row's token is."""
+    """Return the index of a row's token in q and out."""
     return load_i32(args.tokens, item.first_token + (item.first_row + row) // args.group)
 
 
@@ -56,14 +56,14 @@ def head_of(args, item, head, row):
 
 @inline
 def query_of(args, item, head, row):
-    """The address of a row's query."""
+    """Return the address of a row's query."""
     index = token_of(args, item, row) * args.q_token + head_of(args, item, head, row) * args.q_head
     return args.q + index * size_of(args.dtype)
 
 
 @inline
 def sees_until(args, item, row):
-    """The first key that a row does not see, since it comes later."""
+    """Return the first key that a row does not see because it comes later."""
     if item.many_requests == 1:
         return item.key_stop
     return item.first_position + (item.first_row + row) // args.group + 1
@@ -71,7 +71,7 @@ def sees_until(args, item, row):
 
 @inline
 def note_sight(args, item, state):
-    """Which keys each row sees, LOW <= key < HIGH; rows that only fill up a vector see none."""
+    """Store which keys each row sees, LOW <= key < HIGH. Padding rows see none."""
     for row in range(padded(item.num_rows)):
         high = sees_until(args, item, row) if row < item.num_rows else item.key_start
         store_f32(state, at(HIGH, row), float32(high))
@@ -80,7 +80,7 @@ def note_sight(args, item, state):
 
 @inline
 def clear(args, item, state, out):
-    """No key has been seen."""
+    """Reset the state: no key has been seen."""
     for i in range(0, padded(item.num_rows), LANES):
         vstore(state, at(MAXIMUM, i), vsplat(LOWEST))
         vstore(state, at(SUM, i), vsplat(float32(0.0)))
@@ -90,8 +90,8 @@ def clear(args, item, state, out):
 
 @inline
 def take_in(state, num_rows):
-    """Take a tile's maxima and sums into the state. KEPT and TAKEN are what the values' sums are to be multiplied by:
-    those so far, and the tile's."""
+    """Take a tile's maxima and sums into the state. KEPT and TAKEN become the factors for the values' sums: for those
+    so far, and for the tile's."""
     for i in range(0, padded(num_rows), LANES):
         before, of_tile = vload(state, at(MAXIMUM, i)), vload(state, at(TILE_MAXIMUM, i))
         now = vmax(before, of_tile)
@@ -103,7 +103,7 @@ def take_in(state, num_rows):
         vstore(state, at(TAKEN, i), taken)
 
 
-# ---- states that wait in memory -------------------------------------------------------------------------------
+# ---- states in memory -----------------------------------------------------------------------------------------
 
 
 @inline
@@ -122,14 +122,15 @@ def _keep(args, state, out, row, target):
 
 @inline
 def begin(args, item, head, state, out):
-    """The rows' states before the item: what was carried over, as soon as it is there, or nothing."""
+    """Load the rows' states before the item: those that another item has left, as soon as they are there, or empty
+    ones."""
     if item.goes_on == 0:
         clear(args, item, state, out)
         return
     width = padded(args.value_dim)
     for row in range(item.num_rows):
         index = head * args.num_shared_rows + item.state + row
-        # Whoever computes it took it before this item was taken, and waits at most for others like it.
+        # The item that computes the state was taken before this one, and waits at most for items before it.
         while load_shared(args.marks + 8 * index) != item.key_start:
             pass
         source = args.states + _row_bytes(args) * index
@@ -141,7 +142,7 @@ def begin(args, item, head, state, out):
 
 @inline
 def end(args, item, head, state, out):
-    """The rows' states after the item: results, or carried over."""
+    """Store the rows' states after the item: as results, or for another item."""
     width = padded(args.value_dim)
     for row in range(item.num_rows):
         index = head * args.num_shared_rows + item.state + row
@@ -157,7 +158,7 @@ def end(args, item, head, state, out):
 
 @inline
 def keep_tile(args, item, head, tile, state, out):
-    """Put a tile's own sums aside: other threads compute other tiles of these rows."""
+    """Keep a tile's own sums, because other threads compute other tiles of these rows."""
     first = _partial_of(args, item, head, tile)
     for row in range(item.num_rows):
         _keep(args, state, out, row, first + _row_bytes(args) * row)
@@ -165,7 +166,7 @@ def keep_tile(args, item, head, tile, state, out):
 
 @inline
 def is_last_piece(args, item, head):
-    """Whether all others of the rows' pieces are finished."""
+    """Return whether all other pieces of the rows' work are finished."""
     counter = args.counters + 8 * (item.counter + head)
     if fetch_add(counter, 1) < item.num_pieces - 1:
         return False
@@ -175,7 +176,7 @@ def is_last_piece(args, item, head):
 
 @inline
 def take_in_tiles(args, item, head, state, out):
-    """Take in all tiles of the rows that were put aside, as if they were computed now."""
+    """Take in all tiles of the rows that were kept, as if they were computed now."""
     width = padded(args.value_dim)
     for tile in range(item.key_start // TILE * TILE, item.key_stop, TILE):
         first = _partial_of(args, item, head, tile)
@@ -189,7 +190,7 @@ def take_in_tiles(args, item, head, state, out):
 
 @inline
 def take_in_values(state, row, of_tile, out, width):
-    """``out`` of one row times KEPT plus the tile's times TAKEN."""
+    """Compute ``out`` of one row times KEPT, plus the tile's times TAKEN."""
     kept, taken = vsplat(load_f32(state, at(KEPT, row))), vsplat(load_f32(state, at(TAKEN, row)))
     for i in range(0, width, LANES):
         vstore(out, i, vfma(vload(of_tile, i), taken, vmul(vload(out, i), kept)))
@@ -202,12 +203,12 @@ def _partial_of(args, item, head, tile):
     return args.partials + _row_bytes(args) * (item.partial + number * item.num_rows)
 
 
-# ---- from sums to results -------------------------------------------------------------------------------------
+# ---- sums to results ------------------------------------------------------------------------------------------
 
 
 @inline
 def _write(args, item, head, row, m, total, values):
-    """One row of the result: values / total, the sink's share taken into account."""
+    """Write one row of the result: values / total, with the sink's share taken into account."""
     query_head = head_of(args, item, head, row)
     weight = float32(1.0)
     if args.sinks != 0:

@@ -1,6 +1,6 @@
-"""Words for numba kernels: arithmetic on vectors as wide as the host's registers.
+"""Helpers for numba kernels: arithmetic on vectors of the host's width.
 
-A kernel written with these decides itself what sits in a register, so its speed does not hang on what the compiler
+A kernel written with these decides itself what is in a register, so that its speed does not depend on what the compiler
 manages to vectorise.
 """
 
@@ -47,19 +47,19 @@ def vfma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 @define(vector, vector, vector)
 def vmax(builder: Any, a: Any, b: Any) -> Any:
-    """The larger of each lane; a NaN in ``a`` stands, one in ``b`` is passed over."""
+    """Return the larger number in each lane. A NaN in ``a`` is kept, one in ``b`` is ignored."""
     return builder.select(builder.fcmp_ordered("olt", a, b), b, a)
 
 
 @define(vector, vector, vector, vector, vector)
 def vselect_less(builder: Any, a: Any, b: Any, yes: Any, no: Any) -> Any:
-    """Lane by lane: ``yes`` where a < b, else ``no``."""
+    """Return in each lane ``yes`` if a < b, else ``no``."""
     return builder.select(builder.fcmp_ordered("olt", a, b), yes, no)
 
 
 @define(vector, vector, vector)
 def vkeep_nan(builder: Any, a: Any, b: Any) -> Any:
-    """``b`` where b is a NaN, else ``a``."""
+    """Return in each lane ``b`` if it is NaN, else ``a``."""
     return builder.select(builder.fcmp_unordered("uno", b, b), b, a)
 
 

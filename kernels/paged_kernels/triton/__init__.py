@@ -1,1 +1,1 @@
-"""The operations of ``paged_kernels.reference`` compiled by Triton, for GPUs. ``launch`` has the launchers."""
+"""The operations of ``paged_kernels.reference`` as Triton kernels, for GPUs. The launchers are in ``launch``."""

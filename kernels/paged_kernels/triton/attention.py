@@ -1,4 +1,4 @@
-"""What decode and prefill kernels share: rows of K and V out of their blocks, scores, a tile of keys taken in."""
+"""What the decode and prefill kernels share: loading rows of K and V from blocks, scores, and the running softmax."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-HIDDEN = tl.constexpr(-1.0e38)  # a score that leaves no trace beside any other
+HIDDEN = tl.constexpr(-1.0e38)  # a score so low that it has no effect beside any other
 
-# Arguments that differ from step to step must not be compiled for, whatever they are.
+# These arguments change from step to step, so Triton must not compile for their values.
 CHANGING = ["num_requests", "table_stride", "bias_stride"]
 LISTS = ["query_starts", "seq_lens", "block_tables", "item_rows", "item_starts"]
 
@@ -17,7 +17,7 @@ LISTS = ["query_starts", "seq_lens", "block_tables", "item_rows", "item_starts"]
 def load_queries(
     q, tokens, heads, is_row, token_stride, head_stride, DIM: tl.constexpr, DIM_PAD: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
-    """A row for each token and head: ``[M, DIM_PAD]`` of DTYPE."""
+    """Load a row for each token and head: ``[M, DIM_PAD]`` of DTYPE."""
     d = tl.arange(0, DIM_PAD)
     at = q + tokens[:, None] * token_stride + heads[:, None] * head_stride + d[None, :]
     return tl.load(at, mask=is_row[:, None] & (d < DIM)[None, :], other=0.0).to(DTYPE)
@@ -29,10 +29,11 @@ def attend(
     heads,  # [M]
     is_row,  # [M]
     top,  # f32 [M]  the largest score so far
-    total,  # f32 [M] or [M, N]  the powers of two of all scores less the top, summed; or what is yet to be summed
-    sums,  # f32 [M, VALUE_PAD]  the values, each times that
-    positions,  # i32 [N]  of keys that there are
-    visible,  # [M, N] or [1, N]  which of them count; None: all
+    # f32 [M] or [M, N]: the sum of 2 ** (score - top) over all scores; with [M, N] it is not summed up yet.
+    total,
+    sums,  # f32 [M, VALUE_PAD]  the sum of the values with these weights
+    positions,  # i32 [N]  of the keys
+    visible,  # [M, N] or [1, N]  which keys count; None: all
     table,
     cache,  # (key_cache, value_cache, key_scales, value_scales)
     kv_head,
@@ -44,7 +45,7 @@ def attend(
     PRECISION: tl.constexpr,
     VALUE_DTYPE: tl.constexpr,
 ):
-    """Takes a tile of keys and values into the running softmax: ``top, total, sums`` with them."""
+    """Take a tile of keys and values into the running softmax. Returns the new ``top, total, sums``."""
     key_cache, value_cache, key_scales, value_scales = cache
     tokens = token_rows(table, positions, kv_head, num_kv_heads, BLOCK_SIZE)
     keys = load_tokens(key_cache, tokens, DIM, queries.shape[1], queries.dtype)
@@ -65,8 +66,8 @@ def attend(
 
 @triton.jit
 def finished_scores(scores, heads, is_row, positions, visible, facts):
-    """Products of queries and keys as softmax takes them: scaled, capped, with their bias, and what is out of sight
-    hidden."""
+    """Return the products of queries and keys as the softmax takes them: scaled, capped, with their bias, and HIDDEN
+    where a key is not visible."""
     key_bias, bias_stride, scale, softcap = facts
     scores = scaled_scores(scores, scale, softcap)
     if key_bias is not None:
@@ -79,18 +80,18 @@ def finished_scores(scores, heads, is_row, positions, visible, facts):
 
 @triton.jit
 def token_rows(table, positions, kv_head, num_kv_heads, BLOCK_SIZE: tl.constexpr):
-    """Which rows of ``[blocks * K * BLOCK_SIZE, DIM]`` hold these positions, u32: half the work of i64, and no cache
-    has so many."""
-    positions = positions.to(tl.uint32)  # a division by a power of two is then a shift
+    """Return the rows of ``[blocks * K * BLOCK_SIZE, DIM]`` that hold these positions, as u32: that is half the work of
+    i64, and no cache has so many rows."""
+    positions = positions.to(tl.uint32)  # so that a division by a power of two is a shift
     blocks = tl.load(table + positions // BLOCK_SIZE).to(tl.uint32)
     return (blocks * num_kv_heads + kv_head) * BLOCK_SIZE + positions % BLOCK_SIZE
 
 
 @triton.jit
 def load_tokens(cache, tokens, DIM: tl.constexpr, DIM_PAD: tl.constexpr, DTYPE: tl.constexpr):
-    """K or V in these rows of a cache, as ``[N, DIM_PAD]`` of DTYPE."""
+    """Load K or V from these rows of a cache, as ``[N, DIM_PAD]`` of DTYPE."""
     d = tl.arange(0, DIM_PAD)
-    at = (cache + d)[None, :] + (tokens.to(tl.int64) * DIM)[:, None]  # bytes, and numbers, may exceed 2**31
+    at = (cache + d)[None, :] + (tokens.to(tl.int64) * DIM)[:, None]  # an offset may exceed 2**31
     if DIM == DIM_PAD:
         numbers = tl.load(at)
     else:
@@ -100,15 +101,15 @@ def load_tokens(cache, tokens, DIM: tl.constexpr, DIM_PAD: tl.constexpr, DTYPE: 
 
 @triton.jit
 def e4m3_numbers(bits, DTYPE: tl.constexpr):
-    """e4m3 bits as numbers. A float16 has the same fields one bit further down, and an exponent that counts from
-    2**8 times as little."""
-    bits = (bits.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -16385  # the sign twice, less its second
+    """Convert e4m3 bits to numbers. A float16 has the same fields one bit lower, with an exponent bias that makes the
+    same bits mean 2**8 times less."""
+    bits = (bits.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -16385  # the sign is in two bits; clear the lower
     return (bits.to(tl.float16, bitcast=True) * 256.0).to(DTYPE)
 
 
 @triton.jit
 def scaled_scores(scores, scale, softcap):
-    """Scores times log2(e), so that a power of two is all that softmax takes."""
+    """Return the scores times log2(e), so that the softmax needs powers of two only."""
     if softcap is None:
         scores = scores * (scale * LOG2E)
     else:

@@ -1,4 +1,4 @@
-"""What the launchers of attention ask Triton's compiler for: common shapes, and then every kind of each."""
+"""The variants that the attention launchers compile: those of common shapes, and then all kinds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BF16 = torch.bfloat16
 
 
 def variants(card: str) -> Variants:
-    """Four query heads of 128 to a kv head, blocks of 16, in bfloat16; and models that are left in float32."""
+    """Return the common ones: four query heads of 128 per kv head, blocks of 16, in bfloat16; and float32 models."""
     for facts in ((), _FACTS):
         yield from _attention(card, facts=facts)
     yield from _attention(card, cache_dtype=torch.int8)
@@ -31,7 +31,7 @@ def variants(card: str) -> Variants:
 
 
 def more_variants(card: str) -> Variants:
-    """Every head dim, dtype, fact and group, and some block sizes."""
+    """Return every head dim, dtype, fact and group, and some block sizes."""
     for dims in _DIMS:
         for cache_dtype in (_BF16, *_CODES):
             yield from _attention(card, dims, cache_dtype=cache_dtype)
@@ -106,7 +106,7 @@ def _lists(card: str) -> Iterator[Variant]:
 
 
 def _variant(kernel: Any, signature: dict[str, str], tile: dict[str, Any]) -> Variant:
-    """What the signature doesn't name, and the tile neither, isn't given: None."""
+    """Return a variant. Parameters that neither the signature nor the tile names are None."""
     mine = {name: kind for name, kind in signature.items() if name in kernel.arg_names}
     absent = {name: None for name in kernel.arg_names if name not in mine and name not in tile}
     return Variant.of(kernel, mine, tile | absent)

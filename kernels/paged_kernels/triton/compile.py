@@ -1,8 +1,9 @@
-"""Compiles every kernel for GPUs that aren't there, and holds registers, shared memory and spills to limits.
+"""Compiles every kernel for GPUs that need not be present, and checks registers, shared memory and spills against
+limits.
 
     python -m paged_kernels.triton.compile --target sm_80,sm_90,gfx942
 
-Which kernels, with which sizes, the modules of this package say themselves (``variants``). No kernel is run.
+The modules of this package list their kernels and sizes (``variants``). No kernel is run.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ from triton.compiler import ASTSource
 import paged_kernels.triton
 from paged_kernels.triton.variants import FUSION, Variant
 
-_SPILLS_FROM = 129  # head dims that may spill
-_MAX_SPILL_BYTES = 16  # of the others: Triton before 3.7 spills four registers in one variant
+_SPILLS_FROM = 129  # head dims from here on may spill
+_MAX_SPILL_BYTES = 16  # allowed for smaller ones: Triton before 3.7 spills four registers in one variant
 
 
 class Card(NamedTuple):
     """What a program may use on a card."""
 
     target: GPUTarget
-    tiles: str  # what ``tiles`` calls it
-    max_registers: int  # a thread
-    max_shared_bytes: int  # a program
+    tiles: str  # the card's name in ``tiles``
+    max_registers: int  # per thread
+    max_shared_bytes: int  # per program
 
 
 CARDS = {
@@ -53,20 +54,20 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """One variant on one target."""
+    """One variant, compiled for one target."""
 
     kernel: str
     variant: str
     target: str
     registers: int
     shared_bytes: int
-    spill_bytes: int  # a thread's local memory: the kernels ask for none themselves
+    spill_bytes: int  # local memory per thread; the kernels use none of their own
     seconds: float
     complaints: tuple[str, ...]
 
 
 class Job(NamedTuple):
-    """A variant by its place, since kernels don't travel between processes."""
+    """A variant by its index, because kernels can't be pickled."""
 
     module: str
     every: bool
@@ -74,11 +75,11 @@ class Job(NamedTuple):
     target: str
 
 
-# ---- what there is to compile ----------------------------------------------------------------------------------
+# ---- what is compiled ------------------------------------------------------------------------------------------
 
 
 def jobs(targets: Sequence[str], every: bool = False) -> list[Job]:
-    """All variants of all modules of this package, for each target."""
+    """Return all variants of all modules of this package, for each target."""
     names = [info.name for info in pkgutil.iter_modules(paged_kernels.triton.__path__, "paged_kernels.triton.")]
     return [
         Job(name, every, index, target)
@@ -90,7 +91,8 @@ def jobs(targets: Sequence[str], every: bool = False) -> list[Job]:
 
 
 def variants_of(module: str, target: str, every: bool) -> list[Variant]:
-    """What a module's launchers ask for on a card; with ``every``, also what they may ask for."""
+    """Return the variants that a module's launchers compile on a card; with ``every``, also those that they may
+    compile."""
     found, card = importlib.import_module(module), CARDS[target].tiles
     sources = ("variants", "more_variants") if every else ("variants",)
     named = [variant for name in sources if hasattr(found, name) for variant in getattr(found, name)(card)]
@@ -101,7 +103,8 @@ def variants_of(module: str, target: str, every: bool) -> list[Variant]:
 
 
 def run(job: Job) -> Compiled:
-    """Compile one variant, or take it from Triton's cache. What doesn't compile is told as what breaks a limit is."""
+    """Compile one variant, or load it from Triton's cache. A variant that does not compile is reported like one over a
+    limit."""
     variant = variants_of(job.module, job.target, job.every)[job.place]
     try:
         return compile_variant(variant, job.target)
@@ -129,7 +132,8 @@ def compile_variant(variant: Variant, target: str) -> Compiled:
 
 
 def _source(variant: Variant) -> ASTSource:
-    """Told what the launcher's arguments will tell: torch's memory is aligned, and which counts are multiples of 16."""
+    """Return the source with the facts that Triton infers from a launcher's arguments: torch's memory is aligned, and
+    some counts are multiples of 16."""
     signature, attrs = {}, {}
     for place, name in enumerate(variant.kernel.arg_names):
         if name in variant.constexprs:
@@ -143,7 +147,7 @@ def _source(variant: Variant) -> ASTSource:
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of local memory) of a thread, as the tool that comes with Triton reads it."""
+    """Return (registers, bytes of local memory) of a thread, by the tool that comes with Triton."""
     backend = importlib.import_module("triton.backends.nvidia")
     tool = Path(backend.__path__[0]) / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -156,7 +160,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _amd_usage(assembly: str) -> tuple[int, int]:
-    """(registers, bytes of local memory) of a thread, from the notes that the assembler leaves."""
+    """Return (registers, bytes of local memory) of a thread, from the assembler's notes."""
     counts = {key: int(n) for key, n in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", assembly)}
     return counts["vgpr_count"], counts["private_segment_fixed_size"]
 
@@ -166,7 +170,8 @@ def _name(variant: Variant) -> str:
 
 
 def label(variant: Variant) -> str:
-    """``bf16/u8 DIM=128 warps=4 without sinks``: element types, sizes and options, and what isn't given."""
+    """Return a label such as ``bf16/u8 DIM=128 warps=4 without sinks``: element types, sizes and options, and arguments
+    that are None."""
     given = (variant.signature[name] for name in variant.kernel.arg_names if name in variant.signature)
     types = dict.fromkeys(kind[1:].split(":")[0] for kind in given if kind.startswith("*"))
     facts = {name: value for name, value in variant.constexprs.items() if value is not None}
@@ -205,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _compiled(todo: Sequence[Job], num_processes: int) -> Iterator[Compiled]:
-    """In the order in which they are done; told on stderr as they come."""
+    """Yield results as they are completed, and report them on stderr."""
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(run, job) for job in todo]
         for number, future in enumerate(as_completed(waiting), 1):

@@ -1,7 +1,8 @@
-"""Attention of one query over the blocks of its request: the keys in stretches, side by side, then put together.
+"""Attention of one query over the blocks of its request. The keys are divided into stretches, which are computed in
+parallel and then combined.
 
-The query heads of a kv head share the tile of keys that they all read, and so do those of requests whose blocks are the
-same (``work.py``). It knows nothing of the query's chunk: rows with more queries are prefill's.
+The query heads of a kv head share its tiles of keys, and so do requests with the same blocks (``work.py``). Requests
+with more than one query are left to prefill.py.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ def split_kernel(
     key_scales,  # f32 [blocks, K, BLOCK_SIZE], or None
     value_scales,
     key_bias,  # f32 [H, P], or None
-    partials,  # f32 [items, H, VALUE_DIM]  out: a request's attention over an item's keys alone
+    partials,  # f32 [items, H, VALUE_DIM]  out: a request's attention over one item's keys
     partial_logs,  # f32 [items, H]  out: log2 of its softmax's denominator
-    item_rows,  # i32 [items, 1+ROOM]  how many requests an item is for, and which; the first one's keys are read
+    item_rows,  # i32 [items, 1+ROOM]  an item's number of requests, then their indices; the first one's keys are read
     item_starts,  # i32 [R+1]
     query_starts,  # i32 [R+1]
     seq_lens,  # i32 [R]
@@ -48,7 +49,7 @@ def split_kernel(
     ROOM: tl.constexpr,
     SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-    DTYPE: tl.constexpr,  # of queries, keys and their product's factors
+    DTYPE: tl.constexpr,  # of queries and keys when they are multiplied
     VALUE_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -60,7 +61,7 @@ def split_kernel(
     facts = (key_bias, bias_stride, scale, softcap)
     for item in range(tl.program_id(0), tl.load(item_starts + num_requests), tl.num_programs(0)):
         requests = item_rows + item * (1 + ROOM)
-        is_row = lanes // GROUP < tl.load(requests)  # of none, if another item is for its request
+        is_row = lanes // GROUP < tl.load(requests)  # none, if another item serves this one's request
         rows = tl.load(requests + 1 + lanes // GROUP, mask=is_row, other=0)  # [BLOCK_H]
         row = tl.load(requests + 1)
         split = item - tl.load(item_starts + row)
@@ -70,7 +71,8 @@ def split_kernel(
         tokens = tl.load(query_starts + rows, mask=is_row, other=0).to(tl.int64)
         queries = load_queries(q, tokens, heads, is_row, q_token_stride, q_head_stride, DIM, DIM_PAD, DTYPE)
         top = tl.full([BLOCK_H], HIDDEN, tl.float32)
-        total = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)  # summed up last: warps would have to meet for it
+        # It is summed up at the end, because warps have to synchronise for a sum
+        total = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
         sums = tl.zeros([BLOCK_H, VALUE_PAD], tl.float32)
         for first in range(start, stop, BLOCK_N):
             positions = first + tl.arange(0, BLOCK_N)
@@ -85,7 +87,7 @@ def split_kernel(
 
 @triton.jit
 def _stretch(split, seq_len, window, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """From which key to which."""
+    """Return the first key of a stretch, and where it ends."""
     num_keys = seq_len if window is None else tl.minimum(seq_len, window)
     size = split_size(num_keys, SPLIT, MAX_SPLITS)
     start = seq_len - num_keys + split * size
@@ -96,7 +98,7 @@ def _stretch(split, seq_len, window, SPLIT: tl.constexpr, MAX_SPLITS: tl.constex
 def _store_partials(partials, partial_logs, at, is_row, top, total, sums, VALUE_DIM: tl.constexpr):
     dv = tl.arange(0, sums.shape[1])
     inside = is_row[:, None] & (dv < VALUE_DIM)[None, :]
-    total = tl.where(total == 0.0, 1.0, total)  # a bias hides all of the item's keys: zeros, and a log of HIDDEN
+    total = tl.where(total == 0.0, 1.0, total)  # if a bias hides all of the item's keys: zeros, and a log of HIDDEN
     tl.store(partials + at[:, None] * VALUE_DIM + dv[None, :], sums * (1.0 / total)[:, None], mask=inside)
     tl.store(partial_logs + at, top + tl.log2(total), mask=is_row)
 
@@ -113,9 +115,10 @@ def combine_kernel(
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-    STEP: tl.constexpr,  # splits taken at once
+    STEP: tl.constexpr,  # splits combined at once
 ):
-    """One head of one request: its splits' results, each by its share of the softmax. Zeros if it has no keys."""
+    """Combine the splits of one head of one request, each with its share of the softmax. The result is zeros if there
+    are no keys."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     token = tl.load(query_starts + row).to(tl.int64)

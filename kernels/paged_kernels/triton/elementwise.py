@@ -1,8 +1,9 @@
-"""The small operations between products: norms, rotary, silu. Each reads its input once and needs no host.
+"""The small operations between products: norms, rotary, silu. Each reads its input once and does not wait for the
+device.
 
-They round where stock modules round: a 16-bit result of an inner step is rounded before the next. Launchers have the
-signatures of ``paged_kernels.reference``; what a kernel can't take (other dtypes, rows with gaps or too wide) goes
-there. This file knows tensors; it knows no module and no model.
+They round where stock modules round: a 16-bit result of an intermediate step is rounded before the next. Launchers have
+the signatures of ``paged_kernels.reference``. What a kernel can't take (other dtypes, rows that are not contiguous or
+too wide) is computed by the reference. This file knows tensors. It knows no module and no model.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from torch import Tensor
 from paged_kernels import reference
 from paged_kernels.triton.variants import FUSION, NAMES, Variant, Variants, row_stride
 
-_MAX_WIDTH = 1 << 15  # a row is held by one program
+_MAX_WIDTH = 1 << 15  # one program holds a whole row
 _SILU_COLUMNS = 1024
-_HEADS = 16  # heads that one program turns
+_HEADS = 16  # heads that one program rotates
 
 
 # ---- kernels: 16-bit numbers become float32 as they are read (Triton's interpreter can't compute with bfloat16) -----
@@ -25,7 +26,7 @@ _HEADS = 16  # heads that one program turns
 
 @triton.jit
 def _normed(values, weight, out, at, width, eps):
-    """round(values / rms(values)) * weight, for one row of float32 ``values``, zero past ``width``."""
+    """Return round(values / rms(values)) * weight, for one row of float32 ``values``, which are zero past ``width``."""
     factor = tl.rsqrt(tl.sum(values * values) / width + eps)
     rounded = (values * factor).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + at, tl.load(weight + at, mask=at < width, other=0.0).to(tl.float32) * rounded, mask=at < width)
@@ -64,7 +65,7 @@ def _silu_mul(gate, gate_row, up, up_row, out, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _turn(x, x_head, out, out_head, cos, sin, first, num_heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
-    """Some heads of one token: each number of the first half with its partner in the second."""
+    """Rotate some heads of one token: each number of the first half with its partner in the second half."""
     head = first + tl.arange(0, HEADS)[:, None]
     at = tl.arange(0, HALF)[None, :]
     inside = (head < num_heads) & (at < half)
@@ -106,7 +107,7 @@ def _rotary(
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """A program turns some heads of q or of k, of one token. ``out`` may be the input itself."""
+    """One program rotates some heads of q or of k, of one token. ``out`` may be the input itself."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     cos += row * cos_row
@@ -124,7 +125,7 @@ def _rotary(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x [..., N], weight [N] -> [..., N]``: x / rms(x) in x's dtype, times weight, as Llama does it."""
+    """Return ``x [..., N], weight [N] -> [..., N]``: x / rms(x) in x's dtype, times weight, as Llama does."""
     rows = _rows(x)
     width = rows.shape[1]
     if not _fits(rows, weight) or width > _MAX_WIDTH:
@@ -137,7 +138,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``x, residual [..., N], weight [N] -> (their sum, its norm) [..., N]``: the sum is rounded, then normed."""
+    """Return ``x, residual [..., N], weight [N] -> (their sum, its norm) [..., N]``. The sum is rounded, then
+    normed."""
     rows, residuals = _rows(x), _rows(residual)
     width = rows.shape[1]
     if x.shape != residual.shape or not _fits(rows, residuals, weight) or width > _MAX_WIDTH:
@@ -153,7 +155,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """``gate, up [..., N] -> silu(gate) * up [..., N]``, the silu rounded to gate's dtype before the product."""
+    """Return ``gate, up [..., N] -> silu(gate) * up [..., N]``. The silu is rounded to gate's dtype before the
+    product."""
     gates, ups = _rows(gate), _rows(up)
     if gate.shape != up.shape or not _fits(gates, ups):
         return reference.silu_mul(gate, up)
@@ -167,8 +170,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate ``q [T,H,D], k [T,K,D]`` in place by ``cos, sin [T,rotary_dim]``: first half with second half, as Llama
-    does it. Dimensions past rotary_dim stay as they are."""
+    """Rotate ``q [T,H,D], k [T,K,D]`` in place by ``cos, sin [T,rotary_dim]``: the first half with the second half, as
+    Llama does. Dimensions past rotary_dim stay as they are."""
     if _can_turn(q, k, cos, sin):
         _launch_rotary(q, q, k, k, cos, sin)
     else:
@@ -176,7 +179,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``rotary``, into new contiguous tensors."""
+    """Do the same as ``rotary``, into new contiguous tensors."""
     if cos.shape[-1] != q.shape[-1] or not _can_turn(q, k, cos, sin):
         q, k = (x.clone(memory_format=torch.contiguous_format) for x in (q, k))
         rotary(q, k, cos, sin)
@@ -199,20 +202,20 @@ def _launch_rotary(q: Tensor, q_out: Tensor, k: Tensor, k_out: Tensor, cos: Tens
 
 
 def _rows(x: Tensor) -> Tensor:
-    """``[..., N]`` as ``[rows, N]``, each row's numbers side by side."""
+    """View ``[..., N]`` as ``[rows, N]``, with each row contiguous."""
     x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
-    """From token to token and from head to head, as ``row_stride``."""
+    """Return the strides from token to token and from head to head, as ``row_stride`` does."""
     num_tokens, num_heads, dim = x.shape
     head = x.stride(1) if num_heads > 1 else dim
     return (x.stride(0) if num_tokens > 1 else num_heads * head), head
 
 
 def _fits(rows: Tensor, *others: Tensor) -> bool:
-    """Whether the kernels can take these: of one known dtype, on one device, as wide as each other."""
+    """Return whether the kernels can take these: of one supported dtype, on one device, of one width."""
     return rows.dtype in NAMES and all(
         x.dtype is rows.dtype and x.device == rows.device and x.shape[-1] == rows.shape[-1] and x.stride(-1) == 1
         for x in others
@@ -235,7 +238,7 @@ _SILU_TILE = {"BLOCK": _SILU_COLUMNS, "num_warps": 4, **FUSION}
 
 
 def _row_tile(width: int) -> dict[str, int]:
-    """One program a row, up to 64 of its numbers in a thread."""
+    """Return a tile for one program per row, with up to 64 of its numbers in a thread."""
     block = triton.next_power_of_2(width)
     num_warps = 1 if block <= 256 else 4 if block <= 2048 else 8 if block <= 8192 else 16
     return {"BLOCK": block, "num_warps": num_warps, **FUSION}
@@ -245,16 +248,16 @@ def _rotary_tile(half: int) -> dict[str, int]:
     return {"HEADS": _HEADS, "HALF": triton.next_power_of_2(half), "num_warps": 4, **FUSION}
 
 
-# ---- what launchers ask the compiler for -----------------------------------------------------------------------
+# ---- variants that launchers compile ---------------------------------------------------------------------------
 
 
 def variants(card: str) -> Variants:
-    """bfloat16 at the sizes of common models."""
+    """Return bfloat16 variants at the sizes of common models."""
     yield from _variants_of("bf16", widths=(128, 4096), halves=(64,))
 
 
 def more_variants(card: str) -> Variants:
-    """Every dtype, and the widths at which the number of warps changes."""
+    """Return every dtype, and the widths at which the number of warps changes."""
     for name in NAMES.values():
         yield from _variants_of(name, widths=(64, 256, 2048, 8192, _MAX_WIDTH), halves=(16, 32, 40, 64, 128))
 

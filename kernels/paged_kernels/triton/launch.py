@@ -1,6 +1,6 @@
 """Launchers of the GPU's attention kernels: torch tensors in, torch tensors out.
 
-``AttentionPlan`` is made once for layers of one shape, given each step's metadata once, and run once a layer. The
+An ``AttentionPlan`` is made once for layers of one shape, gets each step's metadata once, and runs once a layer. The
 functions below have the signatures of ``paged_kernels.reference``. No launcher waits for the device, and what it
 allocates depends on shapes alone, so all of them can be captured in a CUDA graph.
 """
@@ -24,8 +24,8 @@ _CODES = (torch.int8, torch.float8_e4m3fn)  # of quantised caches
 
 
 def num_compiles() -> int:
-    """Kernels compiled so far, modules' and the sampler's too, for all devices of this process; interpreted ones count
-    for nothing."""
+    """Return the number of kernels compiled so far, those of modules and of the sampler included, for all devices of
+    this process. Interpreted kernels don't count."""
     modules = (work, decode, prefill, store, elementwise, sampling)
     kernels = {id(thing): thing for module in modules for thing in vars(module).values()}.values()
     caches = (found for kernel in kernels for found in getattr(kernel, "device_caches", {}).values())
@@ -33,19 +33,19 @@ def num_compiles() -> int:
 
 
 def supports(dtype: torch.dtype, cache_dtype: torch.dtype) -> bool:
-    """Whether queries of ``dtype`` and caches of ``cache_dtype`` can be run."""
+    """Return whether the kernels can run queries of ``dtype`` with caches of ``cache_dtype``."""
     return dtype in _FLOATS and cache_dtype in (*_FLOATS, *_CODES)
 
 
 def fits(head_dim: int, value_head_dim: int) -> bool:
-    """Whether a head of this size fits into a GPU's registers and shared memory."""
+    """Return whether heads of this size fit into a GPU's registers and shared memory."""
     return max(head_dim, value_head_dim) <= 256
 
 
 class AttentionPlan:
-    """Attention for layers of one shape, whose queries and caches have one dtype each (``cache_dtype`` None: the
-    queries'). One step at a time. ``block_size``: of the caches to come; where it is given, blocks that several
-    requests of a step begin with are read for many of them together. That changes no result."""
+    """Attention for layers of one shape, whose queries have one dtype, and whose caches have another (None: the same).
+    One step at a time. ``block_size``: the block size of the caches. If it is given, blocks that several requests of a
+    step begin with are read for many of them together. That changes no result."""
 
     def __init__(
         self,
@@ -75,8 +75,9 @@ class AttentionPlan:
         max_query_len: int,
         max_seq_len: int,
     ) -> None:
-        """Take in a step: ``i32 [R+1], i32 [R], i32 [R,B], i64 [T]`` on the layers' device; of the two lengths no
-        request has more. The work is listed there too: tensors may be rewritten and the launches replayed."""
+        """Take in a step: ``query_starts i32 [R+1], seq_lens i32 [R], block_tables i32 [R,B], slot_mapping i64 [T]`` on
+        the layers' device. No request exceeds the two lengths. The work is listed on the device too, so the tensors may
+        be rewritten and the launches replayed."""
         assert query_starts.dtype == seq_lens.dtype == block_tables.dtype == torch.int32
         assert slot_mapping.dtype == torch.int64
         card = tiles.card_of(seq_lens.device)
@@ -91,7 +92,7 @@ class AttentionPlan:
             self._list_work(num_keys)
 
     def _make_room(self, max_query_len: int, num_keys: int) -> None:
-        """Lists of as many items as there can be, of decode and of prefill."""
+        """Allocate lists for the most items that decode and prefill may have."""
         num_requests, device = self._seq_lens.shape[0], self._seq_lens.device
         splits = min(-(-num_keys // tiles.SPLITS["SPLIT"]), tiles.SPLITS["MAX_SPLITS"])
         self._max_splits = num_requests * splits
@@ -120,11 +121,12 @@ class AttentionPlan:
             )  # fmt: skip
 
     def _can_share(self, num_requests: int, num_keys: int, room: int) -> bool:
-        """What can be told without a look at block tables: two requests, and a whole stretch that both have had.
+        """Return whether requests could share blocks, without looking at block tables: there must be two, with keys for
+        a whole stretch each.
 
-        The look costs a launch a step, a few microseconds. One stretch that two requests read together saves 256 KiB a
-        kv head and layer (head dim 128, 16 bits): at the 4 TB/s that decode reads on an H200, 15 microseconds for 8 kv
-        heads and 30 layers. So it pays from the first on. Neither time has been measured."""
+        Looking costs a launch per step, a few microseconds. A stretch that two requests read together saves 256 KiB per
+        kv head and layer (head dim 128, 16 bits): at the 4 TB/s that decode reads on an H200, that is 15 microseconds
+        for 8 kv heads and 30 layers. So a single shared stretch pays for it. Neither time has been measured."""
         return self._block_size is not None and room > 1 and num_requests > 1 and num_keys > tiles.SPLITS["SPLIT"]
 
     def run(self, q: Tensor, k: Tensor | None, v: Tensor | None, cache: LayerCache, extras: Extras) -> Tensor:
@@ -162,7 +164,7 @@ class AttentionPlan:
         return out
 
     def _only_prefills(self, num_tokens: int) -> bool:
-        """What shapes alone can tell: a single request that has several queries."""
+        """Return whether shapes alone show that all work is prefill: a single request with several queries."""
         return self._seq_lens.shape[0] == 1 and num_tokens > 1
 
     def _decode(
@@ -185,7 +187,8 @@ class AttentionPlan:
 def paged_attention(
     q: Tensor, cache: LayerCache, query_starts: Tensor, seq_lens: Tensor, block_tables: Tensor, extras: Extras
 ) -> Tensor:
-    """Causal attention of packed queries over the blocks of their own request; see ``reference.paged_attention``."""
+    """Compute causal attention of packed queries over the blocks of their own request; see
+    ``reference.paged_attention``."""
     dims = (q.shape[1], cache.keys.shape[1], q.shape[2], cache.values.shape[3])
     plan = AttentionPlan(*dims, extras.sliding_window, q.dtype, cache.keys.dtype, cache.keys.shape[2])
     longest = block_tables.shape[1] * cache.keys.shape[2]
@@ -195,6 +198,7 @@ def paged_attention(
 
 
 def _items(count: int, num_requests: int, device: torch.device, width: int = 1) -> tuple[Tensor, Tensor]:
-    """Room for a list of work: what each item is for, in ``width`` numbers, and the first item of each request."""
+    """Return an empty list of work: for each item its request (or ``width`` numbers), and for each request its first
+    item."""
     both = torch.empty(count * width + num_requests + 1, dtype=torch.int32, device=device)
     return both[: count * width], both[count * width :]

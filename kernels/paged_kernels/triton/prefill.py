@@ -1,7 +1,7 @@
-"""Causal attention of chunks of queries over the blocks of their request, which hold the chunk's own K/V already.
+"""Causal attention of chunks of queries over the blocks of their request, which already hold the chunk's own K/V.
 
-A tile's rows are queries times the query heads of one kv head, so that they share the keys that they all read. Rows
-with a single query are decode's.
+A tile's rows are queries times the query heads of one kv head, which share the keys that they all read. Requests with a
+single query are left to decode.py.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    DTYPE: tl.constexpr,  # of queries, keys and their product's factors
+    DTYPE: tl.constexpr,  # of queries and keys when they are multiplied
     VALUE_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -60,7 +60,8 @@ def prefill_kernel(
     cache = (key_cache, value_cache, key_scales, value_scales)
     facts = (key_bias, bias_stride, scale, softcap)
 
-    # The tiles with the last queries see the most keys. They come first, so that none of them ends long after all.
+    # The tiles with the last queries see the most keys. They come first, so that none of them ends long after the
+    # others.
     first_row = (tl.load(item_starts + row + 1) - 1 - item) * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     query = rows // GROUP
@@ -97,7 +98,7 @@ def prefill_kernel(
 
 @triton.jit
 def _begin(sinks, heads, is_row):
-    """The running softmax before any key: the largest score and the sum, f32 ``[M]``."""
+    """Return the running softmax before any key: the largest score and the sum, f32 ``[M]``."""
     top = tl.full(heads.shape, HIDDEN, tl.float32)
     total = tl.zeros(heads.shape, tl.float32)
     if sinks is not None:
@@ -108,7 +109,8 @@ def _begin(sinks, heads, is_row):
 
 @triton.jit
 def _keys_in_sight(first_position, last_position, window, BLOCK_N: tl.constexpr):
-    """Of rows at these positions: from which key on, from which on some rows see less than others, up to which."""
+    """Return for rows at these positions the first key, the key from which on some rows see less than others, and the
+    end."""
     if window is None:
         start = 0
         all_see = tl.maximum(first_position + 1, 0) // BLOCK_N * BLOCK_N
@@ -120,7 +122,7 @@ def _keys_in_sight(first_position, last_position, window, BLOCK_N: tl.constexpr)
 
 @triton.jit
 def _visible(positions, lasts, query_positions, window):
-    """Which keys ``[N]`` rows ``[M]`` see: up to their last, and none that a window is past."""
+    """Return which keys ``[N]`` each row ``[M]`` sees: up to its own position, and only those within the window."""
     visible = positions[None, :] <= lasts[:, None]
     if window is not None:
         visible &= positions[None, :] > (query_positions - window)[:, None]
@@ -129,7 +131,7 @@ def _visible(positions, lasts, query_positions, window):
 
 @triton.jit
 def _store(out, at, is_row, total, sums, VALUE_DIM: tl.constexpr):
-    """A request without keys gets zeros."""
+    """Store the results. A request without keys gets zeros."""
     dv = tl.arange(0, sums.shape[1])
     sums *= (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
     inside = is_row[:, None] & (dv < VALUE_DIM)[None, :]

@@ -1,7 +1,7 @@
-"""What choosing tokens needs of whole rows of logits: the largest, and the largest k without sorting the rest.
+"""Operations on whole rows of logits for choosing tokens: the largest, and the k largest without sorting the others.
 
-One int64 key holds (value, id), so that a plain maximum has the order asked for: value descending, id ascending, NaN
-before all. Launchers have the signatures of ``paged_kernels.reference``. Nothing here waits for the device.
+One int64 key holds (value, id), so that a plain maximum has the right order: value descending, id ascending, NaN first.
+Launchers have the signatures of ``paged_kernels.reference``. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 from paged_kernels import reference
 from paged_kernels.triton.variants import FUSION, NAMES, Variant, Variants, row_stride
 
-_PART = 4096  # ids that one program of argmax looks at
-_CHUNK = 64  # ids of which the largest is found first when k are wanted
-_CHUNKS = 32  # chunks that one program looks at
+_PART = 4096  # ids for one program of argmax
+_CHUNK = 64  # ids of which the largest is found first, for the k largest
+_CHUNKS = 32  # chunks for one program
 _LOW31 = 0x7FFFFFFF
 
 
@@ -25,7 +25,7 @@ _LOW31 = 0x7FFFFFFF
 
 @triton.jit
 def _keys(values, ids):
-    """int64 in the order of (float32 value, -id): -0.0 counts as 0.0, NaN is above all."""
+    """Return int64 keys in the order of (float32 value, -id). -0.0 counts as 0.0; NaN is above everything."""
     bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)
     ordered = tl.where(values != values, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64)
@@ -33,7 +33,7 @@ def _keys(values, ids):
 
 @triton.jit
 def _argmax_parts(x, x_row, keys, width, BLOCK: tl.constexpr):
-    """The largest key of ``BLOCK`` ids of a row. Ids past ``width`` lose to every other -inf."""
+    """Find the largest key of ``BLOCK`` ids of a row. Ids past ``width`` come after every real -inf."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     ids = part * BLOCK + tl.arange(0, BLOCK)
@@ -54,7 +54,7 @@ def _argmax_combine(x, x_row, keys, num_parts, indices, maxima, PARTS: tl.conste
 
 @triton.jit
 def _chunk_peaks(x, x_row, keys, num_chunks, width, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """For each chunk of consecutive ids the key of (its largest value, its own number)."""
+    """Store for each chunk of consecutive ids the key of (its largest value, its own number)."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
     ids = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
@@ -65,7 +65,7 @@ def _chunk_peaks(x, x_row, keys, num_chunks, width, CHUNK: tl.constexpr, CHUNKS:
 
 @triton.jit
 def _chunk_keys(x, x_row, chosen, keys, width, CHUNK: tl.constexpr):
-    """The keys of all ids of one chosen chunk of a row."""
+    """Store the keys of all ids of one chosen chunk of a row."""
     row = tl.program_id(0).to(tl.int64)
     place = row * tl.num_programs(1) + tl.program_id(1)
     chunk = (0x7FFFFFFF - (tl.load(chosen + place) & 0x7FFFFFFF)).to(tl.int32)
@@ -79,9 +79,9 @@ def _chunk_keys(x, x_row, chosen, keys, width, CHUNK: tl.constexpr):
 
 
 def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """``logits [S,V] -> (index i64 [S], maximum f32 [S])``. Of equal maxima the first.
+    """Return ``logits [S,V] -> (index i64 [S], maximum f32 [S])``: the first of equal maxima.
 
-    A row that holds a NaN has NaN for its maximum and the first NaN's place for its index.
+    A row with a NaN has NaN as its maximum, and the first NaN's index.
     """
     if not _fits(logits):
         return reference.argmax_rows(logits)
@@ -100,9 +100,10 @@ def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def top_rows(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``scores f32 [S,V] -> (values f32 [S,k], ids i64 [S,k])`` by (value descending, id ascending). No NaNs.
+    """Return ``scores f32 [S,V] -> (values f32 [S,k], ids i64 [S,k])`` by (value descending, id ascending). There must
+    be no NaN.
 
-    The k chunks of the largest maxima (the lowest chunks among equals) hold the k largest; only they are ordered.
+    The k chunks with the largest maxima (the lowest chunks of equals) hold the k largest; only those chunks are sorted.
     """
     if not _fits(scores):
         return reference.top_rows(scores, k)
@@ -124,8 +125,8 @@ def top_rows(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def warm_up(width: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile, or load from disk, what rows of this kind will need."""
-    for each in {dtype, torch.float32}:  # float32 once anything has been changed in them
+    """Compile, or load from disk, the kernels that rows of this kind need."""
+    for each in {dtype, torch.float32}:  # logits that were changed are float32
         argmax_rows(torch.zeros(2, width, dtype=each, device=device))
     top_rows(torch.zeros(2, width, device=device), 1)
 
@@ -145,17 +146,17 @@ def _combine_tile(num_parts: int) -> dict[str, int]:
     return {"PARTS": triton.next_power_of_2(num_parts), "num_warps": 1, **FUSION}
 
 
-# ---- what launchers ask the compiler for -----------------------------------------------------------------------
+# ---- variants that launchers compile ---------------------------------------------------------------------------
 
 
 def variants(card: str) -> Variants:
-    """bfloat16 logits for argmax, float32 scores for the largest k: what the sampler brings."""
+    """Return what the sampler uses: bfloat16 logits for argmax, float32 scores for the k largest."""
     yield from _argmax_variants("bf16", (32,))
     yield from _top_variants("fp32")
 
 
 def more_variants(card: str) -> Variants:
-    """Every dtype, and vocabularies from small to huge."""
+    """Return every dtype, and vocabularies from small to huge."""
     for name in NAMES.values():
         yield from _argmax_variants(name, (1, 8, 64))
         yield from _top_variants(name)

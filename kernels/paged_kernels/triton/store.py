@@ -1,4 +1,4 @@
-"""Kernels that write K/V: a step's new tokens into their slots, and whole blocks from place to place.
+"""Kernels that write K/V: a step's new tokens to their slots, and whole blocks to other places.
 
 They know slots, block ids and addresses, and nothing of requests.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: a float32 near it has no fraction left, ties go to even
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: a float32 near it has no fraction bits, and ties are rounded to even
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots"])
@@ -33,15 +33,15 @@ def store_kernel(
     DIM_PAD: tl.constexpr,
     VALUE_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    HEADS: tl.constexpr,  # of one program
+    HEADS: tl.constexpr,  # heads of one program
 ):
-    """One token, some heads, K and V."""
+    """Store K and V of one token and some heads."""
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     slot = tl.load(slots + token)
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     is_head = heads < num_kv_heads
-    rows = heads * BLOCK_SIZE + offset  # [HEADS]  of the block
+    rows = heads * BLOCK_SIZE + offset  # [HEADS]  rows within the block
     if key_scales is not None:
         key_scales += block * scale_block_stride
         value_scales += block * scale_block_stride
@@ -76,8 +76,8 @@ def _store_rows(
 
 @triton.jit
 def _scaled(x, LARGEST: tl.constexpr):
-    """Each row's scale, and its numbers within LARGEST: zeros for a row with an infinity or a NaN, which its scale
-    remembers."""
+    """Return each row's scale, and its numbers within LARGEST. A row with an infinity or a NaN becomes zeros, with a
+    scale that isn't finite."""
     largest = tl.max(tl.abs(x), 1)
     scale = tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32))
     scale = tl.where(largest == 0.0, 1.0, scale)
@@ -90,24 +90,25 @@ def _scaled(x, LARGEST: tl.constexpr):
 
 @triton.jit
 def e4m3_bits(x):
-    """float32 of at most 448 as the nearest e4m3 number, half to even, in integers: not every GPU has the type."""
+    """Return float32 numbers of at most 448 as the nearest e4m3 bits, half to even, by integer operations, because not
+    every GPU has the type."""
     bits = x.to(tl.uint32, bitcast=True)
     sign = (bits >> 24) & 0x80
     bits = bits & 0x7FFFFFFF
     size = bits.to(tl.float32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)  # 3 bits of the fraction, bias 7 for 127
-    subnormal = (size * 512.0 + ROUNDER - ROUNDER).to(tl.uint32)  # in steps of 2**-9; 8 is the smallest normal one
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)  # 3 fraction bits; bias 7 instead of 127
+    subnormal = (size * 512.0 + ROUNDER - ROUNDER).to(tl.uint32)  # in steps of 2**-9; 8 is the smallest normal number
     return (sign | tl.where(size < 0.015625, subnormal, normal)).to(tl.uint8)
 
 
 @triton.jit(do_not_specialize_on_alignment=["addresses"])
 def copy_kernel(
-    addresses,  # i64 [caches, 3]  of the source's and the target's first block, and words in a block
+    addresses,  # i64 [caches, 3]  of the first block of source and of target, and words in a block
     pairs,  # i64 [P, 2]  source block, target block
-    unit,  # of the type that is copied; it isn't read
-    NUM_WORDS: tl.constexpr,  # of one program
+    unit,  # has the type that is copied; it isn't read
+    NUM_WORDS: tl.constexpr,  # words of one program
 ):
-    """A stretch of one block of one cache."""
+    """Copy a part of one block of one cache."""
     cache = addresses + tl.program_id(1) * 3
     pair = pairs + tl.program_id(0) * 2
     num_words = tl.load(cache + 2)

@@ -1,13 +1,13 @@
-"""The list of work of a step: which rows meet which keys, and whose keys are read together.
+"""Makes a step's list of work items: which rows are computed with which keys, and whose keys are read together.
 
-Kernels make it on the device from what steps bring (lengths, block tables), so that no size has to come back to the
-host, and that a CUDA graph, replayed over other requests, lists and shares anew.
+Kernels make the list on the device from the step's tensors (lengths, block tables), so that no size has to be copied to
+the host, and a CUDA graph that is replayed for other requests makes a new list.
 
-Requests with one query are decode's. Their keys are cut into stretches at fixed positions, and an item is a request's
-stretch. Of requests whose tables have the same blocks for a whole stretch, as many as a tile has room for are attended
-to by the first one's item: that kernel's tile has 16 rows in any case, since a product of matrices takes no fewer, and
-with four query heads to a kv head 12 of them would hold nothing. So whoever is taken along costs no time, and a row's
-sums are the same in its own item and in another's: the same program, the same keys in the same tiles.
+Requests with one query are decode's. Their keys are divided into stretches at fixed positions, and an item is a stretch
+of a request. If several requests have the same blocks for a whole stretch, the first one's item computes as many of
+them as its tile has room for. That kernel's tile has 16 rows in any case, because matrix products take no fewer, and
+with four query heads per kv head 12 rows would be empty. So the other requests cost no time. A row's sums are the same
+in its own item and in another's: the same program, and the same keys in the same tiles.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import triton.language as tl
 
 @triton.jit
 def split_size(num_keys, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """Keys of a stretch. It depends on the row alone: so does the row's result, bit for bit, whatever else is in the
-    batch. Long rows have longer stretches, not more: of a few sizes, four from one to its double, so that rows of about
-    the same length are cut at the same positions."""
+    """Return the keys of a stretch. It depends on the row alone, and so does the row's result, bit for bit, whatever
+    else is in the batch. Long rows have longer stretches, not more. There are four sizes between one and its double, so
+    that rows of about the same length are divided at the same positions."""
     QUARTER: tl.constexpr = SPLIT // 4
     quarters = tl.cdiv(num_keys, MAX_SPLITS * QUARTER)
     step = quarters * 0 + 1
-    for _ in tl.static_range(6):  # of rows with more than 2,097,152 keys, a size differs from the next by no more
+    # For rows with more than 2,097,152 keys, the step between sizes no longer grows.
+    for _ in tl.static_range(6):
         step = tl.where(quarters > 8 * step, 2 * step, step)
     return tl.maximum(tl.cdiv(quarters, step) * step * QUARTER, SPLIT)
 
@@ -36,8 +37,8 @@ def split_size(num_keys, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
 def list_items_kernel(
     query_starts,  # i32 [R+1]
     seq_lens,  # i32 [R]
-    decode_rows,  # i32 [items, 1+ROOM]  out: how many requests an item is for, at first 1; then which
-    decode_starts,  # i32 [R+1]  out: the first item of each request, then their number
+    decode_rows,  # i32 [items, 1+ROOM]  out: an item's number of requests, at first 1; then their indices
+    decode_starts,  # i32 [R+1]  out: the first item of each request, then the number of items
     prefill_rows,  # i32 [items]  out, the request of each item; or None
     prefill_starts,  # i32 [R+1]  out, or None
     num_requests,
@@ -49,7 +50,7 @@ def list_items_kernel(
     MAX_SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Requests with one query are cut into stretches of keys, for decode; others into tiles of rows, for prefill."""
+    """List stretches of keys for requests with one query (decode), and tiles of rows for the others (prefill)."""
     tl.store(decode_starts, 0)
     if prefill_rows is not None:
         tl.store(prefill_starts, 0)
@@ -78,7 +79,7 @@ def list_items_kernel(
 
 @triton.jit
 def _ends(starts, num_items, r, mask, counts):
-    """Where the items of each of these requests end; the next one's begin there."""
+    """Return where the items of each of these requests end, which is where the next request's begin."""
     ends = num_items + tl.cumsum(counts, 0)
     tl.store(starts + r + 1, ends, mask=mask)
     return ends
@@ -92,7 +93,7 @@ def share_kernel(
     query_starts,  # i32 [R+1]
     seq_lens,  # i32 [R]
     block_tables,  # i32 [R, B]
-    decode_rows,  # i32 [items, 1+ROOM]  as listed; out: 0, or how many requests an item is for, and which
+    decode_rows,  # i32 [items, 1+ROOM]  as listed; out: an item's number of requests (may be 0), and their indices
     decode_starts,  # i32 [R+1]
     num_requests,
     table_stride,
@@ -101,10 +102,10 @@ def share_kernel(
     ROOM: tl.constexpr,
     SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-    ROWS: tl.constexpr,  # requests that are looked at together
-    COLUMNS: tl.constexpr,  # entries of their tables
+    ROWS: tl.constexpr,  # requests that are compared at once
+    COLUMNS: tl.constexpr,  # entries of their tables that are compared at once
 ):
-    """One item: it is left to an earlier request with the same blocks, or takes along later ones."""
+    """Decide for one item: leave it to an earlier request with the same blocks, or take later requests along."""
     item = tl.program_id(0)
     if item >= tl.load(decode_starts + num_requests):
         return
@@ -127,7 +128,7 @@ def share_kernel(
         agree = _agree(block_tables, table_stride, row, others, there, stop - size, stop, BLOCK_SIZE, COLUMNS)
         num_before += tl.sum((agree & (others < row)).to(tl.int32), 0)
         after = (agree & (others > row)).to(tl.int32)
-        place = num_after + tl.cumsum(after, 0)  # counted from 1, which is the item's own request
+        place = num_after + tl.cumsum(after, 0)  # counted from 1, because 0 is the item's own request
         tl.store(mine + 1 + place, others, mask=(after > 0) & (place < ROOM))
         num_after += tl.sum(after, 0)
     tl.store(mine, tl.where(num_before % ROOM == 0, tl.minimum(1 + num_after, ROOM), 0))
@@ -135,7 +136,8 @@ def share_kernel(
 
 @triton.jit
 def _reach(num_keys, window):
-    """How many keys may be shared: none if a window hides some, for then stretches don't begin at fixed positions."""
+    """Return how many keys may be shared: none if a window hides some, because stretches then don't begin at fixed
+    positions."""
     return num_keys if window is None else tl.where(num_keys <= window, num_keys, 0)
 
 
@@ -143,11 +145,12 @@ def _reach(num_keys, window):
 def _agree(
     tables, table_stride, row, others, mask, start, stop, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """Which of the others have the row's very blocks for keys start to stop."""
+    """Return which of the others have the same blocks as the row for keys start to stop."""
     mine = tables + row.to(tl.int64) * table_stride
     theirs = tables + others.to(tl.int64) * table_stride
     last = (stop - 1) // BLOCK_SIZE
-    agree = mask & (tl.load(theirs + last, mask=mask, other=0) == tl.load(mine + last))  # where few do, few are read
+    # The last entry is compared first: if few agree there, few tables are read whole.
+    agree = mask & (tl.load(theirs + last, mask=mask, other=0) == tl.load(mine + last))
     for first in range(start // BLOCK_SIZE, last, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
         own = tl.load(mine + columns, mask=columns < last, other=0)[None, :]

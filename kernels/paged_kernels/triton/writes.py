@@ -1,5 +1,5 @@
-"""Launchers of what writes K/V: a step's new tokens into their slots, whole blocks from place to place. None of them
-waits for the device."""
+"""Launchers that write K/V: a step's new tokens to their slots, whole blocks to other places. None of them waits for
+the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 def store_kv(k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
-    """``k [T,K,D], v [T,K,Dv]`` into the cache at ``slot_mapping i64 [T]``; see ``reference.store_kv``."""
+    """Store ``k [T,K,D], v [T,K,Dv]`` in the cache at ``slot_mapping i64 [T]``; see ``reference.store_kv``."""
     num_tokens, num_kv_heads, dim = k.shape
     if num_tokens == 0:
         return
@@ -39,8 +39,8 @@ def copy_blocks(caches: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> N
 
 
 def move_blocks(sources: Sequence[Tensor], targets: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
-    """Copy block ``pair[0]`` of each source to block ``pair[1]`` of the target beside it, all pairs at once: from a
-    cache to a staging tensor, or back. A tensor in pinned host memory will do for either."""
+    """Copy block ``pair[0]`` of each source to block ``pair[1]`` of its target, all pairs at once: from a cache to a
+    staging tensor, or back. Either may be in pinned host memory."""
     for device in dict.fromkeys(_kernel_device(pair) for pair in zip(sources, targets, strict=True)):
         mine = [pair for pair in zip(sources, targets, strict=True) if _kernel_device(pair) == device]
         block_bytes = [source[0].numel() * source.element_size() for source, _ in mine]
@@ -59,7 +59,7 @@ def move_blocks(sources: Sequence[Tensor], targets: Sequence[Tensor], pairs: Seq
 
 
 def _independent(pairs: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Stretches of pairs that may be copied in any order: none touches another's target."""
+    """Yield runs of pairs that may be copied in any order, because none touches another's target."""
     together: list[tuple[int, int]] = []
     read: set[int] = set()
     written: set[int] = set()
@@ -75,6 +75,6 @@ def _independent(pairs: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, i
 
 
 def _kernel_device(pair: tuple[Tensor, Tensor]) -> torch.device:
-    """Where two tensors are copied: on the GPU, if one of them is in host memory."""
+    """Return the device on which to copy between two tensors: the GPU, if one of them is in host memory."""
     source, target = pair
     return target.device if source.device.type == "cpu" else source.device
