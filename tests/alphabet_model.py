@@ -1,4 +1,5 @@
-"""A PagedModel that continues the alphabet: after token i comes i + 1. For tests of what stands around a model."""
+"""A PagedModel that continues the alphabet: token i is followed by i + 1. It is for tests of everything around a
+model."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 
 from paged_core.execution.spec import LayerSpec, ModelSpec
 
-VOCAB, MAX_LEN = 97, 256  # with toy_tokenizers.CharacterTokenizer: token i is the character 32 + i; 96 is EOS
+VOCAB, MAX_LEN = 97, 256  # for toy_tokenizers.CharacterTokenizer: token i is the character 32 + i; 96 is EOS
 
 
 class AlphabetModel:
@@ -31,17 +32,17 @@ class AlphabetModel:
 
 
 class Gate:
-    """Lets steps through only while it is open; ``before_forward`` of a model that tests hold still."""
+    """Lets steps run only while it is open. Use it as ``before_forward`` of a model whose steps a test holds."""
 
     def __init__(self) -> None:
         self._open = threading.Event()
         self.num_steps = 0
-        self.shuts_at: int | None = None  # the step that it shuts before by itself
+        self.shuts_at: int | None = None  # it shuts itself before this step
 
     def __call__(self, token_ids: list[int]) -> None:
         if self.num_steps + 1 == self.shuts_at:
             self.shut()
-        self.num_steps += 1  # who waits for this step finds the gate shut
+        self.num_steps += 1  # a test that waits for this step then finds the gate shut
         assert self._open.wait(30), "the test never opened the gate"
 
     def open(self) -> None:

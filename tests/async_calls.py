@@ -1,4 +1,4 @@
-"""Calls of an AsyncEngine: from threads, from event loops, and what they read."""
+"""Helpers to call an AsyncEngine from threads and from event loops, and to read its streams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases for tests of attention kernels: random tokens in blocks, and what asks a launcher or the reference of them."""
+"""Cases for tests of attention kernels: random tokens in blocks, and calls of a launcher or the reference on them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from paged_kernels import reference
 from paged_kernels.layers import Extras, LayerCache
 
-CODED = (torch.int8, torch.float8_e4m3fn)  # caches with a scale for each token and kv head
+CODED = (torch.int8, torch.float8_e4m3fn)  # dtypes of caches with a scale for each token and kv head
 
 
 @dataclass
 class Case:
-    """The arguments of ``reference.paged_attention``, one by one."""
+    """The arguments of ``reference.paged_attention``."""
 
     q: Tensor
     keys: Tensor
@@ -48,7 +48,7 @@ class Case:
         return Case(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in moved.items()})
 
     def row(self, request: int) -> Case:
-        """One request alone, in the same cache."""
+        """Return the case with one request alone, in the same cache."""
         start, stop = self.query_starts[request : request + 2].tolist()
         return replace(
             self,
@@ -63,8 +63,8 @@ def make_case(
     lens, queries, heads=(4, 2), dims=(64, 64), block_size=16, dtype=torch.float32, window=None, softcap=None,
     sinks=False, cache_dtype=None, bias=False,
 ) -> Case:  # fmt: skip
-    """Random tokens in blocks handed out in random order. Slots that hold no token are NaN (or a code, and their scale
-    is NaN), and blocks that lie before the window are given back: their entries point to block 0, which is NaN too."""
+    """Make a case with random tokens in blocks that are handed out in random order. Slots without a token are NaN (or a
+    code with the scale NaN). Blocks before the window are released: their entries are block 0, which is NaN too."""
     g = torch.Generator().manual_seed(len(lens) + heads[0] + dims[0] + block_size)
     (num_heads, num_kv_heads), cache_dtype = heads, cache_dtype or dtype
     needed = [-(-n // block_size) for n in lens]
@@ -99,11 +99,12 @@ def make_case(
 
 
 def with_common_beginnings(case: Case, families: list[tuple[int, list[int], int]]) -> Case:
-    """The same with other block tables: (a request, others, how many tokens they have from it)."""
+    """Return the case with other block tables. ``families``: (a request, others, how many tokens they share with
+    it)."""
     tables = case.block_tables.clone()
     for of, others, num_tokens in families:
         theirs = tables[of, : num_tokens // case.keys.shape[2]]
         for r in others:
             own = tables[r, : len(theirs)]
-            own.copy_(torch.where(theirs != 0, theirs, own))  # 0: given back, behind a window
+            own.copy_(torch.where(theirs != 0, theirs, own))  # 0: a block that was released, behind a window
     return replace(case, block_tables=tables)

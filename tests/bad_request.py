@@ -1,4 +1,4 @@
-"""One request that fails, called "bad", beside others that must not notice."""
+"""One request called "bad" fails beside others, which must not be affected."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PROMPT = [8, 6, 7, 5, 3, 0, 9]
 
 
 class MyOwn(BaseException):
-    """That nobody has heard of."""
+    """An exception class that no code under test knows."""
 
 
 def run(engine: Engine) -> dict[str, Any]:
-    """The final output of each request's first row, by id."""
+    """Return the final output of each request's first row, by id."""
     ends: dict[str, Any] = {}
     while engine.has_work:
         for output in engine.step():
@@ -35,8 +35,8 @@ def run(engine: Engine) -> dict[str, Any]:
 
 
 def assert_only_bad_failed(engine: Engine, *words: str) -> None:
-    """The request "bad" ends with an error that holds ``words``; a neighbour, and who comes later, get what each gets
-    alone."""
+    """Assert that the request "bad" ends with an error that contains ``words``, and that a neighbour and a later
+    request get the tokens that each gets alone."""
     engine.add_request("neighbour", [1, 2, 3], greedy(9))
     ends = run(engine)
     assert ends["bad"].finish_reason is FinishReason.ERROR

@@ -1,4 +1,4 @@
-"""A model whose linear layers bitsandbytes has made int8, as transformers loads it."""
+"""A model whose linear layers bitsandbytes has quantised to int8, loaded by transformers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import transformers
 
 
 def bitsandbytes_int8(model: Any, folder: Path) -> Any:
-    """``model``, saved in ``folder`` and loaded again in eight bits."""
+    """Save ``model`` in ``folder``, and load it again in eight bits."""
     model.save_pretrained(folder)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # bitsandbytes' own
+        warnings.simplefilter("ignore")  # bitsandbytes' own warnings
         return transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,

@@ -1,4 +1,5 @@
-"""A headless Chromium, steered through two pipes: its DevTools protocol, NUL after each message. For tests of pages."""
+"""A headless Chromium for tests of pages, controlled through two pipes by its DevTools protocol (NUL after each
+message)."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 _OPTIONS = ("--headless", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
             "--disable-component-update", "--disable-sync", "--remote-debugging-pipe")  # fmt: skip
-# Chromium reads commands from descriptor 3 and answers on 4.
+# Chromium reads commands from descriptor 3, and answers on 4.
 _LAUNCH = """
 import fcntl, os, sys
 commands, answers = (fcntl.fcntl(int(given), fcntl.F_DUPFD, 10) for given in sys.argv[1:3])
@@ -30,7 +31,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class Browser:
-    """One tab. ``complaints``: what its console and its security policy had to say."""
+    """One tab. ``complaints``: the messages of its console and its security policy."""
 
     def __init__(self, profile: Path, *, width: int = 1280, height: int = 800) -> None:
         assert CHROMIUM is not None
@@ -70,7 +71,7 @@ class Browser:
         self.until(f"location.href === {json.dumps(url)} && document.readyState === 'complete'")
 
     def evaluate(self, script: str) -> Any:
-        """The value of a JavaScript expression; promises are awaited."""
+        """Return the value of a JavaScript expression; promises are awaited."""
         answer = self._send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
@@ -85,7 +86,7 @@ class Browser:
         return str(self.evaluate(f"document.querySelector({json.dumps(selector)}).innerText"))
 
     def type(self, text: str) -> None:
-        """Into whatever has the focus, as an input method would."""
+        """Type into the element with the focus, as an input method would."""
         self._send("Input.insertText", text=text)
 
     def press(self, key: str) -> None:
@@ -130,4 +131,5 @@ class Browser:
         if event.get("method") == "Runtime.exceptionThrown":
             self.complaints.append(event["params"]["exceptionDetails"]["exception"]["description"])
         elif event.get("method") == "Log.entryAdded" and "net::ERR_" not in event["params"]["entry"]["text"]:
-            self.complaints.append(event["params"]["entry"]["text"])  # a server that has ended is no news to a test
+            # except of a server that has ended, which tests expect
+            self.complaints.append(event["params"]["entry"]["text"])

@@ -1,4 +1,4 @@
-"""Protocol calls carried out without any HTTP: what a server would send for a body."""
+"""Runs protocol calls without HTTP: what a server would send for a body."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from toy_tokenizers import CharacterTokenizer
 
 
 class Alphabet:
-    """A served model that continues the alphabet; a body in, an answer or chunks out."""
+    """A served model that continues the alphabet: a body goes in, an answer or chunks come out."""
 
     def __init__(self, limits: RequestLimits | None = None, *, tokenizer: Any = None, **config: Any) -> None:
         settings = EngineConfig(num_blocks=256, attention_backend="reference", **config)
@@ -36,6 +36,6 @@ class Alphabet:
 
 
 def compile_grammar(call: Call) -> None:
-    """As a server does before it submits a call."""
+    """Compile the call's grammar, as a server does before it submits the call."""
     if call.grammar is not None:
         call.grammar.compile()

@@ -1,4 +1,4 @@
-"""Calls of a small patched model, held against stock's, for tests that change it between two calls."""
+"""Compares calls of a small patched model with stock's, for tests that change the model between two calls."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MODES: dict[str, dict[str, Any]] = {"free": {}, "lockstep": {"num_beams": 2}}
 
 
 def prompts() -> dict[str, Tensor]:
-    """Three equal-sized rows with a beginning in common, as long as several blocks."""
+    """Return three rows of the same length with a common beginning, several blocks long."""
     ids = torch.randint(3, 90, (3, 40), generator=torch.Generator().manual_seed(0))
     ids[1:, :36] = ids[0, :36]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def agrees(model: Any, tier: str | None = "native") -> list[list[int]]:
-    """Free and lockstep calls give the tokens of the model as it is now."""
+    """Assert that free and lockstep calls give the tokens of the model as it is now."""
     given = {**prompts(), **GREEDY}
     for mode, own in MODES.items():
         got = model.generate(**given, **own)
@@ -34,7 +34,7 @@ def agrees(model: Any, tier: str | None = "native") -> list[list[int]]:
 
 
 class Reading(nn.Module):
-    """Gives what ``inner`` gives, times what ``factor(self)`` reads."""
+    """Returns the result of ``inner``, times the number that ``factor(self)`` reads."""
 
     def __init__(self, inner: nn.Module, factor: Callable[[Any], Any], **held: Any) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
-"""An environment that has nothing but Python, torch and what pip puts there: what a stranger has after an install.
+"""An environment with nothing but Python, torch and what pip installs: what a new user has after an install.
 
-pip is asked first what it would install. What the environment that runs the tests has in the very same release is lent
-by it, as links: unpacking and compiling it once more would take longer than all that the tests look at. torch, which is
-gigabytes, is lent before pip is asked. pip then sees both as installed, and brings the rest from the index.
+pip is first asked what it would install. Distributions that the tests' own environment has in the same release are then
+linked from there, because unpacking and compiling them again would take longer than all that the tests check. torch,
+which is gigabytes, is linked before pip is asked. pip then sees both as installed, and installs the rest from the
+index.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from packaging.utils import canonicalize_name
 from places import ROOT
 
 OUR_NAME = "paged-core"
-# What would change what an interpreter finds, name folders of ours, or have it compile what it imports each time.
+# Variables that change what an interpreter finds, name folders of ours, or make it compile its imports each time.
 _OURS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PAGED_CORE_CACHE", "PYTHONDONTWRITEBYTECODE")
 
 
 def build_wheel(folder: Path) -> Path:
-    """As the index would have it."""
+    """Build our wheel, as the index would have it."""
     _pip("wheel", "--no-deps", "--wheel-dir", folder, ROOT)
     (wheel,) = folder.glob("paged_core-*.whl")
     return wheel
 
 
 class CleanEnvironment:
-    """``CleanEnvironment(folder, wheel).install("pip install 'paged-core[cpu,hf]'")``"""
+    """Use it as ``CleanEnvironment(folder, wheel).install("pip install 'paged-core[cpu,hf]'")``."""
 
     def __init__(self, folder: Path, wheel: Path, lent: Sequence[str] = ("torch",)) -> None:
         venv.create(folder / "env", symlinks=True)
@@ -52,16 +53,17 @@ class CleanEnvironment:
             _lend_with_requirements(self._packages, name)
 
     def install(self, command: str) -> None:
-        """A line ``pip install ...`` of the docs, where our package is the wheel, and releases are those that the
-        tests' own environment has.
+        """Run a line ``pip install ...`` of the docs. Our package is replaced by the wheel, and releases are those of
+        the tests' own environment.
 
         Raises:
-            AssertionError: pip could not; with all that it said, for example that no index can be reached.
+            AssertionError: pip failed; the message has its output, for example that no index can be reached.
         """
         program, verb, *what = shlex.split(command, comments=True)
         assert (program, verb) == ("pip", "install"), command
         what = [re.sub(r"^(\.|paged-core)(?=\[|$)", str(self.wheel), word) for word in what]
-        # Not compiled: few of these modules are ever imported here, and the first interpreter that does keeps them.
+        # Modules are not compiled: few of them are ever imported here, and the first interpreter that imports one keeps
+        # it.
         pip = ("--python", self.bin / "python", "install", "--no-compile")
         report = self.folder / "report.json"
         asked = ("-c", ROOT / "constraints.txt", "--dry-run", "--report", report, *what)
@@ -74,11 +76,11 @@ class CleanEnvironment:
                 _lend(self._packages, found)
             else:
                 left.append(self.wheel if name == OUR_NAME else f"{name}=={version}")
-        if left:  # all that pip has chosen, so it need not choose again
+        if left:  # these are all that pip has chosen, so it need not resolve again
             _pip(*pip, "--no-deps", *left, env=self.variables)
 
     def run(self, *command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-        """To its end, in a folder that has nothing of ours."""
+        """Run a command to its end, in a folder without any files of ours."""
         options = {"env": self.variables, "cwd": self.folder, "text": True, "timeout": 600, **options}
         done = subprocess.run([self._found(command[0]), *command[1:]], capture_output=True, **options)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
@@ -89,7 +91,7 @@ class CleanEnvironment:
         return subprocess.Popen([self._found(command[0]), *command[1:]], **options)
 
     def _found(self, program: str | Path) -> Path:
-        """``subprocess`` would look for it in our own PATH."""
+        """Return the program's path here, because ``subprocess`` would look for it in our own PATH."""
         return self.bin / program
 
 
@@ -101,7 +103,7 @@ def _pip(*arguments: str | Path, env: dict[str, str] | None = None) -> None:
 
 
 def _lend_with_requirements(packages: Path, name: str) -> None:
-    """Link a distribution of ours, and what it requires, into another environment's site-packages."""
+    """Link one of our distributions, and what it requires, into another environment's site-packages."""
     found = distribution(name)
     _lend(packages, found)
     for requirement in map(Requirement, found.requires or ()):
@@ -117,12 +119,13 @@ def _lend(packages: Path, found: Distribution) -> None:
 
 
 def _tops(found: Distribution) -> set[str]:
-    """What lies in site-packages itself; programs don't."""
+    """Return the top-level entries in site-packages, without programs."""
     return {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}
 
 
 def _shares_a_folder(found: Distribution) -> bool:
-    """With distributions that pip may not want. Ours does: it is installed as the folder of its sources."""
+    """Return whether it shares a folder with distributions that pip may not want. Ours does: it is installed as the
+    folder of its sources."""
     tops = [Path(str(found.locate_file(top))) for top in _tops(found)]
     packages = [top for top in tops if top.is_dir() and top.suffix not in (".dist-info", ".libs")]
     return not packages or not all((package / "__init__.py").exists() for package in packages)

@@ -1,4 +1,4 @@
-"""A model that compressed-tensors has quantised, saved as its users find it."""
+"""Saves models quantised by compressed-tensors, as users find them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCHEMES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
 
 
 def save_compressed(model: Any, scheme: str, folder: Path) -> None:
-    """``model``, all of its linear layers but the head quantised to the nearest integers."""
+    """Save ``model`` with all of its linear layers but the output layer quantised to the nearest integers."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
         QuantizationArgs,

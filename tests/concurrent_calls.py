@@ -1,4 +1,4 @@
-"""Calls of a patched model's generate() of all kinds, made by many threads at once."""
+"""Calls of all kinds to a patched model's generate(), made by many threads at once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def host_of(model: Any) -> Any:
 
 
 def prompt(seed: int, rows: int = 1) -> dict[str, Tensor]:
-    """Random ids; in a batch each row has another length, padded on the left."""
+    """Return random ids. In a batch each row has another length, and is padded on the left."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 90, (rows, 4 + seed % 9), generator=generator)
     mask = torch.ones_like(ids)
@@ -38,7 +38,7 @@ def prompt(seed: int, rows: int = 1) -> dict[str, Tensor]:
 
 
 def together(calls: list[Callable[[], Any]]) -> list[Any]:
-    """What the calls return, or raise, each in a thread of its own."""
+    """Run each call in a thread of its own. Returns their results or exceptions."""
     ready = threading.Barrier(len(calls))
 
     def run(call: Callable[[], Any]) -> Any:
@@ -53,7 +53,7 @@ def together(calls: list[Callable[[], Any]]) -> list[Any]:
 
 
 class Counting(LogitsProcessor):
-    """Has state, and looks at all that a processor is shown."""
+    """A processor with state, which looks at everything that it is shown."""
 
     def __init__(self) -> None:
         self.num_calls = 0
@@ -77,7 +77,7 @@ class Collecting(BaseStreamer):
         self.ended = True
 
 
-# each: options of a call, made anew for it; the tier it takes
+# For each kind: a function that makes a call's options anew, and the tier that the call takes.
 KINDS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "greedy": (lambda: {"do_sample": False}, "native"),
     "greedy batch": (lambda: {"do_sample": False, "eos_token_id": [5, 17, 40]}, "native"),
@@ -112,7 +112,7 @@ def tokens(result: Any) -> list[list[int]]:
 
 
 def one_of_each(model: Any, number: int) -> tuple[str, Callable[[], tuple[list[list[int]], Any]], list[list[int]]]:
-    """The call ``number``: its kind, the call itself (its tokens, its report), and stock's tokens."""
+    """Return for call ``number``: its kind, the call itself (returns its tokens and its report), and stock's tokens."""
     kind = list(KINDS)[number % len(KINDS)]
     options, _ = KINDS[kind]
     given = {**prompt(number, rows=1 if kind in SINGLE else 1 + number % 3), "max_new_tokens": 8 + number % 7}
@@ -126,13 +126,13 @@ def one_of_each(model: Any, number: int) -> tuple[str, Callable[[], tuple[list[l
 
 
 def step_when_all_are_there(host: Any, num_calls: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The first step waits for so many calls. Returns how many rows each step samples."""
+    """Make the first step wait for so many calls. Returns how many rows each step samples."""
     step, sampled = host.step, []
 
     def when_all_are_there() -> bool:
         if not sampled and host.num_open < num_calls:
             time.sleep(0.001)
-            return True  # look for more calls
+            return True  # so that the thread looks for more calls
         worked = step()
         sampled.append(host.engine.last_stats.num_sampled)
         return worked

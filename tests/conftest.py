@@ -1,11 +1,12 @@
-"""One thread for the tests' small tensors: two threads that wait for each other on a busy machine take far longer.
+"""Settings of the whole suite. Tests use one thread for their small tensors: on a busy machine two threads that wait
+for each other take far longer.
 
-No example is timed either: a busy machine, or one that measures coverage, is slow and not wrong.
+hypothesis does not time its examples, because a busy machine, or one that measures coverage, is slow but not wrong.
 
-Where there is no GPU, Triton's kernels are interpreted. Triton asks for that when it is imported, so it is said here.
+Without a GPU, Triton's kernels are interpreted. Triton reads that setting when it is imported, so it is set here.
 
-No garbage is looked for while tests are collected: all that is imported then stays. It is left out afterwards too, or
-each search would go through a million objects of other people's modules.
+The garbage collector is off while tests are collected, because everything that is imported then stays. Those objects
+are frozen afterwards too; otherwise each collection would go through a million objects of other people's modules.
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""What pyproject.toml declares."""
+"""What pyproject.toml declares, as values."""
 
 from __future__ import annotations
 

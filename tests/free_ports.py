@@ -1,4 +1,4 @@
-"""Ports for servers that have to be told theirs before they start."""
+"""Finds free ports for servers that must know their ports before they start."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import random
 import socket
 from contextlib import ExitStack, closing, suppress
 
-_FROM, _TO = 20_000, 32_000  # below those that systems give to clients: no connection takes one in the meantime
+_FROM, _TO = 20_000, 32_000  # below the ports that systems give to connections, so that none takes one in the meantime
 
 
 def free_ports(num: int) -> list[int]:
-    """So many in a row that nobody listens on."""
+    """Return so many consecutive ports on which nothing listens."""
     for first in random.Random().sample(range(_FROM, _TO - num), 100):
         ports = list(range(first, first + num))
         with ExitStack() as held, suppress(OSError):

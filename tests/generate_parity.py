@@ -1,6 +1,6 @@
-"""A generate() call answered twice, by stock and by the patched model, and all that a caller could tell them apart by.
+"""Answers a generate() call by stock and by the patched model, and compares everything that a caller could notice.
 
-This file knows generate() and its outputs. It knows nothing of models: tests bring those.
+This file knows generate() and its outputs. It knows nothing of models: the tests bring them.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from rounded_parity import Rounded
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 Options = dict[str, Any]
-# What the tests of the contract ask for again and again.
-ENDS = list(range(5, 96, 9))  # a token in nine ends a row
+# Values that many tests of the contract use.
+ENDS = list(range(5, 96, 9))  # one token in nine ends a row
 FULL: Options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
 SHORT: Options = {"max_new_tokens": 7, "pad_token_id": 0}
 
 
 @dataclass
 class Answer:
-    """What came of one call, as far as its caller can see."""
+    """Everything of a call that its caller can see."""
 
     result: Any = None
     error: BaseException | None = None
     warnings: list[tuple[type[Warning], str]] = field(default_factory=list)
-    new_threads: set[threading.Thread] = field(default_factory=set)  # that it has left running
+    new_threads: set[threading.Thread] = field(default_factory=set)  # threads that the call has left running
     random_state: Tensor = field(default_factory=lambda: torch.empty(0))
-    seen: list[Any] = field(default_factory=list)  # by objects of the caller's that generate() calls
-    num_compared: int = 0  # tokens that had to be right, where weights of 16 bits leave some open
+    seen: list[Any] = field(default_factory=list)  # what the caller's objects were shown by generate()
+    num_compared: int = 0  # tokens that had to be equal, if 16-bit weights leave some open
 
 
 class Watcher:
-    """Base of the caller's objects. They note what they are shown, for ``Answer.seen``."""
+    """Base of the caller's objects. They record what they are shown, for ``Answer.seen``."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
@@ -51,7 +51,7 @@ class Watcher:
 
 
 class Recorder(Watcher, LogitsProcessor):
-    """A processor with a memory: it lowers the scores of what each row chose before, by how often it was called."""
+    """A processor with state: it lowers the scores of what each row chose before, more with each call."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.note(input_ids, scores)
@@ -59,7 +59,7 @@ class Recorder(Watcher, LogitsProcessor):
 
 
 class EndsAtTurns(Watcher, StoppingCriteria):
-    """Ends row i of the call at its (2 i + 2)-nd step. It counts the steps itself."""
+    """Ends row i of the call at step 2 i + 2. It counts the steps itself."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.note(input_ids, *(scores or ()))
@@ -97,12 +97,13 @@ def assert_same(
     tier: str | None,
     loop: str | None = None,
     seed: int = 0,
-    fresh: Callable[[], Options] = dict,  # objects that a call changes: made anew for each
+    fresh: Callable[[], Options] = dict,  # makes objects that a call changes; called for each way
     **options: Any,
 ) -> Answer:
-    """Both ways of one call give the same, and ours was answered by ``tier`` (None: it must not get that far).
+    """Assert that both ways of one call give the same, and that ours was answered by ``tier`` (None: it raises before
+    that).
 
-    Weights of 16 bits leave open what lies closer than their rounding: see ``Rounded``."""
+    For 16-bit weights, scores that are closer than their rounding may be chosen differently: see ``Rounded``."""
     expected = answer(patched.stock, args, {**options, **fresh()}, seed)
     forget_reports()
     got = answer(patched, args, {**options, **fresh()}, seed)
@@ -130,7 +131,7 @@ def _assert_rounded_numbers(got: Answer, expected: Answer, rounded: Rounded) -> 
     rounded.assert_output(got.result, "result")
     got.num_compared = rounded.compared
     assert _outline(got.result) == _outline(expected.result)
-    if torch.equal(_sequences(got.result), _sequences(expected.result)):  # else there may be other numbers of steps
+    if torch.equal(_sequences(got.result), _sequences(expected.result)):  # otherwise the numbers of steps may differ
         assert torch.equal(got.random_state, expected.random_state), "the call has left other random numbers behind"
         assert _outline(got.seen) == _outline(expected.seen)
 
@@ -140,7 +141,7 @@ def _sequences(result: Any) -> Tensor:
 
 
 def _outline(thing: Any) -> Any:
-    """What it is made of, down to the dtypes."""
+    """Return the structure of a result, down to the dtypes."""
     if isinstance(thing, dict):
         return type(thing), {key: _outline(value) for key, value in thing.items()}
     if isinstance(thing, list | tuple):
@@ -163,7 +164,7 @@ def forget_reports() -> None:
 
 
 def assert_alike(got: Any, expected: Any, where: str) -> None:
-    """The same structure of the same types, and numbers that are equal, or close if they are computed."""
+    """Assert the same structure of the same types. Numbers must be equal, or close if they are computed."""
     assert type(got) is type(expected), f"{where}: {type(got)} instead of {type(expected)}"
     if isinstance(expected, Tensor):
         assert got.shape == expected.shape, f"{where}: {list(got.shape)} instead of {list(expected.shape)}"
@@ -186,7 +187,7 @@ def assert_alike(got: Any, expected: Any, where: str) -> None:
 
 
 def assert_same_cache(got: Cache, expected: Cache, where: str = "cache") -> None:
-    """The same kind, layer by layer, of the same length. What it holds shows when somebody goes on from it."""
+    """Assert the same kind and length, layer by layer. The contents are compared by continuing from the cache."""
     if isinstance(expected, EncoderDecoderCache):
         assert_same_cache(got.self_attention_cache, expected.self_attention_cache, where)
         assert_same_cache(got.cross_attention_cache, expected.cross_attention_cache, where)
@@ -198,7 +199,7 @@ def assert_same_cache(got: Cache, expected: Cache, where: str = "cache") -> None
         assert ours.get_seq_length() == theirs.get_seq_length(), where
         for mine, its in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
             assert (mine.shape, mine.dtype, mine.device) == (its.shape, its.dtype, its.device), where
-            real = mine.ne(0).any(-1)  # where rows are padded, stock keeps the K/V of padding
+            real = mine.ne(0).any(-1)  # stock also keeps the K/V of padding
             torch.testing.assert_close(mine[real], its[real], **CLOSE, msg=lambda m: f"{where}: {m}")
 
 
@@ -210,7 +211,7 @@ def _watchers(options: Options) -> list[Watcher]:
 
 
 def padded(rows: list[list[int]], pad: int = 0) -> tuple[Tensor, Tensor]:
-    """``i64 [B,L]`` with padding on the left, and the mask of what is none."""
+    """Return ``i64 [B,L]`` with padding on the left, and its attention mask."""
     width = max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])

@@ -1,7 +1,7 @@
-"""Layers of GPTQ and AWQ, made after the papers' codes and the layout of their files; each computes what it stands for.
+"""Layers of GPTQ and AWQ, made by the papers' codes and the layout of their files. Each computes what its codes mean.
 
-What they share with the reader under test is the format alone: codes are put into words by arithmetic on Python's
-integers here.
+They share only the format with the reader under test: codes are packed into words by arithmetic on Python's integers
+here.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which neighbour stands where in a word, lowest bits first
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the place of each neighbour in a word, lowest bits first
 
 
 class PackedLayer(nn.Module):
-    """What GPTQModel's layers have, and its plainest forward."""
+    """The tensors of GPTQModel's layers, with the plainest forward."""
 
     def __init__(self, tensors: dict[str, Tensor], weight: Tensor, bits: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def awq_layer(linear: nn.Linear, group: int) -> PackedLayer:
 
 
 def replace_linears(model: nn.Module, make: Any) -> Any:
-    """``model``, with ``make(linear)`` in the place of its projections."""
+    """Return ``model`` with its projections replaced by ``make(linear)``."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name.endswith("_proj"):
             parent, _, own = name.rpartition(".")
@@ -59,7 +59,7 @@ def replace_linears(model: nn.Module, make: Any) -> Any:
 
 
 def _quantized(weight: Tensor, bits: int, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes ``[K, N]``, zeros and scales ``[G, N]``. Eight bits have their zero in the middle."""
+    """Return codes ``[K, N]``, zeros and scales ``[G, N]``. With eight bits, zero is the middle code."""
     top, parts = 2**bits - 1, int(groups.max()) + 1
     members = [weight[:, groups == part] for part in range(parts)]
     low = torch.stack([each.amin(1).clamp(max=0) for each in members])
@@ -78,7 +78,7 @@ def _dense(codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor) -> Tens
 
 
 def _words(codes: Tensor, bits: int, order: Any) -> Tensor:
-    """``[R, C]`` of codes below ``2**bits`` as int32 ``[R, C * bits / 32]``."""
+    """Pack ``[R, C]`` of codes below ``2**bits`` into int32 ``[R, C * bits / 32]``."""
     width = 32 // bits
     rows = []
     for row in codes.tolist():

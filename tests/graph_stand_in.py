@@ -1,7 +1,7 @@
-"""A recorder of operations that stands in for CUDA graphs, and attention that can be recorded. On any device.
+"""A recorder of operations that replaces CUDA graphs in tests, and attention that can be recorded. On any device.
 
-As a CUDA graph does, it repeats operations on the very tensors they were captured with: a number that Python has read
-or computed is what it was at the capture, and work that would wait for a device can't be captured.
+Like a CUDA graph, it repeats operations on the tensors with which they were captured. A number that Python has read or
+computed keeps its value from the capture, and work that would wait for a device can't be captured.
 """
 
 import torch
@@ -51,7 +51,7 @@ def _again(func, args, kwargs, out):
 
 
 class CapturableBackend(ReferenceBackend):
-    """Dense attention over whole block tables: tensors only, whatever the lengths are."""
+    """Dense attention over whole block tables, with tensor operations only, for any lengths."""
 
     name = "capturable"
     capturable = True
@@ -71,8 +71,8 @@ class CapturableBackend(ReferenceBackend):
         hidden = place >= lens
         if facts.sliding_window is not None:
             hidden = hidden | (place < lens - facts.sliding_window)
-        probs = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num()  # a row of padding has no keys
-        v = v.float().masked_fill(hidden.transpose(1, 2)[..., None], 0)  # what was never written may be NaN
+        probs = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num()  # a padding row has no keys
+        v = v.float().masked_fill(hidden.transpose(1, 2)[..., None], 0)  # memory that was never written may hold NaN
         return torch.einsum("rhp,rphd->rhd", probs, v).to(q.dtype)
 
 

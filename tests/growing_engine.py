@@ -15,7 +15,7 @@ BLOCK_BYTES = 2 * 2 * BLOCK * 2 * 16 * 4  # layers, K and V, slots, kv heads, he
 
 
 class Copying:
-    """A cache that grows as one on a GPU does: new memory, and a copy."""
+    """A cache that grows as on a GPU: with new memory and a copy."""
 
     @hookimpl
     def create_kv_cache(self, spec, num_blocks, config):

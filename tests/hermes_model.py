@@ -1,4 +1,4 @@
-"""A model that says what it is told to, with a tokenizer of bytes whose chat template knows tools and reasoning."""
+"""A model that generates a given text, with a byte tokenizer whose chat template supports tools and reasoning."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def hermes_tokenizer() -> Any:
 
 
 class SayingModel:
-    """It says what it is told to, one request at a time; where that is forbidden, what its vocabulary begins with. It
-    is so sure of it that drawing changes nothing."""
+    """Generates the text that it is given, for one request at a time. If a token is forbidden, the lowest allowed id
+    comes instead. Its logits are so sharp that sampling changes nothing."""
 
     def __init__(self) -> None:
         layer = LayerSpec(1, 1, 16, 16, 0.25, torch.device("cpu"))

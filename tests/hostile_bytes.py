@@ -1,4 +1,5 @@
-"""Bytes that no honest client sends: attacks on raw sockets, all from one seed. Knows HTTP, and our routes by name."""
+"""Bytes that no honest client sends: attacks on raw sockets, all from one seed. This file knows HTTP, and our routes by
+name."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from contextlib import suppress
 from http_server import Running
 
 _PATHS = ("/v1/completions", "/v1/chat/completions", "/", "/generate", "/generate_stream", "/tokenize")
-Progress = Callable[[int], object]  # told how many are done
+Progress = Callable[[int], object]  # called with the number done
 _SERVER_ERROR = re.compile(rb"HTTP/1\.1 5\d\d")
 
 
@@ -25,7 +26,7 @@ def silent(num_done: int) -> None:
 
 
 def hostile_bytes(server: Running, num_requests: int, draw_seed: int, progress: Progress = silent) -> Counter[str]:
-    """Attacks one beside another. Returns how often each was made.
+    """Run attacks side by side. Returns how often each was made.
 
     Raises:
         AssertionError: an answer was a server error, or pipelined requests were not all answered.
@@ -112,7 +113,7 @@ def _leaves_a_stream(raw: socket.socket, rng: random.Random) -> bytes:
     )
     answer = raw.recv(rng.choice([1, 100, 1000]))
     if rng.random() < 0.5:
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leave with a reset
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
     return answer
 
 
@@ -192,7 +193,7 @@ def _post(path: str, body: bytes, *, length: str | None = None, headers: str = "
 
 
 def _read(raw: socket.socket, patience_s: float = 0.15) -> bytes:
-    """What comes until the end, or until nothing comes for a while."""
+    """Return what comes until the end, or until nothing comes for a while."""
     raw.settimeout(patience_s)
     parts = []
     with suppress(TimeoutError):

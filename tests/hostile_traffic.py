@@ -1,5 +1,5 @@
 """Traffic that no honest client sends, against a real server: bodies drawn from its OpenAPI document by schemathesis,
-and the bytes of hostile_bytes. All from one seed.
+and the bytes of hostile_bytes. All of it comes from one seed.
 
     python tests/hostile_traffic.py [--requests 10000] [--seed 0]
 """
@@ -36,19 +36,19 @@ from toy_tokenizers import ByteTokenizer
 
 _CHECKS = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance",
            "allow_header_conformance")  # fmt: skip
-_PATIENCE_S = 120  # with an answer: the machine may be busy
-_KEPT = 4  # fields beside the least in a thinned body
+_PATIENCE_S = 120  # to wait for an answer on a busy machine
+_KEPT = 4  # optional fields that stay in a thinned body
 _LEAST = {"prompt": "A", "messages": [{"role": "user", "content": "A"}], "inputs": "A", "tokens": [33], "input": "A"}
 
 
 @contextmanager
 def watched_server() -> Iterator[Running]:
-    """A server with a tiny model. What it logged as an error fails the block in the end."""
+    """A server with a tiny model. If it logs an error, the block fails at its end."""
     log = _Errors()
     for name in ("paged_openai", "paged_core", "uvicorn", "asyncio"):
         logging.getLogger(name).addHandler(log)
     try:
-        tokenizer = ByteTokenizer()  # spells whatever a grammar asks for
+        tokenizer = ByteTokenizer()  # it can spell everything that a grammar allows
         with alphabet_server(
             AlphabetModel(vocab_size=tokenizer.size),
             tokenizer=tokenizer,
@@ -64,7 +64,7 @@ def watched_server() -> Iterator[Running]:
 
 
 def schema_driven(server: Running, num_requests: int, draw_seed: int, progress: Progress = silent) -> Counter[int]:
-    """Bodies that fit the document, bodies that don't, and thinned ones that mostly get answers. Returns how often
+    """Send bodies that fit the document, bodies that don't, and thinned ones that mostly get answers. Returns how often
     each status came.
 
     Raises:
@@ -99,7 +99,8 @@ def schema_driven(server: Running, num_requests: int, draw_seed: int, progress: 
 
 
 def see_that_nothing_is_left(server: Running) -> None:
-    """All blocks free, nothing under way, no connection open, and honest clients get the right answer."""
+    """Assert that all blocks are free, nothing is open, no connection is left, and honest clients get the right
+    answer."""
     server.come_to_rest()
     state = server.server.server_state
     until(lambda: not state.connections and not state.tasks)
@@ -147,8 +148,9 @@ def _thinned(body: Any, rng: random.Random) -> Any:
 
 
 def only_these(num_threads: int) -> bool:
-    """Whether no more threads run. Those of grammars end with the server's objects, which refer to one another; a
-    thread that is about to end may hold these for a moment, and nothing else here makes Python look again."""
+    """Return whether no more than ``num_threads`` threads run. Grammar threads end with the server's objects, which
+    refer to one another. A thread that is about to end may hold these for a moment, so the garbage collector is
+    called."""
     gc.collect()
     return threading.active_count() <= num_threads
 
@@ -170,7 +172,7 @@ def main() -> None:
         attacks = hostile_bytes(server, args.requests - statuses.total(), args.seed, progress)
         print(f"\nby hand: {attacks.total()} connections, {dict(attacks)}")
         see_that_nothing_is_left(server)
-    del server  # through it, what only_these waits for would stay
+    del server  # otherwise it would keep alive what only_these waits for
     until(lambda: only_these(num_threads))
     print(f"no server error, all blocks free, nothing left; {time.monotonic() - began:.0f} s")
 

@@ -1,4 +1,4 @@
-"""Calls to a server by HTTP: a long one, one under way in a thread of its own, and the events of an answer."""
+"""Calls to a server by HTTP: a long one, one that runs in a thread of its own, and the events of an answer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def events(text: str) -> list[Any]:
 
 
 class Background:
-    """A request under way in a thread of its own. ``began``: its answer has, a streamed one's with its first event."""
+    """A request that runs in a thread of its own. ``began`` is set when its answer begins; for a streamed one, at its
+    first event."""
 
     def __init__(self, server: Running, path: str, body: dict[str, Any]) -> None:
         self._server, self._path, self._body = server, path, body

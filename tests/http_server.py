@@ -1,4 +1,4 @@
-"""A real uvicorn on loopback, in a thread, over a model that continues the alphabet."""
+"""A real uvicorn on the loopback device, in a thread, over a model that continues the alphabet."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LIMIT_S = 30.0
 
 
 class Running:
-    """One server, and what a test wants to look at behind it."""
+    """One server, and the parts behind it that tests look at."""
 
     def __init__(self, engine: AsyncEngine, service: Service, server: Server) -> None:
         self.engine, self.service, self.server = engine, service, server
@@ -51,11 +51,11 @@ class Running:
         return stats.num_blocks_used if stats is not None else 0
 
     def wait_until_told_to_cancel(self, num_prompts: int = 1) -> None:
-        """The engine's step is held meanwhile: what it is told waits."""
+        """Wait until the engine has got so many cancellations. Its step is held meanwhile, so that they stay queued."""
         until(lambda: self.engine.num_commands >= num_prompts)
 
     def come_to_rest(self) -> None:
-        """Wait until nothing runs, and see that nothing was left behind."""
+        """Wait until nothing runs, and assert that nothing is left behind."""
         until(lambda: not self.engine.engine.has_work and not self.service.num_open)
         assert self.engine.submit([33]).result(LIMIT_S).finished, "a step after the last, for its stats"
         until(lambda: self.num_blocks_used == 0)
@@ -102,7 +102,8 @@ def alphabet_server(
 
 
 def request_lines(caplog: Any, num: int) -> list[dict[str, Any]]:
-    """The log's lines of ``num`` requests, in no order: a line may come a moment after its client has the answer."""
+    """Return the log's lines of ``num`` requests, in any order. A line may come a moment after its client has the
+    answer."""
 
     def lines() -> list[dict[str, Any]]:
         records = [record for record in list(caplog.records) if record.message == "request"]

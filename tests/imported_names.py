@@ -1,4 +1,4 @@
-"""What a file of Python imports, inside functions too."""
+"""Lists the imports of a Python file, inside functions too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from places import ROOT
 
 class Import(NamedTuple):
     module: str  # "paged_core.engine.engine", also for "from paged_core import engine"
-    name: str | None  # what is taken from it; None for "import module"
+    name: str | None  # the imported name; None for "import module"
     line: int
 
 

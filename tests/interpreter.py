@@ -1,6 +1,6 @@
-"""Where tests of Triton's kernels run: on a GPU, or else on the CPU through Triton's interpreter, as it has to be for
-tests: by itself it cuts float32 off to bfloat16 where every GPU rounds, and looks through all of Triton's names each
-time that a kernel calls a function."""
+"""Where tests of Triton's kernels run: on a GPU, or on the CPU in Triton's interpreter. The interpreter is changed for
+the tests. By itself it truncates float32 to bfloat16, where every GPU rounds, and it looks through all of Triton's
+names each time that a kernel calls a function."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEVICE = torch.device("cuda:0" if ON_GPU else "cpu")
 
 
 def round_as_gpus_do(monkeypatch):
-    """Until the test ends. A GPU does so itself."""
+    """Make the interpreter round until the test ends. A GPU does so itself."""
     if ON_GPU:
         return
     from triton.runtime import interpreter
@@ -32,7 +32,7 @@ def round_as_gpus_do(monkeypatch):
 
 
 def replace_builtins_once() -> None:
-    """From now on. The interpreter puts its own functions in the place of Triton's for as long as a kernel runs."""
+    """Replace Triton's functions by the interpreter's for good; by itself it does that for as long as a kernel runs."""
     from triton.language.core import is_builtin
     from triton.runtime import interpreter
 
@@ -43,7 +43,7 @@ def replace_builtins_once() -> None:
             known[package] = [(name, each) for name, each in inspect.getmembers(package) if is_builtin(each)]
         for name, builtin in known[package]:
             if getattr(package, name) is not builtin:
-                return  # a kernel that is running has replaced them
+                return  # a running kernel has replaced them
             interpreter._patch_attr(package, name, builtin, builder, scope)
 
     interpreter._patch_builtin = replace

@@ -1,4 +1,4 @@
-"""Kernels whose helpers have the same name in Python: prints what each of the kernels named stores.
+"""Kernels whose helpers have the same Python name: prints what each of the named kernels stores.
 
 Usage: python kernels_in_one_process.py 2 3
 """
@@ -12,8 +12,8 @@ import torch
 from paged_kernels.cpu import memory, parallel
 from paged_kernels.cpu.intrinsics import inline
 
-# The helper is long, so that it stays a function of its own in what is compiled, and reads zeros only. It is a global:
-# numba does not keep on disk what holds a helper in a closure.
+# The helper is long, so that it stays a separate function in the compiled code, and reads zeros only. It is a global,
+# because numba does not cache functions with a helper in a closure.
 SOURCE = f"""
 @inline
 def helper(address, number):
@@ -26,7 +26,7 @@ def store(address):
 
 for base in map(int, sys.argv[1:]):
     scope = {**vars(memory), "inline": inline, "base": base}
-    exec(compile(SOURCE, f"kernels_{base}.py", "exec"), scope)  # on disk by the name of its file
+    exec(compile(SOURCE, f"kernels_{base}.py", "exec"), scope)  # numba caches it under its file name
     numbers = torch.zeros(8, dtype=torch.int64)
     parallel.kernel(scope["store"]).here(numbers.data_ptr())
     print(numbers[0].item())

@@ -1,6 +1,7 @@
-"""One process that is rank 1 of engine after engine: what a rank imports takes seconds, and most tests need no new one.
+"""One process that is rank 1 of one engine after another, because a rank's imports take seconds, and most tests need no
+new one.
 
-It does what ``paged_core.engine.follower.main`` does, again and again. Tests that are about processes start real ones.
+It does what ``paged_core.engine.follower.main`` does, again and again. Tests of processes start real ones.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ while True:
 
 
 class LentRank:
-    """``start`` stands for ``paged_core.ranks.processes.start``, for engines of two ranks, one at a time."""
+    """``start`` replaces ``paged_core.ranks.processes.start``, for engines of two ranks, one at a time."""
 
     def __init__(self) -> None:
         self._popen: subprocess.Popen[bytes] | None = None
@@ -69,7 +70,7 @@ class LentRank:
 
 
 class _Lent:
-    """What an engine sees of it: a process that ends when the engine's job has ended."""
+    """What an engine sees of the process: it ends when the engine's job has ended."""
 
     def __init__(self, popen: subprocess.Popen[bytes], control: socket.socket) -> None:
         self._popen, self._control = popen, control

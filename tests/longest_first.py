@@ -1,7 +1,8 @@
-"""A pytest hook: files whose tests take minutes begin first, so that no worker is left alone with one at the end.
+"""A pytest hook: files whose tests take minutes run first, so that no worker runs one alone at the end.
 
-`--dist loadfile` hands out whole files in the order in which they were collected (with `--no-loadscope-reorder`; else
-those with many tests come first, and the tests that install, start servers or run programs, few to a file, last).
+`--dist loadfile` hands out whole files in the order in which they were collected (with `--no-loadscope-reorder`;
+otherwise files with many tests come first, and the few tests per file that install, start servers or run programs come
+last).
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ _BEGIN_FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those files, then the others, the larger ones first."""
+    """Put those files first, then the others, the larger ones first."""
     sizes = Counter(item.path for item in items)
 
     def rank(item: pytest.Item) -> tuple[int, int]:
         name = item.path.name
         return (_BEGIN_FIRST.index(name), 0) if name in _BEGIN_FIRST else (len(_BEGIN_FIRST), -sizes[item.path])
 
-    files = dict.fromkeys(item.path for item in sorted(items, key=rank))  # sorted() leaves equals in their order
+    files = dict.fromkeys(item.path for item in sorted(items, key=rank))  # sorted() keeps the order of equals
     places = {path: place for place, path in enumerate(files)}
     items.sort(key=lambda item: places[item.path])

@@ -1,11 +1,12 @@
-"""What kernels become on processors that this machine may not have."""
+"""The machine code of kernels for processors that this machine may not have."""
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 
 
 def machine_code(features, emit, num_args, cpu="x86-64-v4", triple="x86_64-unknown-linux-gnu"):
-    """What ``emit(builder, args)`` of ``num_args`` numbers becomes on a processor with these features, as text."""
+    """Return the machine code, as text, of ``emit(builder, args)`` with ``num_args`` numbers for a processor with these
+    features."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     module, i64 = ir.Module(), ir.IntType(64)

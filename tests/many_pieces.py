@@ -1,4 +1,5 @@
-"""Random answers in random pieces: ``python tests/many_pieces.py [TEXTS [TEMPLATE ...]]``, else all of ours."""
+"""Random answers in random pieces: ``python tests/many_pieces.py [TEXTS [TEMPLATE ...]]``, by default for all our
+templates."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ from collections.abc import Sequence
 from paged_serving.response_templates.selection import known
 from response_texts import WRITTEN, parser_of, read_in, told
 
-SPECIAL = ["<|im_end|>", "<|x|>", "<tool"]  # some that are markers, some that begin like one
+SPECIAL = ["<|im_end|>", "<|x|>", "<tool"]  # some are markers, some begin like one
 
 
 def split_differently(name: str, chance: random.Random, num: int) -> None:
-    """``num`` texts are read whole and in pieces, and come to the same."""
+    """Assert that ``num`` texts give the same when read whole and in pieces."""
     of_template = [each for each in WRITTEN if each.template == name]
     for _ in range(num):
         text = hard_text(chance, [each.text for each in of_template])
@@ -25,7 +26,7 @@ def split_differently(name: str, chance: random.Random, num: int) -> None:
 
 
 def hard_text(chance: random.Random, texts: Sequence[str]) -> str:
-    """Bits of ``texts``, of their markers above all, in any order."""
+    """Return parts of ``texts``, mostly of their markers, in any order."""
     bits = []
     for _ in range(chance.randrange(1, 7)):
         text = chance.choice(texts)

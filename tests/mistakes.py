@@ -1,4 +1,4 @@
-"""Mistakes that an engine might make, each made by patching ours: (model type, how)."""
+"""Mistakes that an engine might make, each made by patching ours: (model type, mistake)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Mutate = Callable[[pytest.MonkeyPatch], None]
 
 
 def _told(**facts: Any) -> Mutate:
-    """The engine is told other facts about attention than the probe has found. (It refuses what outgrows a window that
-    no layer knows of: a wide one means none.)"""
+    """Make the engine use other facts of attention than the probe has found. (It refuses sequences longer than a window
+    that no layer has; a wide window means none.)"""
 
     def mutate(monkeypatch: pytest.MonkeyPatch) -> None:
         found = paged_model.probe
@@ -40,7 +40,8 @@ def _keep_padding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _shift(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Positions are one too high from the seventh on: all of them would be the same to rotary embeddings."""
+    """Add one to all positions from the seventh on. If all positions were shifted, rotary embeddings would give the
+    same result."""
     forward = HFPagedModel.forward
 
     def shifted(self: Any, token_ids: Tensor, positions: Tensor, *rest: Any) -> Tensor:

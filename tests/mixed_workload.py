@@ -1,5 +1,5 @@
-"""Greedy requests of all lengths at once, some with one prefix, some with several samples; and what dense attention
-says each of them gets. On a small cache they preempt each other."""
+"""Greedy requests of all lengths at once, some with a common prefix, some with several samples; and what dense
+attention gives for each. On a small cache they preempt each other."""
 
 import random
 
@@ -9,7 +9,7 @@ from paged_core import SamplingParams
 
 ROOMY = {"num_blocks": 400, "max_num_batched_tokens": 256}
 CHUNKED = {"num_blocks": 400, "max_num_batched_tokens": 8}
-TIGHT = {"num_blocks": 26, "max_num_batched_tokens": 16}  # preempts
+TIGHT = {"num_blocks": 26, "max_num_batched_tokens": 16}  # so small that requests are preempted
 
 in_every_size = pytest.mark.parametrize("config", [ROOMY, CHUNKED, TIGHT], ids=["roomy", "chunked", "tight"])
 
@@ -29,7 +29,7 @@ def greedy(num_tokens, **more):
 
 
 def add_mixed_requests(engine, model):
-    """Tokens of each row by (id, index)."""
+    """Add the requests. Returns the expected tokens of each row by (id, index)."""
     rnd, truth = random.Random(1), {}
     for i in range(14):
         prompt = [rnd.randrange(90) for _ in range(rnd.randrange(1, 40))]

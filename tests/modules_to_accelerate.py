@@ -1,4 +1,4 @@
-"""Modules as transformers models have them, and their forwards by us on a CPU."""
+"""Modules as in transformers models, and our forwards for them on a CPU."""
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ DTYPES = list(TOLERANCE)
 
 
 class Attention(nn.Module):
-    """What the three projections look like in most models."""
+    """The three projections of attention in most models."""
 
     def __init__(self, bias=False, turned=False):
         super().__init__()
@@ -32,7 +32,7 @@ class GatedMLP(nn.Module):
 
 
 class Conv1D(nn.Module):
-    """A linear layer as GPT-2 has it."""
+    """A linear layer as in GPT-2."""
 
     def __init__(self, nf, nx):
         super().__init__()
@@ -69,7 +69,8 @@ def ask(module):
 
 
 def accelerate(module):
-    """As a model adapter does it: parents first, children only of what was left alone. Forwards by module."""
+    """Return forwards by module, asked for as a model adapter does: parents first, children only if the parent was left
+    alone."""
     forward = ask(module)
     if forward is not None:
         return {module: forward}

@@ -1,5 +1,5 @@
-"""A skipped test is no passed test. A laptop without a browser skips what wants one; with PAGED_REQUIRE_ALL=1, as
-.ci/run sets it, whatever is skipped has failed. Hooks for conftest.py."""
+"""Hooks for conftest.py that count a skipped test as failed if PAGED_REQUIRE_ALL=1, as .ci/run sets it. Without that, a
+laptop without a browser may skip the tests that need one."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def chat_stream(alphabet: Alphabet, **fields: Any) -> list[dict[str, Any]]:
 
 
 def chat_body(**fields: Any) -> dict[str, Any]:
-    # The toy template ends with "assistant:", which the model continues from ":".
+    # The toy template ends with "assistant:", which the model continues after ":".
     return {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "temperature": 0, **fields}
 
 

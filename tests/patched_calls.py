@@ -1,4 +1,4 @@
-"""Calls of a small patched model, held against stock's, for tests of what becomes of it between them."""
+"""Compares calls of a small patched model with stock's, for tests that change the model between them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODES: dict[str, dict[str, Any]] = {"free": {}, "lockstep": {"num_beams": 2}}
 
 
 def prompts(seed: int = 0, rows: int = 3) -> dict[str, Tensor]:
-    """Rows of 9, 8, 7, ... tokens, padded on the left."""
+    """Return rows of 9, 8, 7, ... tokens, padded on the left."""
     ids = torch.randint(3, 90, (rows, 9), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     for row in range(rows):
@@ -22,7 +22,7 @@ def prompts(seed: int = 0, rows: int = 3) -> dict[str, Tensor]:
 
 
 def agrees(model: Any, tier: str = "native", **options: Any) -> list[list[int]]:
-    """Free and lockstep calls give stock's tokens, by the tier named. Returns the free call's."""
+    """Assert that free and lockstep calls give stock's tokens, on this tier. Returns the free call's tokens."""
     given = {**prompts(), **GREEDY, **options}
     answers = []
     for mode, own in MODES.items():
@@ -39,7 +39,7 @@ def host_of(model: Any) -> Any:
 
 
 def resize(model: Any) -> None:
-    """Another vocabulary, with weights of its own."""
+    """Give the model another vocabulary, with new weights."""
     torch.manual_seed(1)
     model.resize_token_embeddings(128)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Where things are in this repository."""
+"""Paths in this repository."""
 
 from pathlib import Path
 
@@ -7,5 +7,5 @@ ROOT = TESTS.parent
 
 
 def sources(folder: Path) -> list[Path]:
-    """Its files of Python, at any depth."""
+    """Return the Python files of a folder, at any depth."""
     return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)

@@ -1,4 +1,4 @@
-"""A Ray cluster of this machine alone, as small as it gets, that ends with whoever has started it."""
+"""A Ray cluster on this machine only, as small as possible, that ends with the process that has started it."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ _ENVIRONMENT = {
 
 class Cluster(NamedTuple):
     address: str
-    head: int  # the process that the others come from
+    head: int  # the process that has started all others
 
     def processes(self) -> list[int]:
-        """All that belong to it, the head left out."""
+        """Return all processes of the cluster except the head."""
         return descendants(self.head)
 
 
 @contextmanager
 def ray_cluster(num_cpus: int = 2) -> Iterator[Cluster]:
-    """One that runs as long as the block, and no process of which outlives it."""
-    os.environ.update(_ENVIRONMENT)  # who connects needs the token
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: sockets lie in it
+    """A cluster that runs as long as the block. None of its processes outlives the block."""
+    os.environ.update(_ENVIRONMENT)  # processes that connect need the token
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a short path, because sockets are in it
     head = None
     try:
         for attempt in range(_ATTEMPTS):
@@ -79,7 +79,7 @@ def _start(place: Path, ports: dict[str, int], num_cpus: int) -> subprocess.Pope
 
 
 def _is_up(head: subprocess.Popen[bytes], place: Path, ports: dict[str, int]) -> bool:
-    """False: it can't be."""
+    """Wait until the cluster is up. Returns False if it can't start."""
     deadline = time.monotonic() + _START_LIMIT_S
     while time.monotonic() < deadline and head.poll() is None:
         if b"Ray runtime started" in (place / "log").read_bytes():
@@ -95,7 +95,8 @@ def _is_up(head: subprocess.Popen[bytes], place: Path, ports: dict[str, int]) ->
 
 
 def _tell_ports(session: Path, node: str, ports: dict[str, int]) -> None:
-    """In the agents' place. A raylet ends if they don't tell theirs in 15 seconds, as on a busy machine they don't."""
+    """Write the ports in place of the agents. A raylet ends if they don't report theirs in 15 seconds, as happens on a
+    busy machine."""
     for name, option in _TOLD.items():
         file = session / f"{name}_{node}"
         if not file.exists():
@@ -103,7 +104,7 @@ def _tell_ports(session: Path, node: str, ports: dict[str, int]) -> None:
 
 
 def _end(head: subprocess.Popen[bytes]) -> list[int]:
-    """The cluster. Returns those of its processes that had to be killed."""
+    """End the cluster. Returns those of its processes that had to be killed."""
     all_of_it = descendants(head.pid)
     head.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + _END_LIMIT_S
@@ -118,7 +119,7 @@ def _end(head: subprocess.Popen[bytes]) -> list[int]:
 
 
 def descendants(ancestor: int) -> list[int]:
-    """Processes that come from another one."""
+    """Return the processes that a process has started, directly or not."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):

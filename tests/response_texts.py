@@ -1,4 +1,4 @@
-"""Answers as models write them, by response template: what is said, and what it comes to."""
+"""Answers as models write them, by response template: the text, and its parsed form."""
 
 from __future__ import annotations
 
@@ -125,5 +125,5 @@ def read_in(parser: Parser, pieces: Sequence[str], *, cut: bool = False) -> Answ
 
 
 def told(answer: Answer) -> tuple[str, str, list[tuple[str, str]]]:
-    """What an answer says, without the ids that are drawn."""
+    """Return the parts of an answer, without the random ids."""
     return answer.text, answer.reasoning, [(call.name, call.arguments) for call in answer.tool_calls]

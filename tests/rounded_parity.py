@@ -1,10 +1,12 @@
-"""What stock's generate() gives on 16-bit weights, and how far rounding may lead another right answer away from it.
+"""The results of stock's generate() with 16-bit weights, and how far rounding may lead another correct result away from
+them.
 
-Stock's loop runs twice: as it is, and with every operation in float32. Each time the scores that the loop chooses by
-are noted. Where those of the two runs differ, with the same tokens before, is rounding; another answer may choose
-otherwise at a near-tie, whose scores lie closer than that. Beyond such a place nothing can be compared.
+Stock's loop runs twice: unchanged, and with every operation in float32. Each time the scores by which the loop chooses
+are recorded. Where the tokens before are the same, the difference of the two runs' scores is rounding. Another correct
+answer may choose differently at a near-tie, where scores are closer than that. Nothing can be compared beyond such a
+place.
 
-This file knows generate() and its outputs. It knows nothing of models: tests bring those.
+This file knows generate() and its outputs. It knows nothing of models: the tests bring them.
 """
 
 from __future__ import annotations
@@ -22,21 +24,22 @@ from paged_hf.model.rounding import Widened
 
 Options = dict[str, Any]
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-_SCALE = 2.0  # of two scores, each may be off by as much as stock's worst
-_WIDEST = 1.5  # of the scores' standard deviations: a margin beyond that would forgive nearly every token
+_SCALE = 2.0  # each of two scores may be off by as much as stock's worst
+_WIDEST = 1.5  # of the scores' standard deviations: with a larger margin nearly every token would pass
 _aten = torch.ops.aten
 
 
 @dataclass
 class Choice:
-    """One step of a loop: ``f32 [R,N]`` scores, the greatest of each row are taken; ``i64 [R,K]`` which those are."""
+    """One step of a loop: ``f32 [R,N]`` scores, of which the greatest of each row are chosen; ``i64 [R,K]`` their
+    indices."""
 
     scores: Tensor
     chosen: Tensor
 
 
 class Choices(TorchDispatchMode):
-    """Notes the steps of a loop by the operation that makes its choice."""
+    """Records the steps of a loop by the operation that makes its choice."""
 
     def __init__(self, options: Options, vocab_size: int) -> None:
         super().__init__()
@@ -58,12 +61,13 @@ class Choices(TorchDispatchMode):
         return result
 
     def _is_of_tokens(self, scores: Tensor) -> bool:
-        """Not the choice of experts, or of a mask's first one."""
+        """Return whether the scores are of tokens, not of experts or of a mask."""
         return scores.ndim == 2 and scores.is_floating_point() and scores.shape[1] >= self._vocab_size
 
 
 def _as_drawn(probabilities: Tensor, random_state: Tensor) -> Tensor:
-    """torch draws the token whose probability over an exponential of its own is greatest: the logarithm of that."""
+    """torch draws the token with the greatest probability over a random exponential number; return the logarithm of
+    that quotient."""
     after = torch.get_rng_state()
     torch.set_rng_state(random_state)
     drawn = probabilities.log() - torch.empty_like(probabilities).exponential_(1).log()
@@ -73,7 +77,7 @@ def _as_drawn(probabilities: Tensor, random_state: Tensor) -> Tensor:
 
 @dataclass
 class StockCall:
-    """A call of stock's generate(): its output with all that it can hold, and the choices of its loop."""
+    """A call of stock's generate(): its full output, and the choices of its loop."""
 
     output: Any
     choices: list[Choice]
@@ -96,15 +100,14 @@ class StockCall:
 
 @dataclass
 class Rounded:
-    """Stock's answer to a call, by which others are judged. ``compared`` is how many tokens of theirs had to be
-    right."""
+    """Stock's answer to a call, by which others are judged. ``compared``: how many of their tokens had to be equal."""
 
-    read: StockCall  # in float32
+    read: StockCall  # the run in float32
     width: int  # of the prompts
     vocab_size: int
     margin: float
     compared: int = 0
-    allowed: dict[str, float] = field(default_factory=dict)  # how far logits and scores of an output may be off
+    allowed: dict[str, float] = field(default_factory=dict)  # by kind of output (logits, scores): how far it may be off
 
     @classmethod
     def of(
@@ -130,7 +133,7 @@ class Rounded:
         return self.read.choices[0].scores.shape[1] > self.vocab_size
 
     def assert_output(self, got: Any, where: str) -> None:
-        """What ``generate()`` gives: token ids, or an output with logits and scores."""
+        """Assert that a result of ``generate()`` is correct: token ids, or an output with logits and scores."""
         if isinstance(got, Tensor):
             self.assert_sequences(got, where)
             return
@@ -140,7 +143,7 @@ class Rounded:
                 assert _largest(ours, theirs) <= allowed, f"{where}.{name}: off by {_largest(ours, theirs)} > {allowed}"
 
     def assert_sequences(self, got: Tensor, where: str = "tokens") -> None:
-        """``got``: i64 [R,L], prompts included."""
+        """Assert that ``got`` is correct: i64 [R,L], prompts included."""
         if self.has_beams:
             self._assert_beams(got, where)
             return
@@ -168,7 +171,8 @@ class Rounded:
         )
 
     def _assert_beams(self, got: Tensor, where: str) -> None:
-        """A near-tie among the beams of a prompt may show much later, so these are compared whole or not at all."""
+        """Assert that beams are correct. A near-tie among the beams of a prompt may show much later, so a prompt's
+        beams are compared completely or not at all."""
         want = self.read.output.sequences
         firm = self._firm_prompts()
         of_prompt = torch.arange(len(want)) // (len(want) // len(firm))
@@ -177,19 +181,19 @@ class Rounded:
             self.compared += len(want[row]) - self.width
 
     def _firm_prompts(self) -> Tensor:
-        """``bool [B]``: no step's last beam lies closer to what is left out than the margin, and at the end no beam
-        to the next."""
+        """Return ``bool [B]``: in no step is the last beam closer than the margin to the best one left out, and at the
+        end no beam is that close to the next."""
         num_beams = self.read.choices[0].scores.shape[1] // self.vocab_size
         best = [choice.scores.topk(num_beams + 1).values for choice in self.read.choices]
         apart = [scores[:, :-1] - scores[:, 1:] for scores in best]
         return torch.cat([step[:, -1:] for step in apart] + apart[-1:], 1).min(1).values > self.margin
 
     def _steps(self, ours: Sequence[Tensor], name: str, sequences: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What is told of each step, and what was read, of rows whose tokens are the same till then."""
+        """Return pairs of our and stock's numbers for each step, for rows whose tokens are the same until then."""
         pairs = []
         for step, (mine, theirs) in enumerate(zip(ours, getattr(self.read.output, name), strict=False)):
             if self.has_beams:
-                return [(mine, theirs)]  # the beams of later steps are in an order of their own
+                return [(mine, theirs)]  # later steps' beams are in another order
             till = self.width + step
             same = (sequences[:, :till] == self.read.output.sequences[:, :till]).all(-1)
             pairs.append((mine[same], theirs[same]))
@@ -197,8 +201,8 @@ class Rounded:
 
 
 def assert_rows(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Any], **options: Any) -> int:
-    """``answers``: for each prompt the tokens after it, or as many rows of them as the options ask for. Returns how
-    many tokens had to be right."""
+    """Assert that ``answers`` are correct: for each prompt the tokens after it, or as many rows of them as the options
+    ask for. Returns how many tokens had to be equal."""
     compared = 0
     for prompt, found in zip(prompts, answers, strict=True):
         ids = torch.tensor([list(prompt)])
@@ -211,11 +215,11 @@ def assert_rows(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[
 
 
 def _margin(stocks: StockCall, read: StockCall) -> float:
-    """How far apart two scores may lie for one to be taken for the other: by what stock's own are off."""
+    """Return how close two scores must be to be confused, by how much stock's own scores are off."""
     first = stocks.choices[0], read.choices[0]
     worst, same = _largest(*(choice.scores for choice in first)), torch.ones(len(first[0].chosen), dtype=torch.bool)
-    if read.output.get("beam_indices") is not None:  # equals may change places: later steps can't be told beam by beam
-        worst *= len(read.choices) ** 0.5  # each step adds an error of its own to a beam's score
+    if read.output.get("beam_indices") is not None:  # equals may swap places, so later steps can't be compared by beam
+        worst *= len(read.choices) ** 0.5  # each step adds an error to a beam's score
     else:
         for mine, theirs in zip(stocks.choices, read.choices, strict=False):
             worst = max(worst, _largest(mine.scores[same], theirs.scores[same]))

@@ -1,4 +1,4 @@
-"""Rows for samplers: requests that have begun, and logits for them."""
+"""Rows for tests of samplers: requests with some output, and logits for them."""
 
 from __future__ import annotations
 

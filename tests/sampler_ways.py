@@ -17,7 +17,7 @@ WAYS = [
     {"top_k": 40},
     {"top_k": 3, "top_p": 0.8},
     {"top_p": 0.9},
-    {"top_p": 0.95, "temperature": 4.0},  # a nucleus of many hundreds
+    {"top_p": 0.95, "temperature": 4.0},  # a nucleus of many hundreds of tokens
     {"repetition_penalty": 1.3, "presence_penalty": 0.5, "temperature": 0.8},
     {"logit_bias": {1: 3.0}, "bad_words_token_ids": [[3]], "top_k": 1000},
 ]

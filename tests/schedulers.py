@@ -28,7 +28,7 @@ def add(scheduler, id, prompt, *, max_tokens=5, lockstep=False, rows=1, **params
 
 
 def step(scheduler, **selection):
-    """One step in which row i samples token 1000 + i."""
+    """Run one step in which row i samples token 1000 + i."""
     schedule = scheduler.schedule()
     num_rows = sum(len(chunk.samples) for chunk in schedule.chunks)
     outputs = scheduler.update(schedule, Selection([1000 + i for i in range(num_rows)], **selection))

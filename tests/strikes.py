@@ -1,4 +1,4 @@
-"""Exceptions that one thread sends another, which strike it anywhere."""
+"""Exceptions that one thread sends another, which may strike it anywhere."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 LIMIT_S = 60.0
-_NO_BIRTHS = threading.Lock()  # held where a thread is started, and where a strike is sent
+_NO_BIRTHS = threading.Lock()  # held while a thread is started, and while a strike is sent
 
 
 class Struck(BaseException):
-    """What another thread sends."""
+    """The exception that another thread sends."""
 
 
 @contextmanager
 def strikes_anywhere() -> Iterator[None]:
-    """Threads switch everywhere; but no strike is sent while a thread is born. CPython knows a thread under its
-    parent's identity until it runs: a strike that is sent in this moment may hit the child instead, which dies of it,
-    and Thread.start() then waits for it for ever. A strike that hits before a thread has begun its work, or after it,
-    is no failure of the work's."""
+    """Make threads switch often, but send no strike while a thread is starting. Until a new thread runs, CPython knows
+    it under its parent's identity. A strike sent in that moment may hit the new thread instead, which ends, and
+    Thread.start() then waits for it for ever. A strike that hits a thread before its work has begun, or after it, is no
+    failure of the work."""
     start, interval, told = threading.Thread.start, sys.getswitchinterval(), threading.excepthook
 
     def starts_unstruck(thread: threading.Thread) -> None:
@@ -45,7 +45,7 @@ def strikes_anywhere() -> Iterator[None]:
 
 
 def strike_until_it_ends(work: Callable[[], object], delay_s: float) -> None:
-    """Run ``work`` in a thread, and send that thread one exception after a while."""
+    """Run ``work`` in a thread, and send that thread one exception after ``delay_s``."""
 
     def run() -> None:
         with suppress(Struck):

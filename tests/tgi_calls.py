@@ -1,4 +1,5 @@
-"""What TGI's own client, text-generation 0.7.0, makes of a server: run with its environment's path, prints JSON.
+"""Calls of TGI's own client, text-generation 0.7.0, to a server. It runs with the path of its own environment, and
+prints JSON.
 
 Usage: python tgi_calls.py URL URL_OF_A_SERVER_WITH_TGI_CHAT_STREAM
 """

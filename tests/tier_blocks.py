@@ -1,4 +1,4 @@
-"""Blocks for tests of tiers: made up, and told apart."""
+"""Blocks for tests of tiers, each with contents of its own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def store(tier, *numbers: int, salt: str | None = None) -> None:
 
 
 def fetched(tier, contents) -> list[torch.Tensor | None]:
-    """What comes of each; None: it is lost."""
+    """Return the contents of each block, or None if it is lost."""
     arrived = threading.Event()
     fetch = tier.fetch(contents, arrived)
     found: list[torch.Tensor | None] = [None] * len(contents)
@@ -54,7 +54,7 @@ def fetched(tier, contents) -> list[torch.Tensor | None]:
 
 
 def sound(tier, *numbers: int, salt: str | None = None) -> list[int]:
-    """Those of ``numbers`` that come back. They come back as they were, or not at all."""
+    """Return which of ``numbers`` can be loaded, and assert that their contents are unchanged."""
     found = fetched(tier, [content(number, salt) for number in numbers])
     for number, data in zip(numbers, found, strict=True):
         assert data is None or torch.equal(data, bytes_of(number)), f"block {number} is another's"

@@ -1,4 +1,4 @@
-"""Engines with tiers, and what tests ask of them."""
+"""Engines with tiers, and helpers for their tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def on_disk(path, config=SMALL, **options):
 
 
 def prompts_like(seed, num):
-    """Many that begin alike."""
+    """Return many prompts with common beginnings."""
     rnd = random.Random(seed)
     families = [[rnd.randrange(90) for _ in range(60)] for _ in range(5)]
     return [
@@ -50,15 +50,15 @@ def stats(engine):
 
 
 def filled_and_evicted(engine, prompt):
-    """The prompt's blocks are in the tier, and no longer in the cache."""
+    """Return the engine with the prompt's blocks in the tier, and no longer in the cache."""
     answers(engine, [prompt], max_tokens=1)
     engine.save_prefix_cache(30)
     engine.release_memory()
-    engine._offloading._costs.tokens_per_s = None  # what isn't measured is waited for
+    engine._offloading._costs.tokens_per_s = None  # while speed is not measured, loads are waited for
 
 
 class Slow:
-    """A tier in memory whose loads come when the test says so."""
+    """A tier in memory whose loads end when the test says so."""
 
     key = None
     wants_more = True
@@ -95,7 +95,7 @@ class Slow:
         self.asked.clear()
 
     def bring(self, start, stop):
-        """Some of the blocks that were asked for last."""
+        """Let some of the blocks arrive that were asked for last."""
         fetch, contents = self.asked[-1]
         (piece,) = self.inner.fetch(contents[start:stop], threading.Event()).take()
         fetch.put(piece._replace(places=range(start, stop)))

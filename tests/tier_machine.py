@@ -1,4 +1,4 @@
-"""A scheduler over a pool and a tier of integers, stepped by hand: whatever happens, a row reads its own K/V."""
+"""A scheduler over a pool and a tier of integers, stepped by hand, to check that a row always reads its own K/V."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZE = 4
 
 
 class Shelf:
-    """A tier of integers: what "K/V" are, is which tokens they are of, and under which salt and weights."""
+    """A tier of integers. Its "K/V" are the tokens, the salt and the weights that they were computed from."""
 
     def __init__(self) -> None:
         self.kept: dict[bytes, list[Any]] = {}
@@ -43,7 +43,7 @@ class Shelf:
 
 
 class Machine:
-    """Scheduler, "cache" and tier, stepped by hand."""
+    """The scheduler with its "cache" and tier, stepped by hand."""
 
     def __init__(self, num_blocks: int, window: int | None) -> None:
         self.shelf = Shelf()
@@ -87,7 +87,7 @@ class Machine:
 
     def take(self, ended: list[Request]) -> None:
         for request in ended:
-            self.open.remove(request)  # which raises if it ended before
+            self.open.remove(request)  # this raises if the request has ended before
             self.ended.append(request)
 
     def truth(self, request: Request, i: int) -> tuple[Any, ...]:
@@ -109,7 +109,7 @@ class Machine:
             self.scheduler.landed(load, lost)
 
     def arrive(self, load: Load, contents: Sequence[BlockContent], lost: set[int]) -> None:
-        """A piece: of a load that nobody wants any more, nothing is written."""
+        """Let a piece arrive. Nothing is written for an abandoned load."""
         lacking = self.scheduler.lacking(load)
         assert not (lacking and (load.abandoned or load.met))
         come = {block for block, digest, _, _ in contents if digest in self.shelf.kept and block in lacking - lost}

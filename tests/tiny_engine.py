@@ -1,4 +1,4 @@
-"""An engine over the tiny model, and what comes of running it until nothing is left to do."""
+"""An engine over the tiny model, and helpers to run it until nothing is left to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tiny_model import TinyModel
 
 
 def tiny_engine(model: Any = None, plugins: Sequence[Any] = (), **config: Any) -> Engine:
-    """``config``: in place of sizes in which some dozen requests run without preemption."""
+    """``config`` replaces sizes with which some dozen requests run without preemption."""
     usual = {"block_size": 4, "num_blocks": 400, "max_num_seqs": 8, "max_num_batched_tokens": 64, "seed": 0}
     settings = EngineConfig(**{"attention_backend": "reference", **usual, **config})
     return Engine(model or TinyModel(), settings, plugins=plugins)
@@ -21,7 +21,7 @@ def greedy(num_tokens: int, **more: Any) -> SamplingParams:
 
 
 def run(engine: Engine) -> list[RequestOutput]:
-    """All outputs, with every invariant after every step; and no block is in use when all have ended."""
+    """Return all outputs. Every invariant is checked after every step, and no block may be in use at the end."""
     outputs = []
     while engine.has_work:
         outputs += engine.step()
@@ -31,7 +31,7 @@ def run(engine: Engine) -> list[RequestOutput]:
 
 
 def tokens_of(outputs: Iterable[RequestOutput]) -> dict[tuple[str, int], list[int]]:
-    """What each row got, by (id, index)."""
+    """Return the tokens of each row, by (id, index)."""
     tokens: dict[tuple[str, int], list[int]] = {}
     for output in outputs:
         tokens.setdefault((output.request.id, output.request.index), []).extend(output.token_ids)
@@ -39,7 +39,7 @@ def tokens_of(outputs: Iterable[RequestOutput]) -> dict[tuple[str, int], list[in
 
 
 def ends_of(outputs: Iterable[RequestOutput]) -> dict[str, tuple[str, str | None]]:
-    """How each request ended, by its id: (reason, error)."""
+    """Return how each request ended, by its id: (reason, error)."""
     ends: dict[str, tuple[str, str | None]] = {}
     for output in outputs:
         if output.finish_reason is not None:

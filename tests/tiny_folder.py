@@ -1,4 +1,4 @@
-"""A tiny Llama with a tokenizer of bytes, saved as a folder that any loader of Hugging Face's takes."""
+"""A tiny Llama with a byte tokenizer, saved as a folder that any Hugging Face loader can read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def byte_tokenizer() -> Any:
 
 
 def tiny_model(seed: int = 0) -> LlamaForCausalLM:
-    """Random, and so large in its weights that greedy tokens vary."""
+    """Return a random model, with weights so large that greedy tokens vary."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=257, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -33,8 +33,8 @@ def tiny_model(seed: int = 0) -> LlamaForCausalLM:
         for name, weight in model.named_parameters():
             if weight.ndim >= 2:
                 weight.normal_(0, 0.05 if "embed" in name else 1.7 * weight.shape[-1] ** -0.5)
-        model.lm_head.weight[0] = 0  # never the end
-        model.lm_head.weight[128 + 1 :] = 0  # and mostly ASCII
+        model.lm_head.weight[0] = 0  # so that the end-of-sequence token never comes
+        model.lm_head.weight[128 + 1 :] = 0  # so that most tokens are ASCII
     model.generation_config.eos_token_id = None
     return model
 

@@ -1,6 +1,6 @@
 """A causal language model in a few lines of torch: no framework, and none of the code under test.
 
-It runs on the engine as a PagedModel, and by itself (``generate``) over dense attention: the truth to compare with.
+It runs on the engine as a PagedModel, and alone (``generate``) with dense attention, to compare with.
 """
 
 import torch
@@ -19,7 +19,8 @@ class TinyModel:
         self.embed = torch.randn(VOCAB, hidden, generator=g)
         self.place = torch.randn(MAX_LEN, hidden, generator=g)
         self.qkv = [torch.randn(hidden, hidden + 2 * kv, generator=g) / hidden**0.5 for _ in range(LAYERS)]
-        self.unembed = torch.randn(VOCAB, hidden, generator=g) / 4  # not tied: a tied one would repeat its last token
+        # not tied to the embeddings, or it would repeat its last token
+        self.unembed = torch.randn(VOCAB, hidden, generator=g) / 4
         self.out = [torch.randn(hidden, hidden, generator=g) / hidden**0.5 for _ in range(LAYERS)]
         layer = LayerSpec(HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, HEAD_DIM**-0.5, torch.device("cpu"), window)
         self.spec = ModelSpec((layer,) * LAYERS, VOCAB, MAX_LEN, torch.float32, torch.device("cpu"), (EOS,), "tiny")
@@ -36,7 +37,7 @@ class TinyModel:
         return x[sample_indices] @ self.unembed.T
 
     def generate(self, prompt: list[int], num_tokens: int) -> list[int]:
-        """Greedy tokens by recomputing everything for each token."""
+        """Return greedy tokens, computing everything anew for each token."""
         tokens = list(prompt)
         for _ in range(num_tokens):
             last = torch.tensor([len(tokens) - 1])
@@ -54,7 +55,7 @@ class TinyModel:
 
 
 class ChangingModel(TinyModel):
-    """Its user says by ``changed`` that the weights are others now."""
+    """A model whose user says by ``changed`` that the weights have changed."""
 
     changed = False
 

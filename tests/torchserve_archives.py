@@ -1,4 +1,4 @@
-"""Archives for tests: read, swapped, refused."""
+"""Helpers for tests of archives: read one, swap it, expect a refusal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WEIGHTS = bytes(range(256)) * 4000
 
 
 def contents(archive: Path) -> tuple[dict[str, bytes], dict[str, Any], dict[str, Any]]:
-    """(files, the manifest's model, the configuration), once as Java unpacks it: front to end."""
+    """Return (files, the manifest's model, the configuration) as Java unpacks the archive: from front to end."""
     with zipfile.ZipFile(archive) as opened:
         assert opened.testzip() is None
         names = opened.namelist()

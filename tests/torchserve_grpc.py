@@ -1,4 +1,4 @@
-"""Clients of a real TorchServe by gRPC: stubs of the protos that it publishes in its jar."""
+"""gRPC clients of a real TorchServe, with stubs of the protos in its jar."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INFERENCE, _OPEN = "inference", "open_inference_grpc"
 
 
 class Grpc:
-    """``folder`` is where the stubs are made. Asks the model "tiny"."""
+    """Asks the model "tiny". ``folder``: where the stubs are made."""
 
     def __init__(self, folder: Path, address: str) -> None:
         self.messages, services = _stubs(folder, _INFERENCE)
@@ -35,7 +35,7 @@ class Grpc:
         return self.stub.Predictions(self.request(**parts), timeout=60).prediction.decode()
 
     def stream(self, **parts: str) -> str:
-        """The whole of it: 0.12.0 takes one message of a stream and no more."""
+        """Return all messages of a stream as one text. TorchServe 0.12.0 passes on only one message of a stream."""
         pieces = list(self.stub.StreamPredictions(self.request(**parts), timeout=60))
         return b"".join(piece.prediction for piece in pieces).decode()
 
@@ -53,14 +53,14 @@ class Grpc:
         return self.open_stub.ModelInfer(request, timeout=60)
 
     def texts(self, answer: Any) -> dict[str, list[str]]:
-        """name of a tensor -> its texts, which TorchServe writes as JSON"""
+        """Return name of a tensor -> its texts, which TorchServe writes as JSON."""
         for each in answer.outputs:
             assert (each.datatype, each.shape) == ("BYTES", [len(each.contents.bytes_contents)])
         return {each.name: [json.loads(text) for text in each.contents.bytes_contents] for each in answer.outputs}
 
 
 def _stubs(folder: Path, name: str) -> tuple[Any, Any]:
-    """(messages, services) of one proto"""
+    """Return (messages, services) of one proto."""
     (package,) = find_spec("ts").submodule_search_locations
     with zipfile.ZipFile(Path(package) / "frontend" / "model-server.jar") as jar:
         for member in (f"{name}.proto", "google/rpc/status.proto"):

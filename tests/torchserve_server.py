@@ -1,4 +1,4 @@
-"""A real TorchServe on loopback, and what tests ask of it."""
+"""A real TorchServe on the loopback device, and helpers for its tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from free_ports import free_ports
 from paged_torchserve.inquiries import Addresses
 from paged_torchserve.server import TorchServe
 
-READY_S = 600  # a worker imports torch and transformers; how long that takes is the machine's affair
+READY_S = 600  # a worker imports torch and transformers, which takes long on a busy machine
 MAX_MESSAGE = 20_000
 ENGINE = ["--set", "attention_backend=reference", "--set", "kv_cache_bytes=3000000", "--set", "return_full_text=false",
           "--set", "heartbeat_s=1.5", "--set", f"max_reply_bytes={MAX_MESSAGE - 100}"]  # fmt: skip
@@ -27,12 +27,12 @@ LONG = {"prompt": "a long story", "max_new_tokens": 1900, "stream": True}
 
 
 class Running:
-    """One server and what tests ask of it."""
+    """One server, and calls that tests make."""
 
     def __init__(self, server: TorchServe, kept: Path | None = None) -> None:
         at = server.options.addresses
         self.server = server
-        self.kept = kept  # the folder where "tiny" has K/V on disk
+        self.kept = kept  # the folder where "tiny" keeps K/V on disk
         self.url, self.management = at.url(at.inference), at.url(at.management)
         self.metrics_url = at.url(at.metrics) + "/metrics"
         self.client = httpx2.Client(timeout=60, trust_env=False)
@@ -52,7 +52,7 @@ class Running:
 
     @contextmanager
     def streaming(self, model: str, body: Any = LONG) -> Iterator[Iterator[bytes]]:
-        """A long answer under way, its first piece read; left at the end of the block."""
+        """Yield the pieces of a long answer after its first one. The stream is closed at the end of the block."""
         with (
             httpx2.Client(timeout=60, trust_env=False) as client,
             client.stream("POST", f"{self.url}/predictions/{model}", json=body) as response,
@@ -76,7 +76,7 @@ def free_addresses() -> Addresses:
 
 
 def stock_archive(tmp: Path, name: str, model: Path, handler: Path, config: str) -> Path:
-    """As TorchServe's own archiver makes it."""
+    """Make an archive by TorchServe's own archiver."""
     (tmp / "model-config.yaml").write_text(config)
     command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", name, "--version", "1.0",
                "--handler", handler, "--extra-files", model, "--export-path", tmp,
@@ -86,7 +86,7 @@ def stock_archive(tmp: Path, name: str, model: Path, handler: Path, config: str)
 
 
 def stock_generate() -> Callable[[str, int], str]:
-    """What ``model.generate`` of the tiny model says."""
+    """Return a function that gives the text of the tiny model's ``model.generate``."""
     model, tokenizer = tiny_folder.tiny_model(), tiny_folder.byte_tokenizer()
 
     def generate(prompt: str, num_tokens: int) -> str:

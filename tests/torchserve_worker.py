@@ -19,13 +19,13 @@ from paged_torchserve import metrics
 from toy_tokenizers import CharacterTokenizer
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", ResourceWarning)  # it leaves a file open
+    warnings.simplefilter("ignore", ResourceWarning)  # its module leaves a file open
     from ts.context import Context, RequestProcessor
     from ts.metrics.caching_metric import CachingMetric
 
 
 class FakeCache:
-    """TorchServe's cache of metrics, that keeps what it is told."""
+    """TorchServe's cache of metrics, which records what it is given."""
 
     def __init__(self) -> None:
         self.told: dict[str, float] = {}
@@ -38,12 +38,12 @@ class FakeCache:
             adds = metrics.NAMES[metric_name] == "counter"
             self.told[metric_name] = value + (self.told.get(metric_name, 0.0) if adds else 0.0)
 
-        CachingMetric(metric_name=metric_name, **kind)  # it checks what it is given
+        CachingMetric(metric_name=metric_name, **kind)  # it checks its arguments
         return SimpleNamespace(add_or_update=add_or_update)
 
 
 class Worker:
-    """A worker's side of TorchServe: requests come, each step is one call, and those that end are forgotten."""
+    """A worker's side of TorchServe: requests come, each step is one call, and ended requests are removed."""
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, tmp: Path, model: AlphabetModel | None = None, **settings: Any
@@ -68,11 +68,11 @@ class Worker:
         self.replies: dict[str, Reply] = {}
 
     def post(self, name: str, parts: dict[str, Any], url_path: str = "", headers: dict[str, str] | None = None) -> None:
-        """By /predictions/NAME, or VERSION and ``url_path``."""
+        """Send a request to /predictions/NAME, with a version and ``url_path`` if given."""
         self.send(name, parts, {"Host": "here", **(headers or {}), "explain": "False", "url_path": url_path})
 
     def send(self, name: str, parts: dict[str, Any], headers: dict[str, str]) -> None:
-        """By any of TorchServe's doors: ``headers`` are what tells them apart."""
+        """Send a request by any of TorchServe's interfaces, which differ by their ``headers``."""
         about_parts = {part: {"content-type": ""} for part in parts}
         self.waiting[name] = (parts, {**about_parts, **headers})
         self.replies[name] = Reply()
@@ -86,7 +86,7 @@ class Worker:
         self.context.request_processor = [RequestProcessor(self.waiting[name][1]) for name in names]
         answers = self.handler.handle([self.waiting[name][0] for name in names], self.context)
         assert len(answers) == len(names)
-        for index in self.context.request_ids:  # who isn't named in the answer stays as he is
+        for index in self.context.request_ids:  # requests that the answer doesn't name go on
             name = names[index]
             end = self.context.stopping_criteria[index](answers[index])
             status, _ = self.context.get_response_status(index)
@@ -97,15 +97,15 @@ class Worker:
                 del self.waiting[name]
 
     def tell_metrics(self) -> None:
-        """As its watch does now and then."""
+        """Report metrics, as the handler's watch does from time to time."""
         self.watch._flush()
 
     def give_up_by(self, way: Callable[[int], object]) -> None:
-        """In place of the end of this process."""
+        """Call ``way`` instead of ending this process."""
         self.watch._give_up = way
 
     def num_open(self, engine: Engine) -> int:
-        """Requests of the desk that this engine has."""
+        """Return the number of the desk's open requests on this engine."""
         return sum(each.lane.engine.engine is engine for each in self.desk._open.values())
 
     def run(self) -> None:
@@ -115,7 +115,7 @@ class Worker:
             self.step()
 
     def run_until_told(self, name: str) -> None:
-        """Until something came for this one; on a busy machine that takes more than a step."""
+        """Step until something came for this request, which takes more than one step on a busy machine."""
         deadline = time.monotonic() + 30
         while not self.replies[name].messages:
             assert time.monotonic() < deadline
@@ -155,11 +155,11 @@ class Reply:
         return [line if line == "[DONE]" else json.loads(line) for line in found]
 
 
-REST = "abcdefghijklmnopqrstuvwxyz{|}~\x7f"  # where the model comes to its end
+REST = "abcdefghijklmnopqrstuvwxyz{|}~\x7f"  # what follows "`" until the end-of-sequence token
 
 
 def slow(step_s: float, steps: list[Any] | None = None) -> AlphabetModel:
-    """``steps`` gets the token ids of each."""
+    """Return a model with slow steps. ``steps`` gets the token ids of each."""
 
     def step(token_ids: list[int]) -> None:
         if steps is not None:

@@ -1,4 +1,4 @@
-"""Tokenizers of a few lines that bring what makes detokenising hard: bytes, a leading space, special tokens."""
+"""Tokenizers of a few lines with everything that makes detokenising hard: bytes, a leading space, special tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ REPLACEMENT = "\ufffd"
 
 
 class ByteTokenizer:
-    """Tokens are strings of bytes: the 256 bytes, some longer ones that begin and end inside characters, an EOS."""
+    """Tokens are strings of bytes: the 256 bytes, some longer ones that begin or end inside characters, and an EOS."""
 
     LONGER = (" the", "é", "日", REPLACEMENT, "END", "\n\n")
     STRADDLING = (b"\xac\xe2\x82", b"\xe2\x82", b"a\xf0\x9f", b"\x98\x80", b"\xff\xfe")
@@ -46,8 +46,8 @@ class ByteTokenizer:
 
 
 class SentencePieceTokenizer:
-    """Words with a leading ▁, of which a text's first loses its space; bytes for what has no word of its own. A run of
-    bytes that isn't valid UTF-8 becomes one U+FFFD a byte, as in Hugging Face's byte fallback."""
+    """Words with a leading ▁, which a text's first word loses, and bytes for everything else. A run of bytes that isn't
+    valid UTF-8 becomes one U+FFFD per byte, as in Hugging Face's byte fallback."""
 
     WORDS = ("▁", "▁Hello", "▁world", "ing", "▁▁", REPLACEMENT, "é", ",", "▁é")
 
@@ -83,7 +83,7 @@ class SentencePieceTokenizer:
 
 
 class CharacterTokenizer(ByteTokenizer):
-    """For models of ~100 tokens: token i is the character 32 + i, the last is EOS."""
+    """For models of about 100 tokens: token i is the character 32 + i, the last is EOS."""
 
     LONGER = ()
     STRADDLING = ()
@@ -100,7 +100,7 @@ class CharacterTokenizer(ByteTokenizer):
 
 
 class ChokingTokenizer(CharacterTokenizer):
-    """Has no text for token 40."""
+    """Raises for token 40."""
 
     def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> str:
         if 40 in token_ids:
@@ -109,7 +109,7 @@ class ChokingTokenizer(CharacterTokenizer):
 
 
 class PartsTokenizer(CharacterTokenizer):
-    """Its chat template goes over the parts of each content, as Llama Guard's does: of a string it prints nothing."""
+    """Its chat template loops over the parts of each content, as Llama Guard's does; for a string it prints nothing."""
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         lines = []
@@ -120,7 +120,7 @@ class PartsTokenizer(CharacterTokenizer):
 
 
 class DeafTokenizer(CharacterTokenizer):
-    """Its chat template leaves out what is said."""
+    """Its chat template leaves out the messages' texts."""
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         return "assistant: I know what you will say:"

@@ -1,4 +1,4 @@
-"""Waiting for what another thread or process is about to do."""
+"""Waits for what another thread or process is about to do."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
     """Return when ``condition()`` is true.
 
     Raises:
-        AssertionError: it wasn't for ``limit_s`` seconds.
+        AssertionError: it wasn't within ``limit_s`` seconds.
     """
     deadline = time.monotonic() + limit_s
     pause_s = 0.002
     while not condition():
         assert time.monotonic() < deadline, "it never came true"
         time.sleep(pause_s)
-        pause_s = min(1.1 * pause_s, 0.1)  # who asks often while a server starts takes the processor from it
+        pause_s = min(1.1 * pause_s, 0.1)  # asking more often would take the processor from a server that starts

@@ -1,4 +1,4 @@
-"""Tiny random transformers models, and the two ways of running them that the tests compare."""
+"""Tiny random transformers models, and the two ways to run them that the tests compare."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paged_core import Engine, EngineConfig, SamplingParams
 
 transformers.utils.logging.disable_progress_bar()
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-torch.set_num_threads(1)  # tiny tensors: a second thread only costs
+torch.set_num_threads(1)  # for tiny tensors, a second thread only costs time
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -32,7 +32,7 @@ _SIZES: dict[str, Any] = {
 }
 _MIXED = ["sliding_attention", "full_attention"]
 _MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
-_OWN: dict[str, dict[str, Any]] = {  # what each model type needs beside the sizes
+_OWN: dict[str, dict[str, Any]] = {  # further settings of each model type
     "mistral": {"sliding_window": 9},
     "gpt_neox": {"num_key_value_heads": None, "head_dim": None},
     "gpt2": {"num_key_value_heads": None, "head_dim": None, "intermediate_size": None, "n_inner": 64},
@@ -59,19 +59,19 @@ _OWN: dict[str, dict[str, Any]] = {  # what each model type needs beside the siz
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Any]:
-    """``tiny("llama", **config)``: a random model whose greedy tokens vary."""
+    """Return ``make``: ``tiny("llama", **config)`` makes a random model whose greedy tokens vary."""
 
     def make(model_type: str, seed: int = 0, **own: Any) -> Any:
         settings = {**_SIZES, **_OWN.get(model_type, {}), **own}
         settings = {name: value for name, value in settings.items() if value is not None or name == "eos_token_id"}
         config = transformers.CONFIG_MAPPING[model_type](**settings)
         torch.manual_seed(seed)
-        # The SDPA of transformers 5.20 leaves gemma2's softcap out: eager attention is the model as it is meant.
+        # The SDPA of transformers 5.20 ignores gemma2's softcap. Eager attention computes the model as it is meant.
         attention = {"attn_implementation": "eager"} if model_type == "gemma2" else {}
         model = transformers.AutoModelForCausalLM.from_config(config, **attention).eval()
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                if weight.ndim >= 2:  # small embeddings: a token then doesn't simply call for itself
+                if weight.ndim >= 2:  # small embeddings, so that a token is not simply followed by itself
                     weight.normal_(0, 0.05 if "embed" in name or "wte" in name else 1.7 * weight.shape[-1] ** -0.5)
                 elif "sinks" in name:
                     weight.normal_()
@@ -83,7 +83,7 @@ def tiny() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def stock() -> Callable[..., list[list[int]]]:
-    """``stock(model, prompts, n)``: greedy tokens by ``model.generate``, one prompt at a time."""
+    """Return ``run``: ``stock(model, prompts, n)`` gives greedy tokens by ``model.generate``, one prompt at a time."""
 
     def run(model: Any, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
         out = []
@@ -104,7 +104,8 @@ def stock() -> Callable[..., list[list[int]]]:
 
 @pytest.fixture(scope="session")
 def paged() -> Callable[..., list[list[int]]]:
-    """``paged(model_or_engine, prompts, n)``: greedy tokens by the engine, all prompts at once, in small chunks."""
+    """Return ``run``: ``paged(model_or_engine, prompts, n)`` gives greedy tokens by the engine, all prompts at once, in
+    small chunks."""
 
     def run(model: Any, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
         engine = model if isinstance(model, Engine) else small_engine(model)
@@ -129,7 +130,7 @@ def small_engine(model: Any, **config: Any) -> Engine:
 
 @pytest.fixture
 def gate() -> Iterator[Gate]:
-    """Open; and open again when the test ends, so that no server waits for it."""
+    """An open gate, which is opened again when the test ends, so that no server waits for it."""
     gate = Gate()
     gate.open()
     yield gate

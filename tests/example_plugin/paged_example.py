@@ -1,6 +1,7 @@
 """The policy "shortest" (shortest prompt first) and the attention backend "gather" (copy the keys, then softmax).
 
-At its top it imports paged_core only, as every plugin should: it is loaded for each engine and by the `paged` command.
+At its top it imports paged_core only, as every plugin should, because it is loaded for each engine and by the `paged`
+command.
 """
 
 from paged_core import hookimpl
@@ -16,7 +17,7 @@ def create_attention_backend(name, spec):
     if name != "gather" or any(
         layer.sliding_window or layer.softcap or layer.has_sinks or layer.has_key_bias for layer in spec.layers
     ):
-        return None  # a fact that run() below doesn't honour: let another backend have the model
+        return None  # run() below does not honour this fact, so let another backend have the model
     return Gather(spec)
 
 
@@ -56,7 +57,7 @@ class Gather:
                 tensor[target] = tensor[source]
 
     def _attend(self, q, k, v, scale):
-        """``q [n,H,D], k [L,K,D], v [L,K,Dv] -> [n,H,Dv]``: the n queries are the last of L tokens."""
+        """Return ``q [n,H,D], k [L,K,D], v [L,K,Dv] -> [n,H,Dv]``: the n queries are the last of L tokens."""
         num_queries, num_heads = q.shape[:2]
         k, v = (x.repeat_interleave(num_heads // x.shape[1], dim=1).float() for x in (k, v))
         scores = q.float().transpose(0, 1) @ k.permute(1, 2, 0) * scale  # [H,n,L]
@@ -66,5 +67,5 @@ class Gather:
 
 
 def _gather(cache, blocks, seq_len):
-    """The tokens of one request, one after another: ``[L,K,D]``."""
+    """Return the tokens of one request, one after another: ``[L,K,D]``."""
     return cache[blocks].transpose(1, 2).flatten(0, 1)[:seq_len]

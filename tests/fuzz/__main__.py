@@ -1,4 +1,4 @@
-"""Run episodes for a time or a number of operations; make what fails small, and say how to see it again."""
+"""Runs episodes for a time or a number of operations, shrinks a failing one, and prints how to reproduce it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from fuzz.alone import Alone
 from fuzz.episode import Episode
 
 OPERATIONS = 500  # of an episode
-_SHRINKING_S = 300.0  # no longer than that
+_SHRINKING_S = 300.0  # at most, for shrinking
 
 
 def fuzz(seed: int, first: int, until, tell=lambda counts: None) -> tuple[Counter[str], str | None]:
-    """Episodes ``first``, ``first + 1``, ... until ``until(counts)``. Returns what happened, and what went wrong."""
+    """Run episodes ``first``, ``first + 1``, ... until ``until(counts)``. Returns counts of what happened, and the
+    failure or None."""
     counts: Counter[str] = Counter()
     alone, number = Alone(), first
     while not until(counts):
@@ -37,7 +38,7 @@ def fuzz(seed: int, first: int, until, tell=lambda counts: None) -> tuple[Counte
 def failure(
     seed: int, number: int, places: Sequence[int], alone: Alone | None = None, counts: Counter[str] | None = None
 ) -> str | None:
-    """Run an episode: what went wrong, as a traceback; None: nothing."""
+    """Run an episode. Returns its failure as a traceback, or None."""
     try:
         Episode(seed, number, alone or Alone(), counts if counts is not None else Counter()).run(places)
     except Exception:
@@ -46,8 +47,8 @@ def failure(
 
 
 def shrunk(seed: int, number: int, places: Sequence[int], alone: Alone) -> list[int]:
-    """The operations of an episode that fails, without those that it fails without: ever smaller pieces of them are
-    left out, the latest first."""
+    """Return a smaller list of operations with which the episode still fails. Ever smaller pieces are left out, the
+    latest first."""
     left, size, until = list(places), len(places), time.monotonic() + _SHRINKING_S
     while size:
         stop = len(left)

@@ -1,4 +1,4 @@
-"""What a row is told when nothing runs beside it: the same engine, one request, memory for all of it."""
+"""What a row gets when nothing runs beside it: the same engine, one request, memory for all of it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from fuzz.parts import Parts
 from paged_core import Engine, EngineConfig, FinishReason
 from paged_core.sampling.beam_search import ranked
 
-_MOST = 10_000  # answers kept
+_MOST = 10_000  # most answers kept
 
 
 class Answer(NamedTuple):
-    """All that one row was told."""
+    """Everything that one row got."""
 
     token_ids: list[int]
     finish_reason: FinishReason
     error: str | None
-    logprobs: list[Any]  # a mapping for each token, if asked for
+    logprobs: list[Any]  # a mapping for each token, if the request asks for logprobs
     prompt_logprobs: list[Any] | None
 
 
 class Collected:
-    """What one row has been told until now."""
+    """What one row has got so far."""
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
@@ -46,14 +46,14 @@ class Collected:
 
 
 class Alone:
-    """Answers of requests that run by themselves, one engine for each Kind of model. They are remembered."""
+    """Answers of requests that run alone, on one engine for each Kind of model. They are cached."""
 
     def __init__(self) -> None:
         self._engines: dict[Kind, tuple[FuzzModel, Engine]] = {}
         self._answers: dict[Any, list[Answer]] = {}
 
     def answers(self, kind: Kind, weights: int, ask: Ask, max_tokens: int) -> list[Answer]:
-        """Of each row."""
+        """Return the answer of each row."""
         if ask.beams:
             return self._found(kind, weights, replace(ask, max_tokens=max_tokens))
         found = self._found(kind, weights, replace(ask, max_tokens=MOST_TOKENS))
@@ -98,7 +98,7 @@ class Alone:
 
 
 def _cut(answer: Answer, max_tokens: int) -> Answer:
-    """With fewer tokens asked for."""
+    """Return the answer that fewer tokens would have given."""
     if len(answer.token_ids) < max_tokens or (len(answer.token_ids) == max_tokens and answer.error is None):
         return answer
     return answer._replace(

@@ -1,4 +1,5 @@
-"""What clients ask for, drawn from a random number generator: prompts that begin alike, and every way of choosing."""
+"""Draws requests of clients from a random number generator: prompts with common beginnings, and every way to choose
+tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 from paged_core import SamplingParams
 
 NUM_TOKENS = 90  # ids that prompts are made of
-MOST_TOKENS = 16  # max_tokens of anybody
+MOST_TOKENS = 16  # of any request
 _WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "greedy to the end": {"temperature": 0, "ignore_eos": True},
@@ -39,7 +40,7 @@ _SALTS = (None, None, None, "", "", "a", "a", "b")
 
 @dataclass(frozen=True)
 class Ask:
-    """One request, as its client would write it down."""
+    """One request, with the fields that its client sets."""
 
     prompt: tuple[int, ...]
     way: str
@@ -66,7 +67,8 @@ class Ask:
 
 
 def draw_ask(rnd: random.Random, chapter: str, told: Sequence[Sequence[int]]) -> Ask:
-    """``chapter``: another, other prompts. ``told``: rows that have ended, for prompts that go on from there."""
+    """Draw a request. Requests of another ``chapter`` have other prompts. ``told``: rows that have ended, which new
+    prompts may continue."""
     if told and rnd.random() < 0.05:
         history = rnd.choice(told)
         prompt = (*history[: rnd.randrange(1, len(history) + 1)], *_family(chapter, 0)[: rnd.randrange(3)])

@@ -1,4 +1,4 @@
-"""One engine and what befalls it."""
+"""Episode: one engine, and the operations on it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from paged_core import Engine, EngineDeadError, FinishReason, InvalidRequestErro
 from paged_core.scheduling.block_pool import NULL_BLOCK
 from paged_core.scheduling.request import Request
 
-CHAPTER = 50  # episodes that have model and prompts in common, so that answers are computed once
-_CROWD = 12  # requests under way; who comes then waits outside
-_PATIENCE = 3000  # steps in which everything must have ended
+CHAPTER = 50  # episodes with the same model and prompts, so that answers are computed once
+_CROWD = 12  # open requests; above this number no more are added
+_PATIENCE = 3000  # steps within which everything must have ended
 
 
 class Episode:
-    """Episode ``number`` of ``seed``. ``counts``: how often what has happened."""
+    """Episode ``number`` of ``seed``. ``counts``: how often each thing has happened."""
 
     def __init__(self, seed: int, number: int, alone: Alone, counts: Counter[str]) -> None:
         self._name, self._chapter = f"{seed}.{number}", f"{seed}.chapter.{number // CHAPTER}"
@@ -38,13 +38,13 @@ class Episode:
         if tier is not None:
             count_on_luck(self._engine._offloading._costs, tier)
         self._judge = Judge(alone, setting.kind)
-        self._rows: dict[object, Row] = {}  # that have not ended
+        self._rows: dict[object, Row] = {}  # rows that have not ended
         self._owners: dict[str, list[Request]] = {}  # all rows, by salt
-        self._beam_steps: dict[str, list[list[int]]] = {}  # what rows were that now go on from others
+        self._beam_steps: dict[str, list[list[int]]] = {}  # the earlier tokens of rows that now continue other rows
         self._looked_at: set[tuple[object, int]] = set()
         self._told: list[list[int]] = []
         self._num_asked = 0
-        self.place: int | None = None  # of the operation under way; None: it comes to its end
+        self.place: int | None = None  # of the current operation; None: the episode is ending
 
     def __str__(self) -> str:
         return f"episode {self._name}: {self._kind}, {self._config}"
@@ -52,7 +52,7 @@ class Episode:
     # ---- operations ----------------------------------------------------------------------------------------------
 
     def run(self, places: Iterable[int]) -> None:
-        """Operations ``places``, then on to the end of all requests."""
+        """Run the operations ``places``, then step until all requests have ended."""
         for place in places:
             rnd = random.Random(f"{self._name}.{place}")
             (operation,) = rnd.choices(list(_OPERATIONS), list(_OPERATIONS.values()))
@@ -130,7 +130,7 @@ class Episode:
             self._counts["cancels"] += 1
 
     def _stop(self, rnd: random.Random) -> None:
-        rows = [row for row in self._rows.values() if not (row.ask and row.ask.beams)]  # a beam has no stop strings
+        rows = [row for row in self._rows.values() if not (row.ask and row.ask.beams)]  # beams have no stop strings
         if rows:
             row = rnd.choice(rows)
             row.stopped = True
@@ -156,7 +156,7 @@ class Episode:
         self._engine.preempt_held()
 
     def _look(self, rnd: random.Random) -> None:
-        """K/V in the cache are those of the row's tokens."""
+        """Check that a row's K/V in the cache are those of its tokens."""
         self._engine.view()
         running = [request for request in self._engine._scheduler.running if request.num_computed]
         if not running:
@@ -168,12 +168,12 @@ class Episode:
         for found, expected in zip(self._engine.read_kv(request), truth, strict=bool(truth)):
             for mine, theirs in zip(found, expected, strict=True):
                 near = torch.isclose(mine.double(), theirs, atol=1e-5, rtol=1e-5, equal_nan=True)
-                near |= mine.isnan() & self._judge.nan_seen  # a row that will end because of it
+                near |= mine.isnan() & self._judge.nan_seen  # the row will end because of this NaN
                 assert near[:, there].all(), f"wrong K/V of {request}"
         self._counts["K/V compared"] += 1
 
     def _spoil(self, rnd: random.Random) -> None:
-        """NaN into every block that belongs to nobody."""
+        """Write NaN into every block that no request holds."""
         view, cache = self._engine.view(), self._engine._runner.cache
         kept = {i + 1 for i, count in enumerate(view.references) if count} | set(view.cached)
         spoil(cache, [block for block in range(1, cache.num_blocks + 1) if block not in kept])
@@ -280,7 +280,7 @@ class Episode:
             return
         raise AssertionError("an engine that has failed took a request")
 
-    # ---- what is told --------------------------------------------------------------------------------------------
+    # ---- results -----------------------------------------------------------------------------------------------------
 
     def _take(self, outputs) -> None:
         for output in outputs:
@@ -295,7 +295,7 @@ class Episode:
                     self._told.append(list(output.request.tokens))
 
     def _check_hits(self, request) -> None:
-        """Blocks found in the cache had been computed of the same tokens, under the same salt."""
+        """Check that blocks found in the cache were computed from the same tokens, under the same salt."""
         key = (request, request.num_recomputed_to)
         if not request.num_cached or key in self._looked_at:
             return
@@ -311,7 +311,7 @@ def _salt(request: Request) -> str:
     return request.params.cache_salt or ""
 
 
-_OPERATIONS = {  # and how often they come
+_OPERATIONS = {  # operations, and their frequencies
     Episode._step: 45,
     Episode._arrive: 30,
     Episode._answer: 5,

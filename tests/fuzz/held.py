@@ -1,4 +1,5 @@
-"""Selectors of a caller's own. Patient ones choose later, as stock's own loops do; rude ones answer what can't be."""
+"""Selectors of a caller's own. Patient ones choose later, as stock's own loops do; rude ones return something
+invalid."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from paged_core import Engine, Selection
 
 
 class Patient:
-    """The TokenSelector of one lockstep group. It compares what it is given with ``next_token`` of the whole row, and
-    has its rows held."""
+    """The TokenSelector of one lockstep group. It compares the logits with ``next_token`` of the whole row, and holds
+    its rows."""
 
     def __init__(self, next_token: Callable[[list[int]], int | None]) -> None:
         self._next_token = next_token
@@ -31,8 +32,8 @@ class Patient:
         return ()
 
     def answer(self, engine: Engine, requests, rnd: random.Random):
-        """Go on with rows that are held, from one another's histories where those are equally long; or end some.
-        Returns the outputs of those ended."""
+        """Resume held rows, continuing one another's tokens if those are equally long, or end some. Returns the outputs
+        of those ended."""
         full = [request for request in requests if len(request.tokens) + 1 >= request.max_total]
         if full or rnd.random() < 0.1:
             return [engine.stop(request) for request in full or requests[:1]]
@@ -45,7 +46,7 @@ class Patient:
 
 
 class Rude:
-    """A TokenSelector whose answers become impossible after a few tokens."""
+    """A TokenSelector that returns something invalid after a few tokens."""
 
     def __init__(self, way: int) -> None:
         self._way, self._num_asked = way, 0

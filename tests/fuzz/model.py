@@ -1,7 +1,7 @@
-"""The model that is served, in float64: rounding is too small to change a token, whatever a row is batched with.
+"""The model of an episode, in float64, so that rounding is too small to change a token in any batch.
 
-So rows can be compared token by token. Some (token, position) pairs make it raise or compute NaN, always: they are the
-request's own fault. The rest of its faults are set off from outside, and pass.
+So rows can be compared token by token. For some (token, position) pairs it always raises or computes NaN; those faults
+belong to the request. All other faults are injected from outside, and pass.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ _RAISES, _IS_NAN = 0, 1
 
 @dataclass(frozen=True)
 class Kind:
-    """What a row's answer depends on, beside the request itself and the weights of the day."""
+    """The facts that a row's answer depends on, besides the request itself and the present weights."""
 
-    windows: tuple[int | None, ...]  # of each layer, two at most
+    windows: tuple[int | None, ...]  # of each layer, at most two
     kv_dtype: str | None
 
 
 class FuzzModel(TinyModel):
-    """An AcceleratedModel, so that the engine asks whether weights have changed."""
+    """A model whose engine asks whether its weights have changed."""
 
     def __init__(self, kind: Kind) -> None:
         super().__init__()
         layers = tuple(replace(self.spec.layers[0], sliding_window=window) for window in kind.windows)
         self.spec = replace(self.spec, layers=layers, dtype=torch.float64)
         self._kv_dtype = getattr(torch, kind.kv_dtype) if kind.kv_dtype else None
-        self.weights = 0  # of two sets
+        self.weights = 0  # which of two sets of weights
         self._changed = False
         self._matrices = [_matrices(TinyModel(seed)) for seed in (0, 1)]
         self.use_weights(0)
-        self.room: int | None = None  # tokens of a step that memory has room for
-        self.num_raising = 0  # calls of forward to come that raise
-        self.num_nan = 0  # calls of forward to come whose first row of logits is NaN
-        self.num_nan_kv = 0  # and those that compute NaN for their first token, K/V included
+        self.room: int | None = None  # tokens of a step for which there is memory
+        self.num_raising = 0  # how many of the next calls of forward raise
+        self.num_nan = 0  # how many of the next calls compute NaN in the first row of logits
+        self.num_nan_kv = 0  # how many of the next calls compute NaN for their first token, K/V included
 
     def use_weights(self, which: int) -> None:
         self._changed |= which != self.weights
@@ -86,15 +86,16 @@ class FuzzModel(TinyModel):
             x = x + 2 * torch.tanh(attend(i, q, k, v).reshape(len(x), -1) @ self.out[i])
         return x[sample_indices] @ self.unembed.T
 
-    # ---- by itself, without engine and cache ---------------------------------------------------------------------
+    # ---- without engine and cache ---------------------------------------------------------------------------------
 
     def next_token(self, tokens: list[int]) -> int | None:
-        """The likeliest token after ``tokens``, by computing all of them; None: it can't be told."""
+        """Return the most likely token after ``tokens``, by computing all of them; None: there is none."""
         logits = self._by_itself(tokens, self.dense)
         return None if logits is None else int(logits[0].argmax())
 
     def keys_and_values(self, tokens: list[int]) -> list[tuple[Tensor, Tensor]]:
-        """Each layer's ``(k f64 [K,n,D], v f64 [K,n,D])`` as a cache should hold them; none if it can't be told."""
+        """Return each layer's ``(k f64 [K,n,D], v f64 [K,n,D])`` as a cache should hold them, or nothing if they can't
+        be computed."""
         found: list[tuple[Tensor, Tensor]] = []
 
         def attend(layer, q, k, v):

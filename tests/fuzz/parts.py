@@ -1,4 +1,5 @@
-"""What the engine is built of: attention in float64, memory full of NaN, a sampler that may run out of memory."""
+"""Parts of an episode's engine: attention in float64, memory full of NaN, a sampler that may run out of memory, a
+tier."""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ from paged_core.tiers.costs import TierCosts
 from paged_core.tiers.host import HostTier
 from paged_kernels import reference
 
-_SILENCE_S = 0.2  # for which a load of a tier that says nothing is waited for; there are many here
+_SILENCE_S = 0.2  # how long to wait for a load of a tier that stays silent; there are many
 
 
 class ExactBackend:
-    """As the reference, in float64, and for all queries at once."""
+    """Computes like the reference, but in float64, and for all queries at once."""
 
     name = "exact"
     reads_scales = True
@@ -36,7 +37,7 @@ class ExactBackend:
         slots += keys % self._block_size  # [T,L]
         distances, self._own = queries[:, None] - keys, metadata.slot_mapping
         self._seen = {window: _seen(distances, window) for window in {layer.sliding_window for layer in self._layers}}
-        # What isn't seen may hold anything: the query's own slot is read in its place.
+        # Slots that a query does not see may hold anything, so the query's own slot is read instead.
         self._slots = {window: slots.where(seen, self._own[:, None]) for window, seen in self._seen.items()}
 
     def run(self, layer, q, k, v, cache, sinks=None, key_bias=None) -> Tensor:
@@ -67,13 +68,13 @@ def _gather(cache: Tensor, scales: Tensor | None, blocks: Tensor, offsets: Tenso
 
 
 def spoil(cache: kv_cache.KVCache, blocks: list[int]) -> None:
-    """Write NaN where nobody has anything: who reads there is found out."""
+    """Write NaN into blocks that no request holds, so that reading them is noticed."""
     for tensor in cache.key_scales + cache.value_scales or cache.tensors:
         tensor[blocks] = float("nan")
 
 
 class CrampedSampler(Sampler):
-    """Has memory for so many rows at a time, where that is said."""
+    """A sampler that can be given memory for only so many rows at a time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +87,8 @@ class CrampedSampler(Sampler):
 
 
 class FickleTier:
-    """Keeps blocks in memory, loses some, and brings the others when it likes, piece by piece, or never."""
+    """A tier that keeps blocks in memory, loses some, and returns the others at random times, piece by piece, or
+    never."""
 
     key = None
 
@@ -121,7 +123,7 @@ class FickleTier:
         return fetch
 
     def move(self):
-        """Something comes, or nothing."""
+        """Let one piece arrive, or nothing."""
         for fetch, pieces in list(self._coming):
             if self._rnd.random() < 0.3:
                 if pieces:
@@ -131,7 +133,7 @@ class FickleTier:
                     self._coming.remove((fetch, pieces))
 
     def give_back(self, piece):
-        piece.data.fill_(255)  # NaN, for who reads on
+        piece.data.fill_(255)  # NaN, for code that reads it afterwards
 
     def forget(self):
         self._memory.forget()
@@ -144,7 +146,7 @@ class FickleTier:
 
 
 def count_on_luck(costs: TierCosts, rnd: random.Random) -> None:
-    """What is quicker is whatever it is: nothing that was measured says."""
+    """Replace measured speeds by random decisions."""
     costs._to_spend_s = float("inf")
     costs.pays_beside = lambda num_blocks, num_tokens: rnd.random() < 0.5
     costs.num_to_compute = lambda num_blocks, num_tokens: rnd.randrange(num_tokens + 1)
@@ -153,9 +155,9 @@ def count_on_luck(costs: TierCosts, rnd: random.Random) -> None:
 
 
 class Parts:
-    """The plugin that brings them. It watches, too, and its watching fails now and then.
+    """The plugin with these parts. It is an observer too, which sometimes raises.
 
-    ``tier``: numbers of a tier's moods; None: there is no tier.
+    ``tier``: random numbers for a tier's behaviour; None: there is no tier.
     """
 
     def __init__(self, tier: random.Random | None = None) -> None:
@@ -177,7 +179,7 @@ class Parts:
     @hookimpl
     def create_kv_cache(self, spec, num_blocks, config):
         if config.kv_cache_slab_bytes is not None:
-            return None  # one that grows
+            return None  # then the core makes one, which grows
         dtype = getattr(torch, config.kv_cache_dtype) if config.kv_cache_dtype else spec.dtype
         cache = kv_cache.allocate(spec, num_blocks, config.block_size, dtype, max_blocks=config.num_blocks)
         spoil(cache, list(range(1, num_blocks + 1)))

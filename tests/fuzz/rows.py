@@ -1,4 +1,4 @@
-"""Rows under way in an episode, and the judge of how they end."""
+"""The open rows of an episode, and the judge of how they end."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from fuzz.model import Kind
 from paged_core import FinishReason
 from paged_core.scheduling.request import Group, Request
 
-MOMENT, NAN = "for a moment", "logits hold NaN"  # what errors say of faults that pass
+MOMENT, NAN = "for a moment", "logits hold NaN"  # texts in the errors of faults that pass
 _MODEL_FAILED = "the model failed on this request"
 
 
 @dataclass
 class Row:
     request: Request
-    ask: Ask | None  # None: its selector is the caller's own
+    ask: Ask | None  # None: it has a selector of the caller's own
     weights: int
     collected: Collected = field(default_factory=Collected)
     cancelled: bool = False
     stopped: bool = False
-    rude: bool = False  # its selector is at fault
+    rude: bool = False  # whether its selector returns invalid results
 
     @property
     def max_tokens(self) -> int:
-        """As far as it was let."""
+        """The most tokens that it could get so far."""
         return self.request.max_total - self.request.num_prompt
 
 
 class Judge:
-    """Knows what each row should have been told, and for how many groups a fault that passes is an excuse."""
+    """Knows what each row should get, and how many groups may end because of a passing fault."""
 
     def __init__(self, alone: Alone, kind: Kind) -> None:
-        self.excuses: Counter[str] = Counter()  # groups that may yet end because of it
+        self.excuses: Counter[str] = Counter()  # by fault: how many groups may still end because of it
         self.nan_seen = False
         self._alone = alone
         self._kind = kind
         self._excused: set[Group] = set()
 
     def end(self, row: Row, output) -> None:
-        """Raises AssertionError: the row was told anything else than it is told alone."""
+        """Assert that the row got exactly what it gets alone."""
         if row.ask is None:
             self._end_of_group(row, output)
             return
@@ -53,7 +53,7 @@ class Judge:
         cut = (row.cancelled and reason is FinishReason.ABORT) or (row.stopped and reason is FinishReason.STOP)
         cut = cut or self._is_excused(row, output, told, truth)
         if not cut and row.ask.n > 1 and not row.ask.beams:
-            cut = any(_MODEL_FAILED in (answer.error or "") for answer in answers)  # its samples end with it
+            cut = any(_MODEL_FAILED in (answer.error or "") for answer in answers)  # then its samples end with it
         if row.ask.beams:
             if not cut:
                 _compare(row, row.collected.answer(output, True), truth)
@@ -84,7 +84,7 @@ class Judge:
         if output.finish_reason is not FinishReason.ERROR:
             return False
         if told and truth and told.error == truth.error and len(told.token_ids) == len(truth.token_ids):
-            return False  # its own fault
+            return False  # the request's own fault
         if row.request.group in self._excused:
             return True
         for what in (MOMENT, NAN):
@@ -96,7 +96,7 @@ class Judge:
 
     def _compare_prompt_logprobs(self, row: Row, told: Answer, answers: list[Answer]) -> None:
         found = told.prompt_logprobs
-        if found is None or self.nan_seen:  # of n samples one is told
+        if found is None or self.nan_seen:  # only one of n samples has them
             return
         truth = next(answer.prompt_logprobs for answer in answers if answer.prompt_logprobs is not None)
         assert _alike(found, truth), f"{row.request}: prompt_logprobs {found} instead of {truth}"
@@ -110,7 +110,7 @@ def _compare(row: Row, told: Answer, truth: Answer) -> None:
 
 
 def _alike(found, truth) -> bool:
-    """Whether lists of Logprobs say the same."""
+    """Return whether two lists of Logprobs are equal up to rounding."""
     return len(found) == len(truth) and all(
         (one or {}).keys() == (other or {}).keys()
         and all(_near(one[id].logprob, other[id].logprob) for id in one or {})

@@ -1,4 +1,4 @@
-"""An episode's sizes: most of them too small for what will be asked."""
+"""Draws an episode's sizes, of which most are too small for the requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WINDOWS = ((None,), (None,), (5,), (9,), (None, 6))
 class Setting:
     kind: Kind
     config: EngineConfig
-    tier: bool  # whether there is one
+    tier: bool  # whether there is a tier
 
 
 def draw_kind(rnd: random.Random) -> Kind:
@@ -26,7 +26,7 @@ def draw_setting(kind: Kind, rnd: random.Random) -> Setting:
     num_seqs = rnd.randrange(1, 8)
     block_size = rnd.choice((1, 2, 4, 4, 8, 16))
     tier = rnd.random() < 0.5
-    num_slots = rnd.choice((24, 30, 40) if tier else (24, 40, 60, 90, 400))  # what comes back has been evicted before
+    num_slots = rnd.choice((24, 30, 40) if tier else (24, 40, 60, 90, 400))  # with a tier, few: blocks must be evicted
     config = EngineConfig(
         block_size=block_size,
         num_blocks=max(3, num_slots // block_size),

@@ -1,4 +1,4 @@
-"""A small patched model, and what tests of its generate() look at when they end."""
+"""A small patched model, and the check that no thread is left when a test ends."""
 
 from __future__ import annotations
 

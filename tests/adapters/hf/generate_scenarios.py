@@ -1,4 +1,4 @@
-"""What a process may do to itself while a patched model generates: each scenario in a forked process of its own.
+"""Scenarios of what a process may do while a patched model generates. Each runs in a forked process of its own.
 
 ``python generate_scenarios.py NAME...`` prints ``{name: [exit status, output, errors]}`` as JSON.
 """
@@ -78,7 +78,7 @@ class Doing(BaseStreamer):
 
 
 class Others:
-    """Threads that generate again and again until told to stop, and check what they get."""
+    """Threads that generate again and again until they are told to stop, and check their results."""
 
     def __init__(self, daemon: bool = False) -> None:
         self.stop = threading.Event()
@@ -149,7 +149,7 @@ def fork_before_between_and_during_calls() -> None:
 
 
 def _fork_and_generate() -> None:
-    """The child generates and exits as processes do: through ``main`` below, with its exit handlers."""
+    """The child generates and exits as usual: through ``main`` below, with its exit handlers."""
     answers = expected(**FREE), expected(**LOCKSTEP)
     child = os.fork()
     if child:
@@ -184,7 +184,7 @@ def fork_in_a_callers_own_streamer() -> None:
 
 
 def _fork_inside(options: Callable[[Callable[[], Any]], dict[str, Any]]) -> None:
-    """The child has no engine for the call that it is in the middle of: it is told so, and may make new ones."""
+    """The child has no engine for the call that it is inside of. The call raises an error there, and new calls work."""
     children: list[int] = []
     answer = expected(**options(int))
     try:
@@ -227,7 +227,7 @@ def _in_a_child(name: str) -> list[Any]:
         if not child:
             os.dup2(output.fileno(), 1)
             os.dup2(errors.fileno(), 2)
-            faulthandler.register(signal.SIGALRM, chain=True)  # a scenario that hangs says where, and is killed
+            faulthandler.register(signal.SIGALRM, chain=True)  # a scenario that hangs prints where it is, and is killed
             signal.alarm(LIMIT_S)
             globals()[name]()
             print("well", flush=True)
@@ -243,7 +243,8 @@ def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     make_model().generate(IDS, attention_mask=torch.ones_like(IDS), **FREE)  # compiles kernels once for all
     MODEL = make_model()
-    gc.freeze()  # a child that ends looks through all that there is, and copies it for that: most of a scenario's time
+    # A child that exits looks through all objects, which copies their pages. That would take most of a scenario's time.
+    gc.freeze()
     print(json.dumps({name: _in_a_child(name) for name in names}))
 
 

@@ -1,4 +1,4 @@
-"""Servers of the alphabet's model: one as it is when nothing is asked of it, and one with keys and limits."""
+"""Servers of the alphabet's model: one with default options, and one with keys and limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine with the alphabet's model, and what a server puts in front of it."""
+"""An engine with the alphabet's model, and a served model over it."""
 
 from __future__ import annotations
 

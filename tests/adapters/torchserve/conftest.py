@@ -1,4 +1,4 @@
-"""Workers of a test, closed when it ends; a model's folder, and archives of it by TorchServe's own archiver."""
+"""Workers that are closed when their test ends; a model's folder, and archives of it by TorchServe's own archiver."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A folder with the files of a model, as far as an archive is concerned."""
+    """A folder with a model's files, as an archiver sees them."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
@@ -41,7 +41,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def stock(tmp_path: Path) -> Any:
-    """``stock(files, config)``: an archive as torch-model-archiver makes it, or its folder."""
+    """Return ``make``: ``stock(files, config)`` makes an archive with torch-model-archiver, or its folder."""
 
     def make(extra_files: Path, config: str = STOCK_CONFIG, archive_format: str = "default") -> Path:
         handler, settings = tmp_path / "their_handler.py", tmp_path / "their-config.yaml"

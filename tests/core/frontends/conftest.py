@@ -1,4 +1,4 @@
-"""What tests of the frontends share."""
+"""Fixtures that tests of the frontends share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from toy_tokenizers import CharacterTokenizer
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """What a shell runs in its background ignores SIGINT."""
+    """Restore SIGINT's handler, because a process that a shell runs in the background ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

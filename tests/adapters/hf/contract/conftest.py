@@ -1,7 +1,7 @@
-"""``paged_generate`` against stock in the same process: one tiny llama, every parameter of ``generate``.
+"""Compares ``paged_generate`` with stock in the same process: one tiny llama, every parameter of ``generate``.
 
-Each call is made both ways. What it gives, raises, warns of, shows to the caller's objects and leaves of the random
-numbers must be the same, and the report must name the tier that the call is meant to take.
+Each call is made in both ways. The result, exceptions, warnings, what the caller's objects are shown, and the state of
+the random numbers afterwards must be the same. The report must name the tier that the call should take.
 """
 
 from __future__ import annotations

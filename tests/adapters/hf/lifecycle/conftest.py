@@ -1,4 +1,5 @@
-"""A patched model may be copied, saved, trained, wrapped, changed and dropped: the next call answers as stock would."""
+"""Tests of a patched model that is copied, saved, trained, wrapped, changed or dropped: the next call must answer as
+stock would."""
 
 from __future__ import annotations
 
