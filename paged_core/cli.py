@@ -50,7 +50,11 @@ def _run(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     settle_threads()
     manager = load_plugins(builtin=())  # the built-in plugins add no command, and importing them imports torch
-    listing = commands.add_parser("plugins", help="list the plugins, where they come from and what they answer")
+    listing = commands.add_parser(
+        "plugins",
+        help="list the plugins, where they come from and what they answer",
+        description="List the plugins, the distribution of each, and the hooks that it answers.",
+    )
     listing.set_defaults(run=lambda args: _list_plugins(load_plugins()))
     manager.hook.register_commands(commands=commands)
     for name, command in commands.choices.items():

@@ -12,7 +12,11 @@ from paged_serving import engine_config, quiet_imports, whole_number
 
 def register(commands: Commands) -> None:
     """Add the command to ``commands``."""
-    parser = commands.add_parser("bench", help="compare speed, memory and tokens with stock Hugging Face")
+    parser = commands.add_parser(
+        "bench",
+        help="compare speed, memory and tokens with stock Hugging Face",
+        description="Answer the same requests with paged-core and with stock Hugging Face, and compare both.",
+    )
     add_model(parser)
     _add_workload(parser)
     _add_runs(parser)

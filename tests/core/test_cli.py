@@ -73,11 +73,14 @@ def test_help_names_every_command(with_commands, capsys):
     assert all(name in shown for name in ("plugins", "generate", "bench", "greet"))
 
 
-@pytest.mark.parametrize("command", ["plugins", "generate", "bench"])
-def test_every_command_has_help(command, capsys):
+@pytest.mark.parametrize("command", ["plugins", "generate", "bench", "serve", "torchserve", "ray"])
+def test_every_command_has_help_that_begins_with_what_it_does(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main([command, "--help"])
-    assert "--debug" in capsys.readouterr().out
+    usage, description, *rest = capsys.readouterr().out.split("\n\n")
+    assert usage.startswith(f"usage: paged {command}")
+    assert description.endswith(".")
+    assert "--debug" in "".join(rest)
 
 
 @pytest.mark.parametrize(

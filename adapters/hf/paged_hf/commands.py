@@ -14,7 +14,11 @@ _NOT_HERE = ("seed", "scheduling_policy", "enable_prefix_caching", "cuda_graphs"
 
 def register(commands: Commands) -> None:
     """Add the command to ``commands``."""
-    parser = commands.add_parser("generate", help="complete one prompt, and print the text as it is generated")
+    parser = commands.add_parser(
+        "generate",
+        help="complete one prompt, and print the text as it is generated",
+        description="Complete one prompt, and print the text as it is generated.",
+    )
     add_model(parser)
     parser.add_argument(
         "prompt",

@@ -19,7 +19,11 @@ _LIMITS = ("max_prompt_tokens", "max_tokens", "max_n", "max_prompts", "max_stop"
 
 def register(commands: Commands) -> None:
     """Add the command to ``commands``."""
-    parser = commands.add_parser("serve", help="serve a model over HTTP: OpenAI's, Anthropic's and TGI's protocols")
+    parser = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP: OpenAI's, Anthropic's and TGI's protocols",
+        description="Serve a model over HTTP, with OpenAI's, Anthropic's and TGI's protocols, until a signal comes.",
+    )
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, a GGUF file, or smollm2")
     add_options(parser)
     parser.set_defaults(run=serve)
@@ -27,7 +31,9 @@ def register(commands: Commands) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The same as a program of its own. Returns its exit status."""
-    parser = argparse.ArgumentParser(prog="paged_openai", description="Serve a model to OpenAI's and TGI's clients.")
+    parser = argparse.ArgumentParser(
+        prog="paged_openai", description="Serve a model over HTTP, with OpenAI's, Anthropic's and TGI's protocols."
+    )
     parser.add_argument("--model", required=True, metavar="MODEL", help="a folder, a hub id, a GGUF file, or smollm2")
     add_options(parser)
     try:

@@ -26,35 +26,35 @@ _THAT_REASON = {name for names in REASONING_PARSERS.values() for name in names}
 
 
 def add_spellings(parser: argparse.ArgumentParser) -> None:
-    """To be called when ``parser`` knows our own."""
-    group = parser.add_argument_group("vLLM's spellings", "taken where they mean what ours do, else told what to do")
+    """Add vLLM's options to ``parser``, which must have ours already. Help shows those that do something."""
+    group = parser.add_argument_group(
+        "vLLM's spellings",
+        "All other options of `vllm serve` are accepted too if no answer depends on them, or refused with what to do.",
+    )
     known = {flag: action for action in parser._actions for flag in action.option_strings}
     for flag, ours in ALIASES.items():
         group.add_argument(*_flags(flag), action=_As, ours=known[ours], help=f"our {ours}")
     group.add_argument(
         "--allowed-origins", type=_origins, dest="cors_origin", metavar="JSON", default=argparse.SUPPRESS,
-        help="our --cors-origin, for each",
+        help="our --cors-origin, for each of a list",
     )  # fmt: skip
     group.add_argument(
         "--tool-call-parser", type=_tool_parser, dest="response_template", metavar="NAME", default=argparse.SUPPRESS,
-        help="our --response-template, for models that it is known of",
+        help="our --response-template, by vLLM's name of the parser",
     )  # fmt: skip
     group.add_argument(
         "--reasoning-parser", choices=REASONING_PARSERS, metavar="NAME",
-        help="refused where the model's response template reads reasoning of another form, or none",
+        help="checked only: the model's response template must read reasoning of this form",
     )  # fmt: skip
+    hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     for flag in DONE_ANYWAY:
-        group.add_argument(flag, action="store_true", dest="_done_anyway", default=argparse.SUPPRESS, help="it is so")
+        group.add_argument(flag, action="store_true", dest="_done_anyway", **hidden)
     for flag in HINTS:
-        group.add_argument(*_flags(flag), nargs="?", metavar="X", dest="_done_anyway", default=argparse.SUPPRESS,
-                           help="without effect: no answer depends on it")  # fmt: skip
+        group.add_argument(*_flags(flag), nargs="?", dest="_done_anyway", **hidden)
     for flag, (values, why) in ONLY.items():
-        told = f"{' or '.join(values)}: {why}"
-        group.add_argument(*_flags(flag), action=_Only, values=values, why=why, metavar="X", dest="_only",
-                           default=argparse.SUPPRESS, help=told)  # fmt: skip
+        group.add_argument(*_flags(flag), action=_Only, values=values, why=why, dest="_only", **hidden)
     for flag, why in REFUSED.items():
-        group.add_argument(*_flags(flag), action=_Only, values=(), why=why, metavar="X", nargs="?", dest="_only",
-                           default=argparse.SUPPRESS, help=f"refused: {why}")  # fmt: skip
+        group.add_argument(*_flags(flag), action=_Only, values=(), why=why, nargs="?", dest="_only", **hidden)
     _with_underscores(parser)
 
 

@@ -16,7 +16,11 @@ _DEFAULTS = {each.name: each.default for each in fields(Settings)}
 
 def register(commands: Commands) -> None:
     """Add the command to ``commands``."""
-    parser = commands.add_parser("ray", help="serve a model with Ray Serve: several replicas, on one machine or many")
+    parser = commands.add_parser(
+        "ray",
+        help="serve a model with Ray Serve: several replicas, on one machine or many",
+        description="Serve a model with Ray Serve: several replicas, on one machine or many.",
+    )
     parser.set_defaults(run=lambda args: parser.print_help())  # each subcommand has its own instead
     add_commands(parser)
 
@@ -35,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     serving = parser.add_subparsers(required=True, metavar="COMMAND").add_parser(
-        "serve", help="start replicas, and serve a model over HTTP until a signal comes"
+        "serve",
+        help="start replicas, and serve a model over HTTP until a signal comes",
+        description="Start replicas, and serve a model over HTTP until a signal comes.",
     )
     add = serving.add_argument
     add("model", metavar="MODEL", help="a folder that every node has, a hub id, a GGUF file, or smollm2")

@@ -11,14 +11,19 @@ from paged_core import Commands, ConfigError
 def register(commands: Commands) -> None:
     """Add the command to ``commands``."""
     parser = commands.add_parser(
-        "torchserve", help="swap the handler of a TorchServe archive, make archives, serve them"
+        "torchserve",
+        help="swap the handler of a TorchServe archive, make archives, serve them",
+        description="Use paged-core's handler in TorchServe: in an existing archive, or in a new one.",
     )
     parser.set_defaults(run=lambda args: parser.print_help())  # each subcommand has its own instead
     inner = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_swap(inner.add_parser("swap", help="make an archive with our handler from an archive with another one"))
-    _add_archive(inner.add_parser("archive", help="make an archive from a model's folder, a GGUF file or a hub id"))
-    _add_serve(inner.add_parser("serve", help="start TorchServe with one or more archives, and wait until it is ready"))
-    for command in inner.choices.values():
+    for name, add_options, what in (
+        ("swap", _add_swap, "make an archive with our handler from an archive with another one"),
+        ("archive", _add_archive, "make an archive from a model's folder, a GGUF file or a hub id"),
+        ("serve", _add_serve, "start TorchServe with one or more archives, and wait until it is ready"),
+    ):
+        command = inner.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        add_options(command)
         command.set_defaults(parser=command)  # whose usage is shown for an option that it doesn't know
 
 

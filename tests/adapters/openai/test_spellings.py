@@ -50,6 +50,15 @@ def test_every_option_of_vllms_is_taken_or_told_what_to_do(parser: argparse.Argu
     assert [name for name in names if f"--{name}" not in known] == []
 
 
+def test_help_shows_the_spellings_that_do_something_and_not_the_hundreds_of_others(
+    parser: argparse.ArgumentParser,
+) -> None:
+    shown = parser.format_help()
+    assert "--enforce-eager" in shown and "--tool-call-parser" in shown
+    assert "--use-tqdm-on-load" not in shown and "--lora-modules" not in shown
+    assert len(shown.splitlines()) < 300
+
+
 def test_parsers_of_calls_are_response_templates(parser: argparse.ArgumentParser) -> None:
     given = {"openai": "gpt-oss", "llama3_json": "llama3-json", "hermes": "hermes"}
     for theirs, ours in given.items():
