@@ -101,7 +101,7 @@ class Linear:
         num_bytes = 0
         for owner, name in self.places:
             tensor = owner.get(name)
-            if tensor is None or tensor.ndim < 2:  # a sibling may be packed with two groups
+            if tensor is None or tensor.ndim < 2:  # a sibling may have been packed twice
                 continue
             for plain in plain_tensors(tensor):
                 num_bytes += 0 if forget(plain) else plain.numel() * plain.element_size()

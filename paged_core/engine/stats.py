@@ -17,11 +17,11 @@ class StepStats(NamedTuple):
 
     duration_s: float
     num_running: int  # after the step
-    num_waiting: int  # for their turn, or for blocks that a tier is to bring
+    num_waiting: int  # waiting for their turn, or for blocks that a tier loads
     num_tokens: int  # computed in this step
     num_sampled: int  # rows that got a new token
     num_preempted: int
-    num_blocks: int  # waiting for their turn, or for blocks that a tier loads
+    num_blocks: int  # usable blocks of the cache
     num_blocks_used: int  # referenced by running requests
     num_blocks_cached: int  # kept for prefix hits only
     num_blocks_shared: int  # blocks that forks and prefix hits saved: references beyond the first

@@ -149,8 +149,8 @@ class Prefixes:
     # ---- to a tier and back --------------------------------------------------------------------------------------
 
     def swap_out(self, request: Request) -> None:
-        """The block of a request about to be preempted that nobody can find, being partly filled: with it in a tier,
-        the request will go on from where it is."""
+        """Store the partly filled last block of a request that is about to be preempted. No other request can find it.
+        With it in a tier, the request will continue where it was."""
         if self._stored is None:
             return
         self._preempted = [*self._still_waiting(), request]
@@ -161,7 +161,7 @@ class Prefixes:
         self._pool.give_up(self._last_content(request, request.block_table[full]))
 
     def asked_back(self) -> set[bytes]:
-        """Digests of what preempted requests had."""
+        """Return the digests of the blocks of preempted requests that still wait."""
         self._preempted = self._still_waiting()
         found = {digest for request in self._preempted for digest in request.digests}
         return found | {self._last_digest(request) for request in self._preempted if request.num_swapped}
@@ -170,8 +170,8 @@ class Prefixes:
         return [each for each in self._preempted if each.status is RequestStatus.WAITING]
 
     def load(self, request: Request, found: Found, coming: dict[bytes, BlockContent]) -> int:
-        """After ``take``: a block for each that a tier brings, unless it is among those ``coming`` already. Returns how
-        many tokens the request will have then."""
+        """Add the blocks that a tier loads to the request's table, after ``take``. Blocks that are ``coming`` already
+        are shared. Returns how many tokens the request will have then."""
         size, num_tokens = self._pool.block_size, self._num_tokens(request, found)
         for i in range(len(request.block_table), len(found)):
             block = found[i]
@@ -188,11 +188,12 @@ class Prefixes:
         return num_tokens
 
     def loaded(self, request: Request, num_tokens: int, lost: Collection[int]) -> None:
-        """Its blocks have come, but those ``lost``: it has what lies before the first of these."""
+        """Note that the request's blocks have come, except those ``lost``. It has the tokens before the first lost
+        one."""
         size, table = self._pool.block_size, request.block_table
         num_good = next((i for i, block in enumerate(table) if block in lost), len(table))
         if num_good < len(table):
-            if NULL_BLOCK in table:  # they are behind a window that begins later than its own now
+            if NULL_BLOCK in table:  # the present window begins earlier than these blocks did
                 num_good = 0
             num_tokens = num_good * size
             table.shorten(self._pool, num_good)
@@ -205,7 +206,7 @@ class Prefixes:
         self._publish(request, num_tokens // size)
 
     def skip(self, request: Request, num_tokens: int) -> None:
-        """A running request has the K/V of so many tokens now: what it has not computed has been loaded beside."""
+        """Note that a running request has the K/V of so many tokens. Those that it has not computed were loaded."""
         num_skipped = num_tokens - request.num_computed
         request.num_computed = num_tokens
         self.num_hits += num_skipped
@@ -217,7 +218,8 @@ class Prefixes:
             self.publish(request, num_tokens)
 
     def _in_tier(self, request: Request, start: int, stored: Stored) -> Iterator[int | None]:
-        """What follows the first ``start`` blocks: in the tier, or in the cache after a gap."""
+        """Yield what follows the first ``start`` blocks: None for a block in the tier, an id for one in the cache after
+        a gap."""
         size, end = self._pool.block_size, self._num_known(request)
         for i in range(start, end):
             block = self._pool.find(request.digests[i], request.tokens[i * size : (i + 1) * size])
@@ -230,7 +232,7 @@ class Prefixes:
             yield None
 
     def _within_window(self, request: Request, found: Found) -> Found:
-        """What lies behind the window already is not taken."""
+        """Replace blocks that are already behind the window by the null block."""
         if self._window is not None:
             num_tokens = self._num_tokens(request, found)
             behind = max(0, (num_tokens + 1 - self._window) // self._pool.block_size)
@@ -238,7 +240,8 @@ class Prefixes:
         return found
 
     def _num_tokens(self, request: Request, found: Found) -> int:
-        """In the blocks found. One more than its digests name is the last block of a request that was preempted."""
+        """Return the tokens in the blocks found. A block beyond those with digests is the last one of a preempted
+        request."""
         full = len(found) <= self._num_known(request)
         return len(found) * self._pool.block_size if full else request.num_swapped
 
@@ -248,7 +251,7 @@ class Prefixes:
         return BlockContent(block, self._last_digest(request), tokens, request.params.cache_salt)
 
     def _last_digest(self, request: Request) -> bytes:
-        """Of the partly filled block of a request that was preempted: nobody else finds it."""
+        """Return the digest of a preempted request's partly filled block, which only that request can find."""
         full = request.num_swapped // self._pool.block_size
         tokens = request.tokens[full * self._pool.block_size : request.num_swapped]
         owner = f"{request.arrival}.{request.index}"
@@ -260,7 +263,7 @@ class Prefixes:
         return (len(request.tokens) - 1) // self._pool.block_size  # the last token is always computed
 
     def _num_known(self, request: Request) -> int:
-        """Leading blocks that can be looked up."""
+        """Return how many leading blocks can be looked up."""
         return min(self._most(request), len(request.digests))
 
     def _begin(self, request: Request, num_published: int, num_tokens: int) -> None:
@@ -289,5 +292,5 @@ class Prefixes:
 
 
 def num_here(found: Found) -> int:
-    """How many blocks of the cache come before the first that a tier holds."""
+    """Return how many blocks of the cache come before the first one that a tier holds."""
     return found.index(None) if None in found else len(found)

@@ -15,7 +15,7 @@ from toy_tokenizers import CharacterTokenizer
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Restore SIGINT's handler, because a process that a shell runs in the background ignores it."""
+    """Give SIGINT Python's handler, because a process that a shell runs in the background ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
