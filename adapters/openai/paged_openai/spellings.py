@@ -46,7 +46,7 @@ def add_spellings(parser: argparse.ArgumentParser) -> None:
         "--reasoning-parser", choices=REASONING_PARSERS, metavar="NAME",
         help="checked only: the model's response template must read reasoning of this form",
     )  # fmt: skip
-    hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     for flag in DONE_ANYWAY:
         group.add_argument(flag, action="store_true", dest="_done_anyway", **hidden)
     for flag in HINTS:
