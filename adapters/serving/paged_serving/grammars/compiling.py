@@ -8,8 +8,10 @@ from typing import NamedTuple
 import llguidance
 
 _Encode = Callable[[str], list[int]]
+# The fuel of a step is what bounds its time, whatever the machine's load: this much burns in about 25 ms. A step of a
+# grammar that means no harm takes less than 1 ms.
 _LIMITS = llguidance.LLParserLimits(
-    max_lexer_states=50_000, step_lexer_fuel=200_000, step_max_items=50_000, verbose_errors=False
+    max_lexer_states=50_000, step_lexer_fuel=50_000, step_max_items=50_000, verbose_errors=False
 )
 _MAX_WHY = 300  # characters of what llguidance says: it quotes the grammar
 _MAX_FORCED = 512  # characters of what a grammar forces: we use the first token of it
@@ -32,7 +34,11 @@ def make_tokenizer(vocabulary: Vocabulary, encode: _Encode | None = None) -> llg
 
 
 def compile_grammar(tokenizer: llguidance.LLTokenizer, grammar: str) -> llguidance.LLMatcher:
-    return llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
+    """A matcher whose first mask has been computed, which may take as long as all else: copies share what it cost."""
+    matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    return matcher
 
 
 def why(matcher: llguidance.LLMatcher) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _MAX_KEPT = 64  # compiled grammars, and refusals
 _NUM_COMPILERS = 4
 _COMPILER_NICE = 10
-_STEP_S = 0.06  # most processor time of a row's step, for which all requests wait
+_STEP_S = 0.2  # most processor time of a row's step: where the fuel of ``compiling`` doesn't bound it
 
 
 class Grammars:
@@ -73,6 +73,7 @@ class Grammars:
 
         Raises:
             InvalidRequestError: it can't be used, or not within the limits.
+            CallError: the machine is too busy to try it.
         """
         with self._lock:
             kept = self._kept.pop(text, None)
@@ -87,7 +88,7 @@ class Grammars:
         return found.result()
 
     def refusal(self, text: str) -> str | None:
-        """Why a grammar can't be used; None: it can. Only tries it."""
+        """Why a grammar can't be used; None: it can. Only tries it. Raises CallError as ``compiled``."""
         _, trials = self._ready()
         return trials.verdict(text)
 
@@ -138,6 +139,7 @@ class Grammar:
 
         Raises:
             InvalidRequestError: it can't be used, or not within the limits; ``param`` is the field at fault.
+            CallError: the machine is too busy to try it.
         """
         try:
             self._compiled = self._grammars.compiled(self._text)
@@ -162,7 +164,7 @@ class Grammar:
 
 
 def _is_good(kept: Future[CompiledGrammar]) -> bool:
-    """Whether later requests should use it. Refusals are cached too, but not failures of the trial process."""
+    """Whether later requests should use it. Refusals are cached too, but not a trial that didn't take place."""
     error = kept.exception()
     if error is not None:
         return isinstance(error, InvalidRequestError) and "can't be used" in str(error)

@@ -14,13 +14,18 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
-from paged_core import InvalidRequestError, PluginError
+from paged_core import PluginError
 from paged_serving.grammars.compiling import Vocabulary
+from paged_serving.protocol.failures import CallError, Failure
+
+Answer = tuple[bool, str | None]  # whether the grammar was tried; what is wrong with it
 
 _START = (
-    "import sys; sys.path[:] = {path!r}; from paged_serving.grammars.trial_process import serve; serve({fd}, {max_ms})"
+    "import os, sys; os.nice({nice}); sys.path[:] = {path!r};"
+    "from paged_serving.grammars.trial_process import serve; serve({fd}, {max_ms})"
 )
-_PATIENCE_S = 60.0  # for a verdict; the process has limits of its own
+_NICE = 10  # of trials: a tenth of a processor that others want too
+_PATIENCE_S = 60.0  # for a verdict, beside the limit; the process gives up sooner, unless many trials wait
 
 
 class Trials:
@@ -36,13 +41,13 @@ class Trials:
         """The error of ``grammar``, or None. Waits for the verdict.
 
         Raises:
-            InvalidRequestError: there was no verdict: try again later.
+            CallError: the machine is too busy for a verdict.
             PluginError: no process can be started.
         """
         for _ in range(2):  # it may have died for another reason
-            with suppress(ConnectionError, FutureTimeoutError):
-                return self._ask(grammar).result(_PATIENCE_S)
-        raise InvalidRequestError("it could not be tried; ask again")
+            with suppress(ConnectionError):
+                return self._answer(grammar)
+        raise CallError(Failure.OVERLOADED, "the grammar could not be tried; ask again later")
 
     def start(self) -> None:
         """Start the process now; it is there when the first grammar is asked for.
@@ -53,7 +58,15 @@ class Trials:
         with self._lock:
             self._running()
 
-    def _ask(self, grammar: str) -> Future[str | None]:
+    def _answer(self, grammar: str) -> str | None:
+        answer = self._ask(grammar)
+        with suppress(FutureTimeoutError):
+            tried, verdict = answer.result(_PATIENCE_S + self._max_ms / 1000)
+            if tried:
+                return verdict
+        raise CallError(Failure.OVERLOADED, "the machine is too busy to try the grammar; ask again later")
+
+    def _ask(self, grammar: str) -> Future[Answer]:
         with self._lock:
             return self._running().ask(next(self._numbers), grammar)
 
@@ -69,7 +82,7 @@ class _TrialProcess:
 
     def __init__(self, vocabulary: Vocabulary, max_ms: int) -> None:
         ours, theirs = socket.socketpair()
-        start = _START.format(path=sys.path, fd=theirs.fileno(), max_ms=max_ms)
+        start = _START.format(nice=_NICE, path=sys.path, fd=theirs.fileno(), max_ms=max_ms)
         try:
             with theirs:
                 process = subprocess.Popen(
@@ -82,13 +95,13 @@ class _TrialProcess:
             ) from error
         self.pid = process.pid
         self._connection = Connection(ours.detach())
-        self._pending: dict[int, Future[str | None]] = {}
+        self._pending: dict[int, Future[Answer]] = {}
         self.gone = False
         threading.Thread(target=self._listen, args=(process,), name="paged-trials", daemon=True).start()
         self._connection.send(vocabulary)
 
-    def ask(self, number: int, grammar: str) -> Future[str | None]:
-        answer: Future[str | None] = Future()
+    def ask(self, number: int, grammar: str) -> Future[Answer]:
+        answer: Future[Answer] = Future()
         self._pending[number] = answer
         try:
             self._connection.send((number, grammar))
@@ -104,8 +117,8 @@ class _TrialProcess:
     def _listen(self, process: subprocess.Popen[bytes]) -> None:
         with suppress(EOFError, OSError):
             while True:
-                number, verdict = self._connection.recv()
-                self._pending.pop(number).set_result(verdict)
+                number, *answer = self._connection.recv()
+                self._pending.pop(number).set_result(tuple(answer))
         self.gone = True
         self._connection.close()
         process.wait()
