@@ -79,8 +79,8 @@ def test_bombs_cost_their_senders_a_400_while_others_are_served() -> None:
 def test_where_the_machine_has_no_time_for_a_trial_the_client_is_told_to_come_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gives_up = trials._START.replace("serve; serve", "serve; from paged_serving.grammars import trial; trial._BUSY_S = -0.45; serve")
-    monkeypatch.setattr(trials, "_START", gives_up)
+    gives_up = "serve; from paged_serving.grammars import trial; trial._BUSY_S = -0.45; serve"
+    monkeypatch.setattr(trials, "_START", trials._START.replace("serve; serve", gives_up))
     with alphabet_server() as server, server.client() as client:
         response = client.post("/v1/completions", json={**SMALL, **BOMBS[1]})
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")

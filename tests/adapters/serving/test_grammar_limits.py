@@ -8,9 +8,10 @@ import resource
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import llguidance
 import psutil
@@ -109,63 +110,75 @@ def test_a_server_makes_what_the_first_grammar_needs_before_it_serves() -> None:
         assert alphabet.served._grammars._parts is parts and parts[1]._open.pid == pid, "the same were used"
 
 
-def test_trials_run_one_at_a_time_and_step_back_for_the_server(alphabet: Alphabet) -> None:
+class Tried(NamedTuple):
+    alphabet: Alphabet
+    process: psutil.Process  # that tries its grammars
+
+
+@pytest.fixture(scope="module")
+def tried() -> Iterator[Tried]:
+    before, alphabet = set(psutil.Process().children()), Alphabet()
+    with alphabet.engine:
+        alphabet.served.prepare_grammars()
+        (process,) = set(psutil.Process().children()) - before
+        yield Tried(alphabet, process)
+
+
+def bombs(alphabet: Alphabet, name: str, number: int) -> list[CompletionCall]:
+    """No two the same."""
+    return [
+        call(alphabet, guided_json={"title": f"{name} {each}", **BOMBS[0]["guided_json"]}) for each in range(number)
+    ]
+
+
+def states(process: psutil.Process) -> list[str]:
+    """Of the trials that it has begun."""
+    found = []
+    for trial in process.children():
+        with suppress(psutil.NoSuchProcess):
+            found.append(trial.status())
+    return found
+
+
+def test_trials_run_one_at_a_time_and_step_back_for_the_server(tried: Tried) -> None:
+    alphabet, process = tried
     compile_grammar(call(alphabet, guided_regex="f"))
-    (_, trials) = alphabet.served._grammars._parts  # type: ignore[misc]
-    assert trials._open is not None
-    process = psutil.Process(trials._open.pid)
     assert process.nice() >= 10
-    bombs = [call(alphabet, guided_json={"title": f"turn {number}", **BOMBS[0]["guided_json"]}) for number in range(3)]
     with ThreadPoolExecutor(3) as pool:
-        sent = [pool.submit(pytest.raises, InvalidRequestError, compile_grammar, bomb) for bomb in bombs]
+        sent = [pool.submit(pytest.raises, InvalidRequestError, compile_grammar, bomb)
+                for bomb in bombs(alphabet, "turn", 3)]  # fmt: skip
         until(lambda: states(process).count(psutil.STATUS_STOPPED) == 2)
-        assert len(states(process)) == 3
         for each in sent:
             each.result(60)
     assert states(process) == []
 
 
-def test_trials_end_with_the_process_that_made_them(alphabet: Alphabet) -> None:
-    compile_grammar(call(alphabet, guided_regex="h"))
-    (_, trials) = alphabet.served._grammars._parts  # type: ignore[misc]
-    assert trials._open is not None
-    process = psutil.Process(trials._open.pid)
-    bombs = [call(alphabet, guided_json={"title": f"end {number}", **BOMBS[0]["guided_json"]}) for number in range(2)]
-    with ThreadPoolExecutor(2) as pool:
-        sent = [pool.submit(pytest.raises, InvalidRequestError, compile_grammar, bomb) for bomb in bombs]
-        until(lambda: psutil.STATUS_STOPPED in states(process))
-        forks = process.children()
-        process.kill()
-        assert psutil.wait_procs(forks, 10)[1] == []
-        for each in sent:  # they are tried again
-            each.result(60)
-
-
-def states(process: psutil.Process) -> list[str]:
-    """Of the trials that run."""
-    found = []
-    for fork in process.children():
-        with suppress(psutil.NoSuchProcess):
-            found.append(fork.status())
-    return found
-
-
 def test_what_a_busy_machine_cannot_try_is_no_fault_of_the_grammar(
-    alphabet: Alphabet, monkeypatch: pytest.MonkeyPatch
+    tried: Tried, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile_grammar(call(alphabet, guided_regex="g"))
-    (_, trials) = alphabet.served._grammars._parts  # type: ignore[misc]
-    assert trials._open is not None
-    process = psutil.Process(trials._open.pid)
-    process.suspend()
+    asked = call(tried.alphabet, guided_regex="gg")
+    tried.process.suspend()
     try:
         with monkeypatch.context() as patched, pytest.raises(CallError, match="too busy") as busy:
             patched.setattr("paged_serving.grammars.trials._PATIENCE_S", -0.4)
-            compile_grammar(call(alphabet, guided_regex="gg"))
+            compile_grammar(asked)
     finally:
-        process.resume()
+        tried.process.resume()
     assert openai_error(busy.value)[0] == 503
-    assert text(alphabet, guided_regex="gg") == "gg"
+    assert text(tried.alphabet, guided_regex="gg") == "gg"
+
+
+def test_trials_end_with_the_process_that_made_them(tried: Tried) -> None:
+    alphabet, process = tried
+    with ThreadPoolExecutor(2) as pool:
+        sent = [pool.submit(pytest.raises, InvalidRequestError, compile_grammar, bomb)
+                for bomb in bombs(alphabet, "end", 2)]  # fmt: skip
+        until(lambda: psutil.STATUS_STOPPED in states(process))
+        trials = process.children()
+        process.kill()
+        assert psutil.wait_procs(trials, 10)[1] == []
+        for each in sent:  # another process tries them again
+            each.result(60)
 
 
 def test_a_process_that_has_died_is_started_again(alphabet: Alphabet) -> None:
@@ -185,24 +198,25 @@ def test_a_grammar_that_begins_harmlessly_is_refused_before_anybody_follows_it(a
     assert text(alphabet, guided_regex="[a-c]{30}", temperature=40, seed=1), "this one goes on harmlessly"
 
 
-@pytest.mark.parametrize(("fuel", "told"), [(None, "too many expressions"), (10**9, "takes too long")])
+@pytest.mark.parametrize(("fuel", "told"), [(30_000, "too many expressions"), (10**9, "takes too long")])
 def test_a_step_that_takes_long_ends_its_own_request_only(
-    alphabet: Alphabet, monkeypatch: pytest.MonkeyPatch, fuel: int | None, told: str
+    monkeypatch: pytest.MonkeyPatch, fuel: int, told: str
 ) -> None:
     """Neither compiling nor the tokens that a trial follows take long: what comes after them does."""
-    if fuel is not None:
-        monkeypatch.setattr(alphabet.served._grammars._steps, "_limit_s", 0.05)
-        limits = llguidance.LLParserLimits(max_lexer_states=10**9, step_lexer_fuel=fuel, verbose_errors=False)
-        monkeypatch.setattr(compiling, "_LIMITS", limits)
-    neighbour = alphabet.engine.submit("A", SamplingParams(max_tokens=150, temperature=0, ignore_eos=True))
-    late = call(alphabet, guided_regex=f"[a-c]{{40}}((a{{1000}}){{1000}}){{1000}}|{fuel}", n=2, temperature=40, seed=1)
-    compile_grammar(late)
-    result = alphabet.engine.submit(late.prompts[0], late.params).result(30)
-    assert result.error is not None
-    assert told in result.error
-    assert openai_error(CallError(Failure.GENERATION, result.error))[0] == 400
-    assert len(neighbour.result(30).outputs[0].token_ids) == 150
-    assert text(alphabet, guided_regex="abc") == "abc"
+    limits = llguidance.LLParserLimits(max_lexer_states=10**9, step_lexer_fuel=fuel, verbose_errors=False)
+    monkeypatch.setattr(compiling, "_LIMITS", limits)
+    monkeypatch.setattr("paged_serving.grammars.grammars._STEP_S", 0.06)
+    alphabet = Alphabet()
+    with alphabet.engine:
+        neighbour = alphabet.engine.submit("A", SamplingParams(max_tokens=150, temperature=0, ignore_eos=True))
+        late = call(alphabet, guided_regex="[a-c]{40}((a{1000}){1000}){1000}", n=2, temperature=40, seed=1)
+        compile_grammar(late)
+        result = alphabet.engine.submit(late.prompts[0], late.params).result(30)
+        assert result.error is not None
+        assert told in result.error
+        assert openai_error(CallError(Failure.GENERATION, result.error))[0] == 400
+        assert len(neighbour.result(30).outputs[0].token_ids) == 150
+        assert text(alphabet, guided_regex="abc") == "abc"
 
 
 def test_rows_share_no_limit_of_the_lexers_states(alphabet: Alphabet, monkeypatch: pytest.MonkeyPatch) -> None:
