@@ -6,7 +6,7 @@ from typing import Any
 
 from alphabet_model import AlphabetModel
 from paged_core import AsyncEngine, EngineConfig
-from paged_serving import Call, RequestLimits, ServedModel
+from paged_serving import Call, RequestLimits, ServedModel, compile_grammar
 from toy_tokenizers import CharacterTokenizer
 
 
@@ -33,9 +33,3 @@ class Alphabet:
             for delta in stream:
                 sent += call.chunks(number, delta)
         return sent + call.last_chunks([stream.result(30) for stream in streams])
-
-
-def compile_grammar(call: Call) -> None:
-    """Compile the call's grammar, as a server does before it submits the call."""
-    if call.grammar is not None:
-        call.grammar.compile()

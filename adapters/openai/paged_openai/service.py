@@ -12,7 +12,7 @@ from anyio import CapacityLimiter, to_thread
 
 from paged_core import AsyncEngine
 from paged_openai.exchange import CuttableExchange
-from paged_serving import Call, CallError, Failure, ProtocolError, ServedModel, as_outcome, trouble
+from paged_serving import Call, CallError, Failure, ProtocolError, ServedModel, as_outcome, compile_grammar, trouble
 
 _T = TypeVar("_T")
 _NUM_READERS = 4  # tokenising runs one at a time anyway
@@ -112,11 +112,10 @@ class Service:
         """Compile the call's grammar, if it has one. This may take long; calls without a grammar don't wait for it.
 
         Raises:
-            InvalidRequestError: the grammar can't be used, or takes too long.
+            CallError, InvalidRequestError: as ``compile_grammar``.
         """
         if call.grammar is not None:
-            compile_it = call.grammar.compile
-            await to_thread.run_sync(as_outcome, compile_it, limiter=self._compilers, abandon_on_cancel=True)
+            await to_thread.run_sync(as_outcome, compile_grammar, call, limiter=self._compilers, abandon_on_cancel=True)
 
     @cached_property
     def _compilers(self) -> CapacityLimiter:

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paged_serving.exchange import Exchange, Listener
+    from paged_serving.exchange import Exchange, Listener, compile_grammar
     from paged_serving.health import trouble
     from paged_serving.http_metrics import HTTPMetrics
     from paged_serving.kv_events import KVEvents
@@ -70,6 +70,7 @@ _LAZY = {
     "as_event": "messages",
     "as_outcome": "outcomes",
     "body_schema": "protocol.document",
+    "compile_grammar": "exchange",
     "count_tokens": "protocol.anthropic",
     "detokenize": "protocol.detokenize",
     "engine_config": "options",
@@ -122,6 +123,7 @@ __all__ = [
     "as_event",
     "as_outcome",
     "body_schema",
+    "compile_grammar",
     "count_tokens",
     "detokenize",
     "engine_config",

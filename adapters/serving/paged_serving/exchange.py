@@ -35,6 +35,20 @@ class Listener(Protocol[_T]):
         ...
 
 
+def compile_grammar(call: Call) -> None:
+    """Compile the call's grammar, if it has one. This may take long: call it in a thread, before the Exchange.
+
+    Raises:
+        CallError: the machine is too busy.
+        InvalidRequestError: the grammar can't be used, or not within the limits.
+    """
+    try:
+        if call.grammar is not None:
+            call.grammar.compile()
+    except EngineBusyError as error:
+        raise CallError(Failure.OVERLOADED, str(error)) from error
+
+
 class Exchange:
     """Submits all prompts of ``call`` at once; ``close`` must follow, whatever happens. Belongs to one event loop.
 

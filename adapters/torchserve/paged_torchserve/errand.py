@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 from typing import Any
 
 from paged_core import InvalidRequestError
-from paged_serving import Call, CallError, Exchange, Failure, as_outcome, json_bytes
+from paged_serving import Call, CallError, Exchange, Failure, as_outcome, compile_grammar, json_bytes
 from paged_torchserve.forms import JSON, ReplyFormat
 from paged_torchserve.lanes import Lane
 from paged_torchserve.replies import Reply
@@ -88,7 +88,7 @@ class Errand:
 
     async def _compile(self, call: Call) -> None:
         if call.grammar is not None:
-            await asyncio.get_running_loop().run_in_executor(self._compilers, as_outcome, call.grammar.compile)
+            await asyncio.get_running_loop().run_in_executor(self._compilers, as_outcome, compile_grammar, call)
 
     def _submit(self, call: Call) -> Exchange:
         self._exchange = Exchange(self.lane.engine, call, aborted=_ABORTED)

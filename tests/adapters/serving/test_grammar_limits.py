@@ -17,9 +17,9 @@ import llguidance
 import psutil
 import pytest
 
-from calls import Alphabet, compile_grammar
+from calls import Alphabet
 from paged_core import InvalidRequestError, SamplingParams
-from paged_serving import CallError, CompletionCall, Failure, RequestLimits, openai_error
+from paged_serving import CallError, CompletionCall, Failure, RequestLimits, compile_grammar, openai_error
 from paged_serving.grammars import compiling
 from paged_serving.grammars.bounded import BoundedThread, TooSlow
 from paged_serving.grammars.trials import Trials

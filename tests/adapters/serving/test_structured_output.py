@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from calls import Alphabet, compile_grammar
+from calls import Alphabet
 from paged_core import InvalidRequestError, SamplingParams
 from paged_serving import (
     CallError,
@@ -18,6 +18,7 @@ from paged_serving import (
     Failure,
     ProtocolError,
     TGICall,
+    compile_grammar,
     openai_error,
     tgi_error,
 )

@@ -73,7 +73,7 @@ class Grammars:
 
         Raises:
             InvalidRequestError: it can't be used, or not within the limits.
-            CallError: the machine is too busy to try it.
+            EngineBusyError: the machine is too busy to try it.
         """
         with self._lock:
             kept = self._kept.pop(text, None)
@@ -88,7 +88,7 @@ class Grammars:
         return found.result()
 
     def refusal(self, text: str) -> str | None:
-        """Why a grammar can't be used; None: it can. Only tries it. Raises CallError as ``compiled``."""
+        """Why a grammar can't be used; None: it can. Only tries it. Raises as ``compiled``."""
         _, trials = self._ready()
         return trials.verdict(text)
 
@@ -139,7 +139,7 @@ class Grammar:
 
         Raises:
             InvalidRequestError: it can't be used, or not within the limits; ``param`` is the field at fault.
-            CallError: the machine is too busy to try it.
+            EngineBusyError: the machine is too busy to try it.
         """
         try:
             self._compiled = self._grammars.compiled(self._text)

@@ -14,9 +14,8 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
-from paged_core import PluginError
+from paged_core import EngineBusyError, PluginError
 from paged_serving.grammars.compiling import Vocabulary
-from paged_serving.protocol.failures import CallError, Failure
 
 Answer = tuple[bool, str | None]  # whether the grammar was tried; what is wrong with it
 
@@ -41,13 +40,13 @@ class Trials:
         """The error of ``grammar``, or None. Waits for the verdict.
 
         Raises:
-            CallError: the machine is too busy for a verdict.
+            EngineBusyError: the machine is too busy for a verdict.
             PluginError: no process can be started.
         """
         for _ in range(2):  # it may have died for another reason
             with suppress(ConnectionError):
                 return self._answer(grammar)
-        raise CallError(Failure.OVERLOADED, "the grammar could not be tried; ask again later")
+        raise EngineBusyError("the grammar could not be tried; ask again later")
 
     def start(self) -> None:
         """Start the process now; it is there when the first grammar is asked for.
@@ -64,7 +63,7 @@ class Trials:
             tried, verdict = answer.result(_PATIENCE_S + self._max_ms / 1000)
             if tried:
                 return verdict
-        raise CallError(Failure.OVERLOADED, "the machine is too busy to try the grammar; ask again later")
+        raise EngineBusyError("the machine is too busy to try the grammar; ask again later")
 
     def _ask(self, grammar: str) -> Future[Answer]:
         with self._lock:
