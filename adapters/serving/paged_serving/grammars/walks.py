@@ -64,5 +64,6 @@ def _some_token(mask: bytes, draw: random.Random) -> int | None:
     for place in (*range(start, len(mask)), *range(start)):
         if mask[place]:
             bits = [bit for bit in range(8) if mask[place] >> bit & 1]
-            return 8 * place + draw.choice(bits)
+            token: int = 8 * place + draw.choice(bits)
+            return token
     return None
