@@ -4,7 +4,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from paged_core.config import EngineConfig, EngineSizes, StepSizes
-from paged_core.engine.stats import StepStats
 from paged_core.errors import (
     ConfigError,
     EngineBusyError,
@@ -23,6 +22,7 @@ from paged_core.scheduling.cache_events import AllBlocksCleared, BlockRemoved, B
 from paged_core.scheduling.params import LogitsProcessor, SamplingParams
 from paged_core.scheduling.policies import SchedulingPolicy
 from paged_core.scheduling.request import FinishReason, Logprob, Request, RequestOutput, Selection
+from paged_core.stats import StepStats
 
 if TYPE_CHECKING:
     from paged_core.engine.engine import Engine

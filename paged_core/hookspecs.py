@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
     from paged_core.config import EngineConfig, EngineSizes, StepSizes
-    from paged_core.engine.stats import StepStats
     from paged_core.execution.kv_cache import KVCache
     from paged_core.execution.model import AttentionBackend, ModuleForward, PagedModel, RequestSampler
     from paged_core.execution.spec import ModelSpec
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from paged_core.scheduling.params import LogitsProcessor
     from paged_core.scheduling.policies import SchedulingPolicy
     from paged_core.scheduling.request import Request, RequestOutput
+    from paged_core.stats import StepStats
     from paged_core.tiers.tier import BlockLayout, OffloadTier
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from paged_core.builtin.came_quantized import integers_in, looks_quantized
+from paged_core.builtin.prequantized import integers_in, looks_quantized
 from paged_core.execution.watched import plain_tensors
 
 if TYPE_CHECKING:
@@ -26,13 +26,13 @@ class Linear:
 
     def __init__(self, module: nn.Module, weights: str | None) -> None:
         self._module = weakref.ref(module)
-        self._came = weights is not None and looks_quantized(module)
-        self.turned = not (self._came or isinstance(module, nn.Linear))
+        self._prequantized = weights is not None and looks_quantized(module)
+        self.turned = not (self._prequantized or isinstance(module, nn.Linear))
         self._parameters = module._parameters
         self.places: list[tuple[dict[str, Any], str]] = [(module._parameters, name) for name in ("weight", "bias")]
-        if self._came:
+        if self._prequantized:
             self.places = [(owner, name) for owner in _owners(module) for name in owner]
-        self.shape = _shape_of(module, self._came, self.turned)
+        self.shape = _shape_of(module, self._prequantized, self.turned)
 
     @staticmethod
     def knows(module: nn.Module, weights: str | None) -> bool:
@@ -53,7 +53,7 @@ class Linear:
     @property
     def dtypes(self) -> frozenset[torch.dtype]:
         """The dtypes of rows that a product with it takes."""
-        if self._came:
+        if self._prequantized:
             return _ROWS
         weight = self.weight
         return frozenset() if weight is None else frozenset({weight.dtype})
@@ -74,14 +74,14 @@ class Linear:
         from paged_kernels.cpu.grids import integers_of
 
         module = self._module()
-        found = integers_in(module) if self._came and module is not None else None
+        found = integers_in(module) if self._prequantized and module is not None else None
         if found is not None:
             return found
         return None if (weight := self.weight) is None else integers_of(weight, kind)
 
     def stock(self, x: Tensor) -> Tensor:
         """Compute the layer by torch."""
-        if self._came:
+        if self._prequantized:
             module = self._module()
             assert module is not None, "it is the one that is called"
             return type(module).forward(module, x)  # type: ignore[no-any-return]

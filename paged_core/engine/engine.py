@@ -26,7 +26,6 @@ from paged_core.engine.lookahead import Lookahead
 from paged_core.engine.observers import Observers
 from paged_core.engine.offloading import Offloading
 from paged_core.engine.open_requests import OpenRequests
-from paged_core.engine.stats import StepStats
 from paged_core.engine.step_runner import StepRunner
 from paged_core.engine.view import EngineView, MemoryUse
 from paged_core.errors import ReentryError
@@ -37,6 +36,7 @@ from paged_core.sampling.beam_search import BeamSearch
 from paged_core.scheduling.params import InvalidRequestError, SamplingParams
 from paged_core.scheduling.request import FinishReason, Request, RequestOutput
 from paged_core.scheduling.schedule import Schedule
+from paged_core.stats import StepStats
 
 _SAVE_S = 3.0  # to store blocks when an engine is closed
 _LANDING_S = 0.005  # to wait for loads, when there is nothing else to do

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from paged_core import Commands, ConfigError, SamplingParams
-from paged_serving import add_engine_options, engine_config, quiet_imports, whole_number
+from paged_serving import add_engine_options, add_load_options, engine_config, quiet_imports, whole_number
 
 _NOT_HERE = ("seed", "scheduling_policy", "enable_prefix_caching", "cuda_graphs", "gpu_memory_utilization",
              "max_num_seqs", "max_num_batched_tokens")  # fmt: skip
@@ -54,7 +54,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: auto, as the model is stored)")
+    add_load_options(engine, device=False)
     add_engine_options(engine, leave_out=_NOT_HERE)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from paged_core import Commands, ConfigError, InvalidRequestError, PagedCoreError
 from paged_openai.prefixes import checked_prefix
 from paged_openai.spellings import add_spellings
-from paged_serving import RequestLimits, add_engine_options, engine_config, whole_number
+from paged_serving import RequestLimits, add_engine_options, add_load_options, engine_config, whole_number
 
 _LIMITS = ("max_prompt_tokens", "max_tokens", "max_n", "max_prompts", "max_stop", "max_logprobs", "max_values",
            "max_grammar_ms")  # fmt: skip
@@ -74,8 +74,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_engine(group: Any) -> None:
     add = group.add_argument
-    add("--dtype", help="float32, bfloat16, float16 or auto (default: auto, as the model is stored)")
-    add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add_load_options(group)
     add("--tokenizer", metavar="X", help="folder or hub id of another tokenizer (default: the model's own)")
     add("--chat-template", metavar="X", help="chat template: a file or its text (default: the tokenizer's own)")
     add_engine_options(group, defaults={"gpu_memory_utilization": 0.9})

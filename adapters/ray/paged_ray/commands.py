@@ -6,10 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 from paged_core import Commands, ConfigError, PagedCoreError
 from paged_ray.settings import ROUTINGS, Settings
-from paged_serving import add_engine_options, engine_config, whole_number
+from paged_serving import add_engine_options, add_load_options, engine_config, whole_number
 
 _DEFAULTS = {each.name: each.default for each in fields(Settings)}
 
@@ -56,13 +57,12 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         help="names that clients may use for the model (default: MODEL)")  # fmt: skip
     _add_replicas(serving.add_argument_group("replicas"))
     engine = serving.add_argument_group("engine")
-    engine.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: auto, as the model is stored)")
-    engine.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add_load_options(engine)
     add_engine_options(engine, defaults={"gpu_memory_utilization": 0.9})
     serving.set_defaults(run=serve)
 
 
-def _add_replicas(group: argparse._ArgumentGroup) -> None:
+def _add_replicas(group: Any) -> None:
     add = group.add_argument
     add("--replicas", type=whole_number, default=1, metavar="N", help="number of engines (default: %(default)s)")
     add("--max-replicas", type=whole_number, metavar="N",

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from paged_serving.kv_events import KVEvents
     from paged_serving.messages import LAST_EVENT, as_event, event_bytes, json_bytes, json_text
     from paged_serving.metrics import PrometheusMetrics
-    from paged_serving.options import add_engine_options, engine_config, whole_number
+    from paged_serving.options import add_engine_options, add_load_options, engine_config, whole_number
     from paged_serving.outcomes import as_outcome
     from paged_serving.protocol.anthropic import MessagesCall, count_tokens
     from paged_serving.protocol.anthropic_body import CountBody, MessagesBody
@@ -66,6 +66,7 @@ _LAZY = {
     "TGICall": "protocol.tgi",
     "TokenizeBody": "protocol.tokenize",
     "add_engine_options": "options",
+    "add_load_options": "options",
     "anthropic_error": "protocol.failures",
     "as_event": "messages",
     "as_outcome": "outcomes",
@@ -119,6 +120,7 @@ __all__ = [
     "TGICall",
     "TokenizeBody",
     "add_engine_options",
+    "add_load_options",
     "anthropic_error",
     "as_event",
     "as_outcome",

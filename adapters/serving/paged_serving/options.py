@@ -19,6 +19,13 @@ _UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
 BEGIN, END = "<!-- engine options: python -m paged_serving.options -->", "<!-- end of engine options -->"
 
 
+def add_load_options(group: Any, *, device: bool = True) -> None:
+    """Add to ``group`` the options that say how the engine loads its model: ``--dtype``, and ``--device`` if wanted."""
+    group.add_argument("--dtype", help="float32, bfloat16, float16 or auto (default: auto, as the model is stored)")
+    if device:
+        group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+
+
 def add_engine_options(
     group: Any, *, leave_out: Collection[str] = (), defaults: Mapping[str, Any] | None = None
 ) -> None:
