@@ -196,8 +196,9 @@ def test_tests_hardly_reach_into_private_parts():
         for path in sources(ROOT / folder):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
-                    yield node.attr, isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                    yield node.attr, isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "Episode")
 
     ours = {name for folder in ("paged_core", "kernels", "adapters") for name, by_self in private(folder) if by_self}
-    reaches = [name for name, by_self in private("tests") if not by_self and name in ours - {"_replace"}]
-    assert 0 < len(reaches) <= 140, Counter(reaches)
+    of_others = {"_replace", "_parameters", "_modules", "_buffers"}  # of tuples and of torch's modules
+    reaches = [name for name, by_self in private("tests") if not by_self and name in ours - of_others]
+    assert 0 < len(reaches) <= 110, Counter(reaches)

@@ -24,14 +24,14 @@ class AttendOp:
 
     def __init__(self, attend: Attend) -> None:
         self.attend = attend
-        self._handle = next(_HANDLES)
-        _UNDER_HANDLE[self._handle] = self
+        self.handle = next(_HANDLES)
+        _UNDER_HANDLE[self.handle] = self
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, key_bias: Tensor | None = None
     ) -> Tensor:
         """``q [T,H,D], k [T,K,D], v [T,K,Dv], sinks [H], key_bias f32 [H,P] -> [T,H,Dv]``"""
-        out: Tensor = torch.ops.paged_core.attend(q, k, v, sinks, key_bias, layer, self._handle)
+        out: Tensor = torch.ops.paged_core.attend(q, k, v, sinks, key_bias, layer, self.handle)
         return out
 
 

@@ -109,6 +109,11 @@ class Sampler(RequestSampler):
             token_ids = token_ids.index_copy(0, upload(torch.tensor(rows), scores.device), tokens)
         return token_ids, _download(token_ids, largest)
 
+    @property
+    def num_edited(self) -> int:
+        """Requests whose parameters it has compiled, and which are still there."""
+        return len(self._edits)
+
     def _edits_of(self, request: Request, row: int, vocab_size: int, errors: dict[int, str]) -> RowEdits | None:
         """Return the changes of this request's scores, compiled at its first step, or None if it has none."""
         edits = self._edits.get(request)

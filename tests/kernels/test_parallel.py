@@ -16,9 +16,11 @@ from places import TESTS
 numbers = torch.zeros(64, dtype=torch.int64)
 
 
-@parallel.kernel
-def _count_in(args):
+def _count(args):
     store_i64(args, 8 + fetch_add(args, 1), 1)
+
+
+_count_in = parallel.kernel(_count)
 
 
 def test_every_thread_of_a_launch_runs_the_kernel_once():
@@ -82,7 +84,7 @@ def test_where_no_folder_can_be_written_kernels_are_compiled_all_the_same(monkey
     blocked.touch()
     monkeypatch.setattr(parallel, "_cache_parents", lambda: [blocked])
     assert parallel.cache_folder() is None
-    fresh = parallel.kernel(_count_in._function)
+    fresh = parallel.kernel(_count)
     numbers.zero_()
     fresh(numbers.data_ptr(), 1)
     assert numbers[0] == 1
@@ -106,10 +108,10 @@ def test_a_folder_that_others_may_write_to_is_not_trusted(monkeypatch, tmp_path)
 
 def test_a_cache_file_cut_short_is_compiled_anew(monkeypatch, tmp_path):
     monkeypatch.setenv("PAGED_CORE_CACHE", str(tmp_path))
-    parallel.kernel(_count_in._function).compile()
+    parallel.kernel(_count).compile()
     for file in tmp_path.rglob("*.nb?"):
         file.write_bytes(file.read_bytes()[:200])
-    again = parallel.kernel(_count_in._function)
+    again = parallel.kernel(_count)
     numbers.zero_()
     again(numbers.data_ptr(), 1)
     assert numbers[0] == 1

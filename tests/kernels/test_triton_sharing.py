@@ -40,7 +40,7 @@ def alone(case: Case) -> Tensor:
 
 def together(case: Case) -> set[tuple[int, ...]]:
     """(a stretch, the requests that it is read for), where they are several."""
-    rows, starts = (part.tolist() for part in planned(case, case.keys.shape[2])._decode_items)
+    rows, starts = (part.tolist() for part in planned(case, case.keys.shape[2]).decode_items)
     width = 1 + tiles.decode(*shape_of(case))["ROOM"]
     found = set()
     for item in range(starts[-1]):
@@ -184,11 +184,11 @@ def test_launches_that_are_replayed_share_what_the_new_tables_have_in_common(mon
         monkeypatch.setattr(work, name, Recorded(getattr(work, name), launches))
     static = replace(before, block_tables=before.block_tables.clone())
     plan = planned(static, 16)
-    assert int(plan._decode_items[0][0]) == 1
+    assert int(plan.decode_items[0][0]) == 1
     static.block_tables.copy_(after.block_tables)
     for again in tuple(launches):
         again()
-    assert int(plan._decode_items[0][0]) == 3  # the first item is for all of them
+    assert int(plan.decode_items[0][0]) == 3  # the first item is for all of them
     assert torch.equal(plan.run(static.q, None, None, static.cache, static.extras), expected)
 
 

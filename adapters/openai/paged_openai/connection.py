@@ -40,7 +40,7 @@ class Connection(HttpToolsProtocol):
         self._limits = limits
         self._unanswered: list[RequestResponseCycle] = []  # in the order they came; the first is under way
         self._ahead = bytearray()
-        self._deaf = False
+        self.deaf = False  # what else comes is not read
         self._in_head = True  # or between two requests
         self._num_head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
@@ -70,7 +70,7 @@ class Connection(HttpToolsProtocol):
     # ---- what comes ----------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        if self._deaf:
+        if self.deaf:
             return
         self._ahead += data
         self._parse()
@@ -80,7 +80,7 @@ class Connection(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def _parse(self) -> None:
-        while self._ahead and not self.pipeline and not self._deaf and not self.transport.is_closing():
+        while self._ahead and not self.pipeline and not self.deaf and not self.transport.is_closing():
             part = bytes(self._ahead[:_PART])
             del self._ahead[:_PART]
             if self._in_head:
@@ -142,7 +142,7 @@ class Connection(HttpToolsProtocol):
 
     def _hear_no_more(self) -> None:
         """Answer what is under way, and close."""
-        self._deaf = True
+        self.deaf = True
         self._ahead.clear()
         for cycle in self._open_cycles()[:1]:
             cycle.keep_alive = False

@@ -43,8 +43,9 @@ class Service:
         self.engine = engine
         self.served = served
         self.draining = False
-        self._timeout_s, self._step_timeout_s = timeout_s, step_timeout_s
-        self._max_unread_bytes, self._num_unread_bytes = max_unread_bytes, 0
+        self.timeout_s, self._step_timeout_s = timeout_s, step_timeout_s
+        self._max_unread_bytes = max_unread_bytes
+        self.num_unread_bytes = 0  # of all bodies that are not calls yet
         self._open: set[CuttableExchange] = set()
         self._num_open = 0  # sequences
         self.max_open = engine.engine.sizes.max_num_seqs + max_queue
@@ -90,17 +91,17 @@ class Service:
 
         def count(more: int) -> None:
             nonlocal num_bytes
-            if self._num_unread_bytes + more > self._max_unread_bytes:
+            if self.num_unread_bytes + more > self._max_unread_bytes:
                 raise CallError(Failure.OVERLOADED, "too many large bodies at once; try again soon")
             num_bytes += more
-            self._num_unread_bytes += more
+            self.num_unread_bytes += more
 
         self._num_open += 1
         try:
             yield count
         finally:
             self._num_open -= 1
-            self._num_unread_bytes -= num_bytes
+            self.num_unread_bytes -= num_bytes
 
     async def read(self, function: Callable[[bytes], _T], raw: bytes) -> _T:
         """Call ``function(raw)``, which reads a body, in one of a few threads, so that it does not delay other
@@ -143,9 +144,9 @@ class Service:
         self._open.add(exchange)
         self._num_open += num_sequences
         timer = None
-        if self._timeout_s is not None:
-            late = CallError(Failure.TIMEOUT, f"the request was not done in {self._timeout_s:g} s")
-            timer = asyncio.get_running_loop().call_later(self._timeout_s, exchange.cut, late)
+        if self.timeout_s is not None:
+            late = CallError(Failure.TIMEOUT, f"the request was not done in {self.timeout_s:g} s")
+            timer = asyncio.get_running_loop().call_later(self.timeout_s, exchange.cut, late)
         try:
             yield exchange
         finally:

@@ -81,7 +81,7 @@ class AttentionPlan:
         assert query_starts.dtype == seq_lens.dtype == block_tables.dtype == torch.int32
         assert slot_mapping.dtype == torch.int64
         card = tiles.card_of(seq_lens.device)
-        self._decode_tile = tiles.decode(*self._shape, card)
+        self.decode_tile = tiles.decode(*self._shape, card)
         self._prefill_tile = tiles.prefill(*self._shape, card)
         self._combine_tile = tiles.combine(*self._dims)
         self._query_starts, self._seq_lens, self._slots = query_starts.contiguous(), seq_lens.contiguous(), slot_mapping
@@ -96,7 +96,7 @@ class AttentionPlan:
         num_requests, device = self._seq_lens.shape[0], self._seq_lens.device
         splits = min(-(-num_keys // tiles.SPLITS["SPLIT"]), tiles.SPLITS["MAX_SPLITS"])
         self._max_splits = num_requests * splits
-        self._decode_items = _items(self._max_splits, num_requests, device, 1 + self._decode_tile["ROOM"])
+        self.decode_items = _items(self._max_splits, num_requests, device, 1 + self.decode_tile["ROOM"])
         self._max_tiles = 0
         self._prefill_items: tuple[Tensor | None, Tensor | None] = (None, None)
         if max_query_len > 1:
@@ -108,14 +108,14 @@ class AttentionPlan:
             self._prefill_items = _items(self._max_tiles, num_requests, device)
 
     def _list_work(self, num_keys: int) -> None:
-        num_requests, room = self._seq_lens.shape[0], self._decode_tile["ROOM"]
+        num_requests, room = self._seq_lens.shape[0], self.decode_tile["ROOM"]
         work.list_items_kernel[1,](
-            self._query_starts, self._seq_lens, *self._decode_items, *self._prefill_items, num_requests, self._window,
+            self._query_starts, self._seq_lens, *self.decode_items, *self._prefill_items, num_requests, self._window,
             GROUP=self._group, BLOCK_M=self._prefill_tile["BLOCK_M"], ROOM=room, **tiles.SPLITS, **tiles.LIST_TILE,
         )  # fmt: skip
         if self._can_share(num_requests, num_keys, room):
             work.share_kernel[self._max_splits,](
-                self._query_starts, self._seq_lens, self._tables, *self._decode_items, num_requests,
+                self._query_starts, self._seq_lens, self._tables, *self.decode_items, num_requests,
                 self._tables.stride(0), self._window, BLOCK_SIZE=self._block_size, ROOM=room, **tiles.SPLITS,
                 **tiles.SHARE_TILE,
             )  # fmt: skip
@@ -174,13 +174,13 @@ class AttentionPlan:
         heads, (_, value_dim) = self._num_heads, self._dims
         partials = torch.empty((self._max_splits, heads, value_dim), dtype=torch.float32, device=q.device)
         logs = torch.empty((self._max_splits, heads), dtype=torch.float32, device=q.device)
-        columns = self._num_kv_heads * -(-self._group // self._decode_tile["BLOCK_H"])
+        columns = self._num_kv_heads * -(-self._group // self.decode_tile["BLOCK_H"])
         grid = (min(self._max_splits, max(tiles.MAX_PROGRAMS // columns, 1)), columns)
         decode.split_kernel[grid](
-            q, *cache_arguments, partials, logs, *self._decode_items, *rest, BLOCK_SIZE=block_size, **self._decode_tile
+            q, *cache_arguments, partials, logs, *self.decode_items, *rest, BLOCK_SIZE=block_size, **self.decode_tile
         )
         decode.combine_kernel[self._seq_lens.shape[0], heads](
-            partials, logs, sinks, out, self._decode_items[1], self._query_starts, heads, **self._combine_tile
+            partials, logs, sinks, out, self.decode_items[1], self._query_starts, heads, **self._combine_tile
         )
 
 

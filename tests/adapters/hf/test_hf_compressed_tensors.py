@@ -11,8 +11,8 @@ import transformers
 
 from compressed_tensors_model import SCHEMES, save_compressed
 from paged_core import Engine, EngineConfig
-from paged_core.builtin.prequantized import integers_in
 from paged_core.builtin.forwards import create_module_forward
+from paged_core.builtin.prequantized import integers_in
 from paged_hf.model.paged_model import HFPagedModel
 
 SIZES: dict[str, Any] = {"num_blocks": 32, "block_size": 8}

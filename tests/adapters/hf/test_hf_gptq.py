@@ -10,8 +10,8 @@ from torch import nn
 
 from gptq_layers import awq_layer, gptq_layer, replace_linears
 from paged_core import ConfigError, Engine, EngineConfig
-from paged_core.builtin.prequantized import integers_in
 from paged_core.builtin.forwards import create_module_forward
+from paged_core.builtin.prequantized import integers_in
 from paged_hf.model.paged_model import HFPagedModel
 
 SIZES: dict[str, Any] = {"num_blocks": 32, "block_size": 8}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from paged_core import Engine, EngineConfig, SamplingParams
+from paged_core import Engine, EngineConfig, RequestStatus, SamplingParams
 from paged_core.tiers.costs import TierCosts
 
 NUM = 20
@@ -31,7 +31,7 @@ def answers(model, num_blocks, path=None):
     preempted = set()
     while engine.has_work:
         engine.step()
-        preempted |= {request for request in engine._scheduler.waiting if request.num_recomputed_to}
+        preempted |= {r for r in requests if r.status is RequestStatus.WAITING and r.num_recomputed_to}
     engine.close()
     return [request.output_token_ids for request in requests], [r in preempted for r in requests], engine.last_stats
 

@@ -282,7 +282,7 @@ def test_nonsense_sent_ahead_doesnt_break_into_the_answer_under_way(gate: Gate) 
         with connect(server, post({**LONG, "max_tokens": 5, "stream": True})) as raw:
             until(lambda: gate.num_steps > 0)
             raw.sendall(b"\0nonsense\r\n\r\n")
-            until(lambda: any(each._deaf for each in list(server.server.server_state.connections)))
+            until(lambda: any(each.deaf for each in list(server.server.server_state.connections)))
             gate.open()
             answer = rest_of(raw)
     assert answer.count(b"HTTP/1.1") == 1
@@ -316,13 +316,13 @@ def test_large_bodies_that_come_at_once_are_bounded_together() -> None:
     with alphabet_server(options=options, service_options={"max_unread_bytes": 150_000}) as server:
         large = post({"inputs": "A" * 90_000}, "/tokenize")
         with connect(server, large[:-1]) as raw, server.client() as client:
-            until(lambda: server.service._num_unread_bytes > 80_000)
+            until(lambda: server.service.num_unread_bytes > 80_000)
             assert client.post("/tokenize", content=b" " * 90_000).status_code == 429
             assert client.post("/tokenize", json={"inputs": "A"}).status_code == 200
             raw.sendall(large[-1:])
             head_of(raw)
         server.come_to_rest()
-        assert server.service._num_unread_bytes == 0
+        assert server.service.num_unread_bytes == 0
 
 
 def test_streams_go_on_while_a_large_body_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

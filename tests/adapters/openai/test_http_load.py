@@ -111,7 +111,7 @@ def test_a_request_that_takes_too_long_is_cut() -> None:
         assert plain.result().status_code == 504
         assert "not done in 0.3 s" in streamed.result().text  # a first token may have come, and then it is an event
         done.set()
-        server.service._timeout_s = None
+        server.service.timeout_s = None
         assert client.post("/v1/completions", json={"prompt": "A"}).status_code == 200
         server.come_to_rest()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 from urllib.parse import quote
 
@@ -367,9 +368,9 @@ def test_what_a_message_cannot_have_is_refused_by_name(raw: httpx2.Client, field
 
 
 def test_a_full_queue_is_told_as_each_side_knows_it() -> None:
-    with alphabet_server() as server, server.client() as client:
-        server.service._num_open = server.service.max_open
+    with alphabet_server() as server, server.client() as client, ExitStack() as arriving:
+        for _ in range(server.service.max_open):
+            arriving.enter_context(server.service.arrival())
         told = client.post("/v1/messages", json={"messages": HI, "max_tokens": 1})
         assert (told.status_code, told.json()["error"]["type"]) == (529, "overloaded_error")
         assert client.post("/v1/responses", json={"input": "Hi"}).status_code == 503
-        server.service._num_open = 0

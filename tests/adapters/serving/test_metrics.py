@@ -198,7 +198,7 @@ def test_what_tiers_have_done_is_counted_under_vllms_names_and_by_tier(
     found = scrape(metrics)
     assert found["vllm:external_prefix_cache_queries_total"] == 13 + 13 + 1
     assert found["vllm:external_prefix_cache_hits_total"] == 12
-    block_bytes = engine._runner.cache.block_bytes
+    block_bytes = engine.memory.num_bytes // (engine.memory.num_blocks_backed + 1)  # one is the null block
     assert found["vllm:kv_offload_store_bytes_total"] == found["vllm:kv_offload_load_bytes_total"] == 3 * block_bytes
     by_tier = metrics.render()[0].decode()
     for source, number in (("local_compute", 13 + 1 + 1), ("local_cache_hit", 0), ("external_kv_transfer", 12)):

@@ -71,8 +71,8 @@ def short_stretches(monkeypatch):
 
     def watch(planned, *args):
         plan(planned, *args)
-        rows, starts = planned._decode_items
-        counts.extend(rows.view(-1, 1 + planned._decode_tile["ROOM"])[: int(starts[-1]), 0].tolist())
+        rows, starts = planned.decode_items
+        counts.extend(rows.view(-1, 1 + planned.decode_tile["ROOM"])[: int(starts[-1]), 0].tolist())
 
     monkeypatch.setattr(launch.AttentionPlan, "plan", watch)
     return counts

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from paged_core import Engine, RequestStatus, SamplingParams
+from paged_core.execution.kv_cache import allocate
 from paged_core.execution.packed_blocks import pack, unpack
 from paged_core.tiers.costs import TierCosts
 from tier_engines import SMALL, Slow, answers, filled_and_evicted, on_disk, prompts_like, stats
@@ -225,18 +226,14 @@ def test_what_is_swapped_comes_back_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(TierCosts, "wants_back", True)
     config = replace(SMALL, num_blocks=14, kv_cache_dtype="bfloat16", kv_disk_path=str(tmp_path))
     engine = Engine(TinyModel(), config)
-    for number in range(3):
-        engine.add_request(
-            str(number), [number * 7 + i for i in range(10)],
-            SamplingParams(temperature=0, max_tokens=22, ignore_eos=True),
-        )  # fmt: skip
+    params = SamplingParams(temperature=0, max_tokens=22, ignore_eos=True)
+    requests = [engine.add_request(str(number), [number * 7 + i for i in range(10)], params)[0] for number in range(3)]
     before, compared = {}, 0
     while engine.has_work:
-        held = {request: (request.num_computed, engine.read_kv(request)) for request in engine._scheduler.running}
+        running = [request for request in requests if request.status is RequestStatus.RUNNING]
+        held = {request: (request.num_computed, engine.read_kv(request)) for request in running}
         engine.step()
-        for request in engine._scheduler.waiting:
-            if request in held:
-                before[request] = held[request]
+        before |= {request: kv for request, kv in held.items() if request.status is RequestStatus.WAITING}
         for request in list(before):
             if request.status is RequestStatus.RUNNING:
                 num, kv = before.pop(request)
@@ -250,8 +247,7 @@ def test_what_is_swapped_comes_back_bit_for_bit(tmp_path, monkeypatch):
 
 
 def test_packed_blocks_are_unpacked_bit_for_bit_into_others():
-    engine = Engine(TinyModel(), replace(SMALL, kv_cache_dtype="int8"))
-    cache = engine._runner.cache
+    cache = allocate(TinyModel().spec, 12, 4, torch.int8)
     for tensor in cache.tensors:
         tensor.view(torch.uint8).random_(0, 256)
     packed = torch.empty(2, cache.block_bytes, dtype=torch.uint8)
@@ -260,4 +256,3 @@ def test_packed_blocks_are_unpacked_bit_for_bit_into_others():
     for tensor in cache.tensors:
         found = tensor.view(torch.uint8)
         assert torch.equal(found[[9, 1]], found[[3, 7]])
-    engine.close()

@@ -31,7 +31,7 @@ def qkv(num_tokens=5):
 
 def test_the_operator_keeps_what_torch_asks_of_one():
     op = AttendOp(recording([]))
-    torch.library.opcheck(torch.ops.paged_core.attend, (*qkv(), None, None, 1, op._handle), test_utils=(
+    torch.library.opcheck(torch.ops.paged_core.attend, (*qkv(), None, None, 1, op.handle), test_utils=(
         "test_schema", "test_faketensor"))  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def test_each_engines_attention_is_its_own():
 
 def test_an_engine_that_is_gone_is_not_kept_by_its_operator():
     op, given = AttendOp(recording([])), tuple(qkv())
-    handle = op._handle
+    handle = op.handle
     del op
     gc.collect()
     with pytest.raises(KeyError):

@@ -64,10 +64,10 @@ def test_a_history_that_was_replaced_is_counted_anew():
 def test_state_dies_with_its_request():
     sampler, r = Sampler(), request(temperature=0, presence_penalty=1.0)
     select(logits_of(1), [r], sampler)
-    assert len(sampler._edits) == 1
+    assert sampler.num_edited == 1
     del r
     gc.collect()
-    assert len(sampler._edits) == 0
+    assert sampler.num_edited == 0
 
 
 def test_processors_see_the_whole_history_and_float32_scores_after_the_penalties():
