@@ -29,7 +29,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench_gpu_kernels import copy_bandwidth, device_name
+from gpu_race import copy_bandwidth, device_name
 from paged_bench.paged import Paged
 from paged_bench.results import Run, summarise
 from paged_bench.stock import HFStatic
@@ -85,6 +85,27 @@ def measure(name: str, options: argparse.Namespace, bandwidth: float) -> Iterato
     model = random_model(SHAPES[name], options.longest, torch.device(options.device))
     print(f"{name}: made in {time.perf_counter() - began:.1f} s", flush=True)
     requests = sharegpt_like(options.requests, options.longest, model.config.vocab_size)
+    run, result = _ours(model, requests, options, bandwidth)
+    _forget()
+    ours_per_s = result["paged_tokens_per_s"]
+    print(f"{name}: ours {ours_per_s:.0f} tok/s, {run.duration_s:.1f} s", flush=True)
+    yield result
+    stock = HFStatic(model, 1)
+    stock.run([BenchRequest(0, requests[0].prompt[:8], 8)], _nobody)  # its kernels are loaded
+    sizes = map(int, options.static.split(",")) if options.static else [_largest_batch(model, options)]
+    for size in sizes:
+        result["static"][size] = _stock(stock, size, requests, run)
+        speeds = [static["tokens_per_s"] for static in result["static"].values() if "tokens_per_s" in static]
+        result["times"] = ours_per_s / max(speeds) if speeds else None
+        yield result
+    del stock, model
+    _forget()
+
+
+def _ours(
+    model: Any, requests: Sequence[BenchRequest], options: argparse.Namespace, bandwidth: float
+) -> tuple[Run, dict[str, Any]]:
+    """All requests on our engine: the run, and what is told of it, with room for stock's."""
     steps = StepTimes()
     config = EngineConfig(
         kv_cache_bytes=options.kv_bytes or _room(model),
@@ -93,10 +114,9 @@ def measure(name: str, options: argparse.Namespace, bandwidth: float) -> Iterato
         enable_prefix_caching=False,  # random prompts share nothing
     )
     began = time.perf_counter()
-    paged = Paged(HFPagedModel(model), config, plugins=(steps,))
-    run = paged.run(requests, _nobody)
+    run = Paged(HFPagedModel(model), config, plugins=(steps,)).run(requests, _nobody)
     ours = summarise("paged", [run], requests)
-    result: dict[str, Any] = {
+    return run, {
         "paged_tokens_per_s": ours.tokens_per_s,
         "paged_s": run.duration_s,
         "warm_up_s": time.perf_counter() - began - run.duration_s,
@@ -108,20 +128,6 @@ def measure(name: str, options: argparse.Namespace, bandwidth: float) -> Iterato
         "static": {},
         "times": None,
     }
-    print(f"{name}: ours {ours.tokens_per_s:.0f} tok/s, {run.duration_s:.1f} s", flush=True)
-    yield result
-    del paged
-    _forget()
-    stock = HFStatic(model, 1)
-    stock.run([BenchRequest(0, requests[0].prompt[:8], 8)], _nobody)  # its kernels are loaded
-    sizes = map(int, options.static.split(",")) if options.static else [_largest_batch(model, options)]
-    for size in sizes:
-        result["static"][size] = _stock(stock, size, requests, run)
-        speeds = [static["tokens_per_s"] for static in result["static"].values() if "tokens_per_s" in static]
-        result["times"] = ours.tokens_per_s / max(speeds) if speeds else None
-        yield result
-    del stock, model
-    _forget()
 
 
 def _stock(stock: HFStatic, size: int, requests: Sequence[BenchRequest], paged: Run) -> dict[str, Any]:

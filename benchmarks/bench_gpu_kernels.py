@@ -12,30 +12,17 @@ together.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import time
-from collections.abc import Callable, Iterator, Sequence
-from datetime import date
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-import triton
-from torch import Tensor
-from torch.nn import functional
 
+from gpu_attention_step import LLAMA_7B, LLAMA_8B, TINY, AttentionStep, Heads, RandomBlocks
+from gpu_race import Work, copy_bandwidth, device_name, race, write
 from paged_kernels import reference
-from paged_kernels.layers import Extras, LayerCache
+from paged_kernels.layers import LayerCache
 from paged_kernels.triton import elementwise, launch, sampling
-
-_L2_BYTES = 256 << 20  # well beyond any device's
-Work = Callable[[], Any]
-Heads = tuple[int, int, int]  # query heads, kv heads, head dim
-_HEAD_START = 4_000_000  # cycles: about 2 ms, during which the host launches the timed work
-_RIVALS = ("sdpa", "flex", "torch")  # torch's, which may fail
-LLAMA_8B, LLAMA_7B, TINY = (32, 8, 128), (32, 32, 128), (4, 2, 64)
 
 
 def main() -> None:
@@ -60,18 +47,6 @@ def main() -> None:
                 write(options.json, options.device, bandwidth, rows)
 
 
-def write(path: Path, device: torch.device, bandwidth: float, rows: list[dict[str, Any]]) -> None:
-    about = {
-        "device": device_name(device),
-        "copy_bytes_per_s": bandwidth,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "date": str(date.today()),
-    }
-    path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-
-
 def decode(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, Any]]:
     """One token a row, over paged K/V."""
     cases: list[tuple[int, int, Heads, torch.dtype]] = [
@@ -86,7 +61,7 @@ def decode(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, 
     if options.tiny:
         cases = [(2, 40, TINY, torch.bfloat16), (1, 70, TINY, torch.int8)]
     for rows, context, heads, cache_dtype in cases:
-        step = Step(rows, context, 1, heads, cache_dtype, options.device)
+        step = AttentionStep(rows, context, 1, heads, cache_dtype, options.device)
         rivals = {"paged": step.paged()}
         if cache_dtype is torch.bfloat16:
             rivals["sdpa"] = step.sdpa()
@@ -113,7 +88,7 @@ def prefill(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str,
     if options.tiny:
         cases = [(2, 40, 40, TINY), (1, 60, 20, TINY)]
     for rows, context, queries, heads in cases:
-        step = Step(rows, context, queries, heads, torch.bfloat16, options.device)
+        step = AttentionStep(rows, context, queries, heads, torch.bfloat16, options.device)
         rivals = {"paged": step.paged()}
         if queries == context:
             rivals["sdpa"] = step.sdpa()
@@ -136,9 +111,9 @@ def store(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, A
     k, v = (torch.randn(num_tokens, num_kv_heads, dim, device=options.device).bfloat16() for _ in range(2))
     slots = torch.randperm(num_tokens, device=options.device) + 16
     for dtype in (torch.bfloat16, torch.int8):
-        cache = Cache(num_tokens // 16 + 2, num_kv_heads, dim, dtype, options.device)
+        cache = RandomBlocks(num_tokens // 16 + 2, num_kv_heads, dim, dtype, options.device)
 
-        def run(cache: Cache = cache) -> None:
+        def run(cache: RandomBlocks = cache) -> None:
             launch.store_kv(k, v, LayerCache(cache.keys, cache.values, *cache.scales), slots)
 
         seconds = race({"paged": run}, options.repeats, options.device)["paged"]
@@ -174,7 +149,7 @@ def flex(options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, An
     each."""
     heads = TINY if options.tiny else LLAMA_8B
     for rows, context, queries in ((2, 40, 1), (2, 40, 40)) if options.tiny else ((64, 4096, 1), (8, 2048, 2048)):
-        step = Step(rows, context, queries, heads, torch.bfloat16, options.device)
+        step = AttentionStep(rows, context, queries, heads, torch.bfloat16, options.device)
         rivals = {"paged": step.paged()}
         if options.device.type == "cuda":
             rivals["flex"] = step.flex()
@@ -190,162 +165,6 @@ _PARTS: dict[str, Callable[[argparse.Namespace, float], Iterator[dict[str, Any]]
     "helpers": helpers,
     "flex": flex,
 }
-
-
-class Cache:
-    """One layer's K/V in random blocks."""
-
-    def __init__(self, num_blocks: int, num_kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (num_blocks, num_kv_heads, 16, dim)
-        self.keys, self.values = (_filled(shape, dtype, device) for _ in range(2))
-        quantised = dtype.itemsize == 1
-        scales = [torch.rand(shape[:3], device=device) * 0.01 for _ in range(2)] if quantised else [None, None]
-        self.scales: tuple[Tensor | None, Tensor | None] = (scales[0], scales[1])
-
-
-class Step:
-    """The attention of one step, over as many layers as it takes to leave the L2 cache."""
-
-    def __init__(
-        self, rows: int, context: int, queries: int, heads: Heads, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        num_heads, num_kv_heads, dim = heads
-        self.shape = rows, context, queries, heads
-        self.dtype, self.device = dtype, device
-        self.kv_bytes = 2 * rows * context * num_kv_heads * dim * dtype.itemsize
-        self.num_layers = max(1, min(8, -(-_L2_BYTES // self.kv_bytes))) if device.type == "cuda" else 1
-        blocks = -(-context // 16)
-        self.layers = [Cache(rows * blocks + 1, num_kv_heads, dim, dtype, device) for _ in range(self.num_layers)]
-        order = torch.randperm(rows * blocks) + 1
-        self.tables = order.view(rows, blocks).to(device, torch.int32)
-        self.q = torch.randn(rows * queries, num_heads, dim, device=device).bfloat16()
-        self.k, self.v = (torch.randn(rows * queries, num_kv_heads, dim, device=device).bfloat16() for _ in range(2))
-
-    def paged(self) -> Work:
-        """Run all layers. Decode stores its token too; torch's have all K/V already, and so has a prompt here."""
-        rows, context, queries, (num_heads, num_kv_heads, dim) = self.shape
-        starts = torch.arange(0, rows * queries + 1, queries, dtype=torch.int32, device=self.device)
-        lens = torch.full((rows,), context, dtype=torch.int32, device=self.device)
-        positions = torch.arange(context - queries, context, device=self.device).repeat(rows)
-        owners = torch.arange(rows, device=self.device).repeat_interleave(queries)
-        slots = self.tables[owners, positions // 16].long() * 16 + positions % 16
-        plan = launch.AttentionPlan(num_heads, num_kv_heads, dim, dim, None, torch.bfloat16, self.dtype)
-        plan.plan(starts, lens, self.tables, slots, queries, context)
-        k, v = (self.k, self.v) if queries == 1 else (None, None)
-
-        def run() -> None:
-            for layer in self.layers:
-                cache = LayerCache(layer.keys, layer.values, *layer.scales)
-                plan.run(self.q, k, v, cache, Extras(dim**-0.5))
-
-        return run
-
-    def sdpa(self) -> Work:
-        """Torch's SDPA over contiguous K/V."""
-        q, layers = self._contiguous()
-        causal = self.shape[2] > 1
-
-        def run() -> None:
-            for k, v in layers:
-                functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-
-        return run
-
-    def flex(self) -> Work:
-        """Torch's compiled flex_attention over contiguous K/V."""
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        _, context, queries, _ = self.shape
-        torch._dynamo.reset()  # it compiles a function for a few shapes only
-        compiled = torch.compile(flex_attention, dynamic=False)
-        mask = create_block_mask(_causal, None, None, queries, context, device=self.device) if queries > 1 else None
-        q, layers = self._contiguous()
-
-        def run() -> None:
-            for k, v in layers:
-                compiled(q, k, v, block_mask=mask, enable_gqa=True)
-
-        return run
-
-    def _contiguous(self) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """q [R,H,n,D], and each layer's K and V [R,K,context,D]."""
-        rows, context, queries, (num_heads, num_kv_heads, dim) = self.shape
-        q = self.q.view(rows, queries, num_heads, dim).transpose(1, 2)
-        return q, [_contiguous(rows, num_kv_heads, context, dim, self.device) for _ in self.layers]
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written together, of a copy much larger than the caches."""
-    num_bytes = (4 << 30) if device.type == "cuda" else (64 << 20)
-    source = torch.empty(num_bytes // 4, dtype=torch.int32, device=device).random_()
-    target = torch.empty_like(source)
-    return 2 * num_bytes / race({"copy": lambda: target.copy_(source)}, 10, device)["copy"]
-
-
-def device_name(device: torch.device | str) -> str:
-    device = torch.device(device)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} (not a GPU)"
-
-
-def race(rivals: dict[str, Work], repeats: int, device: torch.device, per: int = 1) -> dict[str, float]:
-    """Median seconds of each, divided by ``per``. One of torch's that fails is left out, with a message."""
-    ready: dict[str, Work] = {}
-    for name, run in rivals.items():
-        if name not in _RIVALS:
-            ready[name] = _captured(run) if device.type == "cuda" else run
-            continue
-        try:
-            for _ in range(3):
-                run()
-            ready[name] = run
-        except Exception as error:
-            print(f"  ({name} failed: {str(error).splitlines()[0] if str(error) else type(error).__name__})")
-    times: dict[str, list[float]] = {name: [] for name in ready}
-    for _ in range(repeats):
-        for name, run in ready.items():
-            times[name].append(_timed(run, device))
-    return {name: median(found) / per for name, found in times.items()}
-
-
-def _captured(run: Work) -> Work:
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    graph.replay()
-    return graph.replay
-
-
-def _timed(run: Work, device: torch.device) -> float:
-    if device.type != "cuda":
-        began = time.perf_counter()
-        run()
-        return time.perf_counter() - began
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(_HEAD_START)
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
-
-
-def _causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    return q >= k
-
-
-def _contiguous(rows: int, num_kv_heads: int, context: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    k, v = (torch.randn(rows, num_kv_heads, context, dim, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return k, v
-
-
-def _filled(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Random values that are not NaN in 8 bits either."""
-    if dtype.itemsize == 1:
-        return torch.randint(-100, 100, tuple(shape), dtype=torch.int8, device=device).to(dtype)
-    return torch.randn(tuple(shape), device=device, dtype=dtype)
 
 
 def _bound(module: Any, name: str, args: tuple[Any, ...]) -> Work:

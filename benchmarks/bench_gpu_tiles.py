@@ -15,7 +15,8 @@ from unittest.mock import patch
 
 import torch
 
-from bench_gpu_kernels import LLAMA_8B, TINY, Step, copy_bandwidth, device_name, race, write
+from gpu_attention_step import LLAMA_8B, TINY, AttentionStep
+from gpu_race import copy_bandwidth, device_name, race, write
 from paged_kernels.triton import tiles
 
 Changes = list[dict[str, int]]
@@ -50,7 +51,7 @@ def main() -> None:
     heads, cases = (TINY, _TINY_CASES) if options.tiny else (LLAMA_8B, _CASES)
     rows: list[dict[str, Any]] = []
     for requests, context, queries, kind, changes in cases:
-        step = Step(requests, context, queries, heads, torch.bfloat16, options.device)
+        step = AttentionStep(requests, context, queries, heads, torch.bfloat16, options.device)
         print(f"\n{kind} {requests} x {queries} of {context}")
         for change in changes:
             seconds = timed(step, kind, change, options)
@@ -62,7 +63,7 @@ def main() -> None:
             write(options.json, options.device, bandwidth, rows)
 
 
-def timed(step: Step, kind: str, change: dict[str, int], options: argparse.Namespace) -> float | None:
+def timed(step: AttentionStep, kind: str, change: dict[str, int], options: argparse.Namespace) -> float | None:
     """Seconds per layer with these changes of its tile; None if it can't run."""
     chosen = getattr(tiles, kind)
     with patch.object(tiles, kind, lambda *shape: {**chosen(*shape), **change}):

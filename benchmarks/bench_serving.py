@@ -30,25 +30,21 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import psutil
 
 from paged_bench.progress import Progress
 from paged_bench.report import cpu_name
-from paged_bench.results import percentile
 from paged_bench.workloads import Workload, from_trace, synthetic, with_poisson_arrivals
 from paged_hf import embedded_folder
 from serving_clients import PATHS, Ask, EngineTarget, HTTPTarget, TestedServer, TimedAnswer, drive, ignores_eos
-
-Row = dict[str, Any]
+from serving_results import Row, compared, show, summarise
 
 
 def main() -> int:
@@ -66,8 +62,8 @@ def main() -> int:
                 row = summarise(answers[name], duration_s, args.slo_ttft, args.slo_itl)
                 rows.setdefault(name, []).append({**row, "cpu_us_per_token": _per_token(cpu_s, answers[name])})
                 print(f"{name}: {rows[name][-1]['tokens_per_s']:.1f} tokens/s", file=sys.stderr, flush=True)
-    result = {"systems": rows, **_compared(rows, answers), **_about(args, workload)}
-    _show(result)
+    result = {"systems": rows, **compared(rows, answers), **_about(args, workload)}
+    show(result)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2) + "\n")
@@ -114,47 +110,6 @@ def make_asks(args: argparse.Namespace) -> tuple[list[Ask], Workload]:
         num_output = min(each.num_output, args.max_output_tokens or each.num_output)
         asks.append(Ask(each.index, tokenizer.decode(ids), ids, num_output, each.arrival_s))
     return asks, work
-
-
-def summarise(answers: Sequence[TimedAnswer], duration_s: float, slo_ttft: float, slo_itl: float) -> Row:
-    """The numbers of one run, with times in seconds; failed requests are only counted."""
-    good = [answer for answer in answers if answer.error is None and answer.times_s]
-    waits = [answer.times_s[0] - answer.arrival_s for answer in good]
-    gaps = [[late - early for early, late in zip(a.times_s, a.times_s[1:], strict=False)] for a in good]
-    means = [sum(each) / len(each) if each else 0.0 for each in gaps]
-    met = sum(wait <= slo_ttft and mean <= slo_itl for wait, mean in zip(waits, means, strict=True))
-    every_gap = [gap for each in gaps for gap in each]
-    return {
-        "num_requests": len(answers),
-        "num_errors": len(answers) - len(good),
-        "errors": dict(Counter((answer.error or "no text came")[:200] for answer in answers if answer not in good)),
-        "duration_s": duration_s,
-        "requests_per_s": len(good) / duration_s,
-        "tokens_per_s": sum(answer.num_tokens for answer in good) / duration_s,
-        "ttft_p50_s": percentile(waits, 50) if waits else None,
-        "ttft_p99_s": percentile(waits, 99) if waits else None,
-        "itl_p50_s": percentile(every_gap, 50) if every_gap else None,
-        "itl_p99_s": percentile(every_gap, 99) if every_gap else None,
-        "goodput_per_s": met / duration_s,
-        "max_open": _max_open(good),
-    }
-
-
-def agreement(some: Sequence[TimedAnswer], others: Sequence[TimedAnswer]) -> Row:
-    """Requests for which both gave the same whole text."""
-    pairs = [(a, b) for a, b in zip(some, others, strict=True) if a.error is None and b.error is None]
-    differing = [a.index for a, b in pairs if a.text != b.text]
-    return {"num_compared": len(pairs), "num_identical": len(pairs) - len(differing), "differing": differing}
-
-
-def _max_open(answers: Sequence[TimedAnswer]) -> int:
-    """The most streams that were open at one moment."""
-    changes = sorted([(a.arrival_s, 1) for a in answers] + [(a.times_s[-1], -1) for a in answers])
-    now = most = 0
-    for _, change in changes:
-        now += change
-        most = max(most, now)
-    return most
 
 
 @contextmanager
@@ -216,17 +171,6 @@ def _told(progress: Progress, what: str, total: int) -> Any:
     return lambda num_done: progress(what, num_done, total)
 
 
-def _compared(rows: dict[str, list[Row]], answers: dict[str, list[TimedAnswer]]) -> Row:
-    if len(rows) < 2:
-        return {}
-    first, second = rows
-    speeds = [median(row["tokens_per_s"] for row in rows[name]) for name in (first, second)]
-    return {
-        "throughput_of_second": speeds[1] / speeds[0] if speeds[0] else None,
-        "agreement": agreement(answers[first], answers[second]),
-    }
-
-
 def _about(args: argparse.Namespace, workload: Workload) -> Row:
     packages = ("paged-core", "torch", "transformers", "uvicorn", "starlette")
     return {
@@ -237,28 +181,6 @@ def _about(args: argparse.Namespace, workload: Workload) -> Row:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "slo": {"ttft_s": args.slo_ttft, "itl_s": args.slo_itl},
     }
-
-
-def _show(result: Row) -> None:
-    heads = ("tokens/s", "requests/s", "first p50", "p99 s", "next p50", "p99 s", "goodput/s", "open", "errors")
-    print(f"{'':24}" + "".join(f"{head:>11}" for head in heads))
-    keys = ("tokens_per_s", "requests_per_s", "ttft_p50_s", "ttft_p99_s", "itl_p50_s", "itl_p99_s", "goodput_per_s",
-            "max_open", "num_errors")  # fmt: skip
-    for name, rows in result["systems"].items():
-        for row in rows:
-            print(f"{name[-24:]:24}" + "".join(f"{_number(row[key]):>11}" for key in keys))
-            told = ", ".join(f"{who} {taken:.0f}" for who, taken in row["cpu_us_per_token"].items())
-            print(f"    µs of processor time a token: {told}")
-            for error, count in row["errors"].items():
-                print(f"    {count} x {error}")
-    if "agreement" in result:
-        same = result["agreement"]
-        print(f"second to first: {_number(result['throughput_of_second'])} of the tokens/s (medians); "
-              f"{same['num_identical']} of {same['num_compared']} texts are the same")  # fmt: skip
-
-
-def _number(value: Any) -> str:
-    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _arguments() -> argparse.Namespace:

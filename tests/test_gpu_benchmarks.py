@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from interpreter import DEVICE
 
@@ -64,12 +65,11 @@ def test_what_was_measured_before_a_benchmark_was_cut_short_is_kept(run, tmp_pat
 
 def test_a_rival_that_fails_is_said_and_the_rest_are_timed(run, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    bench = importlib.import_module("bench_gpu_kernels")
-    device = bench.torch.device("cpu")
-    assert list(bench.race({"paged": lambda: None, "sdpa": lambda: 1 / 0}, 1, device)) == ["paged"]
+    timing, device = importlib.import_module("gpu_race"), torch.device("cpu")
+    assert list(timing.race({"paged": lambda: None, "sdpa": lambda: 1 / 0}, 1, device)) == ["paged"]
     assert "sdpa failed: division by zero" in capsys.readouterr().out
     with pytest.raises(ZeroDivisionError):
-        bench.race({"paged": lambda: 1 / 0}, 1, device)
+        timing.race({"paged": lambda: 1 / 0}, 1, device)
 
 
 def test_where_no_kernel_runs_the_script_says_so_at_once(tmp_path):

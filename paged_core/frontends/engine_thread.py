@@ -20,8 +20,8 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from paged_core.errors import EngineBusyError, EngineDeadError, ReentryError
+from paged_core.frontends.channel import Bell
 from paged_core.frontends.locks import PatientLock, StuckError
-from paged_core.frontends.stream import Bell
 from paged_core.frontends.thread_policy import ThreadPolicy
 from paged_core.frontends.work_item import WorkItem
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from paged_core.engine.engine import Engine
 from paged_core.errors import EngineBusyError, EngineDeadError, InvalidRequestError, RequestError
+from paged_core.frontends.channel import Channel, Wakeups
 from paged_core.frontends.engine_thread import EngineThread
 from paged_core.frontends.locks import StuckError
-from paged_core.frontends.stream import Channel, Wakeups
 from paged_core.frontends.thread_policy import ThreadPolicy
 from paged_core.text.codec import TextCodec
 from paged_core.text.generation import Generation, deliver

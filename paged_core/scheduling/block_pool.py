@@ -19,18 +19,14 @@ content of blocks that it evicts, so that a tier can keep it, and all changes of
 
 from __future__ import annotations
 
-import secrets
-from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from hashlib import blake2b
 from typing import NamedTuple
 
 from paged_core.scheduling.cache_events import AllBlocksCleared, BlockRemoved, BlockStored, CacheEvent
+from paged_core.scheduling.digester import Digester
 
 NULL_BLOCK = 0  # pads block tables, and stands for blocks that have left a sliding window; no request ever holds it
-
-_DIGEST_BYTES = 16
 
 
 class BlockContent(NamedTuple):
@@ -50,11 +46,9 @@ class BlockPool:
         num_blocks: usable blocks; their ids are 1..num_blocks.
         block_size: slots in a block.
         slab: blocks that get memory at a time (more, once the pool is large); None: all at once.
-        key: 32 secret bytes that digests are made with. Pass one if other processes must find the same digests. None:
-            the pool makes its own.
+        key: as Digester takes it.
         tells: whether to record the content of evicted blocks for ``take_given_up``.
-        vocab_size: token ids from here on mean something in this process only, and so do digests of blocks that hold
-            them. None: there are no such ids.
+        vocab_size: as Digester takes it.
     """
 
     def __init__(
@@ -69,9 +63,7 @@ class BlockPool:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._own_key = secrets.token_bytes(32)  # random, so that nobody can choose prompts whose digests collide
-        self._key = key or self._own_key
-        self._vocab_size = vocab_size
+        self.digester = Digester(block_size, key, vocab_size)
         self._given_up: list[BlockContent] | None = [] if tells else None
         self._references = [0] * (num_blocks + 1)
         self.num_shared = 0  # references beyond the first of each block: the blocks that sharing saves
@@ -190,25 +182,8 @@ class BlockPool:
     # ---- prefix index ------------------------------------------------------------------------------------------
 
     def extend_digests(self, digests: list[bytes], tokens: Sequence[int], salt: str | None) -> None:
-        """Append the digests of the full blocks of ``tokens`` that ``digests`` lacks.
-
-        A digest covers its block's token ids and all before them: keyed blake2b of (parent digest, token ids).
-        """
-        size = self.block_size
-        for start in range(len(digests) * size, len(tokens) - size + 1, size):
-            digests.append(self._digest(_parent(digests, salt), tokens[start : start + size]))
-
-    def private_digest(self, digests: Sequence[bytes], tokens: Sequence[int], salt: str | None, owner: str) -> bytes:
-        """Return a digest of ``tokens`` after the blocks of ``digests`` that only ``owner``, in this process, can
-        make."""
-        parent = _parent(digests, salt)
-        return self._digest(blake2b(parent + owner.encode(), key=self._own_key).digest(), tokens)
-
-    def _digest(self, parent: bytes, tokens: Sequence[int]) -> bytes:
-        content = array("q", tokens).tobytes()
-        if self._vocab_size is not None and max(tokens) >= self._vocab_size:
-            content += self._own_key
-        return blake2b(parent + content, digest_size=_DIGEST_BYTES, key=self._key).digest()
+        """Append the digests of the full blocks of ``tokens`` that ``digests`` lacks."""
+        self.digester.extend(digests, tokens, salt)
 
     def match(self, digests: Sequence[bytes], tokens: Sequence[int]) -> list[int]:
         """Return the longest run of leading blocks that are in the cache. Takes no reference.
@@ -306,7 +281,3 @@ class BlockPool:
                     counts[block] += block != NULL_BLOCK
             assert counts == self._references, "reference counts differ from what the tables hold"
             assert self.num_shared == sum(max(0, count - 1) for count in counts), "num_shared is off"
-
-
-def _parent(digests: Sequence[bytes], salt: str | None) -> bytes:
-    return digests[-1] if digests else (salt or "").encode()

@@ -255,7 +255,7 @@ class Prefixes:
         full = request.num_swapped // self._pool.block_size
         tokens = request.tokens[full * self._pool.block_size : request.num_swapped]
         owner = f"{request.arrival}.{request.index}"
-        return self._pool.private_digest(request.digests[:full], tokens, request.params.cache_salt, owner)
+        return self._pool.digester.private(request.digests[:full], tokens, request.params.cache_salt, owner)
 
     # ---- the index -----------------------------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ def test_every_backend_is_read_and_compared_with_the_engine(bench: Any, backend:
         direct, _ = run(bench, bench.EngineTarget(server.engine), asks)
     assert (row["num_errors"], row["num_requests"]) == (0, 6)
     assert [answer.num_tokens for answer in over_http] == [ask.num_output for ask in asks]
-    found = bench.agreement(direct, over_http)
+    found = importlib.import_module("serving_results").agreement(direct, over_http)
     assert found["num_compared"] == 6
     assert found["num_identical"] == (0 if backend == "openai-chat" else 6), "a chat has another prompt"
 

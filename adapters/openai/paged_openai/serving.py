@@ -47,13 +47,7 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
         engine, tokenizer=_tokenizer(engine, args), max_requests=_max_requests(engine, args.max_queue)
     )
     try:
-        served = ServedModel(
-            served_engine, names, limits,
-            model_defaults=args.generation_config == "auto", strict_fields=args.strict_fields,
-            response_template=args.response_template, reasoning=_reasoning(args),
-        )  # fmt: skip
-        check_reasoning(args.reasoning_parser, served.response_template)
-        served.prepare_grammars()
+        served = _served_model(served_engine, names, limits, args)
         service = Service(
             served_engine, served,
             max_queue=args.max_queue, max_unread_bytes=_BODIES_AT_ONCE * args.max_body_bytes,
@@ -77,6 +71,20 @@ def serve(args: argparse.Namespace, config: EngineConfig, limits: RequestLimits)
         for each in events:
             each.close()
     return 0
+
+
+def _served_model(
+    engine: AsyncEngine, names: list[str], limits: RequestLimits, args: argparse.Namespace
+) -> ServedModel:
+    """The model as clients see it, with what its first grammar needs."""
+    served = ServedModel(
+        engine, names, limits,
+        model_defaults=args.generation_config == "auto", strict_fields=args.strict_fields,
+        response_template=args.response_template, reasoning=_reasoning(args),
+    )  # fmt: skip
+    check_reasoning(args.reasoning_parser, served.response_template)
+    served.prepare_grammars()
+    return served
 
 
 def _reasoning(args: argparse.Namespace) -> bool | None:
