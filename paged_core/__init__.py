@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from paged_core.execution.model import (
         Attend,
         AttentionBackend,
+        KeyedAttend,
         ModuleForward,
         PagedModel,
         RequestSampler,
@@ -75,6 +76,7 @@ _LAZY = {
     "GenerationOutput": "text.outputs",
     "Greedy": "sampling.sampler",
     "KVCache": "execution.kv_cache",
+    "KeyedAttend": "execution.model",
     "LLM": "frontends.llm",
     "LayerSpec": "execution.spec",
     "Likeliest": "sampling.sampler",
@@ -136,6 +138,7 @@ __all__ = [
     "Greedy",
     "InvalidRequestError",
     "KVCache",
+    "KeyedAttend",
     "LayerSpec",
     "Likeliest",
     "LogitsProcessor",

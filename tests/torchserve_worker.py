@@ -167,10 +167,3 @@ def slow(step_s: float, steps: list[Any] | None = None) -> AlphabetModel:
         time.sleep(step_s)
 
     return AlphabetModel(step)
-
-
-def until(condition: Any, limit_s: float = 30.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.005)

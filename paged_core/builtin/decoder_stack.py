@@ -20,7 +20,7 @@ from paged_core.builtin.decoder_layer import HONOURED, DecoderLayer, LayerParts,
 from paged_core.builtin.modules import hooks_of
 from paged_core.builtin.replayed import Basis, Replayed
 from paged_core.builtin.trials import ROWS, mixing_attend
-from paged_core.execution.model import ModuleForward
+from paged_core.execution.model import KeyedAttend, ModuleForward
 from paged_core.execution.watched import WatchedTensors
 
 STACK = frozenset({"embed_tokens", "layers", "norm", "rotary_emb"})
@@ -83,8 +83,7 @@ class _DecoderStack(ModuleForward):
 
     def _through(self, x: Tensor, rotation: Any, attend: Any) -> Tensor:
         """Compute ``x [1,T,N] -> [1,T,N]``."""
-        ask, parts = getattr(attend, "replay_key", None), self._parts_for(x)
-        key = None if ask is None else ask()
+        key, parts = KeyedAttend.of(attend).replay_key(), self._parts_for(x)
         if key is None or parts is None or x.shape[0] != 1:
             for layer in self._layers:
                 x = layer(x, attend=attend, position_embeddings=rotation)

@@ -12,7 +12,7 @@ from paged_core.config import EngineConfig, StepSizes
 from paged_core.engine.loading import named
 from paged_core.errors import ConfigError
 from paged_core.execution import compiling
-from paged_core.execution.model import AttentionBackend, PagedModel
+from paged_core.execution.model import AttentionBackend, ModuleForward, PagedModel
 from paged_core.plugins import BUILTIN, Plugins
 
 _log = logging.getLogger("paged_core")
@@ -58,7 +58,7 @@ def accelerate(manager: Plugins, model: PagedModel, config: EngineConfig, owned:
     def create(module: torch.nn.Module) -> Any:
         nonlocal num_quantized, num_left
         forward = ask(module=module, device=device, config=config)
-        num_quantized += bool(getattr(forward, "quantized", False))
+        num_quantized += forward is not None and ModuleForward.of(forward).quantized
         num_left += forward is None and _is_linear(module)
         return forward
 

@@ -31,6 +31,14 @@ class Attend(Protocol):
         ...
 
 
+class KeyedAttend(Role):
+    """What an Attend may tell beside attending; a plain function tells nothing."""
+
+    def replay_key(self) -> Hashable | None:
+        """As AttentionBackend's, for the cache that it stores to."""
+        return None
+
+
 class ModuleForward(Role):
     """Replaces a module's ``forward``: same arguments, same result. A plain function is one, too."""
 

@@ -11,7 +11,7 @@ from paged_core.execution.attend_op import AttendOp
 from paged_core.execution.batch import Batch
 from paged_core.execution.graphs import DecodeGraphs
 from paged_core.execution.kv_cache import KVCache
-from paged_core.execution.model import Attend, AttentionBackend, PagedModel
+from paged_core.execution.model import Attend, AttentionBackend, KeyedAttend, PagedModel
 from paged_core.execution.packed_blocks import pack, unpack
 from paged_core.scheduling.block_table import BlockMove
 
@@ -118,7 +118,7 @@ class ModelRunner:
         return self._model.forward(batch.token_ids, batch.positions, self._attend, batch.sample_indices)
 
 
-class _LayerAttend:
+class _LayerAttend(KeyedAttend):
     """Calls a backend with a cache, as the model's ``attend``."""
 
     def __init__(self, backend: AttentionBackend, cache: KVCache) -> None:

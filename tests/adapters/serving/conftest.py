@@ -10,7 +10,8 @@ from calls import Alphabet
 
 
 @pytest.fixture(scope="module")
-def alphabet() -> Iterator[Alphabet]:
-    alphabet = Alphabet()
+def alphabet(request: pytest.FixtureRequest) -> Iterator[Alphabet]:
+    """With the module's own ``LIMITS`` of a request and its ``TOKENIZER``, where it has them."""
+    alphabet = Alphabet(getattr(request.module, "LIMITS", None), tokenizer=getattr(request.module, "TOKENIZER", None))
     with alphabet.engine:
         yield alphabet

@@ -10,7 +10,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from alphabet_model import AlphabetModel
-from paged_core import BlockLayout, Engine, EngineConfig, PluginError, SamplingParams, StepStats, hookimpl
+from async_calls import params
+from paged_core import BlockLayout, Engine, EngineConfig, PluginError, StepStats, hookimpl
 from paged_core.tiers.host import HostTier
 from paged_serving import PrometheusMetrics
 
@@ -70,10 +71,6 @@ def test_how_the_cache_is_set_up_is_told_as_labels(engine: Engine, metrics: Prom
 def run(engine: Engine) -> None:
     while engine.has_work:
         engine.step()
-
-
-def params(**fields: object) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0, "max_tokens": 5, **fields})
 
 
 def scrape(metrics: PrometheusMetrics) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,12 +16,7 @@ from paged_serving import (
     RequestLimits,
 )
 
-
-@pytest.fixture(scope="module")
-def alphabet() -> Iterator[Alphabet]:
-    alphabet = Alphabet(RequestLimits(max_prompt_tokens=100, max_tokens=150, max_n=8, max_prompts=4, max_stop=4))
-    with alphabet.engine:
-        yield alphabet
+LIMITS = RequestLimits(max_prompt_tokens=100, max_tokens=150, max_n=8, max_prompts=4, max_stop=4)
 
 
 # ---- completions -------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,11 +29,7 @@ def greedy(**fields: Any) -> SamplingParams:
     return SamplingParams(temperature=0, **{"max_tokens": 20, **fields})
 
 
-@pytest.fixture(scope="module")
-def alphabet() -> Iterator[Alphabet]:
-    alphabet = Alphabet(tokenizer=TurnTokenizer())
-    with alphabet.engine:
-        yield alphabet
+TOKENIZER = TurnTokenizer()
 
 
 def test_llm_and_async_engine_end_at_the_tokenizers_end_too() -> None:

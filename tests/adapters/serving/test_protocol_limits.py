@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,12 +25,7 @@ from paged_serving import (
 )
 from toy_tokenizers import CharacterTokenizer
 
-
-@pytest.fixture(scope="module")
-def alphabet() -> Iterator[Alphabet]:
-    alphabet = Alphabet(RequestLimits(max_prompt_tokens=100, max_n=64, max_values=2000))
-    with alphabet.engine:
-        yield alphabet
+LIMITS = RequestLimits(max_prompt_tokens=100, max_n=64, max_values=2000)
 
 
 def complete(alphabet: Alphabet, **fields: Any) -> CompletionCall:

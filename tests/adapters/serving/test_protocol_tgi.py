@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,12 +12,7 @@ from paged_core import AsyncEngine, CompletionOutput, GenerationOutput, InvalidR
 from paged_serving import CallError, Failure, ProtocolError, RequestLimits, ServedModel, TGICall, tgi_error
 from toy_tokenizers import SentencePieceTokenizer
 
-
-@pytest.fixture(scope="module")
-def alphabet() -> Iterator[Alphabet]:
-    alphabet = Alphabet(RequestLimits(max_tokens=150, max_n=4, max_stop=4))
-    with alphabet.engine:
-        yield alphabet
+LIMITS = RequestLimits(max_tokens=150, max_n=4, max_stop=4)
 
 
 def call(alphabet: Alphabet, inputs: Any = "A", stream: bool | None = False, **parameters: Any) -> TGICall:

@@ -17,7 +17,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", ResourceWarning)  # it leaves a file open
     from ts.context import Context
     from ts.utils.util import list_classes_from_module
-from torchserve_worker import REST, FakeCache, slow, until
+from torchserve_worker import REST, FakeCache, slow
+from waiting import until
 
 
 def test_its_module_defines_one_class_as_torchserve_wants():

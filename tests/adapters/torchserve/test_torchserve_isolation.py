@@ -12,8 +12,9 @@ import pytest
 
 from paged_core import TextCodec
 from paged_torchserve import bodies
-from torchserve_worker import slow, until
+from torchserve_worker import slow
 from toy_tokenizers import CharacterTokenizer
+from waiting import until
 
 LONE = "\ud800"  # half a surrogate pair, which TorchServe's JSON lets pass
 

@@ -19,7 +19,8 @@ import tiny_folder
 from paged_core.cli import main
 from paged_torchserve.server import ServerOptions, TorchServe
 from torchserve_grpc import Grpc
-from torchserve_server import ENGINE, READY_S, Running, free_addresses, stock_generate, until
+from torchserve_server import ENGINE, READY_S, Running, free_addresses, stock_generate
+from waiting import until
 
 NAMES = ["llama3-8b", "meta-llama/Meta-Llama-3.1-8B"]  # as the vLLM example's served_model_name has them
 BODY = {"prompt": "Hello", "max_new_tokens": 9}

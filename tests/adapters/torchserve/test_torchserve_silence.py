@@ -9,7 +9,8 @@ import time
 from typing import Any
 
 from alphabet_model import AlphabetModel, Gate
-from torchserve_worker import slow, until
+from torchserve_worker import slow
+from waiting import until
 
 
 def test_a_client_that_leaves_frees_its_blocks_within_a_step(worker):

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from alphabet_model import AlphabetModel, Gate
-from paged_core import LLM, AsyncEngine, Engine, EngineConfig, EngineDeadError, ReentryError, SamplingParams, hookimpl
+from async_calls import params
+from paged_core import LLM, AsyncEngine, Engine, EngineConfig, EngineDeadError, ReentryError, hookimpl
 from toy_tokenizers import CharacterTokenizer
 
 CONFIG = EngineConfig(num_blocks=256, attention_backend="reference")
@@ -26,10 +27,6 @@ class MyOwn(BaseException):
 of_every_kind = pytest.mark.parametrize(
     "kind", [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, MyOwn, ValueError]
 )
-
-
-def params(**fields: Any) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0, "max_tokens": 5, **fields})
 
 
 def open_async(plugins: Any = (), tokenizer: Any = None, model: Any = None) -> AsyncEngine:

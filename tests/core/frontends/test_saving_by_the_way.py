@@ -14,6 +14,7 @@ from paged_core.tiers import disk
 from tier_engines import SMALL, answers, on_disk, stats
 from tiny_model import ChangingModel, TinyModel
 from toy_tokenizers import CharacterTokenizer
+from waiting import until
 
 PROMPT = list(range(40, 76))
 
@@ -21,13 +22,6 @@ PROMPT = list(range(40, 76))
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     monkeypatch.setattr(open_streams, "_SAVE_AFTER_S", 0.0)
-
-
-def until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
 
 
 def asked(engine):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from paged_core import Attend
+from paged_core import Attend, KeyedAttend
 
 PAGED = "paged_core"
 PROBE = "paged_core_probe"
@@ -22,7 +22,7 @@ PROBE_WITH_MASKS = "paged_core_probe_with_masks"
 UNDER_WAY = "_paged_core_step"  # attribute of every twin: a list with the CountedAttend of the current pass
 
 
-class CountedAttend:
+class CountedAttend(KeyedAttend):
     """``attend`` for one forward pass: counts the calls, so that the n-th is layer n."""
 
     __slots__ = ("attend", "layer", "positions")
@@ -39,8 +39,7 @@ class CountedAttend:
 
     def replay_key(self) -> Hashable | None:
         """As AttentionBackend's, for the next layers."""
-        ask = getattr(self.attend, "replay_key", None)
-        key = None if ask is None else ask()
+        key = KeyedAttend.of(self.attend).replay_key()
         return None if key is None else (self.layer, key)
 
     def skip(self, num_layers: int) -> None:
