@@ -6,7 +6,15 @@ from typing import Any
 
 from alphabet_model import AlphabetModel
 from paged_core import AsyncEngine, EngineConfig
-from paged_serving import Call, RequestLimits, ServedModel, compile_grammar
+from paged_serving import (
+    Call,
+    ChatCall,
+    CompletionCall,
+    RequestLimits,
+    ServedModel,
+    TGICall,
+    compile_grammar,
+)
 from toy_tokenizers import CharacterTokenizer
 
 
@@ -33,3 +41,15 @@ class Alphabet:
             for delta in stream:
                 sent += call.chunks(number, delta)
         return sent + call.last_chunks([stream.result(30) for stream in streams])
+
+
+def complete(alphabet: Alphabet, **fields: Any) -> CompletionCall:
+    return CompletionCall({"prompt": "A", **fields}, alphabet.served, "1")
+
+
+def chat(alphabet: Alphabet, **fields: Any) -> ChatCall:
+    return ChatCall({"messages": [{"role": "user", "content": "Hi"}], **fields}, alphabet.served, "1")
+
+
+def generate(alphabet: Alphabet, **parameters: Any) -> TGICall:
+    return TGICall({"inputs": "A" * 50, "parameters": parameters}, alphabet.served)
