@@ -61,7 +61,7 @@ class BatchBuilder:
     def __init__(self, block_size: int, device: torch.device) -> None:
         self._block_size = block_size
         self._device = device
-        self._tables = TableRows(device)
+        self.tables = TableRows(device)
 
     def build(self, schedule: Schedule, known: Tensor | None = None) -> Batch:
         """Return the batch of a schedule that has at least one chunk. ``known i64 [T]``: the token ids, which are only
@@ -69,7 +69,7 @@ class BatchBuilder:
         try:
             return self._build(schedule, known)
         except BaseException:  # also when an interrupt of the process strikes
-            self._tables.forget()  # some rows may not have been written
+            self.tables.forget()  # some rows may not have been written
             raise
 
     def _build(self, schedule: Schedule, known: Tensor | None) -> Batch:
@@ -78,15 +78,15 @@ class BatchBuilder:
         prompt_rows = _prompt_rows(chunks)
         unsampled = [index for index, chunk in enumerate(chunks) if not chunk.samples]
         wanted = packed.sample_indices + _more_wanted(chunks, packed.query_starts, prompt_rows, unsampled)
-        table_rows = [self._tables.row(chunk.request) for chunk in chunks]
-        table_places, table_blocks = self._tables.news()
+        table_rows = [self.tables.row(chunk.request) for chunk in chunks]
+        table_places, table_blocks = self.tables.news()
         longs = [packed.token_ids, packed.positions, packed.slots, wanted, table_places]
         ints = [packed.query_starts, packed.seq_lens, table_rows, table_blocks]
         ids, positions, slots, indices, places, starts, lens, rows, blocks = upload_fields(
             [(each, torch.int64) for each in longs] + [(each, torch.int32) for each in ints], self._device
         )
         max_seq_len = max(packed.seq_lens)
-        tables = self._tables.gather(places, blocks, rows, -(-max_seq_len // size))  # int32 [R,B]
+        tables = self.tables.gather(places, blocks, rows, -(-max_seq_len // size))  # int32 [R,B]
         max_query_len = max(chunk.num_tokens for chunk in chunks)
         return Batch(
             ids if known is None else known,

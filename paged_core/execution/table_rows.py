@@ -19,7 +19,7 @@ class TableRows:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._in_numpy = device.type == "cpu"  # numpy: for a few rows, it isn't worth waking torch's thread pool
+        self.in_numpy = device.type == "cpu"  # numpy: for a few rows, it isn't worth waking torch's thread pool
         self._tables = _zeros(0, 0, device)  # int32 [rows, columns]
         self._rows: dict[Request, _Row] = {}
         self._spare: list[int] = []
@@ -55,7 +55,7 @@ class TableRows:
 
     def gather(self, places: Tensor, blocks: Tensor, rows: Tensor, num_columns: int) -> Tensor:
         """Write ``blocks i32 [U]`` at ``places i64 [U]``, then read ``rows i32 [R]`` -> ``i32 [R, num_columns]``."""
-        if self._in_numpy:
+        if self.in_numpy:
             table: Any = self._tables.numpy()
             table.reshape(-1)[places.numpy()] = blocks.numpy()
             return torch.from_numpy(table[rows.numpy(), :num_columns])

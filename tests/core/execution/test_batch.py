@@ -21,15 +21,15 @@ DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 def as_on_a_device(builder, monkeypatch):
     """The builder as it is where block tables live on a device; tells how many table entries each step took there."""
     travelled = []
-    builder._tables._in_numpy = False
-    news = builder._tables.news
+    builder.tables.in_numpy = False
+    news = builder.tables.news
 
     def counted():
         places, blocks = news()
         travelled.append(len(blocks))
         return places, blocks
 
-    monkeypatch.setattr(builder._tables, "news", counted)
+    monkeypatch.setattr(builder.tables, "news", counted)
     return travelled
 
 
@@ -134,11 +134,11 @@ def test_a_batch_that_could_not_be_built_leaves_no_gaps_in_the_tables(monkeypatc
         raise torch.OutOfMemoryError("no room")
 
     builder = BatchBuilder(BLOCK, torch.device("cpu"))
-    builder._tables._in_numpy = False
+    builder.tables.in_numpy = False
     for number, schedule in enumerate(steps(make_scheduler(), random.Random(5))):
         if number % 3 == 1:
             with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
-                patched.setattr(builder._tables, "gather", no_room)
+                patched.setattr(builder.tables, "gather", no_room)
                 builder.build(schedule)
         batch = builder.build(schedule)
         for row, chunk in zip(batch.attention.block_tables.tolist(), schedule.chunks, strict=True):
