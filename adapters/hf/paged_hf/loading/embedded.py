@@ -71,13 +71,14 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def _write(gguf: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     # transformers shows its own progress bars, for reading as for writing
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     unmark_quantized(model)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    # This is the class that AutoTokenizer chooses, after seconds in which it reads the model's whole file for the config.
+    PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
 def unmark_quantized(model: Any) -> None:
