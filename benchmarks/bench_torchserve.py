@@ -1,7 +1,7 @@
 """The same model behind TorchServe with a stock-style handler and with ours, with the same clients.
 
     python benchmarks/bench_torchserve.py [--model FOLDER] [--clients 16] [--requests 64] [--tokens 64] [--rounds 3]
-                                          [--min-tokens 16] [--json PATH]
+                                          [--min-tokens 16] [--beside stock1 stock8] [--json PATH]
 
 One archive is made, with the stock-style handler; it is served with batchSize 1 and 8, and swapped to ours. One
 TorchServe has all three models and serves one at a time, in turns, so that a busy machine affects all alike. All decode
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from datetime import datetime, timezone
@@ -41,7 +42,7 @@ from paged_torchserve.java import find_java, java_version
 from paged_torchserve.reading import MANIFEST
 from paged_torchserve.server import ServerOptions, TorchServe
 
-SYSTEMS = ("stock1", "stock8", "paged")
+STOCK = {"stock1": 1, "stock8": 8}  # name -> batchSize
 STOCK_HANDLER = Path(__file__).with_name("torchserve_stock_handler.py")
 
 
@@ -62,6 +63,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--min-tokens", type=int, default=16, help="no answer ends before")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--beside", nargs="+", choices=STOCK, default=list(STOCK), help="what ours is compared with")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, _interrupt)
@@ -70,8 +72,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing is left running", file=sys.stderr)
         return 130
-    results = {name: summary([each[name] for each in rounds], tokenizer) for name in SYSTEMS}
-    for name in SYSTEMS:
+    results = {name: summary([each[name] for each in rounds], tokenizer) for name in systems(args)}
+    for name in results:
         pairs = [
             (ours.text, theirs.text)
             for each in rounds
@@ -87,19 +89,23 @@ def run(args: argparse.Namespace) -> tuple[list[_Round], Any]:
     model = args.model or _smollm2()
     tokenizer = AutoTokenizer.from_pretrained(model)
     with tempfile.TemporaryDirectory(prefix="bench-torchserve-") as folder:
-        archives = make_archives(model, Path(folder))
+        archives = make_archives(model, Path(folder), args.beside)
         with TorchServe(archives, Path(folder) / "work", ServerOptions(_free_ports())) as server:
             server.wait_until_ready(600)
             return run_rounds(server, args), tokenizer
 
 
-def make_archives(model: Path, folder: Path) -> list[Path]:
+def systems(args: argparse.Namespace) -> tuple[str, ...]:
+    return (*args.beside, "paged")
+
+
+def make_archives(model: Path, folder: Path, beside: Sequence[str]) -> list[Path]:
     """Folders of archives with the stock-style handler, and the first of them swapped."""
     config = folder / "model-config.yaml"
     made = []
-    for name, batch_size in (("stock1", 1), ("stock8", 8)):
+    for name in beside:
         config.write_text(
-            f"minWorkers: 1\nmaxWorkers: 1\nbatchSize: {batch_size}\nmaxBatchDelay: 50\nstartupTimeout: 600\n"
+            f"minWorkers: 1\nmaxWorkers: 1\nbatchSize: {STOCK[name]}\nmaxBatchDelay: 50\nstartupTimeout: 600\n"
         )
         command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", name, "--version", "1.0",
                    "--handler", STOCK_HANDLER, "--extra-files", model, "--config-file", config,
@@ -120,11 +126,12 @@ def make_archives(model: Path, folder: Path) -> list[Path]:
 def run_rounds(server: TorchServe, args: argparse.Namespace) -> list[_Round]:
     topics = [f"Explain {topic} in a few sentences." for topic in TOPICS]
     prompts = [f"{topics[index % len(topics)]} Part {index}." for index in range(args.requests)]
-    for name in SYSTEMS:  # kernels are compiled and caches filled before the clock runs
+    for name in systems(args):  # kernels are compiled and caches filled before the clock runs
         drive(server, name, prompts[:2], args, streamed=0)
     rounds = []
     for number in range(args.rounds):
-        turn = SYSTEMS[number % 3 :] + SYSTEMS[: number % 3]
+        order = systems(args)
+        turn = order[number % len(order) :] + order[: number % len(order)]
         rounds.append({name: drive(server, name, prompts, args, streamed=len(prompts)) for name in turn})
     return rounds
 
@@ -198,13 +205,13 @@ def ratios(results: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """Ours to each of theirs."""
     compared = ("tokens_per_s", "latency_p95_s", "first_text_p50_s")
     ours = results["paged"]
-    return {name: {key: ours[key] / results[name][key] for key in compared} for name in ("stock1", "stock8")}
+    return {name: {key: ours[key] / results[name][key] for key in compared} for name in results if name != "paged"}
 
 
 def report(results: dict[str, dict[str, float]], args: argparse.Namespace) -> None:
-    print("".join([f"{'':24}", *(f"{system:>10}" for system in SYSTEMS)]))
+    print("".join([f"{'':24}", *(f"{system:>10}" for system in results)]))
     for name in results["paged"]:
-        print("".join([f"{name:24}", *(f"{results[system][name]:10.2f}" for system in SYSTEMS)]))
+        print("".join([f"{name:24}", *(f"{found[name]:10.2f}" for found in results.values())]))
     for name, found in ratios(results).items():
         print(f"ours to {name}: " + ", ".join(f"{key} {value:.2f}" for key, value in found.items()))
     if args.json:
