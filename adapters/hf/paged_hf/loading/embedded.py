@@ -77,7 +77,7 @@ def _write(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     unmark_quantized(model)
     model.save_pretrained(folder)
-    # This is the class that AutoTokenizer chooses, after seconds in which it reads the model's whole file for the config.
+    # AutoTokenizer chooses this class too, but first reads the whole file for the model's config, which takes seconds.
     PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
