@@ -102,7 +102,7 @@ def tiny_call_ms(num_calls: int = 500) -> dict[str, float]:
 
 
 def run(generate: Callable[..., Any], requests: Sequence[BenchRequest], num_callers: int) -> tuple[Answers, float]:
-    """Tokens of each request, and output tokens a second."""
+    """Tokens of each request, and output tokens per second."""
     waiting, answers = list(reversed(requests)), Answers()
 
     def caller() -> None:

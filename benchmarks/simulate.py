@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands.add_parser("run", help="simulate; options that take lists are tried in all combinations"))
-    _add_fit(commands.add_parser("fit", help="run a model here, and write what its steps cost"))
+    _add_fit(commands.add_parser("fit", help="run a model here, and write the costs of its steps"))
     _add_compare(commands.add_parser("compare", help="simulate three workloads, and run them too"))
     args = parser.parse_args(argv)
     try:
@@ -45,58 +45,73 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("traffic").add_argument
-    add("--requests", type=int, metavar="N", help="default: 10000; of a trace, as many as it has")
+    add("--requests", type=int, metavar="N", help="number of requests (default: 10000; of a trace, all)")
     add("--rate", type=_floats, default=None, metavar="R,...",
-        help="arrivals a second, Poisson (default: 10 a replica; of a trace, its own); inf: all at once")  # fmt: skip
-    add("--trace", type=Path, metavar="FILE", help="CSV of TIMESTAMP, ContextTokens, GeneratedTokens")
-    add("--prefixes", type=int, default=0, metavar="N", help="shared beginnings of prompts, some popular (default: 0)")
-    add("--prefix-tokens", type=int, default=512, metavar="N", help="of each (default: %(default)s)")
-    add("--prompt-median", type=float, default=140, metavar="N", help="tokens beside the prefix (default: %(default)s)")
-    add("--output-median", type=float, default=125, metavar="N", help="tokens (default: %(default)s)")
-    add("--seed", type=int, default=0)
+        help="requests that arrive per second, as a Poisson process (default: 10 per replica; of a trace, its own "
+             "arrival times); inf: all at once")  # fmt: skip
+    add("--trace", type=Path, metavar="FILE", help="CSV with TIMESTAMP, ContextTokens, GeneratedTokens")
+    add("--prefixes", type=int, default=0, metavar="N",
+        help="number of common beginnings of prompts, some frequent, some rare (default: %(default)s)")  # fmt: skip
+    add("--prefix-tokens", type=int, default=512, metavar="N",
+        help="tokens of each common beginning (default: %(default)s)")  # fmt: skip
+    add("--prompt-median", type=float, default=140, metavar="N",
+        help="median tokens of a prompt, without the common beginning (default: %(default)s)")  # fmt: skip
+    add("--output-median", type=float, default=125, metavar="N", help="median tokens of output (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the traffic (default: %(default)s)")
     add = parser.add_argument_group("replicas").add_argument
-    add("--replicas", type=_integers, default=[1], metavar="N,...", help="1 to 1000 (default: 1)")
-    add("--routing", type=_names, default=["prefix"], metavar="NAME,...", help=f"of {', '.join(ROUTINGS)}")
+    add("--replicas", type=_integers, default=[1], metavar="N,...", help="number of replicas, 1 to 1000 (default: 1)")
+    add("--routing", type=_names, default=["prefix"], metavar="NAME,...",
+        help=f"how a replica is chosen: {', '.join(ROUTINGS)} (default: prefix)")  # fmt: skip
     add("--open-cost", type=int, default=OPEN_COST, metavar="N",
-        help="tokens that an open request weighs where prefixes route (default: %(default)s)")  # fmt: skip
-    add("--blocks", type=_integers, default=[20_000], metavar="N,...", help="of K/V, in a replica (default: 20000)")
-    add("--block-size", type=int, default=16, metavar="N")
-    add("--max-num-seqs", type=int, default=256, metavar="N")
-    add("--batched-tokens", type=_integers, default=[2048], metavar="N,...", help="tokens of a step (default: 2048)")
+        help="cost of an open request in tokens, with routing by prefix (default: %(default)s)")  # fmt: skip
+    add("--blocks", type=_integers, default=[20_000], metavar="N,...", help="K/V blocks per replica (default: 20000)")
+    add("--block-size", type=int, default=16, metavar="N", help="tokens per block (default: %(default)s)")
+    add("--max-num-seqs", type=int, default=256, metavar="N",
+        help="most sequences that run at once in a replica (default: %(default)s)")  # fmt: skip
+    add(
+        "--batched-tokens",
+        type=_integers,
+        default=[2048],
+        metavar="N,...",
+        help="most tokens of a step (default: 2048)",
+    )
     add("--watermark", type=_floats, default=[0.01], metavar="X,...", help="share of blocks kept free (default: 0.01)")
-    add("--no-prefix-caching", action="store_true")
-    add("--costs", type=Path, metavar="FILE", help="of steps, as fit writes them (default: an 8B model on an H200)")
+    add("--no-prefix-caching", action="store_true", help="replicas have no prefix cache")
+    add("--costs", type=Path, metavar="FILE",
+        help="costs of steps, as fit writes them (default: those of an 8B model on an H200)")  # fmt: skip
     _add_output(parser)
     parser.set_defaults(run=_run)
 
 
 def _add_fit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, a GGUF file, or smollm2")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the costs")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the requests (default: %(default)s)")
     _add_real(parser)
     parser.set_defaults(run=_fit)
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("--costs", type=Path, metavar="FILE", help="as fit writes them (default: fitted first)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, a GGUF file, or smollm2")
+    parser.add_argument("--costs", type=Path, metavar="FILE",
+        help="costs of steps, as fit writes them (default: they are fitted first)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the requests (default: %(default)s)")
     _add_real(parser)
     _add_output(parser)
     parser.set_defaults(run=_compare)
 
 
 def _add_real(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--requests", type=int, default=32, metavar="N", help="of a workload (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=32, metavar="N",
+        help="requests of each workload (default: %(default)s)")  # fmt: skip
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall",
-        help="what a step's time is: of the wall, or of the processor, for a busy machine and one thread "
+        help="how the time of a step is measured; processor time is for one thread on a busy machine "
              "(default: %(default)s)")  # fmt: skip
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="write a chart")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures as JSON")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="write a chart (needs matplotlib)")
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ def write(outcome: Outcome, path: Path) -> None:
     figure: Any = Figure(figsize=(13, 1.6 + 0.6 * max(2, len(summaries))), layout="constrained")
     FigureCanvasAgg(figure)
     panels: tuple[tuple[str, list[float | None], str], ...] = (
-        ("output tokens a second (more is better)", [s.tokens_per_s for s in summaries], "{:.0f}"),
+        ("output tokens per second (more is better)", [s.tokens_per_s for s in summaries], "{:.0f}"),
         ("time to first token, p50 [s] (less is better)", [s.ttft_p50_s for s in summaries], "{:.2f}"),
         ("K/V slots without a token of use [%]", [_percent(s.kv_waste) for s in summaries], "{:.1f}"),
     )

@@ -43,14 +43,14 @@ def percentiles(histogram: Histogram) -> dict[str, float]:
 
 
 _ROWS: Sequence[tuple[str, str, str]] = (
-    ("output tokens a second", "output_tokens_s", "{:,.0f}"),
-    ("requests a second", "requests_s", "{:,.2f}"),
+    ("output tokens per second", "output_tokens_s", "{:,.0f}"),
+    ("requests per second", "requests_s", "{:,.2f}"),
     ("first token, p50 / p90 / p99", "first_token_s", "ms"),
     ("next token, p50 / p90 / p99", "between_tokens_s", "ms"),
     ("whole request, p50 / p90 / p99", "whole_s", "ms"),
     ("prompt tokens found in the prefix cache", "prefix_hit_rate", "{:.1%}"),
     ("preemptions", "preemptions", "{:,}"),
-    ("rows that sample in a step", "tokens_a_step", "{:,.1f}"),
+    ("rows that sample per step", "tokens_a_step", "{:,.1f}"),
     ("K/V blocks in use", "kv_usage", "{:.1%}"),
     ("K/V slots wasted", "kv_waste", "{:.1%}"),
     ("replicas busy, least", "busy_least", "{:.1%}"),
@@ -69,7 +69,7 @@ def table(columns: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 _COMPARED: Sequence[tuple[str, Callable[[Mapping[str, Any]], float], str]] = (
-    ("output tokens a second", lambda f: f["output_tokens_s"], "{:,.0f}"),
+    ("output tokens per second", lambda f: f["output_tokens_s"], "{:,.0f}"),
     ("first token, p50, ms", lambda f: f["first_token_s"]["p50"] * 1e3, "{:,.0f}"),
     ("next token, p50, ms", lambda f: f["between_tokens_s"]["p50"] * 1e3, "{:,.1f}"),
     ("whole request, p50, ms", lambda f: f["whole_s"]["p50"] * 1e3, "{:,.0f}"),
@@ -102,7 +102,7 @@ def plot(columns: Mapping[str, Mapping[str, Any]], path: Path, across: str = "")
         line, _, place = name.rpartition(" @ ")
         lines.setdefault(line, []).append((place, found))
     charts: tuple[tuple[str, Callable[[Mapping[str, Any]], float]], ...] = (
-        ("output tokens a second", lambda f: f["output_tokens_s"]),
+        ("output tokens per second", lambda f: f["output_tokens_s"]),
         ("first token, p50, s", lambda f: f["first_token_s"]["p50"]),
         ("first token, p99, s", lambda f: f["first_token_s"]["p99"]),
         ("next token, p99, s", lambda f: f["between_tokens_s"]["p99"]),

@@ -32,10 +32,10 @@ class Attend(Protocol):
 
 
 class KeyedAttend(Role):
-    """What an Attend may tell beside attending; a plain function tells nothing."""
+    """The optional part of an Attend. A plain function lacks it."""
 
     def replay_key(self) -> Hashable | None:
-        """As AttentionBackend's, for the cache that it stores to."""
+        """See AttentionBackend.replay_key; the cache is the one that it stores to."""
         return None
 
 

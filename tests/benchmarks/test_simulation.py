@@ -167,7 +167,7 @@ def test_the_command_line_writes_table_json_and_plot(tmp_path):
                "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "| output tokens a second |" in done.stdout
+    assert "| output tokens per second |" in done.stdout
     outcomes = json.loads((tmp_path / "out.json").read_text())["outcomes"]
     assert outcomes.keys() == {f"routing {r} @ {rate}" for r in ("prefix", "load") for rate in (20, 40)}
     assert (tmp_path / "out.png").stat().st_size > 1000
