@@ -14,13 +14,13 @@ def register(commands: Commands) -> None:
     """Add the command to ``commands``."""
     parser = commands.add_parser(
         "bench",
-        help="compare speed, memory and tokens with stock Hugging Face",
-        description="Answer the same requests with paged-core and with stock Hugging Face, and compare both.",
+        help="compare speed, memory and tokens with stock Hugging Face, on the CPU",
+        description="Answer the same requests with paged-core and with stock Hugging Face on the CPU, and compare both.",
     )
     add_model(parser)
     _add_workload(parser)
     _add_runs(parser)
-    add_engine(parser)
+    add_engine(parser, device=False)  # memory and stock code are measured on the CPU
     out = parser.add_argument_group("results")
     out.add_argument("--json", type=Path, metavar="PATH", help="write all numbers as JSON")
     out.add_argument("--plot", type=Path, metavar="PATH", help="write a chart (needs matplotlib)")

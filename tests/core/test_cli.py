@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import paged_core
-from paged_core import InvalidRequestError, PluginError, cli, hookimpl
+from paged_core import ConfigError, InvalidRequestError, PluginError, cli, hookimpl
 from paged_core.plugins import load_plugins
 
 
@@ -168,6 +168,15 @@ def test_a_model_that_is_not_there_is_one_line(command, tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
     assert cli.main([command, str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err == f"paged: there is no folder or file {tmp_path / 'nowhere'}\n"
+
+
+def test_generate_runs_where_it_is_told_to(monkeypatch, capsys):
+    def engine(model, config, **where):
+        raise ConfigError(f"{model} goes to {where['device']} as {where['dtype']}")
+
+    monkeypatch.setattr("paged_core.Engine", engine)
+    assert cli.main(["generate", "smollm2", "hello", "--device", "cuda:1", "--dtype", "float16"]) == 2
+    assert capsys.readouterr().err == "paged: smollm2 goes to cuda:1 as float16\n"
 
 
 def test_a_port_that_cannot_be_had_is_told_before_the_model_is_loaded(capsys):

@@ -52,9 +52,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, a GGUF file, or smollm2")
 
 
-def add_engine(parser: argparse.ArgumentParser) -> None:
+def add_engine(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
     engine = parser.add_argument_group("engine")
-    add_load_options(engine, device=False)
+    add_load_options(engine, device=device)
     add_engine_options(engine, leave_out=_NOT_HERE)
 
 
@@ -72,7 +72,7 @@ def generate(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop=args.stop,
     )
-    with AsyncEngine(Engine(args.model, engine_config(args), dtype=args.dtype)) as served:
+    with AsyncEngine(Engine(args.model, engine_config(args), device=args.device, dtype=args.dtype)) as served:
         if served.tokenizer is None:
             raise ConfigError(f"{args.model} has no tokenizer to read text with; put its tokenizer.json beside it")
         chat = served.codec.has_chat_template if args.chat is None else args.chat

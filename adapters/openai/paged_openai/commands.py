@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,6 +78,8 @@ def _add_engine(group: Any) -> None:
     add_load_options(group)
     add("--tokenizer", metavar="X", help="folder or hub id of another tokenizer (default: the model's own)")
     add("--chat-template", metavar="X", help="chat template: a file or its text (default: the tokenizer's own)")
+    add("--default-chat-template-kwargs", type=_object, default={}, metavar="JSON",
+        help="variables of the chat template, for requests whose chat_template_kwargs lack them")  # fmt: skip
     add_engine_options(group, defaults={"gpu_memory_utilization": 0.9})
     add("--kv-events", metavar="ADDRESS",
         help="publish the prefix cache's contents here, in vLLM's format: tcp://*:5557 (default: off)")  # fmt: skip
@@ -199,6 +202,16 @@ def serve(args: argparse.Namespace) -> int:
 
 def request_limits(args: argparse.Namespace) -> RequestLimits:
     return RequestLimits(**{name: getattr(args, name) for name in _LIMITS})
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} isn\'t a JSON object, such as {{"enable_thinking": false}}')
+    return value
 
 
 def _from_0(text: str) -> int:

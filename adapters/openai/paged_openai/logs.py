@@ -83,7 +83,7 @@ def log_to_stderr(level: str) -> None:
     """Our loggers, the core's and uvicorn's, as JSON lines."""
     handler = logging.StreamHandler()
     handler.setFormatter(JSONLines())
-    for name in ("paged_core", "paged_openai", "uvicorn"):
+    for name in ("paged_core", "paged_openai", "paged_serving", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level.upper())

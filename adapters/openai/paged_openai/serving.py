@@ -80,7 +80,8 @@ def _served_model(
     served = ServedModel(
         engine, names, limits,
         model_defaults=args.generation_config == "auto", strict_fields=args.strict_fields,
-        response_template=args.response_template, reasoning=_reasoning(args),
+        response_template=args.response_template, template_options=args.default_chat_template_kwargs,
+        reasoning=_reasoning(args),
     )  # fmt: skip
     check_reasoning(args.reasoning_parser, served.response_template)
     served.prepare_grammars()

@@ -88,8 +88,6 @@ REFUSED = {
     **dict.fromkeys(("--hf-overrides", "--hf-config-path", "--rope-scaling", "--rope-theta"), _CONFIG),
     **dict.fromkeys(("--model-loader-extra-config", "--ignore-patterns", "--pt-load-map-location"), _HF),
     "--override-generation-config": "change generation_config.json in the model's folder",
-    "--default-chat-template-kwargs": "write them into the template (--chat-template), or let requests bring "
-                                      "chat_template_kwargs",
     "--trust-request-chat-template": "a template is a program; give it as --chat-template",
     **dict.fromkeys(("--tool-parser-plugin", "--reasoning-parser-plugin"), _TEMPLATE),
     "--tool-server": "tools are the client's to run",

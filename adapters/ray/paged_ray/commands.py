@@ -82,6 +82,8 @@ def _add_replicas(group: Any) -> None:
         help="most sequences that wait in a replica; further requests are refused (default: %(default)s)")  # fmt: skip
     add("--drain", type=float, default=_DEFAULTS["drain_s"], metavar="S",
         help="time for requests to finish when their replica is removed, in s (default: %(default)s)")  # fmt: skip
+    add("--strict-fields", action="store_true",
+        help="refuse unknown fields of requests (default: ignore them; x-ignored-fields names them)")  # fmt: skip
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -90,7 +92,7 @@ def serve(args: argparse.Namespace) -> int:
         str(args.model), names=tuple(args.served_model_name), replicas=args.replicas, max_replicas=args.max_replicas,
         target_requests=args.target_requests, routing=args.routing, cpus_per_replica=args.cpus_per_replica,
         gpus_per_replica=args.gpus_per_replica, device=args.device, dtype=args.dtype, engine=engine_config(args),
-        max_queue=args.max_queue, drain_s=args.drain,
+        max_queue=args.max_queue, drain_s=args.drain, strict_fields=args.strict_fields,
     )  # fmt: skip
     try:
         from paged_ray import serving

@@ -31,7 +31,9 @@ class Prompts:
         engine = SimpleNamespace(
             engine=SimpleNamespace(spec=facts.spec), codec=self._codec, sizes=facts.sizes, config=facts.config
         )
-        self._served = ServedModel(cast(AsyncEngine, engine), settings.served_names, settings.limits)
+        self._served = ServedModel(
+            cast(AsyncEngine, engine), settings.served_names, settings.limits, strict_fields=settings.strict_fields
+        )
         self._key = settings.key
         self.block_size: int = facts.sizes.block_size
 

@@ -38,7 +38,8 @@ class Replica:
             plugins=[self._metrics, self._digests], device=settings.device, dtype=settings.dtype,
         )  # fmt: skip
         self._engine = AsyncEngine(engine, max_requests=settings.max_ongoing)
-        served = ServedModel(self._engine, settings.served_names, settings.limits)
+        served = ServedModel(self._engine, settings.served_names, settings.limits, strict_fields=settings.strict_fields)
+        served.prepare_grammars()
         self._service = Service(
             self._engine, served, max_queue=settings.max_queue, step_timeout_s=settings.step_timeout_s
         )

@@ -40,6 +40,7 @@ class Settings:
     drain_s: float = 600.0  # for running requests to finish when their replica is removed
     step_timeout_s: float = 300.0  # an engine whose step takes longer is stuck, and its replica is replaced
     api_keys: tuple[str, ...] = ()
+    strict_fields: bool = False  # refuse fields of requests that nobody knows; else they are left out
 
     def __post_init__(self) -> None:
         if self.replicas < 1:

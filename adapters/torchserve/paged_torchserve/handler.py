@@ -87,7 +87,9 @@ def _target(engine: AsyncEngine, context: Any, settings: SectionSettings) -> Tar
     names = [*settings.served_model_names, context.model_name]
     version = ((context.manifest or {}).get("model") or {}).get("modelVersion", "")
     limits = RequestLimits(max_grammar_ms=settings.max_grammar_ms)
-    return Target(ServedModel(engine, names, limits), settings, str(version))
+    served = ServedModel(engine, names, limits)
+    served.prepare_grammars()
+    return Target(served, settings, str(version))
 
 
 def _gpu_ids(config: Mapping[str, Any]) -> Sequence[int]:

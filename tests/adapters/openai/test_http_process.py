@@ -18,6 +18,7 @@ import pytest
 
 from free_ports import free_ports
 from http_server import until
+from trial_processes import trial_processes
 
 START_LIMIT_S = 240
 
@@ -30,6 +31,10 @@ class Process:
         with log.open("w") as file:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             self._process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def wait_until_ready(self, client: httpx2.Client) -> None:
         def ready() -> bool:
@@ -72,6 +77,7 @@ def test_a_real_model_is_served_until_a_signal_comes(process: Process) -> None:
         openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
     ):
         process.wait_until_ready(raw)
+        assert len(trial_processes(process.pid)) == 1, "the first grammar would hold streams up"
         question: Any = [{"role": "user", "content": "What is the capital of France?"}]
         answer = client.chat.completions.create(model="smollm2", messages=question, max_tokens=9, temperature=0)
         assert "Paris" in (answer.choices[0].message.content or "")

@@ -97,7 +97,7 @@ def test_what_is_done_anyway_passes(parser: argparse.ArgumentParser) -> None:
         (["--quantization", "awq"], "models come as they were quantised"),
         (["--enable-lora"], "merge_and_unload"),
         (["--max-lora-rank", "8"], "merge_and_unload"),
-        (["--default-chat-template-kwargs", "{}"], "let requests bring chat_template_kwargs"),
+        (["--default-chat-template-kwargs", "[]"], "'[]' isn't a JSON object"),
         (["--otlp-traces-endpoint", "http://x"], "set OTEL_EXPORTER_OTLP_ENDPOINT"),
         (["--data-parallel-rank", "1"], "a balancer before them"),
         (["-q", "awq"], "models come as they were quantised"),

@@ -26,6 +26,7 @@ from free_ports import free_ports
 from paged_ray import commands
 from places import ROOT
 from ray_cluster import Cluster, ray_cluster
+from trial_processes import trial_processes
 
 LIMIT_S = 600.0
 ENGINE = ["--max-model-len", "1024", "--kv-bytes", "8M", "--attention-backend", "reference"]
@@ -102,6 +103,18 @@ def test_the_routes_of_both_protocols_answer_as_one_engine_does(running):
     wrong = running.client.post("/v1/completions", json={"model": "tiny", "prompt": "x", "temperature": -1})
     assert wrong.status_code == 400 and "temperature" in wrong.json()["error"]["message"]
     assert running.client.get("/nothing").status_code == 404
+
+
+def test_replicas_have_what_the_first_grammar_needs_before_they_serve(running):
+    assert len(trial_processes(running.cluster.head)) == 2
+    told = running.complete("Hello", max_tokens=9, ignore_eos=False, guided_regex="a{3}b")
+    assert told["choices"][0]["text"] == "aaab"
+
+
+def test_a_field_that_nobody_knows_is_left_out_and_named_as_by_one_server(running):
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1, "made_up": 1}
+    answer = running.client.post("/v1/completions", json=body)
+    assert (answer.status_code, answer.headers["x-ignored-fields"]) == (200, "made_up")
 
 
 def test_a_stream_comes_in_pieces_and_ends_as_openai_clients_expect(running):

@@ -155,6 +155,15 @@ def test_it_is_told_by_the_switch_that_it_reads(switch: str | None) -> None:
         assert render(TextCodec(tokenizer), asked) == f"x:{thinks if switch else ''}"
 
 
+def test_what_the_server_tells_the_template_holds_until_a_request_says_otherwise() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}:{{ enable_thinking }}:{{ day }}"
+    defaults = {"enable_thinking": False, "day": 1}
+    for asked, told in (({}, "x:False:1"), ({"thinks": True}, "x:True:1"), ({"reasoning_effort": "low"}, "x:True:1"),
+                        ({"template_options": {"day": 2}}, "x:False:2")):  # fmt: skip
+        assert render(TextCodec(tokenizer), Conversation([Turn("user", "x")], **asked), defaults) == told
+
+
 # ---- blocks ------------------------------------------------------------------------------------------------------
 
 

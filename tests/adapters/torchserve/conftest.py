@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from alphabet_model import AlphabetModel
+from paged_serving.grammars.trials import Trials
 from torchserve_archives import STOCK_CONFIG, WEIGHTS
 from torchserve_worker import Worker
 
@@ -18,6 +19,7 @@ from torchserve_worker import Worker
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     made: list[Worker] = []
+    monkeypatch.setattr(Trials, "start", lambda trials: None)  # a process each that hardly a test asks anything
 
     def make(model: AlphabetModel | None = None, **settings: Any) -> Worker:
         made.append(Worker(monkeypatch, tmp_path, model, **settings))

@@ -134,12 +134,13 @@ def test_a_tokenizer_that_raises_as_the_answer_is_told_costs_that_request_only(w
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, asyncio.CancelledError, StopIteration])
-def test_a_tokenizer_whose_vocabulary_cant_be_read_costs_requests_with_grammars_only(worker, monkeypatch, kind):
+def test_a_tokenizer_whose_vocabulary_cant_be_read_costs_requests_with_grammars_only(worker, monkeypatch, caplog, kind):
     def choking(self, token):
         raise kind
 
     monkeypatch.setattr(TextCodec, "token_bytes", choking)
     served = worker()
+    assert f"structured output is not available: {kind.__name__}" in caplog.text
     served.post("bad", {"data": "A", "grammar": {"type": "regex", "value": "B+"}})
     served.post("good", {"data": "A"})
     served.run()

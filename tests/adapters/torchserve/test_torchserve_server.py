@@ -38,6 +38,7 @@ from torchserve_server import (
     stock_generate,
     until,
 )
+from trial_processes import trial_processes
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,14 @@ def test_a_workers_log_isnt_filled_by_what_torchao_couldnt_load(running):
     told = running.server.log.read_text(encoding="utf-8", errors="replace")
     assert "tiny is ready" in told
     assert not re.search("torchao|_pytree", told)
+
+
+def test_workers_have_what_the_first_grammar_needs_before_they_serve(running):
+    pid = running.worker("tiny")["pid"]
+    grammar = {"type": "regex", "value": "a{3}b"}
+    assert len(trial_processes(pid)) == 1
+    asked = {"inputs": "Hello", "parameters": {"grammar": grammar}}
+    assert running.post("tiny", json=asked).json() == [{"generated_text": "aaab"}]
 
 
 def test_unicode_goes_in_and_comes_out_whole(running, stock):

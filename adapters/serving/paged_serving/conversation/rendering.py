@@ -32,15 +32,15 @@ class _Form(NamedTuple):
 _FORMS = (_Form(False, None), _Form(False, ""), _Form(True, None), _Form(True, ""))
 
 
-def render(codec: TextCodec, conversation: Conversation) -> str:
-    """The prompt's text.
+def render(codec: TextCodec, conversation: Conversation, defaults: Mapping[str, Any] | None = None) -> str:
+    """The prompt's text. ``defaults``: variables of the template that the conversation doesn't set.
 
     Raises:
         InvalidRequestError: there is no chat template, it refuses the conversation, or it leaves out the user's text, a
         call, or a tool (``param`` is then "tools"). Or it has no setting for reasoning (``param`` is
         "reasoning_effort", and the error's text continues the field's name).
     """
-    options = _options(codec, conversation)
+    options = {**(defaults or {}), **_options(codec, conversation)}
     called = [call for turn in conversation.turns for call in turn.tool_calls]
     forms = _FORMS if called or any(turn.content is None for turn in conversation.turns) else _FORMS[:1]
     refusal: InvalidRequestError | None = None

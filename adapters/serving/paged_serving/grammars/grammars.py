@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from paged_core import InvalidRequestError, PluginError, Request, TextCodec
@@ -20,6 +22,7 @@ from paged_serving.grammars.spelling import spell
 if TYPE_CHECKING:
     from paged_serving.grammars.trials import Trials
 
+_log = logging.getLogger("paged_serving")
 _MAX_KEPT = 64  # compiled grammars, and refusals
 _NUM_COMPILERS = 4
 _COMPILER_NICE = 10
@@ -62,11 +65,15 @@ class Grammars:
 
     def prepare(self) -> None:
         """Make now what the first grammar needs. It takes up to a second, in most of which no other thread runs: a
-        server does so before it has streams to hold up. Without llguidance or an end token there will be no grammars.
+        server does so before it has streams to hold up. Without llguidance or an end token there will be no grammars. A
+        tokenizer that raises is logged; it costs requests with grammars only.
         """
-        with suppress(ImportError, PluginError):
-            if self._eos_token_ids:
-                self._ready()[1].start()
+        if not self._eos_token_ids or find_spec("llguidance") is None:
+            return
+        with ThreadPoolExecutor(1) as elsewhere:  # where no signal of the process strikes: what raises is the tokenizer
+            error = elsewhere.submit(lambda: self._ready()[1].start()).exception()
+        if error is not None:
+            _log.warning("structured output is not available: %s: %s", type(error).__name__, error)
 
     def compiled(self, text: str) -> CompiledGrammar:
         """Compile, which may take long. Requests with the same grammar wait together.

@@ -15,8 +15,6 @@ from paged_serving.protocol.parsing import refuse, refuse_unless_object
 from paged_serving.protocol.reading import read_body
 from paged_serving.protocol.served import ServedModel
 
-_OURS = ("tokenize", "chat_template", "add_generation_prompt", "continue_final_message", "tools", "documents")
-_RETURNS = ("return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length")
 _OLD = "is OpenAI's older way to call functions, which this server doesn't know; use tools"
 _IN_THE_TEMPLATE = "can't be honoured; if the chat template has such a switch, use chat_template_kwargs"
 _CHOICE = (
@@ -148,7 +146,7 @@ def to_conversation(body: ChatBody) -> Conversation:
         turns=[_turn(each, f"messages[{place}]") for place, each in enumerate(body.messages)],
         tools=tools,
         choice=_choice(body),
-        template_options=_template_options(body.chat_template_kwargs or {}),
+        template_options=body.chat_template_kwargs or {},
         reasoning_effort=body.reasoning_effort,
         continues_last=body.continue_final_message,
         opens_answer=body.add_generation_prompt,
@@ -210,10 +208,3 @@ def _among(body: ChatBody, choice: ToolChoice, field: str) -> ToolChoice:
         if name not in known:
             refuse(field, f"names {name!r}, which is not among the tools")
     return choice
-
-
-def _template_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    for name in options:
-        if name in _OURS + _RETURNS or name.startswith("_"):
-            refuse("chat_template_kwargs", f"may not hold {name!r}")
-    return dict(options)

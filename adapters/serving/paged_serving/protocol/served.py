@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from paged_core import (
+    ConfigError,
     InvalidRequestError,
     PluginError,
     Prompt,
@@ -19,6 +20,7 @@ from paged_core import (
 from paged_serving.protocol.parsing import ProtocolError, in_words_of, shortened
 from paged_serving.protocol.sizes import check_sizes
 from paged_serving.protocol.structured import Structure
+from paged_serving.protocol.template_options import taken_name
 from paged_serving.protocol.tokens import TokenNumbers, TokenTexts
 from paged_serving.response_templates.selection import given, of_model, that_reasons_as
 from paged_serving.response_templates.template import ResponseTemplate
@@ -52,12 +54,13 @@ class ServedModel:
     Args:
         model_defaults: absent sampling fields have the defaults of the model's generation_config.json.
         response_template: reads its answers: a file, or the name of one of ours; "none": none; None: the tokenizer's
-        own, or one of ours that fits its chat template.
+            own, or one of ours that fits its chat template.
+        template_options: variables of the chat template, for requests that don't set them.
         reasoning: whether reasoning is separated from text; None: if the chat template knows of reasoning.
+        strict_fields: a field that nobody knows is refused; else it is left out.
 
     Raises:
-        ConfigError: the response template can't be used.
-    ``strict_fields``: a field that nobody knows is refused; else it is left out.
+        ConfigError: the response template or the template options can't be used.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class ServedModel:
         *,
         model_defaults: bool = True,
         response_template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
         reasoning: bool | None = None,
         strict_fields: bool = True,
     ) -> None:
@@ -84,6 +88,7 @@ class ServedModel:
         self._vocab_size = spec.vocab_size
         of_tokenizer = (token for token in self.codec.eos_token_ids if token < spec.vocab_size)
         self._eos_token_ids = tuple(dict.fromkeys((*spec.eos_token_ids, *of_tokenizer)))
+        self.template_options: Mapping[str, Any] = _template_options(template_options or {})
         self.response_template = _response_template(self.codec, response_template, reasoning)
         self.has_priorities = engine.config.scheduling_policy == "priority"
 
@@ -252,6 +257,12 @@ def _response_template(codec: TextCodec, wanted: str | None, reasoning: bool | N
     if reasoning is None:
         return that_reasons_as(found, codec.chat_template)
     return found.only(lambda field: field is not found.reasoning)
+
+
+def _template_options(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    if (taken := taken_name(given)) is not None:
+        raise ConfigError(f"the variables for the chat template may not hold {taken!r}; leave it out")
+    return given
 
 
 def _are_integers(values: Sequence[Any]) -> bool:

@@ -12,9 +12,10 @@ from paged_serving.conversation.rendering import render
 from paged_serving.conversation.turns import Conversation, Tool
 from paged_serving.grammars.sources import Sources
 from paged_serving.grammars.spelling import choice_rule, json_rule
-from paged_serving.protocol.parsing import ProtocolError
+from paged_serving.protocol.parsing import ProtocolError, refuse
 from paged_serving.protocol.served import ServedModel
 from paged_serving.protocol.structured import Structure
+from paged_serving.protocol.template_options import taken_name
 from paged_serving.response_templates.forcing import CallGrammar, SchemaError
 from paged_serving.response_templates.parser import TemplateParser
 from paged_serving.response_templates.template import ResponseTemplate, TemplateError
@@ -77,14 +78,17 @@ def to_talk(
         structure: what is said must look like.
 
     Raises:
-        ProtocolError: the chat template refuses it, or it has tools and the model's format of calls is unknown.
+        ProtocolError: the chat template refuses it, it has tools and the model's format of calls is unknown, or its
+            template options have names that are not free.
     """
     tools = conversation.callable_tools
     template = served.response_template
     if tools and (template is None or template.calls is None):
         raise ProtocolError(f"{fields.tools} {_NO_TOOLS}", fields.tools)
+    if (taken := taken_name(conversation.template_options)) is not None:
+        refuse("chat_template_kwargs", f"may not hold {taken!r}")
     try:
-        text = render(served.codec, conversation)
+        text = render(served.codec, conversation, served.template_options)
     except InvalidRequestError as error:
         named = {"tools": fields.tools, "reasoning_effort": fields.effort}
         why = f"{fields.effort} {error}" if error.param == "reasoning_effort" else str(error)
