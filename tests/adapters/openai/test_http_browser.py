@@ -218,6 +218,19 @@ def test_the_page_holds_together_in_both_widths_and_both_colour_schemes(browser:
         browser.resize(1280, 800)
 
 
+def test_in_a_long_chat_the_newest_and_what_is_written_next_stay_in_view(browser: Browser) -> None:
+    with alphabet_server() as server:
+        visit(browser, server)
+        for width, height in ((380, 700), (1280, 900)):
+            browser.resize(width, height)
+            bottoms = browser.evaluate("""(() => {
+                for (let i = 0; i < 40; i++) add("user", "A long chat.");
+                return [$("log").lastChild, $("send")].map((each) => each.getBoundingClientRect().bottom);
+            })()""")
+            assert bottoms[0] < bottoms[1] <= height, (width, bottoms)
+        browser.resize(1280, 800)
+
+
 MARKDOWN = (
     "# T\n\none **two** *three* `f(<b>)`\n\n- a\n- b\n\n3. c\n\n"
     "```py\nx < y\n```\n[l](https://a.b/?c) [m](javascript:1)"
