@@ -15,7 +15,7 @@ def register(commands: Commands) -> None:
     parser = commands.add_parser(
         "bench",
         help="compare speed, memory and tokens with stock Hugging Face, on the CPU",
-        description="Answer the same requests with paged-core and with stock Hugging Face on the CPU, and compare both.",
+        description="Answer the same requests with paged-core and with stock Hugging Face, on the CPU, and compare.",
     )
     add_model(parser)
     _add_workload(parser)
