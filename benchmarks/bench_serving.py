@@ -40,14 +40,15 @@ from typing import Any
 import psutil
 
 from paged_bench.progress import Progress
-from paged_bench.report import cpu_name
 from paged_bench.workloads import Workload, from_trace, synthetic, with_poisson_arrivals
+from paged_core import settle_threads
 from paged_hf import embedded_folder
-from serving_clients import PATHS, Ask, EngineTarget, HTTPTarget, TestedServer, TimedAnswer, drive, ignores_eos
+from serving_clients import PATHS, Ask, EngineTarget, HTTPTarget, TestedServer, TimedAnswer, drive, ignores_eos, read
 from serving_results import Row, compared, show, summarise
 
 
 def main() -> int:
+    settle_threads()  # as the server's are
     args = _arguments()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -76,12 +77,13 @@ def _driven(
     """The answers, the run's seconds, and seconds of processor time by who took them."""
     before = _cpu_s(target)
     answers, duration_s = asyncio.run(drive(target, asks, concurrency, told))
-    return answers, duration_s, {who: after - before[who] for who, after in _cpu_s(target).items()}
+    taken = {who: after - before[who] for who, after in _cpu_s(target).items()}
+    return [read(answer) for answer in answers], duration_s, taken
 
 
 def _cpu_s(target: TestedServer) -> dict[str, float]:
-    """The client's is this thread's; reading answers when the run is over is part of it. Of a server that is ours: its
-    event loop's ("loop", which does what HTTP costs), and all its threads' ("server")."""
+    """The client's is this thread's: it sends, and notes when what comes. Of a server that is ours: its event loop's
+    ("loop", which does what HTTP costs), and all its threads' ("server")."""
     taken = {"client": time.thread_time()}
     if target.pid is not None:
         threads = {each.id: each.user_time + each.system_time for each in psutil.Process(target.pid).threads()}
@@ -144,7 +146,7 @@ def _own_server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "paged_openai", "--model", args.in_process, "--port", str(port),
+    command = [sys.executable, "-m", "paged_core", "serve", args.in_process, "--port", str(port),
                "--no-prefix-caching", "--kv-bytes", str(args.kv_bytes), "--log-level", "warning"]  # fmt: skip
     server = subprocess.Popen(command)
     try:
@@ -172,6 +174,8 @@ def _told(progress: Progress, what: str, total: int) -> Any:
 
 
 def _about(args: argparse.Namespace, workload: Workload) -> Row:
+    from paged_bench.report import cpu_name
+
     packages = ("paged-core", "torch", "transformers", "uvicorn", "starlette")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -11,10 +11,13 @@ import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
-from paged_core import AsyncEngine, SamplingParams
+from paged_core import SamplingParams
+
+if TYPE_CHECKING:  # whoever imports this file settles its threads before torch is there
+    from paged_core import AsyncEngine
 
 PATHS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions", "tgi": "/generate_stream"}
 
@@ -54,7 +57,8 @@ class TestedServer(Protocol):
 async def drive(
     target: TestedServer, asks: Sequence[Ask], concurrency: int | None, told: Callable[[int], object]
 ) -> tuple[list[TimedAnswer], float]:
-    """Each request at its arrival, at most ``concurrency`` at once. Returns the answers and the run's seconds."""
+    """Each request at its arrival, at most ``concurrency`` at once. Returns the answers, for ``read``, and the run's
+    seconds."""
     room = asyncio.Semaphore(concurrency or len(asks))
     began, num_done = time.perf_counter(), 0
 
@@ -75,11 +79,10 @@ async def drive(
         return answer
 
     answers = await asyncio.gather(*[one(ask) for ask in asks])
-    duration_s = time.perf_counter() - began
-    return [_read(answer) for answer in answers], duration_s
+    return answers, time.perf_counter() - began
 
 
-def _read(answer: TimedAnswer) -> TimedAnswer:
+def read(answer: TimedAnswer) -> TimedAnswer:
     """Itself, with what was left unread while the clock ran."""
     if answer.read_later is not None:
         try:

@@ -45,12 +45,15 @@ def agreement(some: Sequence[TimedAnswer], others: Sequence[TimedAnswer]) -> Row
 
 
 def compared(rows: dict[str, list[Row]], answers: dict[str, list[TimedAnswer]]) -> Row:
+    """The second system and the first, round by round: a shared machine is never the same for long."""
     if len(rows) < 2:
         return {}
     first, second = rows
-    speeds = [median(row["tokens_per_s"] for row in rows[name]) for name in (first, second)]
+    speeds = [[row["tokens_per_s"] for row in rows[name]] for name in (first, second)]
+    rounds = [later / earlier for earlier, later in zip(*speeds, strict=True) if earlier]
     return {
-        "throughput_of_second": speeds[1] / speeds[0] if speeds[0] else None,
+        "throughput_of_second": median(rounds) if rounds else None,
+        "throughput_of_second_by_round": rounds,
         "agreement": agreement(answers[first], answers[second]),
     }
 
@@ -68,8 +71,8 @@ def show(result: Row) -> None:
             for error, count in row["errors"].items():
                 print(f"    {count} x {error}")
     if "agreement" in result:
-        same = result["agreement"]
-        print(f"second to first: {_number(result['throughput_of_second'])} of the tokens/s (medians); "
+        same, rounds = result["agreement"], ", ".join(map(_number, result["throughput_of_second_by_round"]))
+        print(f"second to first: {_number(result['throughput_of_second'])} of the tokens/s (by round: {rounds}); "
               f"{same['num_identical']} of {same['num_compared']} texts are the same")  # fmt: skip
 
 

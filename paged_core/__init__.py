@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from paged_core.frontends.engine_thread import EngineThread
     from paged_core.frontends.llm import LLM
     from paged_core.frontends.thread_policy import ThreadPolicy
+    from paged_core.processors import settle_threads
     from paged_core.ranks.ranks import Ranks
     from paged_core.sampling.sampler import Greedy, Likeliest
     from paged_core.scheduling.request import RequestStatus
@@ -104,6 +105,7 @@ _LAZY = {
     "fingerprint": "execution.fingerprint",
     "prepare_params": "text.codec",
     "release_helper_threads": "engine.openmp",
+    "settle_threads": "processors",
 }
 
 __all__ = [
@@ -181,6 +183,7 @@ __all__ = [
     "hookimpl",
     "prepare_params",
     "release_helper_threads",
+    "settle_threads",
 ]
 
 

@@ -26,6 +26,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def run(bench: Any, target: Any, asks: list[Any]) -> tuple[list[Any], Any]:
     answers, duration_s = asyncio.run(bench.drive(target, asks, None, lambda num_done: None))
+    answers = [bench.read(answer) for answer in answers]
     return answers, bench.summarise(answers, duration_s, math.inf, math.inf)
 
 

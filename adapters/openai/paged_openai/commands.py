@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paged_core import Commands, ConfigError, InvalidRequestError, PagedCoreError
+from paged_core import Commands, ConfigError, InvalidRequestError, PagedCoreError, settle_threads
 from paged_openai.prefixes import checked_prefix
 from paged_openai.spellings import add_spellings
 from paged_serving import RequestLimits, add_engine_options, add_load_options, engine_config, whole_number
@@ -32,6 +32,7 @@ def register(commands: Commands) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The same as a program of its own. Returns its exit status."""
+    settle_threads()
     parser = argparse.ArgumentParser(
         prog="paged_openai", description="Serve a model over HTTP, with OpenAI's, Anthropic's and TGI's protocols."
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import ssl
+import subprocess
 import sys
 from dataclasses import replace
 from typing import Any
@@ -123,3 +125,17 @@ def test_tls_needs_a_certificate(tmp_path: Any) -> None:
     assert main(["--model", "x", "--ssl-keyfile", str(tmp_path / "key")]) == 2
     assert main(["--model", "x", "--ssl-certfile", str(tmp_path / "cert")]) == 2
     assert main(["--model", "x", "--api-key", ""]) == 2
+
+
+def test_the_program_of_its_own_settles_its_threads_as_paged_serve_does() -> None:
+    program = """
+import os
+from paged_openai.commands import main
+try:
+    main(["--help"])
+finally:
+    print(os.environ["GOMP_SPINCOUNT"])
+"""
+    ours = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    told = subprocess.run([sys.executable, "-c", program], env=ours, capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines()[-1] == "300"
