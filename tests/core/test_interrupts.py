@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bad_request import MyOwn
 from paged_core.interrupts import interrupts_the_process
 
 
@@ -75,10 +76,6 @@ def test_so_does_what_a_handler_raises_whatever_its_class(handler: Any) -> None:
 
 def raises(error: BaseException) -> None:
     raise error
-
-
-class MyOwn(BaseException):
-    pass
 
 
 @pytest.mark.parametrize(

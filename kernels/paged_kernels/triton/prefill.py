@@ -60,17 +60,11 @@ def prefill_kernel(
     cache = (key_cache, value_cache, key_scales, value_scales)
     facts = (key_bias, bias_stride, scale, softcap)
 
-    # The tiles with the last queries see the most keys. They come first, so that none of them ends long after the
-    # others.
-    first_row = (tl.load(item_starts + row + 1) - 1 - item) * BLOCK_M
-    rows = first_row + tl.arange(0, BLOCK_M)
-    query = rows // GROUP
-    heads = kv_head * GROUP + rows % GROUP
+    query, heads, first_query, last_query = _rows_of(item, item_starts + row, kv_head, GROUP, BLOCK_M)
     is_row = query < num_queries
     query_positions = seq_len - num_queries + query
-    first_position = seq_len - num_queries + first_row // GROUP
-    last_position = tl.minimum(seq_len - num_queries + (first_row + BLOCK_M - 1) // GROUP, seq_len - 1)
-
+    first_position = seq_len - num_queries + first_query
+    last_position = tl.minimum(seq_len - num_queries + last_query, seq_len - 1)
     tokens = (first_token + query).to(tl.int64)
     queries = load_queries(q, tokens, heads, is_row, q_token_stride, q_head_stride, DIM, DIM_PAD, DTYPE)
     top, total = _begin(sinks, heads, is_row)
@@ -94,6 +88,18 @@ def prefill_kernel(
             )  # fmt: skip
 
     _store(out, (tokens * num_heads + heads) * VALUE_DIM, is_row, total, sums, VALUE_DIM)
+
+
+@triton.jit
+def _rows_of(item, starts, kv_head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return the query and the head of each row of an item, i32 ``[M]``, and its first and last query. ``starts``
+    points to the first items of the request and of the next one.
+
+    The tiles with the last queries see the most keys. They come first, so that none of them ends long after the
+    others."""
+    first_row = (tl.load(starts + 1) - 1 - item) * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    return rows // GROUP, kv_head * GROUP + rows % GROUP, first_row // GROUP, (first_row + BLOCK_M - 1) // GROUP
 
 
 @triton.jit

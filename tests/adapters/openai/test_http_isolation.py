@@ -14,14 +14,10 @@ from typing import Any
 import httpx2
 import pytest
 
+from bad_request import MyOwn
 from http_server import LIMIT_S, Running, alphabet_server, until
 from paged_core import hookimpl
 from toy_tokenizers import CharacterTokenizer
-
-
-class MyOwn(BaseException):
-    pass
-
 
 BASE_EXCEPTIONS = [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, StopIteration, MyOwn]
 

@@ -6,11 +6,8 @@ import asyncio
 
 import pytest
 
+from bad_request import MyOwn
 from paged_serving import ProtocolError, as_outcome
-
-
-class MyOwn(BaseException):
-    pass
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,12 @@ import pytest
 
 from alphabet_model import AlphabetModel, Gate
 from async_calls import params
+from bad_request import MyOwn
 from paged_core import LLM, AsyncEngine, Engine, EngineConfig, EngineDeadError, ReentryError, hookimpl
 from toy_tokenizers import CharacterTokenizer
 
 CONFIG = EngineConfig(num_blocks=256, attention_backend="reference")
 LIMIT_S = 30.0
-
-
-class MyOwn(BaseException):
-    pass
 
 
 of_every_kind = pytest.mark.parametrize(
