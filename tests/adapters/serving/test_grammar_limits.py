@@ -30,7 +30,7 @@ BOMBS: list[dict[str, Any]] = [
     {"guided_json": {"type": "integer", "multipleOf": 99999989}},
     {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "string", "allOf": PATTERNS}}}},
     {"guided_grammar": "start: T\nT: " + " & ".join(f"/{each['pattern']}/" for each in PATTERNS)},
-    {"guided_regex": "((a{1000}){1000}){1000}"},
+    {"response_format": {"type": "regex", "value": "((a{1000}){1000}){1000}"}},
 ]
 
 
@@ -69,7 +69,7 @@ def test_others_get_their_grammars_while_bombs_are_tried(alphabet: Alphabet) -> 
         except InvalidRequestError as error:
             refused.append(error)
 
-    threads = [threading.Thread(target=send, args=(number,)) for number in range(8)]
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     told = [text(alphabet, guided_regex=f"b{number}") for number in range(3)]
@@ -77,7 +77,7 @@ def test_others_get_their_grammars_while_bombs_are_tried(alphabet: Alphabet) -> 
     for thread in threads:
         thread.join(60)
     assert told == ["b0", "b1", "b2"]
-    assert early < len(refused) == 8, "the bombs were still being tried"
+    assert early < len(refused) == 4, "the bombs were still being tried"
 
 
 def test_who_asks_for_the_same_again_waits_for_no_trial(alphabet: Alphabet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,14 +198,15 @@ def test_a_grammar_that_begins_harmlessly_is_refused_before_anybody_follows_it(a
     assert text(alphabet, guided_regex="[a-c]{30}", temperature=40, seed=1), "this one goes on harmlessly"
 
 
-@pytest.mark.parametrize(("fuel", "told"), [(30_000, "too many expressions"), (10**9, "takes too long")])
+@pytest.mark.parametrize(("fuel", "told"), [(None, "too many expressions"), (10**9, "takes too long")])
 def test_a_step_that_takes_long_ends_its_own_request_only(
-    monkeypatch: pytest.MonkeyPatch, fuel: int, told: str
+    monkeypatch: pytest.MonkeyPatch, fuel: int | None, told: str
 ) -> None:
     """Neither compiling nor the tokens that a trial follows take long: what comes after them does."""
-    limits = llguidance.LLParserLimits(max_lexer_states=10**9, step_lexer_fuel=fuel, verbose_errors=False)
-    monkeypatch.setattr(compiling, "_LIMITS", limits)
-    monkeypatch.setattr("paged_serving.grammars.grammars._STEP_S", 0.06)
+    if fuel is not None:
+        limits = llguidance.LLParserLimits(max_lexer_states=10**9, step_lexer_fuel=fuel, verbose_errors=False)
+        monkeypatch.setattr(compiling, "_LIMITS", limits)
+        monkeypatch.setattr("paged_serving.grammars.grammars._STEP_S", 0.06)
     alphabet = Alphabet()
     with alphabet.engine:
         neighbour = alphabet.engine.submit("A", SamplingParams(max_tokens=150, temperature=0, ignore_eos=True))

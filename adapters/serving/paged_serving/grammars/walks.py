@@ -61,9 +61,9 @@ def _is_over(matcher: llguidance.LLMatcher) -> bool:
 def _some_token(mask: bytes, draw: random.Random) -> int | None:
     """One of the tokens whose bit is set, the first after a random place; None: there is none."""
     start = draw.randrange(len(mask))
-    for place in (*range(start, len(mask)), *range(start)):
-        if mask[place]:
-            bits = [bit for bit in range(8) if mask[place] >> bit & 1]
-            token: int = 8 * place + draw.choice(bits)
-            return token
-    return None
+    turned = mask[start:] + mask[:start]
+    place = len(turned) - len(turned.lstrip(b"\0"))
+    if place == len(turned):
+        return None
+    bit = draw.choice([bit for bit in range(8) if turned[place] >> bit & 1])
+    return 8 * ((start + place) % len(mask)) + bit
