@@ -36,9 +36,9 @@ from torchserve_server import (
     free_addresses,
     stock_archive,
     stock_generate,
-    until,
 )
 from trial_processes import trial_processes
+from waiting import until
 
 
 @pytest.fixture(scope="module")
