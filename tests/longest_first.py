@@ -19,6 +19,7 @@ _BEGIN_FIRST = (
     "test_torchserve_server.py",
     "test_torchserve_bench.py",
     "test_torchserve_protocols.py",
+    "test_torchserve_command.py",
     "test_docs.py",
     "test_reliability.py",
     "test_hf_compiled.py",
