@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from paged_core import ConfigError, Engine
 from paged_openai.app import AppOptions
 from paged_openai.commands import add_options, main, request_limits, serve
 from paged_openai.responses import _json_pieces, large_json_bytes
+from paged_openai.serving import short_collections
 from paged_serving import RequestLimits, engine_config, json_bytes
 from places import TESTS
 
@@ -139,3 +141,13 @@ finally:
     ours = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     told = subprocess.run([sys.executable, "-c", program], env=ours, capture_output=True, text=True, check=True)
     assert told.stdout.splitlines()[-1] == "300"
+
+
+def test_while_serving_the_collector_does_not_look_at_what_the_start_has_made() -> None:
+    made = [[number] for number in range(1000)]
+    with short_collections():
+        young = [[number] for number in range(1000)]
+        looked_at = {id(each) for each in gc.get_objects()}
+        assert not looked_at & {id(each) for each in made}
+        assert looked_at >= {id(each) for each in young}
+    assert {id(each) for each in gc.get_objects()} >= {id(each) for each in made}
