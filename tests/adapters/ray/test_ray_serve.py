@@ -196,7 +196,7 @@ class Stream(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        body = {"model": "tiny", "prompt": self._prompt, "max_tokens": 900, "ignore_eos": True, "stream": True}
+        body = {"model": "tiny", "prompt": self._prompt, "max_tokens": 400, "ignore_eos": True, "stream": True}
         with self._client.stream("POST", "/v1/completions", json=body) as answer:
             for line in answer.iter_lines():
                 if line:
