@@ -201,4 +201,4 @@ def test_tests_hardly_reach_into_private_parts():
     ours = {name for folder in ("paged_core", "kernels", "adapters") for name, by_self in private(folder) if by_self}
     of_others = {"_replace", "_parameters", "_modules", "_buffers"}  # of tuples and of torch's modules
     reaches = [name for name, by_self in private("tests") if not by_self and name in ours - of_others]
-    assert 0 < len(reaches) <= 100, Counter(reaches)
+    assert 0 < len(reaches) <= 90, Counter(reaches)
