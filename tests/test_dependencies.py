@@ -38,6 +38,7 @@ DONE_WITHOUT = {
     # structured output, with "server"
     ("adapters/serving/paged_serving/grammars/compiling.py", "llguidance"),
     ("adapters/serving/paged_serving/grammars/grammars.py", "llguidance"),
+    ("adapters/serving/paged_serving/grammars/reasons.py", "llguidance"),
     ("adapters/serving/paged_serving/grammars/spelling.py", "llguidance"),
     ("adapters/serving/paged_serving/grammars/trial.py", "llguidance"),
     ("adapters/serving/paged_serving/grammars/trial_process.py", "llguidance"),

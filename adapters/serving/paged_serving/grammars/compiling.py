@@ -13,7 +13,6 @@ _Encode = Callable[[str], list[int]]
 _LIMITS = llguidance.LLParserLimits(
     max_lexer_states=50_000, step_lexer_fuel=30_000, step_max_items=50_000, verbose_errors=False
 )
-_MAX_WHY = 300  # characters of what llguidance says: it quotes the grammar
 _MAX_FORCED = 512  # characters of what a grammar forces: we use the first token of it
 _LONGEST = 32  # bytes of a token
 
@@ -39,12 +38,6 @@ def compile_grammar(tokenizer: llguidance.LLTokenizer, grammar: str) -> llguidan
     if not matcher.is_error():
         matcher.compute_bitmask()
     return matcher
-
-
-def why(matcher: llguidance.LLMatcher) -> str:
-    """A short form of llguidance's error message."""
-    told: str = matcher.get_error()
-    return told.partition("\n<")[0][:_MAX_WHY]
 
 
 class _Wrapped:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paged_core import InvalidRequestError
 from paged_serving.grammars.bounded import BoundedThread, TooSlow
-from paged_serving.grammars.compiling import why
+from paged_serving.grammars.reasons import why
 
 _NINF = float("-inf")
 

@@ -14,7 +14,8 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paged_serving.grammars.compiling import compile_grammar, why
+from paged_serving.grammars.compiling import compile_grammar
+from paged_serving.grammars.reasons import why
 from paged_serving.grammars.walks import trouble_ahead
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from paged_serving.grammars.compiling import why
+from paged_serving.grammars.reasons import why
 
 if TYPE_CHECKING:
     import llguidance
