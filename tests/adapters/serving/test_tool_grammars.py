@@ -13,8 +13,8 @@ import pytest
 from paged_serving.conversation.events import Answer
 from paged_serving.conversation.turns import Tool, ToolChoice
 from paged_serving.grammars.compiling import Vocabulary, compile_grammar, make_tokenizer
-from paged_serving.grammars.reasons import why
 from paged_serving.grammars.form import JsonForm
+from paged_serving.grammars.reasons import why
 from paged_serving.grammars.sources import Sources
 from paged_serving.grammars.spelling import spell
 from paged_serving.response_templates.forcing import CallGrammar, SchemaError
