@@ -46,7 +46,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (release,) = distributions(name="transformers", path=[str(folder)])
     unfit = [line for line in release.requires or () if not installed(Requirement(line))]
     if unfit:
-        pip("--target", folder, *unfit)
+        pip("--no-deps", "--target", folder, *unfit)
     return folder
 
 

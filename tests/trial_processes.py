@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import psutil
 
 
 def trial_processes(ancestor: int) -> list[int]:
     """Process ids of those that come from ``ancestor``."""
-    children = psutil.Process(ancestor).children(recursive=True)
-    return [child.pid for child in children if "trial_process" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process(ancestor).children(recursive=True):
+        with suppress(psutil.Error):  # it has ended in between
+            if "trial_process" in " ".join(child.cmdline()):
+                found.append(child.pid)
+    return found

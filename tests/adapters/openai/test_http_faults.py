@@ -70,6 +70,7 @@ FAULTS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"tools": [TOOL], "tool_choice": "x"}, "tool_choice"),
         ({"reasoning_effort": 3}, "reasoning_effort"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"max_completion_tokens": 9999}, "max_completion_tokens"),
@@ -92,6 +93,7 @@ FAULTS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"max_output_tokens": 3, "min_tokens": 7}, "min_tokens"),
         ({"reasoning": {"effort": 3}}, "reasoning.effort"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"text": {"format": {"type": "x"}}}, "text.format.type"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": STRANGE}}}, "text.format"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
@@ -116,6 +118,7 @@ FAULTS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"tools": [CLAUDE_TOOL], "tool_choice": "auto"}, "tool_choice"),
         ({"thinking": {"type": "x"}}, "thinking.type"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     ],
     "/generate": [
         ({"inputs": LONG}, "inputs"),

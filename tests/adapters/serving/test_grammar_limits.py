@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from multiprocessing import Pipe
 from typing import Any, NamedTuple
 
 import llguidance
@@ -18,7 +19,7 @@ import pytest
 from calls import Alphabet
 from paged_core import InvalidRequestError, SamplingParams
 from paged_serving import CallError, CompletionCall, Failure, RequestLimits, compile_grammar, openai_error
-from paged_serving.grammars import compiling
+from paged_serving.grammars import compiling, trial_process
 from paged_serving.grammars.bounded import BoundedThread, TooSlow
 from paged_serving.grammars.trials import Trials
 from waiting import until
@@ -145,6 +146,41 @@ def test_trials_run_one_at_a_time_and_step_back_for_the_server(tried: Tried) -> 
         for each in sent:
             each.result(60)
     assert states(process) == []
+
+
+class Endless:
+    """A trial that takes for ever."""
+
+    def __init__(self, number: int, *others: Any) -> None:
+        self._number, self.ends = number, time.monotonic() + 1000
+        self.told, self._telling = Pipe(duplex=False)
+
+    def busy_s(self) -> float:
+        return 1.0
+
+    def pause(self) -> None:
+        pass
+
+    def end(self) -> tuple[int, bool, None]:
+        return self._number, False, None
+
+
+def test_where_slow_trials_are_too_many_the_oldest_are_given_up_for_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial_process, "Trial", Endless)
+    ours, theirs = Pipe()
+
+    def serve() -> None:
+        with suppress(EOFError):
+            trial_process._serve(theirs, None, 500)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    for number in range(20):
+        ours.send((number, "start: /a/"))
+    given_up = [ours.recv() for _ in range(4) if ours.poll(60)]
+    ours.close()
+    thread.join(60)
+    assert given_up == [(number, False, None) for number in range(4)]
 
 
 def test_what_a_busy_machine_cannot_try_is_no_fault_of_the_grammar(

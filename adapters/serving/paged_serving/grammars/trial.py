@@ -45,6 +45,7 @@ class Trial:
         self._pid = os.fork()
         if self._pid == 0:
             try:
+                _end_with_parent()
                 for each in (self.told, *others):
                     each.close()
                 _limit(max_ms)
@@ -82,11 +83,15 @@ class Trial:
         return self._number, tried, verdict
 
 
+def _end_with_parent() -> None:
+    """A paused fork would never notice that nobody waits for it."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
 def _limit(max_ms: int) -> None:
     import resource
 
-    if _LIBC is not None:  # a paused fork would never notice that nobody waits for it
-        _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     with suppress(FileNotFoundError):  # Linux's; elsewhere only time is limited
         now = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + MAX_BYTES, now + MAX_BYTES))

@@ -18,7 +18,7 @@ from paged_serving.grammars.trial import Trial
 if TYPE_CHECKING:
     import llguidance
 
-_MAX_BEGUN = 16  # most trials that have begun and not ended: each may take memory
+_MAX_PAUSED = 15  # most trials beside the one that runs: each may take memory
 _QUICK_S = 0.05  # of processor time, which each trial gets before those that take longer
 
 
@@ -35,13 +35,16 @@ def serve(descriptor: int, max_ms: int) -> None:
 
 def _serve(asked: Connection, tokenizer: llguidance.LLTokenizer, max_ms: int) -> None:
     """One trial runs at a time, so that many take no more of the processors than one. Slow ones are paused for new
-    ones."""
+    ones; where they are too many, the one paused longest is given up, so that no new one waits for them."""
     waiting: deque[tuple[int, str]] = deque()
     paused: deque[Trial] = deque()
     now: Trial | None = None
     while True:
+        next_may_begin = bool(waiting) and (now is None or now.busy_s() >= _QUICK_S)
+        if next_may_begin and len(paused) >= _MAX_PAUSED:
+            asked.send(paused.pop().end())
         begun = [*paused] if now is None else [now, *paused]
-        if waiting and len(begun) < _MAX_BEGUN and (now is None or now.busy_s() >= _QUICK_S):
+        if next_may_begin:
             if now is not None:
                 now.pause()
                 paused.appendleft(now)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-_OURS = ("tokenize", "chat_template", "add_generation_prompt", "continue_final_message", "tools", "documents")
+_OURS = (
+    "self", "messages", "conversation", "tokenize", "chat_template", "add_generation_prompt", "continue_final_message",
+    "tools", "documents",
+)  # fmt: skip
 _RETURNS = ("return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length")
 
 
