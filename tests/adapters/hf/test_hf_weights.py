@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.llama import modeling_llama
 
 from bitsandbytes_model import bitsandbytes_int8
 from paged_core import ConfigError, Engine, EngineConfig, EngineDeadError, hookimpl
@@ -96,6 +97,16 @@ def test_an_engine_that_loads_the_model_lets_go_what_it_has_packed(
         model(torch.tensor([[5]]))
     with pytest.raises(EngineDeadError, match=r"packed this model's weights and let them go; load it anew"):
         Engine(loader.loaded, EngineConfig(**SIZES))
+
+
+def test_what_it_shares_with_other_models_may_change_when_its_weights_are_gone(
+    folder: Path, paged: Any, prompts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owning = Engine(str(folder), EngineConfig(weights="int8", **SIZES))
+    tokens = paged(owning, prompts, 8)
+    rotate = modeling_llama.rotate_half
+    monkeypatch.setattr(modeling_llama, "rotate_half", lambda x: rotate(x))
+    assert paged(owning, prompts, 8) == tokens
 
 
 def test_weights_go_while_other_layers_are_still_to_be_packed(folder: Path) -> None:

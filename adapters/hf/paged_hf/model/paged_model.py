@@ -6,7 +6,7 @@ This file knows transformers models. It knows nothing of blocks, requests or sch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,7 @@ class HFPagedModel(PagedModel):
             UnsupportedModel: the changed model can't run on paged memory.
             EngineDeadError: it has become another model (dtype, device, vocabulary): this needs a new engine.
         """
-        news = "retyped" if self._reach.changed() else self._watch.news()
+        news = self._news()
         if news == "retyped":
             self._take_in_again()
             return True
@@ -164,6 +164,13 @@ class HFPagedModel(PagedModel):
                 self.fast_forwards.replace(twin)
         changed, self._behind = self._behind, False
         return changed or self._restless
+
+    def _news(self) -> Literal["retyped", "changed"] | None:
+        """Of a model whose weights are packed and freed nothing is asked: nobody else has it, and it could not be taken
+        in again. What it shares with other models, such as a library's registries, may change without it."""
+        if self.fast_forwards.released:
+            return None
+        return "retyped" if self._reach.changed() else self._watch.news()
 
     def _take_in_again(self) -> None:
         before = self._spec
