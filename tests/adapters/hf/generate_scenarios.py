@@ -229,6 +229,9 @@ def _in_a_child(name: str) -> list[Any]:
             os.dup2(errors.fileno(), 2)
             faulthandler.register(signal.SIGALRM, chain=True)  # a scenario that hangs prints where it is, and is killed
             signal.alarm(LIMIT_S)
+            # torch replaces a pool of its own at the first call after a fork. Two threads whose first operations meet
+            # there fail ("Invalid thread pool!"), with or without us: here nobody else runs yet.
+            torch.set_num_threads(1)
             globals()[name]()
             print("well", flush=True)
             raise SystemExit(0)
