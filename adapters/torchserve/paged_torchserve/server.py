@@ -25,9 +25,10 @@ from paged_torchserve.contents import check_contents, read_text
 from paged_torchserve.inquiries import Addresses, Inquiries
 from paged_torchserve.java import find_java
 from paged_torchserve.reading import MANIFEST
-from paged_torchserve.worker_log import Patience, last_words
+from paged_torchserve.worker_log import Patience, causes, last_words
 
 _POLL_S = 0.2
+_CAUSE_S = 5.0
 _METRICS_S = 1.2  # a little more than the interval between updates of metrics
 _SOCKET, _MAX_SOCKET_PATH = ".ts.sock.65535", 103  # in bytes; Linux takes 107, macOS 103
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -103,6 +104,7 @@ class TorchServe:
             while not self.inquiries.is_ready(name):
                 log = self._read_log()
                 if f"Load model failed: {name}," in log:
+                    self._wait_for_a_cause()
                     raise ServerError(
                         f"{name} has not loaded; {self._last_words()}"
                     )  # TorchServe would retry for minutes
@@ -144,6 +146,12 @@ class TorchServe:
 
     def _read_log(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def _wait_for_a_cause(self) -> None:
+        """TorchServe may write that a worker has died before it writes what the worker said."""
+        deadline = time.monotonic() + _CAUSE_S
+        while not causes(self._read_log()) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
 
     def _last_words(self) -> str:
         return "\n".join([f"its log is {self.log}:", *last_words(self._read_log())])

@@ -62,7 +62,11 @@ def last_words(log: str) -> list[str]:
     """The lines of a server's log that explain its failure: exceptions of workers, else TorchServe's errors, except
     that about a missing nvidia-smi, which every machine without a GPU logs."""
     lines = [line for line in log.splitlines() if "nvidia-smi" not in line]
-    workers = [told for line in lines if (told := line.partition(" MODEL_LOG - ")[2])]
-    causes = [line for line in workers if _CAUSE.match(line)]
     errors = [line for line in lines if "error" in line.lower()]
-    return list(dict.fromkeys(causes))[-3:] or errors[-5:] or lines[-5:]
+    return causes(log)[-3:] or errors[-5:] or lines[-5:]
+
+
+def causes(log: str) -> list[str]:
+    """The exceptions of workers, each once."""
+    workers = [told for line in log.splitlines() if (told := line.partition(" MODEL_LOG - ")[2])]
+    return list(dict.fromkeys(line for line in workers if _CAUSE.match(line)))
