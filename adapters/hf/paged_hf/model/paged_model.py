@@ -131,7 +131,7 @@ class HFPagedModel(PagedModel):
         if self.fast_forwards.owned:
             self._watch = WatchedModules(())  # its references would keep packed weights alive
         self.fast_forwards.place(self.shadow.root)
-        if self.fast_forwards.owned:
+        if self.fast_forwards.owned and not self.fast_forwards.released:
             self._look()
         return len(self.fast_forwards)
 
